@@ -1,0 +1,156 @@
+"""Collectives over explicit groups, without autograd.
+
+One idea: a sum must not depend on where an element lies in a buffer or which rank reads it. gloo's own reductions add
+in an order that depends on the buffer position, and add BF16 in BF16 hop by hop, so replicas drift apart; here, on
+gloo, a sum is an all-to-all followed by a local FP32 sum in rank order (which was also measured to be faster). On NCCL
+the native reductions are used: they are consistent across ranks.
+
+All functions return their input untouched for a group of one rank, and never modify it otherwise.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import Group
+
+# torch 2.13 renamed these two and warns on the old names; this is the one place that knows.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+warnings.filterwarnings("ignore", message=".*barrier.*device under current context.*")
+
+
+def _is_gloo(group: Group) -> bool:
+    return dist.get_backend(group.process_group) == "gloo"
+
+
+def even_counts(num_rows: int, size: int) -> list[int]:
+    """Row counts of `size` ranks for `num_rows` rows: as even as possible, the first ranks take the remainder."""
+    base, extra = divmod(num_rows, size)
+    return [base + (rank < extra) for rank in range(size)]
+
+
+def all_to_all_rows(x: Tensor, group: Group, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
+    """Send `send_counts[r]` consecutive rows of `x` to each rank r; returns the received rows in rank order."""
+    if group.size == 1:
+        return x
+    received = x.new_empty((sum(recv_counts), *x.shape[1:]))
+    dist.all_to_all_single(received, x.contiguous(), list(recv_counts), list(send_counts), group=group.process_group)
+    return received
+
+
+def reduce_scatter_rows(x: Tensor, group: Group, row_counts: Sequence[int] | None = None) -> Tensor:
+    """Sum `x [R, ...]` over the group in FP32, in rank order; returns this rank's rows, in `x.dtype`.
+
+    row_counts: rows that each rank receives (default: an even split, which must be exact).
+    """
+    if group.size == 1:
+        return x
+    if row_counts is None:
+        assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows over {group.size} ranks"
+        row_counts = [x.shape[0] // group.size] * group.size
+    mine = row_counts[group.rank]
+    if not _is_gloo(group) and len(set(row_counts)) == 1:
+        out = x.new_empty((mine, *x.shape[1:]))
+        _reduce_scatter(out, x.contiguous(), group=group.process_group)
+        return out
+    parts = all_to_all_rows(x, group, row_counts, [mine] * group.size)
+    return ordered_sum(parts.view(group.size, mine, *x.shape[1:])).to(x.dtype)
+
+
+def ordered_sum(parts: Tensor) -> Tensor:
+    """Sum over dim 0 one part after the other, in FP32 (FP64 stays FP64): the order never depends on the layout."""
+    accumulator = torch.float64 if parts.dtype == torch.float64 else torch.float32
+    total = parts[0].to(accumulator)
+    if total.data_ptr() == parts.data_ptr():
+        total = total.clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def all_gather_rows(x: Tensor, group: Group, row_counts: Sequence[int] | None = None) -> Tensor:
+    """Concatenate `x` of all ranks along dim 0. row_counts: rows of each rank where they differ."""
+    if group.size == 1:
+        return x
+    if row_counts is None or len(set(row_counts)) == 1:
+        out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
+        _all_gather(_as_bytes(out), _as_bytes(x.contiguous()), group=group.process_group)
+        return out
+    assert x.shape[0] == row_counts[group.rank], f"{x.shape[0]} rows, {row_counts[group.rank]} announced"
+    if _is_gloo(group):
+        repeated = x.contiguous().expand(group.size, *x.shape).reshape(-1, *x.shape[1:])
+        return all_to_all_rows(repeated, group, [x.shape[0]] * group.size, row_counts)
+    padded = x.new_zeros((max(row_counts), *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    rows = all_gather_rows(padded, group).view(group.size, max(row_counts), *x.shape[1:])
+    return torch.cat([rows[rank, :count] for rank, count in enumerate(row_counts)])
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """FP8 tensors travel as bytes: no backend gathers them."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 and x.dtype.is_floating_point else x
+
+
+def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group: FP32, in rank order, the same bits on every rank; `x.dtype`, new tensor."""
+    if group.size == 1:
+        return x
+    if not _is_gloo(group):
+        out = x.clone()
+        dist.all_reduce(out, group=group.process_group)
+        return out
+    if x.numel() <= 4096:  # one message is cheaper than two
+        return ordered_sum(all_gather_rows(x.reshape(1, -1), group)).to(x.dtype).view(x.shape)
+    flat = x.reshape(-1)
+    counts = even_counts(flat.numel(), group.size)
+    return all_gather_rows(reduce_scatter_rows(flat, group, counts), group, counts).view(x.shape)
+
+
+def all_reduce_max(x: Tensor, group: Group) -> Tensor:
+    """Maximum over the group; NaN on any rank gives NaN on all (gloo's own MAX would drop it on some)."""
+    if group.size == 1:
+        return x
+    if not _is_gloo(group):
+        out = x.clone()
+        dist.all_reduce(out, op=dist.ReduceOp.MAX, group=group.process_group)
+        return out
+    return all_gather_rows(x.reshape(1, -1), group).amax(0).view(x.shape)
+
+
+def broadcast(x: Tensor, group: Group, source: int = 0) -> Tensor:
+    """The tensor of group rank `source` on every rank (new tensor elsewhere)."""
+    if group.size == 1:
+        return x
+    out = x.contiguous() if group.rank == source else torch.empty_like(x)
+    dist.broadcast(out, src=group.ranks[source], group=group.process_group)
+    return out
+
+
+def barrier(group: Group) -> None:
+    if group.size > 1:
+        dist.barrier(group=group.process_group)
+
+
+def all_gather_object(value: Any, group: Group) -> list[Any]:
+    """One picklable value of every rank, in rank order. For small things at start, save and stop."""
+    if group.size == 1:
+        return [value]
+    values: list[Any] = [None] * group.size
+    dist.all_gather_object(values, value, group=group.process_group)
+    return values
+
+
+def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
+    """The picklable value of group rank `source`."""
+    if group.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=group.ranks[source], group=group.process_group)
+    return box[0]
