@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_fp4.comm.mesh import Group
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+EXPECTED_WORLD_SIZE = "MEGATRON_FP4_EXPECTED_WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ class Process:
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """Read torchrun's or srun's variables. Raises ValueError if they contradict each other."""
+    """Read torchrun's or srun's variables.
+
+    Raises ValueError if they contradict each other or the world size that the launch script announced
+    (MEGATRON_FP4_EXPECTED_WORLD_SIZE): a launcher that starts fewer processes than were paid for must not train.
+    """
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
         world_size = int(env["WORLD_SIZE"])
@@ -66,7 +71,14 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             launcher="srun",
         )
     else:
-        return Launch()
+        launch = Launch()
+    expected = env.get(EXPECTED_WORLD_SIZE, "")
+    if expected not in ("", str(launch.world_size)):
+        raise ValueError(
+            f"{EXPECTED_WORLD_SIZE} = {expected}, but the launcher ({launch.launcher}) started {launch.world_size}"
+            " process(es): check the number of nodes and of tasks per node, and that the program is started by srun or"
+            " torchrun (launch/slurm.sbatch and launch/torchrun.sh do); unset the variable to start it by hand"
+        )
     if not 0 <= launch.rank < launch.world_size:
         raise ValueError(f"{launch.launcher}: rank {launch.rank} is outside the world of {launch.world_size} ranks")
     if launch.num_nodes > 1 and env.get("MASTER_ADDR", "") in ("", *LOOPBACK):

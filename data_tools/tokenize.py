@@ -1,0 +1,188 @@
+"""Text to token shards: many workers, bounded memory, resumable, the same bytes whatever the number of workers.
+
+Every document ends with one EOS. With --heldout-fraction, a hash of a document's text decides its split, so equal
+texts never lie on both sides. Output: <output>/ (or <output>/train and <output>/heldout), each a committed shard set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.documents import Policies, RawBatch, Report, expand_inputs, read_batches, texts_of
+from data_tools.pool import ordered_map
+from data_tools.progress import ProgressBar
+from data_tools.shard_set import SplitWriter, check_same_job, remove_sets
+from megatron_fp4.data.manifest import MANIFEST, PROGRESS
+from megatron_fp4.data.shard import token_dtype
+from megatron_fp4.data.tokenizer import Tokenizer, eos_of, load_tokenizer
+
+
+class Encoded(NamedTuple):
+    """A batch as ids: per split, flat tokens and document lengths; and what was counted."""
+
+    splits: dict[str, tuple[NDArray, NDArray]]
+    counts: Counter[str]
+
+
+class Encoder:
+    """Lives in a worker: raw records -> ids."""
+
+    def __init__(self, tokenizer: Tokenizer, text_key: str, policies: Policies, heldout_fraction: float) -> None:
+        self.tokenizer = tokenizer
+        self.eos = [eos_of(tokenizer)]
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.text_key, self.policies, self.heldout = text_key, policies, heldout_fraction
+
+    def encode(self, batch: RawBatch) -> Encoded:
+        report = Report()
+        texts = texts_of(batch, self.text_key, self.policies, report)
+        if not self.heldout:
+            return Encoded({"all": self._ids(texts)}, report.counts)
+        parts: dict[str, list[str]] = {"train": [], "heldout": []}
+        for text in texts:
+            parts["heldout" if _unit_hash(text) < self.heldout else "train"].append(text)
+        return Encoded({name: self._ids(part) for name, part in parts.items()}, report.counts)
+
+    def _ids(self, texts: list[str]) -> tuple[NDArray, NDArray]:
+        documents = self.tokenizer.encode_batch(texts) if texts else []
+        lengths = np.array([len(ids) + 1 for ids in documents], np.int64)
+        flat = chain.from_iterable(chain.from_iterable((ids, self.eos) for ids in documents))
+        return np.fromiter(flat, self.dtype, int(lengths.sum())), lengths
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") / 2**64
+
+
+_ENCODER: list[Encoder] = []  # one per worker process: a pool gives its functions no other place for state
+
+
+def _start_encoder(tokenizer: str, text_key: str, policies: Policies, heldout_fraction: float) -> None:
+    _ENCODER[:] = [Encoder(load_tokenizer(tokenizer), text_key, policies, heldout_fraction)]
+
+
+def _encode(batch: RawBatch) -> Encoded:
+    return _ENCODER[0].encode(batch)
+
+
+def tokenize(args: argparse.Namespace, policies: Policies) -> dict[str, dict[str, Any]]:
+    """Run the job that the arguments describe, or finish it. Returns the manifests by split."""
+    files = expand_inputs(args.inputs)
+    tokenizer = load_tokenizer(args.tokenizer)
+    folders = {"all": args.output}
+    if args.heldout_fraction:
+        folders = {"train": args.output / "train", "heldout": args.output / "heldout"}
+    args.output.mkdir(parents=True, exist_ok=True)
+    job = _job(args, files, tokenizer, policies)
+    if args.restart:
+        remove_sets(args.output, folders)
+    if not (args.output / PROGRESS).exists() and all((f / MANIFEST).exists() for f in folders.values()):
+        made = {name: json.loads((folder / MANIFEST).read_text()) for name, folder in folders.items()}
+        for name, manifest in made.items():
+            check_same_job(manifest["job"], job, str(folders[name]))
+        print(f"already complete: {args.output}")
+        return made
+    writer = SplitWriter(args.output, folders, token_dtype(tokenizer.vocab_size), job)
+    if any(writer.position):
+        print(f"resuming at file {writer.position.file}, offset {writer.position.offset}")
+    batches = read_batches(files, policies, text_key=args.text_key, start=writer.position)
+    initargs = (str(args.tokenizer), args.text_key, policies, args.heldout_fraction)
+    with ProgressBar(sum(path.stat().st_size for path in files)) as bar:
+        results = ordered_map(_encode, batches, workers=args.workers, initializer=_start_encoder, initargs=initargs)
+        for batch, encoded in results:
+            for name, (tokens, lengths) in encoded.splits.items():
+                writer.add(name, tokens, lengths)
+            writer.counters += encoded.counts
+            writer.end_batch(batch.end, args.shard_tokens)
+            bar.update(batch.file_bytes)
+    return writer.finish(_facts(tokenizer, files))
+
+
+def _facts(tokenizer: Tokenizer, files: list[Path]) -> dict[str, Any]:
+    special = dataclasses.asdict(tokenizer.special)
+    return {
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "special_tokens": {**special, "policy": "one eos after every document, no bos"},
+        "sources": [{"name": path.name, "bytes": path.stat().st_size} for path in files],
+    }
+
+
+def _job(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, policies: Policies) -> dict[str, Any]:
+    """What decides the output, as JSON: a resumed run must agree in all of it."""
+    return {
+        "inputs": [[path.name, path.stat().st_size, _ends_digest(path)] for path in files],
+        "tokenizer": tokenizer.fingerprint,
+        "text_key": args.text_key,
+        "heldout_fraction": args.heldout_fraction,
+        "shard_tokens": args.shard_tokens,
+        "policies": dataclasses.asdict(policies),
+    }
+
+
+def _ends_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        content = hashlib.blake2b(file.read(1 << 16), digest_size=8)
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        content.update(file.read())
+    return content.hexdigest()
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policies]:
+    parser = argparse.ArgumentParser(prog="data_tools.tokenize", description=(__doc__ or "").splitlines()[0])
+    default = Policies()
+    parser.add_argument("inputs", nargs="+", help="files or globs: .jsonl .txt .parquet, also .gz .zst")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the shard set(s)")
+    parser.add_argument("--tokenizer", type=Path, required=True, help=".model, tokenizer.json or .tiktoken")
+    parser.add_argument("--text-key", default="text", help="JSON key or Parquet column")
+    parser.add_argument("--text-unit", choices=("file", "line"), default=default.text_unit)
+    parser.add_argument("--heldout-fraction", type=float, default=0.0, help="of the documents, by hash of the text")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--shard-tokens", type=int, default=512 << 20, help="a shard is closed at this many tokens")
+    parser.add_argument("--restart", action="store_true", help="delete earlier output instead of going on")
+    parser.add_argument("--max-document-bytes", type=int, default=default.max_document_bytes)
+    parser.add_argument("--on-empty", choices=("skip", "keep", "error"), default=default.empty)
+    parser.add_argument("--on-missing-key", choices=("skip", "error"), default=default.missing_key)
+    parser.add_argument("--on-invalid-json", choices=("skip", "error"), default=default.invalid_json)
+    parser.add_argument("--on-invalid-utf8", choices=("replace", "skip", "error"), default=default.invalid_utf8)
+    parser.add_argument("--on-too-long", choices=("skip", "error", "keep"), default=default.too_long)
+    args = parser.parse_args(argv)
+    if args.workers < 1 or args.shard_tokens < 1 or not 0 <= args.heldout_fraction < 1:
+        parser.error("--workers and --shard-tokens must be at least 1, --heldout-fraction in [0, 1)")
+    return args, Policies(
+        empty=args.on_empty,
+        missing_key=args.on_missing_key,
+        invalid_json=args.on_invalid_json,
+        invalid_utf8=args.on_invalid_utf8,
+        too_long=args.on_too_long,
+        max_document_bytes=args.max_document_bytes,
+        text_unit=args.text_unit,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, policies = parse(argv)
+    made = tokenize(args, policies)
+    for name, manifest in made.items():
+        print(
+            f"{name:8} {manifest['num_documents']:10,d} documents {manifest['num_tokens']:14,d} tokens "
+            f"{len(manifest['shards'])} shard(s) of {manifest['dtype']}"
+        )
+    counters = next(iter(made.values()))["counters"]
+    for reason in sorted(set(counters) - {"documents", "text_bytes"}):
+        print(f"         {counters[reason]:10,d} {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

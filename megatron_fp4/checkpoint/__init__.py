@@ -1,0 +1,14 @@
+"""Checkpoints: rectangles of logical tensors in torch.distributed.checkpoint files, complete or absent (floor 3)."""
+
+from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
+from megatron_fp4.checkpoint.store import CheckpointStore, CorruptCheckpoint, SaveFailed, SaveReport, SaveStatus
+
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointStore",
+    "CorruptCheckpoint",
+    "OnCorrupt",
+    "SaveFailed",
+    "SaveReport",
+    "SaveStatus",
+]

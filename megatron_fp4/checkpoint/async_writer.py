@@ -1,0 +1,116 @@
+"""What runs beside the step loop: a host copy of the state, and one save in progress.
+
+One idea: a background thread that uses no collective. It needs none, because the plan was made before on the main
+thread and the ranks meet in the directory (commit.py); so it can never interleave with the training's process groups.
+A thread and not a process: writing and hashing release the interpreter lock, no second copy of torch is loaded, and
+its death cannot go unnoticed: an exception is kept and told, a hang is told by the deadline, and a kill takes the rank
+with it, which leaves only an unfinished directory.
+
+Host memory is flat: the copy's buffers are used again by every save.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.checkpoint.box import Box, Boxes
+
+
+class Staging:
+    """Host buffers (pinned for CUDA), one for each box that this rank writes; made anew only if the layout changes."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def copy(self, state: dict[str, Boxes]) -> dict[str, Boxes]:
+        """The written boxes of `state`, copied to the host; returns when the copy is complete."""
+        copies, buffers, on_gpu = {}, {}, False
+        for key, boxes in state.items():
+            copied = []
+            for box in boxes.boxes:
+                if not box.writes:
+                    continue
+                buffer = self._buffer((key, box.offset), box.data)
+                buffer.copy_(box.data, non_blocking=True)
+                on_gpu |= box.data.is_cuda
+                buffers[key, box.offset] = buffer
+                copied.append(Box(buffer, box.offset))
+            copies[key] = Boxes(boxes.global_shape, copied)
+        self._buffers = buffers
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+    def _buffer(self, key: tuple[str, tuple[int, ...]], data: Tensor) -> Tensor:
+        buffer = self._buffers.get(key)
+        if buffer is not None and buffer.shape == data.shape and buffer.dtype == data.dtype:
+            return buffer
+        return torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+
+
+class SaveInProgress:
+    """One save on this rank: `work(self)` runs in a thread, or here and now if not `background`.
+
+    Exactly one of `claim_commit` (by the thread, just before the rename) and `abandon` (by the main thread, after the
+    deadline) succeeds, so a save that was reported as failed never appears later.
+    """
+
+    def __init__(
+        self, step: int, work: Callable[[SaveInProgress], int], timeout_seconds: float, *, background: bool
+    ) -> None:
+        self.step = step
+        self.started = time.monotonic()
+        self.seconds = 0.0
+        self.num_bytes = 0
+        self.error: str | None = None
+        self._work = work
+        self._timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._claimed = False
+        self._abandoned = False
+        self._done = threading.Event()
+        if background:
+            threading.Thread(target=self._run, name=f"checkpoint-{step}", daemon=True).start()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        try:
+            self.num_bytes = self._work(self)
+        except BaseException as error:  # the thread must not die silently, whatever it was
+            self.error = f"{type(error).__name__}: {error}"
+        self.seconds = time.monotonic() - self.started
+        self._done.set()
+
+    @property
+    def finished(self) -> bool:
+        return self._done.is_set()
+
+    def overdue(self) -> bool:
+        return time.monotonic() - self.started > self._timeout_seconds
+
+    def claim_commit(self) -> bool:
+        with self._lock:
+            self._claimed = not self._abandoned
+            return self._claimed
+
+    def abandon(self) -> bool:
+        with self._lock:
+            self._abandoned = not self._claimed
+            return self._abandoned
+
+    def join(self) -> None:
+        """Wait for the end, at most until the deadline; after it the save is abandoned and has failed.
+
+        A commit that has begun is waited for in any case: it consists of a few renames.
+        """
+        self._done.wait(max(0.0, self.started + self._timeout_seconds - time.monotonic()))
+        if not self.finished and not self.abandon():
+            self._done.wait()
+        if not self.finished:
+            self.error = f"TimeoutError: not written after {self._timeout_seconds:g} seconds"

@@ -1,0 +1,173 @@
+"""Durable, checked files: hash while writing, manifest, fsync of files and directories.
+
+One idea: what is promised to be on disk was fsynced, and what was written is known by size and xxh3-64 hash before it
+is read back, so damage is told from the file's name alone. DCP itself stores no checksums (zeroed bytes load silently).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must look like."""
+
+    num_bytes: int
+    xxh3_64: str
+
+
+class HashingFile(io.RawIOBase):
+    """A binary file that hashes what is written to it; sequential writes only."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close())
+        self._hash = xxhash.xxh3_64()
+        self._num_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self._file.write(view)
+        self._num_bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self._num_bytes
+
+    def fileno(self) -> int:
+        self._file.flush()
+        return self._file.fileno()
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def record(self) -> FileRecord:
+        return FileRecord(self._num_bytes, self._hash.hexdigest())
+
+
+class HashingFileSystem(FileSystem):
+    """DCP's file system; `records` has an entry for every file written through it, by file name."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        assert mode == "wb", mode
+        stream = HashingFile(path)
+        try:
+            yield stream
+            self.records[Path(path).name] = stream.record()
+        finally:
+            stream.close()
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
+
+
+def write_durably(path: Path, data: bytes) -> FileRecord:
+    """Create or replace `path` in one step: readers see the old content or the new one, also after a power cut."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    stream = HashingFile(temporary)
+    try:
+        stream.write(data)
+        os.fsync(stream.fileno())
+    except BaseException:
+        stream.close()
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    stream.close()
+    os.replace(temporary, path)
+    return stream.record()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames and new names in `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(directory: Path, step: int, files: Mapping[str, FileRecord]) -> None:
+    """The list of all files of a checkpoint; its presence under the final name is what makes it complete."""
+    body = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "files": {name: {"bytes": files[name].num_bytes, "xxh3_64": files[name].xxh3_64} for name in sorted(files)},
+    }
+    write_durably(directory / MANIFEST, (json.dumps(body, indent=1) + "\n").encode())
+
+
+def read_manifest(directory: Path) -> dict[str, FileRecord]:
+    """Raises ValueError, naming the file, if the manifest is missing or not one."""
+    path = directory / MANIFEST
+    try:
+        body = json.loads(path.read_bytes())
+        if body["format_version"] > FORMAT_VERSION:
+            raise ValueError(f"{path}: format version {body['format_version']}; this program reads {FORMAT_VERSION}")
+        return {name: FileRecord(int(one["bytes"]), str(one["xxh3_64"])) for name, one in body["files"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the checkpoint was not completed, or was altered") from None
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def problem_of(directory: Path, name: str, expected: FileRecord) -> str | None:
+    """None if the file is as recorded, else a sentence with its path, the expected and the actual value."""
+    path = directory / name
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != expected.num_bytes:
+            return f"{path} has {num_bytes} bytes, expected {expected.num_bytes}"
+        digest = xxhash.xxh3_64()
+        with open(path, "rb", buffering=0) as stream:
+            while block := stream.read(READ_BYTES):
+                digest.update(block)
+    except FileNotFoundError:
+        return f"{path} is missing, expected {expected.num_bytes} bytes"
+    except OSError as error:
+        return f"{path} cannot be read ({error})"
+    if digest.hexdigest() != expected.xxh3_64:
+        return f"{path} has xxh3-64 {digest.hexdigest()}, expected {expected.xxh3_64}"
+    return None
+
+
+def share_of(files: Mapping[str, FileRecord], rank: int, size: int) -> list[str]:
+    """The files that rank `rank` of `size` verifies: largest first, each to the rank with the fewest bytes so far."""
+    loads, mine = [0] * size, []
+    for name in sorted(files, key=lambda name: (-files[name].num_bytes, name)):
+        target = loads.index(min(loads))
+        loads[target] += files[name].num_bytes + 1
+        if target == rank:
+            mine.append(name)
+    return mine

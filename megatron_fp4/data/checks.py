@@ -1,0 +1,68 @@
+"""Refusals at start-up. Every message names both values and what to do; none of them reads the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_fp4.data.config import DataConfig
+from megatron_fp4.data.source import Source
+
+if TYPE_CHECKING:
+    from megatron_fp4.data.plan import Plan
+    from megatron_fp4.data.samples import SampleStream
+
+
+def check_vocabulary(sources: Sequence[Source], vocab_size: int | None, tokenizer_fingerprint: str | None) -> None:
+    """The shards' tokenizer is the one in use, and every stored id has a row in the embedding."""
+    for source in sources:
+        for fingerprint in source.tokenizers:
+            if tokenizer_fingerprint is not None and fingerprint != tokenizer_fingerprint:
+                raise ValueError(
+                    f"data source {source.name!r} was tokenized with tokenizer {fingerprint}, but the run uses "
+                    f"{tokenizer_fingerprint}; set data.tokenizer to the same model file, or tokenize again"
+                )
+        highest = source.max_token_id
+        if vocab_size is not None and highest is not None and highest >= vocab_size:
+            raise ValueError(
+                f"data source {source.name!r} holds token id {highest}, but the model's vocabulary is {vocab_size}; "
+                f"it must be at least {highest + 1}"
+            )
+
+
+def check_state(state: dict[str, Any], version: int, config: DataConfig, sources: dict[str, Source]) -> None:
+    """A checkpoint's data state fits this config and these files (by content, wherever they lie)."""
+    for name, expected, actual in (
+        ("state version", version, state["version"]),
+        ("data.seq_length", config.seq_length, state["seq_length"]),
+        ("data.seed", config.seed, state["seed"]),
+    ):
+        if expected != actual:
+            raise ValueError(
+                f"the checkpoint was written with {name}={actual}, this run has {expected}; the sample order would "
+                "change under it. Use the checkpoint's value, or start the data anew without its state."
+            )
+    for name, saved in state["sources"].items():
+        source = sources.get(name)
+        if source is not None and source.fingerprint != saved["fingerprint"]:
+            raise ValueError(
+                f"data source {name!r} changed since the checkpoint: its content was {saved['fingerprint']}, now it is "
+                f"{source.fingerprint}. Restore the shards, or add the new ones as a source of another name."
+            )
+
+
+def check_enough_data(config: DataConfig, streams: "dict[str, SampleStream]", plan: "Plan", total_samples: int) -> None:
+    """No source runs out of its permitted epochs within `total_samples` delivered samples."""
+    end = int(plan.ids(total_samples - 1, 1)[0]) + 1 if total_samples else 0
+    for name, needed in plan.cursors_at(end).items():
+        epochs = next((source.max_epochs for source in config.sources if source.name == name), 0)
+        if epochs and needed > streams[name].available(epochs):
+            raise out_of_data(name, needed, streams[name].available(epochs), epochs, f"{total_samples} samples")
+
+
+def out_of_data(name: str, needed: int, available: int, epochs: int, what: str) -> ValueError:
+    return ValueError(
+        f"data source {name!r} is too small: {what} needs {needed} of its samples, {epochs} epoch(s) give {available}. "
+        f"Lower the run's tokens or the source's weight, or set max_epochs of the source to more than {epochs} "
+        "(0 = no limit)."
+    )

@@ -1,0 +1,71 @@
+"""What a run reads, as values: sources, phases, evaluation sets. No behaviour except refusals of impossible values.
+
+Read by omegaconf: plain frozen dataclasses, no unions, no Literal; `to_object` turns tuples into lists.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One stream of documents, shuffled anew each epoch."""
+
+    name: str = ""  # unique; the shuffle depends on it, and phases refer to it
+    # Each entry: a shard-set directory (has manifest.json), a Megatron prefix, or a glob of prefixes.
+    paths: list[str] = field(default_factory=list)
+    max_epochs: int = 1  # how often the source may be read; 0 = no limit
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A blend and how long it holds. `weights` by source name, any positive scale; empty = by size."""
+
+    name: str = ""
+    tokens: int = 0  # length of this phase; 0 = to the end of the run (the last phase only)
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """A held-out set, read in stored order, every token a target once, the last sample padded and masked."""
+
+    name: str = ""
+    paths: list[str] = field(default_factory=list)
+    max_tokens: int = 0  # of the set's beginning; 0 = all
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: list[SourceConfig] = field(default_factory=list)
+    phases: list[PhaseConfig] = field(default_factory=list)  # empty = one phase, by size
+    seq_length: int = 2048  # tokens per sample S; a sample is S + 1 consecutive tokens of a source's stream
+    seed: int = 1234
+    tokenizer: str = ""  # .model (sentencepiece), .json (Hugging Face tokenizers) or .tiktoken
+    reset_documents: bool = False  # True: attention and state end at document boundaries, labels never cross them
+    evaluation: list[EvaluationConfig] = field(default_factory=list)
+    skip: list[list[int]] = field(default_factory=list)  # [[a, b], ...]: sample ids a <= id < b are never delivered
+    index_cache: str = ""  # folder for epoch indexes, shared by the processes of a machine; empty = in memory
+    prefetch_batches: int = 2  # batches made ahead by a thread; 0 = none
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 1:
+            raise ValueError(f"data.seq_length={self.seq_length} must be at least 1")
+        _check_names("data.sources", [source.name for source in self.sources])
+        _check_names("data.evaluation", [item.name for item in self.evaluation])
+        for number, source in enumerate(self.sources):
+            if source.max_epochs < 0:
+                raise ValueError(f"data.sources[{number}].max_epochs={source.max_epochs} must be 0 (no limit) or more")
+        for number, phase in enumerate(self.phases):
+            if phase.tokens < 0 or (phase.tokens == 0 and number + 1 < len(self.phases)):
+                raise ValueError(f"data.phases[{number}].tokens={phase.tokens}: only the last phase may be open (0)")
+        for item in self.skip:
+            if len(item) != 2 or not 0 <= item[0] < item[1]:
+                raise ValueError(f"data.skip has {list(item)}; each entry is [first, end) with 0 <= first < end")
+
+
+def _check_names(field_name: str, names: list[str]) -> None:
+    if "" in names:
+        raise ValueError(f"{field_name}[{names.index('')}] has no name")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{field_name}: names must be unique, but {twice} occur more than once")

@@ -1,0 +1,97 @@
+"""Held-out sets: stored order, every token a target exactly once, the same batches at every call.
+
+One idea: an evaluation set is a one-epoch stream that is not shuffled; its last sample is padded and its missing rows
+are whole padding (loss_mask False, sample id -1), so no token is dropped and every rank gets the same number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from megatron_fp4.data.batch import Batch
+from megatron_fp4.data.checks import check_vocabulary
+from megatron_fp4.data.config import DataConfig
+from megatron_fp4.data.pack import Rows
+from megatron_fp4.data.samples import SampleStream
+from megatron_fp4.data.source import open_source
+
+
+class EvalLoader:
+    """One named set for one data-parallel rank.
+
+    Iterating yields `num_batches` batches of [micro_batch, S] each time anew; rank r's m-th holds samples
+    (m*dp + r)*B .. + B. Sums over ranks and batches cover `num_targets` tokens when documents do not reset.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stream: SampleStream,
+        *,
+        num_tokens: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        reset_documents: bool,
+        pad_id: int,
+    ) -> None:
+        self.name = name
+        self.num_targets = max(0, num_tokens - 1)  # nothing precedes the first token
+        self.num_samples = -(-self.num_targets // stream.seq_length)
+        self.num_batches = -(-self.num_samples // (micro_batch * dp_size))
+        self._stream = stream
+        self._micro_batch, self._dp_rank, self._dp_size = micro_batch, dp_rank, dp_size
+        self._reset_documents, self._pad_id = reset_documents, pad_id
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.batch(index) for index in range(self.num_batches))
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch `index` of this rank."""
+        size, length = self._micro_batch, self._stream.seq_length
+        places = (index * self._dp_size + self._dp_rank) * size + np.arange(size)
+        rows = Rows(size, length, self._reset_documents, self._pad_id)
+        for row, sample in enumerate(places.tolist()):
+            if sample < self.num_samples:
+                count = min(length, self.num_targets - sample * length) + 1
+                rows.fill(row, self._stream, self._stream.pieces(sample, count))
+        ids = np.where(places < self.num_samples, places, -1)
+        address = torch.from_numpy(places[:, None] * length + np.arange(length))
+        return rows.batch(address, torch.from_numpy(ids))
+
+
+def build_eval_loader(
+    config: DataConfig,
+    name: str,
+    *,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    pad_id: int = 0,
+    vocab_size: int | None = None,
+    tokenizer_fingerprint: str | None = None,
+) -> EvalLoader:
+    """Open the evaluation set `name` of the config. ValueError names the sets there are."""
+    found = [item for item in config.evaluation if item.name == name]
+    if not found:
+        raise ValueError(f"no evaluation set {name!r}; data.evaluation has {[e.name for e in config.evaluation]}")
+    source = open_source(name, found[0].paths)
+    check_vocabulary([source], vocab_size, tokenizer_fingerprint)
+    stream = SampleStream(source, seq_length=config.seq_length, seed=config.seed, shuffle=False)
+    tokens = min(source.num_tokens, found[0].max_tokens or source.num_tokens)
+    return EvalLoader(
+        name,
+        stream,
+        num_tokens=tokens,
+        micro_batch=micro_batch,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        reset_documents=config.reset_documents,
+        pad_id=pad_id,
+    )

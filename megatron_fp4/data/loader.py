@@ -1,0 +1,190 @@
+"""Batches by number: `batch(first_sample, num_samples)` is a pure function, so a loader has no position to lose.
+
+One idea: what to deliver is decided by the plan (global order), by the streams (source order) and by the trainer (how
+many samples a step takes); data-parallel rank, micro-batch size and batch-size ramp only decide who gets which rows.
+Resuming is remembering one number of consumed samples, plus the plan in case blends were changed on the way.
+
+Not here: prefetching (prefetch.py), evaluation sets (evaluation.py), what the trainer logs (ledger.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from megatron_fp4.data.batch import Batch
+from megatron_fp4.data.checks import check_enough_data, check_state, check_vocabulary, out_of_data
+from megatron_fp4.data.config import DataConfig
+from megatron_fp4.data.epoch_index import IndexCache
+from megatron_fp4.data.pack import Rows
+from megatron_fp4.data.plan import Plan
+from megatron_fp4.data.samples import Piece, SampleStream
+from megatron_fp4.data.source import Source, open_source
+
+STATE_VERSION = 1
+
+
+class SampleOrigin(NamedTuple):
+    """Where a sample of the global order comes from."""
+
+    sample_id: int
+    source: str
+    source_sample: int
+    pieces: list[Piece]
+
+
+class Loader:
+    """Samples of the global order for one data-parallel rank.
+
+    Rank r's micro-batch m holds delivered samples first + (m*dp + r)*B .. + B of the step (B = micro batch size).
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        streams: dict[str, SampleStream],
+        plan: Plan,
+        *,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        vocab_size: int | None = None,
+    ) -> None:
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"dp_rank={dp_rank} is not in 0..{dp_size - 1}")
+        self.config = config
+        self.streams = streams
+        self.plan = plan
+        self.micro_batch = micro_batch
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.vocab_size = vocab_size
+
+    def batch(self, first_sample: int, num_samples: int) -> Batch:
+        """This rank's rows of delivered samples [first_sample, first_sample + num_samples). See `Batch`."""
+        group = self.micro_batch * self.dp_size
+        if num_samples < 1 or num_samples % group:
+            raise ValueError(
+                f"a step of {num_samples} samples cannot be split over micro_batch={self.micro_batch} x "
+                f"data parallel={self.dp_size}; use a multiple of {group}"
+            )
+        places = np.arange(num_samples).reshape(-1, self.dp_size, self.micro_batch)[:, self.dp_rank].ravel()
+        ids = self.plan.ids(first_sample, num_samples)[places]
+        length = self.config.seq_length
+        rows = Rows(len(ids), length, self.config.reset_documents)
+        for row, origin in enumerate(self._origins(ids)):
+            rows.fill(row, self.streams[origin.source], origin.pieces)
+        if self.vocab_size is not None:
+            self._check_ids(rows, ids)
+        address = torch.from_numpy(places[:, None] * length + np.arange(length))
+        return rows.batch(address, torch.from_numpy(ids))
+
+    def origins(self, first_sample: int, num_samples: int) -> list[SampleOrigin]:
+        """What every sample of a step is made of, in global order, all data-parallel ranks (the audit ledger)."""
+        return self._origins(self.plan.ids(first_sample, num_samples))
+
+    def describe(self, origin: SampleOrigin) -> list[dict[str, Any]]:
+        """The pieces of a sample with shard names: source, epoch, shard, document, offset, length."""
+        source = self.streams[origin.source].source
+        out = []
+        for piece in origin.pieces:
+            place = source.place(piece.document)
+            out.append({"source": origin.source, "epoch": piece.epoch, "shard": place.shard})
+            out[-1] |= {"document": place.document, "offset": piece.offset, "length": piece.length}
+        return out
+
+    def state_dict(self, consumed_samples: int) -> dict[str, Any]:
+        """Small and JSON-able: all that a resume needs beside the config. Same on every rank."""
+        next_id = int(self.plan.ids(consumed_samples, 1)[0])
+        cursors = self.plan.cursors_at(next_id)
+        return {
+            "version": STATE_VERSION,
+            "consumed_samples": consumed_samples,
+            "seq_length": self.config.seq_length,
+            "seed": self.config.seed,
+            "plan": self.plan.to_json(),
+            "sources": {
+                name: {"fingerprint": stream.source.fingerprint, "cursor": cursors.get(name, 0)}
+                for name, stream in self.streams.items()
+            },
+        }
+
+    def _origins(self, ids: np.ndarray) -> list[SampleOrigin]:
+        out = []
+        for sample_id, (name, number) in zip(ids.tolist(), self.plan.locate(ids)):
+            if name not in self.streams:
+                raise ValueError(f"sample {sample_id} comes from source {name!r}, which the config no longer lists")
+            stream = self.streams[name]
+            epochs = next(s.max_epochs for s in self.config.sources if s.name == name)
+            if epochs and number >= stream.available(epochs):
+                raise out_of_data(name, number + 1, stream.available(epochs), epochs, f"sample {sample_id}")
+            out.append(SampleOrigin(sample_id, name, number, stream.pieces(number)))
+        return out
+
+    def _check_ids(self, rows: Rows, ids: np.ndarray) -> None:
+        highest = rows.tokens.max(axis=1)
+        if int(highest.max()) < self.vocab_size:  # type: ignore[operator]
+            return
+        row = int(highest.argmax())
+        column = int(rows.tokens[row].argmax())
+        origin = self._origins(ids[row : row + 1])[0]
+        ends = np.cumsum([piece.length for piece in origin.pieces])
+        piece = self.describe(origin)[int(np.searchsorted(ends, column, side="right"))]
+        raise ValueError(
+            f"token id {int(highest[row])} is beyond the vocabulary of {self.vocab_size}: sample {ids[row]}, source "
+            f"{origin.source!r}, shard {piece['shard']}, document {piece['document']}. The shard was written with "
+            "another tokenizer or is damaged (data_tools.verify tells)."
+        )
+
+
+def open_streams(config: DataConfig) -> dict[str, SampleStream]:
+    """Open every source of the config; indexes go to `config.index_cache` if it is set."""
+    if not config.sources:
+        raise ValueError("data.sources is empty: name at least one source of token shards")
+    cache = IndexCache(config.index_cache) if config.index_cache else None
+    sources: list[Source] = [open_source(source.name, source.paths) for source in config.sources]
+    return {
+        source.name: SampleStream(source, seq_length=config.seq_length, seed=config.seed, cache=cache)
+        for source in sources
+    }
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    total_samples: int | None = None,
+    vocab_size: int | None = None,
+    tokenizer_fingerprint: str | None = None,
+    state: dict[str, Any] | None = None,
+) -> Loader:
+    """Open the sources and refuse, with both values named, whatever would go wrong later.
+
+    total_samples: samples of the whole run; refused if a source would run out within its permitted epochs.
+    vocab_size: rows of the model's embedding. tokenizer_fingerprint: of the tokenizer in use.
+    state: of `Loader.state_dict`; a changed blend or skip list then takes effect from its consumed samples on.
+    """
+    group = micro_batch * dp_size
+    if micro_batch < 1 or global_batch < 1 or global_batch % group:
+        raise ValueError(
+            f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x data parallel {dp_size} "
+            f"= {group}"
+        )
+    streams = open_streams(config)
+    check_vocabulary([s.source for s in streams.values()], vocab_size, tokenizer_fingerprint)
+    sizes = {name: stream.available(1) for name, stream in streams.items()}
+    plan = Plan.from_config(config.phases, sizes, config.seq_length, config.skip)
+    if state is not None:
+        check_state(state, STATE_VERSION, config, {name: s.source for name, s in streams.items()})
+        past = Plan.from_json(state["plan"])
+        plan = past.continued(plan, int(past.ids(state["consumed_samples"], 1)[0]))
+    if total_samples is not None:
+        check_enough_data(config, streams, plan, total_samples)
+    return Loader(
+        config, streams, plan, micro_batch=micro_batch, dp_rank=dp_rank, dp_size=dp_size, vocab_size=vocab_size
+    )

@@ -1,0 +1,220 @@
+"""One shard: a pair of files in Megatron's format, `<prefix>.bin` (token ids) and `<prefix>.idx` (where documents are).
+
+One idea: the .idx is a header and three arrays, so both files are memory-mapped and nothing is parsed.
+
+    .idx = b"MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 sequences | u64 documents + 1
+         | i32 length of each sequence, in tokens | i64 byte offset of each sequence in .bin
+         | i64 first sequence of each document, and one past the last                 (all little-endian)
+
+Byte-compatible with Megatron-LM both ways (megatron/core/datasets/indexed_dataset.py). A Megatron document may be
+several sequences (sentence splitting); they are contiguous in .bin, so a document here is one run of tokens.
+All offsets are int64. Not here: checksums (manifest.py), order (samples.py).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+DTYPES: dict[int, np.dtype] = {  # Megatron's codes; float shards exist in the format but cannot hold token ids
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_DOCUMENT_TOKENS = 2**31 - 1  # the format keeps lengths in int32
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Smallest dtype Megatron would choose for ids below `vocab_size` (uint16 under 65500, else int32)."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def map_file(path: Path) -> memoryview:
+    """Read-only mapping of a whole file as bytes; an empty file gives an empty view (mmap refuses those)."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+class Shard:
+    """A memory-mapped shard. `prefix` is the path without .bin/.idx.
+
+    Attributes: `tokens` flat [num_tokens] of the stored dtype; `offsets` int64 [num_documents + 1], the token range of
+    document d being offsets[d]:offsets[d+1]. Raises FileNotFoundError or ValueError naming file, expected and actual.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(str(prefix).removesuffix(".bin").removesuffix(".idx"))
+        self.bin_path = Path(f"{self.prefix}.bin")
+        self.idx_path = Path(f"{self.prefix}.idx")
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise FileNotFoundError(f"shard file {path} does not exist; a shard is a .bin and an .idx side by side")
+        self.dtype, self.lengths, self._pointers, self._documents = _read_index(self.idx_path)
+        self._offsets: NDArray[np.int64] | None = None
+        self._check_sizes()
+        self.tokens: NDArray = np.frombuffer(map_file(self.bin_path), dtype=self.dtype, count=self.num_tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._documents) - 1
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        if not len(self.lengths):
+            return 0
+        return int(self._pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        if self._offsets is None:
+            ends = np.append(self._pointers // self.dtype.itemsize, self.num_tokens).astype(np.int64)
+            self._offsets = ends[self._documents]
+        return self._offsets
+
+    def document(self, index: int) -> NDArray:
+        """Token ids of one document, a view [length]."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def _check_sizes(self) -> None:
+        """O(1) agreement of the two files; `check_index` below reads every entry."""
+        expected, actual = self.num_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
+        if expected != actual:
+            raise ValueError(
+                f"shard {self.bin_path}: its .idx says {expected} bytes ({self.num_tokens} tokens of {self.dtype}), "
+                f"the file has {actual} bytes; it differs from byte offset {min(expected, actual)} on. "
+                "Copy or tokenize the shard again."
+            )
+        if self.num_documents < 0 or int(self._documents[0]) != 0 or int(self._documents[-1]) != self.num_sequences:
+            raise ValueError(
+                f"shard {self.idx_path}: the documents must cover sequences 0 to {self.num_sequences}, but run "
+                f"from {self._documents[:1].tolist()} to {self._documents[-1:].tolist()}; the .idx is damaged"
+            )
+
+    def check_index(self) -> None:
+        """Every length, pointer and document bound: ValueError with the first entry that is wrong."""
+        lengths = self.lengths.astype(np.int64)
+        expected = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1] * self.dtype.itemsize, out=expected[1:])
+        for name, bad, want, have in (
+            ("length", lengths < 0, np.zeros_like(lengths), lengths),
+            ("byte offset", expected != self._pointers, expected, self._pointers),
+        ):
+            if bad.any():
+                at = int(np.argmax(bad))
+                raise ValueError(
+                    f"shard {self.idx_path}: {name} of sequence {at} is {int(have[at])}, expected {int(want[at])}"
+                )
+        steps = np.diff(self._documents)
+        if (steps < 0).any():
+            at = int(np.argmax(steps < 0))
+            raise ValueError(f"shard {self.idx_path}: document {at} ends before it begins ({int(steps[at])} sequences)")
+
+
+def _read_index(path: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    view = map_file(path)
+    if len(view) < HEADER.size:
+        raise ValueError(f"shard {path}: {len(view)} bytes, shorter than the {HEADER.size}-byte header")
+    magic, version, code, sequences, documents = HEADER.unpack_from(view)
+    if magic != MAGIC or version != 1:
+        raise ValueError(f"shard {path}: starts with {magic!r} version {version}, expected {MAGIC!r} version 1")
+    if code not in DTYPES:
+        raise ValueError(f"shard {path}: dtype code {code} is not one of the integer codes {sorted(DTYPES)}")
+    expected = HEADER.size + sequences * 12 + documents * 8
+    # Megatron appends one mode byte per sequence to multimodal indexes; their extra length is legal and unused here.
+    if len(view) not in (expected, expected + sequences):
+        raise ValueError(
+            f"shard {path}: {len(view)} bytes, but its header ({sequences} sequences, {documents} bounds) needs "
+            f"{expected}; the file is truncated or damaged from byte {min(len(view), expected)} on"
+        )
+    at = HEADER.size
+    lengths = np.frombuffer(view, "<i4", sequences, at)
+    pointers = np.frombuffer(view, "<i8", sequences, at + 4 * sequences)
+    bounds = np.frombuffer(view, "<i8", documents, at + 12 * sequences)
+    return DTYPES[code], lengths, pointers, bounds
+
+
+class ShardWriter:
+    """Writes one shard, each document one sequence. Nothing has its final name until `close`; `abort` removes it.
+
+    on_bytes: called with every piece of the .bin in order (for checksums without a second read).
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype, on_bytes=None) -> None:  # type: ignore[no-untyped-def]
+        self.prefix = Path(prefix)
+        if np.dtype(dtype) not in CODES:
+            raise ValueError(f"shard dtype {dtype} is not one of {[str(d) for d in CODES]}")
+        self.dtype = np.dtype(dtype)
+        self.num_tokens = 0
+        self.num_documents = 0
+        self.max_token_id = -1
+        self._on_bytes = on_bytes
+        self._lengths: list[NDArray[np.int32]] = []
+        self._temporary = {end: Path(f"{self.prefix}.{end}.tmp") for end in ("bin", "idx")}
+        self._file = open(self._temporary["bin"], "wb")
+
+    def add_documents(self, tokens: NDArray, lengths: NDArray) -> None:
+        """Append documents: flat ids [sum(lengths)] and their lengths [documents] (0 allowed)."""
+        lengths = np.asarray(lengths, np.int64)
+        if int(lengths.sum()) != len(tokens):
+            raise ValueError(f"lengths sum to {int(lengths.sum())} but there are {len(tokens)} tokens")
+        if len(lengths) and int(lengths.max()) > MAX_DOCUMENT_TOKENS:
+            raise ValueError(f"a document of {int(lengths.max())} tokens exceeds the format's {MAX_DOCUMENT_TOKENS}")
+        if len(tokens):
+            low, high, limit = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype).max
+            if low < 0 or high > limit:
+                raise ValueError(f"token ids {low}..{high} do not fit {self.dtype} (0..{limit})")
+            self.max_token_id = max(self.max_token_id, high)
+        data = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
+        self._file.write(data)
+        if self._on_bytes is not None:
+            self._on_bytes(data)
+        self._lengths.append(lengths.astype("<i4"))
+        self.num_tokens += len(tokens)
+        self.num_documents += len(lengths)
+
+    def add_document(self, tokens: NDArray) -> None:
+        self.add_documents(np.asarray(tokens), np.array([len(tokens)]))
+
+    def close(self) -> None:
+        """Write the .idx, flush both to the disk, give both their names (.idx last: it makes the shard visible)."""
+        _sync_close(self._file)
+        with open(self._temporary["idx"], "wb") as file:
+            lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, "<i4")
+            pointers = np.zeros(len(lengths), "<i8")
+            np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
+            file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], len(lengths), len(lengths) + 1))
+            file.write(lengths.tobytes())
+            file.write(pointers.tobytes())
+            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        for end in ("bin", "idx"):
+            os.replace(self._temporary[end], f"{self.prefix}.{end}")
+
+    def abort(self) -> None:
+        self._file.close()
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _sync_close(file) -> None:  # type: ignore[no-untyped-def]
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

@@ -1,0 +1,84 @@
+"""Causal self-attention with grouped key-value heads, through torch's `scaled_dot_product_attention`.
+
+Heads are sharded over tp (query and key-value heads alike), the sequence over cp (see context_parallel.py). The
+projections are ordinary linears with a precision of their own; the two batched products inside stay in the compute
+dtype, as the paper keeps them (section 4.1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_fp4.comm.rect import split_evenly
+from megatron_fp4.layers.context_parallel import context_parallel_attention
+from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_fp4.layers.rope import apply_rope, rope_angles
+from megatron_fp4.layers.wiring import Tokens, Wiring
+
+
+class Attention(nn.Module):
+    """x_TD `[T/tp, D]` -> `[T/tp, D]`.
+
+    rope_base: 0 for no position embedding (the hybrid models). keep_documents_apart: tokens attend only inside their
+    document; otherwise the whole sample is causal. Raises ValueError if a head count does not divide by tp.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hidden: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        wiring: Wiring,
+        *,
+        rope_base: float,
+        keep_documents_apart: bool,
+        std: float,
+        out_std: float,
+    ) -> None:
+        super().__init__()
+        self._wiring = wiring
+        self._head_dim = head_dim
+        self._heads = split_evenly(num_heads, wiring.tp, what="num_heads")
+        self._kv_heads = split_evenly(num_kv_heads, wiring.tp, what="num_kv_heads")
+        self._rope_base = rope_base
+        self._keep_documents_apart = keep_documents_apart
+        outputs = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
+        self.qkv = ColumnParallelLinear(f"{name}.qkv", hidden, outputs, wiring, std=std)
+        self.out = RowParallelLinear(f"{name}.out", num_heads * head_dim, hidden, wiring, std=out_std)
+
+    def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
+        B, S = tokens.positions.shape
+        E = self._head_dim
+        sizes = [self._heads * E, self._kv_heads * E, self._kv_heads * E]
+        q, k, v = (part.view(B, S, -1, E) for part in self.qkv(x_TD, tokens).split(sizes, dim=-1))
+        if self._rope_base:
+            angles = rope_angles(tokens.positions, E, self._rope_base)
+            q, k = apply_rope(q, angles), apply_rope(k, angles)
+        out_BSHE = self._mix(q, k, v, tokens)
+        return self.out(out_BSHE.reshape(B * S, -1), tokens)
+
+    def _mix(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
+        if self._wiring.cp.size > 1:
+            documents = tokens.documents if self._keep_documents_apart else None
+            return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, documents, self._wiring.cp)
+        mask = document_mask(tokens.documents, tokens.documents) if self._keep_documents_apart else None
+        if mask is not None:
+            S = mask.shape[-1]
+            mask = mask & torch.ones(S, S, dtype=torch.bool, device=mask.device).tril()
+        return attend(q_BSHE, k_BSGE, v_BSGE, mask)
+
+
+def document_mask(documents_BS: Tensor, key_documents_BJ: Tensor) -> Tensor:
+    """bool `[B, 1, S, J]`: query and key are tokens of one document."""
+    return (documents_BS[:, :, None] == key_documents_BJ[:, None, :])[:, None]
+
+
+def attend(q_BSHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention; causal when `mask` is None, else the bool mask `[B, 1, S, J]` (True = attend)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHE, k_BJGE, v_BJGE))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2)

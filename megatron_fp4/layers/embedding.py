@@ -1,0 +1,55 @@
+"""Vocabulary-parallel token embedding.
+
+Rows of the table are spread over tp as evenly as possible, the first ranks taking the remainder, so a vocabulary needs
+no padding rows: nothing has to be masked from the softmax or dropped on export.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_fp4.comm.autograd import reduce_scatter_rows
+from megatron_fp4.comm.collectives import even_counts
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.layers.parameter import make_parameter, normal_init
+from megatron_fp4.layers.wiring import Wiring
+
+
+def vocab_range(vocab_size: int, tp: Group) -> tuple[int, int]:
+    """Vocabulary rows `[first, stop)` of this tensor-parallel rank. Raises ValueError if a rank would hold none."""
+    if vocab_size < tp.size:
+        raise ValueError(f"vocab_size = {vocab_size} is smaller than tp = {tp.size}")
+    counts = even_counts(vocab_size, tp.size)
+    first = sum(counts[: tp.rank])
+    return first, first + counts[tp.rank]
+
+
+def vocab_table(
+    name: str, vocab_size: int, hidden: int, wiring: Wiring, *, std: float, writes: bool = True
+) -> nn.Parameter:
+    """The rows of a `[vocab_size, hidden]` table that this rank holds."""
+    first, stop = vocab_range(vocab_size, wiring.tp)
+    segment = Segment(name, 0, stop - first, (vocab_size, hidden), (first, 0))
+    placement = Placement((segment,), writes=writes)
+    return make_parameter((stop - first, hidden), placement, normal_init(std), wiring.dtype, wiring.device)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token ids `[B, S] -> x_TD [T/tp, D]`: each rank looks up its rows, the sums are scattered over rows."""
+
+    def __init__(self, name: str, vocab_size: int, hidden: int, wiring: Wiring, *, std: float) -> None:
+        super().__init__()
+        self._tp = wiring.tp
+        self._first, self._stop = vocab_range(vocab_size, wiring.tp)
+        self.weight = vocab_table(f"{name}.weight", vocab_size, hidden, wiring, std=std)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        ids_T = ids_BS.reshape(-1)
+        if self._tp.size == 1:
+            return F.embedding(ids_T, self.weight)
+        mine_T = (ids_T >= self._first) & (ids_T < self._stop)
+        local_T = (ids_T - self._first).clamp(0, self._stop - self._first - 1)
+        x_TD = F.embedding(local_T, self.weight).masked_fill(~mine_T[:, None], 0.0)
+        return reduce_scatter_rows(x_TD, self._tp)

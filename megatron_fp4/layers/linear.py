@@ -1,0 +1,134 @@
+"""Column- and row-parallel linear layers, sequence-parallel throughout.
+
+                    x            weight [N, K]              y             collective
+    Column     rows gathered     rows sharded over tp       [T, N/tp]     gather rows before the GEMM
+    Row        [T, K/tp]         columns sharded over tp    [T/tp, N]     reduce-scatter rows after it
+
+One idea: the GEMM function knows no layout and the collective knows no format. What crosses between them is the
+`LinearSite`: over which ranks each operand is spread (for its largest magnitude) and which logical rows and columns
+this rank holds (for the address of its rounding noise).
+
+`linear.precision` is a plain value that may be assigned at any time. There is no bias: none of the paper's models has
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megatron_fp4.comm.autograd import gather_rows, reduce_scatter_rows
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Placement, Segment, split_evenly
+from megatron_fp4.layers.parameter import make_parameter, normal_init
+from megatron_fp4.layers.wiring import Tokens, Wiring
+from megatron_fp4.precision.linear_op import LinearSite, WeightCache, quantized_linear
+from megatron_fp4.precision.spec import LinearPrecision
+
+
+class ParallelLinear(nn.Module):
+    """What both kinds share: the weight, its site, its precision, and the three GEMMs."""
+
+    weight: nn.Parameter
+
+    def __init__(self, wiring: Wiring, site: LinearSite) -> None:
+        super().__init__()
+        self.site = site
+        self.precision = LinearPrecision()
+        self._wiring = wiring
+        self._cache = WeightCache()
+
+    @property
+    def name(self) -> str:
+        """Logical name, the same on every rank: `blocks.3.mlp.up`."""
+        return self.site.name
+
+    def gemm(self, x_TK: Tensor, tokens: Tokens) -> Tensor:
+        """`[T, K_local] -> [T, N_local]` in the layer's precision."""
+        wiring = self._wiring
+        return quantized_linear(
+            x_TK,
+            self.weight,
+            rows=tokens.rows,
+            site=self.site,
+            precision=self.precision,
+            backend=wiring.backend,
+            clock=wiring.clock,
+            cache=self._cache,
+            queue=wiring.queue,
+        )
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """Output features sharded over tp: `x [T/tp, K] -> y [T, N/tp]`.
+
+    outputs: logical output features per named part, e.g. {"q": 2048, "k": 512, "v": 512} or {"": 8192} for an unnamed
+    one. Each part is sharded on its own, so that a rank holds its heads of q, k and v side by side; the parts are
+    separate tensors (`<name>.q.weight`) in checkpoints. Raises ValueError if a part does not divide by tp.
+    """
+
+    def __init__(self, name: str, in_features: int, outputs: Mapping[str, int], wiring: Wiring, *, std: float) -> None:
+        tp = wiring.tp
+        segments: list[Segment] = []
+        n_index: list[Tensor] = []
+        first_row = first_logical = 0
+        for part, out_features in outputs.items():
+            label = f"{name}.{part}" if part else name
+            rows = split_evenly(out_features, tp, what=f"{label} output features")
+            offset = tp.rank * rows
+            shape = (out_features, in_features)
+            segments.append(Segment(f"{label}.weight", first_row, first_row + rows, shape, (offset, 0)))
+            n_index.append(torch.arange(rows, device=wiring.device) + first_logical + offset)
+            first_row += rows
+            first_logical += out_features
+        site = LinearSite(
+            name=name,
+            x_group=wiring.cp,
+            w_group=tp,
+            dy_group=wiring.tp_cp,
+            n_index=torch.cat(n_index),
+            k_index=torch.arange(in_features, device=wiring.device),
+        )
+        super().__init__(wiring, site)
+        placement = Placement(tuple(segments))
+        self.weight = make_parameter((first_row, in_features), placement, normal_init(std), wiring.dtype, wiring.device)
+
+    def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
+        return self.gemm(gather_rows(x_TD, self._wiring.tp), tokens)
+
+
+class RowParallelLinear(ParallelLinear):
+    """Input features sharded over tp: `x [T, K/tp] -> y [T/tp, N]`. Raises ValueError if K does not divide by tp."""
+
+    def __init__(self, name: str, in_features: int, out_features: int, wiring: Wiring, *, std: float) -> None:
+        tp = wiring.tp
+        columns = split_evenly(in_features, tp, what=f"{name} input features")
+        offset = tp.rank * columns
+        site = LinearSite(
+            name=name,
+            x_group=wiring.tp_cp,
+            w_group=tp,
+            dy_group=wiring.cp,
+            n_index=torch.arange(out_features, device=wiring.device),
+            k_index=torch.arange(columns, device=wiring.device) + offset,
+        )
+        super().__init__(wiring, site)
+        segment = Segment(f"{name}.weight", 0, out_features, (out_features, in_features), (0, offset))
+        self.weight = make_parameter(
+            (out_features, columns), Placement((segment,)), normal_init(std), wiring.dtype, wiring.device
+        )
+
+    def forward(self, x_TK: Tensor, tokens: Tokens) -> Tensor:
+        return reduce_scatter_rows(self.gemm(x_TK, tokens), self._wiring.tp)
+
+
+def linears_of(model: nn.Module) -> dict[str, ParallelLinear]:
+    """All parallel linears of a model (or of this rank's stages), by logical name, in order."""
+    return {module.name: module for module in model.modules() if isinstance(module, ParallelLinear)}
+
+
+def amax_groups(linear: ParallelLinear) -> tuple[Group, Group, Group]:
+    """The groups over which the largest magnitude of (x, weight, dy) is shared; for reports."""
+    return linear.site.x_group, linear.site.w_group, linear.site.dy_group

@@ -1,0 +1,66 @@
+"""Vocabulary-parallel cross-entropy.
+
+One idea: the softmax needs two numbers from the other ranks per token, the largest logit and then (sum of exponentials,
+logit of the label), so the logits themselves never travel. Exponentials are in FP32 whatever the logits are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
+from megatron_fp4.comm.mesh import Group
+
+IGNORE = -100
+"""Label of a position that is no target."""
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Per-token loss over logits_TV `[T, V_local]`; this rank of the group holds vocabulary `[first, first + V_local)`.
+
+    loss_t = log(sum_v exp(z_tv)) - (1 - s) * z_t,label - s / V * sum_v z_tv          (s = label smoothing)
+    dz_tv  = g_t * (softmax(z_t)_v - (1 - s) * [v = label_t] - s / V)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_TV: Tensor, labels_T: Tensor, first: int, vocab_size: int, smoothing: float, group: Group
+    ) -> Tensor:
+        z_TV = logits_TV.float()
+        top_T = all_reduce_max(z_TV.amax(dim=-1), group)
+        z_TV = z_TV - top_T[:, None]
+        counted_T = labels_T != IGNORE
+        local_T = labels_T - first
+        mine_T = counted_T & (local_T >= 0) & (local_T < z_TV.shape[-1])
+        index_T = local_T.clamp(0, z_TV.shape[-1] - 1)
+        picked_T = z_TV.gather(1, index_T[:, None])[:, 0].masked_fill(~mine_T, 0.0)
+        total_T = z_TV.sum(-1) if smoothing else torch.zeros_like(picked_T)
+        exp_TV = z_TV.exp_()
+        sums = all_reduce_sum(torch.stack([exp_TV.sum(-1), picked_T, total_T]), group)
+        loss_T = sums[0].log() - (1.0 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
+        ctx.save_for_backward(exp_TV.div_(sums[0][:, None]), index_T, mine_T, counted_T)
+        ctx.smoothing, ctx.vocab_size, ctx.dtype = smoothing, vocab_size, logits_TV.dtype
+        return loss_T.masked_fill(~counted_T, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, g_T: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+        softmax_TV, index_T, mine_T, counted_T = ctx.saved_tensors
+        dz_TV = softmax_TV - ctx.smoothing / ctx.vocab_size
+        rows = torch.arange(dz_TV.shape[0], device=dz_TV.device)
+        dz_TV[rows, index_T] -= (1.0 - ctx.smoothing) * mine_T.float()
+        dz_TV *= (g_T * counted_T)[:, None]
+        return dz_TV.to(ctx.dtype), None, None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits_TV: Tensor, labels_T: Tensor, *, first: int, vocab_size: int, group: Group, smoothing: float = 0.0
+) -> Tensor:
+    """Loss of each token in nats, float32 `[T]`; 0 where the label is IGNORE.
+
+    logits_TV: `[T, V_local]`, this rank's vocabulary rows `[first, first + V_local)`. labels_T: int64, global ids.
+    """
+    loss_T: Tensor = _VocabParallelCrossEntropy.apply(logits_TV, labels_T, first, vocab_size, smoothing, group)
+    return loss_T

@@ -1,0 +1,50 @@
+"""Feed-forward layers: squared ReLU (the paper's models) and SwiGLU."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_fp4.layers.wiring import Tokens, Wiring
+
+
+class Activation(Enum):
+    squared_relu = "squared_relu"
+    swiglu = "swiglu"
+
+
+class MLP(nn.Module):
+    """`down(act(up(x)))`: x_TD `[T/tp, D]` -> `[T/tp, D]`.
+
+    SwiGLU fuses gate and up into one column-parallel weight with two named parts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hidden: int,
+        ffn_hidden: int,
+        activation: Activation,
+        wiring: Wiring,
+        *,
+        std: float,
+        out_std: float,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        gated = activation is Activation.swiglu
+        outputs = {"gate": ffn_hidden, "up": ffn_hidden} if gated else {"": ffn_hidden}
+        self.up = ColumnParallelLinear(f"{name}.{'gate_up' if gated else 'up'}", hidden, outputs, wiring, std=std)
+        self.down = RowParallelLinear(f"{name}.down", ffn_hidden, hidden, wiring, std=out_std)
+
+    def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
+        h_TF = self.up(x_TD, tokens)
+        if self.activation is Activation.swiglu:
+            gate_TF, up_TF = h_TF.chunk(2, dim=-1)
+            h_TF = F.silu(gate_TF) * up_TF
+        else:
+            h_TF = F.relu(h_TF).square()
+        return self.down(h_TF, tokens)

@@ -1,0 +1,89 @@
+"""How a parameter is made: its place in the logical tensor, and how it is filled.
+
+One idea: a parameter's initial value is a function of (seed, logical name, global index), so that every parallel layout
+starts from the same model. Parameters are made empty, with `.placement` and `.initializer`;
+`initialize_parameters` fills all of a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.numerics.random import key_of, normal, uniform
+
+Initializer = Callable[[int, Segment, tuple[int, ...], torch.device], Tensor]
+"""(seed, segment, shape of the rectangle, device) -> float32 values of the rectangle."""
+
+
+def make_parameter(
+    shape: tuple[int, ...], placement: Placement, initializer: Initializer, dtype: torch.dtype, device: torch.device
+) -> nn.Parameter:
+    """An empty parameter of the local `shape` that carries `.placement` and `.initializer`."""
+    assert placement.segments[-1].stop == shape[0], f"{placement.segments} do not cover {shape}"
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    parameter.placement = placement  # type: ignore[attr-defined]
+    parameter.initializer = initializer  # type: ignore[attr-defined]
+    return parameter
+
+
+def replicated_vector(name: str, size: int) -> Placement:
+    """Placement of a 1-D parameter that every rank holds whole."""
+    return Placement((Segment(name, 0, size, (size,), (0,)),), tp_replicated=True, decay=False)
+
+
+def sharded_vector(name: str, size: int, first: int, stop: int) -> Placement:
+    """Placement of elements `[first, stop)` of a 1-D logical parameter."""
+    return Placement((Segment(name, 0, stop - first, (size,), (first,)),), decay=False)
+
+
+def _addresses(segment: Segment, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Global (row, column) indices; the dims after the first count as one column index."""
+    columns = math.prod(shape[1:])
+    first = segment.global_offset[1] if len(segment.global_offset) > 1 else 0
+    return segment.row_index(device), torch.arange(first, first + columns, device=device)
+
+
+def normal_init(std: float) -> Initializer:
+    """Normal with the given standard deviation."""
+
+    def fill(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return normal(key_of(seed, "init", segment.name), *_addresses(segment, shape, device)).view(shape) * std
+
+    return fill
+
+
+def uniform_init(low: float, high: float) -> Initializer:
+    """Uniform in [low, high)."""
+
+    def fill(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        draw = uniform(key_of(seed, "init", segment.name), *_addresses(segment, shape, device)).view(shape)
+        return low + (high - low) * draw
+
+    return fill
+
+
+def constant_init(value: float) -> Initializer:
+    """The same value everywhere (norm weights 1, biases 0)."""
+
+    def fill(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.full(shape, value, dtype=torch.float32, device=device)
+
+    return fill
+
+
+@torch.no_grad()
+def initialize_parameters(model: nn.Module, seed: int) -> None:
+    """Fill every parameter of `model`; the values do not depend on the parallel layout."""
+    for name, parameter in model.named_parameters():
+        placement = getattr(parameter, "placement", None)
+        if placement is None:
+            raise AssertionError(f"parameter {name} was not made by make_parameter")
+        for segment in placement.segments:
+            shape = (segment.num_rows, *parameter.shape[1:])
+            values = parameter.initializer(seed, segment, shape, parameter.device)  # type: ignore[attr-defined]
+            parameter[segment.start : segment.stop] = values.to(parameter.dtype)

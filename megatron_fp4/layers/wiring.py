@@ -1,0 +1,70 @@
+"""What every layer of one model shares, and what travels with the activations.
+
+One idea: nothing is looked up. `Wiring` is handed to constructors; `Tokens` is handed to `forward` beside the
+activations, so that a recomputed or pipelined layer sees exactly the addresses and positions of its own microbatch.
+
+Shape letters of the whole floor:
+    B sequences in a microbatch, S tokens per sequence on this context-parallel rank, T = B * S, D hidden,
+    F feed-forward, N/K output/input features of a linear, H heads, G key-value heads, E head dim,
+    V vocabulary (rows of this rank).
+Activations between layers are `x_TD`. Under tensor parallelism their rows are sharded (sequence parallelism): a rank
+holds the T/tp rows `[tp_rank * T/tp, (tp_rank + 1) * T/tp)`. Column-parallel layers gather the rows, row-parallel ones
+scatter the sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.precision.backends import Backend
+from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.linear_op import WgradQueue
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Handed to every layer at construction.
+
+    dtype: of weights and activations (the compute dtype, BF16 or FP32). queue: weight gradients deferred by zero-bubble
+    pipeline schedules.
+    """
+
+    tp: Group
+    cp: Group
+    tp_cp: Group
+    backend: Backend
+    clock: StepClock
+    queue: WgradQueue
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(mesh: ParallelMesh, backend: Backend, clock: StepClock, dtype: torch.dtype, device: torch.device) -> Wiring:
+        return Wiring(mesh.tp, mesh.cp, mesh.tp_cp, backend, clock, WgradQueue(), dtype, device)
+
+
+class Tokens(NamedTuple):
+    """The tokens of one microbatch on this context-parallel rank; all int64 `[B, S]`.
+
+    address: global index of the token within the global batch (the address of its rounding noise and dropout).
+    positions: position in its document (or in its sample where documents are not kept apart).
+    documents: number of the document within the sample; tokens attend only inside their own.
+    """
+
+    address: Tensor
+    positions: Tensor
+    documents: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """Addresses of the T rows of a gathered activation, int64 `[T]`."""
+        return self.address.reshape(-1)
+
+    def my_rows(self, tp: Group) -> Tensor:
+        """Addresses of this rank's T/tp rows."""
+        return self.rows.chunk(tp.size)[tp.rank]

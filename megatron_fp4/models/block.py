@@ -1,0 +1,118 @@
+"""One block of the decoder: a pre-norm residual around each of its mixers.
+
+x <- x + dropout(mixer(norm(x)))         once for M, * and -;  attention, then MLP for T
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from megatron_fp4.layers.attention import Attention
+from megatron_fp4.layers.dropout import Dropout
+from megatron_fp4.layers.mamba2 import Mamba2
+from megatron_fp4.layers.mlp import MLP, Activation
+from megatron_fp4.layers.norm import RMSNorm
+from megatron_fp4.layers.wiring import Tokens, Wiring
+from megatron_fp4.models.config import ModelConfig
+
+MIXERS = {"T": ("attention", "mlp"), "M": ("mamba",), "*": ("attention",), "-": ("mlp",)}
+
+
+def make_mixer(kind: str, name: str, config: ModelConfig, wiring: Wiring, *, keep_documents_apart: bool) -> nn.Module:
+    """The mixer `kind` (attention, mlp or mamba) with the logical name `name`."""
+    std, out_std = config.init_std, config.residual_std
+    if kind == "attention":
+        return Attention(
+            name,
+            config.hidden,
+            config.num_heads,
+            config.num_kv_heads,
+            config.attention_head_dim,
+            wiring,
+            rope_base=config.rope_base,
+            keep_documents_apart=keep_documents_apart,
+            std=std,
+            out_std=out_std,
+        )
+    if kind == "mlp":
+        return MLP(name, config.hidden, config.ffn_hidden, config.activation, wiring, std=std, out_std=out_std)
+    return Mamba2(name, config, wiring, keep_documents_apart=keep_documents_apart, std=std, out_std=out_std)
+
+
+class Block(nn.Module):
+    """Block `index` of the model: x_TD `[T/tp, D]` -> `[T/tp, D]`."""
+
+    def __init__(self, index: int, config: ModelConfig, wiring: Wiring, *, keep_documents_apart: bool) -> None:
+        super().__init__()
+        self.kinds = MIXERS[config.blocks[index]]
+        for kind in self.kinds:
+            name = f"blocks.{index}.{kind}"
+            mixer = make_mixer(kind, name, config, wiring, keep_documents_apart=keep_documents_apart)
+            self.add_module(f"{kind}_norm", RMSNorm(f"{name}_norm", config.hidden, wiring, eps=config.norm_eps))
+            self.add_module(kind, mixer)
+            self.add_module(f"{kind}_dropout", Dropout(f"{name}_dropout", config.dropout, wiring))
+
+    def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
+        for kind in self.kinds:
+            norm, mixer, dropout = (self.get_submodule(kind + part) for part in ("_norm", "", "_dropout"))
+            x_TD = x_TD + dropout(mixer(norm(x_TD), tokens), tokens)
+        return x_TD
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """A linear of the model as the precision plan and the planner see it, without building it.
+
+    block: None outside the blocks (the head). outputs: logical output features per part. column: True if the output
+    features are sharded over tp, False if the input features are.
+    """
+
+    name: str
+    block: int | None
+    in_features: int
+    outputs: dict[str, int]
+    column: bool
+
+    @property
+    def out_features(self) -> int:
+        return sum(self.outputs.values())
+
+    def local_shape(self, tp: int) -> tuple[int, int]:
+        """Local weight shape [N, K] under `tp` (of the first rank where the vocabulary is uneven)."""
+        if self.column:
+            return sum(-(-rows // tp) for rows in self.outputs.values()), self.in_features
+        return self.out_features, self.in_features // tp
+
+
+def block_linears(index: int, config: ModelConfig) -> list[LinearInfo]:
+    """The linears of block `index`, in the order of execution."""
+    found: list[LinearInfo] = []
+
+    def add(name: str, in_features: int, outputs: dict[str, int], *, column: bool) -> None:
+        found.append(LinearInfo(f"blocks.{index}.{name}", index, in_features, outputs, column))
+
+    D, F = config.hidden, config.ffn_hidden
+    for kind in MIXERS[config.blocks[index]]:
+        if kind == "attention":
+            query = config.num_heads * config.attention_head_dim
+            key = config.num_kv_heads * config.attention_head_dim
+            add("attention.qkv", D, {"q": query, "k": key, "v": key}, column=True)
+            add("attention.out", query, {"": D}, column=False)
+        elif kind == "mlp":
+            gated = config.activation is Activation.swiglu
+            add("mlp.gate_up" if gated else "mlp.up", D, {"gate": F, "up": F} if gated else {"": F}, column=True)
+            add("mlp.down", F, {"": D}, column=False)
+        else:
+            inner, states = config.mamba_inner, config.mamba_num_groups * config.mamba_state
+            parts = {"z": inner, "x": inner, "B": states, "C": states, "dt": config.mamba_num_heads}
+            add("mamba.in_proj", D, parts, column=True)
+            add("mamba.out_proj", inner, {"": D}, column=False)
+    return found
+
+
+def model_linears(config: ModelConfig) -> list[LinearInfo]:
+    """All linears of the model, in the order of execution, the head last."""
+    found = [info for index in range(len(config.blocks)) for info in block_linears(index, config)]
+    return [*found, LinearInfo("head", None, config.hidden, {"": config.vocab_size}, column=True)]

@@ -1,0 +1,22 @@
+"""Data-parallel optimization: FP32 main gradients, row-sharded AdamW, clipping and learning-rate schedules (floor 3).
+
+This floor knows parameters, their placements and groups of ranks. It does not know how a layer computed a gradient.
+"""
+
+from megatron_fp4.optim.config import DecayStyle, Impl, OptimConfig, Overlap, Schedule
+from megatron_fp4.optim.lr import check_schedule, learning_rate
+from megatron_fp4.optim.state import StateShard, StepReport
+from megatron_fp4.optim.zero1 import Zero1AdamW
+
+__all__ = [
+    "DecayStyle",
+    "Impl",
+    "OptimConfig",
+    "Overlap",
+    "Schedule",
+    "StateShard",
+    "StepReport",
+    "Zero1AdamW",
+    "check_schedule",
+    "learning_rate",
+]

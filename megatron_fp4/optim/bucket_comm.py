@@ -1,0 +1,63 @@
+"""The two collectives of a bucket, started now and finished later.
+
+One idea: what a collective computes does not depend on when it is waited for, so overlap cannot change a number. Sums
+go through an all-to-all and a local FP32 sum in rank order wherever the order would otherwise depend on the position
+in the buffer (gloo), where parts are uneven, or where replicas in other buckets must get the same bits. NCCL's native
+collectives serve the rest. A group of one rank communicates nothing.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_fp4.comm.collectives import ordered_sum
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.optim.layout import Bucket
+
+
+def _is_gloo(group: Group) -> bool:
+    return dist.get_backend(group.process_group) == "gloo"
+
+
+class PendingSum:
+    """A started reduce-scatter of `flat` (FP32 `[bucket.numel]`), which must not be written until `result()`."""
+
+    def __init__(self, flat: Tensor, bucket: Bucket, group: Group) -> None:
+        self._flat, self._size, self._part = flat, group.size, bucket.parts[group.rank]
+        self._ordered = bucket.kind.deferred or not bucket.even or _is_gloo(group)
+        if self._ordered:
+            self._received = flat.new_empty(group.size * self._part)
+            counts = [self._part] * group.size
+            self._work = dist.all_to_all_single(
+                self._received, flat, counts, list(bucket.parts), group=group.process_group, async_op=True
+            )
+        else:
+            self._received = flat.new_empty(self._part)
+            self._work = dist.reduce_scatter_single(self._received, flat, group=group.process_group, async_op=True)
+
+    def result(self) -> Tensor:
+        """My part of the sum over all ranks, FP32 `[bucket.parts[rank]]`."""
+        self._work.wait()
+        if not self._ordered:
+            return self._received
+        return ordered_sum(self._received.view(self._size, self._part))
+
+
+class PendingGather:
+    """A started all-gather of `part` (`[bucket.parts[rank]]`) into `flat` (`[bucket.numel]`), same dtype."""
+
+    def __init__(self, flat: Tensor, part: Tensor, bucket: Bucket, group: Group) -> None:
+        if bucket.even:
+            self._source = part
+            self._work = dist.all_gather_single(flat, part, group=group.process_group, async_op=True)
+        else:
+            self._source = part.repeat(group.size)
+            counts = [bucket.parts[group.rank]] * group.size
+            self._work = dist.all_to_all_single(
+                flat, self._source, list(bucket.parts), counts, group=group.process_group, async_op=True
+            )
+
+    def wait(self) -> None:
+        """Return when `flat` may be read (on CUDA: by kernels launched from now on)."""
+        self._work.wait()

@@ -1,0 +1,37 @@
+"""The global gradient norm, each logical element counted once, and the factor that clips it.
+
+One idea: squared sums in FP64, one per parameter, added over all ranks of the job by one collective; the square root is
+rounded to FP32. FP64 sums of FP32 squares agree to about 1e-15 in any order, so the rounded norm is the same at every
+layout. A replica (tensor-parallel copies, the second copy of a tied embedding) is left out on all ranks but one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.collectives import all_reduce_sum
+from megatron_fp4.comm.mesh import Group
+
+
+def global_norm(counted: Sequence[Tensor], world: Group, device: torch.device) -> float:
+    """Euclidean norm of the FP32 tensors of all ranks together. NaN or infinity anywhere makes it NaN or infinite.
+
+    counted: the parts of gradients that this rank owns and no other rank counts; may be empty.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if counted:
+        norms = torch._foreach_norm(list(counted), 2, dtype=torch.float64)
+        total = torch.stack(norms).square().sum()
+    squared = float(all_reduce_sum(total.view(1), world))
+    return float(torch.tensor(math.sqrt(squared), dtype=torch.float32))
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What to multiply the gradients by; 1 if `max_norm` is 0 (off) or not exceeded. As torch's clip_grad_norm_."""
+    if max_norm < 0:
+        raise ValueError(f"max_norm = {max_norm}, must not be negative (0 turns clipping off)")
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0

@@ -1,0 +1,141 @@
+"""FP32 main gradients in flat buckets, reduced over the data-parallel ranks.
+
+One idea: a gradient is added to `parameter.main_grad` where it is made, and the optimizer counts the contributions. A
+linear layer's backward adds its weight gradient itself and calls `parameter.grad_ready()`; the gradient of every other
+parameter is moved over by a hook. `arm()` announces the backward after which the sums are complete. From then on a
+bucket that has got as many contributions as in the step before is sent at once, beside the rest of the backward.
+
+The count is a guess, never a condition: what was not sent is sent in `finish()` (unused parameters, the first step),
+and a bucket that gets a contribution after it was sent (a weight used more often than last time) is sent again, after
+the ranks have agreed on it. Buckets leave in their fixed order on every rank. Only a rank's own part of a bucket holds
+the sum afterwards; the rest is this rank's partial gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.optim.bucket_comm import PendingSum
+from megatron_fp4.optim.layout import Bucket
+
+
+class GradBuffer:
+    """Main gradients of all parameters; reduces them over `group` (dp x cp), after `tp` and tied stages where needed.
+
+    overlap: send full buckets during the armed backward. It changes no bit of the result.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], group: Group, tp: Group, *, overlap: bool) -> None:
+        self._buckets, self._group, self._tp = buckets, group, tp
+        self._overlap = overlap and group.size > 1
+        self.flats = [torch.zeros(bucket.numel, dtype=torch.float32, device=bucket.kind.device) for bucket in buckets]
+        self._num_early = sum(not bucket.kind.deferred for bucket in buckets)
+        self._expected: list[list[int]] | None = None
+        self._counts = [[0] * len(bucket.slots) for bucket in buckets]
+        self._missing = [0] * len(buckets)
+        self._pending: list[PendingSum] = []  # of buckets 0, 1, ..., in order
+        self._late: set[int] = set()
+        self._armed = False
+        self._absorbers: list[Callable[[], None]] = []
+        for index, (bucket, flat) in enumerate(zip(buckets, self.flats, strict=True)):
+            for position, slot in enumerate(bucket.slots):
+                main_grad, ready = flat[slot.start : slot.stop], partial(self._ready, index, position)
+                self._absorbers.append(_equip(slot.parameter, main_grad, ready))
+
+    def zero(self) -> None:
+        """Forget all gradients; begins a step."""
+        assert not self._pending, "zero_grad between begin_last_microbatch and finish_grads"
+        for bucket, flat in zip(self._buckets, self.flats, strict=True):
+            flat.zero_()
+            for slot in bucket.slots:
+                slot.parameter.grad = None
+        self._armed = False
+
+    def arm(self) -> None:
+        """The backward that follows is the last before `finish`: full buckets may leave."""
+        assert not self._armed, "begin_last_microbatch was called twice in one step"
+        self._armed = True
+        for index, bucket in enumerate(self._buckets):
+            self._counts[index] = [0] * len(bucket.slots)
+            self._missing[index] = sum(self._expected[index]) if self._expected else 0
+        self._send_full()
+
+    def finish(self) -> None:
+        """Complete all sums: afterwards every rank's own part of each bucket is the sum over all ranks."""
+        for absorb in self._absorbers:  # what reached `.grad` without autograd's hook, as pipeline engines do
+            absorb()
+        for bucket, flat in zip(self._buckets, self.flats, strict=True):
+            _sum_replicas(bucket, flat, self._tp)
+        if self._group.size > 1:
+            while len(self._pending) < len(self._buckets):
+                self._send_next()
+            self._send_late_again()
+            for bucket, flat, pending in zip(self._buckets, self.flats, self._pending, strict=True):
+                low, high = bucket.bounds(self._group.rank)
+                flat[low:high] = pending.result()
+        if self._armed:
+            self._expected = [list(counts) for counts in self._counts]
+        self._pending, self._late, self._armed = [], set(), False
+
+    def _ready(self, index: int, position: int) -> None:
+        """One contribution to a parameter is complete."""
+        if not self._armed:
+            return
+        self._counts[index][position] += 1
+        if index < len(self._pending):
+            self._late.add(index)
+        elif self._expected and self._counts[index][position] <= self._expected[index][position]:
+            self._missing[index] -= 1
+            self._send_full()
+
+    def _send_full(self) -> None:
+        if not self._overlap or self._expected is None:
+            return
+        while len(self._pending) < self._num_early and self._missing[len(self._pending)] == 0:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        index = len(self._pending)
+        self._pending.append(PendingSum(self.flats[index], self._buckets[index], self._group))
+
+    def _send_late_again(self) -> None:
+        """Repeat the buckets that any rank changed after sending; all ranks take part in the same ones."""
+        if not self._overlap or not self._armed or self._expected is None:
+            return
+        late = torch.zeros(self._num_early, dtype=torch.int32, device=self.flats[0].device)
+        for index in self._late:
+            late[index] = 1
+        for index in all_reduce_max(late, self._group).nonzero().flatten().tolist():
+            self._pending[index].result()  # the receive buffer is in use until then
+            self._pending[index] = PendingSum(self.flats[index], self._buckets[index], self._group)
+
+
+def _equip(parameter: nn.Parameter, flat: Tensor, ready: Callable[[], None]) -> Callable[[], None]:
+    """Give a parameter its `main_grad` and `grad_ready`; returns what moves `.grad` over, also hooked to autograd."""
+    main_grad = flat.view(parameter.shape)
+
+    def absorb() -> None:
+        if parameter.grad is None:  # the layer's backward has accumulated and counted by itself
+            return
+        main_grad.add_(parameter.grad)
+        parameter.grad = None
+        ready()
+
+    parameter.main_grad = main_grad  # type: ignore[attr-defined]
+    parameter.grad_ready = ready  # type: ignore[attr-defined]
+    parameter.register_post_accumulate_grad_hook(lambda _parameter: absorb())
+    return absorb
+
+
+def _sum_replicas(bucket: Bucket, flat: Tensor, tp: Group) -> None:
+    """Add the gradients of tied copies on other stages and the partial ones of tp ranks, in rank order."""
+    if bucket.kind.tied_group is not None:
+        flat.copy_(all_reduce_sum(flat, bucket.kind.tied_group))
+    if bucket.kind.tp_summed:
+        flat.copy_(all_reduce_sum(flat, tp))

@@ -1,0 +1,71 @@
+"""The learning rate as a pure function of consumed tokens.
+
+One idea: no scheduler object and no state. A step asks for the rate at the tokens consumed so far, its own batch
+included, so that the first step has a positive rate and the last one exactly `min_lr`. A changed batch size or a
+resume cannot shift the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+
+from megatron_fp4.optim.config import DecayStyle, OptimConfig, Schedule
+
+
+def decay_tokens(config: OptimConfig, total_tokens: int) -> int:
+    """Tokens of the last phase of `wsd`."""
+    return round(config.decay_fraction * total_tokens)
+
+
+def check_schedule(config: OptimConfig, total_tokens: int) -> None:
+    """Raise ValueError, with the numbers, if the phases do not fit into `total_tokens`."""
+    if total_tokens < 1:
+        raise ValueError(f"the run has {total_tokens} tokens in total, must be at least 1")
+    warmup = config.warmup_tokens
+    if warmup > total_tokens:
+        raise ValueError(
+            f"optim.warmup_tokens = {warmup} is more than the {total_tokens} tokens of the run; lower it, or"
+            " train longer"
+        )
+    decay = decay_tokens(config, total_tokens)
+    if config.schedule is Schedule.wsd and warmup + decay > total_tokens:
+        raise ValueError(
+            f"warm-up and decay do not fit: optim.warmup_tokens = {warmup} and optim.decay_fraction ="
+            f" {config.decay_fraction} of {total_tokens} = {decay} tokens are {warmup + decay} together; lower one of"
+            f" them by {warmup + decay - total_tokens} tokens"
+        )
+
+
+def learning_rate(config: OptimConfig, tokens_seen: int, total_tokens: int) -> float:
+    """Rate of the step after which `tokens_seen` of `total_tokens` tokens are consumed.
+
+    Tokens beyond the total keep the final rate. Raises ValueError for negative tokens or phases that do not fit.
+    """
+    check_schedule(config, total_tokens)
+    if tokens_seen < 0:
+        raise ValueError(f"tokens_seen = {tokens_seen}, must not be negative")
+    if tokens_seen < config.warmup_tokens:
+        return config.lr * tokens_seen / config.warmup_tokens
+    if config.schedule is Schedule.constant:
+        return config.lr
+    if config.schedule is Schedule.cosine:
+        start, style = config.warmup_tokens, DecayStyle.cosine
+    else:
+        start, style = total_tokens - decay_tokens(config, total_tokens), config.decay_style
+    if tokens_seen <= start and start < total_tokens:
+        return config.lr
+    if start == total_tokens:  # no decay phase: the rate stays at its peak to the end
+        return config.lr
+    done = min(1.0, (tokens_seen - start) / (total_tokens - start))
+    return config.min_lr + decay_factor(style, done) * (config.lr - config.min_lr)
+
+
+def decay_factor(style: DecayStyle, done: float) -> float:
+    """Part of the way from `min_lr` up to `lr`, after the part `done` of the decay: 1 at 0, exactly 0 at 1."""
+    if style is DecayStyle.linear:
+        return 1.0 - done
+    if style is DecayStyle.cosine:
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    if style is DecayStyle.minus_sqrt:
+        return 1.0 - math.sqrt(done)
+    return 2.0 * 0.5**done - 1.0

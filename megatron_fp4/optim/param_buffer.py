@@ -1,0 +1,66 @@
+"""Compute parameters as views into flat buckets, refreshed from the master weights.
+
+One idea: after a step each rank rounds its part of the masters to the parameters' dtype and one all-gather per bucket
+writes the whole bucket in place; the `nn.Parameter` objects stay the same. The gathers may run beside the next forward:
+`gather_beside_forward` makes every module wait for its own buckets, and for nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.optim.bucket_comm import PendingGather
+from megatron_fp4.optim.layout import Bucket
+
+
+class ParamBuffer:
+    """The parameters of all buckets, replicated over `group` (dp x cp)."""
+
+    def __init__(self, buckets: Sequence[Bucket], group: Group) -> None:
+        self._buckets, self._group = buckets, group
+        self._flats = [torch.zeros(b.numel, dtype=b.kind.dtype, device=b.kind.device) for b in buckets]
+        self._pending: dict[int, PendingGather] = {}
+        for bucket, flat in zip(buckets, self._flats, strict=True):
+            for slot in bucket.slots:
+                view = flat[slot.start : slot.stop].view(slot.parameter.shape)
+                view.copy_(slot.parameter.detach())
+                slot.parameter.data = view
+
+    def part(self, index: int) -> Tensor:
+        """My part of bucket `index`, a view."""
+        low, high = self._buckets[index].bounds(self._group.rank)
+        return self._flats[index][low:high]
+
+    def refresh(self, masters: Sequence[Tensor], *, wait: bool) -> None:
+        """Parameters = masters, rounded. masters: FP32, one flat part per bucket. wait=False: gather in the background.
+
+        The buckets go out in forward order, the reverse of their own.
+        """
+        self.wait()
+        for index in reversed(range(len(self._buckets))):
+            if self._group.size == 1:
+                self._flats[index].copy_(masters[index])
+            else:
+                part = masters[index].to(self._flats[index].dtype)
+                self._pending[index] = PendingGather(self._flats[index], part, self._buckets[index], self._group)
+        if wait:
+            self.wait()
+
+    def wait(self, indices: Sequence[int] | None = None) -> None:
+        """Until the buckets `indices` (default: all) may be read."""
+        for index in list(self._pending) if indices is None else indices:
+            pending = self._pending.pop(index, None)
+            if pending is not None:
+                pending.wait()
+
+    def gather_beside_forward(self, module: nn.Module) -> None:
+        """Make each submodule wait for its own parameters before its forward."""
+        bucket_of = {id(slot.parameter): i for i, bucket in enumerate(self._buckets) for slot in bucket.slots}
+        for child in module.modules():
+            owned = sorted({bucket_of[id(p)] for p in child.parameters(recurse=False) if id(p) in bucket_of})
+            if owned:
+                child.register_forward_pre_hook(lambda _module, _inputs, owned=owned: self.wait(owned))

@@ -1,0 +1,198 @@
+"""ZeRO-1: AdamW whose FP32 master weights and moments are divided by rows over the data-parallel ranks.
+
+One idea: a bucket is summed, updated and gathered by flat ranges, and every range is a list of rectangles.
+
+    backward      main_grad += gradient (FP32)                                     every rank, all rows
+    finish_grads  reduce-scatter: my rows of the sum over dp x cp                   (tied copies and tp partials before)
+    step          global norm -> clip -> AdamW on my rows -> all-gather parameters  (in the parameters' dtype)
+
+The loss is normalised by the caller; nothing is divided here. A step whose gradient norm is not finite changes no state
+on any rank. The update itself is in `adam.py`, files and formats are the checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from megatron_fp4.comm.collectives import all_gather_object
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.optim.adam import choose_adamw
+from megatron_fp4.optim.clip import clip_factor, global_norm
+from megatron_fp4.optim.config import OptimConfig
+from megatron_fp4.optim.grad_buffer import GradBuffer
+from megatron_fp4.optim.groups import UpdateGroup, decay_of
+from megatron_fp4.optim.layout import Run, make_buckets
+from megatron_fp4.optim.param_buffer import ParamBuffer
+from megatron_fp4.optim.state import StateShard, StepReport
+
+FP32_PER_MIB = 2**18
+
+
+class Zero1AdamW:
+    """The optimizer of one rank.
+
+    named_parameters: all trainable parameters of this rank, each with a `.placement`, and with `.tied_group` (a Group
+    of the ranks that hold a copy) where a weight lives on two stages. They become views into flat buffers and get
+    `.main_grad` (FP32) and `.grad_ready`. Build it after the parameters have their initial values; all ranks must.
+    sequence_parallel: replicated parameters have partial gradients on each tensor-parallel rank, which are summed.
+    on_weights_changed: called after the parameters have been rewritten (step, load).
+    Raises ValueError for a parameter without a valid placement, and for an implementation that is not installed.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimConfig,
+        mesh: ParallelMesh,
+        sequence_parallel: bool,
+        on_weights_changed: Callable[[], None] | None = None,
+    ) -> None:
+        self.config, self.step_count = config, 0
+        self._mesh, self._on_weights_changed = mesh, on_weights_changed
+        self.buckets = make_buckets(
+            named_parameters,
+            mesh.dp_cp,
+            bucket_numel=max(1, int(config.bucket_mib * FP32_PER_MIB)),
+            sum_replicated_over_tp=sequence_parallel and mesh.tp.size > 1,
+        )
+        if not self.buckets:
+            raise ValueError("the optimizer got no parameters")
+        self._device = self.buckets[0].kind.device
+        overlap = config.overlap_reduce.enabled(self._device.type)
+        self._grads = GradBuffer(self.buckets, mesh.dp_cp, mesh.tp, overlap=overlap)
+        self._params = ParamBuffer(self.buckets, mesh.dp_cp)
+        self._masters = [self._params.part(index).float().clone() for index in range(len(self.buckets))]
+        self._exp_avgs = [torch.zeros_like(master) for master in self._masters]
+        self._exp_avg_sqs = [torch.zeros_like(master) for master in self._masters]
+        self._adamw = choose_adamw(self._update_groups(), config)
+        self._beside_forward = False
+        self._norm: float | None = None
+        self._finished = False
+
+    # -- one step, in order ---------------------------------------------------------------------------------------
+
+    def zero_grad(self) -> None:
+        """Clear all gradients; begins a step."""
+        self._grads.zero()
+        self._norm, self._finished = None, False
+
+    def begin_last_microbatch(self) -> None:
+        """The backward that follows completes the gradients, so full buckets may be sent during it.
+
+        Call it before the last microbatch, or, where a pipeline schedule runs all microbatches in one call, before that
+        call. Without it everything is sent in `finish_grads`.
+        """
+        self._grads.arm()
+
+    def finish_grads(self) -> None:
+        """Complete the sums over all ranks. Collective over tp, tied stages and dp x cp."""
+        assert not self._finished, "finish_grads was called twice in one step"
+        self._grads.finish()
+        self._finished = True
+
+    def grad_norm(self) -> float:
+        """Norm of the summed gradients of the whole model, before clipping. Collective over the world, once a step."""
+        assert self._finished, "finish_grads comes first"
+        if self._norm is None:
+            counted = [grad for run, grad in self._owned_grads() if self._is_owner(run)]
+            self._norm = global_norm(counted, self._mesh.world, self._device)
+        return self._norm
+
+    @torch.no_grad()
+    def step(self, lr: float, max_norm: float) -> StepReport:
+        """Clip to `max_norm` (0 = off), update my rows, refresh the parameters. Skipped if the norm is not finite."""
+        norm = self.grad_norm()
+        if not torch.isfinite(torch.tensor(norm)):
+            return StepReport(lr, norm, 0.0, skipped=True, nonfinite=self._nonfinite_names())
+        factor = clip_factor(norm, max_norm)
+        if factor < 1.0:
+            torch._foreach_mul_([grad for _, grad in self._owned_grads()], factor)
+        self.step_count += 1
+        self._adamw.update(lr, self.step_count)
+        self._refresh()
+        return StepReport(lr, norm, factor, skipped=False)
+
+    # -- parameters and state -------------------------------------------------------------------------------------
+
+    def gather_beside_forward(self, module: nn.Module) -> None:
+        """Let the parameters of a step arrive during the next forward of `module`, each module waiting for its own.
+
+        Has an effect if `overlap_gather` is on for this device. Whoever reads parameters outside a module's forward
+        calls `wait_parameters` first.
+        """
+        if self.config.overlap_gather.enabled(self._device.type) and not self._beside_forward:
+            self._params.gather_beside_forward(module)
+            self._beside_forward = True
+
+    def wait_parameters(self) -> None:
+        """Until every parameter has the values of the last step."""
+        self._params.wait()
+
+    def state_shards(self) -> list[StateShard]:
+        """The rectangles of logical tensors whose state this rank holds; their tensors are views into live state."""
+        return [shard for index, run in self._runs() for shard in self._shards_of(index, run)]
+
+    def after_load(self) -> None:
+        """Parameters = masters, after the state (and `step_count`) was filled in. Collective over dp x cp."""
+        self._refresh(wait=True)
+
+    # -- internals ------------------------------------------------------------------------------------------------
+
+    def _runs(self) -> Iterator[tuple[int, Run]]:
+        """(bucket index, run) of all rows that this rank owns."""
+        for index, bucket in enumerate(self.buckets):
+            for run in bucket.runs(self._mesh.dp_cp.rank):
+                yield index, run
+
+    def _owned_grads(self) -> list[tuple[Run, Tensor]]:
+        grads = []
+        for index, run in self._runs():
+            low, _ = self.buckets[index].bounds(self._mesh.dp_cp.rank)
+            grads.append((run, self._grads.flats[index][low + run.start : low + run.start + run.numel]))
+        return grads
+
+    def _update_groups(self) -> list[UpdateGroup]:
+        groups: dict[float, UpdateGroup] = {}
+        for (index, run), (_, grad) in zip(self._runs(), self._owned_grads(), strict=True):
+            decay = decay_of(run.slot.placement, self.config.weight_decay)
+            inside = slice(run.start, run.start + run.numel)
+            state = (flats[index][inside] for flats in (self._exp_avgs, self._exp_avg_sqs))
+            groups.setdefault(decay, UpdateGroup(decay)).add(self._masters[index][inside], grad, *state)
+        return list(groups.values())
+
+    def _is_owner(self, run: Run) -> bool:
+        """False on a rank that holds a replica of rows which another rank counts and saves."""
+        placement = run.slot.placement
+        return placement.writes and (not placement.tp_replicated or self._mesh.tp.rank == 0)
+
+    def _shards_of(self, index: int, run: Run) -> Iterator[StateShard]:
+        inside = slice(run.start, run.start + run.numel)
+        flats = {"master": self._masters, "exp_avg": self._exp_avgs, "exp_avg_sq": self._exp_avg_sqs}
+        whole = {kind: flat[index][inside].view(run.shape) for kind, flat in flats.items()}
+        for segment in run.slot.placement.rows_between(run.first_row, run.last_row):
+            rows = slice(segment.start - run.first_row, segment.stop - run.first_row)
+            tensors = {kind: tensor[rows] for kind, tensor in whole.items()}
+            yield StateShard(
+                segment.name, segment.global_shape, segment.global_offset, tensors, writes=self._is_owner(run)
+            )
+
+    def _refresh(self, wait: bool = False) -> None:
+        self._params.refresh(self._masters, wait=wait or not self._beside_forward)
+        if self._on_weights_changed is not None:
+            self._on_weights_changed()
+
+    def _nonfinite_names(self) -> tuple[str, ...]:
+        """Logical names with a NaN or infinite gradient anywhere. Collective; only after a non-finite norm."""
+        mine = set()
+        for run, grad in self._owned_grads():
+            if not bool(torch.isfinite(grad).all()):
+                rows = grad.view(run.shape)
+                for segment in run.slot.placement.rows_between(run.first_row, run.last_row):
+                    if not bool(
+                        torch.isfinite(rows[segment.start - run.first_row : segment.stop - run.first_row]).all()
+                    ):
+                        mine.add(segment.name)
+        return tuple(sorted(set().union(*all_gather_object(mine, self._mesh.world))))

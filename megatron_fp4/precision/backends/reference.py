@@ -1,0 +1,121 @@
+"""The reference backend: the readable oracle.
+
+One idea: codes and scales are really made, with the formulas of `numerics.block_scale`, and the product is computed in
+FP64 and rounded once. Slow; for tests and for understanding. Everything that `emulated` does must equal it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.numerics import QuantizedTensor, quantize_nvfp4, quantize_power_of_two
+from megatron_fp4.numerics.hadamard import hadamard
+from megatron_fp4.numerics.random import random_bits
+from megatron_fp4.precision.backends import (
+    Copy,
+    Prepared,
+    Source,
+    check_shape,
+    noise_key,
+    reduce_and_check,
+    scale_bound,
+    signs_for,
+)
+from megatron_fp4.precision.spec import AmaxScope, Format, Operand, Rounding
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """tensors = (codes, scales) or (codes, scales, amax) of a QuantizedTensor; high precision: tensors = (x,)."""
+
+    quantized: bool
+    divisor: float = 1.0
+
+
+class ReferenceBackend:
+    """See `Backend`; on any device."""
+
+    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+        """See `Backend.quantize`. Every copy holds packed codes, scales and amax, transposed where it must be."""
+        for copy in copies:
+            check_shape(x, source, copy)
+        scaled = [copy for copy in copies if copy.operand.quantized]
+        oriented = {id(copy): _oriented(x, source, copy) for copy in copies}
+        local = [_amax(oriented[id(copy)], copy.operand) for copy in scaled]
+        amaxes = dict(zip(map(id, scaled), reduce_and_check(local, source, scaled), strict=True))
+        return tuple(_prepare(oriented[id(copy)], amaxes.get(id(copy)), source, copy) for copy in copies)
+
+    def matmul(
+        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+    ) -> Tensor:
+        """See `Backend.matmul`; the accumulation is in FP64, that is, exact for all practical sizes."""
+        left, left_scale = decode(a)
+        right, right_scale = decode(b)
+        product = left.double() @ right.double().T
+        # alpha is one FP32 number, amax_a * amax_b / (divisor_a * divisor_b), as hardware gets it
+        for row_scale, shape in ((left_scale, (-1, 1)), (right_scale, (1, -1))):
+            if row_scale is not None and row_scale[0].numel() > 1:
+                product = product * (row_scale[0].double() / row_scale[1]).view(shape)
+        scalars = [s for s in (left_scale, right_scale) if s is not None and s[0].numel() == 1]
+        if scalars:
+            amax, divisor = torch.ones(()), 1.0
+            for factor, part in scalars:
+                amax, divisor = amax.to(factor.device) * factor.reshape(()), divisor * part
+            product = product * (amax / torch.full_like(amax, divisor)).double()
+        result = product.to(out_dtype)
+        return result if accumulate_into is None else accumulate_into.add_(result)
+
+
+def decode(prepared: Prepared) -> tuple[Tensor, tuple[Tensor, float] | None]:
+    """The operand `[M, K]` without its global scale, and the global scale as (amax, divisor)."""
+    if not prepared.meaning.quantized:
+        return prepared.tensors[0], None
+    codes, scales, *amax = prepared.tensors
+    operand = QuantizedTensor(codes, scales, None).operand(torch.float32)
+    return operand, (amax[0], prepared.meaning.divisor) if amax else None
+
+
+def _oriented(x: Tensor, source: Source, copy: Copy) -> Tensor:
+    """The tensor with the contraction along its last dimension, transformed if the copy asks for it."""
+    operand = copy.operand
+    x = x if copy.along == 1 else x.T.contiguous()
+    return hadamard(x, operand.rht_size, signs_for(source, operand, x.device), 1) if operand.rht_size else x
+
+
+def _amax(x: Tensor, operand: Operand) -> Tensor:
+    if operand.amax_scope is AmaxScope.row:
+        return x.abs().amax(1, keepdim=True).float()
+    return x.abs().amax().float()
+
+
+def _prepare(x: Tensor, amax: Tensor | None, source: Source, copy: Copy) -> Prepared:
+    operand = copy.operand
+    if not operand.quantized:
+        return Prepared((x,), _Meaning(quantized=False))
+    assert operand.tile is not None
+    noise = None
+    if operand.stochastic:
+        bits = random_bits(noise_key(source, copy), source.rows, source.cols)
+        bits = bits if copy.along == 1 else bits.T
+        kept = (bits >> (32 - operand.noise_bits)) & ((1 << operand.noise_bits) - 1)
+        noise = kept.float() / 2**operand.noise_bits
+    if operand.format is not Format.nvfp4:
+        element = "e2m1" if operand.format is Format.mxfp4 else "e4m3"
+        quantized = quantize_power_of_two(x, element=element, tile=operand.tile, noise=noise)
+        return Prepared((quantized.codes, quantized.scales), _Meaning(quantized=True))
+    assert amax is not None
+    quantized = quantize_nvfp4(
+        x,
+        tile=operand.tile,
+        amax=amax,
+        scale_order=operand.scale_order.name,
+        noise=noise,
+        headroom=operand.rounding is Rounding.sr_headroom,
+        four_over_six=operand.four_over_six.name,
+        bound=scale_bound(operand),
+    )
+    return Prepared((quantized.codes, quantized.scales, amax), _Meaning(True, quantized.divisor))

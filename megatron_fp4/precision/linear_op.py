@@ -1,0 +1,193 @@
+"""The one place where a linear layer's three GEMMs are computed.
+
+One idea: `quantized_linear` knows no layout and no format. Of the layout it sees a `LinearSite`: which ranks hold the
+other parts of each tensor (for amax) and which global indices the local rows and columns have (for noise). Of the
+format it sees a `LinearPrecision` value and a `Backend`. Collectives of activations belong to the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
+from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.spec import LinearPrecision, WgradOutput
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSite:
+    """All that the GEMM function may know about the layout.
+
+    name: logical name of the linear, "blocks.3.attention.qkv". x_group, w_group, dy_group: ranks that hold other parts
+    of the logical x, w, dy (their amax is max-reduced there when amax_scope=tensor). n_index: int64 `[N]` global
+    output-feature index of each local weight row. k_index: int64 `[K]` global input-feature index of each column.
+    """
+
+    name: str
+    x_group: Group
+    w_group: Group
+    dy_group: Group
+    n_index: Tensor
+    k_index: Tensor
+
+
+@dataclass(eq=False)
+class WeightCache:
+    """Quantized copies of one weight, valid for one (weights_version, precision, backend, device, dtype)."""
+
+    key: Any = None
+    fprop: Prepared | None = None
+    dgrad: Prepared | None = None
+
+
+@dataclass(eq=False)
+class WgradQueue:
+    """Weight gradients that a zero-bubble pipeline computes later: `enabled`, `put(fn)`, `drain()`."""
+
+    enabled: bool = False
+    _waiting: list[Callable[[], None]] = field(default_factory=list)
+
+    def put(self, compute: Callable[[], None]) -> None:
+        self._waiting.append(compute)
+
+    def drain(self) -> None:
+        """Compute everything that waits, in the order it was put."""
+        waiting, self._waiting = self._waiting, []
+        for compute in waiting:
+            compute()
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """Everything but the tensors of one `quantized_linear` call; step and seed are those of the forward pass."""
+
+    rows: Tensor
+    site: LinearSite
+    precision: LinearPrecision
+    backend: Backend
+    cache: WeightCache
+    queue: WgradQueue | None
+    clock: StepClock
+    seed: int
+    step: int
+    weights_version: int
+
+    def source(self, operand: str) -> Source:
+        site = self.site
+        rows, cols, group = {
+            "x": (self.rows, site.k_index, site.x_group),
+            "w": (site.n_index, site.k_index, site.w_group),
+            "dy": (self.rows, site.n_index, site.dy_group),
+        }[operand]
+        return Source(site.name, operand, rows, cols, group, self.seed, self.step)
+
+    def weights(self, weight: Tensor) -> tuple[Prepared, Prepared]:
+        """Fprop and Dgrad copies of the weight, from the cache if it holds this version."""
+        fprop, dgrad = self.precision.fprop.b, self.precision.dgrad.b
+        if self.clock.weights_version != self.weights_version:
+            raise RuntimeError(
+                f"{self.site.name}: the weights changed (version {self.weights_version} -> {self.clock.weights_version}) "
+                f"between a forward pass and its backward pass; Dgrad would use other weights than Fprop"
+            )
+        key = (self.weights_version, fprop, dgrad, id(self.backend), weight.device, weight.dtype)
+        if self.cache.key != key or self.cache.fprop is None or self.cache.dgrad is None:
+            copies = (Copy("fprop", fprop, along=1), Copy("dgrad", dgrad, along=0))
+            prepared = self.backend.quantize(weight.detach(), self.source("w"), copies)
+            self.cache.key, (self.cache.fprop, self.cache.dgrad) = key, prepared
+        return self.cache.fprop, self.cache.dgrad
+
+
+class _Linear(torch.autograd.Function):
+    """y = x w^T with its three GEMMs, each `a [M, k] @ b [N, k].T` of separately quantized operands.
+
+        GEMM    a               b              contracted   output                algebra
+        Fprop   x    [T, K]     w    [N, K]    K            y  [T, N] x.dtype     y  = x w^T
+        Dgrad   dy   [T, N]     w^T  [K, N]    N            dx [T, K] x.dtype     dx = dy w
+        Wgrad   dy^T [N, T]     x^T  [K, T]    T            dw [N, K] FP32        dw = dy^T x
+
+    x is saved, not its quantized Wgrad copy: the copy would be as large in BF16, would be made twice under activation
+    recomputation and for nothing in evaluation. Its amax is measured in the forward pass, in the same collective as
+    that of the Fprop copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, call: _Call) -> Tensor:
+        """Fprop: y [T, N] = x [T, K] @ w [N, K].T."""
+        copies = [Copy("fprop", call.precision.fprop.a, along=1)]
+        if ctx.needs_input_grad[1]:
+            copies.append(Copy("wgrad", call.precision.wgrad.b, along=0, deferred=True))
+        prepared = call.backend.quantize(x.detach(), call.source("x"), copies)
+        ctx.call, ctx.weight = call, weight
+        ctx.wgrad_x = None
+        if ctx.needs_input_grad[1]:
+            ctx.wgrad_x = prepared[1].with_tensors(())
+            ctx.save_for_backward(*prepared[1].tensors)
+        return call.backend.matmul(prepared[0], call.weights(weight)[0], out_dtype=x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Dgrad: dx [T, K] = dy [T, N] @ w^T [K, N].T.   Wgrad: dw [N, K] = dy^T [N, T] @ x^T [K, T].T."""
+        call: _Call = ctx.call
+        dy = grads[0].contiguous()
+        need_dx, need_dw, _ = ctx.needs_input_grad
+        copies = [Copy("dgrad", call.precision.dgrad.a, along=1)] if need_dx else []
+        if need_dw:
+            copies.append(Copy("wgrad", call.precision.wgrad.a, along=0))
+        prepared = list(call.backend.quantize(dy, call.source("dy"), copies))
+        dx = dw = None
+        if need_dx:
+            dx = call.backend.matmul(prepared.pop(0), call.weights(ctx.weight)[1], out_dtype=dy.dtype)
+        if need_dw:
+            dw = _weight_gradient(call, ctx.weight, prepared[0], ctx.wgrad_x.with_tensors(ctx.saved_tensors))
+        return dx, dw, None
+
+
+def _weight_gradient(call: _Call, weight: Tensor, dy: Prepared, x: Prepared) -> Tensor | None:
+    """Add dw to `weight.main_grad` (now, or when the queue is drained), or return it where there is no main_grad."""
+    out_dtype = torch.float32 if call.precision.wgrad_output is WgradOutput.fp32 else weight.dtype
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return call.backend.matmul(dy, x, out_dtype=out_dtype).to(weight.dtype)
+
+    def compute() -> None:
+        call.backend.matmul(dy, x, out_dtype=out_dtype, accumulate_into=main_grad)
+        grad_ready = getattr(weight, "grad_ready", None)
+        if grad_ready is not None:
+            grad_ready()
+
+    if call.queue is not None and call.queue.enabled:
+        call.queue.put(compute)
+    else:
+        compute()
+    return None
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor,
+    site: LinearSite,
+    precision: LinearPrecision,
+    backend: Backend,
+    clock: StepClock,
+    cache: WeightCache,
+    queue: WgradQueue | None = None,
+) -> Tensor:
+    """y `[T, N]` = x `[T, K]` w`[N, K]`^T, forward and backward in the given precision.
+
+    x: compute dtype (BF16 or FP32), T and K local. weight: parameter, same dtype. rows: int64 `[T]` address of each
+    token in the global batch. The gradient of the weight is FP32: it is added to `weight.main_grad` if that exists (and
+    `weight.grad_ready()` is called), otherwise returned in the weight's dtype as `.grad`. cache: one per weight.
+    Raises ValueError where shapes do not fit the tiles, NonFiniteError for NaN or Inf.
+    """
+    call = _Call(
+        rows, site, precision, backend, cache, queue, clock, clock.seed, clock.step, clock.weights_version
+    )
+    return _Linear.apply(x, weight, call)  # type: ignore[no-any-return]

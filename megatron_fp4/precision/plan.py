@@ -1,0 +1,171 @@
+"""Which linear computes in which precision, and when.
+
+One idea: precision is a table `linear name -> LinearPrecision`, made from ordered rules (first match wins) and, for
+runs that change precision on the way, one such table per phase of consumed tokens. A rule or switch without effect is
+an error: configuration cannot silently do nothing.
+
+This file knows linears by name, block number and shape only; it never sees a model.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron_fp4.precision.config import GEMMS, PrecisionConfig, Switch
+from megatron_fp4.precision.spec import Gemm, LinearPrecision
+from megatron_fp4.precision.table import PrecisionTable, Row
+
+
+class Linear(Protocol):
+    """What the plan reads of a linear (models.block.LinearInfo)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def block(self) -> int | None: ...
+    @property
+    def outputs(self) -> dict[str, int]: ...
+    @property
+    def column(self) -> bool: ...
+    def local_shape(self, tp: int) -> tuple[int, int]: ...
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Glob, or regular expression between slashes."""
+    if len(pattern) > 1 and pattern[0] == pattern[-1] == "/":
+        return re.search(pattern[1:-1], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def selected_blocks(spec: str, num_blocks: int) -> set[int]:
+    """Block numbers that `blocks` selects. Raises ValueError if the text is none of the forms."""
+    if match := re.fullmatch(r"(first|last):(\d+)", spec):
+        count = min(int(match[2]), num_blocks)
+        first = 0 if match[1] == "first" else num_blocks - count
+        return set(range(first, first + count))
+    if match := re.fullmatch(r"(-?\d*):(-?\d*)", spec):
+        start, stop = (int(part) if part else None for part in match.groups())
+        return set(range(num_blocks)[slice(start, stop)])
+    raise ValueError(f"precision rule: blocks = {spec!r}; use 'first:2', 'last:8' or a slice such as '-8:'")
+
+
+def base_table(config: PrecisionConfig, linears: Sequence[Linear]) -> PrecisionTable:
+    """Apply the rules. Raises ValueError for a rule without effect and for a linear that no rule names."""
+    num_blocks = 1 + max((info.block for info in linears if info.block is not None), default=-1)
+    rows: dict[str, Row] = {}
+    for number, rule in enumerate(config.rules):
+        blocks = selected_blocks(rule.blocks, num_blocks) if rule.blocks else None
+        mine = [
+            info.name
+            for info in linears
+            if info.name not in rows and matches(rule.match, info.name) and (blocks is None or info.block in blocks)
+        ]
+        label = f"rule {number + 1}: {rule.match}" + (f" blocks {rule.blocks}" if rule.blocks else "")
+        if not mine:
+            raise ValueError(
+                f"precision {label} matches no linear that an earlier rule has not taken; remove it, or mend its"
+                f" pattern (a name looks like {linears[0].name!r}; the model has {num_blocks} blocks)"
+            )
+        names = tuple(getattr(rule, gemm) or rule.use for gemm in GEMMS)
+        precision = _combine(config, names)
+        rows.update({name: Row(name, precision, (names[0], names[1], names[2]), label) for name in mine})
+    missing = [info.name for info in linears if info.name not in rows]
+    if missing:
+        raise ValueError(f"no precision rule matches {', '.join(missing)}; end the rules with a rule for '*'")
+    return PrecisionTable(tuple(rows[info.name] for info in linears))
+
+
+def _combine(config: PrecisionConfig, names: Sequence[str]) -> LinearPrecision:
+    fprop, dgrad, wgrad = (config.recipe(name) for name in names)
+    return LinearPrecision(fprop.fprop, dgrad.dgrad, wgrad.wgrad, wgrad.wgrad_output)
+
+
+class PrecisionPlan:
+    """The tables of a run: one from its start, one more from each switch on.
+
+    Raises ValueError for rules or switches without effect, and where quantization is asked for but no GEMM uses it.
+    """
+
+    def __init__(
+        self, config: PrecisionConfig, linears: Sequence[Linear], *, total_tokens: int = 0, decay_start: int = 0
+    ) -> None:
+        self.config = config
+        table = base_table(config, linears)
+        if config.recipes and table.num_quantized_gemms == 0 and any(r.quantized for r in config.recipes.values()):
+            asked = ", ".join(config.recipes)
+            raise ValueError(f"precision recipe(s) {asked} are configured, but the rules leave every GEMM in bf16")
+        self.phases: list[tuple[int, PrecisionTable]] = [(0, table)]
+        for switch in sorted(config.switch, key=lambda s: s.starts_at(total_tokens, decay_start)):
+            start = switch.starts_at(total_tokens, decay_start)
+            if total_tokens and start >= total_tokens:
+                raise ValueError(f"precision.switch at {start} tokens lies beyond the end of the run, {total_tokens}")
+            table = self._switched(table, switch)
+            self.phases.append((start, table))
+
+    def _switched(self, table: PrecisionTable, switch: Switch) -> PrecisionTable:
+        recipe, label = self.config.recipe(switch.use), f"switch to {switch.use}"
+        rows, changed = [], False
+        for row in table.rows:
+            if matches(switch.match, row.name):
+                names = [switch.use if g in switch.gemms else old for g, old in zip(GEMMS, row.recipes, strict=True)]
+                gemms = {g: getattr(recipe if g in switch.gemms else row.precision, g) for g in GEMMS}
+                wgrad_output = (recipe if "wgrad" in switch.gemms else row.precision).wgrad_output
+                precision = LinearPrecision(**gemms, wgrad_output=wgrad_output)
+                if precision != row.precision:
+                    changed = True
+                    row = Row(row.name, precision, (names[0], names[1], names[2]), f"{row.reason}; {label}")
+            rows.append(row)
+        if not changed:
+            what = f"match {switch.match!r}, use {switch.use}"
+            raise ValueError(f"precision.switch ({what}) changes no GEMM; remove it")
+        return PrecisionTable(tuple(rows))
+
+    def phase_at(self, consumed_tokens: int) -> int:
+        """Index of the phase in which a step that starts after `consumed_tokens` computes."""
+        return max(index for index, (start, _) in enumerate(self.phases) if consumed_tokens >= start)
+
+    def table(self, phase: int = 0) -> PrecisionTable:
+        return self.phases[phase][1]
+
+    def evaluation_table(self, phase: int = 0) -> PrecisionTable:
+        """Precision of an evaluation during `phase`."""
+        if self.config.evaluation == "same":
+            return self.table(phase)
+        recipe = self.config.recipe(self.config.evaluation)
+        names = (self.config.evaluation,) * 3
+        return PrecisionTable(tuple(Row(row.name, recipe, names, "evaluation") for row in self.table(phase).rows))
+
+    def check_shapes(self, linears: Sequence[Linear], *, tp: int, tokens: int) -> None:
+        """Raises ValueError, before anything is built, for a local shape that a quantized GEMM cannot take.
+
+        tp: tensor-parallel size. tokens: rows of one microbatch on a rank (micro batch * sequence / cp).
+        """
+        for _, table in self.phases:
+            for info in linears:
+                _check_linear(info, table[info.name], tp, tokens)
+
+
+def _check_linear(info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> None:
+    rows, columns = info.local_shape(tp)
+    parts = {part: size // tp for part, size in info.outputs.items()} if info.column else {"": rows}
+    for gemm_name, contracted, what in (
+        ("fprop", [columns], "input features per rank"),
+        ("dgrad", list(parts.values()), "output features per rank"),
+        ("wgrad", [tokens], "tokens per microbatch and rank"),
+    ):
+        gemm: Gemm = getattr(precision, gemm_name)
+        for operand in (gemm.a, gemm.b):
+            sizes = [(size, operand.contraction_multiple, what) for size in contracted]
+            if operand.tile and operand.tile[0] > 1:
+                sizes += [(size, operand.tile[0], "output features per rank") for size in parts.values()]
+                sizes += [(columns, operand.tile[0], "input features per rank")]
+            for size, multiple, label in sizes:
+                if size % multiple:
+                    raise ValueError(
+                        f"{info.name}: {gemm_name} in {operand.format.name} needs {label} to be a multiple of"
+                        f" {multiple}, got {size} (tp = {tp}, parts {dict(info.outputs)}, {tokens} tokens); change the"
+                        f" size, use a smaller tp, or leave this linear in bf16 by a precision rule"
+                    )

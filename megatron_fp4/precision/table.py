@@ -1,0 +1,121 @@
+"""The resolved precision of every linear of a model, and how it is shown to people.
+
+One idea: a table is data. It is printed at start, stored with the run, compared on resume, and assigned to linears; it
+decides nothing (see plan.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_fp4.precision.spec import Format, Gemm, LinearPrecision
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. reason: the rule that decided, for people."""
+
+    name: str
+    precision: LinearPrecision
+    recipes: tuple[str, str, str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class PrecisionTable:
+    """The resolved precision of every linear of the whole model."""
+
+    rows: tuple[Row, ...]
+
+    def __getitem__(self, name: str) -> LinearPrecision:
+        return self.by_name[name]
+
+    @property
+    def by_name(self) -> dict[str, LinearPrecision]:
+        return {row.name: row.precision for row in self.rows}
+
+    def formats(self) -> dict[str, tuple[str, str, str]]:
+        """Name -> formats of fprop, dgrad, wgrad; what a run stores and a resume compares."""
+        return {row.name: gemm_formats(row.precision) for row in self.rows}
+
+    @property
+    def num_quantized_gemms(self) -> int:
+        return sum(fmt != Format.bf16.name for formats in self.formats().values() for fmt in formats)
+
+
+def gemm_format(gemm: Gemm) -> str:
+    """`nvfp4`, `bf16`, or `a/b` where the operands differ."""
+    a, b = gemm.a.format.name, gemm.b.format.name
+    return a if a == b else f"{a}/{b}"
+
+
+def gemm_formats(precision: LinearPrecision) -> tuple[str, str, str]:
+    return gemm_format(precision.fprop), gemm_format(precision.dgrad), gemm_format(precision.wgrad)
+
+
+def describe(table: PrecisionTable) -> str:
+    """The table as text: one line per group of blocks with equal precision, then the count and the reasons."""
+    lines = [f"{'linear':<44} {'fprop':<10} {'dgrad':<10} {'wgrad':<10} decided by"]
+    for names, row in _grouped(table):
+        fprop, dgrad, wgrad = gemm_formats(row.precision)
+        lines.append(f"{names:<44} {fprop:<10} {dgrad:<10} {wgrad:<10} {row.reason}")
+    return "\n".join([*lines, summary(table)])
+
+
+def summary(table: PrecisionTable) -> str:
+    """ "36 of 44 linears, 108 of 132 GEMMs quantized (nvfp4); the rest BF16 because ..."."""
+    formats = table.formats()
+    quantized = sum(any(fmt != Format.bf16.name for fmt in row) for row in formats.values())
+    kinds = sorted({fmt for row in formats.values() for fmt in row if fmt != Format.bf16.name})
+    text = (
+        f"{quantized} of {len(formats)} linears, {table.num_quantized_gemms} of {3 * len(formats)} GEMMs in"
+        f" {' and '.join(kinds).upper() or 'a quantized format'}"
+    )
+    reasons: dict[str, int] = {}
+    for row in table.rows:
+        count = gemm_formats(row.precision).count(Format.bf16.name)
+        if count:
+            reasons[row.reason] = reasons.get(row.reason, 0) + count
+    if reasons:
+        text += "; the rest BF16 because of " + ", ".join(f"{why} ({n} GEMMs)" for why, n in reasons.items())
+    return text
+
+
+def _grouped(table: PrecisionTable) -> list[tuple[str, Row]]:
+    """Rows of different blocks that say the same, joined: `blocks.{2-5}.mlp.up`."""
+    groups: dict[tuple[str, LinearPrecision, str], list[int | None]] = {}
+    first: dict[tuple[str, LinearPrecision, str], Row] = {}
+    for row in table.rows:
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", row.name)
+        key = (match[2] if match else row.name, row.precision, row.reason)
+        groups.setdefault(key, []).append(int(match[1]) if match else None)
+        first.setdefault(key, row)
+    found = []
+    for key, blocks in groups.items():
+        numbers = [block for block in blocks if block is not None]
+        found.append((f"blocks.{_ranges(numbers)}.{key[0]}" if numbers else key[0], first[key]))
+    return found
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[2, 3, 4, 7] -> `{2-4,7}`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    text = ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+    return text if len(numbers) == 1 else f"{{{text}}}"
+
+
+def difference(old: PrecisionTable, new: PrecisionTable) -> list[str]:
+    """One line per linear whose GEMM formats differ; for switches and resumes."""
+    before, after = old.formats(), new.formats()
+    return [
+        f"{name}: {' '.join(before.get(name, ('absent',)))} -> {' '.join(formats)}"
+        for name, formats in after.items()
+        if before.get(name) != formats
+    ]

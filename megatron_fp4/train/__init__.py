@@ -1,0 +1,1 @@
+"""Assemble a run from its configuration and carry it out (floor 5)."""

@@ -1,0 +1,136 @@
+"""From a configuration to the objects of a run, in order, on one screen.
+
+One idea: `prepare` does everything that can be done and refused in one process (arithmetic of the layout, precision
+plan, shards, tokenizer); `build` then makes what needs the other ranks. So a bad setting ends a job before any process
+group exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
+from megatron_fp4.data.evaluation import EvalLoader, build_eval_loader
+from megatron_fp4.data.loader import Loader, build_loader
+from megatron_fp4.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_fp4.layers.parameter import initialize_parameters
+from megatron_fp4.layers.wiring import Wiring
+from megatron_fp4.models.block import LinearInfo, model_linears
+from megatron_fp4.models.decoder import Decoder, whole_model
+from megatron_fp4.models.layout import check_model_layout
+from megatron_fp4.optim import Zero1AdamW, check_schedule
+from megatron_fp4.optim.lr import decay_tokens
+from megatron_fp4.precision.backends import Backend
+from megatron_fp4.precision.backends.emulated import EmulatedBackend
+from megatron_fp4.precision.backends.reference import ReferenceBackend
+from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.config import BackendName, PrecisionConfig
+from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.evaluate import assign
+from megatron_fp4.train.step import Engine, LocalEngine, TokenLoss
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before the ranks meet. config: with the vocabulary filled in."""
+
+    config: RunConfig
+    linears: list[LinearInfo]
+    plan: PrecisionPlan
+    dp: int
+    tokenizer: Tokenizer | None
+
+
+@dataclass
+class Run:
+    """Everything that the trainer drives."""
+
+    config: RunConfig
+    mesh: ParallelMesh
+    device: torch.device
+    clock: StepClock
+    plan: PrecisionPlan
+    engine: Engine
+    optimizer: Zero1AdamW
+    loader: Loader
+    evaluations: list[EvalLoader]
+
+
+def prepare(config: RunConfig, world_size: int) -> Prepared:
+    """Check the whole configuration in one process. Raises ValueError (or FileNotFoundError) with the remedy."""
+    dp = config.parallel.resolve_dp(world_size)
+    config.train.gradient_accumulation(dp)
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    if config.model.vocab_size == 0:
+        if tokenizer is None:
+            raise ValueError("model.vocab_size is 0 (take it from the tokenizer), but data.tokenizer is not set")
+        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    tokens = config.train.micro_batch * config.data.seq_length // config.parallel.cp
+    check_model_layout(config.model, config.parallel, seq_length=config.data.seq_length, tokens=tokens)
+    total = int(config.train.total_tokens)
+    check_schedule(config.optim, total)
+    linears = model_linears(config.model)
+    decay_start = total - decay_tokens(config.optim, total)
+    plan = PrecisionPlan(config.precision, linears, total_tokens=total, decay_start=decay_start)
+    plan.check_shapes(linears, tp=config.parallel.tp, tokens=tokens)
+    return Prepared(config, linears, plan, dp, tokenizer)
+
+
+def make_backend(config: PrecisionConfig) -> Backend:
+    """The backend that `precision.backend` names."""
+    if config.backend is BackendName.reference:
+        return ReferenceBackend()
+    if config.backend is BackendName.emulated:
+        return EmulatedBackend(compile=config.compile)
+    raise ValueError("precision.backend = transformer_engine is not available in this version; use emulated")
+
+
+def open_data(prepared: Prepared, dp_rank: int) -> tuple[Loader, list[EvalLoader]]:
+    """The training loader and the evaluation loaders of one data-parallel rank."""
+    config, tokenizer = prepared.config, prepared.tokenizer
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    vocab_size = config.model.vocab_size
+    share = {"micro_batch": config.train.micro_batch, "dp_rank": dp_rank, "dp_size": prepared.dp}
+    loader = build_loader(
+        config.data,
+        global_batch=config.train.global_batch,
+        total_samples=config.total_steps * config.train.global_batch,
+        vocab_size=vocab_size,
+        tokenizer_fingerprint=fingerprint,
+        **share,
+    )
+    evaluations = [
+        build_eval_loader(config.data, item.name, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint, **share)
+        for item in config.data.evaluation
+    ]
+    return loader, evaluations
+
+
+def build(prepared: Prepared, process: Process) -> Run:
+    """Make the run on this rank. Collective: every rank calls it."""
+    config = prepared.config
+    mesh = build_mesh(config.parallel, process.world)
+    loader, evaluations = open_data(prepared, mesh.dp.rank)
+    clock = StepClock(config.train.seed)
+    dtype = config.precision.compute_dtype.torch_dtype
+    wiring = Wiring.of(mesh, make_backend(config.precision), clock, dtype, process.device)
+    model = Decoder(
+        config.model,
+        wiring,
+        whole_model(config.model),
+        keep_documents_apart=config.data.reset_documents,
+        recompute=config.train.recompute,
+    )
+    initialize_parameters(model, config.train.seed)
+    assign(model, prepared.plan.table())
+
+    def weights_changed() -> None:
+        clock.weights_version += 1
+
+    optimizer = Zero1AdamW(model.named_parameters(), config.optim, mesh, True, weights_changed)
+    engine = LocalEngine(model, TokenLoss(config.model.vocab_size, mesh.tp))
+    return Run(config, mesh, process.device, clock, prepared.plan, engine, optimizer, loader, evaluations)

@@ -1,0 +1,111 @@
+"""The whole configuration of a run, as frozen values.
+
+One idea: each section is the dataclass that stands beside its owner; this file only puts them together and adds the
+trainer's own. (No `from __future__ import annotations`: omegaconf reads the annotations.)
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from megatron_fp4.checkpoint import CheckpointConfig
+from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.data.config import DataConfig
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.optim.config import OptimConfig
+from megatron_fp4.precision.config import PrecisionConfig
+
+
+class Resume(Enum):
+    auto = "auto"  # from the newest complete checkpoint of the run directory, if there is one
+    never = "never"  # refuse a run directory that already holds checkpoints
+    required = "required"  # refuse to start from scratch
+
+
+class WandbMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """run_dir: where checkpoints, metrics and the resolved configuration go. micro_batch, global_batch: in sequences.
+    total_tokens: length of the run; the learning rate and the precision schedule are functions of it.
+    stop_after_steps: stop (and save) at that step without changing any schedule; 0 = run to the end.
+    exit_after_seconds: save and exit for requeue after so much wall clock; 0 = never.
+    """
+
+    run_dir: str = "runs/default"
+    device: str = "auto"
+    seed: int = 1234
+    micro_batch: int = 1
+    global_batch: int = 8
+    total_tokens: float = 1e6
+    recompute: Recompute = Recompute.none
+    resume: Resume = Resume.auto
+    stop_after_steps: int = 0
+    exit_after_seconds: float = 0.0
+    log_interval_steps: int = 10
+    eval_interval_steps: int = 0
+    save_interval_steps: int = 0
+    statistics_interval_steps: int = 0
+    max_skipped_steps: int = 10
+    """Abort after so many steps in a row whose gradients were not finite."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.global_batch < 1:
+            raise ValueError(
+                f"train.micro_batch = {self.micro_batch} and train.global_batch = {self.global_batch} must be positive"
+            )
+        if self.total_tokens < 1 or self.total_tokens != int(self.total_tokens):
+            raise ValueError(f"train.total_tokens = {self.total_tokens}, must be a positive whole number")
+
+    def gradient_accumulation(self, dp: int) -> int:
+        """Microbatches per step and rank. Raises ValueError with the equation if the batch does not divide."""
+        count, rest = divmod(self.global_batch, self.micro_batch * dp)
+        if rest or not count:
+            raise ValueError(
+                "global_batch = micro_batch * gradient_accumulation * dp does not hold:"
+                f" {self.global_batch} is not a multiple of {self.micro_batch} * {dp} = {self.micro_batch * dp};"
+                " change train.global_batch, train.micro_batch or the layout"
+            )
+        return count
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """The local `metrics.jsonl` is always written; the rest is for people. wandb never stops or delays a run."""
+
+    tensorboard: bool = True
+    wandb: WandbMode = WandbMode.disabled
+    wandb_project: str = "megatron_fp4"
+    wandb_name: str = ""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the numbers of a run, and where they go."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch * self.data.seq_length
+
+    @property
+    def total_steps(self) -> int:
+        return -(-int(self.train.total_tokens) // self.tokens_per_step)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this run stops."""
+        stop = self.train.stop_after_steps
+        return min(stop, self.total_steps) if stop else self.total_steps

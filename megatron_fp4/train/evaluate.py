@@ -1,0 +1,60 @@
+"""Held-out loss, in the evaluation precision.
+
+One idea: precision is a value on each linear, so evaluating in BF16 is assigning another table and assigning the old
+one back. Weights are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from megatron_fp4.comm.collectives import all_reduce_sum
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.data.evaluation import EvalLoader
+from megatron_fp4.layers.linear import linears_of
+from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.train.inputs import make_inputs
+from megatron_fp4.train.step import Engine
+
+
+def assign(model: nn.Module, table: PrecisionTable) -> None:
+    """Give every linear of `model` its precision from the table."""
+    precisions = table.by_name
+    for name, linear in linears_of(model).items():
+        linear.precision = precisions[name]
+
+
+@contextmanager
+def evaluating(stages: list[nn.Module], table: PrecisionTable) -> Iterator[None]:
+    """Evaluation mode with another precision; restores mode and precision."""
+    before = [{name: linear.precision for name, linear in linears_of(stage).items()} for stage in stages]
+    for stage in stages:
+        stage.eval()
+        assign(stage, table)
+    try:
+        yield
+    finally:
+        for stage, precisions in zip(stages, before, strict=True):
+            stage.train()
+            for name, linear in linears_of(stage).items():
+                linear.precision = precisions[name]
+
+
+def evaluate(
+    engine: Engine, loader: EvalLoader, table: PrecisionTable, mesh: ParallelMesh, device: torch.device
+) -> float:
+    """Mean loss in nats per target token over the whole set; the same number on every rank."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    with evaluating(list(engine.stages), table):
+        for batch in loader:
+            loss = engine.evaluate(make_inputs(batch, mesh.cp, device))
+            if mesh.tp.rank == 0 and engine.reports_loss:
+                sums[0] += loss.double()
+                if mesh.cp.rank == 0:
+                    sums[1] += batch.loss_mask.sum()
+    total, count = all_reduce_sum(sums, mesh.world).tolist()
+    return total / count

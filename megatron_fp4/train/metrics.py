@@ -1,0 +1,153 @@
+"""Where the numbers of a run go.
+
+One idea: `metrics.jsonl` in the run directory is the truth, one object per record, complete whatever happens to the
+other sinks. TensorBoard and wandb are copies for people: if one of them fails, it is switched off with one warning and
+training goes on. After a resume from an earlier step, records beyond that step are dropped, so each step stands once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_fp4.train.config import LoggingConfig, WandbMode
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Sink(Protocol):
+    """A destination of numbers."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """One JSON object per line: {"step": 10, "loss": ...}. NaN and infinities are written as strings.
+
+    resume_step: keep the records up to this step of an earlier attempt and drop the later ones.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= resume_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        plain = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
+        self._file.write(json.dumps({"step": step, **plain}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[str]:
+    """Complete lines of a metrics file; a line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [line.strip() for line in lines if line.endswith("\n") and line.strip()]
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of a run, in order."""
+    return [json.loads(line) for line in read_lines(run_dir / METRICS_FILE)]
+
+
+class TensorBoardSink:
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """wandb with an own step axis. `run_id` is stored in the checkpoint, so that a resume goes on in the same run."""
+
+    def __init__(self, config: LoggingConfig, run_dir: Path, run_id: str, settings: dict[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or run_dir.name,
+            id=run_id,
+            resume="allow",
+            mode=config.wandb.name,
+            dir=str(run_dir),
+            config=settings,
+            settings=wandb.Settings(init_timeout=60, console="off", silent=True),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Metrics:
+    """All sinks of the main rank; on other ranks construct with no sinks."""
+
+    def __init__(self) -> None:
+        self._required: list[Sink] = []
+        self._optional: dict[str, Sink] = {}
+
+    @staticmethod
+    def open(
+        config: LoggingConfig, run_dir: Path, *, resume_step: int, wandb_id: str, settings: dict[str, Any]
+    ) -> Metrics:
+        """Open the local file and every sink that is asked for. run_dir must exist."""
+        metrics = Metrics()
+        metrics._required.append(JsonlSink(run_dir / METRICS_FILE, resume_step))
+        if config.tensorboard:
+            metrics._add("tensorboard", lambda: TensorBoardSink(run_dir, resume_step))
+        if config.wandb is not WandbMode.disabled:
+            metrics._add("wandb", lambda: WandbSink(config, run_dir, wandb_id, settings))
+        return metrics
+
+    def _add(self, name: str, make: Callable[[], Sink]) -> None:
+        try:
+            self._optional[name] = make()
+        except Exception as error:
+            _warn(name, error)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Record the numbers of a step."""
+        for sink in self._required:
+            sink.write(step, values)
+        for name, sink in list(self._optional.items()):
+            try:
+                sink.write(step, values)
+            except Exception as error:
+                _warn(name, error)
+                del self._optional[name]
+
+    def close(self) -> None:
+        for name, sink in self._optional.items():
+            try:
+                sink.close()
+            except Exception as error:
+                _warn(name, error)
+        for sink in self._required:
+            sink.close()
+
+
+def _warn(name: str, error: Exception) -> None:
+    """Logging must never stop a run; that it stopped is said once."""
+    print(f"warning: {name} logging is off from here on: {type(error).__name__}: {error}", file=sys.stderr)

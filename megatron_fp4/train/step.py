@@ -1,0 +1,83 @@
+"""Forward and backward of one global batch on one rank without pipeline stages.
+
+One idea: the loss of a batch is the sum over its target tokens divided by their number in the whole global batch, so no
+gradient needs to be rescaled afterwards, however the batch is divided. An engine returns that rank's part of the sum.
+`pipeline.engine` is the same interface over several stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.layers.embedding import vocab_range
+from megatron_fp4.layers.loss import vocab_parallel_cross_entropy
+from megatron_fp4.models.decoder import Decoder
+from megatron_fp4.train.inputs import Inputs
+
+
+class Engine(Protocol):
+    """Runs this rank's part of the model over microbatches."""
+
+    stages: list[Decoder]
+    """The stages that this rank holds."""
+
+    reports_loss: bool
+    """True on the ranks that hold the last stage."""
+
+    def train(self, microbatches: list[Inputs], scale: float, before_last_backward: Callable[[], None]) -> Tensor:
+        """Accumulate gradients; returns sum of token losses * scale (FP32 scalar, 0 where `reports_loss` is False).
+
+        before_last_backward is called once, when every later gradient contribution is the last of its parameter.
+        """
+
+    def evaluate(self, microbatch: Inputs) -> Tensor:
+        """Sum of the token losses of one microbatch (FP32 scalar, 0 where `reports_loss` is False)."""
+
+
+class TokenLoss:
+    """Sum of token losses times a scale, from this rank's logits."""
+
+    def __init__(self, vocab_size: int, tp: Group) -> None:
+        self.scale = 1.0
+        self._vocab_size, self._tp = vocab_size, tp
+        self._first, _ = vocab_range(vocab_size, tp)
+
+    def __call__(self, logits_TV: Tensor, labels: Tensor) -> Tensor:
+        loss_T = vocab_parallel_cross_entropy(
+            logits_TV, labels.reshape(-1), first=self._first, vocab_size=self._vocab_size, group=self._tp
+        )
+        return loss_T.sum() * self.scale
+
+
+class LocalEngine:
+    """The whole model on this rank: one forward and backward per microbatch, in order."""
+
+    reports_loss = True
+
+    def __init__(self, model: Decoder, loss: TokenLoss) -> None:
+        self.stages = [model]
+        self._model, self._loss = model, loss
+
+    def _forward(self, inputs: Inputs, scale: float) -> Tensor:
+        self._loss.scale = scale
+        logits = self._model(inputs.tokens, inputs.address, inputs.positions, inputs.documents)
+        return self._loss(logits, inputs.labels)
+
+    def train(self, microbatches: list[Inputs], scale: float, before_last_backward: Callable[[], None]) -> Tensor:
+        total = torch.zeros((), device=microbatches[0].tokens.device)
+        for number, inputs in enumerate(microbatches):
+            loss = self._forward(inputs, scale)
+            if number == len(microbatches) - 1:
+                before_last_backward()
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, microbatch: Inputs) -> Tensor:
+        return self._forward(microbatch, 1.0)

@@ -1,0 +1,122 @@
+"""The fused quantize-dequantize against the spelled-out codes and scales, and its invariants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_fp4.numerics import fused, key_of, quantize_nvfp4, quantize_power_of_two, random_bits
+from megatron_fp4.numerics.random import column_words, row_words
+
+KEY = key_of(3, "noise")
+
+
+def tensor(kind: str, dtype: torch.dtype, shape: tuple[int, int] = (128, 256)) -> Tensor:
+    gen = torch.Generator().manual_seed(11)
+    x = torch.randn(shape, generator=gen)
+    if kind == "heavy":
+        x = x / torch.randn(shape, generator=gen).abs().clamp(min=1e-3) ** 2
+    if kind == "holes":
+        x[:, 32:160] = 0
+        x[5] = 1e-38
+    return x.to(dtype)
+
+
+def noise(shape: tuple[int, int], bits: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """The words for the fused form, and the FP32 noise for the spelled-out form, of the same addresses."""
+    rows, cols = torch.arange(shape[0]) + 1000, torch.arange(shape[1]) + 7
+    word = random_bits(KEY, rows, cols)
+    value = ((word >> (32 - bits)) & ((1 << bits) - 1)).float() / 2**bits
+    return (*row_words(KEY, rows), column_words(KEY, cols)), value
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"scale_order": "paper"},
+    {"headroom": True, "bound": 416.0},
+    {"four_over_six": "mae", "bound": 256.0},
+    {"four_over_six": "mse", "bound": 448.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", ["gauss", "heavy", "holes"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tile", [(1, 16), (16, 16)])
+@pytest.mark.parametrize("bits", [0, 8, 24])
+def test_fused_equals_codes_times_scales(
+    options: dict[str, Any], kind: str, dtype: torch.dtype, tile: tuple[int, int], bits: int
+) -> None:
+    """Both orientations. A difference: the arithmetic rounding is not the rounding by decision points."""
+    x = tensor(kind, dtype)
+    words, value = noise(tuple(x.shape), bits) if bits else (None, None)
+    amax = fused.amax_of(x)
+    expected = quantize_nvfp4(x, tile=tile, noise=value, **options).operand(dtype)
+    got = fused.two_level_operand(x, amax, words, tile=tile, along=1, noise_bits=bits or 8, **options)
+    assert torch.equal(got, expected), "contracted along the columns"
+    expected = quantize_nvfp4(
+        x.T.contiguous(), tile=tile, noise=None if value is None else value.T.contiguous(), **options
+    ).operand(dtype)
+    storage_tile = (tile[1], tile[0])
+    got = fused.two_level_operand(x, amax, words, tile=storage_tile, along=0, noise_bits=bits or 8, **options)
+    assert torch.equal(got.T, expected), "contracted along the rows"
+
+
+@pytest.mark.parametrize(
+    ("element", "tile", "bits"),
+    [("e2m1", (1, 32), 0), ("e2m1", (1, 32), 8), ("e4m3", (1, 32), 0), ("e4m3", (1, 128), 0), ("e4m3", (128, 128), 0)],
+)
+@pytest.mark.parametrize("kind", ["gauss", "heavy", "holes"])
+def test_fused_power_of_two_formats(element: str, tile: tuple[int, int], bits: int, kind: str) -> None:
+    """A difference: the E8M0 scale made from exponent bits is not the smallest power of two that is large enough."""
+    x = tensor(kind, torch.bfloat16)
+    words, value = noise(tuple(x.shape), bits) if bits else (None, None)
+    expected = quantize_power_of_two(x, element=element, tile=tile, noise=value).operand()
+    assert torch.equal(fused.power_of_two_operand(x, words, tile=tile, element=element), expected)
+
+
+@pytest.mark.parametrize("scope_dim", [0, 1])
+def test_fused_row_scales(scope_dim: int) -> None:
+    """A difference: with one scale per row of the operand, the wrong dimension was reduced or broadcast."""
+    x = tensor("heavy", torch.bfloat16)
+    oriented = x if scope_dim == 1 else x.T.contiguous()
+    expected = quantize_nvfp4(oriented, amax=oriented.abs().amax(1, keepdim=True).float()).operand()
+    tile = (1, 16) if scope_dim == 1 else (16, 1)
+    got = fused.two_level_operand(x, fused.row_amax_of(x, scope_dim), None, tile=tile, along=scope_dim)
+    assert torch.equal(got if scope_dim == 1 else got.T, expected)
+
+
+@given(st.integers(-40, 40), st.integers(0, 2**31), st.sampled_from([(1, 16), (16, 16)]))
+@settings(max_examples=30, deadline=None)
+def test_a_power_of_two_changes_no_code(exponent: int, seed: int, tile: tuple[int, int]) -> None:
+    """If it does, an absolute threshold or an inexact global scale has crept in."""
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
+    one, other = quantize_nvfp4(x, tile=tile), quantize_nvfp4(x * 2.0**exponent, tile=tile)
+    assert torch.equal(one.codes, other.codes)
+    assert torch.equal(one.scales.view(torch.uint8), other.scales.view(torch.uint8))
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(1, 16), (16, 16)]))
+@settings(max_examples=30, deadline=None)
+def test_quantizing_what_was_dequantized_changes_nothing(seed: int, tile: tuple[int, int]) -> None:
+    """Values that lie on the grid must stay there: amax is kept, so the same grid is chosen again."""
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    first = quantize_nvfp4(x, tile=tile)
+    again = quantize_nvfp4(first.dequantize(torch.float32), tile=tile, amax=first.amax)
+    assert torch.equal(again.dequantize(torch.float64), first.dequantize(torch.float64))
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_square_tiles_have_one_set_of_codes_for_both_directions(seed: int) -> None:
+    """If not, forward and backward would use different weights (the chain rule the paper's 2-D scaling protects)."""
+    w = torch.randn(64, 48, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    direct = quantize_nvfp4(w, tile=(16, 16)).operand()
+    transposed = quantize_nvfp4(w.T.contiguous(), tile=(16, 16)).operand()
+    assert torch.equal(direct, transposed.T)
+    assert torch.equal(fused.two_level_operand(w, fused.amax_of(w), None, tile=(16, 16), along=1), direct)
