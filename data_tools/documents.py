@@ -20,7 +20,14 @@ from typing import IO, Any, NamedTuple
 
 BATCH_BYTES = 1 << 20
 PARQUET_ROWS = 1024
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text", ".md": "text"}
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,9 @@ class Position(NamedTuple):
     offset: int
 
 
+BEGIN = Position(0, 0)
+
+
 class RawBatch(NamedTuple):
     where: str  # file and offset of the first record, for messages
     kind: str  # jsonl | text | parquet
@@ -66,7 +76,7 @@ class RawBatch(NamedTuple):
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[Path]:
-    """Files of the globs, each pattern's in sorted order; ValueError for a pattern without a match or a known ending."""
+    """Files of the globs, each glob's sorted; ValueError for one without a match or with an unknown ending."""
     files: list[Path] = []
     for pattern in patterns:
         found = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
@@ -95,7 +105,7 @@ def read_batches(
     policies: Policies,
     *,
     text_key: str = "text",
-    start: Position = Position(0, 0),
+    start: Position = BEGIN,
     batch_bytes: int = BATCH_BYTES,
 ) -> Iterator[RawBatch]:
     """Raw batches of all files from `start` on."""
@@ -133,7 +143,7 @@ def _line_batches(
             elif taken:
                 records.append(record)
                 size += len(record)
-            if records and (size >= batch_bytes or not taken) or (dropped and not taken):
+            if (records and (size >= batch_bytes or not taken)) or (dropped and not taken):
                 place = Position(number, offset)
                 yield RawBatch(f"{path}, byte {first}", kind, records, dropped, place, done + raw.tell())
                 first, records, size, dropped = offset, [], 0, 0
@@ -146,7 +156,7 @@ def _record(stream: IO[bytes], policies: Policies, whole: bool) -> tuple[bytes, 
     limit = -1 if policies.too_long == "keep" else policies.max_document_bytes
     take = stream.read if whole else stream.readline
     data = take(limit + 1 if limit >= 0 else -1)
-    if limit < 0 or len(data) <= limit or data.endswith(b"\n") and len(data) - 1 <= limit and not whole:
+    if limit < 0 or len(data) <= limit or (not whole and data.endswith(b"\n") and len(data) - 1 <= limit):
         return data if whole else data.rstrip(b"\r\n"), len(data), False
     taken = len(data)
     while not data.endswith(b"\n") or whole:

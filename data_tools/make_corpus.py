@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.cli import run_tool
+
 Skipped = Counter[str]
 
 
@@ -82,7 +84,10 @@ def write_corpus(path: Path) -> tuple[Counter[str], Counter[str], Skipped]:
     seen: set[bytes] = set()
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as out:
-        for kind, stream in (("source", source_documents(skipped)), ("compiled", compiled_documents(skipped))):
+        for kind, stream in (
+            ("source", source_documents(skipped)),
+            ("compiled", compiled_documents(skipped)),
+        ):
             for name, text in stream:
                 data = text.encode("utf-8", errors="surrogatepass")
                 reason = _unusable(data, seen)
@@ -125,4 +130,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("make_corpus", None))

@@ -78,7 +78,12 @@ class SplitWriter:
         self._save()
 
     def _save(self) -> None:
-        state = {"job": self.job, "position": list(self.position), "counters": self.counters, "shards": self.shards}
+        state = {
+            "job": self.job,
+            "position": list(self.position),
+            "counters": self.counters,
+            "shards": self.shards,
+        }
         write_json(self._progress, state)
 
     def _restore(self) -> None:

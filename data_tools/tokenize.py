@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.cli import run_tool
 from data_tools.documents import Policies, RawBatch, Report, expand_inputs, read_batches, texts_of
 from data_tools.pool import ordered_map
 from data_tools.progress import ProgressBar
@@ -40,7 +41,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, text_key: str, policies: Policies, heldout_fraction: float) -> None:
         self.tokenizer = tokenizer
-        self.eos = [eos_of(tokenizer)]
+        self.eos = np.array([eos_of(tokenizer)], np.int32)
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.text_key, self.policies, self.heldout = text_key, policies, heldout_fraction
 
@@ -55,10 +56,12 @@ class Encoder:
         return Encoded({name: self._ids(part) for name, part in parts.items()}, report.counts)
 
     def _ids(self, texts: list[str]) -> tuple[NDArray, NDArray]:
-        documents = self.tokenizer.encode_batch(texts) if texts else []
+        if not texts:
+            return np.zeros(0, self.dtype), np.zeros(0, np.int64)
+        documents = self.tokenizer.encode_batch(texts)
         lengths = np.array([len(ids) + 1 for ids in documents], np.int64)
-        flat = chain.from_iterable(chain.from_iterable((ids, self.eos) for ids in documents))
-        return np.fromiter(flat, self.dtype, int(lengths.sum())), lengths
+        parts = chain.from_iterable((ids, self.eos) for ids in documents)
+        return np.concatenate(list(parts)).astype(self.dtype), lengths
 
 
 def _unit_hash(text: str) -> float:
@@ -185,4 +188,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("tokenize", None))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_tools.cli import run_tool
 from data_tools.documents import Policies, Report, read_texts
 
 LONGEST_LINE_BYTES = 4096  # sentencepiece drops longer lines without a word, so they are cut here
@@ -92,4 +93,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool("train_tokenizer", None))

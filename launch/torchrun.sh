@@ -47,13 +47,19 @@ if ((nnodes > 1)); then
   if is_loopback "$master_addr"; then
     die "--master-addr $master_addr is a loopback address: the other nodes cannot reach it; give node 0's host name"
   fi
-  # Node 0 may see its own name as 127.0.1.1 (Debian's /etc/hosts) and still listens on every interface.
+  # Node 0 may see its own name as 127.0.1.1 (Debian's /etc/hosts) and still listens on every interface. The others
+  # must resolve it; where names appear with the machines (Kubernetes) that can take a while after the start.
   if ((node_rank > 0)); then
-    address=$(getent hosts "$master_addr" | awk '{print $1; exit}') || true
-    [[ $address ]] || die "--master-addr $master_addr does not resolve on this node ($(hostname))"
+    address=''
+    for ((attempt = 0; attempt < 24; attempt++)); do
+      address=$(getent hosts "$master_addr" | awk '{print $1; exit}') || true
+      if [[ $address ]]; then break; fi
+      sleep 5
+    done
+    [[ $address ]] || die "--master-addr $master_addr does not resolve on $(hostname), for 2 minutes now"
     if is_loopback "$address"; then
-      die "--master-addr $master_addr is $address on this node ($(hostname)), a loopback address; mend /etc/hosts," \
-        "or give an address that node $node_rank can reach"
+      die "--master-addr $master_addr is $address on $(hostname), a loopback address; mend /etc/hosts, or give an" \
+        "address that node $node_rank can reach"
     fi
   fi
   rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "$master_addr" --master-port "$master_port")

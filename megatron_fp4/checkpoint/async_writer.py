@@ -20,6 +20,8 @@ from torch import Tensor
 
 from megatron_fp4.checkpoint.box import Box, Boxes
 
+GRACE_SECONDS = 1.0
+
 
 class Staging:
     """Host buffers (pinned for CUDA), one for each box that this rank writes; made anew only if the layout changes."""
@@ -70,6 +72,7 @@ class SaveInProgress:
         self.error: str | None = None
         self._work = work
         self._timeout_seconds = timeout_seconds
+        self._background = background
         self._lock = threading.Lock()
         self._claimed = False
         self._abandoned = False
@@ -84,15 +87,23 @@ class SaveInProgress:
             self.num_bytes = self._work(self)
         except BaseException as error:  # the thread must not die silently, whatever it was
             self.error = f"{type(error).__name__}: {error}"
-        self.seconds = time.monotonic() - self.started
-        self._done.set()
+            if not self._background and not isinstance(error, Exception):
+                raise  # Ctrl-C during a synchronous save is still Ctrl-C
+        finally:
+            self.seconds = time.monotonic() - self.started
+            self._done.set()
 
     @property
     def finished(self) -> bool:
         return self._done.is_set()
 
     def overdue(self) -> bool:
+        """For the writer: past its time."""
         return time.monotonic() - self.started > self._timeout_seconds
+
+    def hangs(self) -> bool:
+        """For the main thread: neither finished nor able to notice that it is overdue."""
+        return not self.finished and time.monotonic() - self.started > self._timeout_seconds + GRACE_SECONDS
 
     def claim_commit(self) -> bool:
         with self._lock:
@@ -107,9 +118,10 @@ class SaveInProgress:
     def join(self) -> None:
         """Wait for the end, at most until the deadline; after it the save is abandoned and has failed.
 
-        A commit that has begun is waited for in any case: it consists of a few renames.
+        A commit that has begun is waited for in any case: it consists of a few renames. The grace is for a writer
+        that keeps the deadline itself and knows better who is late.
         """
-        self._done.wait(max(0.0, self.started + self._timeout_seconds - time.monotonic()))
+        self._done.wait(max(0.0, self.started + self._timeout_seconds + GRACE_SECONDS - time.monotonic()))
         if not self.finished and not self.abandon():
             self._done.wait()
         if not self.finished:

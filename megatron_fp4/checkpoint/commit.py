@@ -48,6 +48,7 @@ STATE = "state.json"
 COMPLETE_NAME = re.compile(r"step_(\d{8,})")
 PASSING_NAME = re.compile(r"(step_\d{8,})\.(writing|failed|deleting|replaced)-(.+)\.\d+")
 STALE_SECONDS = 3600.0  # a writer on another host that touched nothing for so long is gone
+TEMPORARY_SECONDS = 60.0  # a new `latest` exists under its temporary name for milliseconds
 WATCH_SECONDS = 0.02
 
 
@@ -220,9 +221,11 @@ def sweep(root: Path) -> list[str]:
     A checkpoint that was moved aside for its replacement, which then never came, gets its name back.
     """
     removed = []
+    for path in root.glob(f"{LATEST}.tmp-*"):
+        if time.time() - path.stat().st_mtime > TEMPORARY_SECONDS:
+            path.unlink()
     for path, name, stage, owner in list(_passing(root)):
-        mine = owner == Owner.me()
-        if stage in ("writing", "replaced") and (mine or owner.lives(_age_seconds(path), STALE_SECONDS)):
+        if stage in ("writing", "replaced") and owner.lives(_age_seconds(path), STALE_SECONDS):
             continue
         if stage == "replaced" and not (root / name).exists():
             os.rename(path, root / name)

@@ -11,9 +11,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_fp4.checkpoint.box import Box, Boxes, BoxSavePlanner
@@ -91,24 +92,29 @@ def make_plan(state: dict[str, Boxes], group: Group) -> tuple[SavePlan, Metadata
 
 
 def _whole(plans: list[SavePlan]) -> Metadata:
-    """DCP's checks for overlap and bounds, and ours: nothing twice (DCP would drop one copy), nothing left out."""
-    seen = set()
+    """Nothing twice (DCP would drop one copy), nothing left out, and DCP's own checks for bounds and overlap."""
+    seen: set[MetadataIndex] = set()
+    covered: dict[str, int] = {}
+    shapes: dict[str, torch.Size] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
+            key, data = item.index.fqn, item.tensor_data
+            assert data is not None
             if item.index in seen:
                 raise ValueError(
-                    f"{item.index.fqn} at {tuple(item.index.offset or ())} is written twice, the second time by rank"
-                    f" {rank}; replicas must have writes=False"
+                    f"{key} at {tuple(item.index.offset or ())} is written twice, the second time by rank {rank};"
+                    " replicas must have writes=False"
                 )
             seen.add(item.index)
-    _, metadata = BoxSavePlanner({}).create_global_plan(plans)
-    for key, stored in metadata.state_dict_metadata.items():
-        assert isinstance(stored, TensorStorageMetadata)
-        covered = sum(chunk.sizes.numel() for chunk in stored.chunks)
-        if covered != stored.size.numel():
+            shapes[key] = data.size
+            covered[key] = covered.get(key, 0) + data.chunk.sizes.numel()
+    for key, shape in shapes.items():
+        if covered[key] < shape.numel():
             raise ValueError(
-                f"{key}: the shards of all ranks hold {covered} of {stored.size.numel()} elements of {tuple(stored.size)}"
+                f"{key}: the shards of all ranks hold {covered[key]} of the {shape.numel()} elements of shape"
+                f" {tuple(shape)}"
             )
+    _, metadata = BoxSavePlanner({}).create_global_plan(plans)
     return metadata
 
 

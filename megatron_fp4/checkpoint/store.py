@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
@@ -48,6 +48,7 @@ from megatron_fp4.comm import collectives
 from megatron_fp4.comm.mesh import Group
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class CorruptCheckpoint(RuntimeError):
@@ -84,8 +85,10 @@ class CheckpointStore:
         self.root, self.group, self.config = Path(root), group, config
         self._staging = Staging()
         self._running: SaveInProgress | None = None
+        self._directory = self.root  # of the running save
         self._blocking_seconds = 0.0
-        self._reported = True
+        self._told = True  # whether `poll` has told the outcome of the running save
+        self._untold: list[SaveReport] = []  # outcomes that `save` found when it waited for an earlier save
         self._failures_in_a_row = 0
         self._number = 0
         self._signature: tuple[Any, ...] | None = None
@@ -114,22 +117,22 @@ class CheckpointStore:
         `max_failures`. Disk trouble never raises: the report says `failed`.
         """
         began = time.monotonic()
-        state = boxes_of(shards)
         self._settle()
-        state_json = encode_meta({"step": step, "tokens": tokens, "score": score, "meta": dict(meta)})
+        small = {"step": step, "tokens": tokens, "score": score, "meta": dict(meta)}
+        state, state_json = self._agreed(lambda: (boxes_of(shards), encode_meta(small)))
         self._plan_for(state)
         directory, error = self._open_directory(step)
         if directory is None:
             return self._count(SaveReport(step, SaveStatus.failed, time.monotonic() - began, error=error))
+        self._directory = directory
         staged, copy_error = self._stage(state)
         work = self._work(directory, step, staged, state_json, copy_error)
         timeout, background = self.config.timeout_seconds, self.config.asynchronous
-        self._running, self._reported = SaveInProgress(step, work, timeout, background=background), False
+        self._running, self._told = SaveInProgress(step, work, timeout, background=background), False
         self._blocking_seconds = time.monotonic() - began
         if not background:
-            report = self._settle()
+            report = self.wait()
             assert report is not None
-            self._reported = True
             return report
         return SaveReport(step, SaveStatus.writing, self._blocking_seconds)
 
@@ -181,14 +184,21 @@ class CheckpointStore:
                     if not save.claim_commit():
                         raise commit.GivenUp("finished after its time-out")
                     commit.publish(directory, self.root, step, number)
-            except BaseException:
-                commit.give_up(directory)
-                raise
+            except BaseException as error:
+                if isinstance(error, OSError) and not directory.exists():
+                    error = commit.GivenUp("another rank could not write its part")
+                self._give_up(directory)
+                raise error
             if self.group.rank == 0:
                 self._retain(step, number)
             return part.num_bytes
 
         return write
+
+    def _give_up(self, directory: Path) -> None:
+        commit.give_up(directory)
+        if self.group.rank == 0:
+            commit.sweep_failed(self.root)
 
     def _retain(self, newest: int, number: int) -> None:
         """Rank 0: delete what no rule keeps. Trouble here must not fail the save that was just committed."""
@@ -203,25 +213,27 @@ class CheckpointStore:
             log.warning("old checkpoints under %s were not removed: %s", self.root, error)
 
     def poll(self) -> list[SaveReport]:
-        """The outcome of the running save, once, as soon as this rank knows it: rank 0 of commit or failure, other
-        ranks of a failure of their own part. No communication; call it every step."""
+        """Outcomes of saves, each once, as soon as this rank knows: rank 0 of commit or failure, other ranks of a
+        failure of their own part, and of the rest at the next `save`. No communication; call it every step."""
+        reports, self._untold = self._untold, []
         save = self._running
-        if save is None or self._reported or not (save.finished or save.overdue()):
-            return []
-        if not save.finished:
-            save.join()
+        if save is None or self._told or not (save.finished or save.hangs()):
+            return reports
+        save.join()
         if self.group.rank != 0 and save.error is None:
-            return []
-        self._reported = True
-        return [self._report(save, save.error)]
+            return reports
+        self._told = True
+        return [*reports, self._report(save, save.error)]
 
     def wait(self) -> SaveReport | None:
         """Wait for the running save, if any; the outcome on which all ranks agree."""
-        return self._settle()
+        report = self._settle()
+        self._untold = []
+        return report
 
     def close(self) -> SaveReport | None:
-        """Wait for the last save. To be called before the process groups are destroyed."""
-        return self._settle()
+        """`wait`, to be called before the process groups are destroyed."""
+        return self.wait()
 
     def _settle(self) -> SaveReport | None:
         """Collective: join the running save on all ranks, agree on its outcome, count failures."""
@@ -231,13 +243,15 @@ class CheckpointStore:
         save.join()
         errors = collectives.all_gather_object(save.error, self.group)
         if not save.finished:
+            self._give_up(self._directory)
             self._staging = Staging()  # the hung thread may still read the old buffers
         self._running = None
         told = [None if error and error.startswith("GivenUp") else error for error in errors]
         error = (first_error(told) or first_error(errors)) if errors[0] else None
-        if self.group.rank == 0 and error:
-            commit.sweep_failed(self.root)
-        return self._count(self._report(save, error))
+        report = self._report(save, error)
+        if not self._told:
+            self._untold.append(report)
+        return self._count(report)
 
     def _report(self, save: SaveInProgress, error: str | None) -> SaveReport:
         status = SaveStatus.failed if error else SaveStatus.committed
@@ -282,7 +296,7 @@ class CheckpointStore:
         Raises FileNotFoundError if there is none, CorruptCheckpoint, or ValueError listing names and shapes that
         differ; the same on all ranks. After CorruptCheckpoint the tensors' contents are undefined.
         """
-        state = boxes_of(shards)
+        state = self._agreed(lambda: boxes_of(shards))
         return self._newest_good(step, lambda directory: self._read(directory, state))
 
     def discard_after(self, step: int) -> None:
@@ -300,6 +314,17 @@ class CheckpointStore:
         if error := collectives.broadcast_object(error, self.group):
             raise OSError(f"checkpoints after step {step} under {self.root} were not all removed: {error}")
 
+    def _agreed(self, make: Callable[[], T]) -> T:
+        """`make()`, or the ValueError of any rank on all ranks: nobody is left waiting in the next collective."""
+        value, error = None, None
+        try:
+            value = make()
+        except ValueError as caught:
+            error = str(caught)
+        if error := first_error(collectives.all_gather_object(error, self.group)):
+            raise ValueError(error)
+        return cast(T, value)
+
     def _from_first(self, read: Callable[[], Any]) -> Any:
         """Rank 0 looks at the file system, the others believe it: clients of a shared one may see it differently."""
         return collectives.broadcast_object(read() if self.group.rank == 0 else None, self.group)
@@ -307,17 +332,16 @@ class CheckpointStore:
     def _newest_good(self, step: int | None, read: Callable[[Path], str | None]) -> dict[str, Any]:
         """Try the candidates; `read` fills tensors and returns all ranks' error (corruption) or None."""
         self._settle()
-        candidates = self._from_first(lambda: commit.load_order(self.root) if step is None else [step])
-        if not candidates or (
-            step is not None and step not in self._from_first(lambda: commit.present_steps(self.root))
-        ):
+        candidates, complete = self._from_first(lambda: self._candidates(step))
+        if not candidates:
             asked = "no checkpoint" if step is None else f"no checkpoint {commit.step_name(step)}"
-            raise FileNotFoundError(f"{asked} under {self.root}; complete ones: {self.complete_steps()}")
+            raise FileNotFoundError(f"{asked} under {self.root}; complete ones: {complete}")
         for candidate in candidates:
             directory = self.root / commit.step_name(candidate)
             problem = self._verify(directory) or read(directory)
+            state, state_problem = self._read_state(directory)
+            problem = problem or state_problem
             if problem is None:
-                state = self._from_first(lambda chosen=directory: commit.read_state(chosen))
                 return {"step": state["step"], **state["meta"]}
             if step is not None or self.config.on_corrupt is OnCorrupt.fail:
                 raise CorruptCheckpoint(f"checkpoint {directory.name} is refused: {problem}")
@@ -325,18 +349,31 @@ class CheckpointStore:
                 log.warning("checkpoint %s is refused, trying the previous one: %s", directory.name, problem)
         raise CorruptCheckpoint(f"no intact checkpoint under {self.root}; tried {candidates}; the last: {problem}")
 
+    def _candidates(self, step: int | None) -> tuple[list[int], list[int]]:
+        """Steps to try, and the complete ones for the error message."""
+        order = commit.load_order(self.root) if step is None else [step]
+        present = commit.present_steps(self.root)
+        return [one for one in order if one in present], commit.complete_steps(self.root)
+
     def _verify(self, directory: Path) -> str | None:
         """Each rank checks its share of the files; all ranks return the same problems or None."""
-        problems: list[str] = []
         try:
             files = read_manifest(directory)
-            for name in share_of(files, self.group.rank, self.group.size) if self.config.verify else []:
-                if problem := problem_of(directory, name, files[name]):
-                    problems.append(problem)
+            mine = share_of(files, self.group.rank, self.group.size) if self.config.verify else []
+            problems = [problem for name in mine if (problem := problem_of(directory, name, files[name]))]
         except ValueError as error:
-            problems.append(str(error))
+            problems = [str(error)]
         found = [one for many in collectives.all_gather_object(problems, self.group) for one in many]
         return "; ".join(dict.fromkeys(found)) or None
+
+    def _read_state(self, directory: Path) -> tuple[dict[str, Any], str | None]:
+        def read() -> tuple[dict[str, Any], str | None]:
+            try:
+                return commit.read_state(directory), None
+            except ValueError as error:
+                return {}, str(error)
+
+        return self._from_first(read)
 
     def _read(self, directory: Path, state: dict[str, Boxes]) -> str | None:
         metadata, error = None, None

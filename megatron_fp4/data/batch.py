@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     address: torch.Tensor  # int64, sample_in_global_batch * S + column: same for every layout
     sample_ids: torch.Tensor  # int64 [num_micro * micro_batch], number in the global order; -1 = padding row
 
-    def micro(self, index: int, micro_batch: int) -> "Batch":
+    def micro(self, index: int, micro_batch: int) -> Batch:
         """Micro-batch `index`, views."""
         rows = slice(index * micro_batch, (index + 1) * micro_batch)
         return Batch(*(tensor[rows] for tensor in self))

@@ -3,7 +3,8 @@
 Read by omegaconf: plain frozen dataclasses, no unions, no Literal; `to_object` turns tuples into lists.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,21 @@ class DataConfig:
         for item in self.skip:
             if len(item) != 2 or not 0 <= item[0] < item[1]:
                 raise ValueError(f"data.skip has {list(item)}; each entry is [first, end) with 0 <= first < end")
+
+
+def config_from_dict(value: dict[str, Any]) -> DataConfig:
+    """A DataConfig from plain data (YAML, JSON). ValueError names a key that does not exist and those that do."""
+    lists = {"sources": SourceConfig, "phases": PhaseConfig, "evaluation": EvaluationConfig}
+    built = {name: [_build(kind, item) for item in value.get(name, [])] for name, kind in lists.items()}
+    return _build(DataConfig, {**value, **built})
+
+
+def _build(kind: Any, value: dict[str, Any]) -> Any:
+    known = [item.name for item in fields(kind)]
+    unknown = sorted(set(value) - set(known))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no {unknown}; its keys are {known}")
+    return kind(**value)
 
 
 def _check_names(field_name: str, names: list[str]) -> None:

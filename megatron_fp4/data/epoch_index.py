@@ -74,8 +74,8 @@ def _write(path: Path, fingerprint: bytes, index: EpochIndex) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(_MAGIC + fingerprint + len(index.order).to_bytes(8, "little"))
-            file.write(memoryview(np.ascontiguousarray(index.order)).cast("B"))
-            file.write(memoryview(np.ascontiguousarray(index.starts)).cast("B"))
+            file.write(np.ascontiguousarray(index.order, "<i8").data)
+            file.write(np.ascontiguousarray(index.starts, "<i8").data)
             file.write(_MAGIC)  # a torn write of a file system that renames early lacks this
             file.flush()
             os.fsync(file.fileno())

@@ -113,7 +113,7 @@ class Loader:
 
     def _origins(self, ids: np.ndarray) -> list[SampleOrigin]:
         out = []
-        for sample_id, (name, number) in zip(ids.tolist(), self.plan.locate(ids)):
+        for sample_id, (name, number) in zip(ids.tolist(), self.plan.locate(ids), strict=True):
             if name not in self.streams:
                 raise ValueError(f"sample {sample_id} comes from source {name!r}, which the config no longer lists")
             stream = self.streams[name]
@@ -186,5 +186,11 @@ def build_loader(
     if total_samples is not None:
         check_enough_data(config, streams, plan, total_samples)
     return Loader(
-        config, streams, plan, micro_batch=micro_batch, dp_rank=dp_rank, dp_size=dp_size, vocab_size=vocab_size
+        config,
+        streams,
+        plan,
+        micro_batch=micro_batch,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        vocab_size=vocab_size,
     )

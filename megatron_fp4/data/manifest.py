@@ -91,9 +91,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a committed shard set; ValueError if the folder has none or another kind."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        if (Path(folder) / PROGRESS).exists():
+        if any((place / PROGRESS).exists() for place in (Path(folder), Path(folder).parent)):
             raise ValueError(
-                f"shard set {folder} is not committed: it has {PROGRESS} but no {MANIFEST}. "
+                f"shard set {folder} is not committed: there is a {PROGRESS} but no {MANIFEST}. "
                 "The tokenization was interrupted; run the same data_tools.tokenize command again to finish it."
             )
         raise ValueError(

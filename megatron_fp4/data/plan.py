@@ -38,7 +38,8 @@ class Segment:
     def cursors_at(self, sample: int) -> dict[str, int]:
         """Consumed samples of every source after samples first .. sample-1 of this segment."""
         counts = self.schedule.counts(sample - self.first)
-        return {**self.cursors, **{n: self.cursors.get(n, 0) + int(c) for n, c in zip(self.sources, counts)}}
+        taken = {n: self.cursors.get(n, 0) + int(c) for n, c in zip(self.sources, counts, strict=True)}
+        return {**self.cursors, **taken}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -50,14 +51,18 @@ class Segment:
         }
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> "Segment":
+    def from_json(value: dict[str, Any]) -> Segment:
         return Segment(
-            value["first"], value["phase"], tuple(value["sources"]), tuple(value["weights"]), dict(value["cursors"])
+            value["first"],
+            value["phase"],
+            tuple(value["sources"]),
+            tuple(value["weights"]),
+            dict(value["cursors"]),
         )
 
 
 class Plan:
-    """The global sample order of a run. `segments` ascend by `first`; `skip` are disjoint ascending [first, end) ids."""
+    """The global sample order of a run. `segments` ascend by `first`; `skip`: disjoint ascending [first, end) ids."""
 
     def __init__(self, segments: Sequence[Segment], skip: Sequence[Sequence[int]] = ()) -> None:
         self.segments = list(segments)
@@ -65,8 +70,11 @@ class Plan:
 
     @staticmethod
     def from_config(
-        phases: Sequence[PhaseConfig], sizes: dict[str, int], seq_length: int, skip: Sequence[Sequence[int]] = ()
-    ) -> "Plan":
+        phases: Sequence[PhaseConfig],
+        sizes: dict[str, int],
+        seq_length: int,
+        skip: Sequence[Sequence[int]] = (),
+    ) -> Plan:
         """`sizes`: samples in one epoch of each source, the weights of a phase that gives none."""
         segments: list[Segment] = []
         tokens, cursors = 0, dict.fromkeys(sizes, 0)
@@ -78,7 +86,7 @@ class Plan:
             tokens += phase.tokens
         return Plan(segments, skip)
 
-    def continued(self, new: "Plan", at_id: int) -> "Plan":
+    def continued(self, new: Plan, at_id: int) -> Plan:
         """This plan's past up to sample `at_id`, then the new plan's blends and skips, from this plan's cursors."""
         kept = [segment for segment in self.segments if segment.first < at_id]
         coming = [segment for segment in new.segments if segment.first >= at_id]
@@ -112,7 +120,7 @@ class Plan:
         for number in np.unique(owners):
             segment, rows = self.segments[number], np.flatnonzero(owners == number)
             sources, ranks = segment.schedule.locate(ids[rows] - segment.first)
-            for row, source, rank in zip(rows.tolist(), sources.tolist(), ranks.tolist()):
+            for row, source, rank in zip(rows.tolist(), sources.tolist(), ranks.tolist(), strict=True):
                 name = segment.sources[source]
                 out[row] = (name, segment.cursors.get(name, 0) + rank)
         return out
@@ -125,7 +133,7 @@ class Plan:
         return {"segments": [s.to_json() for s in self.segments], "skip": [list(r) for r in self.skip]}
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> "Plan":
+    def from_json(value: dict[str, Any]) -> Plan:
         return Plan([Segment.from_json(s) for s in value["segments"]], value["skip"])
 
 

@@ -44,7 +44,13 @@ class SampleStream:
     """
 
     def __init__(
-        self, source: Source, *, seq_length: int, seed: int, cache: IndexCache | None = None, shuffle: bool = True
+        self,
+        source: Source,
+        *,
+        seq_length: int,
+        seed: int,
+        cache: IndexCache | None = None,
+        shuffle: bool = True,
     ) -> None:
         if source.num_tokens == 0:
             raise ValueError(f"data source {source.name!r} has no tokens in {source.num_documents} documents")
@@ -100,10 +106,8 @@ class SampleStream:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
         key = digest(self.seed, "documents", self.source.name, epoch) if self.shuffle else None
-        if self._cache is None:
-            table = build_index(self.source.lengths, key)
-        else:
-            table = self._cache.get(self.source, key)
+        cache = self._cache
+        table = build_index(self.source.lengths, key) if cache is None else cache.get(self.source, key)
         self._epochs[epoch] = table
         while len(self._epochs) > _KEPT_EPOCHS:
             self._epochs.popitem(last=False)

@@ -16,7 +16,9 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,7 +158,7 @@ class ShardWriter:
     on_bytes: called with every piece of the .bin in order (for checksums without a second read).
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype, on_bytes=None) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, prefix: str | Path, dtype: np.dtype, on_bytes: Callable[[bytes], None] | None = None) -> None:
         self.prefix = Path(prefix)
         if np.dtype(dtype) not in CODES:
             raise ValueError(f"shard dtype {dtype} is not one of {[str(d) for d in CODES]}")
@@ -167,7 +169,7 @@ class ShardWriter:
         self._on_bytes = on_bytes
         self._lengths: list[NDArray[np.int32]] = []
         self._temporary = {end: Path(f"{self.prefix}.{end}.tmp") for end in ("bin", "idx")}
-        self._file = open(self._temporary["bin"], "wb")
+        self._file = open(self._temporary["bin"], "wb")  # noqa: SIM115 - closed by close() or abort()
 
     def add_documents(self, tokens: NDArray, lengths: NDArray) -> None:
         """Append documents: flat ids [sum(lengths)] and their lengths [documents] (0 allowed)."""
@@ -214,7 +216,7 @@ class ShardWriter:
             path.unlink(missing_ok=True)
 
 
-def _sync_close(file) -> None:  # type: ignore[no-untyped-def]
+def _sync_close(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()

@@ -42,7 +42,7 @@ class Source:
         self.name = name
         self.shards = list(shards)
         self.fingerprint = fingerprint
-        self.tokenizers = sorted({m["tokenizer"]["fingerprint"] for m in manifests})
+        self.tokenizers = sorted({m["tokenizer"]["fingerprint"] for m in manifests if m["tokenizer"]})
         known = [int(m["max_token_id"]) for m in manifests]
         self.max_token_id = max(known) if known else None
         self._first = np.zeros(len(self.shards) + 1, np.int64)  # number of each shard's first document

@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_fp4.data.chunk_encoder import ChunkEncoder
 
 # The split pattern of cl100k_base, the common one; a .tiktoken file holds ranks only. Override in <file>.json.
 TIKTOKEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]")
 BEGIN_NAMES = ("<s>", "<|startoftext|>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[CLS]")
@@ -42,7 +46,7 @@ class Tokenizer(Protocol):
     special: SpecialTokens
     fingerprint: str
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def piece(self, token_id: int) -> str: ...
 
@@ -63,10 +67,10 @@ class SentencePieceTokenizer:
         self.special = SpecialTokens(*(i if i >= 0 else None for i in ids))
         self._chunks = ChunkEncoder.for_model(self._model) if fast else None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         if self._chunks is not None:
             return [self._chunks.encode(text) for text in texts]
-        return self._model.encode(list(texts), num_threads=1)
+        return [np.array(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(map(int, ids)))
@@ -91,8 +95,8 @@ class HuggingFaceTokenizer:
         self.vocab_size = int(self._model.get_vocab_size())
         self.special = _named(self._model.get_vocab())
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [item.ids for item in self._model.encode_batch(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        return [np.array(i.ids, np.int32) for i in self._model.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(map(int, ids)), skip_special_tokens=False)
@@ -127,8 +131,8 @@ class TiktokenTokenizer:
         self.vocab_size = int(self._model.n_vocab)
         self.special = _named(special)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._model.encode_ordinary(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        return [np.array(self._model.encode_ordinary(text), np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(map(int, ids)))

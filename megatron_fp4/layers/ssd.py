@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Carry = Callable[[Tensor, Tensor], Tensor]
-"""(state_BHPN after the sequence if it started from zero, decay_BH over the whole sequence) -> its initial state_BHPN."""
+"""(state_BHPN after the sequence had it begun with zero, survives_BH) -> the state_BHPN that it really begins with.
+survives_BH: the part of an earlier state that is left at the end of the sequence."""
 
 
 def document_starts(documents_BS: Tensor, previous_B: Tensor | None = None) -> Tensor:
@@ -81,7 +82,7 @@ def ssd_scan(
     """
     work = torch.promote_types(x_BSHP.dtype, torch.float32)
     x, dt, A, B, C = (part.to(work) for part in (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN))
-    S, (H, P), (G, N) = x.shape[1], x.shape[2:], B.shape[2:]
+    S, H, G = x.shape[1], x.shape[2], B.shape[2]
     log_decay = _chunked(dt * A, chunk)  # [B, K, Q, H]; a padded token has dt = 0: it neither decays nor writes
     u = _chunked(dt[..., None] * x, chunk).movedim(2, 3).unflatten(2, (G, H // G))  # [B, K, G, R, Q, P]
     B, C = (_chunked(part, chunk).movedim(2, 3) for part in (B, C))  # [B, K, G, Q, N]
@@ -89,17 +90,19 @@ def ssd_scan(
     runs = None if starts_BS is None else _chunked(starts_BS.to(torch.int64), chunk).cumsum(-1)[:, :, None, None]
 
     y = _within_chunks(u, B, C, cumulative, runs)
-    # What each chunk adds to the state at its end, and what it leaves of the state before it.
+    # What each chunk adds to the state at its end, and what it leaves of the state before it. B and C are common to a
+    # group, so R * P is one dimension of the products.
     to_end = cumulative[..., -1:] - cumulative
     from_start = cumulative
     if runs is not None:
         to_end = to_end.masked_fill(runs[..., -1:] != runs, -torch.inf)
         from_start = from_start.masked_fill(runs > 0, -torch.inf)
-    added = (u * to_end.exp()[..., None]).mT @ B[:, :, :, None]  # [B, K, G, R, P, N]
+    added = (u * to_end.exp()[..., None]).mT.flatten(3, 4) @ B  # [B, K, G, R * P, N]
     survives = from_start.exp()
-    incoming, final = _between_chunks(added.flatten(2, 3), survives[..., -1].flatten(2, 3), initial)
-    incoming = incoming.unflatten(2, (G, H // G))
-    y = y + (C[:, :, :, None] @ incoming.mT) * survives[..., None]
+    by_head = added.unflatten(3, (H // G, -1)).flatten(2, 3)
+    incoming, final = _between_chunks(by_head, survives[..., -1].flatten(2, 3), initial)
+    carried = C @ incoming.unflatten(2, (G, H // G)).flatten(3, 4).mT  # [B, K, G, Q, R * P]
+    y = y + carried.unflatten(-1, (H // G, -1)).movedim(-2, 3) * survives[..., None]
     return y.flatten(2, 3).movedim(3, 2).flatten(1, 2)[:, :S], final
 
 
@@ -129,7 +132,7 @@ def _within_chunks(u: Tensor, B: Tensor, C: Tensor, cumulative: Tensor, runs: Te
 def _between_chunks(added: Tensor, survives: Tensor, initial: Tensor | Carry | None) -> tuple[Tensor, Tensor]:
     """States before each chunk, `[B, K, H, P, N]`, and after the last, `[B, H, P, N]`.
 
-    added: `[B, K, H, P, N]` what each chunk writes. survives: `[B, K, H]` the part of the state before it that it keeps.
+    added: `[B, K, H, P, N]` what each chunk writes. survives: `[B, K, H]` the part of an earlier state that it keeps.
     """
     state, factor = torch.zeros_like(added[:, 0]), torch.ones_like(survives[:, 0])
     states, factors = [], []

@@ -29,15 +29,9 @@ def signs_from_key(key: int, size: int, device: torch.device | str = "cpu") -> T
     return 1.0 - 2.0 * (random_bits(key, index[:1], index)[0] & 1).to(torch.float32)
 
 
-def hadamard(x: Tensor, size: int, signs: Tensor | None, dim: int) -> Tensor:
-    """Transform a 2-D tensor along `dim` in consecutive groups of `size` (a power of two); same shape and dtype.
-
-    signs: FP32 `[size]`, or None for no signs. The shape of `x` must be a multiple of `size` along `dim`.
-    """
-    shape = (x.shape[0] // size, size, x.shape[1]) if dim == 0 else (x.shape[0], x.shape[1] // size, size)
-    lanes = list(x.view(shape).to(torch.float32).unbind(dim + 1))
-    if signs is not None:
-        lanes = [lane * signs[i] for i, lane in enumerate(lanes)]
+def hadamard_lanes(grouped: Tensor, signs: Tensor, size: int) -> Tensor:
+    """Transform `[groups, size, ...]` along dimension 1; same shape and dtype. Made to be compiled."""
+    lanes = [lane.to(torch.float32) * signs[i] for i, lane in enumerate(grouped.unbind(1))]
     half = 1
     while half < size:
         for start in range(0, size, 2 * half):
@@ -45,7 +39,17 @@ def hadamard(x: Tensor, size: int, signs: Tensor | None, dim: int) -> Tensor:
                 lanes[i], lanes[i + half] = lanes[i] + lanes[i + half], lanes[i] - lanes[i + half]
         half *= 2
     scale = size**-0.5  # exact for 4, 16, 64; one rounding of each element otherwise
-    return torch.stack([(lane * scale).to(x.dtype) for lane in lanes], dim + 1).view(x.shape)
+    return torch.stack([(lane * scale).to(grouped.dtype) for lane in lanes], 1)
+
+
+def hadamard(x: Tensor, size: int, signs: Tensor | None, dim: int) -> Tensor:
+    """Transform a 2-D tensor along `dim` in consecutive groups of `size` (a power of two); same shape and dtype.
+
+    signs: FP32 `[size]`, or None for no signs. The shape of `x` must be a multiple of `size` along `dim`.
+    """
+    shape = (x.shape[0] // size, size, x.shape[1]) if dim == 0 else (x.numel() // size, size)
+    signs = torch.ones(size, device=x.device) if signs is None else signs
+    return hadamard_lanes(x.contiguous().view(shape), signs, size).view(x.shape)
 
 
 def random_hadamard(x: Tensor, *, size: int = 16, signs: Tensor | str | None = "fixed") -> Tensor:

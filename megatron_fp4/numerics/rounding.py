@@ -25,18 +25,19 @@ def exponent_power(x: Tensor) -> Tensor:
 def round_e2m1(x: Tensor, noise: Tensor | None = None) -> Tensor:
     """The E2M1 values nearest to `x` (ties to even), or, with noise, stochastically rounded; saturates at +-6.
 
-    noise: FP32 in [0, 1), of x's shape. The stochastic form is Transformer Engine's software form: u = noise times the
-    spacing of the grid at |x| is added, and the sum is rounded down to the grid. (Issue #7; TE `ptx.cuh`.)
+    noise: FP32 in [0, 1), of x's shape. |x| is counted in steps of the grid at |x| (0.5 below 2, 1 below 4, 2 above),
+    the noise is added and the sum rounded down: Transformer Engine's software form (`ptx.cuh`), since a sum that
+    crosses into the next binade rounds down to its first grid point either way.
     """
     magnitude = x.abs().clamp(max=E2M1_MAX)
-    power = exponent_power(magnitude).clamp(min=1.0, max=4.0)
+    small, middle = magnitude < 2.0, magnitude < 4.0
     if noise is None:
-        shift = power * (1.5 * 2.0**22)  # the spacing is power / 2
+        shift = torch.where(small, 1.5 * 2.0**22, torch.where(middle, 1.5 * 2.0**23, 1.5 * 2.0**24))
         rounded = (magnitude + shift) - shift
     else:
-        moved = magnitude + noise * (power * 0.5)
-        power = exponent_power(moved).clamp(min=1.0, max=4.0)
-        rounded = (torch.floor(moved * (2.0 / power)) * (power * 0.5)).clamp(max=E2M1_MAX)
+        per_step = torch.where(small, 2.0, torch.where(middle, 1.0, 0.5))
+        step = torch.where(small, 0.5, torch.where(middle, 1.0, 2.0))
+        rounded = torch.floor(magnitude * per_step + noise) * step
     return torch.copysign(rounded, x)
 
 

@@ -8,10 +8,10 @@ collectives serve the rest. A group of one rank communicates nothing.
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp4.comm.collectives import ordered_sum
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.optim.layout import Bucket
 
@@ -21,7 +21,10 @@ def _is_gloo(group: Group) -> bool:
 
 
 class PendingSum:
-    """A started reduce-scatter of `flat` (FP32 `[bucket.numel]`), which must not be written until `result()`."""
+    """A started reduce-scatter of `flat` (FP32 `[bucket.numel]`), over a group of at least two ranks.
+
+    If `flat` is written before the wait, the sum is worthless and has to be started again.
+    """
 
     def __init__(self, flat: Tensor, bucket: Bucket, group: Group) -> None:
         self._flat, self._size, self._part = flat, group.size, bucket.parts[group.rank]
@@ -36,12 +39,20 @@ class PendingSum:
             self._received = flat.new_empty(self._part)
             self._work = dist.reduce_scatter_single(self._received, flat, group=group.process_group, async_op=True)
 
-    def result(self) -> Tensor:
-        """My part of the sum over all ranks, FP32 `[bucket.parts[rank]]`."""
+    def write_to(self, part: Tensor) -> None:
+        """Wait, and write my part of the sum over all ranks to `part` (FP32 `[bucket.parts[rank]]`)."""
         self._work.wait()
         if not self._ordered:
-            return self._received
-        return ordered_sum(self._received.view(self._size, self._part))
+            part.copy_(self._received)
+            return
+        parts = self._received.view(self._size, self._part)
+        torch.add(parts[0], parts[1], out=part)  # in rank order, without a pass for the copy
+        for more in parts[2:]:
+            part += more
+
+    def drop(self) -> None:
+        """Wait, and forget the sum: what was sent has changed since."""
+        self._work.wait()
 
 
 class PendingGather:

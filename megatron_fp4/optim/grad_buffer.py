@@ -78,7 +78,7 @@ class GradBuffer:
             self._send_late_again()
             for bucket, flat, pending in zip(self._buckets, self.flats, self._pending, strict=True):
                 low, high = bucket.bounds(self._group.rank)
-                flat[low:high] = pending.result()
+                pending.write_to(flat[low:high])
         if self._armed:
             self._expected = [list(counts) for counts in self._counts]
         self._pending, self._late, self._armed = [], set(), False
@@ -112,7 +112,7 @@ class GradBuffer:
         for index in self._late:
             late[index] = 1
         for index in all_reduce_max(late, self._group).nonzero().flatten().tolist():
-            self._pending[index].result()  # the receive buffer is in use until then
+            self._pending[index].drop()
             self._pending[index] = PendingSum(self.flats[index], self._buckets[index], self._group)
 
 

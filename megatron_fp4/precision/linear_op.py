@@ -92,8 +92,8 @@ class _Call:
         fprop, dgrad = self.precision.fprop.b, self.precision.dgrad.b
         if self.clock.weights_version != self.weights_version:
             raise RuntimeError(
-                f"{self.site.name}: the weights changed (version {self.weights_version} -> {self.clock.weights_version}) "
-                f"between a forward pass and its backward pass; Dgrad would use other weights than Fprop"
+                f"{self.site.name}: the weights changed (version {self.weights_version} -> "
+                f"{self.clock.weights_version}) between a forward pass and its backward pass; Dgrad would use other weights than Fprop"
             )
         key = (self.weights_version, fprop, dgrad, id(self.backend), weight.device, weight.dtype)
         if self.cache.key != key or self.cache.fprop is None or self.cache.dgrad is None:
@@ -122,7 +122,7 @@ class _Linear(torch.autograd.Function):
         copies = [Copy("fprop", call.precision.fprop.a, along=1)]
         if ctx.needs_input_grad[1]:
             copies.append(Copy("wgrad", call.precision.wgrad.b, along=0, deferred=True))
-        prepared = call.backend.quantize(x.detach(), call.source("x"), copies)
+        prepared = call.backend.quantize(x.detach().contiguous(), call.source("x"), copies)
         ctx.call, ctx.weight = call, weight
         ctx.wgrad_x = None
         if ctx.needs_input_grad[1]:
@@ -138,7 +138,7 @@ class _Linear(torch.autograd.Function):
         need_dx, need_dw, _ = ctx.needs_input_grad
         copies = [Copy("dgrad", call.precision.dgrad.a, along=1)] if need_dx else []
         if need_dw:
-            copies.append(Copy("wgrad", call.precision.wgrad.a, along=0))
+            copies.append(Copy("wgrad", call.precision.wgrad.a, along=0, deferred=True))
         prepared = list(call.backend.quantize(dy, call.source("dy"), copies))
         dx = dw = None
         if need_dx:
@@ -187,7 +187,5 @@ def quantized_linear(
     `weight.grad_ready()` is called), otherwise returned in the weight's dtype as `.grad`. cache: one per weight.
     Raises ValueError where shapes do not fit the tiles, NonFiniteError for NaN or Inf.
     """
-    call = _Call(
-        rows, site, precision, backend, cache, queue, clock, clock.seed, clock.step, clock.weights_version
-    )
+    call = _Call(rows, site, precision, backend, cache, queue, clock, clock.seed, clock.step, clock.weights_version)
     return _Linear.apply(x, weight, call)  # type: ignore[no-any-return]

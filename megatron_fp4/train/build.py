@@ -8,9 +8,12 @@ group exists.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.data.evaluation import EvalLoader, build_eval_loader
@@ -29,7 +32,7 @@ from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.config import Resume, RunConfig
 from megatron_fp4.train.evaluate import assign
 from megatron_fp4.train.step import Engine, LocalEngine, TokenLoss
 
@@ -56,8 +59,11 @@ class Run:
     plan: PrecisionPlan
     engine: Engine
     optimizer: Zero1AdamW
+    store: CheckpointStore
     loader: Loader
     evaluations: list[EvalLoader]
+    resumed: dict[str, Any] | None
+    """Small state of the checkpoint that this run continues from, or None."""
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
@@ -89,18 +95,19 @@ def make_backend(config: PrecisionConfig) -> Backend:
     raise ValueError("precision.backend = transformer_engine is not available in this version; use emulated")
 
 
-def open_data(prepared: Prepared, dp_rank: int) -> tuple[Loader, list[EvalLoader]]:
-    """The training loader and the evaluation loaders of one data-parallel rank."""
+def open_data(prepared: Prepared, dp_rank: int, state: dict[str, Any] | None = None) -> tuple[Loader, list[EvalLoader]]:
+    """The training and evaluation loaders of one data-parallel rank. state: the loader's, of a checkpoint."""
     config, tokenizer = prepared.config, prepared.tokenizer
     fingerprint = tokenizer.fingerprint if tokenizer else None
     vocab_size = config.model.vocab_size
-    share = {"micro_batch": config.train.micro_batch, "dp_rank": dp_rank, "dp_size": prepared.dp}
+    share: dict[str, Any] = {"micro_batch": config.train.micro_batch, "dp_rank": dp_rank, "dp_size": prepared.dp}
     loader = build_loader(
         config.data,
         global_batch=config.train.global_batch,
         total_samples=config.total_steps * config.train.global_batch,
         vocab_size=vocab_size,
         tokenizer_fingerprint=fingerprint,
+        state=state,
         **share,
     )
     evaluations = [
@@ -114,7 +121,9 @@ def build(prepared: Prepared, process: Process) -> Run:
     """Make the run on this rank. Collective: every rank calls it."""
     config = prepared.config
     mesh = build_mesh(config.parallel, process.world)
-    loader, evaluations = open_data(prepared, mesh.dp.rank)
+    store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", process.world, config.checkpoint)
+    resumed = find_resume(config.train.resume, store)
+    loader, evaluations = open_data(prepared, mesh.dp.rank, resumed["data"] if resumed else None)
     clock = StepClock(config.train.seed)
     dtype = config.precision.compute_dtype.torch_dtype
     wiring = Wiring.of(mesh, make_backend(config.precision), clock, dtype, process.device)
@@ -133,4 +142,33 @@ def build(prepared: Prepared, process: Process) -> Run:
 
     optimizer = Zero1AdamW(model.named_parameters(), config.optim, mesh, True, weights_changed)
     engine = LocalEngine(model, TokenLoss(config.model.vocab_size, mesh.tp))
-    return Run(config, mesh, process.device, clock, prepared.plan, engine, optimizer, loader, evaluations)
+    if resumed:
+        store.load(resumed["step"], optimizer.state_shards())
+        optimizer.step_count = resumed["optimizer_steps"]
+        optimizer.after_load()
+    return Run(
+        config=config,
+        mesh=mesh,
+        device=process.device,
+        clock=clock,
+        plan=prepared.plan,
+        engine=engine,
+        optimizer=optimizer,
+        store=store,
+        loader=loader,
+        evaluations=evaluations,
+        resumed=resumed,
+    )
+
+
+def find_resume(policy: Resume, store: CheckpointStore) -> dict[str, Any] | None:
+    """Small state of the newest intact checkpoint, by the resume policy. Raises ValueError where the policy forbids."""
+    newest = store.latest()
+    if policy is Resume.never and newest is not None:
+        raise ValueError(
+            f"{store.root} already holds checkpoint {newest} and train.resume=never; choose another train.run_dir, or"
+            " train.resume=auto to go on from it"
+        )
+    if policy is Resume.required and newest is None:
+        raise ValueError(f"train.resume=required, but there is no complete checkpoint under {store.root}")
+    return store.read_meta() if newest is not None else None

@@ -86,7 +86,7 @@ class WandbSink:
             name=config.wandb_name or run_dir.name,
             id=run_id,
             resume="allow",
-            mode=config.wandb.name,
+            mode="online" if config.wandb is WandbMode.online else "offline",
             dir=str(run_dir),
             config=settings,
             settings=wandb.Settings(init_timeout=60, console="off", silent=True),

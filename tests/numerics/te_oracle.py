@@ -60,7 +60,9 @@ def _load() -> types.ModuleType:
         _module(f"{base}.quantized_tensor", "", Quantizer=Quantizer, QuantizedTensorStorage=object)
         packages = sys.modules[f"{base}.custom_recipes"]
         packages.__dict__["gemm"] = _module(f"{base}.custom_recipes.gemm", "", GEMMType=types.SimpleNamespace(FPROP=0))
-        packages.__dict__["reference_utils"] = _module(f"{base}.custom_recipes.reference_utils", text["reference_utils"])
+        packages.__dict__["reference_utils"] = _module(
+            f"{base}.custom_recipes.reference_utils", text["reference_utils"]
+        )
         return _module(f"{base}.custom_recipes.reference_nvfp4", text["reference_nvfp4"])
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:

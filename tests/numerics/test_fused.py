@@ -14,6 +14,7 @@ from megatron_fp4.numerics import fused, key_of, quantize_nvfp4, quantize_power_
 from megatron_fp4.numerics.random import column_words, row_words
 
 KEY = key_of(3, "noise")
+KERNELS = fused.Kernels(compile=False)
 
 
 def tensor(kind: str, dtype: torch.dtype, shape: tuple[int, int] = (128, 256)) -> Tensor:
@@ -55,15 +56,15 @@ def test_fused_equals_codes_times_scales(
     """Both orientations. A difference: the arithmetic rounding is not the rounding by decision points."""
     x = tensor(kind, dtype)
     words, value = noise(tuple(x.shape), bits) if bits else (None, None)
-    amax = fused.amax_of(x)
+    amax = x.abs().amax().float()
     expected = quantize_nvfp4(x, tile=tile, noise=value, **options).operand(dtype)
-    got = fused.two_level_operand(x, amax, words, tile=tile, along=1, noise_bits=bits or 8, **options)
+    got = KERNELS.two_level_operand(x, amax, words, tile=tile, along=1, noise_bits=bits or 8, **options)
     assert torch.equal(got, expected), "contracted along the columns"
     expected = quantize_nvfp4(
         x.T.contiguous(), tile=tile, noise=None if value is None else value.T.contiguous(), **options
     ).operand(dtype)
     storage_tile = (tile[1], tile[0])
-    got = fused.two_level_operand(x, amax, words, tile=storage_tile, along=0, noise_bits=bits or 8, **options)
+    got = KERNELS.two_level_operand(x, amax, words, tile=storage_tile, along=0, noise_bits=bits or 8, **options)
     assert torch.equal(got.T, expected), "contracted along the rows"
 
 
@@ -77,7 +78,7 @@ def test_fused_power_of_two_formats(element: str, tile: tuple[int, int], bits: i
     x = tensor(kind, torch.bfloat16)
     words, value = noise(tuple(x.shape), bits) if bits else (None, None)
     expected = quantize_power_of_two(x, element=element, tile=tile, noise=value).operand()
-    assert torch.equal(fused.power_of_two_operand(x, words, tile=tile, element=element), expected)
+    assert torch.equal(KERNELS.power_of_two_operand(x, words, tile=tile, element=element), expected)
 
 
 @pytest.mark.parametrize("scope_dim", [0, 1])
@@ -87,7 +88,7 @@ def test_fused_row_scales(scope_dim: int) -> None:
     oriented = x if scope_dim == 1 else x.T.contiguous()
     expected = quantize_nvfp4(oriented, amax=oriented.abs().amax(1, keepdim=True).float()).operand()
     tile = (1, 16) if scope_dim == 1 else (16, 1)
-    got = fused.two_level_operand(x, fused.row_amax_of(x, scope_dim), None, tile=tile, along=scope_dim)
+    got = KERNELS.two_level_operand(x, x.abs().amax(scope_dim, keepdim=True).float(), None, tile=tile, along=scope_dim)
     assert torch.equal(got if scope_dim == 1 else got.T, expected)
 
 
@@ -119,4 +120,4 @@ def test_square_tiles_have_one_set_of_codes_for_both_directions(seed: int) -> No
     direct = quantize_nvfp4(w, tile=(16, 16)).operand()
     transposed = quantize_nvfp4(w.T.contiguous(), tile=(16, 16)).operand()
     assert torch.equal(direct, transposed.T)
-    assert torch.equal(fused.two_level_operand(w, fused.amax_of(w), None, tile=(16, 16), along=1), direct)
+    assert torch.equal(KERNELS.two_level_operand(w, w.abs().amax().float(), None, tile=(16, 16), along=1), direct)

@@ -1,4 +1,4 @@
-"""Codes, scales and amax against Transformer Engine's own reference quantizer: byte for byte, more than 10^7 elements."""
+"""Codes, scales and amax against Transformer Engine's own reference quantizer, byte for byte, over 10^7 elements."""
 
 from __future__ import annotations
 
@@ -79,9 +79,7 @@ def _compare(x: Tensor, tile: tuple[int, int], rht: bool, what: str) -> int:
         compared += _assert_same(ours, oracle.data, oracle.scale, oracle.global_amax_row, f"{what} row-wise")
     transposed = x.T.contiguous()
     ours = quantize_nvfp4(random_hadamard(transposed) if rht else transposed, tile=tile)
-    return compared + _assert_same(
-        ours, oracle.data_t, oracle.scale_t, oracle.global_amax_col, f"{what} column-wise"
-    )
+    return compared + _assert_same(ours, oracle.data_t, oracle.scale_t, oracle.global_amax_col, f"{what} column-wise")
 
 
 def test_codes_scales_and_amax_equal_transformer_engine() -> None:
@@ -101,7 +99,9 @@ def test_codes_scales_and_amax_equal_transformer_engine() -> None:
 @pytest.mark.parametrize("name", list(_special()))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("tile", "rht"), [((1, 16), False), ((1, 16), True), ((16, 16), False)])
-def test_special_values_equal_transformer_engine(name: str, dtype: torch.dtype, tile: tuple[int, int], rht: bool) -> None:
+def test_special_values_equal_transformer_engine(
+    name: str, dtype: torch.dtype, tile: tuple[int, int], rht: bool
+) -> None:
     """A difference here only: a corner (zero blocks, denormals, saturation, ties) is treated in another way."""
     x = _special()[name].to(dtype)
     x = x[: x.shape[0] // 16 * 16]

@@ -107,8 +107,8 @@ def check_shape(x: Tensor, source: Source, copy: Copy) -> None:
     for size, multiple in ((contracted, operand.contraction_multiple), (other, operand.tile[0])):
         if size % multiple:
             raise ValueError(
-                f"{source.name}: operand {source.operand} of {copy.gemm} has local shape {tuple(x.shape)}; its dimension "
-                f"of {size} must be a multiple of {multiple} (tile {operand.tile[0]}x{operand.tile[1]}, Hadamard size "
+                f"{source.name}: operand {source.operand} of {copy.gemm} has local shape {tuple(x.shape)}; its "
+                f"dimension of {size} must be a multiple of {multiple} (tile {operand.tile[0]}x{operand.tile[1]}, Hadamard size "
                 f"{operand.rht_size}); change the sizes or the parallel layout, or leave this linear in bf16"
             )
 

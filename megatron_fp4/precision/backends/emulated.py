@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import fused
-from megatron_fp4.numerics.hadamard import hadamard
 from megatron_fp4.numerics.random import column_words, row_words
 from megatron_fp4.precision.backends import (
     Copy,
@@ -31,13 +30,15 @@ from megatron_fp4.precision.backends import (
 )
 from megatron_fp4.precision.spec import AmaxScope, Format, Operand, Rounding
 
+Scale = tuple[Tensor, float]  # a global scale is amax / divisor
+
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
     """tensors = (values,) or (values, amax): the operand is values (or values.T), scaled by amax / divisor."""
 
     along: int
-    divisor: float
+    divisor: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,114 +50,154 @@ class _Deferred:
 
 
 class EmulatedBackend:
-    """Quantize-dequantize in one pass, and GEMMs in the compute dtype.
+    """Quantize-dequantize in a few fused passes, and GEMMs in the compute dtype.
 
-    compile: fuse the quantizer with torch.compile (needs a C++ compiler on CPUs); the results are equal, bit for bit.
+    compile: fuse the passes with torch.compile (needs a C++ compiler on CPUs); results are equal, bit for bit.
     """
 
     def __init__(self, compile: bool = False) -> None:
-        self.compile = compile
+        self.kernels = fused.Kernels(compile)
 
     def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
         """See `Backend.quantize`. A deferred copy keeps (x, amax); the others hold values of x's shape and dtype."""
         for copy in copies:
             check_shape(x, source, copy)
         scaled = [copy for copy in copies if copy.operand.quantized]
-        amaxes = reduce_and_check([self._amax(x, source, copy) for copy in scaled], source, scaled)
-        amax_of = {id(copy): amax for copy, amax in zip(scaled, amaxes, strict=True)}
-        prepared: list[Prepared] = []
-        for i, copy in enumerate(copies):
-            if copy.operand.transposes and copy.operand == copies[0].operand and i and not copy.deferred:
-                values, *amax = prepared[0].tensors  # 2-D tiles: the codes of the transpose are the transposed codes
-                meaning = prepared[0].meaning
-                prepared.append(Prepared((values, *amax), _Ready(copy.along, meaning.divisor)))
-            elif not copy.operand.quantized:
-                prepared.append(Prepared((x,), _Ready(copy.along, 1.0)))
-            elif copy.deferred:
-                prepared.append(Prepared((x, amax_of[id(copy)]), _Deferred(source, copy)))
-            else:
-                prepared.append(self._make(x, amax_of[id(copy)], source, copy))
+        measured = [self._measure(x, source, copy) for copy in scaled]
+        amaxes = reduce_and_check([amax for amax, _ in measured], source, scaled)
+        found = {copy: (amax, kept) for copy, amax, (_, kept) in zip(scaled, amaxes, measured, strict=True)}
+        made: dict[Operand, Tensor] = {}
+        prepared = []
+        for copy in copies:
+            if not copy.operand.quantized:
+                prepared.append(Prepared((x,), _Ready(copy.along)))
+                continue
+            amax, kept = found[copy]
+            if copy.deferred:
+                prepared.append(Prepared((x, amax), _Deferred(source, copy)))
+                continue
+            values = made.get(copy.operand) if copy.operand.transposes else None
+            if values is None:  # otherwise the transposed codes are the codes of the transpose
+                values = made[copy.operand] = self._values(x, amax, source, copy, x.dtype, kept)
+            prepared.append(_ready(values, amax, copy))
         return tuple(prepared)
 
     def matmul(
         self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
     ) -> Tensor:
         """See `Backend.matmul`."""
-        left, left_scale = self._operand(a)
-        right, right_scale = self._operand(b)
+        # CPUs have no GEMM from BF16 to FP32: make operands that are still to be made in FP32, where they are as exact.
+        wide = out_dtype == torch.float32 and a.tensors[0].device.type == "cpu"
+        left, left_scale = self._operand(a, torch.float32 if wide else a.tensors[0].dtype)
+        right, right_scale = self._operand(b, torch.float32 if wide else b.tensors[0].dtype)
         return scaled_matmul(left, right, left_scale, right_scale, out_dtype, accumulate_into)
 
-    def _amax(self, x: Tensor, source: Source, copy: Copy) -> Tensor:
-        operand = copy.operand
-        if operand.rht_size:
-            x = hadamard(x, operand.rht_size, signs_for(source, operand, x.device), copy.along)
-        if operand.amax_scope is AmaxScope.row:
-            return fused.row_amax_of(x, copy.along)
-        return fused.amax_of(x)
+    def _measure(self, x: Tensor, source: Source, copy: Copy) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The local amax of a copy, and (transformed x, block maxima) to go on with unless it is deferred."""
+        x = self._transformed(x, source, copy)
+        largest = self.kernels.block_amax(x, _storage_tile(copy))
+        if copy.operand.amax_scope is AmaxScope.row:
+            amax = largest.amax(copy.along, keepdim=True).to(torch.float32)
+        else:
+            amax = largest.amax().to(torch.float32)
+        return amax, None if copy.deferred else (x, largest)
 
-    def _make(self, x: Tensor, amax: Tensor, source: Source, copy: Copy) -> Prepared:
-        operand, along = copy.operand, copy.along
-        assert operand.tile is not None
-        tile = operand.tile if along == 1 else (operand.tile[1], operand.tile[0])
+    def _transformed(self, x: Tensor, source: Source, copy: Copy) -> Tensor:
+        size = copy.operand.rht_size
+        if size == 0:
+            return x
+        return self.kernels.hadamard(x, size, signs_for(source, copy.operand, x.device), copy.along)
+
+    def _values(
+        self,
+        x: Tensor,
+        amax: Tensor,
+        source: Source,
+        copy: Copy,
+        dtype: torch.dtype,
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """code * block_scale in x's shape. kept: what `_measure` has already made."""
+        operand, tile = copy.operand, _storage_tile(copy)
+        if kept is None:
+            x = self._transformed(x, source, copy)
+            kept = x, self.kernels.block_amax(x, tile)
+        x, largest = kept
         words = None
         if operand.stochastic:
             key = noise_key(source, copy)
             words = (*row_words(key, source.rows), column_words(key, source.cols))
-        if operand.rht_size:
-            x = hadamard(x, operand.rht_size, signs_for(source, operand, x.device), along)
+        common: dict[str, Any] = {"tile": tile, "largest": largest, "noise_bits": operand.noise_bits, "dtype": dtype}
         if operand.format is not Format.nvfp4:
             element = "e2m1" if operand.format is Format.mxfp4 else "e4m3"
-            values = fused.power_of_two_operand(
-                x, words, tile=tile, element=element, noise_bits=operand.noise_bits
-            )
-            return Prepared((values,), _Ready(along, 1.0))
-        values = fused.two_level_operand(
-            x, amax, words, tile=tile, along=along, bound=scale_bound(operand), **_options(operand)
+            return self.kernels.power_of_two_operand(x, words, element=element, **common)
+        return self.kernels.two_level_operand(
+            x,
+            amax,
+            words,
+            along=copy.along,
+            scale_order=operand.scale_order.name,
+            headroom=operand.rounding is Rounding.sr_headroom,
+            four_over_six=operand.four_over_six.name,
+            bound=scale_bound(operand),
+            **common,
         )
-        return Prepared((values, amax), _Ready(along, 6.0 * scale_bound(operand)))
 
-    def _operand(self, prepared: Prepared) -> tuple[Tensor, tuple[Tensor, float] | None]:
-        """The operand as `[M, K]`, and its global scale as (amax, divisor)."""
-        if isinstance(prepared.meaning, _Deferred):
+    def _operand(self, prepared: Prepared, dtype: torch.dtype) -> tuple[Tensor, Scale | None]:
+        """The operand as `[M, K]`, and its global scale."""
+        meaning = prepared.meaning
+        if isinstance(meaning, _Deferred):
             x, amax = prepared.tensors
-            prepared = self._make(x, amax, prepared.meaning.source, prepared.meaning.copy)
-        values, meaning = prepared.tensors[0], prepared.meaning
-        scale = (prepared.tensors[1], meaning.divisor) if len(prepared.tensors) == 2 else None
-        return (values if meaning.along == 1 else values.T), scale
+            prepared = _ready(self._values(x, amax, meaning.source, meaning.copy, dtype), amax, meaning.copy)
+        values, *amaxes = prepared.tensors
+        scale = (amaxes[0], prepared.meaning.divisor) if amaxes else None
+        return (values if prepared.meaning.along == 1 else values.T), scale
 
 
-def _options(operand: Operand) -> dict[str, Any]:
-    return {
-        "scale_order": operand.scale_order.name,
-        "headroom": operand.rounding is Rounding.sr_headroom,
-        "noise_bits": operand.noise_bits,
-        "four_over_six": operand.four_over_six.name,
-    }
+def _storage_tile(copy: Copy) -> tuple[int, int]:
+    assert copy.operand.tile is not None
+    rows, cols = copy.operand.tile
+    return (rows, cols) if copy.along == 1 else (cols, rows)
+
+
+def _ready(values: Tensor, amax: Tensor, copy: Copy) -> Prepared:
+    if copy.operand.format is not Format.nvfp4:  # the other formats have no global scale
+        return Prepared((values,), _Ready(copy.along))
+    return Prepared((values, amax), _Ready(copy.along, 6.0 * scale_bound(copy.operand)))
 
 
 def scaled_matmul(
     a: Tensor,
     b: Tensor,
-    a_scale: tuple[Tensor, float] | None,
-    b_scale: tuple[Tensor, float] | None,
+    a_scale: Scale | None,
+    b_scale: Scale | None,
     out_dtype: torch.dtype,
     accumulate_into: Tensor | None,
 ) -> Tensor:
     """`alpha * (a @ b.T)` with alpha = amax_a * amax_b / (divisor_a * divisor_b), in FP32, before the rounding."""
-    scales = [scale for scale in (a_scale, b_scale) if scale is not None]
-    per_row = any(amax.numel() > 1 for amax, _ in scales)
-    alpha = 1.0
-    if scales and not per_row:
-        product = scales[0][0] if len(scales) == 1 else scales[0][0] * scales[1][0]
-        divisor = scales[0][1] if len(scales) == 1 else scales[0][1] * scales[1][1]
-        alpha = (product.reshape(()) / torch.full_like(product.reshape(()), divisor)).item()
-    if accumulate_into is not None or out_dtype == torch.float32 or per_row:
-        out = torch.mm(a.float(), b.float().T)
-        if per_row:
-            for (amax, divisor), is_left in ((a_scale, True), (b_scale, False)):  # type: ignore[misc]
-                out = out * (amax.view(-1, 1) if is_left else amax.view(1, -1)) / divisor
-        elif alpha != 1.0:
-            out *= alpha
+    scalars = [scale for scale in (a_scale, b_scale) if scale is not None and scale[0].numel() == 1]
+    alpha = None
+    if scalars:
+        alpha, divisor = scalars[0][0].reshape(()), scalars[0][1]
+        if len(scalars) == 2:
+            alpha, divisor = alpha * scalars[1][0].reshape(()), divisor * scalars[1][1]
+        alpha = alpha / torch.full_like(alpha, divisor)
+    per_row = len(scalars) < sum(scale is not None for scale in (a_scale, b_scale))
+    if a.device.type == "cpu" and out_dtype != torch.float32 and not per_row:
+        # oneDNN applies alpha to the FP32 accumulator. (The FP32 GEMM of MKL applies it earlier: other sums.)
+        out = torch.addmm(a.new_empty(1, 1), a, b.T, beta=0, alpha=1.0 if alpha is None else alpha.item())
+    else:
+        out = _matmul_fp32(a, b)
+        for scale, shape in ((a_scale, (-1, 1)), (b_scale, (1, -1))):
+            if scale is not None and scale[0].numel() > 1:
+                out = out * (scale[0].view(shape) / scale[1])
+        out = out if alpha is None else out.mul_(alpha)
         out = out.to(out_dtype)
-        return out if accumulate_into is None else accumulate_into.add_(out)
-    return torch.addmm(a.new_empty(1, 1), a, b.T, beta=0, alpha=alpha)
+    return out if accumulate_into is None else accumulate_into.add_(out)
+
+
+def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T in FP32. CUDA has a GEMM from BF16 to FP32; elsewhere the operands are widened, which is exact."""
+    if a.device.type == "cuda" and a.dtype == torch.bfloat16:
+        return torch.mm(a, b.T, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float().T)

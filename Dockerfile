@@ -1,0 +1,55 @@
+# The training image: NVIDIA's PyTorch image plus this package.
+#
+#   docker build --tag megatron_fp4 .
+#   docker run --gpus all --ipc=host --ulimit memlock=-1 --volume /data:/data megatron_fp4 \
+#     launch/torchrun.sh --nproc-per-node 8 experiment=NAME train.run_dir=/data/runs/NAME
+#
+# 26.07 is the release whose torch (2.13.0a0, CUDA 13.3, Python 3.12) is of the version that pyproject.toml pins. It
+# also holds Transformer Engine 2.17 and Apex, both compiled against exactly that torch: another one breaks them.
+ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.07-py3
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE}
+
+LABEL org.opencontainers.image.title="megatron_fp4" \
+      org.opencontainers.image.description="Pretraining of large language models in NVFP4" \
+      org.opencontainers.image.licenses="Apache-2.0"
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+WORKDIR /opt/megatron_fp4
+
+# Dependencies first: this layer is rebuilt only when pyproject.toml changes.
+#   - the list is pyproject.toml's (with the `data` extra) without torch, which the image has;
+#   - the image constrains every package it ships (PIP_CONSTRAINT), some to versions older than ours; the constraint
+#     here is what must not move: torch and all that is compiled against it, numpy included;
+#   - the comparison at the end fails the build if torch moved all the same.
+COPY pyproject.toml launch/image_requirements.py /tmp/build/
+RUN python /tmp/build/image_requirements.py /tmp/build/pyproject.toml > /tmp/build/requirements.txt \
+ && python -m pip list --format=freeze \
+    | grep -iE '^(torch|torchvision|(pytorch-)?triton|apex|flash.attn|transformer.engine|numpy|nvidia-[^=]+)==' \
+    > /tmp/build/constraints.txt \
+ && before=$(python -c 'import torch; print(torch.__version__, torch.__file__)') \
+ && PIP_CONSTRAINT=/tmp/build/constraints.txt \
+    python -m pip install --no-cache-dir --requirement /tmp/build/requirements.txt \
+ && after=$(python -c 'import torch; print(torch.__version__, torch.__file__)') \
+ && if [[ $before != "$after" ]]; then echo "pip replaced torch: $before -> $after" >&2; exit 1; fi \
+ && rm -r /tmp/build
+
+COPY pyproject.toml README.md LICENSE ./
+COPY megatron_fp4 megatron_fp4
+COPY data_tools data_tools
+COPY configs configs
+COPY launch launch
+COPY benchmarks benchmarks
+# --no-deps: torch==2.13.0 is not satisfied by the image's 2.13.0a0+..., and pip would fetch another torch over it
+# (`pip check` in this image complains for the same reason). --editable: configs/ and launch/ stay beside the package.
+# No constraint here: it would hold back the setuptools of the isolated build.
+RUN PIP_CONSTRAINT='' python -m pip install --no-cache-dir --no-deps --editable . \
+ && python -c 'import megatron_fp4; from importlib.metadata import version; print(version("transformer_engine"))'
+
+# Training needs no root. Mount run directories that this user may write, or pass --user.
+RUN useradd --uid 10001 --create-home --shell /bin/bash trainer
+USER 10001
+
+# A batch job is alive as long as its process; the launcher, not docker, restarts it.
+HEALTHCHECK NONE
+CMD ["megatron-fp4", "--help"]

@@ -1,0 +1,230 @@
+"""Time of a training step under ZeRO-1, against DDP + AdamW and FSDP2 of torch: same model, same run, ratios.
+
+    python -m benchmarks.zero1 --ranks 4 --dtype float32
+
+One idea: all contenders live in the same processes and take turns, so that a busy machine slows them alike; the median
+of their turns is compared with DDP's. "model only" is forward and backward without any communication or update.
+Contenders clip to a global norm of 1 and use torch's fused AdamW. In bfloat16, DDP keeps BF16 moments and no master
+weights (it is the lower bound, not an equal), FSDP2 and ZeRO-1 keep FP32 masters. This file measures gloo on CPU unless
+`--device cuda` is given, which takes one GPU per rank and NCCL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from megatron_fp4.comm.bootstrap import Launch, exit_process, start_process
+from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
+
+Step = Callable[[Tensor], None]
+
+
+class MainGradLinear(torch.autograd.Function):
+    """What the library's linears do: the weight gradient goes straight into `main_grad`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        if weight.dtype == torch.float32:
+            weight.main_grad.addmm_(dy.T, x)
+        else:
+            weight.main_grad.add_(dy.T @ x)
+        weight.grad_ready()
+        return dy @ weight, None
+
+
+class Linear(nn.Linear):
+    """Without bias; uses `main_grad` where the optimizer gave it one and `own_gradient` is set."""
+
+    own_gradient = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return MainGradLinear.apply(x, self.weight) if self.own_gradient else super().forward(x)
+
+
+class Block(nn.Module):
+    """Norm and a four-times wider MLP twice: the parameters of a transformer block without its attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.mix = Linear(width, width, bias=False)
+        self.up = Linear(width, 4 * width, bias=False)
+        self.down = Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm(x))
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, width: int, num_blocks: int, vocab: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
+        self.head = Linear(width, vocab, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(self.head(x).float(), tokens)
+
+
+def model_only(model: nn.Module) -> Step:
+    def step(tokens: Tensor) -> None:
+        model.zero_grad()
+        model(tokens).backward()
+
+    return step
+
+
+def torch_step(model: nn.Module) -> Step:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step(tokens: Tensor) -> None:
+        optimizer.zero_grad()
+        model(tokens).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def ddp(model: nn.Module) -> Step:
+    return torch_step(DistributedDataParallel(model, gradient_as_bucket_view=True))
+
+
+def fsdp2(model: Model, dtype: torch.dtype) -> Step:
+    policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype)
+    model = model.float()
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    return torch_step(model)
+
+
+def zero1(model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: bool) -> Step:
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.own_gradient = own_gradient
+    for name, p in model.named_parameters():
+        segment = Segment(name, 0, p.shape[0], tuple(p.shape), (0,) * p.dim())
+        p.placement = Placement((segment,), decay=p.dim() > 1)  # type: ignore[attr-defined]
+    bucket_mib = 4.0 if overlap is Overlap.on else 25.0  # 25 is DDP's; overlap needs several buckets
+    config = OptimConfig(bucket_mib=bucket_mib, overlap_reduce=overlap, overlap_gather=overlap)
+    optimizer = Zero1AdamW(model.named_parameters(), config, mesh, sequence_parallel=False)
+    optimizer.gather_beside_forward(model)
+
+    def step(tokens: Tensor) -> None:
+        optimizer.zero_grad()
+        optimizer.begin_last_microbatch()
+        model(tokens).backward()
+        optimizer.finish_grads()
+        optimizer.step(1e-3, max_norm=1.0)
+
+    return step
+
+
+def contenders(model: Model, mesh: ParallelMesh, dtype: torch.dtype) -> dict[str, Step]:
+    def fresh() -> Model:
+        return copy.deepcopy(model)
+
+    return {
+        "model only": model_only(fresh()),
+        "DDP + AdamW": ddp(fresh()),
+        "FSDP2 + AdamW": fsdp2(fresh(), dtype),
+        "ZeRO-1, autograd gradients": zero1(fresh(), mesh, Overlap.off, own_gradient=False),
+        "ZeRO-1": zero1(fresh(), mesh, Overlap.off, own_gradient=True),
+        "ZeRO-1, overlapped": zero1(fresh(), mesh, Overlap.on, own_gradient=True),
+    }
+
+
+def measure(rank: int, port: int, args: argparse.Namespace) -> None:
+    """One rank; rank 0 prints."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    process = start_process(args.device, 300.0, Launch(rank, args.ranks, rank, args.ranks, "torchrun"))
+    mesh = build_mesh(ParallelConfig(), process.world)
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    model = Model(args.width, args.blocks, args.vocab).to(process.device, dtype)
+    steps = contenders(model, mesh, dtype)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    tokens = torch.randint(0, args.vocab, (args.tokens,), device=process.device)
+    for turn in range(args.turns + 1):
+        for name, step in steps.items():
+            if args.ranks > 1:
+                dist.barrier()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            for _ in range(args.steps):
+                step(tokens)
+            if process.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:  # the first turn warms up
+                wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+                seconds[name].append((wall / args.steps, cpu / args.steps))
+    if rank == 0:
+        report(seconds, sum(p.numel() for p in model.parameters()), args)
+    dist.destroy_process_group()
+    exit_process(0)  # gloo's threads abort an ordinary exit now and then
+
+
+def report(seconds: dict[str, list[tuple[float, float]]], num_parameters: int, args: argparse.Namespace) -> None:
+    """Wall time, and CPU time of rank 0 with all its threads, which other programs on the machine disturb less."""
+    print(f"{num_parameters / 1e6:.2f} M parameters, {args.dtype}, {args.ranks} ranks, {args.tokens} tokens per rank")
+    print(
+        f"{'ms per step (median)':28} {'wall':>8} {'/ DDP':>7} {'/ FSDP2':>8}   {'cpu':>8} {'/ DDP':>7} {'/ FSDP2':>8}"
+    )
+    medians = {
+        name: [statistics.median(value[kind] for value in values) for kind in (0, 1)]
+        for name, values in seconds.items()
+    }
+    for name, both in medians.items():
+        columns = [
+            f"{1e3 * value:8.1f} {value / to_ddp:7.2f} {value / to_fsdp:8.2f}"
+            for value, to_ddp, to_fsdp in zip(both, medians["DDP + AdamW"], medians["FSDP2 + AdamW"], strict=True)
+        ]
+        print(f"{name:28} {'   '.join(columns)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=64, help="per rank and step")
+    parser.add_argument("--steps", type=int, default=5, help="per turn")
+    parser.add_argument("--turns", type=int, default=7)
+    args = parser.parse_args()
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = int(sock.getsockname()[1])
+    mp.spawn(measure, args=(port, args), nprocs=args.ranks)
+
+
+if __name__ == "__main__":
+    main()

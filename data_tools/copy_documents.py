@@ -1,0 +1,75 @@
+"""Documents of existing shards into new shard sets: what merge and split have in common."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.documents import Position
+from data_tools.shard_set import SplitWriter, remove_sets
+from megatron_fp4.data.manifest import read_manifest
+from megatron_fp4.data.source import Source, open_source
+
+_DOCUMENTS_AT_ONCE = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--shard-tokens", type=int, default=512 << 20, help="a shard is closed at this many tokens")
+    parser.add_argument("--restart", action="store_true", help="delete earlier output instead of going on")
+
+
+def copy_documents(
+    args: argparse.Namespace, folders: dict[str, Path], choose: Callable[[NDArray], str], options: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Copy every document of `args.paths` to the split that `choose(tokens)` names. Returns the manifests."""
+    source = open_source("copy", args.paths)
+    facts = _common_facts(args.paths, source)
+    if args.restart:
+        remove_sets(args.output, folders)
+    args.output.mkdir(parents=True, exist_ok=True)
+    dtype = max((shard.dtype for shard in source.shards), key=lambda d: np.iinfo(d).max)
+    job = {"content": source.fingerprint, "shard_tokens": args.shard_tokens, **options}
+    writer = SplitWriter(args.output, folders, dtype, job)
+    for first in range(writer.position.offset, source.num_documents, _DOCUMENTS_AT_ONCE):
+        last = min(first + _DOCUMENTS_AT_ONCE, source.num_documents)
+        for document in _documents(source, first, last):
+            writer.add(choose(document), document, np.array([len(document)]))
+        writer.end_batch(Position(0, last), args.shard_tokens)
+    return writer.finish(facts)
+
+
+def _documents(source: Source, first: int, last: int) -> Iterator[NDArray]:
+    for number in range(first, last):
+        shard, local = source.locate(number)
+        yield shard.document(local)
+
+
+def _common_facts(paths: list[str], source: Source) -> dict[str, Any]:
+    """Tokenizer and special-token policy of the inputs; ValueError if they do not agree."""
+    if len(source.tokenizers) > 1:
+        raise ValueError(f"the inputs were written with different tokenizers: {source.tokenizers}")
+    manifests = [read_manifest(path) for path in paths if Path(path).is_dir()]
+    known = manifests[0] if manifests else {"tokenizer": None, "special_tokens": None}
+    names = [{"name": shard.prefix.name, "bytes": shard.bin_path.stat().st_size} for shard in source.shards]
+    return {"tokenizer": known["tokenizer"], "special_tokens": known["special_tokens"], "sources": names}
+
+
+def unit_hash(tokens: NDArray) -> float:
+    """A number in [0, 1) from a document's ids: equal documents get the same."""
+    data = np.ascontiguousarray(tokens, "<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") / 2**64
+
+
+def report(made: dict[str, dict[str, Any]], folders: dict[str, Path]) -> None:
+    for name, manifest in made.items():
+        print(
+            f"{manifest['num_documents']:12,d} documents {manifest['num_tokens']:14,d} tokens "
+            f"{len(manifest['shards'])} shard(s) -> {folders[name]}"
+        )

@@ -1,0 +1,23 @@
+"""Several shards or shard sets to one shard set, documents in the order given (tokenizers must agree)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from data_tools.cli import run_tool
+from data_tools.copy_documents import add_arguments, copy_documents, report
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="data_tools.merge", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    folders = {"all": args.output}
+    report(copy_documents(args, folders, lambda tokens: "all", {"tool": "merge"}), folders)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool("merge", None))

@@ -1,0 +1,145 @@
+"""From hydra overrides to frozen values.
+
+One idea: hydra composes the YAML groups, the dataclasses of `RunConfig` are the schema (schema.py), and after this file
+there are plain frozen objects only. Hydra's compose API is used instead of its decorator, so no rank
+writes an output folder, and every mistake becomes one message with the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_fp4.cli.schema import build, twin
+from megatron_fp4.train.config import RunConfig
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is for the user."""
+
+
+def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> DictConfig:
+    """The merged, schema-checked tree. Raises ConfigError."""
+    directory = config_dir or CONFIG_DIR
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(f"{directory} has no config.yaml; install with `pip install -e .`, or pass --config-dir")
+    _check_keys(overrides, directory)
+    try:
+        return _compose(overrides, directory)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_short(error)) from None
+
+
+def to_run_config(tree: DictConfig) -> RunConfig:
+    """The tree as frozen dataclasses. Raises ConfigError, also for values that the dataclasses refuse."""
+    try:
+        return build(RunConfig, OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_short(error)) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def load_run_config(run_dir: Path) -> RunConfig:
+    """The configuration that a run stored in its directory. Raises ConfigError if there is none."""
+    stored = run_dir / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"{run_dir} holds no config.yaml; is it the train.run_dir of a run?")
+    try:
+        return to_run_config(OmegaConf.merge(OmegaConf.structured(twin(RunConfig)), OmegaConf.load(stored)))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{stored}: {_short(error)}") from None
+
+
+def to_yaml(tree: DictConfig) -> str:
+    return OmegaConf.to_yaml(tree)
+
+
+def _compose(overrides: Sequence[str], directory: Path) -> DictConfig:
+    ConfigStore.instance().store(name="schema", node=twin(RunConfig))
+    with initialize_config_dir(str(directory), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def _check_keys(overrides: Sequence[str], directory: Path) -> None:
+    """Name the nearest valid key or option of every override that has none, which hydra's own message lacks."""
+    groups = {path.name: path for path in directory.iterdir() if path.is_dir()}
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"{_short(error)}; an override looks like model.num_layers=4") from None
+    schema = OmegaConf.structured(twin(RunConfig))
+    for override in parsed:
+        key, value = override.key_or_group, str(override.value())
+        if key in groups:
+            options = sorted(path.stem for path in groups[key].glob("*.yaml"))
+            if value not in options:
+                raise ConfigError(
+                    f"{key}={value} does not exist{_nearest(value, options)}; {key}: {', '.join(options)}"
+                )
+        elif not key.startswith("hydra."):
+            _check_key(key, schema, groups)
+
+
+def _check_key(key: str, schema: DictConfig, groups: dict[str, Path]) -> None:
+    node: Any = schema
+    seen: list[str] = []
+    for part in key.split("."):
+        if not isinstance(node, DictConfig) or not OmegaConf.is_config(node) or _is_free(node):
+            return  # inside a list or a free dictionary, whose keys the schema does not name
+        if part not in node:
+            names = [".".join([*seen, str(name)]) for name in node]
+            wrong = ".".join([*seen, part])
+            everything = names + _all_keys(schema) + ([] if seen else list(groups))
+            raise ConfigError(f"unknown key '{key}'{_nearest(wrong if seen else key, everything)}")
+        seen.append(part)
+        node = node._get_node(part)
+        if OmegaConf.is_config(node) is False:
+            return
+
+
+def _is_free(node: DictConfig) -> bool:
+    return OmegaConf.get_type(node) is dict
+
+
+def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name in node:
+        key = f"{prefix}{name}"
+        child = node._get_node(name)
+        keys.append(key)
+        if isinstance(child, DictConfig) and not _is_free(child):
+            keys += _all_keys(child, f"{key}.")
+    return keys
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _short(error: BaseException) -> str:
+    """The lines of a hydra or omegaconf error, and of what caused it, that help a user."""
+    kept: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        for line in (line.strip() for line in str(cause).splitlines()):
+            if (
+                line
+                and line not in kept
+                and not line.startswith(("object_type", "reference_type", "To append", "Set the"))
+            ):
+                kept.append(line)
+        cause = cause.__cause__
+    return "; ".join(kept)

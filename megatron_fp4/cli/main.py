@@ -1,0 +1,47 @@
+"""`megatron-fp4 COMMAND ARGUMENTS`: finds the command and calls its `main(arguments) -> exit code`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from megatron_fp4.comm.bootstrap import exit_process
+
+COMMANDS = {
+    "pretrain": ("megatron_fp4.pretrain", "train a model (under torchrun or srun for several ranks)"),
+    "report": ("megatron_fp4.cli.report", "loss curves and held-out losses of runs; bit-for-bit comparison"),
+    "generate": ("megatron_fp4.cli.generate", "continue a text with a trained checkpoint"),
+}
+
+
+def usage() -> str:
+    lines = ["usage: megatron-fp4 COMMAND [arguments]", ""]
+    lines += [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Dispatch; returns the exit code (2 for an unknown command)."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, rest = arguments[0], list(arguments[1:])
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"error: unknown command {name!r}{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(COMMANDS[name][0]).main(rest))
+
+
+def main() -> None:
+    """Console entry."""
+    try:
+        code = run(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    exit_process(code)

@@ -1,0 +1,155 @@
+"""Which documents did step N see? Recomputed from the plan, and proved by a hash that the run logged.
+
+One idea: the answer is a pure function of (config, plan, step's samples), so nothing big is logged: one line per step
+with a 63-bit hash of the step's tokens. A hash adds up over samples (modulo 2^63), so each data-parallel rank hashes
+its own rows and the sum is the same for every layout.
+
+`<run>/ledger.jsonl`: a line {"config", "plan", "sources", "step", "first_sample"} at each (re)start, which voids later
+steps of earlier starts, and a line {"step", "first_sample", "num_samples", "hash"} per step. Written by one rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_fp4.data.batch import Batch
+from megatron_fp4.data.config import config_from_dict
+from megatron_fp4.data.loader import Loader, open_streams
+from megatron_fp4.data.plan import Plan
+
+LEDGER = "ledger.jsonl"
+_MODULUS = 1 << 63
+
+
+def step_hash(batch: Batch) -> int:
+    """Hash of a rank's rows: sum over samples of blake2b(sample id, its S + 1 token ids), modulo 2^63."""
+    ids = np.concatenate([batch.tokens.numpy(), batch.labels.numpy()[:, -1:]], axis=1).astype("<i8")
+    total = 0
+    for sample_id, row in zip(batch.sample_ids.tolist(), ids, strict=True):
+        content = hashlib.blake2b(sample_id.to_bytes(8, "little", signed=True), digest_size=8)
+        content.update(row.data)
+        total += int.from_bytes(content.digest(), "little")
+    return total % _MODULUS
+
+
+def combine_hashes(hashes: Iterable[int]) -> int:
+    """The step's hash from those of all data-parallel ranks, in any order."""
+    return sum(hashes) % _MODULUS
+
+
+class LedgerWriter:
+    """Appends to a run's ledger; flushed line by line."""
+
+    def __init__(self, run_folder: str | Path, loader: Loader, *, step: int, first_sample: int) -> None:
+        self._path = Path(run_folder) / LEDGER
+        self._drop_half_line()
+        fingerprints = {name: stream.source.fingerprint for name, stream in loader.streams.items()}
+        start = {"config": _absolute(dataclasses.asdict(loader.config)), "plan": loader.plan.to_json(), "sources": fingerprints}
+        self._append({**start, "step": step, "first_sample": first_sample})
+
+    def add(self, step: int, first_sample: int, num_samples: int, hash_of_step: int) -> None:
+        self._append({"step": step, "first_sample": first_sample, "num_samples": num_samples, "hash": hash_of_step})
+
+    def _drop_half_line(self) -> None:
+        """What a killed run may have left at the end."""
+        if self._path.is_file():
+            data = self._path.read_bytes()
+            if not data.endswith(b"\n"):
+                os.truncate(self._path, data.rfind(b"\n") + 1)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _absolute(config: dict[str, Any]) -> dict[str, Any]:
+    """The ledger may be read from another working directory than the run's."""
+    for item in (*config["sources"], *config["evaluation"]):
+        item["paths"] = [os.path.abspath(path) for path in item["paths"]]
+    return config
+
+
+class LoggedStep(NamedTuple):
+    """What the run says about a step, and the data settings it ran under."""
+
+    step: int
+    first_sample: int
+    num_samples: int
+    hash: int
+    start: dict[str, Any]
+
+
+def read_step(run_folder: str | Path, step: int) -> LoggedStep:
+    """The line of `step` that counts: the last one, unless a later restart began at or before it."""
+    start: dict[str, Any] = {}
+    found: LoggedStep | None = None
+    last = -1
+    for line in _lines(run_folder):
+        if "config" in line:
+            start, last = line, line["step"] - 1
+            found = None if found is not None and line["step"] <= step else found
+            continue
+        last = line["step"]
+        if line["step"] == step:
+            found = LoggedStep(step, line["first_sample"], line["num_samples"], line["hash"], start)
+    if found is None:
+        raise ValueError(f"{Path(run_folder) / LEDGER} has no step {step}; its last step is {last}")
+    return found
+
+
+def _lines(run_folder: str | Path) -> Iterator[dict[str, Any]]:
+    path = Path(run_folder) / LEDGER
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the directory of a run that wrote a ledger")
+    with open(path, encoding="utf-8") as file:
+        for text in file:
+            if text.endswith("\n"):  # a killed run may leave half a line, at the end only
+                yield json.loads(text)
+
+
+def last_start(run_folder: str | Path) -> dict[str, Any]:
+    """The data settings of a run's latest (re)start."""
+    starts = [line for line in _lines(run_folder) if "config" in line]
+    if not starts:
+        raise ValueError(f"{Path(run_folder) / LEDGER} is empty: the run has not started")
+    return starts[-1]
+
+
+def reopen(start: dict[str, Any]) -> Loader:
+    """A loader that gives whole steps (data parallel 1). ValueError if a source changed since the run."""
+    config = config_from_dict(start["config"])
+    streams = open_streams(config)
+    for name, stream in streams.items():
+        saved = start["sources"].get(name)
+        if saved != stream.source.fingerprint:
+            raise ValueError(
+                f"data source {name!r} changed since the run: its content was {saved}, now it is "
+                f"{stream.source.fingerprint}; the ledger cannot be recomputed from other data"
+            )
+    return Loader(config, streams, Plan.from_json(start["plan"]), micro_batch=1, dp_rank=0, dp_size=1)
+
+
+def replay(loader: Loader, logged: LoggedStep) -> Batch:
+    """The batch of a logged step, all samples, in global order. ValueError if its hash is not the logged one."""
+    batch = loader.batch(logged.first_sample, logged.num_samples)
+    actual = step_hash(batch)
+    if actual != logged.hash:
+        raise ValueError(
+            f"step {logged.step}: the run logged hash {logged.hash}, the shards give {actual}. The data under the run "
+            "changed, or the run did not train on what its config says."
+        )
+    return batch
+
+
+def ledger(loader: Loader, first_sample: int, num_samples: int) -> list[dict[str, Any]]:
+    """One row per piece of each sample of a step: sample_id, source, epoch, shard, document, offset, length."""
+    origins = loader.origins(first_sample, num_samples)
+    return [{"sample_id": origin.sample_id, **piece} for origin in origins for piece in loader.describe(origin)]

@@ -1,0 +1,161 @@
+"""What a model holds and what it costs: parameters and FLOPs, by arithmetic, without building it.
+
+One idea: the list of logical parameters and the list of linears (block.model_linears) say everything; totals, stages
+and shares are sums over them. The lists are tested against the real modules on the meta device, the FLOPs against
+torch's own counter.
+
+Conventions: a multiply-add is two FLOPs. Only matrix products are counted (as torch's FlopCounter does): projections,
+the two products of attention, the four of the chunked scan; not norms, activations, the short convolution, softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_fp4.models.block import MIXERS, block_linears, model_linears
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.decoder import StageRange
+
+KINDS = ("embedding", "head", "attention", "mlp", "mamba", "mamba_other", "norms")
+"""mamba: its two projections. mamba_other: convolution, A_log, dt_bias, D. norms: all, the gated one included."""
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One logical parameter. block: None outside the blocks. sharded: the dimension that tp divides, None if whole."""
+
+    name: str
+    block: int | None
+    kind: str
+    shape: tuple[int, ...]
+    sharded: int | None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def local_numel(self, tp: int) -> int:
+        """On the first tensor-parallel rank, which holds the remainder of an uneven vocabulary."""
+        if self.sharded is None:
+            return self.numel
+        size = self.shape[self.sharded]
+        return self.numel // size * -(-size // tp)
+
+
+def model_parameters(config: ModelConfig) -> list[ParameterInfo]:
+    """All logical parameters in the order of the model. A tied head is the embedding and is not listed again."""
+    table = (config.vocab_size, config.hidden)
+    found = [ParameterInfo("embedding.weight", None, "embedding", table, 0)]
+    for index in range(len(config.blocks)):
+        found += _block_parameters(index, config)
+    found.append(ParameterInfo("final_norm.weight", None, "norms", (config.hidden,), None))
+    if not config.tied_embeddings:
+        found.append(ParameterInfo("head.weight", None, "head", table, 0))
+    return found
+
+
+def _block_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
+    found = []
+    for mixer in MIXERS[config.blocks[index]]:
+        name = f"blocks.{index}.{mixer}_norm.weight"
+        found.append(ParameterInfo(name, index, "norms", (config.hidden,), None))
+    for info in block_linears(index, config):
+        kind = info.name.split(".")[2]
+        for part, rows in info.outputs.items():
+            label = f"{info.name}.{part}" if part else info.name
+            sharded = 0 if info.column else 1
+            found.append(ParameterInfo(f"{label}.weight", index, kind, (rows, info.in_features), sharded))
+    if config.blocks[index] == "M":
+        found += _mamba_parameters(index, config)
+    return found
+
+
+def _mamba_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
+    """What Mamba-2 has besides its projections."""
+    name, inner = f"blocks.{index}.mamba", config.mamba_inner
+    states, heads = config.mamba_num_groups * config.mamba_state, config.mamba_num_heads
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, rows in (("x", inner), ("B", states), ("C", states)):
+        shapes[f"conv.{part}.weight"] = (rows, config.mamba_conv)
+        shapes[f"conv.{part}.bias"] = (rows,)
+    shapes |= {"A_log": (heads,), "dt_bias": (heads,), "D": (heads,)}
+    found = [ParameterInfo(f"{name}.{part}", index, "mamba_other", shape, 0) for part, shape in shapes.items()]
+    return [*found, ParameterInfo(f"{name}.norm.weight", index, "norms", (inner,), 0)]
+
+
+def by_kind(parameters: Iterable[ParameterInfo], tp: int = 1) -> dict[str, int]:
+    """Elements per kind, on one tensor-parallel rank; kinds that do not occur are left out."""
+    counts = dict.fromkeys(KINDS, 0)
+    for parameter in parameters:
+        counts[parameter.kind] += parameter.local_numel(tp)
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def stage_parameters(config: ModelConfig, stage: StageRange) -> list[ParameterInfo]:
+    """The parameters that one pipeline stage holds; a tied table counts on both of its stages."""
+    found = []
+    for parameter in model_parameters(config):
+        if parameter.block is not None:
+            here = stage.first <= parameter.block < stage.stop
+        elif parameter.kind == "embedding":
+            here = stage.has_embedding or (config.tied_embeddings and stage.has_head)
+        else:
+            here = stage.has_head
+        if here:
+            found.append(parameter)
+    return found
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one token's forward pass. linears: per linear. attention: scores and mixing, all blocks together.
+    scan: the chunked state-space scan, all blocks together."""
+
+    linears: dict[str, float]
+    attention: float
+    scan: float
+
+    @property
+    def forward(self) -> float:
+        return sum(self.linears.values()) + self.attention + self.scan
+
+    @property
+    def training(self) -> float:
+        """Forward and backward (each product has two gradients); recomputation is not counted."""
+        return 3.0 * self.forward
+
+    def quantized_share(self, gemms: Mapping[str, tuple[bool, bool, bool]]) -> float:
+        """Part of the training FLOPs in quantized GEMMs. gemms: per linear, whether fprop, dgrad, wgrad are."""
+        quantized = sum(flops * sum(gemms[name]) for name, flops in self.linears.items())
+        return quantized / self.training
+
+
+def count_flops(config: ModelConfig, seq_length: int, *, causal: bool = True) -> Flops:
+    """FLOPs per token at `seq_length`.
+
+    causal: count the (seq_length + 1) / 2 keys that a token attends to on average; otherwise all of them, which is what
+    a kernel without causal skipping, and torch's counter, see. Documents kept apart attend to fewer; that depends on
+    the data and is left out. The scan is the one of layers/ssd.py: its chunks are dense.
+    """
+    linears = {info.name: 2.0 * info.in_features * info.out_features for info in model_linears(config)}
+    keys = (seq_length + 1) / 2 if causal else seq_length
+    attention_blocks = sum("attention" in MIXERS[letter] for letter in config.blocks)
+    attention = attention_blocks * 4.0 * config.num_heads * config.attention_head_dim * keys
+    mamba_blocks = config.blocks.count("M")
+    return Flops(linears, attention, mamba_blocks * _scan_flops(config, seq_length) if mamba_blocks else 0.0)
+
+
+def _scan_flops(config: ModelConfig, seq_length: int) -> float:
+    """Per token: C B^T per group and its product with x per head, inside a chunk; writing and reading the state."""
+    chunk, inner, state = config.mamba_chunk, config.mamba_inner, config.mamba_state
+    inside = 2.0 * chunk * (config.mamba_num_groups * state + inner)
+    padding = math.ceil(seq_length / chunk) * chunk / seq_length
+    return padding * (inside + 4.0 * inner * state)
+
+
+def quantized_parameters(config: ModelConfig, names: Iterable[str]) -> int:
+    """Parameters in the linears `names`."""
+    chosen = set(names)
+    return sum(info.in_features * info.out_features for info in model_linears(config) if info.name in chosen)

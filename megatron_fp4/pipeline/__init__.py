@@ -1,0 +1,1 @@
+"""Pipeline stages and schedules (floor 3)."""

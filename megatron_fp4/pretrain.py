@@ -1,0 +1,146 @@
+"""Pretraining: `python -m megatron_fp4.pretrain experiment=quickstart model.num_layers=4 ...`.
+
+Arguments are hydra overrides of `configs/`. Exit codes: 0 done; 2 the configuration is refused (nothing was started);
+85 stopped on request with the state saved, start the same command again; anything else is a failure.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config, to_yaml
+from megatron_fp4.comm.bootstrap import Launch, exit_process, read_launch, start_process, stop_process
+from megatron_fp4.comm.collectives import broadcast_object
+from megatron_fp4.comm.mesh import describe
+from megatron_fp4.precision import table as precision_table
+from megatron_fp4.train.build import Prepared, Run, build, open_data, prepare
+from megatron_fp4.train.console import Console
+from megatron_fp4.train.metrics import Metrics
+from megatron_fp4.train.signals import EXIT_CONFIG, StopRequest
+from megatron_fp4.train.trainer import Trainer, plain
+
+HELP = """usage: pretrain [experiment=NAME] [group=option ...] [key=value ...] [--config-dir DIR] [--cfg]
+
+  experiment=quickstart            a whole experiment (configs/experiment)
+  model=gpt_tiny precision=bf16    options of a group (configs/<group>)
+  optim.lr=3e-4 parallel.tp=2      single values
+  --cfg                            print the resolved configuration and exit
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one rank; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--help" in arguments or "-h" in arguments:
+        print(HELP)
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        launch = read_launch()
+    except ValueError as error:
+        return _refuse(error, main_rank=True)
+    try:
+        config_dir, show, overrides = _split_arguments(arguments)
+        tree = compose_config(overrides, config_dir)
+        if show:
+            print(to_yaml(tree))
+            return 0
+        prepared = prepare(to_run_config(tree), launch.world_size)
+        open_data(prepared, dp_rank=0)
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        return _refuse(error, main_rank=launch.rank == 0)
+    return _train(prepared, tree, launch)
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, bool, list[str]]:
+    config_dir, show, overrides = None, False, []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--config-dir":
+            config_dir = Path(next(remaining, "")).resolve()
+        elif argument == "--cfg":
+            show = True
+        elif argument.startswith("-"):
+            raise ConfigError(f"unknown option {argument!r}; see --help")
+        else:
+            overrides.append(argument)
+    return config_dir, show, overrides
+
+
+def _refuse(error: Exception, *, main_rank: bool) -> int:
+    if main_rank:
+        print(f"error: {error}", file=sys.stderr)
+    return EXIT_CONFIG
+
+
+def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
+    config = prepared.config
+    stop = StopRequest(config.train.exit_after_seconds)
+    stop.install()
+    process = start_process(config.train.device, config.parallel.timeout_seconds, launch)
+    main_rank = process.world.rank == 0
+    console = Console(enabled=main_rank, interval_steps=config.train.log_interval_steps)
+    try:
+        try:
+            run = build(prepared, process)
+        except ValueError as error:  # refused by what only a started job can see: the run directory, a checkpoint
+            return _refuse(error, main_rank=main_rank)
+        wandb_id = run.resumed["wandb_id"] if run.resumed else uuid.uuid4().hex[:12]
+        wandb_id = broadcast_object(wandb_id, process.world)
+        _announce(run, prepared, tree, console)
+        metrics = _open_metrics(run, wandb_id) if main_rank else Metrics()
+        try:
+            return Trainer(run, metrics, console, stop, wandb_id).fit()
+        finally:
+            metrics.close()
+    finally:
+        stop_process(process)
+
+
+def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) -> None:
+    """Say what will run, and store it in the run directory."""
+    config = run.config
+    console.say(to_yaml(tree))
+    console.say(describe(config.parallel, run.mesh.world.size))
+    table = precision_table.describe(prepared.plan.table())
+    console.say(table)
+    accumulation = config.train.gradient_accumulation(prepared.dp)
+    console.say(
+        f"global batch {config.train.global_batch} = micro batch {config.train.micro_batch} * accumulation"
+        f" {accumulation} * dp {prepared.dp}; {config.tokens_per_step:,} tokens a step, {config.total_steps:,} steps"
+    )
+    if run.resumed:
+        console.say(f"resuming after step {run.resumed['step']} of {config.train.run_dir}")
+    if run.mesh.is_main:
+        run_dir = Path(config.train.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(tree))
+        (run_dir / "precision.txt").write_text(table + "\n")
+
+
+def _open_metrics(run: Run, wandb_id: str) -> Metrics:
+    settings = plain(vars(run.config))
+    step = run.resumed["step"] if run.resumed else 0
+    run_dir = Path(run.config.train.run_dir)
+    return Metrics.open(run.config.logging, run_dir, resume_step=step, wandb_id=wandb_id, settings=settings)
+
+
+def console_main() -> None:
+    """Entry of `python -m megatron_fp4.pretrain`: never leaves a rank hanging in interpreter shutdown."""
+    try:
+        code = main()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    exit_process(code)
+
+
+if __name__ == "__main__":
+    console_main()

@@ -1,0 +1,111 @@
+"""A model-free stand-in for the optimizer: logical tensors cut into shards for any (tp, pp, dp).
+
+Values are a function of (kind, name, element), so what a rank must hold after a load needs no reference run.
+Has uneven rows, a fused weight (q|k|v as three logical tensors in one parameter), column shards, a tensor replicated
+over tp, and a tied copy on the last stage.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+NUM_BLOCKS = 4
+VOCAB, HIDDEN, KV = 22, 12, 4
+
+
+@dataclass
+class FakeShard:
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensors: dict[str, Tensor]
+    writes: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        return rank % self.tp, rank // self.tp // self.dp, rank // self.tp % self.dp  # tp, pp, dp ranks
+
+
+def whole(kind: str, name: str, shape: tuple[int, ...], version: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{kind}/{name}/{version}".encode()))
+    return torch.randn(shape, generator=generator)
+
+
+def logical_shapes() -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (VOCAB, HIDDEN), "final_norm": (HIDDEN,)}
+    for block in range(NUM_BLOCKS):
+        shapes |= {
+            f"blocks.{block}.norm": (HIDDEN,),
+            f"blocks.{block}.q": (HIDDEN, HIDDEN),
+            f"blocks.{block}.k": (KV, HIDDEN),
+            f"blocks.{block}.v": (KV, HIDDEN),
+            f"blocks.{block}.out": (HIDDEN, HIDDEN),
+            f"blocks.{block}.conv": (HIDDEN, 1, 3),
+        }
+    return shapes
+
+
+def shards_of(layout: Layout, rank: int, *, filled: bool, version: int = 0, kinds: Any = KINDS) -> list[FakeShard]:
+    """All shards of `rank`: filled with the right values, or with NaN to be loaded."""
+    tp, pp, dp = layout.place(rank)
+    shapes = logical_shapes()
+    shards: list[FakeShard] = []
+
+    def add(name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None, writes: bool = True) -> None:
+        """Rows `[rows)` of the logical tensor, of which this dp rank owns an (uneven) part."""
+        start, stop = rows
+        size = stop - start
+        low, high = start + size * dp // layout.dp, start + size * (dp + 1) // layout.dp
+        index: Any = slice(low, high)
+        offset = [low, *[0] * (len(shapes[name]) - 1)]
+        if columns is not None:
+            index, offset[1] = (slice(low, high), slice(*columns)), columns[0]
+        tensors = {}
+        for kind in kinds:
+            part = whole(kind, name, shapes[name], version)[index].clone()
+            tensors[kind] = part if filled else torch.full_like(part, torch.nan)
+        shards.append(FakeShard(name, shapes[name], tuple(offset), tensors, writes))
+
+    def share(name: str, dim: int = 0) -> tuple[int, int]:
+        size = shapes[name][dim]
+        return size * tp // layout.tp, size * (tp + 1) // layout.tp
+
+    first, last = pp == 0, pp == layout.pp - 1
+    if first:
+        add("embedding", share("embedding"))
+    for block in range(NUM_BLOCKS * pp // layout.pp, NUM_BLOCKS * (pp + 1) // layout.pp):
+        add(f"blocks.{block}.norm", (0, HIDDEN), writes=tp == 0)
+        for part in ("q", "k", "v", "conv"):
+            add(f"blocks.{block}.{part}", share(f"blocks.{block}.{part}"))
+        add(f"blocks.{block}.out", (0, HIDDEN), share(f"blocks.{block}.out", 1))
+    if last:
+        add("final_norm", (0, HIDDEN), writes=tp == 0)
+        add("embedding", share("embedding"), writes=False)  # the head's copy of a tied embedding; another tensor
+    return shards
+
+
+def wrong_shards(shards: list[FakeShard], layout: Layout, rank: int, version: int = 0) -> list[str]:
+    """Names of shards that are not bitwise what they must be."""
+    right = shards_of(layout, rank, filled=True, version=version)
+    return [
+        f"{kind}/{have.name}@{have.offset}"
+        for have, want in zip(shards, right, strict=True)
+        for kind in have.tensors
+        if not torch.equal(have.tensors[kind], want.tensors[kind])
+    ]

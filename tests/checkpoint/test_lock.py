@@ -1,0 +1,118 @@
+"""One launch per run directory: refused with the holder's pid and host; dead holders are replaced."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_fp4.checkpoint.lock import LOCK, RunLock, RunLocked
+from megatron_fp4.checkpoint.owner import Owner, start_of
+
+HOLD = """
+import sys, time
+from megatron_fp4.checkpoint.lock import RunLock
+lock = RunLock(sys.argv[1]); lock.acquire(); print("held", flush=True); time.sleep(60)
+"""
+
+
+def write_lock(directory: Path, host: str, pid: int, start: int, age_seconds: float = 0.0) -> None:
+    body = {"host": host, "pid": pid, "start": start, "since": "then", "nonce": "other"}
+    (directory / "new").write_text(json.dumps(body))
+    os.replace(directory / "new", directory / LOCK)
+    os.utime(directory / LOCK, (time.time() - age_seconds, time.time() - age_seconds))
+
+
+def test_second_launch_is_refused_and_a_killed_one_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RunLocked, match=rf"in use by pid {holder.pid} on host {Owner.me().host} "):
+        RunLock(tmp_path).acquire()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    lock = RunLock(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        lock.acquire()
+    assert f"pid {holder.pid}" in caplog.text, "a take-over must be logged"
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
+    lock.release()
+
+
+def test_reused_pid_is_not_the_holder(tmp_path: Path) -> None:
+    me = Owner.me()
+    write_lock(tmp_path, me.host, me.pid, me.start + 1)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_holder_on_another_host_lives_as_long_as_its_heartbeat(tmp_path: Path) -> None:
+    write_lock(tmp_path, "node-17", 4242, 1, age_seconds=100)
+    with pytest.raises(RunLocked, match="pid 4242 on host node-17"):
+        RunLock(tmp_path).acquire()
+    write_lock(tmp_path, "node-17", 4242, 1, age_seconds=200)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_torn_lock_file_counts_by_age(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text('{"host": "no')
+    with pytest.raises(RunLocked, match="an unknown process"):
+        RunLock(tmp_path).acquire()
+    os.utime(tmp_path / LOCK, (0, 0))
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+def test_heartbeat_and_loss(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, heartbeat_seconds=0.05, stale_seconds=1.0)
+    lock.acquire()
+    os.utime(tmp_path / LOCK, (0, 0))
+    time.sleep(0.3)
+    assert time.time() - (tmp_path / LOCK).stat().st_mtime < 5, "a long run would look dead from another host"
+    lock.check()
+    write_lock(tmp_path, "node-18", 1, 1)
+    time.sleep(0.3)
+    with pytest.raises(RunLocked, match="lost to pid 1 on host node-18"):
+        lock.check()
+    lock.release()
+    assert (tmp_path / LOCK).exists(), "the other launch's lock must not be removed"
+
+
+def test_only_one_of_many_launches_takes_over_a_stale_lock(tmp_path: Path) -> None:
+    write_lock(tmp_path, Owner.me().host, 2**22 + 1, 1)  # above the kernel's largest pid
+    children = []
+    for _ in range(6):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                RunLock(tmp_path).acquire()
+                code = 0
+                time.sleep(0.5)
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes.count(0) == 1, f"{codes.count(0)} launches hold the same directory"
+
+
+def test_a_zombie_is_dead() -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    time.sleep(0.2)
+    assert start_of(child) == -1
+    assert not Owner(Owner.me().host, child, 5).lives(0.0, 180.0)
+    os.waitpid(child, 0)

@@ -1,0 +1,146 @@
+"""Damage is refused by name, the previous good checkpoint is taken, old ones go, a rollback forgets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, CorruptCheckpoint, OnCorrupt
+from megatron_fp4.comm.mesh import Group
+from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards
+
+ONE = Layout()
+
+
+def open_store(root: Path, **settings: object) -> CheckpointStore:
+    return CheckpointStore(root, Group.single("world"), CheckpointConfig(**{"asynchronous": False, **settings}))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Checkpoints 10 and 20, of versions 10 and 20 of the state."""
+    store = open_store(tmp_path)
+    for step in (10, 20):
+        store.save(step, shards_of(ONE, 0, filled=True, version=step), {"tokens": step})
+    return tmp_path
+
+
+def flip_byte(path: Path, position: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * position)] ^= 0x10
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 7)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped data byte": (
+        lambda d: flip_byte(d / "__0_0.distcp"),
+        r"__0_0\.distcp has xxh3-64 \w{16}, expected \w{16}",
+    ),
+    "truncated data": (lambda d: truncate(d / "__0_0.distcp"), r"__0_0\.distcp has \d+ bytes, expected \d+"),
+    "deleted data": (lambda d: (d / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing, expected \d+ bytes"),
+    "missing manifest": (lambda d: (d / "manifest.json").unlink(), r"manifest\.json is missing"),
+    "torn manifest": (lambda d: truncate(d / "manifest.json"), r"manifest\.json is damaged"),
+    "flipped metadata": (lambda d: flip_byte(d / ".metadata"), r"\.metadata has xxh3-64"),
+    "flipped state": (lambda d: flip_byte(d / "state.json"), r"state\.json has xxh3-64"),
+    "empty directory": (lambda d: [p.unlink() for p in d.iterdir()] and None, r"manifest\.json is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused_by_name_and_the_previous_one_taken(
+    root: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    inflict, message = DAMAGES[damage]
+    inflict(root / "step_00000020")
+    shards = shards_of(ONE, 0, filled=False)
+    with caplog.at_level(logging.WARNING):
+        meta = open_store(root).load(None, shards)
+    assert meta == {"step": 10, "tokens": 10}, f"{damage}: the damaged checkpoint was taken"
+    assert wrong_shards(shards, ONE, 0, version=10) == [], "tensors of two checkpoints were mixed"
+    assert "step_00000020 is refused, trying the previous one" in caplog.text
+    with pytest.raises(CorruptCheckpoint, match=message):
+        open_store(root, on_corrupt=OnCorrupt.fail).load(None, shards)
+    with pytest.raises(CorruptCheckpoint, match=message):
+        open_store(root).load(20, shards)  # asked for by number: never silently another one
+
+
+def test_without_hashes_an_unreadable_file_is_still_refused(root: Path) -> None:
+    truncate(root / "step_00000020" / ".metadata")
+    assert open_store(root, verify=False).load(None, shards_of(ONE, 0, filled=False))["step"] == 10
+
+
+def test_nothing_intact_and_nothing_there(root: Path, tmp_path: Path) -> None:
+    for step in (10, 20):
+        truncate(root / f"step_000000{step}" / "__0_0.distcp")
+    with pytest.raises(CorruptCheckpoint, match=r"no intact checkpoint under .*tried \[20, 10\]"):
+        open_store(root).load(None, [])
+    empty = open_store(tmp_path / "new")
+    assert empty.latest() is None
+    with pytest.raises(FileNotFoundError, match="no checkpoint under"):
+        empty.load(None, [])
+    with pytest.raises(FileNotFoundError, match=r"step_00000030 under .*complete ones: \[10, 20\]"):
+        open_store(root).load(30, [])
+
+
+def test_a_directory_without_manifest_is_no_checkpoint(root: Path) -> None:
+    shutil.copytree(root / "step_00000020", root / "step_00000030")
+    (root / "step_00000030" / "manifest.json").unlink()
+    store = open_store(root)
+    assert store.complete_steps() == [10, 20]
+    assert store.latest() == 20
+
+
+def test_lost_latest_is_found_again(root: Path) -> None:
+    (root / "latest").unlink()
+    assert open_store(root).load(None, shards_of(ONE, 0, filled=False))["step"] == 20
+    (root / "latest").write_text("step_0000")
+    assert open_store(root).latest() == 20
+
+
+def test_rollback(root: Path) -> None:
+    store = open_store(root, keep_last=3)
+    store.save(30, shards_of(ONE, 0, filled=True, version=30), {})
+    store.discard_after(10)
+    assert store.complete_steps() == [10]
+    assert store.latest() == 10, "after a rollback a resume must not take the abandoned checkpoints"
+    store.save(20, shards_of(ONE, 0, filled=True, version=21), {})
+    shards = shards_of(ONE, 0, filled=False)
+    store.load(None, shards)
+    assert wrong_shards(shards, ONE, 0, version=21) == []
+
+
+def test_the_same_step_again_replaces(root: Path) -> None:
+    store = open_store(root)
+    store.save(20, shards_of(ONE, 0, filled=True, version=99), {"tokens": 99})
+    shards = shards_of(ONE, 0, filled=False)
+    assert store.load(None, shards)["tokens"] == 99
+    assert wrong_shards(shards, ONE, 0, version=99) == []
+    assert sorted(os.listdir(root)) == ["latest", "step_00000010", "step_00000020"], "the replaced one was left behind"
+
+
+def test_retention_on_disk(tmp_path: Path) -> None:
+    store = open_store(tmp_path, keep_last=2, keep_every_tokens=100, keep_best=1)
+    scores = {1: 3.0, 2: 1.0, 3: 2.0}
+    for step in range(1, 10):
+        store.save(step, shards_of(ONE, 0, filled=True), {}, tokens=step * 30, score=scores.get(step))
+    # 2: best; 4 and 7: the first at or after 100 and 200 tokens; 8 and 9: the last two
+    assert store.complete_steps() == [2, 4, 7, 8, 9]
+    assert len(os.listdir(tmp_path)) == 1 + 5, "a deleted one left files"
+
+
+def test_small_state_is_json_only(root: Path) -> None:
+    state = json.loads((root / "step_00000020" / "state.json").read_text())
+    assert state == {"step": 20, "tokens": None, "score": None, "meta": {"tokens": 20}}
+    text = (root / "step_00000020" / ".metadata").read_bytes()
+    assert str(root).encode() not in text, "a checkpoint must not remember where it was written"
+    assert b"megatron" not in text, "no object of this library may be pickled"

@@ -1,0 +1,29 @@
+"""`read_launch` refuses a world of another size than the launch script announced."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_fp4.comm.bootstrap import EXPECTED_WORLD_SIZE, read_launch
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SRUN])
+def test_expected_size_is_accepted(environment: dict[str, str]) -> None:
+    assert read_launch({**environment, EXPECTED_WORLD_SIZE: "4"}).world_size == 4
+    assert read_launch(environment).world_size == 4, "a launch by hand announces nothing and must work"
+
+
+@pytest.mark.parametrize(("environment", "launcher"), [(TORCHRUN, "torchrun"), (SRUN, "srun")])
+def test_other_size_is_refused(environment: dict[str, str], launcher: str) -> None:
+    with pytest.raises(ValueError, match=rf"= 8, but the launcher \({launcher}\) started 4"):
+        read_launch({**environment, EXPECTED_WORLD_SIZE: "8"})
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}])
+def test_silent_single_process_is_refused(environment: dict[str, str]) -> None:
+    """Eight tasks that each believe to be alone would train eight models on the same data."""
+    with pytest.raises(ValueError, match="= 8, but the launcher"):
+        read_launch({**environment, EXPECTED_WORLD_SIZE: "8"})

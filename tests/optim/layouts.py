@@ -1,0 +1,176 @@
+"""A synthetic model cut for any layout. Its gradients sum exactly in FP32, so every layout must give the same bits."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.optim import OptimConfig, Zero1AdamW
+from tests.optim.synthetic import contribute, exact_gradient, hash_of
+
+# Local sizes are multiples of 16 elements at tp 4: torch's kernel computes what is left over in another precision.
+NUM_PARTS = 12  # contributions to every gradient: microbatches of all data-parallel ranks together
+
+NUM_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Logical:
+    """A local parameter before sharding: logical segments, each cut along `dim` over tp, or None = replicated."""
+
+    name: str
+    segments: dict[str, tuple[int, ...]]
+    dim: int | None
+    stage: int
+
+
+MODEL = (
+    Logical("embedding.weight", {"embedding.weight": (128, 24)}, 0, 0),
+    Logical("0.qkv.weight", {"0.q.weight": (48, 16), "0.k.weight": (24, 16), "0.v.weight": (24, 16)}, 0, 0),
+    Logical("0.norm.weight", {"0.norm.weight": (333,)}, None, 0),
+    Logical("0.down.weight", {"0.down.weight": (33, 64)}, 1, 0),
+    Logical("1.conv.weight", {"1.conv.weight": (48, 1, 4)}, 0, 1),
+    Logical("1.small.weight", {"1.small.weight": (7, 5)}, None, 1),
+    Logical("1.norm.weight", {"1.norm.weight": (9,)}, None, 1),
+    Logical("1.up.weight", {"1.up.weight": (128, 33)}, 0, 1),
+)
+
+
+def cut(whole: Tensor, dim: int | None, mesh: ParallelMesh) -> Tensor:
+    """My tensor-parallel part of a logical tensor."""
+    return whole if dim is None else whole.chunk(mesh.tp.size, dim)[mesh.tp.rank]
+
+
+def initial(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(hash_of(name)))
+
+
+def make_local(logical: Logical, mesh: ParallelMesh, dtype: torch.dtype, writes: bool) -> nn.Parameter:
+    pieces, segments, start = [], [], 0
+    for name, shape in logical.segments.items():
+        piece = cut(initial(name, shape), logical.dim, mesh)
+        offset = [0] * len(shape)
+        if logical.dim is not None:
+            offset[logical.dim] = mesh.tp.rank * piece.shape[logical.dim]
+        segments.append(Segment(name, start, start + piece.shape[0], shape, tuple(offset)))
+        pieces.append(piece)
+        start += piece.shape[0]
+    parameter = nn.Parameter(torch.cat(pieces).to(dtype))
+    replicated = logical.dim is None
+    parameter.placement = Placement(  # type: ignore[attr-defined]
+        tuple(segments), tp_replicated=replicated, decay=parameter.dim() > 1, writes=writes
+    )
+    return parameter
+
+
+@dataclass
+class LocalModel:
+    """The parameters of one rank; the last stage has a copy of the embedding where there are two stages."""
+
+    mesh: ParallelMesh
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @staticmethod
+    def build(mesh: ParallelMesh, dtype: torch.dtype) -> LocalModel:
+        model = LocalModel(mesh)
+        for logical in MODEL:
+            if logical.stage % mesh.pp.size == mesh.pp.rank:
+                model.parameters[logical.name] = make_local(logical, mesh, dtype, writes=True)
+        if mesh.pp.size > 1:
+            if mesh.pp.rank:
+                model.parameters["embedding.weight"] = make_local(MODEL[0], mesh, dtype, writes=False)
+            model.parameters["embedding.weight"].tied_group = mesh.pp  # type: ignore[attr-defined]
+        return model
+
+    def backward(self, step: int, part: int, sequence_parallel: bool) -> None:
+        """Contribute microbatch `part` of the global batch, or this rank's share of it."""
+        mesh = self.mesh
+        for logical in MODEL:
+            parameter = self.parameters.get(logical.name)
+            if parameter is None:
+                continue
+            if logical.dim is None and sequence_parallel and part % mesh.tp.size != mesh.tp.rank:
+                continue  # another tensor-parallel rank saw these tokens
+            if logical.name == "embedding.weight" and mesh.pp.size > 1 and part % 2 != mesh.pp.rank:
+                continue  # the other use of the tied weight
+            gradients = [
+                cut(exact_gradient(name, shape, step, part), logical.dim, mesh)
+                for name, shape in logical.segments.items()
+            ]
+            contribute(parameter, torch.cat(gradients))
+
+
+@dataclass
+class Outcome:
+    """What one rank saw: gradient norms, owned rectangles, and the parameters that it holds."""
+
+    norms: list[float]
+    shards: list[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Tensor], bool]]
+    parameters: dict[str, Tensor]
+    part_sizes: list[tuple[int, ...]]
+
+
+def train(
+    mesh: ParallelMesh,
+    config: OptimConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    sequence_parallel: bool = True,
+    num_steps: int = NUM_STEPS,
+    max_norm: float = 1.0,
+) -> Outcome:
+    """Train on the same global gradients at any layout."""
+    model = LocalModel.build(mesh, dtype)
+    optimizer = Zero1AdamW(model.parameters.items(), config, mesh, sequence_parallel)
+    norms = []
+    mine = range(mesh.dp_cp.rank, NUM_PARTS, mesh.dp_cp.size)
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        for part in mine:
+            if part == mine[-1]:
+                optimizer.begin_last_microbatch()
+            model.backward(step, part, sequence_parallel)
+        optimizer.finish_grads()
+        norms.append(optimizer.step(1e-2 / (step + 1), max_norm).grad_norm)
+    shards = [
+        (s.name, s.global_shape, s.offset, {kind: t.clone() for kind, t in s.tensors.items()}, s.writes)
+        for s in optimizer.state_shards()
+    ]
+    parameters = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+    return Outcome(norms, shards, parameters, [bucket.parts for bucket in optimizer.buckets])
+
+
+def packed(value: Any) -> bytes:
+    """A rank's result as bytes: tensors would travel as file descriptors, which end with the process that sent them."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def unpacked(value: bytes) -> Any:
+    return torch.load(io.BytesIO(value), weights_only=False)
+
+
+def assemble(outcomes: list[Outcome]) -> dict[str, dict[str, Tensor]]:
+    """{kind: {logical name: tensor}} from the shards that are written; each element must be written exactly once."""
+    whole: dict[str, dict[str, Tensor]] = {"master": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    written: dict[str, Tensor] = {}
+    for outcome in outcomes:
+        for name, shape, offset, tensors, writes in outcome.shards:
+            if not writes:
+                continue
+            place: tuple[Any, ...] = tuple(
+                slice(first, first + size) for first, size in zip(offset, tensors["master"].shape, strict=True)
+            )
+            written.setdefault(name, torch.zeros(shape, dtype=torch.int64))[place] += 1
+            for kind, tensor in tensors.items():
+                whole[kind].setdefault(name, torch.full(shape, float("nan")))[place] = tensor
+    for name, count in written.items():
+        assert bool((count == 1).all()), f"{name}: some elements are saved {count.unique().tolist()} times"
+    return whole

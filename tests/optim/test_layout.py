@@ -1,0 +1,135 @@
+"""Buckets: every cut on a row, every row owned once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.optim.layout import ALIGN, Bucket, make_buckets
+
+
+class FakeGroup(Group):
+    """A group of several ranks that nothing communicates over."""
+
+    def __init__(self, size: int) -> None:
+        object.__setattr__(self, "name", "dp_cp")
+        object.__setattr__(self, "ranks", tuple(range(size)))
+        object.__setattr__(self, "rank", 0)
+
+
+def parameter(name: str, *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Parameter:
+    made = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+    made.placement = Placement((Segment(name, 0, shape[0], shape, (0,) * len(shape)),))  # type: ignore[attr-defined]
+    return made
+
+
+def lay_out(shapes: list[tuple[int, ...]], size: int, bucket_numel: int = 1, device: str = "cpu") -> list[Bucket]:
+    named = [(f"p{i}", parameter(f"p{i}", *shape, device=device)) for i, shape in enumerate(shapes)]
+    return make_buckets(named, FakeGroup(size), bucket_numel=bucket_numel, sum_replicated_over_tp=False)
+
+
+shapes = st.lists(
+    st.one_of(
+        st.tuples(st.integers(1, 300)),
+        st.tuples(st.integers(1, 60), st.integers(1, 70)),
+        st.tuples(st.integers(1, 20), st.integers(1, 3), st.integers(1, 9)),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(shapes, st.integers(1, 7), st.sampled_from([1, 500, 10**6]))
+@settings(max_examples=150, deadline=None)
+def test_every_row_is_owned_exactly_once(sizes: list[tuple[int, ...]], ranks: int, bucket_numel: int) -> None:
+    buckets = lay_out(sizes, ranks, bucket_numel)
+    owned = {f"p{i}": [0] * shape[0] for i, shape in enumerate(sizes)}
+    for bucket in buckets:
+        assert len(bucket.parts) == ranks
+        assert all(part >= 0 for part in bucket.parts), "cuts out of order"
+        for rank in range(ranks):
+            low, high = bucket.bounds(rank)
+            for run in bucket.runs(rank):
+                assert low <= low + run.start, "a run begins before its owner's part"
+                assert run.start + run.numel <= high - low, "a run ends after its owner's part"
+                assert low + run.start == run.slot.start + run.first_row * run.slot.row_numel, "shifted rows"
+                for row in range(run.first_row, run.last_row):
+                    owned[run.slot.name][row] += 1
+                if run.first_row:
+                    inside = run.first_row * run.slot.row_numel
+                    assert inside % ALIGN == 0, "a cut that changes which elements the kernel's tail computes"
+    assert all(count == 1 for counts in owned.values() for count in counts), "a row is lost or owned twice"
+
+
+@given(shapes, st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_slots_do_not_overlap_and_are_aligned(sizes: list[tuple[int, ...]], ranks: int) -> None:
+    for bucket in lay_out(sizes, ranks, bucket_numel=10**6):
+        end = 0
+        for slot in bucket.slots:
+            assert slot.start >= end, "two parameters share elements"
+            assert slot.start % ALIGN == 0, "misaligned views slow down or break kernels"
+            end = slot.stop
+        assert bucket.numel >= end, "a parameter leaves the bucket"
+
+
+@pytest.mark.parametrize("size", [2, 3, 8, 64])
+def test_transformer_shapes_get_equal_parts_with_little_padding(size: int) -> None:
+    block = [(4096,), (6144, 4096), (4096, 4096), (4096,), (16384, 4096), (4096, 16384)]
+    buckets = lay_out(block * 2, size, bucket_numel=2**25, device="meta")
+    used = sum(2 * math.prod(shape) for shape in block)
+    assert all(bucket.even for bucket in buckets), "native collectives need equal parts"
+    assert sum(bucket.numel for bucket in buckets) < 1.05 * used
+
+
+def test_uneven_parts_where_padding_would_be_large() -> None:
+    (bucket,) = lay_out([(7, 1000)], 3, bucket_numel=10**6)
+    assert bucket.numel == 7000, "padding without need"
+    assert not bucket.even
+
+
+def test_buckets_follow_backward_order_and_split_by_dtype() -> None:
+    named = [
+        ("a", parameter("a", 8, 64)),
+        ("b", parameter("b", 8, 64, dtype=torch.bfloat16)),
+        ("c", parameter("c", 8, 64)),
+        ("d", parameter("d", 8, 64)),
+    ]
+    buckets = make_buckets(named, FakeGroup(2), bucket_numel=1024, sum_replicated_over_tp=False)
+    assert [[slot.name for slot in bucket.slots] for bucket in buckets] == [["d", "c"], ["b"], ["a"]]
+
+
+def test_replicated_parameters_are_deferred_when_their_gradients_are_partial() -> None:
+    norm = parameter("norm", 64)
+    norm.placement = Placement(norm.placement.segments, tp_replicated=True)  # type: ignore[attr-defined, union-attr]
+    named = [("w", parameter("w", 8, 64)), ("norm", norm)]
+    partial = make_buckets(named, FakeGroup(2), bucket_numel=10**6, sum_replicated_over_tp=True)
+    assert [bucket.kind.tp_summed for bucket in partial] == [False, True]
+    whole = make_buckets(named, FakeGroup(2), bucket_numel=10**6, sum_replicated_over_tp=False)
+    assert [len(bucket.slots) for bucket in whole] == [2]
+
+
+def test_refused_parameters() -> None:
+    def refused(value: nn.Parameter, message: str, *more: tuple[str, nn.Parameter]) -> None:
+        with pytest.raises(ValueError, match=message):
+            make_buckets([("w", value), *more], FakeGroup(1), bucket_numel=1, sum_replicated_over_tp=False)
+
+    refused(nn.Parameter(torch.zeros(3)), r"w has no \.placement")
+    good = parameter("w", 4, 2)
+    refused(good, "v and w are the same parameter|w and v are the same parameter", ("v", good))
+    short = parameter("w", 4, 2)
+    short.placement = parameter("w", 3, 2).placement  # type: ignore[attr-defined]
+    refused(short, "has 4 rows, its placement covers 3")
+    frozen = parameter("w", 4, 2)
+    frozen.requires_grad_(False)
+    refused(frozen, "w does not require a gradient")
+    scalar = nn.Parameter(torch.zeros(()))
+    scalar.placement = good.placement  # type: ignore[attr-defined]
+    refused(scalar, r"shape \(\)")

@@ -1,0 +1,142 @@
+"""No layout changes a bit: dp 1 to 4, tensor parallel with and without sequence parallel, stages with a tied weight.
+
+The gradients sum exactly in FP32, so masters, moments and norms must be those of one process running torch's AdamW.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.optim import OptimConfig, Overlap
+from megatron_fp4.optim import bucket_comm as bucket_comm_module
+from megatron_fp4.optim.clip import clip_factor, global_norm
+from tests.helpers.distributed import mesh_for, run_distributed
+from tests.optim.layouts import MODEL, NUM_PARTS, NUM_STEPS, Outcome, assemble, initial, packed, train, unpacked
+from tests.optim.synthetic import exact_gradient
+
+SMALL = OptimConfig(bucket_mib=0.01, overlap_reduce=Overlap.on)
+LARGE = OptimConfig(bucket_mib=1.0)
+SIZES = {
+    "dp2": (2, {"dp": 2}),
+    "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2}),
+    "dp3": (3, {"dp": 3}),
+    "dp4": (4, {"dp": 4}),
+    "cp2 dp2": (4, {"cp": 2, "dp": 2}),
+    "tp4": (4, {"tp": 4}),
+    "tp2 dp2": (4, {"tp": 2, "dp": 2}),
+    "pp2 dp2": (4, {"pp": 2, "dp": 2}),
+    "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+}
+VARIANTS = {
+    "small buckets, overlapped": {"config": SMALL},
+    "one bucket": {"config": LARGE},
+    "no sequence parallel": {"config": LARGE, "sequence_parallel": False},
+    "bf16": {"config": SMALL, "dtype": torch.bfloat16},
+}
+
+
+def all_layouts(rank: int, world_size: int) -> bytes:
+    outcomes = {}
+    for layout, (size, axes) in SIZES.items():
+        if size == world_size:
+            mesh = mesh_for(rank, world_size, **axes)
+            for variant, options in VARIANTS.items():
+                outcomes[layout, variant] = train(mesh, **options)  # type: ignore[arg-type]
+            native = bucket_comm_module._is_gloo
+            bucket_comm_module._is_gloo = lambda group: False  # the collectives that NCCL gets
+            outcomes[layout, "native collectives"] = train(mesh, SMALL)
+            bucket_comm_module._is_gloo = native
+    return packed(outcomes)
+
+
+@pytest.fixture(scope="module")
+def worlds() -> dict[int, list[dict[tuple[str, str], Outcome]]]:
+    return {size: [unpacked(result) for result in run_distributed(all_layouts, size)] for size in (2, 3, 4)}
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[torch.dtype, Outcome]:
+    mesh = ParallelMesh.single_process()
+    return {dtype: train(mesh, SMALL, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def torch_adamw() -> tuple[list[float], dict[str, Tensor]]:
+    """Norms and final weights of `torch.optim.AdamW` on the summed gradients."""
+    shapes = {name: shape for logical in MODEL for name, shape in logical.segments.items()}
+    weights = {name: torch.nn.Parameter(initial(name, shape)) for name, shape in shapes.items()}
+    groups = [
+        {"params": [w for w in weights.values() if (w.dim() > 1) is decays], "weight_decay": decay}
+        for decays, decay in ((True, SMALL.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(SMALL.beta1, SMALL.beta2), eps=SMALL.eps, fused=True)
+    norms = []
+    for step in range(NUM_STEPS):
+        for name, weight in weights.items():
+            parts = [exact_gradient(name, shapes[name], step, part) for part in range(NUM_PARTS)]
+            weight.grad = torch.stack(parts).sum(0)
+        gradients = [w.grad for w in weights.values() if w.grad is not None]
+        norms.append(global_norm(gradients, ParallelMesh.single_process().world, torch.device("cpu")))
+        for gradient in gradients:
+            gradient.mul_(clip_factor(norms[-1], 1.0))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        optimizer.step()
+    return norms, {name: weight.detach() for name, weight in weights.items()}
+
+
+def test_one_process_is_torch_adamw(one_process: dict[torch.dtype, Outcome]) -> None:
+    norms, weights = torch_adamw()
+    assert one_process[torch.float32].norms == norms
+    masters = assemble([one_process[torch.float32]])["master"]
+    for name, weight in weights.items():
+        assert torch.equal(masters[name], weight), f"{name} differs from torch.optim.AdamW"
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "native collectives"])
+@pytest.mark.parametrize("layout", SIZES)
+def test_layout_changes_no_bit(
+    layout: str,
+    variant: str,
+    worlds: dict[int, list[dict[tuple[str, str], Outcome]]],
+    one_process: dict[torch.dtype, Outcome],
+) -> None:
+    reference = one_process[torch.bfloat16 if variant == "bf16" else torch.float32]
+    outcomes = [rank[layout, variant] for rank in worlds[SIZES[layout][0]]]
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.norms == reference.norms, f"rank {rank}: a gradient is counted twice, not summed, or left out"
+    found, expected = assemble(outcomes), assemble([reference])
+    for kind, tensors in expected.items():
+        assert found[kind].keys() == tensors.keys(), f"{kind}: parameters without state"
+        for name, tensor in tensors.items():
+            assert torch.equal(found[kind][name], tensor), f"{kind}/{name} depends on the layout"
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp3", "dp4", "cp2 dp2"])
+def test_parameters_are_gathered_on_every_rank(
+    layout: str,
+    worlds: dict[int, list[dict[tuple[str, str], Outcome]]],
+    one_process: dict[torch.dtype, Outcome],
+) -> None:
+    for variant, dtype in (("one bucket", torch.float32), ("bf16", torch.bfloat16)):
+        for rank, outcomes in enumerate(worlds[SIZES[layout][0]]):
+            for name, parameter in one_process[dtype].parameters.items():
+                gathered = outcomes[layout, variant].parameters[name]
+                assert torch.equal(gathered, parameter), f"rank {rank}, {variant}: {name} is stale or shifted"
+
+
+@pytest.mark.parametrize("layout", ["pp2", "pp2 dp2", "tp2 pp2"])
+def test_tied_copies_stay_bit_equal(layout: str, worlds: dict[int, list[dict[tuple[str, str], Outcome]]]) -> None:
+    outcomes = [rank[layout, "bf16"].parameters["embedding.weight"] for rank in worlds[SIZES[layout][0]]]
+    half = len(outcomes) // 2  # pp is the outermost axis
+    for first, last in zip(outcomes[:half], outcomes[half:], strict=True):
+        assert torch.equal(first, last), "the stages' copies of the tied embedding drift apart"
+
+
+def test_both_kinds_of_parts_were_exercised(worlds: dict[int, list[dict[tuple[str, str], Outcome]]]) -> None:
+    parts = [sizes for variant in VARIANTS for sizes in worlds[3][0]["dp3", variant].part_sizes]
+    assert any(len(set(sizes)) == 1 for sizes in parts), "no bucket with equal parts"
+    assert any(len(set(sizes)) > 1 for sizes in parts), "no bucket with uneven parts"
