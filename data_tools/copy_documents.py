@@ -58,7 +58,7 @@ def _common_facts(paths: list[str], source: Source) -> dict[str, Any]:
     manifests = [read_manifest(path) for path in paths if Path(path).is_dir()]
     known = manifests[0] if manifests else {"tokenizer": None, "special_tokens": None}
     names = [{"name": shard.prefix.name, "bytes": shard.bin_path.stat().st_size} for shard in source.shards]
-    return {"tokenizer": known["tokenizer"], "special_tokens": known["special_tokens"], "sources": names}
+    return {"tokenizer": known["tokenizer"], "special_tokens": known.get("special_tokens"), "sources": names}
 
 
 def unit_hash(tokens: NDArray) -> float:

@@ -70,10 +70,17 @@ def _documentation(name: str, module: Any) -> Iterator[str]:
     for item, value in [("", module), *sorted(vars(module).items(), key=lambda pair: pair[0])]:
         members = sorted(vars(value).items(), key=lambda pair: pair[0]) if inspect.isclass(value) else []
         for member, thing in [("", value), *members]:
+            # Instances and Python functions are not part of a compiled module: whoever runs this may have put them there.
+            if not (inspect.isclass(thing) or inspect.ismodule(thing) or _is_compiled(thing)):
+                continue
             text = getattr(thing, "__doc__", None)
             if isinstance(text, str) and text.strip() and text not in seen:
                 seen.add(text)
                 yield f"{'.'.join(filter(None, (name, item, member)))}\n{inspect.cleandoc(text)}"
+
+
+def _is_compiled(thing: Any) -> bool:
+    return (inspect.isroutine(thing) and not inspect.isfunction(thing)) or inspect.isdatadescriptor(thing)
 
 
 def write_corpus(path: Path) -> tuple[Counter[str], Counter[str], Skipped]:

@@ -1,19 +1,21 @@
-"""An ordered map over processes that holds a bounded number of items and does not outlive its parent.
+"""An ordered map over processes that holds a bounded number of items, notices a dead worker, and leaves no orphan.
 
-`multiprocessing.Pool.imap` reads its whole input ahead and hangs when a worker is killed; this does neither.
+One idea: each worker process hangs on a pipe of its own, served by one thread of the parent (send an item, wait for
+its result). If a worker dies the parent reads end-of-file, if the parent dies the worker does.
+`multiprocessing.Pool.imap` reads its whole input ahead and hangs when a worker is killed; `ProcessPoolExecutor` can
+hang too when it happens while an item larger than a pipe's buffer is on its way (cpython issue 94777).
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
+import queue
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,32 +36,77 @@ def ordered_map(
         for item in items:
             yield item, function(item)
         return
-    context = multiprocessing.get_context("spawn")  # fork would copy whatever threads the caller runs
-    pending: deque[tuple[Item, Future[Result]]] = deque()
-    with ProcessPoolExecutor(workers, context, _start_worker, (initializer, initargs)) as pool:
+    team = [_Worker(function, initializer, initargs) for _ in range(workers)]
+    idle: queue.SimpleQueue[_Worker[Item, Result]] = queue.SimpleQueue()
+    for worker in team:
+        idle.put(worker)
+
+    def call(item: Item) -> Result:
+        worker = idle.get()
         try:
-            for item in items:
-                pending.append((item, pool.submit(function, item)))
-                if len(pending) >= workers * AHEAD:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
+            return worker.call(item)
+        finally:
+            idle.put(worker)
+
+    pending: deque[tuple[Item, Future[Result]]] = deque()
+    threads = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            pending.append((item, threads.submit(call, item)))
+            if len(pending) >= workers * AHEAD:
                 first, future = pending.popleft()
                 yield first, future.result()
-        except BrokenProcessPool:
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+        for worker in team:
+            worker.stop()
+
+
+class _Worker(Generic[Item, Result]):
+    """One process and the parent's end of its pipe."""
+
+    def __init__(
+        self, function: Callable[[Item], Result], initializer: Callable[..., None], initargs: tuple[Any, ...]
+    ) -> None:
+        context = multiprocessing.get_context("spawn")  # fork would copy whatever threads the caller runs
+        self._pipe, end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(end, function, initializer, initargs), daemon=True)
+        self._process.start()
+        end.close()  # or the death of the worker would not close the pipe
+
+    def call(self, item: Item) -> Result:
+        try:
+            self._pipe.send(item)
+            result, error = self._pipe.recv()
+        except (EOFError, OSError):
             raise RuntimeError("a worker process died (killed, or out of memory); run the command again") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        if error is not None:
+            raise error
+        return result
+
+    def stop(self) -> None:
+        self._pipe.close()
+        self._process.join()
 
 
-def _start_worker(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+def _serve(
+    pipe: Connection, function: Callable[[Any], Any], initializer: Callable[..., None], initargs: tuple[Any, ...]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end ends this loop
     initializer(*initargs)
-
-
-def _leave_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever (it holds both ends of the queue's pipe)."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+    while True:
+        try:
+            item = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = (function(item), None)
+        except Exception as error:
+            answer = (None, error)
+        try:
+            pipe.send(answer)
+        except BrokenPipeError:
+            return

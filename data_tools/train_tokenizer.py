@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(lines, args.output, vocab_size=args.vocab_size, model_type=args.model_type, threads=args.threads)
     except RuntimeError as error:
+        args.output.with_name(args.output.name + ".tmp").unlink(missing_ok=True)
         raise ValueError(f"sentencepiece refused: {error}. Lower --vocab-size or give more --sample-bytes") from None
     print(f"trained on a sample of at most {args.sample_bytes:,d} bytes in {time.monotonic() - started:.1f} s")
     print(describe_tokenizer(load_tokenizer(args.output)))

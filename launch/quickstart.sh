@@ -11,41 +11,72 @@ baseline=yes
 export OMP_NUM_THREADS=1 # two ranks on two cores; more threads would only get in each other's way
 out=runs/quickstart
 data=$out/data
-steps=$(python -c 'import yaml; c = yaml.safe_load(open("configs/experiment/quickstart.yaml")); print(int(c["train"]["total_tokens"]) // (c["train"]["global_batch"] * c["data"]["seq_length"]))')
 
 headline() { printf '\n=== %s\n' "$*"; }
-pretrain() { torchrun --nproc-per-node 2 -m megatron_fp4.pretrain experiment=quickstart "$@"; }
+pretrain() { launch/torchrun.sh --nproc-per-node 2 experiment=quickstart "$@"; }
+metric_step() { grep -qs "\"step\": $1," "$out/nvfp4/metrics.jsonl"; }
 
 rm -rf "$out/nvfp4" "$out/bf16" "$out/replay"
 headline "1. Text: the sources and docstrings of this Python's standard library"
 python -m data_tools.make_corpus --output "$data/corpus.jsonl"
 
 headline "2. Tokenizer and shards"
-[ -f "$data/tokenizer.model" ] || python -m data_tools.train_tokenizer "$data/corpus.jsonl" --output "$data/tokenizer.model"
-python -m data_tools.tokenize "$data/corpus.jsonl" --tokenizer "$data/tokenizer.model" --output "$data/shards" --heldout-fraction 0.02
+python -m data_tools.train_tokenizer "$data/corpus.jsonl" --output "$data/tokenizer.model"
+python -m data_tools.tokenize "$data/corpus.jsonl" --tokenizer "$data/tokenizer.model" --output "$data/shards" \
+  --heldout-fraction 0.02
 
-headline "3. NVFP4 pretraining, tensor parallel over two ranks, stopped half way by SIGTERM"
-stop_at=$((steps / 2 + 10))
-pretrain &
+headline "3. NVFP4 pretraining, tensor parallel over two ranks; SIGTERM half way"
+launch/torchrun.sh --nproc-per-node 2 experiment=quickstart &
 job=$!
 trap 'kill "$job" 2>/dev/null || true' EXIT
-until grep -qs "\"step\": $stop_at," "$out/nvfp4/metrics.jsonl"; do
-  kill -0 "$job" 2>/dev/null || { wait "$job"; echo "the job ended before step $stop_at" >&2; exit 1; }
+until metric_step 155; do
+  if ! kill -0 "$job" 2>/dev/null; then
+    wait "$job" || exit "$?"
+    break
+  fi
   sleep 0.2
 done
-python -m launch.signal_ranks "$job" TERM
+echo ">>> kill -TERM $job"
+kill -TERM "$job"
 code=0
 wait "$job" || code=$?
 trap - EXIT
-echo "the job ended with code $code after SIGTERM"
+[ "$code" = 85 ] || { echo "expected exit code 85 (stopped on request, state saved), got $code" >&2; exit 1; }
+echo ">>> exit code $code: stopped on request, state saved"
+# Kept aside for step 5: the checkpoint before the stop.
+mkdir -p "$out/replay/checkpoints"
+cp -r "$out/nvfp4/checkpoints/step_00000150" "$out/replay/checkpoints/"
 
-headline "4. The same command again: it resumes from the checkpoint"
+headline "4. The same command again resumes where it stopped"
 pretrain
 
-headline "5. Proof: a run from the checkpoint before the stop, without the stop, gives the same numbers"
-python -m launch.replay_check --run "$out/nvfp4" --scratch "$out/replay" --steps 20
+headline "5. Proof: from the checkpoint before the stop, without the stop, the numbers are the same"
+pretrain train.run_dir="$out/replay" train.stop_after_steps=175 train.eval_interval_steps=0 logging.wandb=disabled \
+  logging.tensorboard=false | grep -v '^ \|^[a-z]*:'
+megatron-fp4 report "$out/nvfp4" "$out/replay" --equal 151 175
 
 if [ "$baseline" = yes ]; then
-  headline "6. The BF16 baseline: the same weights and batches"
+  headline "6. The BF16 baseline: the same initial weights, the same batches"
   pretrain precision=bf16 train.run_dir="$out/bf16" logging.wandb=disabled
+  runs=("$out/bf16" "$out/nvfp4")
+else
+  runs=("$out/nvfp4")
 fi
+
+headline "7. Results"
+megatron-fp4 report "${runs[@]}" --plot "$out/loss.png"
+megatron-fp4 generate "$out/nvfp4" --tokens 40
+
+cat <<END
+
+=== Where everything is
+  corpus, tokenizer, shards   $data
+  checkpoints, metrics        $out/nvfp4   (metrics.jsonl, tensorboard/, wandb/, config.yaml, precision.txt)
+  loss plot                   $out/loss.png
+
+=== What to try next (each is an override of the same command)
+  launch/torchrun.sh --nproc-per-node 2 experiment=quickstart train.run_dir=runs/mine model.num_layers=4 optim.lr=1e-3
+  launch/torchrun.sh --nproc-per-node 2 experiment=quickstart train.run_dir=runs/dp2 parallel.tp=1
+  megatron-fp4 pretrain experiment=quickstart parallel.tp=1 --cfg          # the whole resolved configuration
+  ./tests/run.sh
+END

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from megatron_fp4.checkpoint.lock import RunLocked, lock_run_directory
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config, to_yaml
 from megatron_fp4.comm.bootstrap import Launch, exit_process, read_launch, start_process, stop_process
 from megatron_fp4.comm.collectives import broadcast_object
@@ -23,8 +24,9 @@ from megatron_fp4.precision import table as precision_table
 from megatron_fp4.train.build import Prepared, Run, build, open_data, prepare
 from megatron_fp4.train.console import Console
 from megatron_fp4.train.metrics import Metrics
+from megatron_fp4.train.plain import plain
 from megatron_fp4.train.signals import EXIT_CONFIG, StopRequest
-from megatron_fp4.train.trainer import Trainer, plain
+from megatron_fp4.train.trainer import Trainer
 
 HELP = """usage: pretrain [experiment=NAME] [group=option ...] [key=value ...] [--config-dir DIR] [--cfg]
 
@@ -89,8 +91,9 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
     console = Console(enabled=main_rank, interval_steps=config.train.log_interval_steps)
     try:
         try:
+            lock = lock_run_directory(config.train.run_dir, process.world)
             run = build(prepared, process)
-        except ValueError as error:  # refused by what only a started job can see: the run directory, a checkpoint
+        except (ValueError, RunLocked) as error:  # what only a started job can see: the run directory, a checkpoint
             return _refuse(error, main_rank=main_rank)
         wandb_id = run.resumed["wandb_id"] if run.resumed else uuid.uuid4().hex[:12]
         wandb_id = broadcast_object(wandb_id, process.world)
@@ -100,6 +103,7 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
             return Trainer(run, metrics, console, stop, wandb_id).fit()
         finally:
             metrics.close()
+            lock.release()
     finally:
         stop_process(process)
 
@@ -118,6 +122,8 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
     )
     if run.resumed:
         console.say(f"resuming after step {run.resumed['step']} of {config.train.run_dir}")
+    if run.changes:
+        console.say(f"settings that differ from the checkpoint's:\n{run.changes}")
     if run.mesh.is_main:
         run_dir = Path(config.train.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -126,7 +132,7 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
 
 
 def _open_metrics(run: Run, wandb_id: str) -> Metrics:
-    settings = plain(vars(run.config))
+    settings = plain(run.config)
     step = run.resumed["step"] if run.resumed else 0
     run_dir = Path(run.config.train.run_dir)
     return Metrics.open(run.config.logging, run_dir, resume_step=step, wandb_id=wandb_id, settings=settings)

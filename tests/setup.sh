@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tests/run.sh: make .venv if it is not there (or is older than pyproject.toml), and
 # put it on PATH. Set MEGATRON_FP4_VENV to use another folder; PYTHON to choose the interpreter (3.11 or newer).
 venv="${MEGATRON_FP4_VENV:-$PWD/.venv}"

@@ -1,7 +1,9 @@
 """Checkpoints: rectangles of logical tensors in torch.distributed.checkpoint files, complete or absent (floor 3)."""
 
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
-from megatron_fp4.checkpoint.store import CheckpointStore, CorruptCheckpoint, SaveFailed, SaveReport, SaveStatus
+from megatron_fp4.checkpoint.loader import CorruptCheckpoint
+from megatron_fp4.checkpoint.saver import SaveFailed, SaveReport, SaveStatus
+from megatron_fp4.checkpoint.store import CheckpointStore
 
 __all__ = [
     "CheckpointConfig",

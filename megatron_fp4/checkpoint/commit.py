@@ -40,6 +40,7 @@ from megatron_fp4.checkpoint.files import (
     fsync_directory,
     write_durably,
     write_manifest,
+    write_temporary,
 )
 from megatron_fp4.checkpoint.owner import Owner
 
@@ -49,7 +50,7 @@ COMPLETE_NAME = re.compile(r"step_(\d{8,})")
 PASSING_NAME = re.compile(r"(step_\d{8,})\.(writing|failed|deleting|replaced)-(.+)\.\d+")
 STALE_SECONDS = 3600.0  # a writer on another host that touched nothing for so long is gone
 TEMPORARY_SECONDS = 60.0  # a new `latest` exists under its temporary name for milliseconds
-WATCH_SECONDS = 0.02
+WATCH_SECONDS = 0.005
 
 
 class GivenUp(RuntimeError):
@@ -127,9 +128,13 @@ def write_part(directory: Path, rank: int, plan: SavePlan, state: dict[str, Boxe
     writer = PartWriter(directory)
     plan = SavePlan(plan.items, storage_data=_StoragePrefix(f"__{rank}_"))
     results = writer.write_data(plan, BoxSavePlanner(state)).wait() if plan.items else []
-    part = Part(writer.fs.records, results)
-    write_durably(directory / f"part_{rank}.json", _encode_part(part))
     fsync_directory(directory)
+    part = Part(writer.fs.records, results)
+    # Seen by rank 0 and removed before the commit: it must appear in one step, but need not survive a power cut.
+    mark = directory / f"part_{rank}.json"
+    temporary = mark.with_suffix(".tmp")
+    temporary.write_bytes(_encode_part(part))
+    os.replace(temporary, mark)
     return part
 
 
@@ -186,14 +191,19 @@ def seal(directory: Path, step: int, metadata: Metadata, state_json: bytes, part
 
 
 def publish(directory: Path, root: Path, step: int, number: int) -> None:
-    """Give the sealed directory its final name, then advance `latest`. A checkpoint of the same step is replaced."""
+    """Give the sealed directory its final name, then advance `latest`. A checkpoint of the same step is replaced.
+
+    The new `latest` is written before the rename: a full disk must not strike between the two.
+    """
     final = root / step_name(step)
     replaced = root / passing_name(step, "replaced", number)
+    new_latest, _ = write_temporary(root / LATEST, f"{step_name(step)}\n".encode())
     if final.exists():
         os.rename(final, replaced)
     os.rename(directory, final)
     fsync_directory(root)
-    set_latest(root, step)
+    os.replace(new_latest, root / LATEST)
+    fsync_directory(root)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

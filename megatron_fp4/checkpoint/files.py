@@ -91,21 +91,28 @@ class HashingFileSystem(FileSystem):
         self.records[Path(new_path).name] = self.records.pop(Path(path).name)
 
 
-def write_durably(path: Path, data: bytes) -> FileRecord:
-    """Create or replace `path` in one step: readers see the old content or the new one, also after a power cut."""
+def write_temporary(path: Path, data: bytes) -> tuple[Path, FileRecord]:
+    """Write and fsync `data` beside `path`, to be renamed to it: what needs disk space is done before what does not."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     stream = HashingFile(temporary)
     try:
         stream.write(data)
         os.fsync(stream.fileno())
     except BaseException:
-        stream.close()
+        with suppress(OSError):
+            stream.close()
         with suppress(OSError):
             temporary.unlink()
         raise
     stream.close()
+    return temporary, stream.record()
+
+
+def write_durably(path: Path, data: bytes) -> FileRecord:
+    """Create or replace `path` in one step: readers see the old content or the new one, also after a power cut."""
+    temporary, record = write_temporary(path, data)
     os.replace(temporary, path)
-    return stream.record()
+    return record
 
 
 def fsync_directory(path: Path) -> None:

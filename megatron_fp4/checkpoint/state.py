@@ -8,20 +8,18 @@ state is JSON and never pickled. Strict: names and shapes of both sides must agr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
+from megatron_fp4.checkpoint.agree import MAX_LISTED, gather_to_first
 from megatron_fp4.checkpoint.box import Box, Boxes, BoxSavePlanner
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.mesh import Group
-
-MAX_LISTED = 20
 
 
 class Shard(Protocol):
@@ -178,18 +176,3 @@ def _check_json(value: Any, path: str) -> None:
         raise ValueError(
             f"{path} = {value!r} ({type(value).__name__}) cannot be stored as JSON; use plain values, lists, dicts"
         )
-
-
-def gather_to_first(value: Any, group: Group) -> list[Any]:
-    """The value of every rank on rank 0, an empty list elsewhere: plans of all ranks are needed in one place only."""
-    if group.size == 1:
-        return [value]
-    values: list[Any] = [None] * group.size
-    dist.gather_object(value, values if group.rank == 0 else None, dst=group.ranks[0], group=group.process_group)
-    return values if group.rank == 0 else []
-
-
-def first_error(errors: Sequence[str | None]) -> str | None:
-    """All ranks' errors as one line, or None."""
-    told = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error]
-    return "; ".join(told[:MAX_LISTED]) or None

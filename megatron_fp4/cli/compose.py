@@ -115,8 +115,8 @@ def _is_free(node: DictConfig) -> bool:
 
 def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
     keys = []
-    for name in node:
-        key = f"{prefix}{name}"
+    for name in map(str, node):
+        key = prefix + name
         child = node._get_node(name)
         keys.append(key)
         if isinstance(child, DictConfig) and not _is_free(child):

@@ -51,14 +51,18 @@ class Group:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the four axes. `dp = 0` means: as many as the world size leaves."""
+    """Sizes of the four axes. `dp = 0` means: as many as the world size leaves.
+
+    schedule: order of the microbatches in a pipeline, a name of pipeline.schedules. virtual_stages: stages per pipeline
+    rank, 0 for what the schedule needs. stage_split: `cost`, or blocks per stage such as `9,8,8,7`.
+    """
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
     dp: int = 0
     schedule: str = "1f1b"
-    virtual_stages: int = 1
+    virtual_stages: int = 0
     stage_split: str = "cost"
     timeout_seconds: float = 600.0
 
@@ -134,6 +138,22 @@ def build_mesh(config: ParallelConfig, world: Group) -> ParallelMesh:
         model=cut("model", ["pp", "tp"]),
         world=world,
     )
+
+
+def build_ends_group(config: ParallelConfig, world: Group) -> Group:
+    """The first and the last rank of my pipeline, which share tied embeddings; ranks in between are alone.
+
+    Collective over the world.
+    """
+    grid = rank_grid(config, world.size)
+    timeout = timedelta(seconds=config.timeout_seconds)
+    mine = Group.single("ends", world.rank)
+    for ranks in grid[[0, -1]].flatten(1).T.tolist() if config.pp > 1 else []:
+        whole = len(ranks) == world.size
+        process_group = world.process_group if whole else dist.new_group(ranks, timeout=timeout)
+        if world.rank in ranks:
+            mine = Group("ends", tuple(ranks), ranks.index(world.rank), process_group)
+    return mine
 
 
 def _cut_group(grid: torch.Tensor, name: str, axes: Sequence[str], world: Group, timeout: timedelta) -> Group:

@@ -70,8 +70,8 @@ class VocabParallelHead(ParallelLinear):
 class Decoder(nn.Module):
     """Blocks `stage.first .. stage.stop` of the model, with embedding and head where they belong.
 
-    tied_group: ranks of the first and the last stage where tied embeddings live on two stages; the head's copy is then
-    marked so that the optimizer sums the two gradients.
+    Tied embeddings: shared_table is the table of the first stage if that is on this rank; otherwise the last stage has
+    a copy of its own, and tied_group, the ranks of the two stages, tells the optimizer to sum the two gradients.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Decoder(nn.Module):
         keep_documents_apart: bool = False,
         recompute: Recompute = Recompute.none,
         tied_group: Group | None = None,
+        shared_table: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.config, self.stage, self.recompute = config, stage, recompute
@@ -99,6 +100,8 @@ class Decoder(nn.Module):
             self.final_norm = RMSNorm("final_norm", hidden, wiring, eps=config.norm_eps)
             if config.tied_embeddings and stage.has_embedding:
                 weight = self.embedding.weight
+            elif config.tied_embeddings and shared_table is not None:
+                weight = shared_table
             elif config.tied_embeddings:
                 weight = vocab_table("embedding.weight", size, hidden, wiring, std=std, writes=False)
             else:

@@ -92,8 +92,8 @@ def noise_bytes(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:
 
 
 def noise_words(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:
-    """The top 24 bits of the random word of each element, int32 `[R, C]`."""
-    return (combine(row_a[:, None], row_b[:, None], column) >> 8) & 0xFFFFFF
+    """The top 20 bits of the random word of each element, int32 `[R, C]`."""
+    return (combine(row_a[:, None], row_b[:, None], column) >> 12) & 0xFFFFF
 
 
 def apply_e2m1(blocked: Tensor, scale: Tensor, multiplier: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:

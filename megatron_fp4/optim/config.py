@@ -34,14 +34,14 @@ class Impl(Enum):
 
 
 class Overlap(Enum):
-    """Whether communication runs beside computation; `auto` is on for CUDA and off for CPU, where nothing is gained."""
+    """Whether communication runs beside computation; `auto`: on CUDA. (`on` and `off` would be booleans in YAML.)"""
 
     auto = "auto"
-    on = "on"
-    off = "off"
+    always = "always"
+    never = "never"
 
     def enabled(self, device_type: str) -> bool:
-        return self is Overlap.on or (self is Overlap.auto and device_type == "cuda")
+        return self is Overlap.always or (self is Overlap.auto and device_type == "cuda")
 
 
 @dataclass(frozen=True)

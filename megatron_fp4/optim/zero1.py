@@ -13,6 +13,7 @@ on any rank. The update itself is in `adam.py`, files and formats are the checkp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,17 @@ from megatron_fp4.optim.param_buffer import ParamBuffer
 from megatron_fp4.optim.state import StateShard, StepReport
 
 FP32_PER_MIB = 2**18
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedRun:
+    """Rows of a parameter that this rank updates, with flat FP32 views of their master, gradient and moments."""
+
+    run: Run
+    master: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
 
 
 class Zero1AdamW:
@@ -65,8 +77,8 @@ class Zero1AdamW:
         self._grads = GradBuffer(self.buckets, mesh.dp_cp, mesh.tp, overlap=overlap)
         self._params = ParamBuffer(self.buckets, mesh.dp_cp)
         self._masters = [self._params.part(index).float().clone() for index in range(len(self.buckets))]
-        self._exp_avgs = [torch.zeros_like(master) for master in self._masters]
-        self._exp_avg_sqs = [torch.zeros_like(master) for master in self._masters]
+        self._moments = [[torch.zeros_like(master) for master in self._masters] for _ in ("exp_avg", "exp_avg_sq")]
+        self._owned = self._find_owned()
         self._adamw = choose_adamw(self._update_groups(), config)
         self._beside_forward = False
         self._norm: float | None = None
@@ -97,7 +109,7 @@ class Zero1AdamW:
         """Norm of the summed gradients of the whole model, before clipping. Collective over the world, once a step."""
         assert self._finished, "finish_grads comes first"
         if self._norm is None:
-            counted = [grad for run, grad in self._owned_grads() if self._is_owner(run)]
+            counted = [each.grad for each in self._owned if self._is_owner(each.run)]
             self._norm = global_norm(counted, self._mesh.world, self._device)
         return self._norm
 
@@ -109,7 +121,7 @@ class Zero1AdamW:
             return StepReport(lr, norm, 0.0, skipped=True, nonfinite=self._nonfinite_names())
         factor = clip_factor(norm, max_norm)
         if factor < 1.0:
-            torch._foreach_mul_([grad for _, grad in self._owned_grads()], factor)
+            torch._foreach_mul_([each.grad for each in self._owned], factor)
         self.step_count += 1
         self._adamw.update(lr, self.step_count)
         self._refresh()
@@ -120,7 +132,7 @@ class Zero1AdamW:
     def gather_beside_forward(self, module: nn.Module) -> None:
         """Let the parameters of a step arrive during the next forward of `module`, each module waiting for its own.
 
-        Has an effect if `overlap_gather` is on for this device. Whoever reads parameters outside a module's forward
+        Has an effect if `overlap_gather` is enabled here. Whoever reads parameters outside a module's forward
         calls `wait_parameters` first.
         """
         if self.config.overlap_gather.enabled(self._device.type) and not self._beside_forward:
@@ -133,7 +145,7 @@ class Zero1AdamW:
 
     def state_shards(self) -> list[StateShard]:
         """The rectangles of logical tensors whose state this rank holds; their tensors are views into live state."""
-        return [shard for index, run in self._runs() for shard in self._shards_of(index, run)]
+        return [shard for owned in self._owned for shard in self._shards_of(owned)]
 
     def after_load(self) -> None:
         """Parameters = masters, after the state (and `step_count`) was filled in. Collective over dp x cp."""
@@ -141,26 +153,23 @@ class Zero1AdamW:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
-    def _runs(self) -> Iterator[tuple[int, Run]]:
-        """(bucket index, run) of all rows that this rank owns."""
+    def _find_owned(self) -> list[OwnedRun]:
+        """All rows that this rank owns, with views of their gradient and state."""
+        owned: list[OwnedRun] = []
         for index, bucket in enumerate(self.buckets):
-            for run in bucket.runs(self._mesh.dp_cp.rank):
-                yield index, run
-
-    def _owned_grads(self) -> list[tuple[Run, Tensor]]:
-        grads = []
-        for index, run in self._runs():
-            low, _ = self.buckets[index].bounds(self._mesh.dp_cp.rank)
-            grads.append((run, self._grads.flats[index][low + run.start : low + run.start + run.numel]))
-        return grads
+            low, high = bucket.bounds(self._mesh.dp_cp.rank)
+            parts = (self._masters[index], self._grads.flats[index][low:high], *(m[index] for m in self._moments))
+            owned += (
+                OwnedRun(run, *(part[run.start : run.start + run.numel] for part in parts))
+                for run in bucket.runs(self._mesh.dp_cp.rank)
+            )
+        return owned
 
     def _update_groups(self) -> list[UpdateGroup]:
         groups: dict[float, UpdateGroup] = {}
-        for (index, run), (_, grad) in zip(self._runs(), self._owned_grads(), strict=True):
-            decay = decay_of(run.slot.placement, self.config.weight_decay)
-            inside = slice(run.start, run.start + run.numel)
-            state = (flats[index][inside] for flats in (self._exp_avgs, self._exp_avg_sqs))
-            groups.setdefault(decay, UpdateGroup(decay)).add(self._masters[index][inside], grad, *state)
+        for each in self._owned:
+            decay = decay_of(each.run.slot.placement, self.config.weight_decay)
+            groups.setdefault(decay, UpdateGroup(decay)).add(each.master, each.grad, each.exp_avg, each.exp_avg_sq)
         return list(groups.values())
 
     def _is_owner(self, run: Run) -> bool:
@@ -168,10 +177,10 @@ class Zero1AdamW:
         placement = run.slot.placement
         return placement.writes and (not placement.tp_replicated or self._mesh.tp.rank == 0)
 
-    def _shards_of(self, index: int, run: Run) -> Iterator[StateShard]:
-        inside = slice(run.start, run.start + run.numel)
-        flats = {"master": self._masters, "exp_avg": self._exp_avgs, "exp_avg_sq": self._exp_avg_sqs}
-        whole = {kind: flat[index][inside].view(run.shape) for kind, flat in flats.items()}
+    def _shards_of(self, owned: OwnedRun) -> Iterator[StateShard]:
+        run = owned.run
+        flats = {"master": owned.master, "exp_avg": owned.exp_avg, "exp_avg_sq": owned.exp_avg_sq}
+        whole = {kind: flat.view(run.shape) for kind, flat in flats.items()}
         for segment in run.slot.placement.rows_between(run.first_row, run.last_row):
             rows = slice(segment.start - run.first_row, segment.stop - run.first_row)
             tensors = {kind: tensor[rows] for kind, tensor in whole.items()}
@@ -187,12 +196,9 @@ class Zero1AdamW:
     def _nonfinite_names(self) -> tuple[str, ...]:
         """Logical names with a NaN or infinite gradient anywhere. Collective; only after a non-finite norm."""
         mine = set()
-        for run, grad in self._owned_grads():
-            if not bool(torch.isfinite(grad).all()):
-                rows = grad.view(run.shape)
-                for segment in run.slot.placement.rows_between(run.first_row, run.last_row):
-                    if not bool(
-                        torch.isfinite(rows[segment.start - run.first_row : segment.stop - run.first_row]).all()
-                    ):
-                        mine.add(segment.name)
+        for each in self._owned:
+            run, rows = each.run, each.grad.view(each.run.shape)
+            for segment in run.slot.placement.rows_between(run.first_row, run.last_row):
+                if not bool(torch.isfinite(rows[segment.start - run.first_row : segment.stop - run.first_row]).all()):
+                    mine.add(segment.name)
         return tuple(sorted(set().union(*all_gather_object(mine, self._mesh.world))))

@@ -48,7 +48,7 @@ class WeightCache:
 
 @dataclass(eq=False)
 class WgradQueue:
-    """Weight gradients that a zero-bubble pipeline computes later: `enabled`, `put(fn)`, `drain()`."""
+    """Weight gradients that a zero-bubble pipeline computes later: `enabled`, `put(fn)`, `take()`, `drain()`."""
 
     enabled: bool = False
     _waiting: list[Callable[[], None]] = field(default_factory=list)
@@ -56,11 +56,19 @@ class WgradQueue:
     def put(self, compute: Callable[[], None]) -> None:
         self._waiting.append(compute)
 
-    def drain(self) -> None:
-        """Compute everything that waits, in the order it was put."""
+    def take(self) -> Callable[[], None]:
+        """Remove everything that waits; the result computes it, in the order it was put."""
         waiting, self._waiting = self._waiting, []
-        for compute in waiting:
-            compute()
+
+        def compute_all() -> None:
+            while waiting:
+                waiting.pop(0)()  # released one by one: each holds the operands of a GEMM
+
+        return compute_all
+
+    def drain(self) -> None:
+        """Compute everything that waits now."""
+        self.take()()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +101,8 @@ class _Call:
         if self.clock.weights_version != self.weights_version:
             raise RuntimeError(
                 f"{self.site.name}: the weights changed (version {self.weights_version} -> "
-                f"{self.clock.weights_version}) between a forward pass and its backward pass; Dgrad would use other weights than Fprop"
+                f"{self.clock.weights_version}) between a forward pass and its backward pass; "
+                f"Dgrad would use other weights than Fprop"
             )
         key = (self.weights_version, fprop, dgrad, id(self.backend), weight.device, weight.dtype)
         if self.cache.key != key or self.cache.fprop is None or self.cache.dgrad is None:

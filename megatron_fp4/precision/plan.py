@@ -93,6 +93,8 @@ class PrecisionPlan:
         self, config: PrecisionConfig, linears: Sequence[Linear], *, total_tokens: int = 0, decay_start: int = 0
     ) -> None:
         self.config = config
+        if config.evaluation != "same":
+            config.recipe(config.evaluation)
         table = base_table(config, linears)
         if config.recipes and table.num_quantized_gemms == 0 and any(r.quantized for r in config.recipes.values()):
             asked = ", ".join(config.recipes)

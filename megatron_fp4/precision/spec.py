@@ -78,7 +78,7 @@ class Operand:
     """How one operand of one GEMM is quantized. The tile is (rows, elements along the contraction) per block scale.
 
     tile: None is the 1-D tile of the format. rht_size: length of the random Hadamard transform along the contraction,
-    0 for none. noise_bits: random bits per element of stochastic rounding (8, as Transformer Engine; or 24).
+    0 for none. noise_bits: random bits per element of stochastic rounding (8, as Transformer Engine; or 20).
     four_over_six_bound: largest block scale before the factor 1.5 (256 leaves room for it below 448).
     Raises ValueError for every combination in which a setting would have no meaning.
     """
@@ -139,8 +139,8 @@ def _objections(operand: Operand) -> list[str]:
         found.append(f"rht_size={operand.rht_size}; use one of {RHT_SIZES}")
     if operand.rht_size == 0 and "rht_signs" in changed:
         found.append(f"rht_signs={operand.rht_signs.name} without a transform (rht_size=0)")
-    if operand.noise_bits not in (8, 24):
-        found.append(f"noise_bits={operand.noise_bits}; use 8 (as Transformer Engine) or 24")
+    if operand.noise_bits not in (8, 20):
+        found.append(f"noise_bits={operand.noise_bits}; use 8 (as Transformer Engine) or 20")
     if not operand.stochastic and "noise_bits" in changed:
         found.append("noise_bits with nearest-even rounding, which draws no noise")
     if operand.four_over_six is FourOverSix.off and "four_over_six_bound" in changed:

@@ -19,22 +19,23 @@ from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.data.evaluation import EvalLoader, build_eval_loader
 from megatron_fp4.data.loader import Loader, build_loader
 from megatron_fp4.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_fp4.layers.parameter import initialize_parameters
-from megatron_fp4.layers.wiring import Wiring
 from megatron_fp4.models.block import LinearInfo, model_linears
-from megatron_fp4.models.decoder import Decoder, whole_model
 from megatron_fp4.models.layout import check_model_layout
+from megatron_fp4.models.partition import split_stages
 from megatron_fp4.optim import Zero1AdamW, check_schedule
 from megatron_fp4.optim.lr import decay_tokens
+from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.train.config import Resume, RunConfig
-from megatron_fp4.train.evaluate import assign
-from megatron_fp4.train.step import Engine, LocalEngine, TokenLoss
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.plain import plain
+from megatron_fp4.train.resume import find_resume, settle_differences
+from megatron_fp4.train.step import Engine
+from megatron_fp4.train.trainable import build_trainable
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,14 @@ class Run:
     evaluations: list[EvalLoader]
     resumed: dict[str, Any] | None
     """Small state of the checkpoint that this run continues from, or None."""
+    changes: str
+    """Table of the settings that differ from that checkpoint's."""
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
     """Check the whole configuration in one process. Raises ValueError (or FileNotFoundError) with the remedy."""
     dp = config.parallel.resolve_dp(world_size)
-    config.train.gradient_accumulation(dp)
+    num_stages = check_pipeline(config.parallel, config.train.gradient_accumulation(dp))
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     if config.model.vocab_size == 0:
         if tokenizer is None:
@@ -77,6 +80,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     tokens = config.train.micro_batch * config.data.seq_length // config.parallel.cp
     check_model_layout(config.model, config.parallel, seq_length=config.data.seq_length, tokens=tokens)
+    split_stages(config.model, num_stages, config.parallel.stage_split)
     total = int(config.train.total_tokens)
     check_schedule(config.optim, total)
     linears = model_linears(config.model)
@@ -123,25 +127,11 @@ def build(prepared: Prepared, process: Process) -> Run:
     mesh = build_mesh(config.parallel, process.world)
     store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", process.world, config.checkpoint)
     resumed = find_resume(config.train.resume, store)
+    changes = settle_differences(resumed["config"], plain(config), config.train.resume_allow) if resumed else ""
     loader, evaluations = open_data(prepared, mesh.dp.rank, resumed["data"] if resumed else None)
-    clock = StepClock(config.train.seed)
-    dtype = config.precision.compute_dtype.torch_dtype
-    wiring = Wiring.of(mesh, make_backend(config.precision), clock, dtype, process.device)
-    model = Decoder(
-        config.model,
-        wiring,
-        whole_model(config.model),
-        keep_documents_apart=config.data.reset_documents,
-        recompute=config.train.recompute,
-    )
-    initialize_parameters(model, config.train.seed)
-    assign(model, prepared.plan.table())
-
-    def weights_changed() -> None:
-        clock.weights_version += 1
-
-    optimizer = Zero1AdamW(model.named_parameters(), config.optim, mesh, True, weights_changed)
-    engine = LocalEngine(model, TokenLoss(config.model.vocab_size, mesh.tp))
+    backend = make_backend(config.precision)
+    trainable = build_trainable(config, prepared.plan.table(), backend, mesh, process.device)
+    optimizer = trainable.optimizer
     if resumed:
         store.load(resumed["step"], optimizer.state_shards())
         optimizer.step_count = resumed["optimizer_steps"]
@@ -150,25 +140,13 @@ def build(prepared: Prepared, process: Process) -> Run:
         config=config,
         mesh=mesh,
         device=process.device,
-        clock=clock,
+        clock=trainable.clock,
         plan=prepared.plan,
-        engine=engine,
+        engine=trainable.engine,
         optimizer=optimizer,
         store=store,
         loader=loader,
         evaluations=evaluations,
         resumed=resumed,
+        changes=changes,
     )
-
-
-def find_resume(policy: Resume, store: CheckpointStore) -> dict[str, Any] | None:
-    """Small state of the newest intact checkpoint, by the resume policy. Raises ValueError where the policy forbids."""
-    newest = store.latest()
-    if policy is Resume.never and newest is not None:
-        raise ValueError(
-            f"{store.root} already holds checkpoint {newest} and train.resume=never; choose another train.run_dir, or"
-            " train.resume=auto to go on from it"
-        )
-    if policy is Resume.required and newest is None:
-        raise ValueError(f"train.resume=required, but there is no complete checkpoint under {store.root}")
-    return store.read_meta() if newest is not None else None

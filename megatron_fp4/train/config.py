@@ -44,6 +44,8 @@ class TrainConfig:
     total_tokens: float = 1e6
     recompute: Recompute = Recompute.none
     resume: Resume = Resume.auto
+    resume_allow: list[str] = field(default_factory=list)
+    """Globs of settings that may differ from the checkpoint's although its rule says ask, e.g. ["data.*"]."""
     stop_after_steps: int = 0
     exit_after_seconds: float = 0.0
     log_interval_steps: int = 10

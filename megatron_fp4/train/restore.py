@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = No
     shards: list[_Weights] = []
     targets: list[tuple[Tensor, Tensor]] = []
     for parameter in model.parameters():
-        for segment in parameter.placement.segments:  # type: ignore[union-attr]
+        for segment in parameter.placement.segments:  # type: ignore[attr-defined, union-attr]
             rows = parameter[segment.start : segment.stop]
             master = torch.empty(rows.shape, dtype=torch.float32, device=parameter.device)
             shards.append(_Weights(segment.name, segment.global_shape, segment.global_offset, {"master": master}))

@@ -43,15 +43,14 @@ class TokenLoss:
     """Sum of token losses times a scale, from this rank's logits."""
 
     def __init__(self, vocab_size: int, tp: Group) -> None:
-        self.scale = 1.0
         self._vocab_size, self._tp = vocab_size, tp
         self._first, _ = vocab_range(vocab_size, tp)
 
-    def __call__(self, logits_TV: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, logits_TV: Tensor, labels: Tensor, scale: float) -> Tensor:
         loss_T = vocab_parallel_cross_entropy(
             logits_TV, labels.reshape(-1), first=self._first, vocab_size=self._vocab_size, group=self._tp
         )
-        return loss_T.sum() * self.scale
+        return loss_T.sum() * scale
 
 
 class LocalEngine:
@@ -64,9 +63,8 @@ class LocalEngine:
         self._model, self._loss = model, loss
 
     def _forward(self, inputs: Inputs, scale: float) -> Tensor:
-        self._loss.scale = scale
         logits = self._model(inputs.tokens, inputs.address, inputs.positions, inputs.documents)
-        return self._loss(logits, inputs.labels)
+        return self._loss(logits, inputs.labels, scale)
 
     def train(self, microbatches: list[Inputs], scale: float, before_last_backward: Callable[[], None]) -> Tensor:
         total = torch.zeros((), device=microbatches[0].tokens.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +19,17 @@ import megatron_fp4
 from megatron_fp4.checkpoint import SaveReport
 from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.data.batch import Batch
+from megatron_fp4.data.ledger import LedgerWriter, step_hash
+from megatron_fp4.data.prefetch import Prefetcher
 from megatron_fp4.optim import StepReport, learning_rate
 from megatron_fp4.precision import table as precision_table
 from megatron_fp4.train.build import Run
 from megatron_fp4.train.console import Console
 from megatron_fp4.train.evaluate import assign, evaluate
-from megatron_fp4.train.exchange import StepMessage, exchange, hash_tokens
+from megatron_fp4.train.exchange import StepMessage, exchange
 from megatron_fp4.train.inputs import make_inputs
 from megatron_fp4.train.metrics import Metrics
+from megatron_fp4.train.plain import plain
 from megatron_fp4.train.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
 
 
@@ -44,7 +47,10 @@ class Progress:
 
 
 class Trainer:
-    """Drives a `Run` to its last step or to a requested stop. metrics: sinks of the main rank (none elsewhere)."""
+    """Drives a `Run` to its last step or to a requested stop. metrics: sinks of the main rank (none elsewhere).
+
+    The run directory must exist on the main rank, which writes the data ledger there.
+    """
 
     def __init__(self, run: Run, metrics: Metrics, console: Console, stop: StopRequest, wandb_id: str) -> None:
         self.run, self.metrics, self.console, self._stop, self._wandb_id = run, metrics, console, stop, wandb_id
@@ -55,14 +61,26 @@ class Trainer:
         )
         self._phase = -1
         self._saved_step = self.progress.step if resumed else -1
+        self._ledger = (
+            LedgerWriter(
+                self.config.train.run_dir,
+                run.loader,
+                step=self.progress.step + 1,
+                first_sample=self.progress.consumed_samples,
+            )
+            if run.mesh.is_main
+            else None
+        )
 
     def fit(self) -> int:
         """Train; returns the exit code (0 done, EXIT_REQUEUE stopped on request with the state saved)."""
-        stop = 0
+        stop = False
         self.console.start(self.progress.step, self.config.last_step)
-        while self.progress.step < self.config.last_step and not stop:
-            stop = self._step()
-            self._after_step()
+        with Prefetcher(self.run.loader, self._steps_to_come(), depth=self.config.data.prefetch_batches) as batches:
+            while self.progress.step < self.config.last_step and not stop:
+                item = next(batches)
+                stop = self._step(item.batch, item.data_wait_seconds)
+                self._after_step()
         self._save()
         self._report_save(self.run.store.close())
         if stop:
@@ -72,33 +90,38 @@ class Trainer:
             return EXIT_REQUEUE
         return EXIT_OK
 
+    def _steps_to_come(self) -> list[tuple[int, int]]:
+        """(first sample, samples) of every step that is left."""
+        size, done = self.config.train.global_batch, self.progress
+        count = self.config.last_step - done.step
+        return [(done.consumed_samples + number * size, size) for number in range(count)]
+
     # -- one step -------------------------------------------------------------------------------------------------
 
-    def _step(self) -> int:
+    def _step(self, batch: Batch, data_wait_seconds: float) -> bool:
         """One optimizer step; returns whether any rank asked to stop."""
         run, config, began = self.run, self.config, time.perf_counter()
         self._enter_phase()
         run.clock.step = self.progress.step
-        batch = run.loader.batch(self.progress.consumed_samples, config.train.global_batch)
         inputs = make_inputs(batch, run.mesh.cp, run.device)
-        data_seconds = time.perf_counter() - began
         run.optimizer.zero_grad()
         microbatches = inputs.split(config.train.micro_batch)
         loss = run.engine.train(microbatches, 1.0 / self._num_targets(batch), run.optimizer.begin_last_microbatch)
         run.optimizer.finish_grads()
         tokens = (self.progress.consumed_samples + config.train.global_batch) * config.data.seq_length
-        lr = learning_rate(config.optim, min(tokens, int(config.train.total_tokens)), int(config.train.total_tokens))
+        total_tokens = int(config.train.total_tokens)
+        lr = learning_rate(config.optim, min(tokens, total_tokens), total_tokens)
         report = run.optimizer.step(lr, config.optim.clip_norm)
         counts = run.mesh.tp.rank == 0 and run.engine.reports_loss
-        agreed = exchange(
-            StepMessage(loss.item() if counts else 0.0, bool(self._stop.reason), hash_tokens(inputs)),
-            run.mesh,
-            run.device,
-        )
+        message = StepMessage(loss.item() if counts else 0.0, bool(self._stop.reason), step_hash(batch))
+        agreed = exchange(message, run.mesh, run.device)
+        first_sample = self.progress.consumed_samples
         self.progress.step += 1
         self.progress.consumed_samples += config.train.global_batch
+        if self._ledger:
+            self._ledger.add(self.progress.step, first_sample, config.train.global_batch, agreed.tokens_hash)
         self._count_skips(report)
-        self._log(agreed.loss, report, time.perf_counter() - began, data_seconds)
+        self._log(agreed.loss, report, time.perf_counter() - began + data_wait_seconds, data_wait_seconds)
         return agreed.stop
 
     def _num_targets(self, batch: Batch) -> float:
@@ -154,7 +177,7 @@ class Trainer:
             seconds = time.perf_counter() - began
             self.console.say(f"step {self.progress.step}: {loader.name} loss {loss:.4f} ({seconds:.1f} s)")
 
-    def _log(self, loss: float, report: StepReport, seconds: float, data_seconds: float) -> None:
+    def _log(self, loss: float, report: StepReport, seconds: float, data_wait_seconds: float) -> None:
         values = {
             "loss": loss,
             "grad_norm": report.grad_norm,
@@ -163,7 +186,7 @@ class Trainer:
             "consumed_tokens": float(self.progress.consumed_samples * self.config.data.seq_length),
             "tokens_per_second": self.config.tokens_per_step / seconds,
             "step_seconds": seconds,
-            "data_seconds": data_seconds,
+            "data_wait_seconds": data_wait_seconds,
         }
         self.metrics.write(self.progress.step, values)
         self.console.step(self.progress.step, values)
@@ -193,19 +216,10 @@ class Trainer:
             "optimizer_steps": self.run.optimizer.step_count,
             "data": self.run.loader.state_dict(self.progress.consumed_samples),
             "precision": {name: list(formats) for name, formats in self.run.plan.table(self._phase).formats().items()},
-            "config": plain(asdict(self.config)),
+            "config": plain(self.config),
             "versions": versions(),
             "wandb_id": self._wandb_id,
         }
-
-
-def plain(value: Any) -> Any:
-    """A nested configuration as JSON values: enums by name, tuples as lists."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return getattr(value, "name", value)
 
 
 def versions() -> dict[str, str]:

@@ -66,7 +66,7 @@ def test_changes_after_save_returns_are_not_in_the_file(tmp_path: Path, gate: Ga
     assert commit.present_steps(tmp_path) == [], "visible before it was committed"
     gate.open.set()
     wait_until(lambda: commit.complete_steps(tmp_path))
-    wait_until(lambda: store._running is None or store._running.finished)
+    wait_until(lambda: store.saver.running is None or store.saver.running.finished)
     [report] = store.poll()
     assert report.status is SaveStatus.committed
     assert store.poll() == [], "an outcome must be told once"
@@ -95,7 +95,7 @@ def test_a_dead_writer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(commit, "write_part", die)
     store = open_store(tmp_path, max_failures=2)
     store.save(1, shards_of(ONE, 0, filled=True), {})
-    wait_until(lambda: store._running is not None and store._running.finished)
+    wait_until(lambda: store.saver.running is not None and store.saver.running.finished)
     [report] = store.poll()
     assert report.status is SaveStatus.failed
     assert "SystemExit" in (report.error or "")
@@ -108,7 +108,7 @@ def test_a_dead_writer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_hung_writer_is_noticed_within_the_time_out_and_never_commits(tmp_path: Path, gate: Gate) -> None:
     store = open_store(tmp_path, timeout_seconds=0.4)
     store.save(1, shards_of(ONE, 0, filled=True), {})
-    hung = store._running
+    hung = store.saver.running
     assert hung is not None
     assert store.poll() == []
     time.sleep(0.4 + GRACE_SECONDS + 0.1)

@@ -128,7 +128,7 @@ def test_everything_is_synced_before_it_gets_its_name(tmp_path: Path) -> None:
     save(tmp_path, 10, 10, False)
     undo()
     publication = max(number for number, name in enumerate(names) if name == "rename")
-    # data, part, metadata, state, manifest, and the directory twice; then the root
+    # data, metadata, state, manifest, the new `latest`, and the directory twice; then the root
     assert names[:publication].count("fsync") >= 7, "a file or the directory is renamed before it is on disk"
     assert names[publication + 1] == "fsync", "the new name must be on disk before `latest` names it"
     assert names.index("replace", publication) > publication + 1

@@ -149,6 +149,6 @@ def test_shards_are_one_list_of_documents(tmp_path):
     source = open_source("web", [str(tmp_path / "p_*")])
     assert [shard.prefix.name for shard in source.shards] == ["p_0", "p_1"]
     assert [source.read(d, 1, 1).tolist() for d in range(4)] == [[2], [4], [7], [11]]
-    assert source.place(3) .document == 2
+    assert source.place(3).document == 2
     assert source.fingerprint == open_source("other name", [a, b]).fingerprint
     assert isinstance(source.shards[0], Shard)

@@ -1,5 +1,6 @@
 """Small shards for the data tests: documents with known ids, plain or as a committed set."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def write_set(folder: Path, shards: list[list[list[int]]], fingerprint: str = "t
 def numbered(lengths: list[int], start: int = 1) -> list[list[int]]:
     """Documents of the given lengths whose ids are all different: start, start + 1, ..."""
     ends = np.cumsum([0, *lengths]) + start
-    return [list(range(int(a), int(b))) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [list(range(int(a), int(b))) for a, b in itertools.pairwise(ends)]
 
 
 def source(tmp_path: Path, name: str, documents: list[list[int]], max_epochs: int = 1) -> SourceConfig:

@@ -11,7 +11,6 @@ from tests.launch.scripts import ROOT
 from tests.launch.tools import linter
 
 FOLDERS = ("launch", "tests", ".ci", "benchmarks", "data_tools")
-SOURCED = {"launch/env.sh"}  # read by other scripts: no options of its own
 BATCH = {"launch/slurm.sbatch"}  # slurm reads it: needs no execute permission
 
 
@@ -20,6 +19,11 @@ def scripts() -> list[str]:
     paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
     shell = [path for path in paths if path.suffix in (".sh", ".sbatch") or is_bash(path)]
     return [str(path.relative_to(ROOT)) for path in shell]
+
+
+def programs() -> list[str]:
+    """The scripts that are run; one without a first line `#!` is sourced by another and sets no options of its own."""
+    return [name for name in scripts() if is_bash(ROOT / name)]
 
 
 def is_bash(path: Path) -> bool:
@@ -40,7 +44,7 @@ def test_shellcheck(name: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", sorted(set(scripts()) - SOURCED))
+@pytest.mark.parametrize("name", programs())
 def test_script_stops_at_the_first_error(name: str) -> None:
     assert "set -euo pipefail" in (ROOT / name).read_text(), "a failed step would go unnoticed"
     if name not in BATCH:

@@ -34,9 +34,10 @@ def test_refused(fields: dict[str, Any], message: str) -> None:
 
 def test_omegaconf_reads_the_schema_and_member_names() -> None:
     schema = OmegaConf.structured(OptimConfig)
-    merged = OmegaConf.merge(schema, {"lr": 1e-3, "schedule": "cosine", "overlap_reduce": "off", "bucket_mib": 4})
+    written = OmegaConf.create("{lr: 1e-3, schedule: cosine, overlap_reduce: never, bucket_mib: 4}")  # as YAML
+    merged = OmegaConf.merge(schema, written)
     config = OmegaConf.to_object(merged)
-    assert config == OptimConfig(lr=1e-3, schedule=Schedule.cosine, overlap_reduce=Overlap.off, bucket_mib=4.0)
+    assert config == OptimConfig(lr=1e-3, schedule=Schedule.cosine, overlap_reduce=Overlap.never, bucket_mib=4.0)
 
 
 @pytest.mark.parametrize("kind", [Schedule, DecayStyle, Impl, Overlap])
@@ -46,4 +47,4 @@ def test_members_are_lower_case_and_equal_their_values(kind: type[Enum]) -> None
 
 def test_overlap_auto_is_for_cuda() -> None:
     assert [Overlap.auto.enabled(device) for device in ("cpu", "cuda")] == [False, True]
-    assert [Overlap.on.enabled("cpu"), Overlap.off.enabled("cuda")] == [True, False]
+    assert [Overlap.always.enabled("cpu"), Overlap.never.enabled("cuda")] == [True, False]

@@ -56,7 +56,7 @@ def train(mesh: ParallelMesh, config: OptimConfig, dtype: torch.dtype, microbatc
 def poisoned_step(mesh: ParallelMesh) -> tuple[bool, tuple[str, ...], bool, float]:
     """(skipped, names, state unchanged, norm) of a step in which only rank 1 makes a NaN."""
     model = Toy()
-    optimizer = Zero1AdamW(model.named_parameters(), config_of(Overlap.on, Overlap.off), mesh, False)
+    optimizer = Zero1AdamW(model.named_parameters(), config_of(Overlap.always, Overlap.never), mesh, False)
     for poison in (False, True):
         before = [{kind: t.clone() for kind, t in shard.tensors.items()} for shard in optimizer.state_shards()]
         weights = [parameter.detach().clone() for parameter in model.parameters()]
@@ -77,7 +77,7 @@ def poisoned_step(mesh: ParallelMesh) -> tuple[bool, tuple[str, ...], bool, floa
 def all_cases(rank: int, world_size: int) -> bytes:
     mesh = mesh_for(rank, world_size)
     mine = range(rank, MICROBATCHES, world_size)
-    off, on = Overlap.off, Overlap.on
+    off, on = Overlap.never, Overlap.always
     resent = 0
     original = grad_buffer_module.PendingSum.drop
 

@@ -185,7 +185,7 @@ def test_restored_state_continues_bit_for_bit() -> None:
 
 
 def test_overlap_on_with_one_rank() -> None:
-    config = OptimConfig(bucket_mib=0.001, overlap_reduce=Overlap.on, overlap_gather=Overlap.on)
+    config = OptimConfig(bucket_mib=0.001, overlap_reduce=Overlap.always, overlap_gather=Overlap.always)
     losses = []
     for each in (config, OptimConfig()):
         model = Toy()

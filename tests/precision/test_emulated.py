@@ -31,7 +31,7 @@ OPERANDS = [
     Operand(N4, tile=(16, 16)),
     Operand(N4, scale_order=ScaleOrder.paper),
     Operand(N4, rounding=Rounding.sr),
-    Operand(N4, rounding=Rounding.sr, noise_bits=24),
+    Operand(N4, rounding=Rounding.sr, noise_bits=20),
     Operand(N4, rounding=Rounding.sr_headroom),
     Operand(N4, tile=(16, 16), rounding=Rounding.sr),
     Operand(N4, amax_scope=AmaxScope.shard),

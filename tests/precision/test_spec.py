@@ -27,7 +27,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"format": Format.mxfp4, "tile": (16, 16)}, "use 1x32"),
     ({"format": Format.nvfp4, "rht_size": 8}, "rht_size=8"),
     ({"format": Format.nvfp4, "rht_signs": Signs.none}, "without a transform"),
-    ({"format": Format.nvfp4, "noise_bits": 24}, "draws no noise"),
+    ({"format": Format.nvfp4, "noise_bits": 20}, "draws no noise"),
     ({"format": Format.nvfp4, "noise_bits": 16, "rounding": Rounding.sr}, "use 8"),
     ({"format": Format.nvfp4, "four_over_six_bound": 448}, "four_over_six is off"),
     ({"format": Format.nvfp4, "four_over_six": FourOverSix.mae, "four_over_six_bound": 300}, "use 256 or 448"),

@@ -108,8 +108,9 @@ def check_shape(x: Tensor, source: Source, copy: Copy) -> None:
         if size % multiple:
             raise ValueError(
                 f"{source.name}: operand {source.operand} of {copy.gemm} has local shape {tuple(x.shape)}; its "
-                f"dimension of {size} must be a multiple of {multiple} (tile {operand.tile[0]}x{operand.tile[1]}, Hadamard size "
-                f"{operand.rht_size}); change the sizes or the parallel layout, or leave this linear in bf16"
+                f"dimension of {size} must be a multiple of {multiple} (tile {operand.tile[0]}x{operand.tile[1]}, "
+                f"Hadamard size {operand.rht_size}); change the sizes or the parallel layout, or leave this "
+                f"linear in bf16"
             )
 
 

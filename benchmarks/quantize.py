@@ -1,0 +1,92 @@
+"""How long quantizing a tensor takes, as a multiple of copying it. `python -m benchmarks.quantize --help`.
+
+Rows: this project's passes, compiled and eager, and the quantizers of other projects where they are installed
+(torchao, modelopt, compressed-tensors, Transformer Engine's reference through the test oracle).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import paired_seconds, print_table
+from megatron_fp4.numerics import fused, key_of, quantize_nvfp4
+from megatron_fp4.numerics.hadamard import fixed_signs
+from megatron_fp4.numerics.random import column_words, row_words
+
+
+def ours(kernels: fused.Kernels, x: Tensor, *, along: int = 1, rht: bool = False, noise: bool = False) -> Tensor:
+    """amax pass, scales, and the operand: everything that the emulated backend does to one copy."""
+    if rht:
+        x = kernels.hadamard(x, 16, fixed_signs(16, x.device), along)
+    tile = (1, 16) if along == 1 else (16, 1)
+    largest = kernels.block_amax(x, tile)
+    words = None
+    if noise:
+        key = key_of("benchmark")
+        rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
+        words = (*row_words(key, rows), column_words(key, cols))
+    return kernels.two_level_operand(x, largest.amax().float(), words, tile=tile, along=along, largest=largest)
+
+
+def peers(x: Tensor) -> dict[str, Callable[[], object]]:
+    """Quantizers of other projects that are installed here."""
+    found: dict[str, Callable[[], object]] = {}
+    try:
+        from tests.numerics.te_oracle import reference_quantizer
+
+        reference = reference_quantizer(columnwise=False)
+        found["Transformer Engine reference"] = lambda: reference.quantize(x)
+    except BaseException as error:  # pytest's skip is not an Exception
+        print(f"Transformer Engine reference: {error}")
+    try:
+        from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
+
+        def torchao(quantize: Callable[..., object]) -> object:
+            return quantize(x, 16, per_tensor_amax_to_scale(x.abs().amax().float()))
+
+        compiled = torch.compile(nvfp4_quantize)
+        found["torchao, eager"] = lambda: torchao(nvfp4_quantize)
+        found["torchao, compiled"] = lambda: torchao(compiled)
+    except ImportError as error:
+        print(f"torchao: {error}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--cols", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peers", action="store_true", help="also time other projects (slow)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    x = torch.randn(args.rows, args.cols, device=args.device).bfloat16()
+    target = torch.empty_like(x)
+    compiled, eager = fused.Kernels(compile=True), fused.Kernels(compile=False)
+    candidates: dict[str, Callable[[], object]] = {
+        "copy into an existing tensor": lambda: target.copy_(x),
+        "copy into a new tensor": x.clone,
+        "1x16 nearest": lambda: ours(compiled, x),
+        "1x16 stochastic": lambda: ours(compiled, x, noise=True),
+        "16x1 (column copy) nearest": lambda: ours(compiled, x, along=0),
+        "16x1 RHT nearest (Wgrad of x)": lambda: ours(compiled, x, along=0, rht=True),
+        "16x1 RHT stochastic (Wgrad of dy)": lambda: ours(compiled, x, along=0, rht=True, noise=True),
+        "1x16 nearest, eager": lambda: ours(eager, x),
+        "1x16 codes and scales, spelled out": lambda: quantize_nvfp4(x),
+    }
+    if args.peers:
+        candidates |= peers(x)
+    seconds = paired_seconds(candidates, args.rounds)
+    print_table(
+        f"quantize {args.rows}x{args.cols} bf16 with amax pass, {args.threads} threads", seconds, next(iter(candidates))
+    )
+
+
+if __name__ == "__main__":
+    main()

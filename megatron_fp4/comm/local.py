@@ -1,0 +1,84 @@
+"""Run a function on several gloo processes of this machine and hand their results back.
+
+One idea: a layout of eight ranks can be checked on a laptop. The processes are forked from a server that has imported
+torch once, so that eight of them start in about the time of one.
+
+This is for checks, tests and benchmarks; training is started by a launcher.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import queue as queues
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_fp4.comm.bootstrap import Launch, Process, start_process, stop_process
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def run_local(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
+    """Call `fn(process, *args)` in `world_size` single-threaded processes; returns their results in rank order.
+
+    fn: a module-level function, called with its started `Process`; arguments and result are pickled. Raises
+    RuntimeError with the traceback of the first rank that fails, TimeoutError if one does not answer in time.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, fn.__module__])  # the first call decides
+    answers, port = context.Queue(), free_port()
+    processes = [
+        context.Process(
+            target=_entry, args=(Launch(rank, world_size, rank, world_size, "local"), port, answers, fn, args)
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.daemon = True
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        while len(results) < world_size:
+            rank, result, error = answers.get(timeout=timeout_seconds)
+            if error is not None:
+                raise RuntimeError(f"rank {rank} of {world_size} failed:\n{error}")
+            results[rank] = pickle.loads(result)
+    except queues.Empty:
+        missing = sorted(set(range(world_size)) - set(results))
+        raise TimeoutError(f"ranks {missing} of {world_size} gave no answer in {timeout_seconds:g} s") from None
+    finally:
+        _end(processes, wait_seconds=10.0 if len(results) == world_size else 0.0)
+    return [results[rank] for rank in range(world_size)]
+
+
+def _entry(launch: Launch, port: int, answers: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    try:
+        process: Process = start_process("cpu", 120.0, launch)
+        result = pickle.dumps(fn(process, *args))
+        stop_process(process)
+        answers.put((launch.rank, result, None))
+    except BaseException:
+        answers.put((launch.rank, None, traceback.format_exc()))
+    answers.close()
+    answers.join_thread()
+    os._exit(0)  # see bootstrap.exit_process
+
+
+def _end(processes: list[Any], wait_seconds: float) -> None:
+    for process in processes:
+        process.join(timeout=wait_seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()

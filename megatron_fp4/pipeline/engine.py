@@ -1,0 +1,186 @@
+"""Forward and backward of one global batch through pipeline stages, by `torch.distributed.pipelining`.
+
+One idea: the schedules are torch's, and the engine keeps to the four rules under which they were measured to equal one
+process bit for bit (torch 2.13):
+
+    static shapes           otherwise the first step runs an extra forward and backward, which noise and main_grad see
+    dw_builder              zero-bubble schedules take the queued weight gradients of exactly the microbatch whose
+                            backward has just run; without it a custom Function computes both gradients twice
+    scale_grads=False       the caller normalises the loss
+    one shape per engine    receive buffers are made once
+
+Evaluation does not go through a schedule: one microbatch passes through the stages, forward only.
+
+This file sees modules, shapes and callables; it knows nothing of models or of what a GEMM is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+
+from megatron_fp4.comm.mesh import Group, ParallelConfig
+from megatron_fp4.pipeline.schedules import rank_of_stage, schedule_rule, stages_of_rank, stages_per_rank
+
+Module = TypeVar("Module", bound=nn.Module)
+Loss = Callable[[Tensor, Tensor, float], Tensor]
+"""(output of the last stage, labels, scale) -> FP32 scalar."""
+
+
+class Microbatch(Protocol):
+    """What the stages are fed; int64 `[B, S]` each."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def address(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def documents(self) -> Tensor: ...
+
+
+class WgradSwitch(NamedTuple):
+    """Controls the deferred weight gradients of one stage.
+
+    enable(True): the stage's linears queue their weight gradients instead of computing them. take(): hands over what is
+    queued now, as a function that computes it.
+    """
+
+    enable: Callable[[bool], None]
+    take: Callable[[], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class StageShapes:
+    """Static shapes of a microbatch. hidden: `(T/tp, D)` between stages. output: of the last stage, `(T, V/tp)`."""
+
+    tokens: tuple[int, int]
+    hidden: tuple[int, int]
+    output: tuple[int, int]
+    dtype: torch.dtype
+
+
+class PipelineEngine(Generic[Module]):
+    """Runs this rank's stages over microbatches; the interface of `train.step.Engine`.
+
+    modules: this rank's stages, in the order of `stages_of_rank`. wgrads: one switch per stage. Raises ValueError (from
+    torch) for a number of microbatches that `schedules.check_pipeline` would have refused.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Module],
+        wgrads: Sequence[WgradSwitch],
+        loss: Loss,
+        shapes: StageShapes,
+        config: ParallelConfig,
+        pp: Group,
+        device: torch.device,
+        *,
+        num_microbatches: int,
+    ) -> None:
+        self.stages = list(modules)
+        self._numbers = stages_of_rank(pp.rank, config)
+        self._last = config.pp * stages_per_rank(config) - 1
+        assert len(self.stages) == len(wgrads) == len(self._numbers), f"{len(self.stages)} stages, {self._numbers}"
+        self.reports_loss = self._last in self._numbers
+        self._loss, self._shapes, self._config = loss, shapes, config
+        self._pp, self._device, self._num_microbatches = pp, device, num_microbatches
+        self._scale = 1.0
+        rule = schedule_rule(config.schedule)
+        for wgrad in wgrads:
+            wgrad.enable(rule.defers_wgrad)
+        stages = [
+            self._make_stage(number, module, wgrad.take if rule.defers_wgrad else None)
+            for number, module, wgrad in zip(self._numbers, modules, wgrads, strict=True)
+        ]
+        one_stage = rule.stages == 1 and not rule.and_more
+        self._schedule: Any = rule.factory(
+            stages[0] if one_stage else stages, num_microbatches, loss_fn=self._scaled_loss, scale_grads=False
+        )
+
+    def train(
+        self, microbatches: Sequence[Microbatch], scale: float, before_last_backward: Callable[[], None]
+    ) -> Tensor:
+        """See `train.step.Engine`. before_last_backward is called before the schedule begins: microbatches overlap."""
+        assert len(microbatches) == self._num_microbatches, f"{len(microbatches)}, made for {self._num_microbatches}"
+        self._scale = scale
+        before_last_backward()
+        losses: list[Tensor] = []
+        first = (_joined(microbatches, "tokens"),) if 0 in self._numbers else ()
+        target = _joined(microbatches, "labels") if self.reports_loss else None
+        beside = {name: _joined(microbatches, name) for name in ("address", "positions", "documents")}
+        self._schedule.step(*first, target=target, losses=losses, return_outputs=False, **beside)
+        total = torch.zeros((), device=self._device)
+        for loss in losses:
+            total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, microbatch: Microbatch) -> Tensor:
+        """Sum of the token losses of one microbatch, of any shape (0 where `reports_loss` is False)."""
+        total = torch.zeros((), device=self._device)
+        output: Tensor | None = None
+        for number, module in zip(self._numbers, self.stages, strict=True):
+            if number == 0:
+                x = microbatch.tokens
+            elif number - 1 in self._numbers:  # the point of a V: the stage before is on this rank
+                assert output is not None
+                x = output
+            else:
+                x = self._receive(microbatch.tokens.numel(), number - 1)
+            output = module(x, microbatch.address, microbatch.positions, microbatch.documents)
+            if number == self._last:
+                total += self._loss(output, microbatch.labels, 1.0)
+            elif number + 1 not in self._numbers:
+                dist.send(output.contiguous(), self._peer(number + 1), group=self._pp.process_group)
+        return total
+
+    def _scaled_loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        return self._loss(output, labels, self._scale)
+
+    def _receive(self, num_tokens: int, stage: int) -> Tensor:
+        """Hidden activations from another rank, in evaluation."""
+        shapes = self._shapes
+        tokens_per_row = shapes.tokens[0] * shapes.tokens[1] // shapes.hidden[0]
+        x = torch.empty(num_tokens // tokens_per_row, shapes.hidden[1], dtype=shapes.dtype, device=self._device)
+        dist.recv(x, self._peer(stage), group=self._pp.process_group)
+        return x
+
+    def _peer(self, stage: int) -> int:
+        """Global rank that holds `stage`."""
+        return self._pp.ranks[rank_of_stage(stage, self._config)]
+
+    def _make_stage(
+        self, number: int, module: nn.Module, take: Callable[[], Callable[[], None]] | None
+    ) -> PipelineStage:
+        shapes, last = self._shapes, number == self._last
+
+        def example(shape: tuple[int, ...]) -> Tensor:
+            return torch.empty(shape, dtype=shapes.dtype, device="meta", requires_grad=True)
+
+        ids = torch.empty(shapes.tokens, dtype=torch.int64, device="meta")
+        return PipelineStage(
+            module,
+            number,
+            self._last + 1,
+            self._device,
+            input_args=ids if number == 0 else example(shapes.hidden),
+            output_args=example(shapes.output if last else shapes.hidden),
+            group=self._pp.process_group,
+            dw_builder=take,
+        )
+
+
+def _joined(microbatches: Sequence[Microbatch], name: str) -> Tensor:
+    """One tensor of all microbatches, which the schedule cuts again along dim 0."""
+    return torch.cat([getattr(microbatch, name) for microbatch in microbatches])

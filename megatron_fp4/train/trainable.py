@@ -1,0 +1,115 @@
+"""The part of a run that computes: clock, stages, engine and optimizer of one rank.
+
+One idea: a rank holds a list of stages, usually one. Without pipeline parallelism the list is the whole model and the
+engine is a plain loop; otherwise each stage has its own queue of weight gradients and `pipeline.engine` runs them.
+Trainer and parity checks build the same object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megatron_fp4.comm.mesh import Group, ParallelMesh, build_ends_group
+from megatron_fp4.layers.embedding import vocab_range
+from megatron_fp4.layers.parameter import initialize_parameters
+from megatron_fp4.layers.wiring import Wiring
+from megatron_fp4.models.decoder import Decoder
+from megatron_fp4.models.partition import split_stages
+from megatron_fp4.optim import Zero1AdamW
+from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, WgradSwitch
+from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
+from megatron_fp4.precision.backends import Backend
+from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.linear_op import WgradQueue
+from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.evaluate import assign
+from megatron_fp4.train.step import Engine, LocalEngine, TokenLoss
+
+
+@dataclass
+class Trainable:
+    """What a training step needs on one rank."""
+
+    clock: StepClock
+    engine: Engine
+    optimizer: Zero1AdamW
+
+
+def build_trainable(
+    config: RunConfig, table: PrecisionTable, backend: Backend, mesh: ParallelMesh, device: torch.device
+) -> Trainable:
+    """Initialised stages with their precision, engine and optimizer. Collective over the world."""
+    clock = StepClock(config.train.seed)
+    dtype = config.precision.compute_dtype.torch_dtype
+    numbers = stages_of_rank(mesh.pp.rank, config.parallel)
+    wirings = [Wiring.of(mesh, backend, clock, dtype, device) for _ in numbers]
+    stages = _make_stages(config, numbers, wirings, mesh)
+    for stage in stages:
+        initialize_parameters(stage, config.train.seed)
+        assign(stage, table)
+
+    def weights_changed() -> None:
+        clock.weights_version += 1
+
+    together = nn.ModuleList(stages)  # names a table that two stages share once
+    optimizer = Zero1AdamW(together.named_parameters(), config.optim, mesh, True, weights_changed)
+    optimizer.gather_beside_forward(together)
+    loss = TokenLoss(config.model.vocab_size, mesh.tp)
+    if config.parallel.pp == 1:
+        return Trainable(clock, LocalEngine(stages[0], loss), optimizer)
+    engine = PipelineEngine(
+        stages,
+        [_switch(wiring.queue) for wiring in wirings],
+        loss,
+        _shapes(config, mesh),
+        config.parallel,
+        mesh.pp,
+        device,
+        num_microbatches=config.train.gradient_accumulation(mesh.dp.size),
+    )
+    return Trainable(clock, engine, optimizer)
+
+
+def _make_stages(config: RunConfig, numbers: list[int], wirings: list[Wiring], mesh: ParallelMesh) -> list[Decoder]:
+    parallel = config.parallel
+    ranges = split_stages(config.model, parallel.pp * stages_per_rank(parallel), parallel.stage_split)
+    tied_group: Group | None = None
+    if config.model.tied_embeddings and parallel.pp > 1 and not schedule_rule(parallel.schedule).v_shaped:
+        tied_group = build_ends_group(parallel, mesh.world)
+    stages: list[Decoder] = []
+    for number, wiring in zip(numbers, wirings, strict=True):
+        first = stages[0] if stages else None
+        stages.append(
+            Decoder(
+                config.model,
+                wiring,
+                ranges[number],
+                keep_documents_apart=config.data.reset_documents,
+                recompute=config.train.recompute,
+                tied_group=tied_group,
+                shared_table=first.embedding.weight if first is not None and first.stage.has_embedding else None,
+            )
+        )
+    return stages
+
+
+def _switch(queue: WgradQueue) -> WgradSwitch:
+    def enable(on: bool) -> None:
+        queue.enabled = on
+
+    return WgradSwitch(enable, queue.take)
+
+
+def _shapes(config: RunConfig, mesh: ParallelMesh) -> StageShapes:
+    B, S = config.train.micro_batch, config.data.seq_length // mesh.cp.size
+    first, stop = vocab_range(config.model.vocab_size, mesh.tp)
+    return StageShapes(
+        tokens=(B, S),
+        hidden=(B * S // mesh.tp.size, config.model.hidden),
+        output=(B * S, stop - first),
+        dtype=config.precision.compute_dtype.torch_dtype,
+    )

@@ -1,0 +1,170 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.tokenize import main
+from megatron_fp4.data.manifest import MANIFEST, PROGRESS, read_manifest
+from megatron_fp4.data.source import open_source
+from megatron_fp4.data.tokenizer import load_tokenizer
+from tests.data_tools.conftest import text_of
+
+
+def write_documents(path, number, words=60):
+    with open(path, "w") as file:
+        for n in range(number):
+            file.write(json.dumps({"text": f"{n} " + text_of(n % 97, words)}) + "\n")
+    return path
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("shard_*"))}
+
+
+def documents_of(folder, tokenizer):
+    source = open_source("x", [str(folder)])
+    found = []
+    for number in range(source.num_documents):
+        shard, local = source.locate(number)
+        ids = shard.document(local)
+        assert ids[-1] == tokenizer.special.eos
+        assert (ids[:-1] != tokenizer.special.eos).all()
+        found.append(tokenizer.decode(ids[:-1].tolist()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_documents(tmp_path_factory.mktemp("corpus") / "c.jsonl", 16000)
+
+
+def test_documents_come_back_in_order_with_one_eos(corpus, model, tmp_path, capsys):
+    assert main([str(corpus), "--output", str(tmp_path / "o"), "--tokenizer", str(model), "--workers", "1"]) == 0
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    assert documents_of(tmp_path / "o", load_tokenizer(model)) == texts
+    manifest = read_manifest(tmp_path / "o")
+    source = open_source("x", [str(tmp_path / "o")])
+    assert manifest["tokenizer"]["fingerprint"] == load_tokenizer(model).fingerprint
+    assert manifest["max_token_id"] == max(int(s.tokens.max()) for s in source.shards)
+    assert manifest["counters"]["documents"] == 16000
+    assert "16,000 documents" in capsys.readouterr().out
+    assert not (tmp_path / "o" / PROGRESS).exists()
+
+
+def test_same_bytes_for_any_number_of_workers_and_after_kills(corpus, model, tmp_path):
+    """SIGKILL in the middle, three times: no document twice, none lost, the very same files as without a kill."""
+    options = [str(corpus), "--tokenizer", str(model), "--shard-tokens", "60000", "--heldout-fraction", "0.1"]
+    assert main([*options, "--output", str(tmp_path / "whole"), "--workers", "1"]) == 0
+    command = [sys.executable, "-m", "data_tools.tokenize", *options, "--output", str(tmp_path / "killed")]
+    kills = 0
+    for _ in range(3):
+        process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        seen = done_shards(tmp_path / "killed")
+        while process.poll() is None and done_shards(tmp_path / "killed") == seen:
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        assert not any((tmp_path / "killed" / s / MANIFEST).exists() for s in ("train", "heldout")) or not kills
+    assert kills
+    with pytest.raises(ValueError, match="not committed"):
+        read_manifest(tmp_path / "killed" / "train")
+    assert subprocess.run([*command, "--workers", "2"], capture_output=True).returncode == 0
+    for split in ("train", "heldout"):
+        assert contents(tmp_path / "killed" / split) == contents(tmp_path / "whole" / split)
+        a, b = (read_manifest(tmp_path / name / split) for name in ("killed", "whole"))
+        assert a == b
+        assert len(a["shards"]) > 3
+
+
+def done_shards(folder, split="train"):
+    try:
+        return len(json.loads((folder / PROGRESS).read_text())["shards"][split])
+    except FileNotFoundError:
+        return 0
+
+
+def test_split_is_by_content_and_complete(model, tmp_path):
+    texts = [text_of(n % 50, 20) for n in range(400)]  # each text eight times
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    output = tmp_path / "o"
+    options = ["--output", str(output), "--tokenizer", str(model), "--heldout-fraction", "0.3", "--workers", "1"]
+    main([str(tmp_path / "c.jsonl"), *options])
+    train, held = (documents_of(output / name, load_tokenizer(model)) for name in ("train", "heldout"))
+    assert sorted(train + held) == sorted(texts)
+    assert not set(train) & set(held)
+    assert held
+
+
+def test_second_run_does_nothing_and_another_job_is_refused(corpus, model, tmp_path, capsys):
+    options = [str(corpus), "--output", str(tmp_path / "o"), "--tokenizer", str(model), "--workers", "1"]
+    main(options)
+    before = (tmp_path / "o" / MANIFEST).stat().st_mtime_ns
+    main(options)
+    assert "already complete" in capsys.readouterr().out
+    assert (tmp_path / "o" / MANIFEST).stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"its shard_tokens is \d+, this command has 5000000.*--restart"):
+        main([*options, "--shard-tokens", "5000000"])
+    assert main([*options, "--shard-tokens", "5000000", "--restart"]) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_peak_memory_does_not_grow_with_the_file(model, tmp_path, workers):
+    """A file of 80 MB, 20 times the growth allowed over a file of 4 MB (parent and workers, peak RSS)."""
+    line = json.dumps({"text": text_of(1, 2000)}).encode() + b"\n"
+    peaks = {}
+    for size in (4, 80):
+        with open(tmp_path / f"{size}.jsonl", "wb") as file:
+            for _ in range(size * 1_000_000 // len(line)):
+                file.write(line)
+        code = (
+            "import resource as r, sys; from data_tools.tokenize import main; main(sys.argv[1:]);"
+            "print(*(r.getrusage(w).ru_maxrss for w in (r.RUSAGE_SELF, r.RUSAGE_CHILDREN)))"
+        )
+        options = ["--output", str(tmp_path / f"o{size}"), "--tokenizer", str(model), "--workers", str(workers)]
+        command = [sys.executable, "-c", code, str(tmp_path / f"{size}.jsonl"), *options, "--shard-tokens", "500000"]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks[size] = np.array(out.split()[-2:], np.int64) / 1000
+        (tmp_path / f"{size}.jsonl").unlink()
+    assert (peaks[80] - peaks[4]).max() < 4, peaks
+
+
+def test_a_killed_worker_is_reported_and_the_job_can_go_on(corpus, model, tmp_path):
+    command = [sys.executable, "-m", "data_tools.tokenize", str(corpus), "--output", str(tmp_path / "o")]
+    command += ["--tokenizer", str(model), "--workers", "2", "--shard-tokens", "60000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while process.poll() is None and not done_shards(tmp_path / "o", "all"):
+        time.sleep(0.002)
+    for worker in workers_of(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a worker process died" in errors
+    assert "Traceback" not in errors
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def workers_of(pid):
+    """Children that run the pool's workers (not the resource tracker)."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def test_inputs_that_changed_since_the_kill_are_refused(model, tmp_path):
+    path = write_documents(tmp_path / "c.jsonl", 50)
+    options = [str(path), "--output", str(tmp_path / "o"), "--tokenizer", str(model), "--workers", "1"]
+    main(options)
+    manifest = json.loads((tmp_path / "o" / MANIFEST).read_text())
+    (tmp_path / "o" / MANIFEST).unlink()
+    state = {"job": manifest["job"], "position": [0, 0], "counters": {}, "shards": {"all": []}}
+    (tmp_path / "o" / PROGRESS).write_text(json.dumps(state))
+    write_documents(path, 51)
+    with pytest.raises(ValueError, match=r"its inputs is \[\['c.jsonl'"):
+        main(options)
