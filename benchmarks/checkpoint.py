@@ -122,10 +122,11 @@ def compare(world: Group, directory: Path, size: str, turns: int) -> list[str]:
         f"{size}: {num_bytes / MEGA:.0f} MB over {world.size} ranks, median of {turns} turns; dd {dd_rate:.0f} MB/s"
     ]
     for name in stores:
-        rate = num_bytes / MEGA / median(until_commit[name])
+        seconds = median(until_commit[name])
+        rate = num_bytes / MEGA / seconds
         lines.append(
             f"  {name:5}  blocks {median(blocking[name]) * 1e3:7.1f} ms (first {blocking[name][0] * 1e3:.0f})"
-            f"  committed after {median(until_commit[name]) * 1e3:7.1f} ms = {rate:5.0f} MB/s, {rate / dd_rate:.2f} of dd"
+            f"  committed after {seconds * 1e3:7.1f} ms = {rate:5.0f} MB/s, {rate / dd_rate:.2f} of dd"
         )
     lines.append(f"  async blocks {median(blocking['async']) / median(blocking['sync']):.1%} of sync")
     lines.append(f"  load with verification {num_bytes / MEGA / median(load):.0f} MB/s")

@@ -29,7 +29,9 @@ def ours(kernels: fused.Kernels, x: Tensor, *, along: int = 1, rht: bool = False
         key = key_of("benchmark")
         rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
         words = (*row_words(key, rows), column_words(key, cols))
-    return kernels.two_level_operand(x, largest.amax().float(), words, tile=tile, along=along, largest=largest)
+    return kernels.two_level_operand(
+        x, kernels.run(fused.largest_of, largest), words, tile=tile, along=along, largest=largest
+    )
 
 
 def peers(x: Tensor) -> dict[str, Callable[[], object]]:

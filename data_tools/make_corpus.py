@@ -70,7 +70,7 @@ def _documentation(name: str, module: Any) -> Iterator[str]:
     for item, value in [("", module), *sorted(vars(module).items(), key=lambda pair: pair[0])]:
         members = sorted(vars(value).items(), key=lambda pair: pair[0]) if inspect.isclass(value) else []
         for member, thing in [("", value), *members]:
-            # Instances and Python functions are not part of a compiled module: whoever runs this may have put them there.
+            # Instances and Python functions may have been put there by whoever runs this.
             if not (inspect.isclass(thing) or inspect.ismodule(thing) or _is_compiled(thing)):
                 continue
             text = getattr(thing, "__doc__", None)

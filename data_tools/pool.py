@@ -102,6 +102,7 @@ def _serve(
             item = pipe.recv()
         except EOFError:
             return
+        answer: tuple[Any, Exception | None]
         try:
             answer = (function(item), None)
         except Exception as error:

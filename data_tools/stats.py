@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     every = []
     for listed in list_shards(args.paths):
         shard = Shard(listed.prefix)
-        every.append(np.diff(shard.offsets))
+        every.append(shard.document_lengths())
         print(f"{shard.num_documents:12,d} {shard.num_tokens:16,d} {shard.dtype!s:>7}  {shard.prefix}")
     lengths = np.concatenate(every)
     print(f"{len(lengths):12,d} {int(lengths.sum()):16,d} {'':7}  total")

@@ -40,6 +40,7 @@ class HashingFile(io.RawIOBase):
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close())
         self._hash = xxhash.xxh3_64()
         self._num_bytes = 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -47,7 +48,11 @@ class HashingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self._hash.update(view)
-        self._file.write(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self._num_bytes += view.nbytes
         return view.nbytes
 
@@ -83,8 +88,12 @@ class HashingFileSystem(FileSystem):
         try:
             yield stream
             self.records[Path(path).name] = stream.record()
+        except RuntimeError as error:
+            # torch.save closes its archive even so, and that second failure would hide "No space left on device"
+            raise stream.error or error from None
         finally:
-            stream.close()
+            with suppress(OSError):  # what was written and synced is closed already; the rest is lost anyway
+                stream.close()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)

@@ -76,7 +76,7 @@ class Saver:
         began = time.monotonic()
         self.settle()
         small = {"step": step, "tokens": tokens, "score": score, "meta": dict(meta)}
-        state, state_json = agreed(lambda: (boxes_of(shards), encode_meta(small)), self.group)
+        state, state_json = agreed(lambda: self._checked(shards, small), self.group)
         self._plan_for(state)
         directory, error = self._open_directory(step)
         if directory is None:
@@ -92,6 +92,11 @@ class Saver:
         report = self.wait()
         assert report is not None
         return report
+
+    def _checked(self, shards: Sequence[Shard], small: dict[str, Any]) -> tuple[dict[str, Boxes], bytes]:
+        if self.config.keep_every_tokens and small["tokens"] is None:
+            raise ValueError("checkpoint.keep_every_tokens is set, but save() was not told the number of tokens")
+        return boxes_of(shards), encode_meta(small)
 
     def _plan_for(self, state: dict[str, Boxes]) -> None:
         """Plan anew only if some rank's layout changed: a run plans once."""

@@ -52,8 +52,8 @@ class LedgerWriter:
         self._path = Path(run_folder) / LEDGER
         self._drop_half_line()
         fingerprints = {name: stream.source.fingerprint for name, stream in loader.streams.items()}
-        start = {"config": _absolute(dataclasses.asdict(loader.config)), "plan": loader.plan.to_json(), "sources": fingerprints}
-        self._append({**start, "step": step, "first_sample": first_sample})
+        start = {"step": step, "first_sample": first_sample, "config": _absolute(dataclasses.asdict(loader.config))}
+        self._append({**start, "plan": loader.plan.to_json(), "sources": fingerprints})
 
     def add(self, step: int, first_sample: int, num_samples: int, hash_of_step: int) -> None:
         self._append({"step": step, "first_sample": first_sample, "num_samples": num_samples, "hash": hash_of_step})

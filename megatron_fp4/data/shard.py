@@ -53,8 +53,8 @@ def map_file(path: Path) -> memoryview:
 class Shard:
     """A memory-mapped shard. `prefix` is the path without .bin/.idx.
 
-    Attributes: `tokens` flat [num_tokens] of the stored dtype; `offsets` int64 [num_documents + 1], the token range of
-    document d being offsets[d]:offsets[d+1]. Raises FileNotFoundError or ValueError naming file, expected and actual.
+    `tokens` is flat [num_tokens] of the stored dtype; nothing of the size of the index is ever copied to memory.
+    Raises FileNotFoundError or ValueError naming file, expected and actual.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -65,7 +65,6 @@ class Shard:
             if not path.is_file():
                 raise FileNotFoundError(f"shard file {path} does not exist; a shard is a .bin and an .idx side by side")
         self.dtype, self.lengths, self._pointers, self._documents = _read_index(self.idx_path)
-        self._offsets: NDArray[np.int64] | None = None
         self._check_sizes()
         self.tokens: NDArray = np.frombuffer(map_file(self.bin_path), dtype=self.dtype, count=self.num_tokens)
 
@@ -83,16 +82,23 @@ class Shard:
             return 0
         return int(self._pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
 
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        if self._offsets is None:
-            ends = np.append(self._pointers // self.dtype.itemsize, self.num_tokens).astype(np.int64)
-            self._offsets = ends[self._documents]
-        return self._offsets
+    def start_of(self, index: int) -> int:
+        """Token at which document `index` begins; of `num_documents`, where the last one ends."""
+        sequence = int(self._documents[index])
+        if sequence == self.num_sequences:
+            return self.num_tokens
+        return int(self._pointers[sequence]) // self.dtype.itemsize
 
     def document(self, index: int) -> NDArray:
         """Token ids of one document, a view [length]."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        return self.tokens[self.start_of(index) : self.start_of(index + 1)]
+
+    def document_lengths(self) -> NDArray:
+        """Tokens of each document, int32 or int64 [num_documents]; a view where every document is one sequence."""
+        if self.num_documents == self.num_sequences:
+            return self.lengths
+        ends = np.append(self._pointers // self.dtype.itemsize, self.num_tokens)
+        return np.diff(ends[self._documents])
 
     def _check_sizes(self) -> None:
         """O(1) agreement of the two files; `check_index` below reads every entry."""

@@ -52,8 +52,8 @@ class Source:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        parts = [np.diff(shard.offsets) for shard in self.shards]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        parts = [shard.document_lengths() for shard in self.shards]
+        return np.concatenate(parts, dtype=np.int64) if parts else np.zeros(0, np.int64)
 
     def locate(self, document: int) -> tuple[Shard, int]:
         number = int(np.searchsorted(self._first, document, side="right")) - 1
@@ -66,7 +66,7 @@ class Source:
     def read(self, document: int, offset: int, length: int) -> NDArray:
         """Tokens offset..offset+length of a document, a view in the stored dtype."""
         shard, local = self.locate(document)
-        start = int(shard.offsets[local]) + offset
+        start = shard.start_of(local) + offset
         return shard.tokens[start : start + length]
 
 

@@ -1,8 +1,8 @@
 """Memory of one rank, by kind, from the sizes of a model and its layout.
 
-One idea: what a rank keeps is a sum over parameters (state) and over mixers (tensors that the backward pass needs), each
-with a known number of bytes per token; on top comes the largest thing that is alive only for a moment. The formulas
-follow the layers line by line and are tested against tensors counted in real steps.
+One idea: what a rank keeps is a sum over parameters (state) and over mixers (tensors that the backward pass needs),
+each with a known number of bytes per token; on top comes the largest thing that is alive only for a moment. The
+formulas follow the layers line by line and are tested against tensors counted in real steps.
 
 Letters as in layers/wiring.py; T = tokens of a microbatch on a context-parallel rank. Not here: the allocator's
 fragmentation, CUDA's and NCCL's own memory (a few GB), and what other stages do.
@@ -10,7 +10,7 @@ fragmentation, CUDA's and NCCL's own memory (a few GB), and what other stages do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_fp4.layers.mlp import Activation
@@ -73,6 +73,15 @@ def stage_memory(
         "activations": activations,
         "working set": max(working),
     }
+
+
+def rank_memory(
+    config: ModelConfig, chunks: Sequence[StageRange], settings: MemorySettings, in_flight: float
+) -> dict[str, float]:
+    """Bytes on a rank that holds several stages (virtual stages)."""
+    parts = [stage_memory(config, chunk, settings, in_flight) for chunk in chunks]
+    total = {kind: sum(part[kind] for part in parts) for kind in parts[0]}
+    return total | {"working set": max(part["working set"] for part in parts)}
 
 
 def _weight_copies(config: ModelConfig, stage: StageRange, settings: MemorySettings) -> float:
@@ -155,13 +164,14 @@ def _linear_working_set(info: LinearInfo, config: ModelConfig, settings: MemoryS
 
 
 def _scan_working_set(config: ModelConfig, settings: MemorySettings) -> float:
-    """Per token: the decays and weights between the tokens of a chunk with their gradients, and some twenty FP32 tensors
-    of the mixer's width."""
+    """Per token, all FP32, as counted: either the gated norm's backward on top of the recomputed mixer (15 tensors of
+    its width, the convolution's, the chunks' states, two of all pairs in a chunk), or later the pairs' gradients."""
     chunk, inner, heads = config.mamba_chunk, config.mamba_inner, config.mamba_num_heads
-    channels = inner + 2 * config.mamba_num_groups * config.mamba_state
-    pairs = FP32 * 4 * heads * chunk
-    states = FP32 * 4 * inner * config.mamba_state / chunk
-    return (pairs + states + FP32 * (20 * inner + 4 * channels)) / settings.tp
+    groups, state = config.mamba_num_groups, config.mamba_state
+    pairs, states, channels = heads * chunk, inner * state / chunk, inner + 2 * groups * state
+    at_norm = 2 * pairs + 15 * inner + 3 * channels + 4 * states + groups * chunk
+    at_pairs = 4 * pairs + 8 * inner
+    return FP32 * max(at_norm, at_pairs) / settings.tp
 
 
 def head_working_set(config: ModelConfig, settings: MemorySettings) -> float:

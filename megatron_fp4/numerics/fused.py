@@ -59,6 +59,11 @@ def max_of_column_lanes(blocked: Tensor) -> Tensor:
     return largest
 
 
+def largest_of(block_maxima: Tensor) -> Tensor:
+    """The largest of the block maxima, an FP32 scalar; NaN propagates."""
+    return block_maxima.to(torch.float32).amax()
+
+
 def nvfp4_scales(
     largest: Tensor, encode: Tensor, decode: Tensor, scale_order: str, headroom: bool
 ) -> tuple[Tensor, Tensor]:

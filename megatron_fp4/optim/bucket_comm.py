@@ -56,19 +56,24 @@ class PendingSum:
 
 
 class PendingGather:
-    """A started all-gather of `part` (`[bucket.parts[rank]]`) into `flat` (`[bucket.numel]`), same dtype."""
+    """A started all-gather, in place: every rank's part of `flat` (`[bucket.numel]`) reaches all ranks.
 
-    def __init__(self, flat: Tensor, part: Tensor, bucket: Bucket, group: Group) -> None:
-        if bucket.even:
-            self._source = part
-            self._work = dist.all_gather_single(flat, part, group=group.process_group, async_op=True)
-        else:
-            self._source = part.repeat(group.size)
-            counts = [bucket.parts[group.rank]] * group.size
-            self._work = dist.all_to_all_single(
-                flat, self._source, list(bucket.parts), counts, group=group.process_group, async_op=True
-            )
+    One broadcast per part where the backend's all-gather would need copies (gloo: 0.6x the time at 2 ranks, 0.75x at 4)
+    or parts are uneven.
+    """
+
+    def __init__(self, flat: Tensor, bucket: Bucket, group: Group) -> None:
+        pg = group.process_group
+        if bucket.even and not _is_gloo(group):
+            low, high = bucket.bounds(group.rank)
+            self._works = [dist.all_gather_single(flat, flat[low:high], group=pg, async_op=True)]
+            return
+        parts = zip(flat.split(bucket.parts), group.ranks, strict=True)
+        self._works = [
+            dist.broadcast(part, src=source, group=pg, async_op=True) for part, source in parts if part.numel()
+        ]
 
     def wait(self) -> None:
         """Return when `flat` may be read (on CUDA: by kernels launched from now on)."""
-        self._work.wait()
+        for work in self._works:
+            work.wait()

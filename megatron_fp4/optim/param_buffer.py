@@ -42,11 +42,9 @@ class ParamBuffer:
         """
         self.wait()
         for index in reversed(range(len(self._buckets))):
-            if self._group.size == 1:
-                self._flats[index].copy_(masters[index])
-            else:
-                part = masters[index].to(self._flats[index].dtype)
-                self._pending[index] = PendingGather(self._flats[index], part, self._buckets[index], self._group)
+            self.part(index).copy_(masters[index])
+            if self._group.size > 1:
+                self._pending[index] = PendingGather(self._flats[index], self._buckets[index], self._group)
         if wait:
             self.wait()
 

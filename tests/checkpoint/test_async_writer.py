@@ -115,10 +115,10 @@ def test_a_hung_writer_is_noticed_within_the_time_out_and_never_commits(tmp_path
     [report] = store.poll()
     assert report.status is SaveStatus.failed
     assert "not written after 0.4 seconds" in (report.error or "")
-    store.wait()
     gate.open.set()
     wait_until(lambda: hung.finished)
     assert commit.present_steps(tmp_path) == [], "a save that was reported as failed appeared later"
+    store.wait()
     shards = shards_of(ONE, 0, filled=True, version=2)
     store.save(2, shards, {})
     report = store.wait()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fp4.checkpoint.lock import LOCK, RunLock, RunLocked
+from megatron_fp4.checkpoint.lock import LOCK, Holder, RunLock, RunLocked
 from megatron_fp4.checkpoint.owner import Owner, start_of
 
 HOLD = """
@@ -90,6 +90,15 @@ def test_heartbeat_and_loss(tmp_path: Path) -> None:
     assert (tmp_path / LOCK).exists(), "the other launch's lock must not be removed"
 
 
+class SlowLook(RunLock):
+    """Time between looking and taking, for all the others to look as well."""
+
+    def _holder(self, now: float) -> Holder | None:
+        holder = super()._holder(now)
+        time.sleep(0.1)
+        return holder
+
+
 def test_only_one_of_many_launches_takes_over_a_stale_lock(tmp_path: Path) -> None:
     write_lock(tmp_path, Owner.me().host, 2**22 + 1, 1)  # above the kernel's largest pid
     children = []
@@ -98,9 +107,9 @@ def test_only_one_of_many_launches_takes_over_a_stale_lock(tmp_path: Path) -> No
         if child == 0:
             code = 1
             try:
-                RunLock(tmp_path).acquire()
+                SlowLook(tmp_path).acquire()
                 code = 0
-                time.sleep(0.5)
+                time.sleep(1.0)
             finally:
                 os._exit(code)
         children.append(child)

@@ -138,6 +138,12 @@ def test_retention_on_disk(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 1 + 5, "a deleted one left files"
 
 
+def test_token_rule_without_tokens_is_an_error(tmp_path: Path) -> None:
+    store = open_store(tmp_path, keep_every_tokens=100)
+    with pytest.raises(ValueError, match="keep_every_tokens is set"):
+        store.save(1, shards_of(ONE, 0, filled=True), {})
+
+
 def test_small_state_is_json_only(root: Path) -> None:
     state = json.loads((root / "step_00000020" / "state.json").read_text())
     assert state == {"step": 20, "tokens": None, "score": None, "meta": {"tokens": 20}}

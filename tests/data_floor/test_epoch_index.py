@@ -6,9 +6,8 @@ import pytest
 from megatron_fp4.data.epoch_index import IndexCache, build_index
 from megatron_fp4.data.permute import digest
 from megatron_fp4.data.source import open_source
+from tests.data_floor.index_process import KEY, open_index
 from tests.data_floor.toy import numbered, write_shard
-
-KEY = digest("k")
 
 
 @pytest.fixture
@@ -52,26 +51,19 @@ def test_other_content_is_another_file(source, tmp_path):
     assert (cache.built, len(files(tmp_path / "cache"))) == (3, 3)
 
 
-def _open(prefix, folder, barrier, out):
-    cache = IndexCache(folder)
-    source = open_source("web", [prefix])
-    barrier.wait()
-    out.put((folder, cache.built, cache.get(source, KEY).order.tolist(), cache.built))
-
-
 def test_four_processes_on_two_nodes_start_at_once(tmp_path):
     """Each node (a cache folder of its own) builds once; all four see the same order; no temporary file is left."""
     prefix = write_shard(tmp_path / "s", numbered([2] * 5000))
     context = multiprocessing.get_context("spawn")
     barrier, out = context.Barrier(4), context.Queue()
     folders = [str(tmp_path / f"node{n % 2}") for n in range(4)]
-    processes = [context.Process(target=_open, args=(prefix, folder, barrier, out)) for folder in folders]
+    processes = [context.Process(target=open_index, args=(prefix, folder, barrier, out)) for folder in folders]
     for process in processes:
         process.start()
     results = [out.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(60)
     for node in set(folders):
-        assert sum(built for folder, _, _, built in results if folder == node) == 1
+        assert sum(built for folder, _, built in results if folder == node) == 1
         assert len(files(tmp_path / node.rsplit("/", 1)[1])) == 1
-    assert all(order == results[0][2] for _, _, order, _ in results)
+    assert all(order == results[0][1] for _, order, _ in results)

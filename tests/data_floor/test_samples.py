@@ -127,7 +127,7 @@ def test_fuzz_samples_tile_the_stream(lengths, seq_length, seed):
     if not sum(lengths):
         return
     stream = SampleStream(FakeSource(lengths), seq_length=seq_length, seed=seed)
-    epochs = 3
+    epochs = 2
     number = stream.available(epochs)
     assert sorted(stream.slot(i) for i in range(number)) == list(range(number))
     seen = Counter()

@@ -91,8 +91,27 @@ def test_beyond_two_to_the_32_bytes(tmp_path):
         file.seek(2 * length * 2)
         file.write(np.array([11, 12], "<u2").tobytes())
     shard = Shard(tmp_path / "big")
-    assert shard.offsets.tolist() == [0, length, 2 * length, 3 * length]
+    assert [shard.start_of(d) for d in range(4)] == [0, length, 2 * length, 3 * length]
     assert shard.document(2)[:2].tolist() == [11, 12]
+
+
+def test_more_than_two_to_the_31_documents(tmp_path):
+    """A sparse .idx of 2^31 + 5 documents, all empty but the last two: counted and read without copying the index."""
+    number = 2**31 + 5
+    with open(tmp_path / "many.idx", "wb") as file:
+        file.write(HEADER.pack(b"MMIDIDX\x00\x00", 1, 8, number, number + 1))
+        for end, last in (
+            (HEADER.size + 4 * number, np.array([3, 2], "<i4")),
+            (HEADER.size + 12 * number, np.array([0, 6], "<i8")),
+            (HEADER.size + 20 * number + 8, np.array([number - 2, number - 1, number], "<i8")),
+        ):
+            file.seek(end - last.nbytes)
+            file.write(last.tobytes())
+    (tmp_path / "many.bin").write_bytes(np.arange(5, dtype="<u2").tobytes())
+    shard = Shard(tmp_path / "many")
+    assert shard.num_documents == number
+    assert shard.document(number - 2).tolist() == [0, 1, 2]
+    assert shard.document(number - 1).tolist() == [3, 4]
 
 
 def test_writer_refuses_ids_that_do_not_fit(tmp_path):

@@ -57,7 +57,7 @@ def test_training_is_deterministic(model, tmp_path):
 
 
 def test_unigram_has_no_chunk_cache(tmp_path):
-    tokenizer = SentencePieceTokenizer(make_model(tmp_path / "u.model", model_type="unigram", vocab_size=300))
+    tokenizer = SentencePieceTokenizer(make_model(tmp_path / "u.model", model_type="unigram", vocab_size=308))
     assert tokenizer._chunks is None
     assert tokenizer.decode(tokenizer.encode_batch([TEXT])[0]) == TEXT
 

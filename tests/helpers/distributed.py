@@ -5,6 +5,7 @@ The reference of a distributed test is computed in one process; the ranks return
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import traceback
@@ -30,7 +31,9 @@ def _entry(rank: int, world_size: int, port: int, queue: Any, fn: Callable[..., 
     try:
         process = start_process("cpu", 120.0, Launch(rank, world_size, rank, world_size, "torchrun"))
         result = fn(rank, world_size, *args)
-        queue.put((rank, result, None))
+        buffer = io.BytesIO()  # as bytes: shared-memory tensors are gone once their sender has exited
+        torch.save(result, buffer)
+        queue.put((rank, buffer.getvalue(), None))
         stop_process(process)
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
@@ -55,26 +58,13 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         while len(results) < world_size:
             rank, result, error = queue.get(timeout=timeout_seconds)
             assert error is None, f"rank {rank} of {world_size} failed:\n{error}"
-            results[rank] = _own(result)
+            results[rank] = torch.load(io.BytesIO(result), weights_only=False)
     finally:
         for process in processes:
             process.join(timeout=10)
             if process.is_alive():
                 process.kill()
     return [results[rank] for rank in range(world_size)]
-
-
-def _own(value: Any) -> Any:
-    """Copy tensors out of the sender's shared memory, which goes with the sender."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _own(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_own(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_own(item) for item in value)
-    return value
 
 
 def mesh_for(rank: int, world_size: int, **sizes: int) -> ParallelMesh:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_fp4.data.ledger import read_step
 from megatron_fp4.train.metrics import read_metrics
 from megatron_fp4.train.signals import EXIT_REQUEUE
 from tests.helpers.tiny_run import TinyRun, tiny_run
@@ -53,16 +54,42 @@ def test_sigterm_and_resume_equal_an_uninterrupted_run(tmp_path: Path, num_ranks
 
 
 def test_a_checkpoint_of_tp2_goes_on_at_tp1(tmp_path: Path) -> None:
-    two = tiny_run(tmp_path, "parallel.tp=2", "train.stop_after_steps=6", "precision.compute_dtype=fp32")
+    """Also the parity of the two layouts over 20 steps: NVFP4 with stochastic rounding, FP32 compute."""
+    two = tiny_run(tmp_path, "parallel.tp=2", "train.stop_after_steps=10", "precision.compute_dtype=fp32")
     two.run(2)
-    one = two.with_overrides("parallel.tp=1", "train.stop_after_steps=12")
-    one.run(1)
-    straight = two.with_overrides("train.stop_after_steps=12", run_dir=tmp_path / "straight")
-    straight.run(2)
-    mixed, expected = losses(one.run_dir), losses(straight.run_dir)
-    assert sorted(mixed) == list(range(1, 13))
-    for step in range(1, 13):
-        assert mixed[step][0] == pytest.approx(expected[step][0], rel=1e-5), "the layout change altered the model"
+    mixed = two.with_overrides("parallel.tp=1", "train.stop_after_steps=20")
+    mixed.run(1)
+    single = mixed.with_overrides(run_dir=tmp_path / "single")
+    single.run(1)
+    actual, expected = losses(mixed.run_dir), losses(single.run_dir)
+    assert sorted(actual) == list(range(1, 21))
+    for step in range(1, 21):
+        what = "tp=2 computes other numbers than tp=1" if step <= 10 else "the layout change altered the model"
+        assert actual[step][0] == pytest.approx(expected[step][0], rel=1e-5), f"step {step}: {what}"
+
+
+def test_bf16_and_nvfp4_start_from_the_same_model_and_see_the_same_batches(tmp_path: Path) -> None:
+    runs = []
+    for recipe in ("bf16", "nvfp4"):
+        run = tiny_run(
+            tmp_path,
+            f"precision={recipe}",
+            "train.stop_after_steps=3",
+            "optim.lr=1e-12",
+            "optim.min_lr=0",
+            "optim.weight_decay=0",
+        )
+        run = run.with_overrides(run_dir=tmp_path / recipe)
+        run.run()
+        runs.append(run)
+    bf16, nvfp4 = runs
+    states = [run.state(3) for run in runs]
+    for key in states[0]:
+        if key.startswith("master/"):
+            assert torch.allclose(states[0][key], states[1][key], rtol=0, atol=1e-9), f"{key}: other initial weights"
+    hashes = [[read_step(run.run_dir, step).hash for step in (1, 2, 3)] for run in runs]
+    assert hashes[0] == hashes[1], "precision changed the batches"
+    assert losses(bf16.run_dir)[1] != losses(nvfp4.run_dir)[1], "NVFP4 had no effect"
 
 
 def test_a_second_launch_into_a_finished_run_does_nothing(tmp_path: Path) -> None:

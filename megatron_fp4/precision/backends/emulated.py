@@ -99,7 +99,7 @@ class EmulatedBackend:
         if copy.operand.amax_scope is AmaxScope.row:
             amax = largest.amax(copy.along, keepdim=True).to(torch.float32)
         else:
-            amax = largest.amax().to(torch.float32)
+            amax = self.kernels.run(fused.largest_of, largest)
         return amax, None if copy.deferred else (x, largest)
 
     def _transformed(self, x: Tensor, source: Source, copy: Copy) -> Tensor:

@@ -1,0 +1,170 @@
+"""Speed of the data pipeline, each number beside its floor or its rival, in one run on one machine.
+
+    python benchmarks/data.py [--workers 2] [--repeat 3] [--trainer-tokens-per-second 5000]
+
+Rivals: Megatron-LM's tools/preprocess_data.py design (a pool of processes, one document at a time, a Python list of
+ids per document), written here with the same tokenizer; raw sentencepiece batch encoding as the tokenizer's own
+floor; NumPy's permutation + cumsum as the floor of an epoch index. Wall clock and CPU seconds (of all processes; a busy
+machine spoils the first, hardly the second), best of --repeat, rivals taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data_tools import make_corpus, train_tokenizer
+from data_tools import tokenize as ours
+from megatron_fp4.data.config import DataConfig, SourceConfig
+from megatron_fp4.data.shard import ShardWriter
+
+_MODEL = []  # the worker's tokenizer in Megatron's design
+
+
+def _start_megatron(path: str) -> None:
+    import sentencepiece
+
+    _MODEL[:] = [sentencepiece.SentencePieceProcessor(model_file=path)]
+
+
+def _encode_one(line: bytes) -> tuple[list[int], int]:
+    """As Megatron's Encoder.encode: one JSON line -> a list of ids with EOS, and the bytes it came from."""
+    model = _MODEL[0]
+    ids = model.encode(json.loads(line)["text"])
+    ids.append(model.eos_id())
+    return ids, len(line)
+
+
+def megatron_design(corpus: Path, model: Path, output: Path, workers: int) -> None:
+    writer = ShardWriter(output / "megatron", np.dtype("<u2"))
+    with multiprocessing.Pool(workers, _start_megatron, (str(model),)) as pool, open(corpus, "rb") as lines:
+        for ids, _ in pool.imap(_encode_one, lines, 32):
+            writer.add_document(np.array(ids, np.uint16))
+    writer.close()
+
+
+def our_design(corpus: Path, model: Path, output: Path, workers: int) -> None:
+    argv = [str(corpus), "--tokenizer", str(model), "--output", str(output / "ours"), "--restart"]
+    args, policies = ours.parse([*argv, "--workers", str(workers)])
+    ours.tokenize(args, policies)
+
+
+def best(functions: dict[str, Callable[[], None]], repeat: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Best wall and best CPU seconds of each, taken in turn so that a busy moment hits all of them."""
+    wall, cpu = dict.fromkeys(functions, float("inf")), dict.fromkeys(functions, float("inf"))
+    for _ in range(repeat):
+        for name, function in functions.items():
+            began, times = time.perf_counter(), os.times()
+            function()
+            wall[name] = min(wall[name], time.perf_counter() - began)
+            cpu[name] = min(cpu[name], sum(os.times()[:4]) - sum(times[:4]))
+    return wall, cpu
+
+
+def tokenization(folder: Path, workers: int, repeat: int) -> None:
+    corpus, model = folder / "corpus.jsonl", folder / "t.model"
+    make_corpus.main(["--output", str(corpus)])
+    train_tokenizer.main([str(corpus), "--output", str(model)])
+    import sentencepiece
+
+    texts = [json.loads(line)["text"] for line in corpus.read_bytes().splitlines()]
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    functions: dict[str, Callable[[], None]] = {"raw sentencepiece": lambda: raw.encode(texts, num_threads=1)}
+    for count in sorted({1, workers}):
+        functions[f"megatron {count}"] = lambda n=count: megatron_design(corpus, model, folder, n)
+        functions[f"ours {count}"] = lambda n=count: our_design(corpus, model, folder, n)
+    wall, cpu = best(functions, repeat)
+    same = (folder / "ours/shard_00000.bin").read_bytes() == (folder / "megatron.bin").read_bytes()
+    print(f"\ntokenization of {size:.1f} MB; the .bin files are {'equal' if same else 'DIFFERENT'}")
+    print(f"  {'':34} {'MB/s':>8} {'MB per CPU second':>18}")
+    for name in functions:
+        print(f"  {name:34} {size / wall[name]:8.2f} {size / cpu[name]:18.2f}")
+    for count in sorted({1, workers}):
+        a, b = f"megatron {count}", f"ours {count}"
+        print(f"  ratio at {count} worker(s): {wall[a] / wall[b]:.2f} in wall clock, {cpu[a] / cpu[b]:.2f} in CPU time")
+
+
+_INDEX = """
+import time, tracemalloc
+import numpy as np
+from megatron_fp4.data.epoch_index import build_index
+from megatron_fp4.data.permute import digest
+lengths = np.random.default_rng(0).integers(1, 4000, {documents}, dtype=np.int64)
+tracemalloc.start()
+began = time.process_time()
+if {floor}:
+    order = np.random.default_rng(1).permutation({documents})
+    starts = np.cumsum(lengths[order])
+else:
+    index = build_index(lengths, digest("k"))
+print(time.process_time() - began, tracemalloc.get_traced_memory()[1] / 1e6)
+"""
+
+
+def index(documents: int, repeat: int) -> None:
+    def measure(floor: bool) -> list[float]:
+        code = _INDEX.format(documents=documents, floor=floor)
+        return list(map(float, subprocess.check_output([sys.executable, "-c", code], text=True).split()))
+
+    runs = [(measure(True), measure(False)) for _ in range(repeat)]
+    floor, own = (min(run[side] for run in runs) for side in (0, 1))
+    print(f"\nepoch index of {documents:,d} documents")
+    print(f"  numpy permutation + cumsum {floor[0]:6.2f} CPU s, {floor[1]:6.0f} MB at the peak")
+    print(f"  build_index                {own[0]:6.2f} CPU s, {own[1]:6.0f} MB at the peak")
+    print(f"  ratio {own[0] / floor[0]:.2f} in time, {own[1] / floor[1]:.2f} in memory")
+
+
+def loading(folder: Path, trainer_tokens_per_second: float) -> None:
+    from megatron_fp4.data.loader import build_loader  # torch; the spawned tokenization workers import this file
+
+    chooser = np.random.default_rng(0)
+    for number in range(100):
+        writer = ShardWriter(folder / f"s_{number:03d}", np.dtype("<u2"))
+        lengths = chooser.integers(1, 400, 2000)
+        writer.add_documents(chooser.integers(0, 8000, int(lengths.sum())), lengths)
+        writer.close()
+    sources = [SourceConfig(f"s{n}", [str(folder / f"s_{n:03d}")], 0) for n in range(100)]
+    for length in (256, 4096):
+        config = DataConfig(sources, seq_length=length, reset_documents=True)
+        began = time.perf_counter()
+        loader = build_loader(config, global_batch=16, micro_batch=1, dp_rank=0, dp_size=1)
+        opened = time.perf_counter()
+        loader.batch(0, 16)
+        first = time.perf_counter()
+        steps = 40
+        for step in range(1, steps + 1):
+            loader.batch(step * 16, 16)
+        rate = steps * 16 * length / (time.perf_counter() - first)
+        print(
+            f"\nblend of 100 sources, sequences of {length}: opened in {opened - began:.3f} s, "
+            f"first batch {first - opened:.3f} s\n  {rate / 1e6:.2f} M tokens/s in one thread, "
+            f"{rate / trainer_tokens_per_second:,.0f} times a trainer of {trainer_tokens_per_second:,.0f} tokens/s"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=10_000_000)
+    parser.add_argument("--trainer-tokens-per-second", type=float, default=5000, help="what the run consumes")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenization(Path(folder), args.workers, args.repeat)
+        index(args.documents, args.repeat)
+        loading(Path(folder), args.trainer_tokens_per_second)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Whether the local shapes of linears suit the kernels of a quantized GEMM.
+
+One idea: each GEMM contracts one dimension of a local shape, and Transformer Engine's rules are about multiples: every
+dimension of 16, the contracted one of 32, and 128 for the fast path (fused quantization, no padding). A shape that the
+model allows can stop fitting after tensor parallelism has divided it: 22656 is 177 * 128, an eighth of it 177 * 16.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from megatron_fp4.models.block import LinearInfo
+from megatron_fp4.precision.spec import LinearPrecision
+from megatron_fp4.precision.table import PrecisionTable
+
+REQUIRED, CONTRACTED, FAST = 16, 32, 128
+
+
+def alignment_warnings(
+    linears: Sequence[LinearInfo], table: PrecisionTable, *, tp: int, tokens: int
+) -> list[dict[str, str]]:
+    """One entry per kind of linear and finding: severity (`error`: Transformer Engine refuses it, `slow`), text.
+
+    tokens: rows of one microbatch on a rank.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for info in linears:
+        for severity, text in _findings(info, table[info.name], tp, tokens):
+            kind = re.sub(r"^blocks\.\d+\.", "", info.name)
+            found.setdefault((severity, f"{kind}: {text}"), []).append(info.name)
+    return [
+        {"severity": severity, "text": f"{text} ({len(names)} linears)"} for (severity, text), names in found.items()
+    ]
+
+
+def _findings(info: LinearInfo, precision: LinearPrecision, tp: int, tokens: int) -> list[tuple[str, str]]:
+    rows, columns = info.local_shape(tp)
+    split = f"{info.out_features if info.column else info.in_features} / tp {tp}"
+    features = {"fprop": ("input features", columns, info.column), "dgrad": ("output features", rows, not info.column)}
+    found = []
+    for gemm, (what, size, whole) in features.items():
+        if getattr(precision, gemm).quantized:
+            label = f"{size} {what}" + ("" if whole else f" ({split})")
+            found += _judge(size, f"{gemm} contracts {label}")
+    if precision.wgrad.quantized:
+        found += _judge(tokens, f"wgrad contracts {tokens} tokens")
+    return found
+
+
+def _judge(size: int, text: str) -> list[tuple[str, str]]:
+    if size % CONTRACTED:
+        need = CONTRACTED if size % REQUIRED == 0 else f"{REQUIRED}, let alone {CONTRACTED}"
+        return [("error", f"{text}, not a multiple of {need}: not quantizable in Transformer Engine")]
+    if size % FAST:
+        return [("slow", f"{text}, not a multiple of {FAST}: padded or unfused kernels")]
+    return []

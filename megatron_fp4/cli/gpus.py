@@ -1,0 +1,35 @@
+"""Peak rates and memory of GPUs, for planning.
+
+Dense rates (without sparsity), per GPU, from NVIDIA's data sheets: H100 SXM and B200 (DGX B200), and GB200 NVL72 and
+GB300 NVL72 divided by 72. The FP4 rates are 4 and 6 times BF16, as in table 1 of arXiv 2509.25149. Cloud vendors quote
+GB200 down to 10% lower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """tflops: dense, by number format; fp4 is absent where the hardware has none. memory_gb: 1e9 bytes."""
+
+    name: str
+    tflops: dict[str, float]
+    memory_gb: float
+    source: str
+
+    def rate(self, speed: str) -> float:
+        """FLOPs per second; FP4 operands run as BF16 where there is no FP4 unit (emulation)."""
+        return 1e12 * self.tflops.get(speed, self.tflops["bf16"])
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H100", {"bf16": 989.0, "fp8": 1979.0}, 80.0, "NVIDIA H100 data sheet (SXM), sparse / 2"),
+        Gpu("B200", {"bf16": 2250.0, "fp8": 4500.0, "fp4": 9000.0}, 180.0, "NVIDIA DGX B200 data sheet / 8"),
+        Gpu("GB200", {"bf16": 2500.0, "fp8": 5000.0, "fp4": 10000.0}, 186.0, "NVIDIA GB200 NVL72 data sheet / 72"),
+        Gpu("GB300", {"bf16": 2500.0, "fp8": 5000.0, "fp4": 15000.0}, 279.0, "NVIDIA GB300 NVL72 data sheet / 72"),
+    )
+}

@@ -1,0 +1,131 @@
+"""The quantization report: how well a tensor survives a format.
+
+One idea: pure functions of a tensor and an `Operand`. They quantize a copy with the emulated backend and compare; they
+change nothing and are called by whoever monitors (every N steps), per linear and per operand. They use no collectives:
+the statistics are those of the local part, with a scale from the local amax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf, log10
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.numerics.hadamard import hadamard
+from megatron_fp4.precision.backends import Copy, Source, signs_for
+from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
+from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
+
+HISTOGRAM_EDGES = (0.0, 2.0**-6, 2.0**-3, 1.0, 8.0, 64.0, 448.0)
+
+
+@dataclass(frozen=True)
+class QuantizationStats:
+    """Of one tensor under one operand format.
+
+    snr_db: 10 log10 of signal over error energy. relative_mse: error over signal energy. underflow: share of non-zero
+    elements that became zero. saturation: share of elements above the largest code before clipping. scale_histogram:
+    share of block scales in (edge[i-1], edge[i]] of HISTOGRAM_EDGES, the first entry being scales of exactly zero;
+    empty for power-of-two scales. amax: of the (transformed) tensor.
+    """
+
+    snr_db: float
+    relative_mse: float
+    underflow: float
+    saturation: float
+    scale_histogram: tuple[float, ...]
+    amax: float
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """The scalars, with names for a metrics writer: `<prefix>/snr_db` and so on."""
+        names = ("snr_db", "relative_mse", "underflow", "saturation", "amax")
+        return {f"{prefix}/{name}": getattr(self, name) for name in names}
+
+
+def quantization_stats(x: Tensor, operand: Operand, *, along: int = 1, step: int = 0) -> QuantizationStats:
+    """Quantize `x [R, C]` as `operand`, contracted along `along`, and compare with x (after its transform, if any).
+
+    Raises ValueError for an operand in high precision, or a shape that the tile does not divide.
+    """
+    if not operand.quantized:
+        raise ValueError("quantization_stats: the operand is not quantized (format=bf16)")
+    rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
+    source = Source("report", "x", rows, cols, Group.single(), seed=0, step=step)
+    (prepared,) = ReferenceBackend().quantize(x, source, [Copy("report", operand, along)])
+    values, scale = decode(prepared)
+    exact = x if along == 1 else x.T.contiguous()
+    if operand.rht_size:
+        exact = hadamard(exact, operand.rht_size, signs_for(source, operand, x.device), 1)
+    wanted = exact.double()
+    got = values.double() if scale is None else values.double() * (scale[0].double() / scale[1])
+    signal, error = (wanted**2).sum().item(), ((got - wanted) ** 2).sum().item()
+    relative = error / signal if signal else 0.0
+    return QuantizationStats(
+        snr_db=-10 * log10(relative) if relative else inf,
+        relative_mse=relative,
+        underflow=_share((got == 0) & (wanted != 0), wanted != 0),
+        saturation=_saturation(wanted, prepared.tensors[1], scale, operand),
+        scale_histogram=_histogram(prepared.tensors[1], operand),
+        amax=exact.abs().max().item(),
+    )
+
+
+def linear_report(
+    name: str, x: Tensor, weight: Tensor, dy: Tensor | None, precision: LinearPrecision, step: int = 0
+) -> dict[str, QuantizationStats]:
+    """Statistics of every quantized operand of one linear: keys `<name>/fprop.x`, `<name>/wgrad.dy` and so on.
+
+    x `[T, K]`, weight `[N, K]`, dy `[T, N]` (None leaves the gradients out).
+    """
+    operands = {
+        "fprop.x": (x, precision.fprop.a, 1),
+        "fprop.w": (weight, precision.fprop.b, 1),
+        "dgrad.w": (weight, precision.dgrad.b, 0),
+        "wgrad.x": (x, precision.wgrad.b, 0),
+    }
+    if dy is not None:
+        operands |= {"dgrad.dy": (dy, precision.dgrad.a, 1), "wgrad.dy": (dy, precision.wgrad.a, 0)}
+    return {
+        f"{name}/{role}": quantization_stats(tensor.detach(), operand, along=along, step=step)
+        for role, (tensor, operand, along) in operands.items()
+        if operand.quantized
+    }
+
+
+def report_table(stats: Iterable[tuple[str, QuantizationStats]]) -> str:
+    """The report as text, one line per operand."""
+    lines = [f"{'operand':48s} {'SNR dB':>7s} {'rel. MSE':>9s} {'underflow':>9s} {'saturated':>9s} {'amax':>10s}"]
+    lines += [
+        f"{name:48s} {s.snr_db:7.2f} {s.relative_mse:9.5f} {s.underflow:9.4%} {s.saturation:9.4%} {s.amax:10.4g}"
+        for name, s in stats
+    ]
+    return "\n".join(lines)
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    count = int(whole.sum())
+    return int(part.sum()) / count if count else 0.0
+
+
+def _saturation(wanted: Tensor, scales: Tensor, scale: tuple[Tensor, float] | None, operand: Operand) -> float:
+    """Share of elements whose magnitude, in code units, is above the largest code."""
+    largest = 6.0 if operand.format in (Format.nvfp4, Format.mxfp4) else 448.0
+    unit = scales.double()[..., None]
+    if scale is not None:
+        factor = scale[0].double() / scale[1]
+        unit = unit * (factor[..., None] if factor.dim() else factor)
+    blocked = wanted.abs().view(wanted.shape[0], scales.shape[1], -1)
+    return float((blocked > largest * unit * (1 + 2.0**-20)).double().mean())
+
+
+def _histogram(scales: Tensor, operand: Operand) -> tuple[float, ...]:
+    if operand.format is not Format.nvfp4:
+        return ()
+    edges = torch.tensor(HISTOGRAM_EDGES, device=scales.device)
+    bins = torch.bucketize(scales.float().flatten(), edges)
+    counts = torch.bincount(bins, minlength=len(HISTOGRAM_EDGES))
+    return tuple((counts / counts.sum()).tolist())

@@ -1,0 +1,60 @@
+"""Parallel layouts as text: `tp2 pp2 dp2`, `pp4:zbv`, `tp2 pp2v3:interleaved_1f1b`.
+
+One idea: a layout is written as it is spoken. Axes that are not named have size 1; what follows the colon is the
+pipeline schedule, and `v3` after the pipeline size means three stages per rank.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.pipeline.schedules import stages_per_rank
+
+_AXIS = re.compile(r"(tp|pp|cp|dp)([1-9]\d*)(?:v([1-9]\d*))?")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout and how it was written."""
+
+    name: str
+    parallel: ParallelConfig
+
+    @property
+    def world_size(self) -> int:
+        parallel = self.parallel
+        return parallel.tp * parallel.pp * parallel.cp * parallel.dp
+
+    @property
+    def num_stages(self) -> int:
+        return self.parallel.pp * stages_per_rank(self.parallel)
+
+
+def parse_layouts(text: str) -> list[Layout]:
+    """Layouts separated by commas. Raises ValueError for what is none."""
+    parts = [" ".join(part.split()) for part in text.split(",")]
+    if not all(parts):
+        raise ValueError(f"layouts {text!r}: empty entry; write for example 'tp2 pp2 dp2, pp4:zbv'")
+    return [parse_layout(part) for part in parts]
+
+
+def parse_layout(text: str) -> Layout:
+    axes, _, schedule = text.partition(":")
+    sizes: dict[str, int] = {"dp": 1}
+    seen: set[str] = set()
+    for word in axes.split():
+        match = _AXIS.fullmatch(word)
+        if match is None or match[1] in seen or (match[3] and match[1] != "pp"):
+            raise ValueError(
+                f"layout {text!r}: {word!r} is not an axis, or names one twice; write for example 'tp2 pp2 dp2',"
+                " 'cp2 dp2', 'pp4:zbv' or 'pp2v3:interleaved_1f1b'"
+            )
+        seen.add(match[1])
+        sizes[match[1]] = int(match[2])
+        if match[3]:
+            sizes["virtual_stages"] = int(match[3])
+    layout = Layout(text, ParallelConfig(**sizes, **({"schedule": schedule.strip()} if schedule else {})))  # type: ignore[arg-type]
+    stages_per_rank(layout.parallel)
+    return layout

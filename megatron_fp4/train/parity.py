@@ -1,0 +1,149 @@
+"""One model, several layouts: does each compute the numbers of a single process?
+
+One idea: every rank reports rectangles of logical tensors (gradients, master weights, live parameters), so a layout is
+compared with one process without knowing how it divides anything. Tokens are synthetic and the same for all layouts.
+
+`run_cases` makes the records on the ranks; parity_compare.py compares them, parity_report.py says what a difference
+means, shrink.py makes a small model of a large one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.data.batch import Batch
+from megatron_fp4.precision.backends.emulated import EmulatedBackend
+from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.inputs import Inputs, make_inputs
+from megatron_fp4.train.trainable import Trainable, build_trainable
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all layouts compute. config: its `parallel` is replaced by the layout's. targets: part of the columns whose
+    tokens are targets, e.g. (0.0, 0.25) for the first quarter; some of them are masked at random.
+    """
+
+    name: str
+    config: RunConfig
+    table: PrecisionTable
+    num_steps: int = 5
+    targets: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Box:
+    """A rectangle of the logical tensor `name`: FP32, or the compute dtype for live parameters."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    values: Tensor
+
+    def slice_of(self, whole: Tensor) -> Tensor:
+        return whole[tuple(slice(o, o + n) for o, n in zip(self.offset, self.values.shape, strict=True))]
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What one rank saw. losses: its part of the sum, per step. norms: per step. grads: after the sums of step 1.
+    masters: before step 1, after step 1 and after the last. live: the parameters after the last step, all local rows.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    grads: list[Box]
+    masters: dict[int, list[Box]]
+    live: list[Box]
+
+
+def run_cases(process: Process, cases: Sequence[Case], parallel: ParallelConfig) -> list[Record]:
+    """Run every case on this rank of the layout. Collective over the world."""
+    mesh = build_mesh(parallel, process.world)
+    return [run_case(process, case, parallel, mesh) for case in cases]
+
+
+def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: ParallelMesh) -> Record:
+    config = replace(case.config, parallel=parallel)
+    trainable = build_trainable(config, case.table, EmulatedBackend(compile=False), mesh, process.device)
+    optimizer, engine = trainable.optimizer, trainable.engine
+    losses: list[float] = []
+    norms: list[float] = []
+    grads: list[Box] = []
+    masters = {0: _masters(trainable)}
+    for step in range(case.num_steps):
+        trainable.clock.step = step
+        inputs, num_targets = synthetic_inputs(case, mesh, step, process.device)
+        optimizer.zero_grad()
+        microbatches = inputs.split(config.train.micro_batch)
+        loss = engine.train(microbatches, 1.0 / num_targets, optimizer.begin_last_microbatch)
+        optimizer.finish_grads()
+        losses.append(loss.item() if engine.reports_loss and mesh.tp.rank == 0 else 0.0)
+        norms.append(optimizer.grad_norm())
+        if step == 0:
+            grads = _grads(trainable)
+        optimizer.step(config.optim.lr, config.optim.clip_norm)
+        if step in (0, case.num_steps - 1):
+            masters[step + 1] = _masters(trainable)
+    optimizer.wait_parameters()
+    return Record(losses, norms, grads, masters, _live(trainable))
+
+
+def synthetic_inputs(case: Case, mesh: ParallelMesh, step: int, device: torch.device) -> tuple[Inputs, int]:
+    """This rank's share of a random global batch, and the number of targets in the whole of it."""
+    train, S = case.config.train, case.config.data.seq_length
+    random = torch.Generator().manual_seed(1000 * train.seed + step)
+    shape = (train.global_batch, S)
+    ids = torch.randint(case.config.model.vocab_size, (shape[0], S + 1), generator=random)
+    starts = torch.rand(shape, generator=random) < 4.0 / S  # about four more documents in a sample
+    documents = starts.cumsum(1)
+    columns = torch.arange(S).expand(shape)
+    first = torch.where(starts, columns, 0).cummax(1).values
+    positions = columns - first if case.config.data.reset_documents else columns
+    low, high = (int(part * S) for part in case.targets)
+    mask = (torch.rand(shape, generator=random) < 0.9) & (columns >= low) & (columns < high)
+    address = torch.arange(shape[0] * S).view(shape)
+    whole = Batch(ids[:, :-1], ids[:, 1:], mask, positions, documents, address, torch.arange(shape[0]))
+    rows = shape[0] // mesh.dp.size
+    mine = Batch(*(tensor[mesh.dp.rank * rows : (mesh.dp.rank + 1) * rows] for tensor in whole))
+    return make_inputs(mine, mesh.cp, device), int(mask.sum())
+
+
+def _masters(trainable: Trainable) -> list[Box]:
+    return [
+        Box(shard.name, shard.global_shape, shard.offset, shard.tensors["master"].clone())
+        for shard in trainable.optimizer.state_shards()
+    ]
+
+
+def _live(trainable: Trainable) -> list[Box]:
+    return [
+        Box(part.name, part.global_shape, part.global_offset, parameter.detach()[part.start : part.stop].clone())
+        for stage in trainable.engine.stages
+        for parameter in stage.parameters()
+        for part in parameter.placement.segments  # type: ignore[attr-defined]
+    ]
+
+
+def _grads(trainable: Trainable) -> list[Box]:
+    """The summed gradients of the rows that this rank owns (elsewhere `main_grad` holds partial sums)."""
+    places = {
+        part.name: (parameter, part)
+        for stage in trainable.engine.stages
+        for parameter in stage.parameters()
+        for part in parameter.placement.segments  # type: ignore[attr-defined]
+    }
+    boxes = []
+    for shard in trainable.optimizer.state_shards():
+        parameter, part = places[shard.name]
+        first = part.start + shard.offset[0] - part.global_offset[0]
+        rows = parameter.main_grad[first : first + shard.tensors["master"].shape[0]]  # type: ignore[attr-defined]
+        boxes.append(Box(shard.name, shard.global_shape, shard.offset, rows.clone()))
+    return boxes
