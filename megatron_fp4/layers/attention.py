@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_fp4.comm.rect import split_evenly
 from megatron_fp4.layers.context_parallel import context_parallel_attention
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_fp4.layers.recompute import run_core
 from megatron_fp4.layers.rope import apply_rope, rope_angles
 from megatron_fp4.layers.wiring import Tokens, Wiring
 
@@ -22,7 +23,8 @@ class Attention(nn.Module):
     """x_TD `[T/tp, D]` -> `[T/tp, D]`.
 
     rope_base: 0 for no position embedding (the hybrid models). keep_documents_apart: tokens attend only inside their
-    document; otherwise the whole sample is causal. Raises ValueError if a head count does not divide by tp.
+    document; otherwise the whole sample is causal. recompute_core: may be set, see recompute.py. Raises ValueError if a
+    head count does not divide by tp.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Attention(nn.Module):
         out_std: float,
     ) -> None:
         super().__init__()
+        self.recompute_core = False
         self._wiring = wiring
         self._head_dim = head_dim
         self._heads = split_evenly(num_heads, wiring.tp, what="num_heads")
@@ -51,15 +54,18 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(f"{name}.out", num_heads * head_dim, hidden, wiring, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
+        return self.out(run_core(self._core, self.qkv(x_TD, tokens), tokens, again=self.recompute_core), tokens)
+
+    def _core(self, qkv_TN: Tensor, tokens: Tokens) -> Tensor:
+        """Everything between the projections, `[T, N / tp]`."""
         B, S = tokens.positions.shape
         E = self._head_dim
         sizes = [self._heads * E, self._kv_heads * E, self._kv_heads * E]
-        q, k, v = (part.view(B, S, -1, E) for part in self.qkv(x_TD, tokens).split(sizes, dim=-1))
+        q, k, v = (part.view(B, S, -1, E) for part in qkv_TN.split(sizes, dim=-1))
         if self._rope_base:
             angles = rope_angles(tokens.positions, E, self._rope_base)
             q, k = apply_rope(q, angles), apply_rope(k, angles)
-        out_BSHE = self._mix(q, k, v, tokens)
-        return self.out(out_BSHE.reshape(B * S, -1), tokens)
+        return self._mix(q, k, v, tokens).reshape(B * S, -1)
 
     def _mix(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
         if self._wiring.cp.size > 1:

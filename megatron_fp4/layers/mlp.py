@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_fp4.layers.recompute import run_core
 from megatron_fp4.layers.wiring import Tokens, Wiring
 
 
@@ -19,7 +20,8 @@ class Activation(Enum):
 class MLP(nn.Module):
     """`down(act(up(x)))`: x_TD `[T/tp, D]` -> `[T/tp, D]`.
 
-    SwiGLU fuses gate and up into one column-parallel weight with two named parts.
+    SwiGLU fuses gate and up into one column-parallel weight with two named parts. recompute_core: may be set, see
+    recompute.py.
     """
 
     def __init__(
@@ -35,16 +37,18 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.activation = activation
+        self.recompute_core = False
         gated = activation is Activation.swiglu
         outputs = {"gate": ffn_hidden, "up": ffn_hidden} if gated else {"": ffn_hidden}
         self.up = ColumnParallelLinear(f"{name}.{'gate_up' if gated else 'up'}", hidden, outputs, wiring, std=std)
         self.down = RowParallelLinear(f"{name}.down", ffn_hidden, hidden, wiring, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        h_TF = self.up(x_TD, tokens)
+        h_TF = run_core(self._activate, self.up(x_TD, tokens), again=self.recompute_core)
+        return self.down(h_TF, tokens)
+
+    def _activate(self, h_TF: Tensor) -> Tensor:
         if self.activation is Activation.swiglu:
             gate_TF, up_TF = h_TF.chunk(2, dim=-1)
-            h_TF = F.silu(gate_TF) * up_TF
-        else:
-            h_TF = F.relu(h_TF).square()
-        return self.down(h_TF, tokens)
+            return F.silu(gate_TF) * up_TF
+        return F.relu(h_TF).square()

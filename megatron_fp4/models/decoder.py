@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.layers.attention import Attention
 from megatron_fp4.layers.embedding import VocabParallelEmbedding, vocab_range, vocab_table
 from megatron_fp4.layers.linear import ColumnParallelLinear, ParallelLinear
+from megatron_fp4.layers.mlp import MLP
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.layers.wiring import Tokens, Wiring
 from megatron_fp4.models.block import Block
@@ -28,6 +30,7 @@ class Recompute(Enum):
     """What is computed a second time in the backward pass instead of being kept."""
 
     none = "none"
+    selective = "selective"  # attention core and MLP activation (Mamba-2's core always is); no linear
     full = "full"  # every block: only the block inputs are kept
 
 
@@ -96,6 +99,10 @@ class Decoder(nn.Module):
                 for index in range(stage.first, stage.stop)
             }
         )
+        if recompute is Recompute.selective:
+            for mixer in self.modules():
+                if isinstance(mixer, Attention | MLP):
+                    mixer.recompute_core = True
         if stage.has_head:
             self.final_norm = RMSNorm("final_norm", hidden, wiring, eps=config.norm_eps)
             if config.tied_embeddings and stage.has_embedding:

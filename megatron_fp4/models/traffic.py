@@ -1,7 +1,7 @@
 """Bytes that one rank sends in a step, by axis of the mesh.
 
-One idea: every collective of the layers is an all-gather or reduce-scatter of known size, in which each of n ranks sends
-(n - 1) / n of the whole. Which of them hide behind computation is not decided here.
+One idea: every collective of the layers is an all-gather or reduce-scatter of known size, in which each of n ranks
+sends (n - 1) / n of the whole. Which of them hide behind computation is not decided here.
 """
 
 from __future__ import annotations

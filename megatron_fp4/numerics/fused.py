@@ -162,6 +162,10 @@ def _sum_in_order(error: Tensor, along: int) -> Tensor:
     return total
 
 
+# Triton divides approximately and contracts multiply-adds: on CUDA these stages stay eager. They are small (per block).
+_DIVIDING = (nvfp4_scales, power_scales, choose_four_over_six)
+
+
 class Kernels:
     """The stages above, run eagerly or each compiled once, at its first use. Results are equal, bit for bit.
 
@@ -175,7 +179,7 @@ class Kernels:
 
     def run(self, stage: Callable[..., Any], *args: Any) -> Any:
         """`stage(*args)`. Arguments that are not tensors select the kernel; they are constants in it."""
-        if not self.compile:
+        if not self.compile or (stage in _DIVIDING and args[0].is_cuda):
             return stage(*args)
         constants = tuple((i, arg) for i, arg in enumerate(args) if not isinstance(arg, Tensor))
         ranks = tuple((arg.dim(), arg.dtype, arg.device.type) for arg in args if isinstance(arg, Tensor))

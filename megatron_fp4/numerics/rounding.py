@@ -28,18 +28,17 @@ def round_e2m1(x: Tensor, noise: Tensor | None = None) -> Tensor:
     noise: FP32 in [0, 1 - 2^-20], of x's shape (closer to 1, FP32 addition itself could round up). |x| is counted in
     steps of the grid at |x| (0.5 below 2, 1 below 4, 2 above), the noise is added and the sum rounded down. This is
     Transformer Engine's software form (`ptx.cuh`): a sum that crosses into the next binade rounds down to its first
-    grid point either way.
+    grid point either way. Nearest-even rounding gives +0 for both zeros (one operation less).
     """
-    magnitude = x.abs().clamp(max=E2M1_MAX)
+    clipped = x.clamp(-E2M1_MAX, E2M1_MAX)
+    magnitude = clipped.abs()
     small, middle = magnitude < 2.0, magnitude < 4.0
     if noise is None:
         shift = torch.where(small, 1.5 * 2.0**22, torch.where(middle, 1.5 * 2.0**23, 1.5 * 2.0**24))
-        rounded = (magnitude + shift) - shift
-    else:
-        per_step = torch.where(small, 2.0, torch.where(middle, 1.0, 0.5))
-        step = torch.where(small, 0.5, torch.where(middle, 1.0, 2.0))
-        rounded = torch.floor(magnitude * per_step + noise) * step
-    return torch.copysign(rounded, x)
+        return (clipped + shift) - shift
+    per_step = torch.where(small, 2.0, torch.where(middle, 1.0, 0.5))
+    step = torch.where(small, 0.5, torch.where(middle, 1.0, 2.0))
+    return torch.copysign(torch.floor(magnitude * per_step + noise) * step, x)
 
 
 def round_e4m3(x: Tensor) -> Tensor:

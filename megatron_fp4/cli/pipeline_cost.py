@@ -1,0 +1,62 @@
+"""What a pipeline schedule costs, by formula: idle time and activations in flight.
+
+One idea: with stages of equal cost everything follows from the number of ranks p, microbatches m and model chunks per
+rank v. Times are in units of one forward pass through all chunks of a rank; the backward takes two, one of them for the
+weight gradients. Unequal stages add to this: see `imbalance`.
+
+These are estimates for planning; the schedules themselves are torch's (pipeline/schedules.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BUBBLES = {
+    "gpipe": "(p - 1) / (m + p - 1)",
+    "1f1b": "(p - 1) / (m + p - 1)",
+    "interleaved_1f1b": "(p - 1) / (v m + p - 1)",
+    "interleaved_zero_bubble": "(p - 1) / (3 v m + p - 1)",
+    "zbv": "0 where m >= 2 p, else (p - 1) / (m + p - 1)",
+    "dualpipev": "(p - 1) / (3 m + p - 1)",
+}
+"""Idle part of the time: arXiv 2104.04473 for 1F1B and interleaving, 2401.10241 for zero bubble and ZB-V (weight
+gradients fill two thirds of the bubble, or all of it), DeepSeek's DualPipe notes for the last."""
+
+
+@dataclass(frozen=True)
+class PipelineShape:
+    """schedule: a name of pipeline.schedules. num_ranks: p. num_microbatches: m, per step. num_chunks: v, per rank."""
+
+    schedule: str
+    num_ranks: int
+    num_microbatches: int
+    num_chunks: int = 1
+
+    @property
+    def bubble(self) -> float:
+        """Part of the time in which a rank waits."""
+        p, m, v = self.num_ranks, self.num_microbatches, self.num_chunks
+        if p == 1 or (self.schedule == "zbv" and m >= 2 * p):
+            return 0.0
+        factor = {"interleaved_1f1b": v, "interleaved_zero_bubble": 3 * v, "dualpipev": 3}.get(self.schedule, 1)
+        return (p - 1) / (factor * m + p - 1)
+
+    def in_flight(self, rank: int) -> float:
+        """Microbatches whose activations a rank of the pipeline holds at once, each over all its chunks."""
+        p, m, v = self.num_ranks, self.num_microbatches, self.num_chunks
+        if p == 1:
+            return 1.0
+        if self.schedule == "gpipe":
+            return float(m)
+        if self.schedule == "1f1b":
+            return float(min(m, p - rank))
+        if self.schedule in ("zbv", "dualpipev"):
+            return float(min(m, p + (self.schedule == "dualpipev")))
+        warmup = 2 * (p - rank - 1) + (v - 1) * p  # chunks that enter before the first leaves
+        return min(m * v, warmup + 1) / v
+
+
+def imbalance(costs: Sequence[float]) -> float:
+    """How much the heaviest stage slows the pipeline down: heaviest / mean, 1 for equal stages."""
+    return max(costs) * len(costs) / sum(costs)

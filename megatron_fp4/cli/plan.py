@@ -1,0 +1,297 @@
+"""`megatron-fp4 plan`: what a run will need and how long it will take, in seconds and without a GPU.
+
+    megatron-fp4 plan experiment=paper_12b_10t parallel.tp=8 parallel.pp=2 --gpus 512 --gpu GB200
+
+One idea: the configuration goes through the same checks as a real run (train.build.prepare), and everything else is
+arithmetic over the model's lists of parameters and linears. The report is a dictionary of plain values; `--json` prints
+it, otherwise plan_text.py renders it.
+
+Not here: measured speed. Times are FLOPs over peak rates, once at the peak (a bound) and once at an assumed efficiency.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_fp4.cli.alignment import alignment_warnings
+from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
+from megatron_fp4.cli.gpus import GPUS, Gpu
+from megatron_fp4.cli.pipeline_cost import BUBBLES, PipelineShape, imbalance
+from megatron_fp4.cli.plan_text import render
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.count import Flops, by_kind, count_flops, model_parameters, quantized_parameters
+from megatron_fp4.models.decoder import Recompute, StageRange
+from megatron_fp4.models.memory import MemorySettings, rank_memory
+from megatron_fp4.models.partition import block_costs, split_stages
+from megatron_fp4.models.traffic import bytes_sent
+from megatron_fp4.pipeline.schedules import stages_of_rank, stages_per_rank
+from megatron_fp4.precision.config import BackendName, PrecisionConfig
+from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
+from megatron_fp4.precision.table import PrecisionTable, gemm_formats, summary
+from megatron_fp4.train.build import Prepared, prepare
+from megatron_fp4.train.config import RunConfig
+
+SPEED = {"bf16": "bf16", "nvfp4": "fp4", "mxfp4": "fp4", "mxfp8": "fp8", "fp8_block": "fp8"}
+STORED_BYTES = {Format.nvfp4: 0.5625, Format.mxfp4: 0.53125, Format.mxfp8: 1.03125, Format.fp8_block: 1.0}
+"""Bytes per element with block scales, as Transformer Engine stores them."""
+
+HELP = """usage: plan [experiment=NAME] [key=value ...] [--gpus N] [--gpu NAME] [--efficiency PART] [--json]
+
+  --gpus N           world size (default: the product of the parallel sizes)
+  --gpu NAME         {names} (default GB200)
+  --efficiency PART  assumed part of the peak rate that GEMMs reach, for the second time estimate (default 0.4)
+  --json             the report as JSON
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan; returns the exit code (2: the configuration is refused)."""
+    remaining = list(sys.argv[1:] if arguments is None else arguments)
+    if "-h" in remaining or "--help" in remaining:
+        print(HELP.format(names=", ".join(GPUS)))
+        return 0
+    try:
+        options, overrides = _split(remaining)
+        config = to_run_config(compose_config(overrides))
+        report = run_plan(config, options["--gpus"], options["--gpu"], options["--efficiency"])
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=2) if options["--json"] else render(report))
+    return 0
+
+
+def _split(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Options with their values, and hydra's overrides."""
+    options: dict[str, Any] = {"--gpus": 0, "--gpu": "GB200", "--efficiency": 0.4, "--json": False}
+    overrides, remaining = [], iter(arguments)
+    for argument in remaining:
+        if argument == "--json":
+            options[argument] = True
+        elif argument in options:
+            value = next(remaining, "")
+            try:
+                options[argument] = type(options[argument])(value)
+            except ValueError:
+                raise ConfigError(f"{argument} {value!r} is not a number") from None
+        elif argument.startswith("-"):
+            raise ConfigError(f"unknown option {argument!r}; see --help")
+        else:
+            overrides.append(argument)
+    return options, overrides
+
+
+def run_plan(config: RunConfig, num_gpus: int = 0, gpu: str = "GB200", efficiency: float = 0.4) -> dict[str, Any]:
+    """The report, of plain values: bytes, FLOPs, seconds, tokens.
+
+    num_gpus: world size, 0 for the product of the parallel sizes. Raises ValueError for everything that a run with this
+    configuration would refuse before it starts, and for an unknown GPU or an efficiency outside (0, 1].
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"efficiency = {efficiency}, must be above 0 and at most 1")
+    if config.model.vocab_size:  # the tokenizer is not needed, and need not be on this machine
+        config = replace(config, data=replace(config.data, tokenizer=""))
+    parallel = config.parallel
+    num_gpus = num_gpus or parallel.tp * parallel.pp * parallel.cp * max(1, parallel.dp)
+    prepared = prepare(config, num_gpus)
+    config, table = prepared.config, prepared.plan.table()
+    chunks = stages_per_rank(parallel)
+    microbatches = config.train.gradient_accumulation(prepared.dp)
+    shape = PipelineShape(parallel.schedule, parallel.pp, microbatches, chunks)
+    stages = split_stages(config.model, parallel.pp * chunks, parallel.stage_split)
+    settings = _memory_settings(prepared, table)
+    flops = count_flops(config.model, config.data.seq_length)
+    costs = _rank_costs(config, stages)
+    return {
+        "run": _run_section(prepared, num_gpus, microbatches),
+        "parameters": _parameter_section(config.model, table),
+        "precision": _precision_section(prepared, flops),
+        "flops": _flops_section(config, flops, table),
+        "pipeline": {
+            "schedule": parallel.schedule if parallel.pp > 1 else "none",
+            "blocks_per_stage": [stage.stop - stage.first for stage in stages],
+            "heaviest_rank_over_mean": imbalance(costs),
+            "bubble": shape.bubble,
+            "bubble_formula": BUBBLES[parallel.schedule],
+        },
+        "time": _time_section(config, flops, table, GPUS[gpu], num_gpus, efficiency, shape.bubble, imbalance(costs)),
+        "memory_per_rank": _memory_section(config, stages, settings, shape, GPUS[gpu]),
+        "bytes_sent_per_step": _traffic_section(config, stages, settings, microbatches),
+        "warnings": _warnings(prepared, table, settings.tokens),
+    }
+
+
+def _rank_costs(config: RunConfig, stages: Sequence[StageRange]) -> list[float]:
+    """Multiply-adds per token of each pipeline rank."""
+    costs = block_costs(config.model)
+    ranks = range(config.parallel.pp)
+    chunks = [[stages[number] for number in stages_of_rank(rank, config.parallel)] for rank in ranks]
+    return [sum(sum(costs[chunk.first : chunk.stop]) for chunk in mine) for mine in chunks]
+
+
+def _memory_settings(prepared: Prepared, table: PrecisionTable) -> MemorySettings:
+    config = prepared.config
+    dtype_bytes = config.precision.compute_dtype.torch_dtype.itemsize
+    copies = {row.name: weight_copy_bytes(row.precision, config.precision, dtype_bytes) for row in table.rows}
+    return MemorySettings(
+        tp=config.parallel.tp,
+        cp=config.parallel.cp,
+        dp=prepared.dp,
+        micro_batch=config.train.micro_batch,
+        seq_length=config.data.seq_length,
+        recompute=config.train.recompute is Recompute.full,
+        compute_bytes=dtype_bytes,
+        keep_documents_apart=config.data.reset_documents,
+        emulated=config.precision.backend is not BackendName.transformer_engine,
+        weight_copies=copies,
+    )
+
+
+def weight_copy_bytes(precision: LinearPrecision, config: PrecisionConfig, compute_bytes: int) -> float:
+    """Bytes per element of the quantized copies of a weight for Fprop and Dgrad that a backend keeps."""
+    fprop, dgrad = precision.fprop.b, precision.dgrad.b
+    emulated = config.backend is not BackendName.transformer_engine
+
+    def stored(operand: Operand) -> float:
+        if not operand.quantized:
+            return 0.0
+        return float(compute_bytes) if emulated else STORED_BYTES[operand.format]
+
+    if emulated and fprop == dgrad and fprop.transposes:
+        return stored(fprop)  # one copy serves both directions
+    return stored(fprop) + stored(dgrad)
+
+
+def _run_section(prepared: Prepared, num_gpus: int, microbatches: int) -> dict[str, Any]:
+    config, parallel = prepared.config, prepared.config.parallel
+    return {
+        "gpus": num_gpus,
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "cp": parallel.cp,
+        "dp": prepared.dp,
+        "seq_length": config.data.seq_length,
+        "micro_batch": config.train.micro_batch,
+        "microbatches_per_step": microbatches,
+        "global_batch": config.train.global_batch,
+        "tokens_per_step": config.tokens_per_step,
+        "steps": config.total_steps,
+        "total_tokens": int(config.train.total_tokens),
+        "recompute": config.train.recompute.name,
+        "backend": config.precision.backend.name,
+    }
+
+
+def _parameter_section(model: ModelConfig, table: PrecisionTable) -> dict[str, Any]:
+    kinds = by_kind(model_parameters(model))
+    quantized = quantized_parameters(model, [row.name for row in table.rows if row.precision.quantized])
+    total = sum(kinds.values())
+    return {"total": total, "by_kind": kinds, "quantized": quantized, "quantized_share": quantized / total}
+
+
+def _precision_section(prepared: Prepared, flops: Flops) -> list[dict[str, Any]]:
+    """One entry per phase of the run."""
+    phases = []
+    for start, table in prepared.plan.phases:
+        gemms = {name: tuple(f != Format.bf16.name for f in fmt) for name, fmt in table.formats().items()}
+        share = flops.quantized_share(gemms)  # type: ignore[arg-type]
+        phases.append({"from_tokens": start, "summary": summary(table), "quantized_share_of_flops": share})
+    return phases
+
+
+def flops_by_speed(flops: Flops, table: PrecisionTable) -> dict[str, float]:
+    """Training FLOPs per token by the hardware rate at which they run; mixed operands run at the slower one."""
+    order = ("bf16", "fp8", "fp4")
+    found = dict.fromkeys(order, 0.0)
+    found["bf16"] = 3.0 * (flops.attention + flops.scan)
+    for row in table.rows:
+        for text in gemm_formats(row.precision):
+            speed = min((SPEED[part] for part in text.split("/")), key=order.index)
+            found[speed] += flops.linears[row.name]
+    return found
+
+
+def _flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dict[str, Any]:
+    kinds = {"attention": 0.0, "mlp": 0.0, "mamba": 0.0, "head": 0.0}
+    for name, value in flops.linears.items():
+        kinds["head" if name == "head" else name.split(".")[2]] += value
+    kinds |= {"attention products": flops.attention, "state-space scan": flops.scan}
+    return {
+        "forward_per_token": flops.forward,
+        "forward_per_token_by_kind": {kind: value for kind, value in kinds.items() if value},
+        "training_per_token": flops.training,
+        "training_per_step": flops.training * config.tokens_per_step,
+        "training_per_token_by_speed": flops_by_speed(flops, table),
+    }
+
+
+def _time_section(
+    config: RunConfig,
+    flops: Flops,
+    table: PrecisionTable,
+    gpu: Gpu,
+    num_gpus: int,
+    efficiency: float,
+    bubble: float,
+    slowest: float,
+) -> dict[str, Any]:
+    """Step and run time from peak rates; speed-up of the quantized GEMMs by Amdahl's law."""
+    speeds = flops_by_speed(flops, table)
+    scan_again = flops.scan / gpu.rate("bf16")
+    per_token = sum(value / gpu.rate(speed) for speed, value in speeds.items()) + scan_again
+    if config.train.recompute is Recompute.full:  # blocks run forward once more; linears in the speed of their Fprop
+        head = flops.linears["head"] / gpu.rate("bf16")
+        per_token += per_token / 3.0 - head
+    high = flops.training / gpu.rate("bf16")
+    bound = high / sum(value / gpu.rate(speed) for speed, value in speeds.items())
+    at_peak = per_token * config.tokens_per_step / num_gpus
+    assumed = at_peak * slowest / efficiency / (1.0 - bubble)
+    slow_share = speeds["bf16"] / flops.training
+    return {
+        "gpu": gpu.name,
+        "peak_tflops": gpu.tflops,
+        "source": gpu.source,
+        "step_seconds_at_peak": at_peak,
+        "days_at_peak": at_peak * config.total_steps / 86400,
+        "efficiency": efficiency,
+        "step_seconds": assumed,
+        "days": assumed * config.total_steps / 86400,
+        "tokens_per_second_per_gpu": config.tokens_per_step / assumed / num_gpus,
+        "speed_up_over_bf16": bound,
+        "speed_up_limit": 1.0 / slow_share if slow_share else float("inf"),
+        "has_fp4": "fp4" in gpu.tflops,
+    }
+
+
+def _memory_section(
+    config: RunConfig, stages: Sequence[StageRange], settings: MemorySettings, shape: PipelineShape, gpu: Gpu
+) -> dict[str, Any]:
+    ranks = []
+    for rank in range(config.parallel.pp):
+        mine = [stages[number] for number in stages_of_rank(rank, config.parallel)]
+        kinds = rank_memory(config.model, mine, settings, shape.in_flight(rank))
+        ranks.append({"in_flight": shape.in_flight(rank), "bytes": kinds, "total": sum(kinds.values())})
+    largest = max(entry["total"] for entry in ranks)  # type: ignore[type-var]
+    return {"pipeline_ranks": ranks, "largest": largest, "gpu_bytes": gpu.memory_gb * 1e9}
+
+
+def _traffic_section(
+    config: RunConfig, stages: Sequence[StageRange], settings: MemorySettings, microbatches: int
+) -> list[dict[str, float]]:
+    return [
+        bytes_sent(
+            config.model, [stages[number] for number in stages_of_rank(rank, config.parallel)], settings, microbatches
+        )
+        for rank in range(config.parallel.pp)
+    ]
+
+
+def _warnings(prepared: Prepared, table: PrecisionTable, tokens: int) -> list[dict[str, str]]:
+    tp = prepared.config.parallel.tp
+    return alignment_warnings(prepared.linears, table, tp=tp, tokens=tokens)

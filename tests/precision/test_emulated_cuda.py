@@ -1,0 +1,46 @@
+"""The emulated backend on a CUDA GPU: the operands of the CPU, bit for bit, eager and compiled by Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.numerics import key_of, normal
+from megatron_fp4.precision import EmulatedBackend, Format, FourOverSix, Operand, Rounding
+from megatron_fp4.precision.backends import Copy, Source
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+N4 = Format.nvfp4
+OPERANDS = [
+    Operand(N4),
+    Operand(N4, tile=(16, 16)),
+    Operand(N4, rounding=Rounding.sr),
+    Operand(N4, rounding=Rounding.sr, rht_size=16),
+    Operand(N4, four_over_six=FourOverSix.mae),
+    Operand(Format.mxfp4),
+    Operand(Format.mxfp8),
+    Operand(Format.fp8_block),
+]
+
+
+def prepare(x: Tensor, operand: Operand, along: int, backend: EmulatedBackend) -> tuple[Tensor, ...]:
+    rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
+    source = Source("blocks.0.mlp.up", "dy", rows, cols, Group.single(), seed=1, step=3)
+    (prepared,) = backend.quantize(x, source, [Copy("wgrad", operand, along)])
+    return tuple(tensor.cpu() for tensor in prepared.tensors)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("operand", OPERANDS, ids=lambda operand: f"{operand.format.name}-{operand.rounding.name}")
+@pytest.mark.parametrize("along", [0, 1])
+def test_operands_equal_those_of_the_cpu(operand: Operand, along: int, compile: bool) -> None:
+    """A difference: a division was approximated or a multiply-add contracted, and emulation depends on the device."""
+    x = normal(key_of("cuda"), torch.arange(256), torch.arange(512)).bfloat16()
+    expected = prepare(x, operand, along, EmulatedBackend())
+    got = prepare(x.cuda(), operand, along, EmulatedBackend(compile=compile))
+    for ours, theirs in zip(got, expected, strict=True):
+        wrong = (ours != theirs).sum().item()
+        assert wrong == 0, f"{wrong} of {ours.numel()} elements differ"
