@@ -90,7 +90,9 @@ def compare(world: Group, directory: Path, size: str, turns: int) -> list[str]:
     shards = shards_of(size, world)
     num_bytes = sum(3 * 4 * rows * columns for rows, columns in logical_shapes(size).values())
     stores = {
-        name: CheckpointStore(directory / f"{size}-{name}", world, CheckpointConfig(asynchronous=name == "async"))
+        name: CheckpointStore(
+            directory / f"{size}-{name}", world, CheckpointConfig(asynchronous=name == "async", keep_last=turns + 1)
+        )
         for name in ("sync", "async")
     }
     blocking: dict[str, list[float]] = {"sync": [], "async": []}
@@ -111,6 +113,10 @@ def compare(world: Group, directory: Path, size: str, turns: int) -> list[str]:
         began = time.perf_counter()
         stores["sync"].load(turn, shards)
         load.append(time.perf_counter() - began)
+        collectives.barrier(world)
+        if world.rank == 0:
+            for store in stores.values():
+                shutil.rmtree(store.root / f"step_{turn:08d}")
     if world.rank:
         return []
 

@@ -7,25 +7,26 @@ import time
 
 
 class ProgressBar:
-    def __init__(self, total_bytes: int) -> None:
+    """`resumed`: the first update says where an earlier run stopped, and does not count as speed."""
+
+    def __init__(self, total_bytes: int, *, resumed: bool = False) -> None:
         self.total_bytes = max(1, total_bytes)
         self._terminal = sys.stderr.isatty()
         self._started = self._shown = time.monotonic()
-        self._first: int | None = None  # bytes already done when a resumed run begins
+        self._first: int | None = None if resumed else 0  # bytes done before this run
         self._last = 0
 
     def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self._first is not None:
-            self._show(self._last)
-            sys.stderr.write("\n" if self._terminal else "")
+        self._show(self._last)
+        sys.stderr.write("\n" if self._terminal else "")
 
     def update(self, done_bytes: int) -> None:
         """`done_bytes` of the stored files are read."""
         if self._first is None:
-            self._first = 0
+            self._first = done_bytes
         self._last = done_bytes
         now = time.monotonic()
         if now - self._shown >= (0.2 if self._terminal else 10.0):

@@ -101,7 +101,7 @@ def tokenize(args: argparse.Namespace, policies: Policies) -> dict[str, dict[str
         print(f"resuming at file {writer.position.file}, offset {writer.position.offset}")
     batches = read_batches(files, policies, text_key=args.text_key, start=writer.position)
     initargs = (str(args.tokenizer), args.text_key, policies, args.heldout_fraction)
-    with ProgressBar(sum(path.stat().st_size for path in files)) as bar:
+    with ProgressBar(sum(path.stat().st_size for path in files), resumed=any(writer.position)) as bar:
         results = ordered_map(_encode, batches, workers=args.workers, initializer=_start_encoder, initargs=initargs)
         for batch, encoded in results:
             for name, (tokens, lengths) in encoded.splits.items():

@@ -6,7 +6,7 @@ One idea: the configuration goes through the same checks as a real run (train.bu
 arithmetic over the model's lists of parameters and linears. The report is a dictionary of plain values; `--json` prints
 it, otherwise plan_text.py renders it.
 
-Not here: measured speed. Times are FLOPs over peak rates, once at the peak (a bound) and once at an assumed efficiency.
+Not here: measured speed; times come from peak rates (plan_cost.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_fp4.cli.alignment import alignment_warnings
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
 from megatron_fp4.cli.gpus import GPUS, Gpu
 from megatron_fp4.cli.pipeline_cost import BUBBLES, PipelineShape, imbalance
+from megatron_fp4.cli.plan_cost import flops_section, time_section
 from megatron_fp4.cli.plan_text import render
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import Flops, by_kind, count_flops, model_parameters, quantized_parameters
@@ -31,11 +32,10 @@ from megatron_fp4.models.traffic import bytes_sent
 from megatron_fp4.pipeline.schedules import stages_of_rank, stages_per_rank
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
-from megatron_fp4.precision.table import PrecisionTable, gemm_formats, summary
+from megatron_fp4.precision.table import PrecisionTable, summary
 from megatron_fp4.train.build import Prepared, prepare
 from megatron_fp4.train.config import RunConfig
 
-SPEED = {"bf16": "bf16", "nvfp4": "fp4", "mxfp4": "fp4", "mxfp8": "fp8", "fp8_block": "fp8"}
 STORED_BYTES = {Format.nvfp4: 0.5625, Format.mxfp4: 0.53125, Format.mxfp8: 1.03125, Format.fp8_block: 1.0}
 """Bytes per element with block scales, as Transformer Engine stores them."""
 
@@ -112,7 +112,7 @@ def run_plan(config: RunConfig, num_gpus: int = 0, gpu: str = "GB200", efficienc
         "run": _run_section(prepared, num_gpus, microbatches),
         "parameters": _parameter_section(config.model, table),
         "precision": _precision_section(prepared, flops),
-        "flops": _flops_section(config, flops, table),
+        "flops": flops_section(config, flops, table),
         "pipeline": {
             "schedule": parallel.schedule if parallel.pp > 1 else "none",
             "blocks_per_stage": [stage.stop - stage.first for stage in stages],
@@ -120,7 +120,7 @@ def run_plan(config: RunConfig, num_gpus: int = 0, gpu: str = "GB200", efficienc
             "bubble": shape.bubble,
             "bubble_formula": BUBBLES[parallel.schedule],
         },
-        "time": _time_section(config, flops, table, GPUS[gpu], num_gpus, efficiency, shape.bubble, imbalance(costs)),
+        "time": time_section(prepared, flops, GPUS[gpu], num_gpus, efficiency, imbalance(costs) / (1.0 - shape.bubble)),
         "memory_per_rank": _memory_section(config, stages, settings, shape, GPUS[gpu]),
         "bytes_sent_per_step": _traffic_section(config, stages, settings, microbatches),
         "warnings": _warnings(prepared, table, settings.tokens),
@@ -203,70 +203,6 @@ def _precision_section(prepared: Prepared, flops: Flops) -> list[dict[str, Any]]
         share = flops.quantized_share(gemms)  # type: ignore[arg-type]
         phases.append({"from_tokens": start, "summary": summary(table), "quantized_share_of_flops": share})
     return phases
-
-
-def flops_by_speed(flops: Flops, table: PrecisionTable) -> dict[str, float]:
-    """Training FLOPs per token by the hardware rate at which they run; mixed operands run at the slower one."""
-    order = ("bf16", "fp8", "fp4")
-    found = dict.fromkeys(order, 0.0)
-    found["bf16"] = 3.0 * (flops.attention + flops.scan)
-    for row in table.rows:
-        for text in gemm_formats(row.precision):
-            speed = min((SPEED[part] for part in text.split("/")), key=order.index)
-            found[speed] += flops.linears[row.name]
-    return found
-
-
-def _flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dict[str, Any]:
-    kinds = {"attention": 0.0, "mlp": 0.0, "mamba": 0.0, "head": 0.0}
-    for name, value in flops.linears.items():
-        kinds["head" if name == "head" else name.split(".")[2]] += value
-    kinds |= {"attention products": flops.attention, "state-space scan": flops.scan}
-    return {
-        "forward_per_token": flops.forward,
-        "forward_per_token_by_kind": {kind: value for kind, value in kinds.items() if value},
-        "training_per_token": flops.training,
-        "training_per_step": flops.training * config.tokens_per_step,
-        "training_per_token_by_speed": flops_by_speed(flops, table),
-    }
-
-
-def _time_section(
-    config: RunConfig,
-    flops: Flops,
-    table: PrecisionTable,
-    gpu: Gpu,
-    num_gpus: int,
-    efficiency: float,
-    bubble: float,
-    slowest: float,
-) -> dict[str, Any]:
-    """Step and run time from peak rates; speed-up of the quantized GEMMs by Amdahl's law."""
-    speeds = flops_by_speed(flops, table)
-    scan_again = flops.scan / gpu.rate("bf16")
-    per_token = sum(value / gpu.rate(speed) for speed, value in speeds.items()) + scan_again
-    if config.train.recompute is Recompute.full:  # blocks run forward once more; linears in the speed of their Fprop
-        head = flops.linears["head"] / gpu.rate("bf16")
-        per_token += per_token / 3.0 - head
-    high = flops.training / gpu.rate("bf16")
-    bound = high / sum(value / gpu.rate(speed) for speed, value in speeds.items())
-    at_peak = per_token * config.tokens_per_step / num_gpus
-    assumed = at_peak * slowest / efficiency / (1.0 - bubble)
-    slow_share = speeds["bf16"] / flops.training
-    return {
-        "gpu": gpu.name,
-        "peak_tflops": gpu.tflops,
-        "source": gpu.source,
-        "step_seconds_at_peak": at_peak,
-        "days_at_peak": at_peak * config.total_steps / 86400,
-        "efficiency": efficiency,
-        "step_seconds": assumed,
-        "days": assumed * config.total_steps / 86400,
-        "tokens_per_second_per_gpu": config.tokens_per_step / assumed / num_gpus,
-        "speed_up_over_bf16": bound,
-        "speed_up_limit": 1.0 / slow_share if slow_share else float("inf"),
-        "has_fp4": "fp4" in gpu.tflops,
-    }
 
 
 def _memory_section(

@@ -50,8 +50,8 @@ def _precision(phases: list[Mapping[str, Any]]) -> list[str]:
 def _flops(section: Mapping[str, Any]) -> list[str]:
     total = section["forward_per_token"]
     kinds = ", ".join(f"{kind} {value / total:.1%}" for kind, value in section["forward_per_token_by_kind"].items())
-    speeds = section["training_per_token_by_speed"]
-    shares = ", ".join(f"{name.upper()} {value / section['training_per_token']:.1%}" for name, value in speeds.items())
+    rates = section["training_per_token_by_rate"]
+    shares = ", ".join(f"{name.upper()} {value / section['training_per_token']:.1%}" for name, value in rates.items())
     return [
         *_heading(
             f"FLOPs: {section['training_per_token'] / 1e9:.2f} G per token in training, forward {total / 1e9:.2f} G"
@@ -79,8 +79,8 @@ def _time(section: Mapping[str, Any], backend: str) -> list[str]:
         f"  at peak: {section['step_seconds_at_peak']:.3f} s a step, {section['days_at_peak']:.2f} days",
         f"  at {section['efficiency']:.0%} of peak, with idle time and imbalance: {section['step_seconds']:.3f} s a"
         f" step, {section['days']:.2f} days, {section['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU",
-        f"  speed-up over BF16 by Amdahl: at most {section['speed_up_over_bf16']:.2f}x here,"
-        f" {section['speed_up_limit']:.2f}x with quantized GEMMs for nothing",
+        f"  speed-up over BF16 by Amdahl's law: at most {section['speed_up_over_bf16']:.2f}x here,"
+        f" {section['speed_up_limit']:.2f}x if quantized GEMMs took no time",
     ]
     if not section["has_fp4"]:
         lines.append("  this GPU has no FP4 unit: FP4 GEMMs are counted at the BF16 rate (emulation)")

@@ -13,6 +13,7 @@ All offsets are int64. Not here: checksums (manifest.py), order (samples.py).
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -44,10 +45,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def map_file(path: Path) -> memoryview:
     """Read-only mapping of a whole file as bytes; an empty file gives an empty view (mmap refuses those)."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        # Python's mmap keeps a descriptor per mapping, so a shard holds two.
+        raise ValueError(f"too many open files at {path}: raise the limit (ulimit -n), or merge shards") from None
 
 
 class Shard:

@@ -1,7 +1,7 @@
 """A source: shards opened as one numbered list of documents, with a fingerprint of its content.
 
 One idea: a source is what its bytes are, not where they lie. The fingerprint is made of the shards' checksums
-(from the manifest) or, for plain Megatron shards, of the .idx and of sampled blocks of the .bin, so a moved data set
+(from the manifest) or, for plain Megatron shards, of the sizes and sampled blocks of both files, so a moved data set
 is the same and a changed one is not. Not here: order (samples.py).
 """
 
@@ -122,10 +122,11 @@ def _prefixes(name: str, path: str) -> list[str]:
 
 
 def _sampled_digest(shard: Shard) -> bytes:
-    content = hashlib.blake2b(map_file(shard.idx_path), digest_size=16)
-    data = map_file(shard.bin_path)
-    step = max(1, len(data) // _SAMPLED_BLOCKS)
-    for start in range(0, len(data), step):
-        content.update(data[start : start + _SAMPLED_BYTES])
-    content.update(data[-_SAMPLED_BYTES:])
+    content = hashlib.blake2b(digest_size=16)
+    for path in (shard.idx_path, shard.bin_path):
+        data = map_file(path)
+        content.update(len(data).to_bytes(8, "little"))
+        for start in range(0, len(data), max(_SAMPLED_BYTES, len(data) // _SAMPLED_BLOCKS)):
+            content.update(data[start : start + _SAMPLED_BYTES])
+        content.update(data[-_SAMPLED_BYTES:])
     return content.digest()

@@ -16,7 +16,7 @@ from megatron_fp4.layers.context_parallel import context_parallel_attention
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.recompute import run_core
 from megatron_fp4.layers.rope import apply_rope, rope_angles
-from megatron_fp4.layers.wiring import Tokens, Wiring
+from megatron_fp4.layers.wiring import Tokens, Wiring, widen
 
 
 class Attention(nn.Module):
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         if self._rope_base:
             angles = rope_angles(tokens.positions, E, self._rope_base)
             q, k = apply_rope(q, angles), apply_rope(k, angles)
-        return self._mix(q, k, v, tokens).reshape(B * S, -1)
+        return self._mix(widen(q), widen(k), widen(v), tokens).reshape(B * S, -1).to(qkv_TN.dtype)
 
     def _mix(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
         if self._wiring.cp.size > 1:

@@ -23,7 +23,7 @@ from megatron_fp4.comm.autograd import gather_rows, reduce_scatter_rows
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Placement, Segment, split_evenly
 from megatron_fp4.layers.parameter import make_parameter, normal_init
-from megatron_fp4.layers.wiring import Tokens, Wiring
+from megatron_fp4.layers.wiring import Tokens, Wiring, widen
 from megatron_fp4.precision.linear_op import LinearSite, WeightCache, quantized_linear
 from megatron_fp4.precision.spec import LinearPrecision
 
@@ -96,7 +96,7 @@ class ColumnParallelLinear(ParallelLinear):
         self.weight = make_parameter((first_row, in_features), placement, normal_init(std), wiring.dtype, wiring.device)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        return self.gemm(gather_rows(x_TD, self._wiring.tp), tokens)
+        return self.gemm(gather_rows(widen(x_TD), self._wiring.tp), tokens).to(x_TD.dtype)
 
 
 class RowParallelLinear(ParallelLinear):
@@ -121,7 +121,7 @@ class RowParallelLinear(ParallelLinear):
         )
 
     def forward(self, x_TK: Tensor, tokens: Tokens) -> Tensor:
-        return reduce_scatter_rows(self.gemm(x_TK, tokens), self._wiring.tp)
+        return reduce_scatter_rows(self.gemm(widen(x_TK), tokens), self._wiring.tp).to(x_TK.dtype)
 
 
 def linears_of(model: nn.Module) -> dict[str, ParallelLinear]:

@@ -1,7 +1,8 @@
 """Vocabulary-parallel cross-entropy.
 
 One idea: the softmax needs two numbers from the other ranks per token, the largest logit and then (sum of exponentials,
-logit of the label), so the logits themselves never travel. Exponentials are in FP32 whatever the logits are.
+logit of the label), so the logits themselves never travel. Exponentials are in FP32 whatever the logits are, their sum
+in FP64, so that the number of shards does not show in it.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         mine_T = counted_T & (local_T >= 0) & (local_T < z_TV.shape[-1])
         index_T = local_T.clamp(0, z_TV.shape[-1] - 1)
         picked_T = z_TV.gather(1, index_T[:, None])[:, 0].masked_fill(~mine_T, 0.0)
-        total_T = z_TV.sum(-1) if smoothing else torch.zeros_like(picked_T)
+        total_T = z_TV.sum(-1, dtype=torch.float64) if smoothing else torch.zeros_like(picked_T).double()
         exp_TV = z_TV.exp_()
-        sums = all_reduce_sum(torch.stack([exp_TV.sum(-1), picked_T, total_T]), group)
+        parts = torch.stack([exp_TV.sum(-1, dtype=torch.float64), picked_T.double(), total_T])
+        sums = all_reduce_sum(parts, group).float()
         loss_T = sums[0].log() - (1.0 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
         ctx.save_for_backward(exp_TV.div_(sums[0][:, None]), index_T, mine_T, counted_T)
         ctx.smoothing, ctx.vocab_size, ctx.dtype = smoothing, vocab_size, logits_TV.dtype

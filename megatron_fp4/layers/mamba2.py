@@ -29,7 +29,7 @@ from megatron_fp4.layers.mamba_context_parallel import carry_states, in_pieces, 
 from megatron_fp4.layers.mamba_kernels import FusedMamba, MambaKernel
 from megatron_fp4.layers.parameter import Initializer, constant_init, make_parameter, sharded_vector, uniform_init
 from megatron_fp4.layers.ssd import document_starts, ssd_scan
-from megatron_fp4.layers.wiring import Tokens, Wiring
+from megatron_fp4.layers.wiring import Tokens, Wiring, widen
 from megatron_fp4.numerics.random import key_of, uniform
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
@@ -100,10 +100,9 @@ class Mamba2(nn.Module):
         self.out_proj = RowParallelLinear(f"{name}.out_proj", inner, config.hidden, wiring, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        gated_TI = checkpoint(
-            self._mix, self.in_proj(x_TD, tokens), tokens, use_reentrant=False, preserve_rng_state=False
-        )
-        return self.out_proj(gated_TI, tokens)
+        projected_TW = widen(self.in_proj(x_TD, tokens))
+        gated_TI = checkpoint(self._mix, projected_TW, tokens, use_reentrant=False, preserve_rng_state=False)
+        return self.out_proj(gated_TI.to(x_TD.dtype), tokens)
 
     def _mix(self, projected_TW: Tensor, tokens: Tokens) -> Tensor:
         """Everything between the projections, `[T, inner / tp]`.

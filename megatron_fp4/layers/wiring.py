@@ -48,6 +48,16 @@ class Wiring:
         return Wiring(mesh.tp, mesh.cp, mesh.tp_cp, backend, clock, WgradQueue(), dtype, device)
 
 
+def widen(x: Tensor) -> Tensor:
+    """FP32 activations as FP64 on their way into a sum that a parallel layout may cut into parts; BF16 stays BF16.
+
+    In FP32 compute, the proof mode, such sums are made in FP64 and rounded once to FP32. The order of summation, which
+    is all that a layout changes, then disappears in the rounding. Without this, one last bit is enough to move a value
+    across a rounding boundary of FP4, and two layouts drift apart within a few steps.
+    """
+    return x.double() if x.dtype == torch.float32 else x
+
+
 class Tokens(NamedTuple):
     """The tokens of one microbatch on this context-parallel rank; all int64 `[B, S]`.
 

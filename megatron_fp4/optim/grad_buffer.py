@@ -28,13 +28,15 @@ from megatron_fp4.optim.layout import Bucket
 class GradBuffer:
     """Main gradients of all parameters; reduces them over `group` (dp x cp), after `tp` and tied stages where needed.
 
-    overlap: send full buckets during the armed backward. It changes no bit of the result.
+    overlap: send full buckets during the armed backward. It changes no bit of the result. dtype: of the sums.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], group: Group, tp: Group, *, overlap: bool) -> None:
+    def __init__(
+        self, buckets: Sequence[Bucket], group: Group, tp: Group, *, overlap: bool, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._buckets, self._group, self._tp = buckets, group, tp
         self._overlap = overlap and group.size > 1
-        self.flats = [torch.zeros(bucket.numel, dtype=torch.float32, device=bucket.kind.device) for bucket in buckets]
+        self.flats = [torch.zeros(bucket.numel, dtype=dtype, device=bucket.kind.device) for bucket in buckets]
         self._num_early = sum(not bucket.kind.deferred for bucket in buckets)
         self._expected: list[list[int]] | None = None
         self._counts = [[0] * len(bucket.slots) for bucket in buckets]

@@ -50,7 +50,8 @@ class Zero1AdamW:
     of the ranks that hold a copy) where a weight lives on two stages. They become views into flat buffers and get
     `.main_grad` (FP32) and `.grad_ready`. Build it after the parameters have their initial values; all ranks must.
     sequence_parallel: replicated parameters have partial gradients on each tensor-parallel rank, which are summed.
-    on_weights_changed: called after the parameters have been rewritten (step, load).
+    on_weights_changed: called after the parameters have been rewritten (step, load). sum_dtype: of `.main_grad` and of
+    the sums over ranks; FP64 hides in the rounding how many microbatches and ranks a sum was cut into.
     Raises ValueError for a parameter without a valid placement, and for an implementation that is not installed.
     """
 
@@ -61,6 +62,7 @@ class Zero1AdamW:
         mesh: ParallelMesh,
         sequence_parallel: bool,
         on_weights_changed: Callable[[], None] | None = None,
+        sum_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config, self.step_count = config, 0
         self._mesh, self._on_weights_changed = mesh, on_weights_changed
@@ -74,10 +76,11 @@ class Zero1AdamW:
             raise ValueError("the optimizer got no parameters")
         self._device = self.buckets[0].kind.device
         overlap = config.overlap_reduce.enabled(self._device.type)
-        self._grads = GradBuffer(self.buckets, mesh.dp_cp, mesh.tp, overlap=overlap)
+        self._grads = GradBuffer(self.buckets, mesh.dp_cp, mesh.tp, overlap=overlap, dtype=sum_dtype)
         self._params = ParamBuffer(self.buckets, mesh.dp_cp)
         self._masters = [self._params.part(index).float().clone() for index in range(len(self.buckets))]
         self._moments = [[torch.zeros_like(master) for master in self._masters] for _ in ("exp_avg", "exp_avg_sq")]
+        self._grad_parts = [part.float() for part in self._summed_parts()]
         self._owned = self._find_owned()
         self._adamw = choose_adamw(self._update_groups(), config)
         self._beside_forward = False
@@ -103,6 +106,9 @@ class Zero1AdamW:
         """Complete the sums over all ranks. Collective over tp, tied stages and dp x cp."""
         assert not self._finished, "finish_grads was called twice in one step"
         self._grads.finish()
+        for part, total in zip(self._grad_parts, self._summed_parts(), strict=True):
+            if part is not total:
+                part.copy_(total)
         self._finished = True
 
     def grad_norm(self) -> float:
@@ -153,12 +159,16 @@ class Zero1AdamW:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
+    def _summed_parts(self) -> list[Tensor]:
+        """My part of every bucket's gradients, in `sum_dtype`."""
+        bounds = (bucket.bounds(self._mesh.dp_cp.rank) for bucket in self.buckets)
+        return [flat[low:high] for flat, (low, high) in zip(self._grads.flats, bounds, strict=True)]
+
     def _find_owned(self) -> list[OwnedRun]:
         """All rows that this rank owns, with views of their gradient and state."""
         owned: list[OwnedRun] = []
         for index, bucket in enumerate(self.buckets):
-            low, high = bucket.bounds(self._mesh.dp_cp.rank)
-            parts = (self._masters[index], self._grads.flats[index][low:high], *(m[index] for m in self._moments))
+            parts = (self._masters[index], self._grad_parts[index], *(m[index] for m in self._moments))
             owned += (
                 OwnedRun(run, *(part[run.start : run.start + run.numel] for part in parts))
                 for run in bucket.runs(self._mesh.dp_cp.rank)

@@ -131,7 +131,7 @@ class _Linear(torch.autograd.Function):
         copies = [Copy("fprop", call.precision.fprop.a, along=1)]
         if ctx.needs_input_grad[1]:
             copies.append(Copy("wgrad", call.precision.wgrad.b, along=0, deferred=True))
-        prepared = call.backend.quantize(x.detach().contiguous(), call.source("x"), copies)
+        prepared = call.backend.quantize(_narrow(x.detach()).contiguous(), call.source("x"), copies)
         ctx.call, ctx.weight = call, weight
         ctx.wgrad_x = None
         if ctx.needs_input_grad[1]:
@@ -148,7 +148,7 @@ class _Linear(torch.autograd.Function):
         copies = [Copy("dgrad", call.precision.dgrad.a, along=1)] if need_dx else []
         if need_dw:
             copies.append(Copy("wgrad", call.precision.wgrad.a, along=0, deferred=True))
-        prepared = list(call.backend.quantize(dy, call.source("dy"), copies))
+        prepared = list(call.backend.quantize(_narrow(dy), call.source("dy"), copies))
         dx = dw = None
         if need_dx:
             dx = call.backend.matmul(prepared.pop(0), call.weights(ctx.weight)[1], out_dtype=dy.dtype)
@@ -157,10 +157,17 @@ class _Linear(torch.autograd.Function):
         return dx, dw, None
 
 
+def _narrow(x: Tensor) -> Tensor:
+    """FP64 is the type of sums in FP32 compute (layers.wiring.widen); the values themselves are FP32."""
+    return x.float() if x.dtype == torch.float64 else x
+
+
 def _weight_gradient(call: _Call, weight: Tensor, dy: Prepared, x: Prepared) -> Tensor | None:
     """Add dw to `weight.main_grad` (now, or when the queue is drained), or return it where there is no main_grad."""
-    out_dtype = torch.float32 if call.precision.wgrad_output is WgradOutput.fp32 else weight.dtype
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    out_dtype = torch.float32 if call.precision.wgrad_output is WgradOutput.fp32 else weight.dtype
+    if main_grad is not None and main_grad.dtype == torch.float64:
+        out_dtype = torch.float64
     if main_grad is None:
         return call.backend.matmul(dy, x, out_dtype=out_dtype).to(weight.dtype)
 
@@ -191,7 +198,7 @@ def quantized_linear(
 ) -> Tensor:
     """y `[T, N]` = x `[T, K]` w`[N, K]`^T, forward and backward in the given precision.
 
-    x: compute dtype (BF16 or FP32), T and K local. weight: parameter, same dtype. rows: int64 `[T]` address of each
+    x: BF16, or FP32 (given as FP64 to have the sums in FP64), T and K local. weight: parameter, BF16 or FP32. rows: int64 `[T]` address of each
     token in the global batch. The gradient of the weight is FP32: it is added to `weight.main_grad` if that exists (and
     `weight.grad_ready()` is called), otherwise returned in the weight's dtype as `.grad`. cache: one per weight.
     Raises ValueError where shapes do not fit the tiles, NonFiniteError for NaN or Inf.

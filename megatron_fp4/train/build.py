@@ -81,7 +81,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     tokens = config.train.micro_batch * config.data.seq_length // config.parallel.cp
     check_model_layout(config.model, config.parallel, seq_length=config.data.seq_length, tokens=tokens)
     split_stages(config.model, num_stages, config.parallel.stage_split)
-    total = int(config.train.total_tokens)
+    total = config.run_tokens
     check_schedule(config.optim, total)
     linears = model_linears(config.model)
     decay_start = total - decay_tokens(config.optim, total)

@@ -31,7 +31,7 @@ class WandbMode(Enum):
 @dataclass(frozen=True)
 class TrainConfig:
     """run_dir: where checkpoints, metrics and the resolved configuration go. micro_batch, global_batch: in sequences.
-    total_tokens: length of the run; the learning rate and the precision schedule are functions of it.
+    total_tokens: length of the run, rounded down to whole steps (`RunConfig.run_tokens`).
     stop_after_steps: stop (and save) at that step without changing any schedule; 0 = run to the end.
     exit_after_seconds: save and exit for requeue after so much wall clock; 0 = never.
     """
@@ -104,7 +104,20 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        return -(-int(self.train.total_tokens) // self.tokens_per_step)
+        return int(self.train.total_tokens) // self.tokens_per_step
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of the whole steps; the learning rate and the precision schedule are functions of it.
+
+        Raises ValueError if not even one step fits.
+        """
+        if self.total_steps < 1:
+            raise ValueError(
+                f"train.total_tokens = {self.train.total_tokens:g} is less than one step: train.global_batch *"
+                f" data.seq_length = {self.train.global_batch} * {self.data.seq_length} = {self.tokens_per_step}"
+            )
+        return self.total_steps * self.tokens_per_step
 
     @property
     def last_step(self) -> int:

@@ -57,7 +57,6 @@ class Failure:
 def find_failures(comparison: Comparison, tolerance: Tolerance) -> list[Failure]:
     """Everything beyond the tolerance, in the order in which it is computed. Empty: the layout passed."""
     found = [Failure("initial value of", d.name, d.error) for d in comparison.initial if d.error > 0.0]
-    found += [Failure("replica of", name, 1.0) for name in comparison.replicas]
 
     def scalar(what: str, error: float, allowed: float) -> None:
         if not error <= allowed:
@@ -75,7 +74,7 @@ def find_failures(comparison: Comparison, tolerance: Tolerance) -> list[Failure]
     for step, (loss, norm) in enumerate(zip(comparison.losses[1:], comparison.norms[1:], strict=True), start=2):
         scalar(f"loss of step {step}", loss, tolerance.later_loss)
         scalar(f"gradient norm of step {step}", norm, tolerance.later_norm)
-    return found
+    return found + [Failure("replica of", name, 1.0) for name in comparison.replicas]
 
 
 def likely_cause(
@@ -84,8 +83,6 @@ def likely_cause(
     """A guess at the bug, from the pattern of differences. passed: the verdicts on other cases of the layout."""
     if worst(comparison.initial) > 0.0:
         return "initial values depend on the layout: a parameter's placement names the wrong rectangle"
-    if comparison.replicas:
-        return "ranks that should hold the same parameters do not: the gather after the update, or a tied copy"
     bad = [d for d in comparison.grads if not d.error <= tolerance.grad]
     loss_right = comparison.losses[0] <= tolerance.loss
     if bad and passed.get("fp32") and passed.get("bf16"):
@@ -102,6 +99,8 @@ def likely_cause(
         return f"gradients agree but their norm is {comparison.norm_ratio:.3f} times the right one: " + (
             "a replica is counted more than once" if often else "squares are not summed over all ranks"
         )
+    if comparison.replicas:
+        return "ranks that should hold the same parameters do not: the gather after the update, or a tied copy"
     return "gradients agree but the update does not: clipping, weight decay, or the rows that a rank updates"
 
 

@@ -23,6 +23,7 @@ from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, WgradSwitc
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.config import ComputeDtype
 from megatron_fp4.precision.linear_op import WgradQueue
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
@@ -56,7 +57,8 @@ def build_trainable(
         clock.weights_version += 1
 
     together = nn.ModuleList(stages)  # names a table that two stages share once
-    optimizer = Zero1AdamW(together.named_parameters(), config.optim, mesh, True, weights_changed)
+    sum_dtype = torch.float64 if config.precision.compute_dtype is ComputeDtype.fp32 else torch.float32  # see `widen`
+    optimizer = Zero1AdamW(together.named_parameters(), config.optim, mesh, True, weights_changed, sum_dtype)
     optimizer.gather_beside_forward(together)
     loss = TokenLoss(config.model.vocab_size, mesh.tp)
     if config.parallel.pp == 1:

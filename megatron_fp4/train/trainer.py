@@ -109,8 +109,7 @@ class Trainer:
         loss = run.engine.train(microbatches, 1.0 / self._num_targets(batch), run.optimizer.begin_last_microbatch)
         run.optimizer.finish_grads()
         tokens = (self.progress.consumed_samples + config.train.global_batch) * config.data.seq_length
-        total_tokens = int(config.train.total_tokens)
-        lr = learning_rate(config.optim, min(tokens, total_tokens), total_tokens)
+        lr = learning_rate(config.optim, tokens, config.run_tokens)
         report = run.optimizer.step(lr, config.optim.clip_norm)
         counts = run.mesh.tp.rank == 0 and run.engine.reports_loss
         message = StepMessage(loss.item() if counts else 0.0, bool(self._stop.reason), step_hash(batch))

@@ -41,6 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str], run: TinyRun, *overrides: str) -
         (["precision.rules=[{match: 'blocks.9.*', use: bf16}, {match: '*', use: nvfp4}]"], "matches no linear"),
         (["precision.rules=[{match: '*', use: nvfp5}]"], "nvfp4"),
         (["precision.evaluation=fp9"], "fp9"),
+        (["train.total_tokens=64"], "less than one step"),
         (["--frobnicate"], "unknown option"),
         (["optim.warmup_tokens=999999"], "999999"),
     ],

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 
 import pytest
 
@@ -60,6 +61,17 @@ def test_fingerprint_is_content(tmp_path):
     a = open_source("a", [write_set(tmp_path / "x", [[[1, 2, 3]]])]).fingerprint
     assert open_source("b", [write_set(tmp_path / "y", [[[1, 2, 3]]])]).fingerprint == a
     assert open_source("a", [write_set(tmp_path / "z", [[[1, 2, 4]]])]).fingerprint != a
+
+
+def test_too_many_open_files_says_what_to_do(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    prefixes = [write_shard(tmp_path / f"s{n}", [[1]]) for n in range(40)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
+    try:
+        with pytest.raises(ValueError, match=r"too many open files at .*ulimit -n"):
+            open_source("web", prefixes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_digest_by_block(tmp_path):

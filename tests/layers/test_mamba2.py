@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from torch import Tensor
 
 from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.layers.causal_conv import causal_conv
 from megatron_fp4.layers.context_parallel import zigzag_index
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.mamba2 import Mamba2
-from megatron_fp4.layers.mamba_kernels import MambaKernel
+from megatron_fp4.layers.mamba_kernels import FusedMamba, MambaKernel
 from megatron_fp4.layers.parameter import initialize_parameters
+from megatron_fp4.layers.ssd import document_starts, ssd_scan
 from megatron_fp4.layers.wiring import Tokens, Wiring
 from megatron_fp4.precision import EmulatedBackend, StepClock, nvfp4_paper
 from tests.helpers.distributed import mesh_for, run_distributed
@@ -157,6 +161,34 @@ def test_groups_that_do_not_divide_are_refused_with_the_numbers() -> None:
     mesh = replace(ParallelMesh.single_process(), tp=tp, tp_cp=tp)
     with pytest.raises(ValueError, match=re.escape("model.mamba_num_groups = 2 is not divisible by tp = 4")):
         make_mixer(mesh)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_get_what_they_expect(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the signatures of the packages: shapes, order, document numbers, and no projection weight."""
+
+    def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None, activation: str) -> Tensor:
+        assert activation == "silu"
+        before = x.new_zeros(x.shape[0], 3, x.shape[1])
+        numbers = None if seq_idx is None else torch.cat([seq_idx[:, :1].expand(-1, 3), seq_idx], dim=1)
+        return causal_conv(x.transpose(1, 2), before, weight, bias, numbers).transpose(1, 2)
+
+    def mamba_chunk_scan_combined(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, seq_idx: Tensor | None
+    ) -> Tensor:
+        assert seq_idx is None or seq_idx.dtype == torch.int32
+        starts = None if seq_idx is None else document_starts(seq_idx)
+        return ssd_scan(x, dt, A, B, C, chunk=chunk_size, starts_BS=starts)[0]
+
+    conv, scan = ModuleType("causal_conv1d"), ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    conv.causal_conv1d_fn, scan.mamba_chunk_scan_combined = causal_conv1d_fn, mamba_chunk_scan_combined  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, conv.__name__, conv)
+    monkeypatch.setitem(sys.modules, scan.__name__, scan)
+    x_TD, tokens = batch()
+    expected = make_mixer(ParallelMesh.single_process(), packed=packed)(x_TD, tokens)
+    mixer = make_mixer(ParallelMesh.single_process(), packed=packed)
+    mixer._fused = FusedMamba(torch.device("cuda"), cp_size=1)
+    torch.testing.assert_close(mixer(x_TD, tokens), expected, rtol=0, atol=1e-6)
 
 
 def test_absent_kernels_are_an_error_with_the_remedy() -> None:

@@ -11,7 +11,7 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.parameter import initialize_parameters
@@ -126,6 +126,17 @@ def test_local_sizes() -> None:
     assert half["attention"] * 2 == whole["attention"]
     mamba_norms = 2 * config.mamba_inner
     assert half["norms"] == whole["norms"] - mamba_norms // 2
+
+
+@pytest.mark.parametrize("name", ["nemotron_h_12b", "gpt_1_2b"])
+def test_local_sizes_are_those_of_the_modules(name: str) -> None:
+    """The first of eight tensor-parallel ranks, on the meta device; an uneven vocabulary gives it the remainder."""
+    config = replace(load(name), vocab_size=131073)
+    tp = Group("tp", tuple(range(8)), 0, object())  # type: ignore[arg-type]
+    mesh = replace(ParallelMesh.single_process(), tp=tp, tp_cp=tp)
+    wiring = Wiring.of(mesh, EmulatedBackend(), StepClock(0), torch.bfloat16, torch.device("meta"))
+    model = Decoder(config, wiring, whole_model(config))
+    assert sum(by_kind(model_parameters(config), tp=8).values()) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("seq_length", [16, 21])

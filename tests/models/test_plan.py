@@ -11,7 +11,8 @@ import torch
 from megatron_fp4.cli.alignment import alignment_warnings
 from megatron_fp4.cli.gpus import GPUS
 from megatron_fp4.cli.pipeline_cost import BUBBLES, PipelineShape, imbalance
-from megatron_fp4.cli.plan import flops_by_speed, main, run_plan, weight_copy_bytes
+from megatron_fp4.cli.plan import main, run_plan, weight_copy_bytes
+from megatron_fp4.cli.plan_cost import flops_by_rate
 from megatron_fp4.cli.plan_text import render
 from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh
 from megatron_fp4.data.config import DataConfig
@@ -28,7 +29,7 @@ from megatron_fp4.models.traffic import bytes_sent
 from megatron_fp4.optim import OptimConfig, Zero1AdamW
 from megatron_fp4.pipeline.schedules import SCHEDULES
 from megatron_fp4.precision import EmulatedBackend, StepClock, nvfp4_paper
-from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule
+from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.plan import base_table
 from megatron_fp4.train.config import RunConfig, TrainConfig
 from megatron_fp4.train.inputs import Inputs
@@ -197,11 +198,26 @@ def test_gpus_without_fp4_are_not_faster() -> None:
     assert "no FP4 unit" in render(report)
 
 
-def test_flops_by_speed_adds_up() -> None:
+def test_time_follows_the_phases() -> None:
+    """A forward switch to BF16 at 82% costs what its GEMMs cost at the slower rate, for the rest of the run only."""
+    config = twelve_billion(tp=8)
+    plain = run_plan(config, num_gpus=8 * 92)
+    switch = Switch(at_fraction=0.82, gemms=["fprop"])
+    switched = run_plan(replace(config, precision=replace(PAPER, switch=[switch])), num_gpus=8 * 92)
+    assert len(switched["precision"]) == 2
+    assert switched["time"]["step_seconds"] == plain["time"]["step_seconds"]
+    share = plain["precision"][0]["quantized_share_of_flops"]
+    slower = share / 3 * (1 - 1 / 4) * plain["time"]["speed_up_over_bf16"]  # relative to a plain step
+    assert switched["time"]["days"] / plain["time"]["days"] == pytest.approx(1 + 0.18 * slower, rel=0.02)
+    recomputed = run_plan(replace(config, train=replace(config.train, recompute=Recompute.full)), num_gpus=8 * 92)
+    assert 1.25 < recomputed["time"]["step_seconds"] / plain["time"]["step_seconds"] < 1.34
+
+
+def test_flops_by_rate_add_up() -> None:
     config = load("nemotron_h_12b")
     flops = count_flops(config, 8192)
-    speeds = flops_by_speed(flops, base_table(PAPER, model_linears(config)))
-    assert sum(speeds.values()) == pytest.approx(flops.training)
+    rates = flops_by_rate(flops, base_table(PAPER, model_linears(config)))
+    assert sum(rates.values()) == pytest.approx(flops.training)
     assert GPUS["GB200"].rate("fp4") == 4 * GPUS["GB200"].rate("bf16")  # table 1 of the paper
     assert GPUS["GB300"].rate("fp4") == 6 * GPUS["GB300"].rate("bf16")
 

@@ -182,12 +182,14 @@ def scaled_matmul(
         if len(scalars) == 2:
             alpha, divisor = alpha * scalars[1][0].reshape(()), divisor * scalars[1][1]
         alpha = alpha / torch.full_like(alpha, divisor)
+    if out_dtype == torch.float64:  # sums of the proof mode: the operands are exact in FP64 as well
+        a, b = a.double(), b.double()
     per_row = len(scalars) < sum(scale is not None for scale in (a_scale, b_scale))
-    if a.device.type == "cpu" and out_dtype != torch.float32 and not per_row:
+    if a.device.type == "cpu" and out_dtype == torch.bfloat16 and not per_row:
         # oneDNN applies alpha to the FP32 accumulator. (The FP32 GEMM of MKL applies it earlier: other sums.)
         out = torch.addmm(a.new_empty(1, 1), a, b.T, beta=0, alpha=1.0 if alpha is None else alpha.item())
     else:
-        out = _matmul_fp32(a, b)
+        out = torch.mm(a, b.T) if out_dtype == torch.float64 else _matmul_fp32(a, b)
         for scale, shape in ((a_scale, (-1, 1)), (b_scale, (1, -1))):
             if scale is not None and scale[0].numel() > 1:
                 out = out * (scale[0].view(shape) / scale[1])

@@ -1,0 +1,101 @@
+"""FLOPs of a run by the rate at which they execute, and the time that follows.
+
+One idea: time is FLOPs over peak rates, once at the peak (a bound) and once at an assumed part of it. Everything that
+is not a quantized GEMM runs at the BF16 rate, which by Amdahl's law limits what FP4 can gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_fp4.cli.gpus import Gpu
+from megatron_fp4.models.count import Flops
+from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.precision.table import PrecisionTable, gemm_formats
+from megatron_fp4.train.build import Prepared
+from megatron_fp4.train.config import RunConfig
+
+RATES = ("bf16", "fp8", "fp4")
+"""Slowest first."""
+RATE_OF = {"bf16": "bf16", "nvfp4": "fp4", "mxfp4": "fp4", "mxfp8": "fp8", "fp8_block": "fp8"}
+
+
+def flops_by_rate(flops: Flops, table: PrecisionTable) -> dict[str, float]:
+    """Training FLOPs per token by hardware rate; a GEMM of mixed operands runs at the slower one's."""
+    found = dict.fromkeys(RATES, 0.0)
+    found["bf16"] = 3.0 * (flops.attention + flops.scan)
+    for row in table.rows:
+        for text in gemm_formats(row.precision):
+            found[_rate(text)] += flops.linears[row.name]
+    return found
+
+
+def _computed_again(flops: Flops, table: PrecisionTable, recompute: Recompute) -> dict[str, float]:
+    """FLOPs per token of second forward passes: Mamba's scan always, with full recompute the blocks."""
+    found = dict.fromkeys(RATES, 0.0)
+    found["bf16"] = flops.scan
+    if recompute is Recompute.full:
+        found["bf16"] += flops.attention + flops.scan
+        for row in table.rows:
+            if row.name != "head":
+                found[_rate(gemm_formats(row.precision)[0])] += flops.linears[row.name]
+    return found
+
+
+def _rate(text: str) -> str:
+    return min((RATE_OF[part] for part in text.split("/")), key=RATES.index)
+
+
+def _seconds(by_rate: Mapping[str, float], gpu: Gpu) -> float:
+    return sum(value / gpu.rate(rate) for rate, value in by_rate.items())
+
+
+def flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dict[str, Any]:
+    """Of the first phase of the run."""
+    kinds = {"attention": 0.0, "mlp": 0.0, "mamba": 0.0, "head": 0.0}
+    for name, value in flops.linears.items():
+        kinds["head" if name == "head" else name.split(".")[2]] += value
+    kinds |= {"attention products": flops.attention, "state-space scan": flops.scan}
+    return {
+        "forward_per_token": flops.forward,
+        "forward_per_token_by_kind": {kind: value for kind, value in kinds.items() if value},
+        "training_per_token": flops.training,
+        "training_per_step": flops.training * config.tokens_per_step,
+        "training_per_token_by_rate": flops_by_rate(flops, table),
+    }
+
+
+def time_section(
+    prepared: Prepared, flops: Flops, gpu: Gpu, num_gpus: int, efficiency: float, slowdown: float
+) -> dict[str, Any]:
+    """Time of a step in the first phase and of the whole run through all phases; Amdahl's bound on the speed-up.
+
+    efficiency: assumed part of the peak rates. slowdown: factor for idle time and unequal stages.
+    """
+    config, plan = prepared.config, prepared.plan
+    total = config.total_steps * config.tokens_per_step
+    starts = [*(start for start, _ in plan.phases), total]
+    per_token, all_seconds = [], 0.0
+    for number, (start, table) in enumerate(plan.phases):
+        again = _computed_again(flops, table, config.train.recompute)
+        per_token.append(_seconds(flops_by_rate(flops, table), gpu) + _seconds(again, gpu))
+        all_seconds += per_token[-1] * (starts[number + 1] - start) / num_gpus
+    first = plan.table()
+    step = per_token[0] * config.tokens_per_step / num_gpus
+    assumed = step * slowdown / efficiency
+    slow = flops_by_rate(flops, first)["bf16"]
+    return {
+        "gpu": gpu.name,
+        "peak_tflops": gpu.tflops,
+        "source": gpu.source,
+        "step_seconds_at_peak": step,
+        "days_at_peak": all_seconds / 86400,
+        "efficiency": efficiency,
+        "step_seconds": assumed,
+        "days": all_seconds * slowdown / efficiency / 86400,
+        "tokens_per_second_per_gpu": config.tokens_per_step / assumed / num_gpus,
+        "speed_up_over_bf16": flops.training / gpu.rate("bf16") / _seconds(flops_by_rate(flops, first), gpu),
+        "speed_up_limit": flops.training / slow if slow else None,
+        "has_fp4": "fp4" in gpu.tflops,
+    }
