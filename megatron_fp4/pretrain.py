@@ -126,7 +126,6 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
         console.say(f"settings that differ from the checkpoint's:\n{run.changes}")
     if run.mesh.is_main:
         run_dir = Path(config.train.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(tree))
         (run_dir / "precision.txt").write_text(table + "\n")
 

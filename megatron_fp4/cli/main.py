@@ -12,6 +12,7 @@ from megatron_fp4.comm.bootstrap import exit_process
 
 COMMANDS = {
     "pretrain": ("megatron_fp4.pretrain", "train a model (under torchrun or srun for several ranks)"),
+    "data": ("data_tools.cli", "text to shards, and what is in them (tokenize, inspect, verify, blend, ledger, ...)"),
     "report": ("megatron_fp4.cli.report", "loss curves and held-out losses of runs; bit-for-bit comparison"),
     "verify-parallel": ("megatron_fp4.cli.verify_parallel", "prove that a layout computes the numbers of one process"),
     "generate": ("megatron_fp4.cli.generate", "continue a text with a trained checkpoint"),

@@ -150,6 +150,7 @@ def _memory_settings(prepared: Prepared, table: PrecisionTable) -> MemorySetting
         keep_documents_apart=config.data.reset_documents,
         emulated=config.precision.backend is not BackendName.transformer_engine,
         weight_copies=copies,
+        num_microbatches=config.train.gradient_accumulation(prepared.dp),
     )
 
 

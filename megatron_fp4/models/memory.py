@@ -29,7 +29,7 @@ class MemorySettings:
     recompute: blocks keep only their input. compute_bytes: of weights and activations (2 for BF16). fused_norm: the
     RMSNorm kernel keeps one FP32 copy of its input (CUDA), otherwise two (CPU). weight_copies: bytes per element of the
     quantized copies that the backend keeps of a linear's weight, by name. emulated: GEMM operands are dequantized, and
-    weight gradients computed from FP32 copies of them.
+    weight gradients computed from FP32 copies of them. num_microbatches: per step.
     """
 
     tp: int = 1
@@ -43,6 +43,7 @@ class MemorySettings:
     keep_documents_apart: bool = False
     emulated: bool = False
     weight_copies: Mapping[str, float] = field(default_factory=dict)
+    num_microbatches: int = 1
 
     @property
     def tokens(self) -> int:
@@ -70,9 +71,19 @@ def stage_memory(
         "quantized weights": _weight_copies(config, stage, settings),
         "main gradients": float(parameters * FP32),
         "optimizer": 3.0 * FP32 * parameters / (settings.dp * settings.cp),
+        "buffers": _buffers(parameters, stage, settings, row_bytes * settings.compute_bytes),
         "activations": activations,
         "working set": max(working),
     }
+
+
+def _buffers(parameters: int, stage: StageRange, settings: MemorySettings, activation: float) -> float:
+    """What collectives receive: this rank's part of the summed gradients; and torch's pipeline stages, which keep one
+    buffer per microbatch for every activation and gradient that arrives."""
+    replicas = settings.dp * settings.cp
+    sums = FP32 * parameters / replicas if replicas > 1 else 0.0
+    arriving = (not stage.has_embedding) + (not stage.has_head)
+    return sums + settings.num_microbatches * arriving * activation
 
 
 def rank_memory(

@@ -68,6 +68,12 @@ class GradBuffer:
             self._missing[index] = sum(self._expected[index]) if self._expected else 0
         self._send_full()
 
+    def spoil(self) -> None:
+        """Make the sums NaN on every rank, also if the first bucket has been sent already."""
+        self.flats[0].fill_(float("nan"))
+        if self._pending:
+            self._late.add(0)
+
     def finish(self) -> None:
         """Complete all sums: afterwards every rank's own part of each bucket is the sum over all ranks."""
         for absorb in self._absorbers:  # what reached `.grad` without autograd's hook, as pipeline engines do

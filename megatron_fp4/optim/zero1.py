@@ -102,6 +102,10 @@ class Zero1AdamW:
         """
         self._grads.arm()
 
+    def spoil_grads(self) -> None:
+        """Make this step's gradients not finite, so that every rank skips it; before `finish_grads`."""
+        self._grads.spoil()
+
     def finish_grads(self) -> None:
         """Complete the sums over all ranks. Collective over tp, tied stages and dp x cp."""
         assert not self._finished, "finish_grads was called twice in one step"

@@ -198,9 +198,10 @@ def quantized_linear(
 ) -> Tensor:
     """y `[T, N]` = x `[T, K]` w`[N, K]`^T, forward and backward in the given precision.
 
-    x: BF16, or FP32 (given as FP64 to have the sums in FP64), T and K local. weight: parameter, BF16 or FP32. rows: int64 `[T]` address of each
-    token in the global batch. The gradient of the weight is FP32: it is added to `weight.main_grad` if that exists (and
-    `weight.grad_ready()` is called), otherwise returned in the weight's dtype as `.grad`. cache: one per weight.
+    x: BF16, or FP32 (given as FP64 to have the sums in FP64), T and K local. weight: parameter, BF16 or FP32. rows:
+    int64 `[T]` address of each token in the global batch. The gradient of the weight is added to `weight.main_grad`
+    in that tensor's type (FP32, FP64) if it exists, and `weight.grad_ready()` is called; otherwise it is returned in
+    the weight's dtype as `.grad`. cache: one per weight.
     Raises ValueError where shapes do not fit the tiles, NonFiniteError for NaN or Inf.
     """
     call = _Call(rows, site, precision, backend, cache, queue, clock, clock.seed, clock.step, clock.weights_version)

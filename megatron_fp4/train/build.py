@@ -25,13 +25,13 @@ from megatron_fp4.models.partition import split_stages
 from megatron_fp4.optim import Zero1AdamW, check_schedule
 from megatron_fp4.optim.lr import decay_tokens
 from megatron_fp4.pipeline.schedules import check_pipeline
-from megatron_fp4.precision.backends import Backend
+from megatron_fp4.precision.backends import Backend, NonFiniteWatch
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.config import NonFinite, RunConfig
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.resume import find_resume, settle_differences
 from megatron_fp4.train.step import Engine
@@ -65,6 +65,7 @@ class Run:
     evaluations: list[EvalLoader]
     resumed: dict[str, Any] | None
     """Small state of the checkpoint that this run continues from, or None."""
+    watch: NonFiniteWatch | None
     changes: str
     """Table of the settings that differ from that checkpoint's."""
 
@@ -90,12 +91,12 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     return Prepared(config, linears, plan, dp, tokenizer)
 
 
-def make_backend(config: PrecisionConfig) -> Backend:
-    """The backend that `precision.backend` names."""
+def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> Backend:
+    """The backend that `precision.backend` names. watch: records NaN and Inf instead of raising."""
     if config.backend is BackendName.reference:
-        return ReferenceBackend()
+        return ReferenceBackend(watch)
     if config.backend is BackendName.emulated:
-        return EmulatedBackend(compile=config.compile)
+        return EmulatedBackend(config.compile, watch)
     raise ValueError("precision.backend = transformer_engine is not available in this version; use emulated")
 
 
@@ -125,11 +126,15 @@ def build(prepared: Prepared, process: Process) -> Run:
     """Make the run on this rank. Collective: every rank calls it."""
     config = prepared.config
     mesh = build_mesh(config.parallel, process.world)
-    store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", process.world, config.checkpoint)
+    run_dir = Path(config.train.run_dir)
+    if mesh.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint)
     resumed = find_resume(config.train.resume, store)
     changes = settle_differences(resumed["config"], plain(config), config.train.resume_allow) if resumed else ""
     loader, evaluations = open_data(prepared, mesh.dp.rank, resumed["data"] if resumed else None)
-    backend = make_backend(config.precision)
+    watch = NonFiniteWatch() if config.train.nonfinite is NonFinite.skip else None
+    backend = make_backend(config.precision, watch)
     trainable = build_trainable(config, prepared.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
     if resumed:
@@ -148,5 +153,6 @@ def build(prepared: Prepared, process: Process) -> Run:
         loader=loader,
         evaluations=evaluations,
         resumed=resumed,
+        watch=watch,
         changes=changes,
     )

@@ -22,6 +22,13 @@ class Resume(Enum):
     required = "required"  # refuse to start from scratch
 
 
+class NonFinite(Enum):
+    """What a NaN or Inf in a quantized tensor leads to. (One in a gradient always skips the step.)"""
+
+    skip = "skip"  # the step is skipped on all ranks, no state changes, the tensors are named
+    stop = "stop"  # the run ends with the name of the first one
+
+
 class WandbMode(Enum):
     disabled = "disabled"
     offline = "offline"
@@ -52,6 +59,7 @@ class TrainConfig:
     eval_interval_steps: int = 0
     save_interval_steps: int = 0
     statistics_interval_steps: int = 0
+    nonfinite: NonFinite = NonFinite.skip
     max_skipped_steps: int = 10
     """Abort after so many steps in a row whose gradients were not finite."""
 

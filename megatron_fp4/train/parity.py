@@ -133,7 +133,9 @@ def _live(trainable: Trainable) -> list[Box]:
 
 
 def _grads(trainable: Trainable) -> list[Box]:
-    """The summed gradients of the rows that this rank owns (elsewhere `main_grad` holds partial sums)."""
+    """The summed gradients of the rows that this rank owns, as the optimizer reads them: rounded to FP32. (Elsewhere
+    `main_grad` holds partial sums.)
+    """
     places = {
         part.name: (parameter, part)
         for stage in trainable.engine.stages
@@ -145,5 +147,5 @@ def _grads(trainable: Trainable) -> list[Box]:
         parameter, part = places[shard.name]
         first = part.start + shard.offset[0] - part.global_offset[0]
         rows = parameter.main_grad[first : first + shard.tensors["master"].shape[0]]  # type: ignore[attr-defined]
-        boxes.append(Box(shard.name, shard.global_shape, shard.offset, rows.clone()))
+        boxes.append(Box(shard.name, shard.global_shape, shard.offset, rows.to(torch.float32, copy=True)))
     return boxes

@@ -17,12 +17,13 @@ import torch
 
 import megatron_fp4
 from megatron_fp4.checkpoint import SaveReport
-from megatron_fp4.comm.collectives import all_reduce_sum
+from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ledger import LedgerWriter, step_hash
 from megatron_fp4.data.prefetch import Prefetcher
 from megatron_fp4.optim import StepReport, learning_rate
 from megatron_fp4.precision import table as precision_table
+from megatron_fp4.precision.backends import NonFiniteEvent
 from megatron_fp4.train.build import Run
 from megatron_fp4.train.console import Console
 from megatron_fp4.train.evaluate import assign, evaluate
@@ -49,7 +50,7 @@ class Progress:
 class Trainer:
     """Drives a `Run` to its last step or to a requested stop. metrics: sinks of the main rank (none elsewhere).
 
-    The run directory must exist on the main rank, which writes the data ledger there.
+    The main rank writes the data ledger in the run directory.
     """
 
     def __init__(self, run: Run, metrics: Metrics, console: Console, stop: StopRequest, wandb_id: str) -> None:
@@ -107,6 +108,9 @@ class Trainer:
         run.optimizer.zero_grad()
         microbatches = inputs.split(config.train.micro_batch)
         loss = run.engine.train(microbatches, 1.0 / self._num_targets(batch), run.optimizer.begin_last_microbatch)
+        events = run.watch.take() if run.watch else []
+        if events:
+            run.optimizer.spoil_grads()
         run.optimizer.finish_grads()
         tokens = (self.progress.consumed_samples + config.train.global_batch) * config.data.seq_length
         lr = learning_rate(config.optim, tokens, config.run_tokens)
@@ -119,7 +123,7 @@ class Trainer:
         self.progress.consumed_samples += config.train.global_batch
         if self._ledger:
             self._ledger.add(self.progress.step, first_sample, config.train.global_batch, agreed.tokens_hash)
-        self._count_skips(report)
+        self._count_skips(report, events, batch)
         self._log(agreed.loss, report, time.perf_counter() - began + data_wait_seconds, data_wait_seconds)
         return agreed.stop
 
@@ -143,12 +147,15 @@ class Trainer:
             assign(stage, plan.table(phase))
         self._phase = phase
 
-    def _count_skips(self, report: StepReport) -> None:
+    def _count_skips(self, report: StepReport, events: list[NonFiniteEvent], batch: Batch) -> None:
+        """Count skipped steps in a row and say what was not finite. All ranks come to the same count."""
         self.progress.skipped = self.progress.skipped + 1 if report.skipped else 0
-        if report.skipped:
-            self.console.say(
-                f"step {self.progress.step}: update skipped, gradients not finite in {', '.join(report.nonfinite)}"
-            )
+        if not report.skipped:
+            return
+        mine = [f"{event}, samples {batch.sample_ids.tolist()}" for event in events]
+        met = [text for texts in all_gather_object(mine, self.run.mesh.world) for text in texts]
+        what = "; ".join(met) if met else "gradients of " + ", ".join(report.nonfinite)
+        self.console.say(f"step {self.progress.step}: update skipped on all ranks, NaN or Inf in {what}")
         if self.progress.skipped >= self.config.train.max_skipped_steps:
             raise TrainingDiverged(
                 f"{self.progress.skipped} steps in a row had gradients that were not finite, up to step"

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_fp4.comm.bootstrap import Launch, start_process, stop_process
-from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh, build_mesh
 
 
 def free_port() -> int:
@@ -67,11 +68,11 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     return [results[rank] for rank in range(world_size)]
 
 
+def world_group(rank: int, world_size: int) -> Group:
+    """Inside a rank function: the group of all ranks."""
+    return Group("world", tuple(range(world_size)), rank, dist.group.WORLD if world_size > 1 else None)
+
+
 def mesh_for(rank: int, world_size: int, **sizes: int) -> ParallelMesh:
     """Inside a rank function: the mesh of the given sizes."""
-    import torch.distributed as dist
-
-    from megatron_fp4.comm.mesh import Group
-
-    world = Group("world", tuple(range(world_size)), rank, dist.group.WORLD if world_size > 1 else None)
-    return build_mesh(ParallelConfig(**sizes), world)
+    return build_mesh(ParallelConfig(**sizes), world_group(rank, world_size))

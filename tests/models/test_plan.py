@@ -114,6 +114,9 @@ def test_memory_shrinks_with_the_layout() -> None:
     recomputed = stage_memory(config, whole_model(config), replace(base, recompute=True), 1.0)
     assert recomputed["activations"] < 0.2 * whole["activations"]
     stages = split_stages(config, 4)
+    assert stage_memory(config, whole_model(config), base, 1.0)["buffers"] == 0.0
+    middle = stage_memory(config, stages[1], replace(base, num_microbatches=8), 1.0)
+    assert middle["buffers"] == 8 * 2 * 8192 * 5120 * 2  # activations from one side, gradients from the other
     loop = rank_memory(config, [stages[0], stages[2]], base, 1.0)
     assert loop["weights"] == sum(stage_memory(config, stages[i], base, 1.0)["weights"] for i in (0, 2))
 

@@ -38,6 +38,46 @@ class NonFiniteError(FloatingPointError):
         self.operand = source.operand
 
 
+@dataclass(frozen=True)
+class NonFiniteEvent:
+    """A NaN or Inf that was met. rank: a rank of the group that held the tensor."""
+
+    name: str
+    operand: str
+    step: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.operand}, rank {self.rank})"
+
+
+class NonFiniteWatch:
+    """Records NaN and Inf instead of raising, for a trainer that skips the step on all ranks.
+
+    Nothing is read back from the device until `take`, once per step.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Source, Tensor]] = []
+
+    def see(self, source: Source, largest: Tensor) -> None:
+        """largest: max |x| over all copies, a scalar; NaN or Inf if any element is."""
+        self._seen.append((source, largest))
+
+    def take(self) -> list[NonFiniteEvent]:
+        """Every event since the last call, in order, one per linear and operand."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return []
+        finite = torch.isfinite(torch.stack([largest for _, largest in seen])).tolist()
+        events = [
+            NonFiniteEvent(source.name, source.operand, source.step, source.group.ranks[source.group.rank])
+            for (source, _), good in zip(seen, finite, strict=True)
+            if not good
+        ]
+        return list(dict.fromkeys(events))
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """A tensor `[R, C]` on its way to a GEMM, and its place in the logical tensor.
@@ -85,7 +125,8 @@ class Backend(Protocol):
     def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
         """All asked copies of `x [R, C]`, with one reduction of their amaxes over the source's group.
 
-        Raises ValueError if a dimension is not a multiple of the tile, NonFiniteError for NaN or Inf.
+        Raises ValueError if a dimension is not a multiple of the tile, NonFiniteError for NaN or Inf (unless a
+        `NonFiniteWatch` was given to the backend; the results are then meaningless and the step must be discarded).
         """
 
     def matmul(
@@ -135,8 +176,10 @@ def scale_bound(operand: Operand) -> float:
     return 416.0 if operand.rounding is Rounding.sr_headroom else 448.0  # 416 * 17/16 still rounds to 448
 
 
-def reduce_and_check(local: list[Tensor], source: Source, copies: Sequence[Copy]) -> list[Tensor]:
-    """The amax of each copy over its scope, with one collective for all of them; refuses NaN and Inf.
+def reduce_and_check(
+    local: list[Tensor], source: Source, copies: Sequence[Copy], watch: NonFiniteWatch | None
+) -> list[Tensor]:
+    """The amax of each copy over its scope, with one collective for all of them; NaN and Inf go to `watch`, or raise.
 
     local: FP32 amaxes of this rank, scalars (or one per row for amax_scope=row, which is never reduced). The check
     comes after the collective, so that no rank waits for one that has raised.
@@ -148,7 +191,9 @@ def reduce_and_check(local: list[Tensor], source: Source, copies: Sequence[Copy]
         for position, i in enumerate(shared):
             result[i] = reduced[position]
     if local:
-        largest = torch.stack([amax.amax() for amax in (*local, *result)]).amax().item()  # NaN propagates
-        if not largest < float("inf"):
-            raise NonFiniteError(source, largest)
+        largest = torch.stack([amax.amax() for amax in (*local, *result)]).amax()  # NaN propagates
+        if watch is not None:
+            watch.see(source, largest)
+        elif not largest.item() < float("inf"):
+            raise NonFiniteError(source, largest.item())
     return result

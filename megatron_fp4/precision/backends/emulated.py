@@ -20,6 +20,7 @@ from megatron_fp4.numerics import fused
 from megatron_fp4.numerics.random import column_words, row_words
 from megatron_fp4.precision.backends import (
     Copy,
+    NonFiniteWatch,
     Prepared,
     Source,
     check_shape,
@@ -55,8 +56,9 @@ class EmulatedBackend:
     compile: fuse the passes with torch.compile (needs a C++ compiler on CPUs); results are equal, bit for bit.
     """
 
-    def __init__(self, compile: bool = False) -> None:
+    def __init__(self, compile: bool = False, watch: NonFiniteWatch | None = None) -> None:
         self.kernels = fused.Kernels(compile)
+        self._watch = watch
 
     def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
         """See `Backend.quantize`. A deferred copy keeps (x, amax); the others hold values of x's shape and dtype."""
@@ -64,7 +66,7 @@ class EmulatedBackend:
             check_shape(x, source, copy)
         scaled = [copy for copy in copies if copy.operand.quantized]
         measured = [self._measure(x, source, copy) for copy in scaled]
-        amaxes = reduce_and_check([amax for amax, _ in measured], source, scaled)
+        amaxes = reduce_and_check([amax for amax, _ in measured], source, scaled, self._watch)
         found = {copy: (amax, kept) for copy, amax, (_, kept) in zip(scaled, amaxes, measured, strict=True)}
         made: dict[Operand, Tensor] = {}
         prepared = []

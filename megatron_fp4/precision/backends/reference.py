@@ -17,6 +17,7 @@ from megatron_fp4.numerics.hadamard import hadamard
 from megatron_fp4.numerics.random import random_bits
 from megatron_fp4.precision.backends import (
     Copy,
+    NonFiniteWatch,
     Prepared,
     Source,
     check_shape,
@@ -39,6 +40,9 @@ class _Meaning:
 class ReferenceBackend:
     """See `Backend`; on any device."""
 
+    def __init__(self, watch: NonFiniteWatch | None = None) -> None:
+        self._watch = watch
+
     def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
         """See `Backend.quantize`. Every copy holds packed codes, scales and amax, transposed where it must be."""
         for copy in copies:
@@ -46,7 +50,7 @@ class ReferenceBackend:
         scaled = [copy for copy in copies if copy.operand.quantized]
         oriented = {id(copy): _oriented(x, source, copy) for copy in copies}
         local = [_amax(oriented[id(copy)], copy.operand) for copy in scaled]
-        amaxes = dict(zip(map(id, scaled), reduce_and_check(local, source, scaled), strict=True))
+        amaxes = dict(zip(map(id, scaled), reduce_and_check(local, source, scaled, self._watch), strict=True))
         return tuple(_prepare(oriented[id(copy)], amaxes.get(id(copy)), source, copy) for copy in copies)
 
     def matmul(
