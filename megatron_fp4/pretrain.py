@@ -113,7 +113,7 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
     config = run.config
     console.say(to_yaml(tree))
     console.say(describe(config.parallel, run.mesh.world.size))
-    table = precision_table.describe(prepared.plan.table())
+    table = prepared.plan.describe()
     console.say(table)
     accumulation = config.train.gradient_accumulation(prepared.dp)
     console.say(
@@ -124,6 +124,12 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
         console.say(f"resuming after step {run.resumed['step']} of {config.train.run_dir}")
     if run.changes:
         console.say(f"settings that differ from the checkpoint's:\n{run.changes}")
+    if run.resumed:
+        consumed_tokens = run.resumed["consumed_samples"] * config.data.seq_length
+        now = prepared.plan.table(prepared.plan.phase_at(consumed_tokens))
+        changes = precision_table.format_difference(run.resumed["precision"], now)
+        if changes:
+            console.say("precision differs from the checkpoint's:\n" + "\n".join(changes))
     if run.mesh.is_main:
         run_dir = Path(config.train.run_dir)
         (run_dir / "config.yaml").write_text(to_yaml(tree))

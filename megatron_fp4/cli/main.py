@@ -14,6 +14,7 @@ COMMANDS = {
     "pretrain": ("megatron_fp4.pretrain", "train a model (under torchrun or srun for several ranks)"),
     "data": ("data_tools.cli", "text to shards, and what is in them (tokenize, inspect, verify, blend, ledger, ...)"),
     "report": ("megatron_fp4.cli.report", "loss curves and held-out losses of runs; bit-for-bit comparison"),
+    "plan": ("megatron_fp4.cli.plan", "parameters, memory, time and traffic of a run, without a GPU"),
     "verify-parallel": ("megatron_fp4.cli.verify_parallel", "prove that a layout computes the numbers of one process"),
     "generate": ("megatron_fp4.cli.generate", "continue a text with a trained checkpoint"),
 }

@@ -19,13 +19,13 @@ from typing import Any
 
 from megatron_fp4.cli.alignment import alignment_warnings
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
-from megatron_fp4.cli.gpus import GPUS, Gpu
 from megatron_fp4.cli.pipeline_cost import BUBBLES, PipelineShape, imbalance
 from megatron_fp4.cli.plan_cost import flops_section, time_section
 from megatron_fp4.cli.plan_text import render
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import Flops, by_kind, count_flops, model_parameters, quantized_parameters
 from megatron_fp4.models.decoder import Recompute, StageRange
+from megatron_fp4.models.gpus import GPUS, Gpu
 from megatron_fp4.models.memory import MemorySettings, rank_memory
 from megatron_fp4.models.partition import block_costs, split_stages
 from megatron_fp4.models.traffic import bytes_sent

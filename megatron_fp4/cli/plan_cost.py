@@ -1,4 +1,4 @@
-"""FLOPs of a run by the rate at which they execute, and the time that follows.
+"""The time of a run from its FLOPs by the rate at which they execute.
 
 One idea: time is FLOPs over peak rates, once at the peak (a bound) and once at an assumed part of it. Everything that
 is not a quantized GEMM runs at the BF16 rate, which by Amdahl's law limits what FP4 can gain.
@@ -9,26 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_fp4.cli.gpus import Gpu
 from megatron_fp4.models.count import Flops
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.models.gpus import Gpu
+from megatron_fp4.models.rates import RATES, flops_by_rate, rate_of
 from megatron_fp4.precision.table import PrecisionTable, gemm_formats
 from megatron_fp4.train.build import Prepared
 from megatron_fp4.train.config import RunConfig
-
-RATES = ("bf16", "fp8", "fp4")
-"""Slowest first."""
-RATE_OF = {"bf16": "bf16", "nvfp4": "fp4", "mxfp4": "fp4", "mxfp8": "fp8", "fp8_block": "fp8"}
-
-
-def flops_by_rate(flops: Flops, table: PrecisionTable) -> dict[str, float]:
-    """Training FLOPs per token by hardware rate; a GEMM of mixed operands runs at the slower one's."""
-    found = dict.fromkeys(RATES, 0.0)
-    found["bf16"] = 3.0 * (flops.attention + flops.scan)
-    for row in table.rows:
-        for text in gemm_formats(row.precision):
-            found[_rate(text)] += flops.linears[row.name]
-    return found
 
 
 def _computed_again(flops: Flops, table: PrecisionTable, recompute: Recompute) -> dict[str, float]:
@@ -39,12 +26,8 @@ def _computed_again(flops: Flops, table: PrecisionTable, recompute: Recompute) -
         found["bf16"] += flops.attention + flops.scan
         for row in table.rows:
             if row.name != "head":
-                found[_rate(gemm_formats(row.precision)[0])] += flops.linears[row.name]
+                found[rate_of(gemm_formats(row.precision)[0])] += flops.linears[row.name]
     return found
-
-
-def _rate(text: str) -> str:
-    return min((RATE_OF[part] for part in text.split("/")), key=RATES.index)
 
 
 def _seconds(by_rate: Mapping[str, float], gpu: Gpu) -> float:

@@ -38,7 +38,10 @@ def make_mixer(kind: str, name: str, config: ModelConfig, wiring: Wiring, *, kee
         )
     if kind == "mlp":
         return MLP(name, config.hidden, config.ffn_hidden, config.activation, wiring, std=std, out_std=out_std)
-    return Mamba2(name, config, wiring, keep_documents_apart=keep_documents_apart, std=std, out_std=out_std)
+    kernel = config.mamba_kernel
+    return Mamba2(
+        name, config, wiring, keep_documents_apart=keep_documents_apart, std=std, out_std=out_std, kernel=kernel
+    )
 
 
 class Block(nn.Module):

@@ -11,6 +11,7 @@ annotations.)
 
 from dataclasses import dataclass
 
+from megatron_fp4.layers.mamba_kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
 
 BLOCK_LETTERS = "TM*-"
@@ -45,6 +46,8 @@ class ModelConfig:
     mamba_state: int = 128
     mamba_conv: int = 4
     mamba_chunk: int = 128
+    mamba_kernel: MambaKernel = MambaKernel.torch
+    """mamba_ssm: the CUDA kernels of mamba-ssm and causal-conv1d, if installed. Projections never enter them."""
 
     def __post_init__(self) -> None:
         if self.pattern:

@@ -10,13 +10,14 @@ This file knows linears by name, block number and shape only; it never sees a mo
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_fp4.precision.config import GEMMS, PrecisionConfig, Switch
 from megatron_fp4.precision.spec import Gemm, LinearPrecision
-from megatron_fp4.precision.table import PrecisionTable, Row
+from megatron_fp4.precision.table import PrecisionTable, Row, describe, difference
 
 
 class Linear(Protocol):
@@ -139,6 +140,13 @@ class PrecisionPlan:
         recipe = self.config.recipe(self.config.evaluation)
         names = (self.config.evaluation,) * 3
         return PrecisionTable(tuple(Row(row.name, recipe, names, "evaluation") for row in self.table(phase).rows))
+
+    def describe(self) -> str:
+        """The table at the start, and what changes at each switch."""
+        text = describe(self.table())
+        for (_, before), (start, after) in itertools.pairwise(self.phases):
+            text += "\n" + "\n".join([f"from {start:,} consumed tokens on:", *difference(before, after)])
+        return text
 
     def check_shapes(self, linears: Sequence[Linear], *, tp: int, tokens: int) -> None:
         """Raises ValueError, before anything is built, for a local shape that a quantized GEMM cannot take.

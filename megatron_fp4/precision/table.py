@@ -7,7 +7,7 @@ decides nothing (see plan.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fp4.precision.spec import Format, Gemm, LinearPrecision
@@ -88,15 +88,22 @@ def _grouped(table: PrecisionTable) -> list[tuple[str, Row]]:
     groups: dict[tuple[str, LinearPrecision, str], list[int | None]] = {}
     first: dict[tuple[str, LinearPrecision, str], Row] = {}
     for row in table.rows:
-        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", row.name)
-        key = (match[2] if match else row.name, row.precision, row.reason)
-        groups.setdefault(key, []).append(int(match[1]) if match else None)
+        block, suffix = _split_name(row.name)
+        key = (suffix, row.precision, row.reason)
+        groups.setdefault(key, []).append(block)
         first.setdefault(key, row)
-    found = []
-    for key, blocks in groups.items():
-        numbers = [block for block in blocks if block is not None]
-        found.append((f"blocks.{_ranges(numbers)}.{key[0]}" if numbers else key[0], first[key]))
-    return found
+    return [(_group_name(key[0], blocks), first[key]) for key, blocks in groups.items()]
+
+
+def _split_name(name: str) -> tuple[int | None, str]:
+    """`blocks.3.mlp.up` -> (3, "mlp.up"); a name outside the blocks -> (None, name)."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def _group_name(suffix: str, blocks: Sequence[int | None]) -> str:
+    numbers = [block for block in blocks if block is not None]
+    return f"blocks.{_ranges(numbers)}.{suffix}" if numbers else suffix
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -112,10 +119,32 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def difference(old: PrecisionTable, new: PrecisionTable) -> list[str]:
-    """One line per linear whose GEMM formats differ; for switches and resumes."""
-    before, after = old.formats(), new.formats()
-    return [
-        f"{name}: {' '.join(before.get(name, ('absent',)))} -> {' '.join(formats)}"
-        for name, formats in after.items()
-        if before.get(name) != formats
-    ]
+    """One line per group of linears whose precision differs; recipes where the formats alone do not show it."""
+    changes = []
+    for before, after in zip(old.rows, new.rows, strict=True):
+        assert before.name == after.name, "tables of two models"
+        if before.precision == after.precision:
+            continue
+        formats = [gemm_formats(row.precision) for row in (before, after)]
+        left, right = (row.recipes for row in (before, after)) if formats[0] == formats[1] else formats
+        changes.append((after.name, f"{' '.join(left)} -> {' '.join(right)}"))
+    return _joined(changes)
+
+
+def format_difference(stored: Mapping[str, Sequence[str]], table: PrecisionTable) -> list[str]:
+    """The same for the formats stored with a checkpoint (`PrecisionTable.formats`)."""
+    changes = []
+    for name, formats in table.formats().items():
+        before = tuple(stored.get(name, ("absent",)))
+        if before != formats:
+            changes.append((name, f"{' '.join(before)} -> {' '.join(formats)}"))
+    return _joined(changes)
+
+
+def _joined(changes: Sequence[tuple[str, str]]) -> list[str]:
+    """`blocks.{2-5}.mlp.up: nvfp4 nvfp4 nvfp4 -> bf16 nvfp4 nvfp4`: blocks that change alike on one line."""
+    groups: dict[tuple[str, str], list[int | None]] = {}
+    for name, change in changes:
+        block, suffix = _split_name(name)
+        groups.setdefault((suffix, change), []).append(block)
+    return [f"{_group_name(suffix, blocks)}: {change}" for (suffix, change), blocks in groups.items()]

@@ -28,10 +28,12 @@ from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.backends import Backend, NonFiniteWatch
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
+from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import NonFinite, RunConfig
+from megatron_fp4.train.observe import Observers
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.resume import find_resume, settle_differences
 from megatron_fp4.train.step import Engine
@@ -66,6 +68,7 @@ class Run:
     resumed: dict[str, Any] | None
     """Small state of the checkpoint that this run continues from, or None."""
     watch: NonFiniteWatch | None
+    observers: Observers
     changes: str
     """Table of the settings that differ from that checkpoint's."""
 
@@ -73,6 +76,7 @@ class Run:
 def prepare(config: RunConfig, world_size: int) -> Prepared:
     """Check the whole configuration in one process. Raises ValueError (or FileNotFoundError) with the remedy."""
     dp = config.parallel.resolve_dp(world_size)
+    config.check_timeouts(world_size)
     num_stages = check_pipeline(config.parallel, config.train.gradient_accumulation(dp))
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     if config.model.vocab_size == 0:
@@ -88,6 +92,11 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     decay_start = total - decay_tokens(config.optim, total)
     plan = PrecisionPlan(config.precision, linears, total_tokens=total, decay_start=decay_start)
     plan.check_shapes(linears, tp=config.parallel.tp, tokens=tokens)
+    if config.train.statistics_interval_steps and not any(table.num_quantized_gemms for _, table in plan.phases):
+        raise ValueError(
+            f"train.statistics_interval_steps = {config.train.statistics_interval_steps} would have no effect: the"
+            " precision rules quantize no GEMM; set it to 0"
+        )
     return Prepared(config, linears, plan, dp, tokenizer)
 
 
@@ -97,7 +106,7 @@ def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -
         return ReferenceBackend(watch)
     if config.backend is BackendName.emulated:
         return EmulatedBackend(config.compile, watch)
-    raise ValueError("precision.backend = transformer_engine is not available in this version; use emulated")
+    return TransformerEngineBackend(config, watch)
 
 
 def open_data(prepared: Prepared, dp_rank: int, state: dict[str, Any] | None = None) -> tuple[Loader, list[EvalLoader]]:
@@ -134,8 +143,8 @@ def build(prepared: Prepared, process: Process) -> Run:
     changes = settle_differences(resumed["config"], plain(config), config.train.resume_allow) if resumed else ""
     loader, evaluations = open_data(prepared, mesh.dp.rank, resumed["data"] if resumed else None)
     watch = NonFiniteWatch() if config.train.nonfinite is NonFinite.skip else None
-    backend = make_backend(config.precision, watch)
-    trainable = build_trainable(config, prepared.plan.table(), backend, mesh, process.device)
+    observers = Observers(config.train, make_backend(config.precision, watch), mesh)
+    trainable = build_trainable(config, prepared.plan.table(), observers.backend, mesh, process.device)
     optimizer = trainable.optimizer
     if resumed:
         store.load(resumed["step"], optimizer.state_shards())
@@ -154,5 +163,6 @@ def build(prepared: Prepared, process: Process) -> Run:
         evaluations=evaluations,
         resumed=resumed,
         watch=watch,
+        observers=observers,
         changes=changes,
     )

@@ -36,11 +36,51 @@ class WandbMode(Enum):
 
 
 @dataclass(frozen=True)
+class SpikeConfig:
+    """What a loss far above the running mean leads to: a ladder, off by default (train/spikes.py).
+
+    ratio: a loss above ratio * mean is a spike; z_score: one more than so many standard deviations above the mean (0 =
+    rule off, each). window_steps: of the running mean. min_steps: no judgement before so many losses are known.
+    max_skips: so many spikes in a row only skip their batch; the next one rolls back to a checkpoint and skips the
+    samples since. max_rollbacks: then the run ends; counted until the loss was good for window_steps in a row.
+    """
+
+    ratio: float = 0.0
+    z_score: float = 0.0
+    window_steps: int = 128
+    min_steps: int = 64
+    max_skips: int = 1
+    max_rollbacks: int = 2
+
+    def __post_init__(self) -> None:
+        if self.ratio and self.ratio <= 1.0:
+            raise ValueError(f"train.spikes.ratio = {self.ratio}, must be above 1, or 0 (off)")
+        if self.z_score < 0:
+            raise ValueError(f"train.spikes.z_score = {self.z_score}, must be positive, or 0 (off)")
+        if not 2 <= self.min_steps <= self.window_steps:
+            raise ValueError(
+                f"train.spikes.min_steps = {self.min_steps} must be at least 2 and at most train.spikes.window_steps ="
+                f" {self.window_steps}"
+            )
+        if self.max_skips < 0 or self.max_rollbacks < 0:
+            raise ValueError(
+                f"train.spikes.max_skips = {self.max_skips} and train.spikes.max_rollbacks = {self.max_rollbacks} must"
+                " not be negative"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.ratio or self.z_score)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """run_dir: where checkpoints, metrics and the resolved configuration go. micro_batch, global_batch: in sequences.
     total_tokens: length of the run, rounded down to whole steps (`RunConfig.run_tokens`).
     stop_after_steps: stop (and save) at that step without changing any schedule; 0 = run to the end.
     exit_after_seconds: save and exit for requeue after so much wall clock; 0 = never.
+    hang_timeout_seconds: a rank that is longer in one phase of a step ends the job (train/watchdog.py); above the
+    slowest phase, the first step with its compilation included; 0 = never.
     """
 
     run_dir: str = "runs/default"
@@ -55,13 +95,20 @@ class TrainConfig:
     """Globs of settings that may differ from the checkpoint's although its rule says ask, e.g. ["data.*"]."""
     stop_after_steps: int = 0
     exit_after_seconds: float = 0.0
+    hang_timeout_seconds: float = 480.0
     log_interval_steps: int = 10
     eval_interval_steps: int = 0
     save_interval_steps: int = 0
     statistics_interval_steps: int = 0
+    straggler_interval_steps: int = 100
+    """Every so many steps the slowest rank of each phase is logged (jobs of several ranks); 0 = never."""
+    """Measure quantization errors (SNR, underflow, saturation) every so many steps; 0 = never."""
+    check_gemms: bool = False
+    """Debug: compare the executed GEMMs with the precision table in the first step of each precision phase."""
     nonfinite: NonFinite = NonFinite.skip
     max_skipped_steps: int = 10
     """Abort after so many steps in a row whose gradients were not finite."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.global_batch < 1:
@@ -132,3 +179,19 @@ class RunConfig:
         """The step at which this run stops."""
         stop = self.train.stop_after_steps
         return min(stop, self.total_steps) if stop else self.total_steps
+
+    def check_timeouts(self, world_size: int) -> None:
+        """What names a culprit must come before the process groups' own time-out, which names none. Raises ValueError."""
+        limit, hang, save = (
+            self.parallel.timeout_seconds,
+            self.train.hang_timeout_seconds,
+            self.checkpoint.timeout_seconds,
+        )
+        if hang < 0:
+            raise ValueError(f"train.hang_timeout_seconds = {hang:g}, must be positive, or 0 (off)")
+        for name, seconds in (("train.hang_timeout_seconds", hang), ("checkpoint.timeout_seconds", save)):
+            if world_size > 1 and seconds >= limit:
+                raise ValueError(
+                    f"{name} = {seconds:g} must be below parallel.timeout_seconds = {limit:g}: the other ranks wait in a"
+                    " collective meanwhile, whose time-out would end the job first; lower the one or raise the other"
+                )

@@ -6,7 +6,7 @@ one back. Weights are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -45,9 +45,14 @@ def evaluating(stages: list[nn.Module], table: PrecisionTable) -> Iterator[None]
 
 
 def evaluate(
-    engine: Engine, loader: EvalLoader, table: PrecisionTable, mesh: ParallelMesh, device: torch.device
+    engine: Engine,
+    loader: EvalLoader,
+    table: PrecisionTable,
+    mesh: ParallelMesh,
+    device: torch.device,
+    beat: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss in nats per target token over the whole set; the same number on every rank."""
+    """Mean loss in nats per target token over the whole set; the same number on every rank. beat: after each batch."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(list(engine.stages), table):
         for batch in loader:
@@ -56,5 +61,6 @@ def evaluate(
                 sums[0] += loss.double()
                 if mesh.cp.rank == 0:
                     sums[1] += batch.loss_mask.sum()
+            beat()
     total, count = all_reduce_sum(sums, mesh.world).tolist()
     return total / count

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from megatron_fp4.train.config import LoggingConfig, WandbMode
 
@@ -24,6 +24,9 @@ class Sink(Protocol):
     """A destination of numbers."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
+    def rewind(self, step: int) -> None:
+        """What was written for later steps is void, where the destination can forget."""
+
     def close(self) -> None: ...
 
 
@@ -34,11 +37,19 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= resume_step]
-        temporary = path.with_suffix(".tmp")
+        self._path = path
+        self._file = self._open(resume_step)
+
+    def _open(self, last_step: int) -> TextIO:
+        kept = [line for line in read_lines(self._path) if json.loads(line)["step"] <= last_step]
+        temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a", buffering=1)
+        os.replace(temporary, self._path)
+        return self._path.open("a", buffering=1)
+
+    def rewind(self, step: int) -> None:
+        self._file.close()
+        self._file = self._open(step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         plain = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
@@ -65,7 +76,12 @@ class TensorBoardSink:
     def __init__(self, run_dir: Path, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+        self._open: Callable[[int], Any] = lambda last: SummaryWriter(str(run_dir / "tensorboard"), purge_step=last + 1)
+        self._writer = self._open(resume_step)
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
@@ -96,6 +112,9 @@ class WandbSink:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log({"step": step, **values})
+
+    def rewind(self, step: int) -> None:
+        pass  # wandb forgets nothing; on the step axis the later record of a step is drawn over the earlier one
 
     def close(self) -> None:
         self._run.finish()
@@ -129,11 +148,18 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record the numbers of a step."""
+        self._each(lambda sink: sink.write(step, values))
+
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`: they are made again."""
+        self._each(lambda sink: sink.rewind(step))
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
         for sink in self._required:
-            sink.write(step, values)
+            act(sink)
         for name, sink in list(self._optional.items()):
             try:
-                sink.write(step, values)
+                act(sink)
             except Exception as error:
                 _warn(name, error)
                 del self._optional[name]

@@ -17,6 +17,8 @@ EXIT_OK = 0
 EXIT_CONFIG = 2
 EXIT_REQUEUE = 85
 """Stopped on request with the state saved: start the same command again."""
+EXIT_HUNG = 86
+"""A rank hung; the watchdog has named it. Nothing was saved since the last checkpoint."""
 
 
 class StopRequest:

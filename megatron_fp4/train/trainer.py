@@ -1,6 +1,6 @@
 """The training loop: it only sequences.
 
-    take the samples -> forward and backward -> sum gradients -> step -> agree -> log -> evaluate, save
+    take the samples -> forward and backward -> sum gradients -> agree -> step -> log -> evaluate, save
 
 One idea: everything that a step depends on (learning rate, precision, samples, noise) is a function of the number of
 consumed samples, so the state of the loop is two integers and a resume needs nothing else.
@@ -8,16 +8,12 @@ consumed samples, so the state of the loop is two integers and a resume needs no
 
 from __future__ import annotations
 
-import platform
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-import megatron_fp4
-from megatron_fp4.checkpoint import SaveReport
-from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
+from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ledger import LedgerWriter, step_hash
 from megatron_fp4.data.prefetch import Prefetcher
@@ -30,21 +26,18 @@ from megatron_fp4.train.evaluate import assign, evaluate
 from megatron_fp4.train.exchange import StepMessage, exchange
 from megatron_fp4.train.inputs import make_inputs
 from megatron_fp4.train.metrics import Metrics
-from megatron_fp4.train.plain import plain
+from megatron_fp4.train.norms import parameter_norm
+from megatron_fp4.train.phases import Phases
+from megatron_fp4.train.progress import Progress, TrainingDiverged, what_was_not_finite
+from megatron_fp4.train.saving import Saves, meta_of
 from megatron_fp4.train.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
+from megatron_fp4.train.spike_guard import SpikeGuard
+from megatron_fp4.train.spikes import RollBack
+from megatron_fp4.train.stragglers import describe, straggler_metrics
+from megatron_fp4.train.throughput import Throughput
+from megatron_fp4.train.watchdog import Watchdog
 
-
-class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had gradients that were not finite."""
-
-
-@dataclass
-class Progress:
-    """How far a run is. skipped: steps in a row whose update was skipped."""
-
-    step: int = 0
-    consumed_samples: int = 0
-    skipped: int = 0
+__all__ = ["Trainer", "TrainingDiverged"]
 
 
 class Trainer:
@@ -56,182 +49,189 @@ class Trainer:
     def __init__(self, run: Run, metrics: Metrics, console: Console, stop: StopRequest, wandb_id: str) -> None:
         self.run, self.metrics, self.console, self._stop, self._wandb_id = run, metrics, console, stop, wandb_id
         self.config = run.config
-        resumed = run.resumed
-        self.progress = (
-            Progress(resumed["step"], resumed["consumed_samples"], resumed["skipped"]) if resumed else Progress()
-        )
-        self._phase = -1
-        self._saved_step = self.progress.step if resumed else -1
-        self._ledger = (
-            LedgerWriter(
-                self.config.train.run_dir,
-                run.loader,
-                step=self.progress.step + 1,
-                first_sample=self.progress.consumed_samples,
-            )
-            if run.mesh.is_main
-            else None
-        )
+        self.progress = Progress.of(run.resumed) if run.resumed else Progress()
+        self.phases = Phases(run.device)
+        self._precision_phase = -1
+        self._saves = Saves(run, metrics, console)
+        self._guard = SpikeGuard(run, console)
+        self._throughput = Throughput(self.config, run.mesh.world.size, run.device)
+        self._ledger = self._open_ledger()
+
+    def _open_ledger(self) -> LedgerWriter | None:
+        """From the next step on; what an earlier attempt wrote about it is void."""
+        step, samples = self.progress.step + 1, self.progress.consumed_samples
+        if not self.run.mesh.is_main:
+            return None
+        return LedgerWriter(self.config.train.run_dir, self.run.loader, step=step, first_sample=samples)
 
     def fit(self) -> int:
         """Train; returns the exit code (0 done, EXIT_REQUEUE stopped on request with the state saved)."""
-        stop = False
-        self.console.start(self.progress.step, self.config.last_step)
-        with Prefetcher(self.run.loader, self._steps_to_come(), depth=self.config.data.prefetch_batches) as batches:
+        saving = {"save": self.config.checkpoint.timeout_seconds}
+        with Watchdog(self.phases, self.run.mesh.world, self.config.train.hang_timeout_seconds, saving):
+            self.console.say(self._throughput.describe())
+            stop = False
             while self.progress.step < self.config.last_step and not stop:
-                item = next(batches)
-                stop = self._step(item.batch, item.data_wait_seconds)
-                self._after_step()
-        self._save()
-        self._report_save(self.run.store.close())
+                try:
+                    stop = self._train()
+                except RollBack as request:
+                    self._roll_back(request)
+            self._save()
+            self._saves.close()
         if stop:
-            self.console.say(
-                f"stopped on request ({self._stop.reason or 'another rank'}) after step {self.progress.step}"
-            )
-            return EXIT_REQUEUE
-        return EXIT_OK
+            reason = self._stop.reason or "another rank"
+            self.console.say(f"stopped on request ({reason}) after step {self.progress.step}")
+        return EXIT_REQUEUE if stop else EXIT_OK
 
-    def _steps_to_come(self) -> list[tuple[int, int]]:
-        """(first sample, samples) of every step that is left."""
+    def _train(self) -> bool:
+        """Steps to the end, or until a rank asks to stop (then True)."""
         size, done = self.config.train.global_batch, self.progress
-        count = self.config.last_step - done.step
-        return [(done.consumed_samples + number * size, size) for number in range(count)]
+        self.console.start(done.step, self.config.last_step)
+        to_come = [(done.consumed_samples + n * size, size) for n in range(self.config.last_step - done.step)]
+        with Prefetcher(self.run.loader, to_come, depth=self.config.data.prefetch_batches) as batches:
+            for _ in to_come:
+                step = self.progress.step + 1
+                measured = self._compares_ranks(step)
+                self.phases.begin(step, exact=measured)
+                self.phases.enter("data")
+                stop = self._step(next(batches).batch)
+                if measured:
+                    self._report_stragglers()
+                self._after_step()
+                if stop:
+                    return True
+        return False
 
     # -- one step -------------------------------------------------------------------------------------------------
 
-    def _step(self, batch: Batch, data_wait_seconds: float) -> bool:
-        """One optimizer step; returns whether any rank asked to stop."""
-        run, config, began = self.run, self.config, time.perf_counter()
-        self._enter_phase()
+    def _step(self, batch: Batch) -> bool:
+        """One optimizer step; returns whether any rank asked to stop. Raises RollBack on all ranks."""
+        run, config, enter = self.run, self.config, self.phases.enter
+        enter("forward_backward")
+        self._enter_precision_phase()
         run.clock.step = self.progress.step
         inputs = make_inputs(batch, run.mesh.cp, run.device)
         run.optimizer.zero_grad()
         microbatches = inputs.split(config.train.micro_batch)
-        loss = run.engine.train(microbatches, 1.0 / self._num_targets(batch), run.optimizer.begin_last_microbatch)
+        scale, table = 1.0 / self._num_targets(batch), run.plan.table(self._precision_phase)
+        with run.observers.watching(self.progress.step + 1, table, run.engine.stages, len(microbatches)):
+            loss = run.engine.train(microbatches, scale, run.optimizer.begin_last_microbatch)
+        enter("reduce")
         events = run.watch.take() if run.watch else []
         if events:
             run.optimizer.spoil_grads()
         run.optimizer.finish_grads()
-        tokens = (self.progress.consumed_samples + config.train.global_batch) * config.data.seq_length
-        lr = learning_rate(config.optim, tokens, config.run_tokens)
-        report = run.optimizer.step(lr, config.optim.clip_norm)
+        enter("agree")
         counts = run.mesh.tp.rank == 0 and run.engine.reports_loss
         message = StepMessage(loss.item() if counts else 0.0, bool(self._stop.reason), step_hash(batch))
         agreed = exchange(message, run.mesh, run.device)
-        first_sample = self.progress.consumed_samples
+        enter("update")
+        report = self._update(agreed.loss)
+        enter("log")
+        if self._ledger:
+            done = self.progress
+            self._ledger.add(done.step + 1, done.consumed_samples, config.train.global_batch, agreed.tokens_hash)
         self.progress.step += 1
         self.progress.consumed_samples += config.train.global_batch
-        if self._ledger:
-            self._ledger.add(self.progress.step, first_sample, config.train.global_batch, agreed.tokens_hash)
-        self._count_skips(report, events, batch)
-        self._log(agreed.loss, report, time.perf_counter() - began + data_wait_seconds, data_wait_seconds)
+        self._count(report, events, batch)
+        self._log(agreed.loss, report)
         return agreed.stop
+
+    def _update(self, loss: float) -> StepReport:
+        """The optimizer step, unless the loss is a spike: then no state changes."""
+        optimizer, config = self.run.optimizer, self.config
+        tokens = (self.progress.consumed_samples + config.train.global_batch) * config.data.seq_length
+        lr = learning_rate(config.optim, tokens, config.run_tokens)
+        if not self._guard.passes(loss, self.progress):
+            return StepReport(lr, optimizer.grad_norm(), 0.0, skipped=True)
+        return optimizer.step(lr, config.optim.clip_norm)
 
     def _num_targets(self, batch: Batch) -> float:
         """Target tokens of the whole global batch."""
         count = batch.loss_mask.sum(dtype=torch.float64).view(1).to(self.run.device)
         return max(1.0, all_reduce_sum(count, self.run.mesh.dp).item())
 
-    def _enter_phase(self) -> None:
+    def _enter_precision_phase(self) -> None:
         """Assign the precision of this step; a change is logged as the difference of two tables."""
-        plan = self.run.plan
-        consumed_tokens = self.progress.consumed_samples * self.config.data.seq_length
-        phase = plan.phase_at(consumed_tokens)
-        if phase == self._phase:
+        plan, old = self.run.plan, self._precision_phase
+        phase = plan.phase_at(self.progress.consumed_samples * self.config.data.seq_length)
+        if phase == old:
             return
-        if self._phase >= 0:
-            changes = precision_table.difference(plan.table(self._phase), plan.table(phase))
-            self.console.say(f"step {self.progress.step + 1}: precision changes for {len(changes)} linears")
-            self.console.say("\n".join(changes))
+        if old >= 0:
+            changes = precision_table.difference(plan.table(old), plan.table(phase))
+            self.console.say("\n".join([f"step {self.progress.step + 1}: precision changes", *changes]))
         for stage in self.run.engine.stages:
             assign(stage, plan.table(phase))
-        self._phase = phase
+        self._precision_phase = phase
 
-    def _count_skips(self, report: StepReport, events: list[NonFiniteEvent], batch: Batch) -> None:
-        """Count skipped steps in a row and say what was not finite. All ranks come to the same count."""
-        self.progress.skipped = self.progress.skipped + 1 if report.skipped else 0
-        if not report.skipped:
-            return
-        mine = [f"{event}, samples {batch.sample_ids.tolist()}" for event in events]
-        met = [text for texts in all_gather_object(mine, self.run.mesh.world) for text in texts]
-        what = "; ".join(met) if met else "gradients of " + ", ".join(report.nonfinite)
-        self.console.say(f"step {self.progress.step}: update skipped on all ranks, NaN or Inf in {what}")
-        if self.progress.skipped >= self.config.train.max_skipped_steps:
-            raise TrainingDiverged(
-                f"{self.progress.skipped} steps in a row had gradients that were not finite, up to step"
-                f" {self.progress.step}; the last checkpoint is step {self._saved_step}"
-            )
+    def _count(self, report: StepReport, events: list[NonFiniteEvent], batch: Batch) -> None:
+        """Say what was not finite, and count. All ranks come to the same count."""
+        if report.nonfinite:
+            what = what_was_not_finite(report, events, batch, self.run.mesh.world)
+            self.console.say(f"step {self.progress.step}: update skipped on all ranks, NaN or Inf in {what}")
+        self.progress.count(report, self.config.train.max_skipped_steps)
 
     # -- between steps --------------------------------------------------------------------------------------------
 
     def _after_step(self) -> None:
         train, step = self.config.train, self.progress.step
+        self.run.observers.write_statistics(step, self.metrics)
         if train.eval_interval_steps and (step % train.eval_interval_steps == 0 or step == self.config.total_steps):
             self._evaluate()
         if train.save_interval_steps and step % train.save_interval_steps == 0:
             self._save()
-        for report in self.run.store.poll():
-            self._report_save(report)
+        self._saves.poll()
 
     def _evaluate(self) -> None:
         run = self.run
+        self.phases.enter("evaluate")
         for loader in run.evaluations:
             began = time.perf_counter()
-            table = run.plan.evaluation_table(self._phase)
-            loss = evaluate(run.engine, loader, table, run.mesh, run.device)
+            table = run.plan.evaluation_table(self._precision_phase)
+            loss = evaluate(run.engine, loader, table, run.mesh, run.device, self.phases.beat)
             self.metrics.write(self.progress.step, {f"eval/{loader.name}/loss": loss})
             seconds = time.perf_counter() - began
             self.console.say(f"step {self.progress.step}: {loader.name} loss {loss:.4f} ({seconds:.1f} s)")
 
-    def _log(self, loss: float, report: StepReport, seconds: float, data_wait_seconds: float) -> None:
+    def _compares_ranks(self, step: int) -> bool:
+        interval = self.config.train.straggler_interval_steps
+        return self.run.mesh.world.size > 1 and interval > 0 and step % interval == 0
+
+    def _report_stragglers(self) -> None:
+        found = straggler_metrics(self.phases, self.run.mesh.world, self.run.device)
+        self.metrics.write(self.progress.step, found)
+        self.console.say(f"step {self.progress.step}: {describe(found)}")
+
+    def _log(self, loss: float, report: StepReport) -> None:
+        config, run, seconds = self.config, self.run, self.phases.step_seconds()
         values = {
             "loss": loss,
             "grad_norm": report.grad_norm,
             "lr": report.lr,
             "skipped": float(report.skipped),
-            "consumed_tokens": float(self.progress.consumed_samples * self.config.data.seq_length),
-            "tokens_per_second": self.config.tokens_per_step / seconds,
+            "skipped_steps": float(self.progress.skipped_steps),
+            "consumed_tokens": float(self.progress.consumed_samples * config.data.seq_length),
+            "tokens_per_second": config.tokens_per_step / seconds,
             "step_seconds": seconds,
-            "data_wait_seconds": data_wait_seconds,
+            "data_wait_seconds": self.phases.seconds("data"),
+            **self._throughput.metrics(seconds, run.plan.table(self._precision_phase)),
         }
+        if self.progress.step % max(1, config.train.log_interval_steps) == 0:
+            values["param_norm"] = parameter_norm(run.optimizer, run.mesh.world, run.device)
         self.metrics.write(self.progress.step, values)
         self.console.step(self.progress.step, values)
 
     def _save(self) -> None:
-        """Save unless this step is saved already."""
-        if self._saved_step == self.progress.step:
-            return
-        tokens = self.progress.consumed_samples * self.config.data.seq_length
-        report = self.run.store.save(self.progress.step, self.run.optimizer.state_shards(), self._meta(), tokens=tokens)
-        self._saved_step = self.progress.step
-        self._report_save(report)
-
-    def _report_save(self, report: SaveReport | None) -> None:
-        if report is None:
-            return
-        text = f"checkpoint {report.step}: {report.status.name}"
-        if report.error:
-            text += f", {report.error}"
-        self.console.say(f"{text} (blocked {report.blocking_seconds:.2f} s, {report.seconds:.2f} s in all)")
+        self.phases.enter("save")
+        self._saves.save(self.progress, self._meta)
 
     def _meta(self) -> dict[str, Any]:
-        """All that a resume needs beside the tensors, as plain JSON values."""
-        return {
-            "consumed_samples": self.progress.consumed_samples,
-            "skipped": self.progress.skipped,
-            "optimizer_steps": self.run.optimizer.step_count,
-            "data": self.run.loader.state_dict(self.progress.consumed_samples),
-            "precision": {name: list(formats) for name, formats in self.run.plan.table(self._phase).formats().items()},
-            "config": plain(self.config),
-            "versions": versions(),
-            "wandb_id": self._wandb_id,
-        }
+        meta = meta_of(self.run, self.progress, self._precision_phase, self._wandb_id)
+        return {**meta, **self._guard.state_dict()}
 
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    return {
-        "megatron_fp4": megatron_fp4.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
+    def _roll_back(self, request: RollBack) -> None:
+        """Everything that counts steps goes back to the checkpoint's."""
+        self.phases.enter("save")
+        self.progress = self._guard.roll_back(request, self.progress)
+        self._saves.last_step, self._precision_phase = self.progress.step, -1
+        self.metrics.rewind(self.progress.step)
+        self._ledger = self._open_ledger()

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from megatron_fp4.cli.alignment import alignment_warnings
-from megatron_fp4.cli.gpus import GPUS
 from megatron_fp4.cli.pipeline_cost import BUBBLES, PipelineShape, imbalance
 from megatron_fp4.cli.plan import main, run_plan, weight_copy_bytes
-from megatron_fp4.cli.plan_cost import flops_by_rate
 from megatron_fp4.cli.plan_text import render
 from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh
 from megatron_fp4.data.config import DataConfig
@@ -23,8 +21,10 @@ from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import count_flops
 from megatron_fp4.models.decoder import Decoder, Recompute, whole_model
+from megatron_fp4.models.gpus import GPUS
 from megatron_fp4.models.memory import MemorySettings, rank_memory, stage_memory
 from megatron_fp4.models.partition import split_stages
+from megatron_fp4.models.rates import flops_by_rate
 from megatron_fp4.models.traffic import bytes_sent
 from megatron_fp4.optim import OptimConfig, Zero1AdamW
 from megatron_fp4.pipeline.schedules import SCHEDULES

@@ -1,4 +1,4 @@
-"""Peak rates and memory of GPUs, for planning.
+"""Peak rates and memory of GPUs, for planning and for utilization.
 
 Dense rates (without sparsity), per GPU, from NVIDIA's data sheets: H100 SXM and B200 (DGX B200), and GB200 NVL72 and
 GB300 NVL72 divided by 72. The FP4 rates are 4 and 6 times BF16, as in table 1 of arXiv 2509.25149. Cloud vendors quote
@@ -33,3 +33,9 @@ GPUS = {
         Gpu("GB300", {"bf16": 2500.0, "fp8": 5000.0, "fp4": 15000.0}, 279.0, "NVIDIA GB300 NVL72 data sheet / 72"),
     )
 }
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The entry for a name as the driver gives it ("NVIDIA H100 80GB HBM3"); None if it is not in the table."""
+    words = device_name.replace("-", " ").split()
+    return next((gpu for name, gpu in GPUS.items() if name in words), None)

@@ -1,0 +1,283 @@
+"""The Transformer Engine backend: FP4 and FP8 tensor cores, through TE's quantizers and its one GEMM function.
+
+One idea: TE as functions, not modules. A quantizer makes the row-wise copy (contracted along the columns) and the
+column-wise copy (contracted along the rows) of a tensor in one call, `general_gemm` multiplies two of them. A
+`Prepared` holds the plain tensors of one copy and what is needed to make TE's storage object of them again; so Wgrad
+keeps 4-bit codes, not BF16, and nothing of TE's module state (recipe contexts, cached workspaces: traps 1, 2, 5, 11, 12
+of docs/transformer_engine.md) exists here. The only file that imports Transformer Engine.
+
+Not here: what TE cannot do is refused in te_versions.py. Stochastic rounding draws from CUDA's default generator (trap
+7): it is seeded once per step, so a resumed run draws the same bits, but another layout draws others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.numerics.random import key_of
+from megatron_fp4.precision.backends import (
+    Copy,
+    NonFiniteError,
+    NonFiniteWatch,
+    Prepared,
+    Source,
+    check_shape,
+)
+from megatron_fp4.precision.backends.emulated import scaled_matmul
+from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig
+from megatron_fp4.precision.spec import (
+    AmaxScope,
+    Format,
+    FourOverSix,
+    LinearPrecision,
+    Operand,
+    Rounding,
+    Signs,
+)
+from megatron_fp4.precision.te_versions import (
+    OPTIONAL_SYMBOLS,
+    PACKAGE,
+    SYMBOLS,
+    Features,
+    check_capability,
+    check_recipe,
+    check_te_shape,
+    detect,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Api:
+    """Transformer Engine as it is installed. symbols: the classes and functions of te_versions.SYMBOLS."""
+
+    version: str
+    features: Features
+    symbols: Mapping[str, Any]
+    e4m3: Any
+
+
+def load_api() -> Api:
+    """Import Transformer Engine. Raises ValueError with the remedy if it is absent, broken or too old."""
+    try:
+        version = str(importlib.import_module(PACKAGE).__version__)
+        found = {name: getattr(importlib.import_module(f"{PACKAGE}.{m}"), name) for name, m in SYMBOLS.items()}
+        e4m3 = importlib.import_module("transformer_engine_torch").DType.kFloat8E4M3
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"precision.backend=transformer_engine: Transformer Engine cannot be imported"
+            f" ({type(error).__name__}: {error}); install transformer-engine[pytorch]>=2.19 beside a CUDA build of"
+            f" torch, or use precision.backend=emulated"
+        ) from error
+    for name, module in OPTIONAL_SYMBOLS.items():
+        try:
+            found[name] = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
+        except (ImportError, AttributeError):
+            continue
+    parameters = {name: list(inspect.signature(symbol).parameters) for name, symbol in found.items()}
+    return Api(version, detect(version, parameters), found, e4m3)
+
+
+def make_quantizer(api: Api, row: Operand | None, column: Operand | None, process_group: Any = None) -> Any:
+    """One TE quantizer for the row-wise and/or column-wise copy of a tensor; see `one_quantizer` for a pair.
+
+    process_group: ranks over which the amax is max-reduced (nvfp4), None for this rank's part alone.
+    """
+    operand = column or row  # the column-wise one has the Hadamard transform, if any
+    assert operand is not None
+    directions = {"rowwise": row is not None, "columnwise": column is not None}
+    if operand.format is Format.mxfp8:
+        return api.symbols["MXFP8Quantizer"](api.e4m3, **directions)
+    if operand.format is Format.fp8_block:
+        dims = 2 if operand.tile == (128, 128) else 1
+        return api.symbols["Float8BlockQuantizer"](
+            api.e4m3, **directions, amax_epsilon=0.0, force_pow_2_scales=True, block_scaling_dim=dims
+        )
+    assert operand.format is Format.nvfp4
+    settings: dict[str, Any] = {
+        "with_amax_reduction": process_group is not None,
+        "amax_reduction_group": process_group,
+        "with_rht": operand.rht_size == 16,
+        "with_post_rht_amax": operand.rht_size == 16,  # trap 8: of x for the row-wise copy, of H(x) for the other
+        "with_2d_quantization": operand.tile == (16, 16),
+        "stochastic_rounding": operand.rounding is Rounding.sr,
+        "with_random_sign_mask": operand.rht_signs is not Signs.none,
+    }
+    if operand.four_over_six is not FourOverSix.off:
+        settings["nvfp4_use_4over6"] = True
+        settings["nvfp4_e4m3_max"] = operand.four_over_six_bound
+        settings["nvfp4_4over6_err_mode"] = operand.four_over_six.name.upper()
+    return api.symbols["NVFP4Quantizer"](**directions, **settings)
+
+
+def one_quantizer(row: Operand, column: Operand) -> bool:
+    """Whether one quantizer makes both copies: equal but for the transform, which touches column-wise copies only."""
+    return row.quantized and row.rht_size == 0 and _without_transform(row) == _without_transform(column)
+
+
+def _without_transform(operand: Operand) -> dict[str, Any]:
+    return {name: value for name, value in vars(operand).items() if name not in ("rht_size", "rht_signs")}
+
+
+@dataclass(frozen=True, eq=False)
+class _High:
+    """tensors = (x,)."""
+
+    along: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Quantized:
+    """tensors: those of one direction, in the order of `names`; storage(**names and tensors, **rest) is TE's object."""
+
+    along: int
+    storage: type
+    names: tuple[str, ...]
+    rest: Mapping[str, Any]
+
+
+class TransformerEngineBackend:
+    """See `Backend`. Refuses at construction every recipe that the installed version cannot compute as it says."""
+
+    def __init__(self, config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> None:
+        self.api = load_api()
+        if config.compute_dtype is not ComputeDtype.bf16:
+            raise ValueError(
+                f"precision.compute_dtype = {config.compute_dtype.name} with precision.backend=transformer_engine,"
+                f" whose quantizers are used with BF16 only; use bf16, or precision.backend=emulated"
+            )
+        for name, recipe in config.recipes.items():
+            check_recipe(name, recipe, self.api.version, self.api.features)
+        if torch.cuda.is_available():
+            check_capability(torch.cuda.get_device_capability(), _formats(config.recipes))
+        self._watch = watch
+        self._quantizers: dict[Any, Any] = {}
+        self._seeded: tuple[int, int] | None = None
+
+    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+        """See `Backend.quantize`. Deferred copies are made at once: as codes they are smaller than their source."""
+        quantized = [copy for copy in copies if copy.operand.quantized]
+        for copy in quantized:
+            check_shape(x, source, copy)
+            check_te_shape(f"{source.name}: operand {source.operand} of {copy.gemm}", copy.operand, x.shape, copy.along)
+            if x.dtype != torch.bfloat16:
+                raise ValueError(
+                    f"{source.name}: operand {source.operand} is {x.dtype}, but Transformer Engine's quantizers are"
+                    f" used with BF16 only; set precision.compute_dtype=bf16, or precision.backend=emulated"
+                )
+        found: dict[Copy, Prepared] = {}
+        for row, column in _calls(quantized):
+            if any(copy is not None and copy.operand.stochastic for copy in (row, column)):
+                self._seed(source, x.device)
+            made = self._quantizer(row, column, source.group)(x)
+            found.update({copy: _take(made, copy) for copy in (row, column) if copy is not None})
+        if quantized:
+            self._check_finite(x, source)  # after TE's collectives: no rank waits for one that has raised
+        return tuple(found[copy] if copy in found else Prepared((x,), _High(copy.along)) for copy in copies)
+
+    def matmul(
+        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+    ) -> Tensor:
+        """See `Backend.matmul`. The accumulation into a tensor of the output's type happens inside the GEMM."""
+        if isinstance(a.meaning, _High) and isinstance(b.meaning, _High):
+            left, right = _oriented(a), _oriented(b)
+            return scaled_matmul(left, right, None, None, out_dtype, accumulate_into)
+        # TE computes B @ A.T of its arguments; N: the operand is contracted along the rows of its source
+        layout = ("T" if b.meaning.along == 1 else "N") + ("N" if a.meaning.along == 1 else "T")
+        settings: dict[str, Any] = {
+            "out_dtype": out_dtype,
+            "layout": layout,
+            "grad": layout != "TN",
+            "use_split_accumulator": True,
+        }
+        if self.api.features.gemm_workspace:
+            settings["workspace"] = self.api.symbols["get_workspace"]()
+        fused = accumulate_into is not None and accumulate_into.dtype == out_dtype
+        if fused:
+            settings.update(out=accumulate_into, accumulate=True)
+        out: Tensor = self.api.symbols["general_gemm"](_storage(b), _storage(a), **settings)[0]
+        if accumulate_into is None:
+            return out
+        return accumulate_into if fused else accumulate_into.add_(out)
+
+    def _quantizer(self, row: Copy | None, column: Copy | None, group: Group) -> Any:
+        """The quantizer for these copies, made once."""
+        operands = [copy.operand if copy else None for copy in (row, column)]
+        shared = any(operand and operand.amax_scope is AmaxScope.tensor for operand in operands)
+        process_group = group.process_group if shared else None
+        key = (*operands, process_group)
+        if key not in self._quantizers:
+            quantizer = make_quantizer(self.api, operands[0], operands[1], process_group)
+            quantizer.internal = True  # plain storage objects instead of tensor subclasses, as te.Linear asks for
+            self._quantizers[key] = quantizer
+        return self._quantizers[key]
+
+    def _seed(self, source: Source, device: torch.device) -> None:
+        """Once per step: the default generator is the one that TE's stochastic rounding draws from (trap 7)."""
+        if device.type == "cuda" and self._seeded != (source.seed, source.step):
+            rank = source.group.ranks[source.group.rank]
+            torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(
+                key_of(source.seed, source.step, "te_rounding", rank) & (2**63 - 1)
+            )
+            self._seeded = (source.seed, source.step)
+
+    def _check_finite(self, x: Tensor, source: Source) -> None:
+        """TE's own amax ignores NaN, so it is measured here."""
+        largest = torch.stack(torch.aminmax(x)).abs().amax().float()
+        if self._watch is not None:
+            self._watch.see(source, largest)
+        elif not largest.item() < float("inf"):
+            raise NonFiniteError(source, largest.item())
+
+
+def stored(prepared: Prepared) -> dict[str, Tensor]:
+    """The tensors of a quantized copy, under `data`, `scale_inv` and (nvfp4) `amax`: for checks and reports."""
+    assert isinstance(prepared.meaning, _Quantized)
+    short = [name.replace("rowwise", "").replace("columnwise", "").strip("_") for name in prepared.meaning.names]
+    return dict(zip(short, prepared.tensors, strict=True))
+
+
+def _formats(recipes: Mapping[str, LinearPrecision]) -> set[Format]:
+    gemms = [getattr(recipe, gemm) for recipe in recipes.values() for gemm in GEMMS]
+    return {operand.format for gemm in gemms for operand in (gemm.a, gemm.b) if operand.quantized}
+
+
+def _calls(copies: Sequence[Copy]) -> list[tuple[Copy | None, Copy | None]]:
+    """(row-wise, column-wise) copies that one quantizer call makes together."""
+    rows = [copy for copy in copies if copy.along == 1]
+    columns = [copy for copy in copies if copy.along == 0]
+    if len(rows) == len(columns) == 1 and one_quantizer(rows[0].operand, columns[0].operand):
+        return [(rows[0], columns[0])]
+    return [(copy, None) for copy in rows] + [(None, copy) for copy in columns]
+
+
+def _take(made: Any, copy: Copy) -> Prepared:
+    """One direction of a TE storage object, without the other's memory."""
+    metadata = made.get_metadata()
+    mine, other = ("columnwise", "rowwise") if copy.along == 0 else ("rowwise", "columnwise")
+    # "row_scaled_nvfp4" and the like are settings, not tensors
+    names = tuple(name for name, value in metadata.items() if mine in name and isinstance(value, Tensor))
+    if f"{mine}_data" not in names:
+        raise RuntimeError(
+            f"Transformer Engine made no {mine} copy (it made {', '.join(metadata)}); please report this"
+        )
+    rest = {name: None if other in name else value for name, value in metadata.items() if name not in names}
+    return Prepared(tuple(metadata[name] for name in names), _Quantized(copy.along, type(made), names, rest))
+
+
+def _storage(prepared: Prepared) -> Any:
+    meaning = prepared.meaning
+    assert isinstance(meaning, _Quantized), "one operand quantized and the other not: check_recipe refuses it"
+    return meaning.storage(**dict(zip(meaning.names, prepared.tensors, strict=True)), **meaning.rest)
+
+
+def _oriented(prepared: Prepared) -> Tensor:
+    (x,) = prepared.tensors
+    return x if prepared.meaning.along == 1 else x.T

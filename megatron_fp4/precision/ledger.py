@@ -1,0 +1,138 @@
+"""The GEMM ledger: what was really multiplied, against what the precision table says.
+
+One idea: a backend that wraps another one sees every GEMM of every linear, because there is no other way to a GEMM. It
+tags each operand with the linear and the copy it was made for, and counts the products. A projection that is handed to
+a fused kernel, a stale cached weight or a precision that was not assigned then shows as a missing or an unexpected
+line. It changes no number.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
+from megatron_fp4.precision.config import GEMMS
+from megatron_fp4.precision.spec import LinearPrecision, Operand
+
+ROLES = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+"""Which tensors a GEMM multiplies, as (a, b)."""
+
+
+class Product(NamedTuple):
+    """One kind of GEMM of one linear. roles: the tensors multiplied; a, b: how each was quantized."""
+
+    name: str
+    gemm: str
+    roles: tuple[str, str]
+    a: Operand
+    b: Operand
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.gemm} ({' * '.join(self.roles)}) in {_words(self.a)} * {_words(self.b)}"
+
+
+class GemmMismatch(RuntimeError):
+    """The GEMMs that were executed are not those of the precision table."""
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """Meaning of an operand that passed through the ledger. inner: its meaning to the wrapped backend."""
+
+    name: str
+    role: str
+    copy: Copy
+    inner: Any
+
+
+class GemmLedger:
+    """A `Backend` that counts the products of the backend `inner` while `recording`."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.recording = False
+        self._counts: Counter[Product] = Counter()
+
+    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+        """See `Backend.quantize`."""
+        made = self.inner.quantize(x, source, copies)
+        return tuple(
+            replace(prepared, meaning=_Tag(source.name, source.operand, copy, prepared.meaning))
+            for prepared, copy in zip(made, copies, strict=True)
+        )
+
+    def matmul(
+        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+    ) -> Tensor:
+        """See `Backend.matmul`."""
+        left, right = a.meaning, b.meaning
+        assert isinstance(left, _Tag), "an operand that another backend made"
+        assert isinstance(right, _Tag), "an operand that another backend made"
+        if self.recording:
+            name, gemm = _joined(left.name, right.name), _joined(left.copy.gemm, right.copy.gemm)
+            roles = (left.role, right.role)
+            self._counts[Product(name, gemm, roles, left.copy.operand, right.copy.operand)] += 1
+        return self.inner.matmul(
+            replace(a, meaning=left.inner),
+            replace(b, meaning=right.inner),
+            out_dtype=out_dtype,
+            accumulate_into=accumulate_into,
+        )
+
+    def take(self) -> Counter[Product]:
+        """What was counted since the last call."""
+        counts, self._counts = self._counts, Counter()
+        return counts
+
+
+def expected_products(name: str, precision: LinearPrecision) -> list[Product]:
+    """The three GEMMs of a linear: each happens once per microbatch."""
+    gemms = [(gemm, getattr(precision, gemm)) for gemm in GEMMS]
+    return [Product(name, gemm, ROLES[gemm], value.a, value.b) for gemm, value in gemms]
+
+
+def differences(
+    counts: Counter[Product],
+    precisions: dict[str, LinearPrecision],
+    *,
+    num_microbatches: int,
+    recomputed: Iterable[str] = (),
+) -> list[str]:
+    """One line per GEMM that was executed too often, too rarely, or in a format that the table does not give.
+
+    precisions: of the linears on this rank. recomputed: those whose forward pass activation recomputation may repeat.
+    """
+    repeated = set(recomputed)
+    lines = []
+    left = Counter(counts)
+    for name, precision in precisions.items():
+        for product in expected_products(name, precision):
+            found = left.pop(product, 0)
+            most = num_microbatches * (2 if product.gemm == "fprop" and name in repeated else 1)
+            if not num_microbatches <= found <= most:
+                lines.append(f"{product}: executed {found} times for {num_microbatches} microbatches")
+    lines += [f"{product}: executed {found} times, not in the table" for product, found in left.items()]
+    return lines
+
+
+def _joined(a: str, b: str) -> str:
+    """One name, or both where a GEMM mixes operands of two linears or two GEMMs."""
+    return a if a == b else f"{a} with {b}"
+
+
+def _words(operand: Operand) -> str:
+    """Format, and what is not the format's default."""
+    parts = [operand.format.name]
+    if operand.tile is not None and operand.tile[0] > 1:
+        parts.append(f"{operand.tile[0]}x{operand.tile[1]}")
+    if operand.stochastic:
+        parts.append(operand.rounding.name)
+    if operand.rht_size:
+        parts.append(f"rht{operand.rht_size}")
+    return " ".join(parts)

@@ -1,0 +1,86 @@
+"""What is needed to look at a bad step later: a directory `<run>/spikes/step_<n>`.
+
+report.json       step, loss, running mean, action; every sample with its documents
+norms.json        parameter and gradient norm of every logical tensor
+config.yaml       of the run
+checkpoints/      the newest checkpoint before the step: hard links, which cost nothing and outlive its retention
+replay.sh         the one line that runs from there to the bad step again, in the run's precision or in BF16
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_fp4.checkpoint.commit import step_name
+from megatron_fp4.train.build import Run
+from megatron_fp4.train.norms import norms_by_tensor
+from megatron_fp4.train.rollback import checkpoint_before
+from megatron_fp4.train.spikes import Judgement
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.json"
+SPIKES = "spikes"
+
+
+def write_bundle(run: Run, judgement: Judgement, *, step: int, first_sample: int, first_spike: int) -> Path:
+    """Collective; rank 0 writes. Trouble with the disk is logged and does not end the run."""
+    directory = Path(run.config.train.run_dir) / SPIKES / f"step_{step:08}"
+    norms = norms_by_tensor(run.engine.stages, run.optimizer, run.mesh.world)
+    checkpoint = checkpoint_before(run, first_spike)
+    if run.mesh.is_main:
+        report = {
+            "step": step,
+            "action": judgement.action.name,
+            "loss": judgement.loss,
+            "mean": judgement.mean,
+            "deviation": judgement.deviation,
+            "consumed_samples": first_sample,
+            "checkpoint": checkpoint,
+            "samples": samples_of(run, first_sample),
+        }
+        try:
+            _write(run, directory, report, norms, checkpoint)
+        except OSError as error:
+            log.warning("%s is not complete: %s", directory, error)
+    return directory
+
+
+def samples_of(run: Run, first_sample: int) -> list[dict[str, Any]]:
+    """The global batch: id, source and documents of every sample."""
+    origins = run.loader.origins(first_sample, run.config.train.global_batch)
+    return [
+        {"sample_id": origin.sample_id, "source": origin.source, "pieces": run.loader.describe(origin)}
+        for origin in origins
+    ]
+
+
+def replay_command(directory: Path) -> str:
+    return f"megatron-fp4 replay '{directory.resolve()}'"
+
+
+def _write(run: Run, directory: Path, report: dict[str, Any], norms: dict[str, Any], checkpoint: int | None) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    (directory / "norms.json").write_text(json.dumps(norms, indent=1) + "\n")
+    (directory / "replay.sh").write_text(f"{replay_command(directory)}  # or: --precision bf16\n")
+    stored = Path(run.config.train.run_dir) / "config.yaml"
+    if stored.exists():
+        shutil.copy(stored, directory / stored.name)
+    if checkpoint is not None:
+        target = directory / "checkpoints" / step_name(checkpoint)
+        if not target.exists():
+            shutil.copytree(run.store.root / step_name(checkpoint), target, copy_function=_link)
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+    return target

@@ -1,0 +1,63 @@
+"""Which part of a step this rank is in, since when, and how long each part took.
+
+One idea: the trainer says `enter("reduce")` where a part begins; the watchdog reads where it stands, and the straggler
+report how long the parts of the last step took. Reading from another thread needs no lock.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+
+STEP_PHASES = ("data", "forward_backward", "reduce", "agree", "update")
+"""In order. What lies between two steps (logging, evaluation, a save) is entered under other names."""
+
+
+class Position(NamedTuple):
+    """step: the one that is being made, from 1. since: time.monotonic()."""
+
+    step: int
+    phase: str
+    since: float
+
+
+class Phases:
+    """The position of this rank, and the seconds of each phase of the present step.
+
+    On CUDA kernels run behind the host: while `exact` is set, the device is waited for at every boundary.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+        self.exact = False
+        self.position = Position(0, "start", time.monotonic())
+
+    def begin(self, step: int, *, exact: bool = False) -> None:
+        """A step begins; forget the seconds of the one before."""
+        self.exact = exact
+        self.enter("between")
+        self._seconds = {}
+        self.position = self.position._replace(step=step)
+
+    def enter(self, phase: str) -> None:
+        """The next part begins here."""
+        if self.exact and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now, last = time.monotonic(), self.position
+        self._seconds[last.phase] = self._seconds.get(last.phase, 0.0) + now - last.since
+        self.position = Position(last.step, phase, now)
+
+    def beat(self) -> None:
+        """Still in the same phase, and alive: the watchdog counts from here."""
+        self.enter(self.position.phase)
+
+    def seconds(self, phase: str) -> float:
+        """Of the parts of this step that have ended."""
+        return self._seconds.get(phase, 0.0)
+
+    def step_seconds(self) -> float:
+        """Of all phases of the step."""
+        return sum(self.seconds(phase) for phase in STEP_PHASES)

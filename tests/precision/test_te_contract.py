@@ -1,0 +1,153 @@
+"""Every symbol, parameter and default of Transformer Engine that is used, against the sources of five versions."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from megatron_fp4.precision.spec import Format, FourOverSix, Operand, Rounding
+from megatron_fp4.precision.te_versions import OPTIONAL_SYMBOLS, SYMBOLS, TABLE, detect, parse_version
+from tests.precision.te_wheels import WHEELS, find, method, parameters, source, tree
+
+VERSIONS = list(WHEELS.items())
+STORAGES = {
+    "NVFP4TensorStorage": "pytorch.tensor.storage.nvfp4_tensor_storage",
+    "MXFP8TensorStorage": "pytorch.tensor.storage.mxfp8_tensor_storage",
+    "Float8BlockwiseQTensorStorage": "pytorch.tensor.storage.float8_blockwise_tensor_storage",
+}
+
+
+def known(version: str) -> dict[str, dict[str, str | None]]:
+    """Parameters of every symbol that this version has."""
+    found = {name: find(version, module, name) for name, module in {**SYMBOLS, **OPTIONAL_SYMBOLS}.items()}
+    return {name: parameters(node) for name, node in found.items() if node is not None}
+
+
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+def test_the_table_says_what_the_sources_say(short: str, full: str) -> None:
+    assert detect(full, known(full)) == TABLE[short], "te_versions.TABLE promises what this version does not have"
+
+
+def test_every_version_of_the_table_is_checked() -> None:
+    assert set(TABLE) == set(WHEELS)
+
+
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+def test_quantizers_take_what_is_passed(short: str, full: str) -> None:
+    symbols = known(full)
+    fp4 = symbols["NVFP4Quantizer"]
+    passed = {"rowwise", "columnwise", "with_amax_reduction", "amax_reduction_group", "with_rht", "with_post_rht_amax"}
+    passed |= {"with_2d_quantization", "stochastic_rounding", "with_random_sign_mask"}
+    assert passed <= set(fp4), f"TypeError at the first quantization: {passed - set(fp4)}"
+    assert (fp4["fp4_dtype"] or "").endswith("DType.kFloat4E2M1"), "the code type is left at its default"
+    if TABLE[short].four_over_six:
+        assert {"nvfp4_use_4over6", "nvfp4_e4m3_max", "nvfp4_4over6_err_mode"} <= set(fp4)
+    if "row_scaled_nvfp4" in fp4:
+        assert fp4["row_scaled_nvfp4"] == "False", "row scaling is never asked for"
+    for name in ("MXFP8Quantizer", "Float8BlockQuantizer"):
+        assert next(iter(symbols[name])) == "fp8_dtype", f"{name}: the type is passed as the first argument"
+        assert {"rowwise", "columnwise"} <= set(symbols[name])
+    assert {"amax_epsilon", "force_pow_2_scales", "block_scaling_dim"} <= set(symbols["Float8BlockQuantizer"])
+    if "with_2d_quantization" in symbols["MXFP8Quantizer"]:
+        assert symbols["MXFP8Quantizer"]["with_2d_quantization"] == "False", "1x32 blocks are meant"
+
+
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+def test_the_gemm_takes_what_is_passed(short: str, full: str) -> None:
+    gemm = known(full)["general_gemm"]
+    assert list(gemm)[:2] == ["A", "B"]
+    wanted = {"out_dtype", "layout", "grad", "use_split_accumulator", "out", "accumulate"}
+    assert wanted <= set(gemm)
+    assert (gemm["alpha"], gemm["beta"], gemm["accumulate"]) == ("1.0", "None", "False")
+    required = {name for name, default in gemm.items() if default is None} - {"A", "B"}
+    assert required == ({"workspace"} if TABLE[short].gemm_workspace else set()), "an argument that is never passed"
+    body = source(full, SYMBOLS["general_gemm"])
+    assert body is not None
+    assert "('TN', 'NN', 'NT')" in ast.unparse(ast.parse(body)), "the three layouts that matmul forms"
+
+
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+@pytest.mark.parametrize("name", STORAGES)
+def test_a_storage_can_be_made_again_from_its_metadata(short: str, full: str, name: str) -> None:
+    node = find(full, STORAGES[name], name)
+    assert isinstance(node, ast.ClassDef), f"{name} is gone or renamed"
+    get = method(node, "get_metadata")
+    assert get is not None
+    returned = next(item.value for item in ast.walk(get) if isinstance(item, ast.Return))
+    assert isinstance(returned, ast.Dict)
+    keys = [key.value for key in returned.keys if isinstance(key, ast.Constant)]
+    accepted = set(parameters(node))
+    assert set(keys) <= accepted, f"storage(**metadata) would raise TypeError for {set(keys) - accepted}"
+    assert {key for key in accepted if parameters(node)[key] is None} <= set(keys), "an argument would be missing"
+    tensors = {"rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv"}
+    tensors |= {"amax_rowwise", "amax_columnwise"} if name.startswith("NVFP4") else set()
+    assert {key for key in keys if "rowwise" in key or "columnwise" in key} == tensors, "copies are split by these names"
+
+
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+def test_internal_quantizers_make_plain_storage(short: str, full: str) -> None:
+    for module in ("pytorch.quantized_tensor", "pytorch.tensor.quantized_tensor"):
+        node = find(full, module, "Quantizer")
+        if isinstance(node, ast.ClassDef):
+            init, call = method(node, "__init__"), method(node, "__call__")
+            assert init is not None
+            assert "self.internal = False" in ast.unparse(init), "`quantizer.internal = True` would have no effect"
+            assert call is not None, "quantizer(tensor) is how a tensor is quantized"
+            return
+    pytest.fail(f"Transformer Engine {full} has no Quantizer base class where it was")
+
+
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+def test_the_fixed_signs_are_ours(short: str, full: str) -> None:
+    from megatron_fp4.numerics.hadamard import SIGNS_16
+
+    node = find(full, SYMBOLS["NVFP4Quantizer"], "get_wgrad_sign_vector")
+    assert node is not None
+    lists = [ast.literal_eval(item) for item in ast.walk(node) if isinstance(item, ast.List)]
+    assert [tuple(values) for values in lists] == [SIGNS_16], "rht_signs: fixed would mean another vector than TE's"
+
+
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+def test_recipes_have_the_fields_that_are_set(short: str, full: str) -> None:
+    symbols = known(full)
+    fields = {"disable_rht", "disable_stochastic_rounding", "disable_2d_quantization", "fp8_dpa", "fp8_mha"}
+    assert fields <= set(symbols["NVFP4BlockScaling"])
+    assert "qfactory" in symbols["CustomRecipe"]
+    if TABLE[short].role_objects:
+        assert set(symbols["QuantizerRole"]) == {"module_type", "tensor_type", "name"}
+    else:
+        text = source(full, "common.recipe") or ""
+        assert "linear_grad_output" in text, "roles are strings in this version"
+    if TABLE[short].mixed_directions:
+        assert {"rowwise_quantizer", "columnwise_quantizer"} <= set(symbols["HybridQuantizer"])
+
+
+def test_the_scale_formula_of_the_reference_is_the_one_assumed() -> None:
+    """The kernels are not in a wheel; the reference beside them changed together with them."""
+    old = tree("2.9.0", "pytorch.experimental.quantization_nvfp4")
+    new = tree("2.20.2", "pytorch.custom_recipes.reference_nvfp4")
+    assert old is not None
+    assert new is not None
+    assert "global_encode_scale_multiplier" in ast.unparse(new), "2.14 and later: amax_b * (S_enc * (1/6))"
+    assert "global_encode_scale_multiplier" not in ast.unparse(old), "before: amax_b / 6 * S_enc"
+
+
+@pytest.mark.parametrize("text", ["2.8.0", "1.13", "dev"])
+def test_older_versions_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="older than 2.9"):
+        parse_version(text)
+
+
+def test_missing_symbols_are_named() -> None:
+    with pytest.raises(ValueError, match="has no NVFP4Quantizer"):
+        detect("2.21.0", {name: [] for name in SYMBOLS if name != "NVFP4Quantizer"})
+
+
+def test_the_spec_knows_the_four_over_six_bounds() -> None:
+    operand = Operand(Format.nvfp4, four_over_six=FourOverSix.mae)
+    node = find("2.20.2", SYMBOLS["NVFP4Quantizer"], "NVFP4Quantizer")
+    assert node is not None
+    assert "not in (448, 256)" in ast.unparse(node)
+    assert operand.four_over_six_bound in (448, 256)
+    assert operand.rounding is Rounding.rne
