@@ -16,6 +16,9 @@ COMMANDS = {
     "report": ("megatron_fp4.cli.report", "loss curves and held-out losses of runs; bit-for-bit comparison"),
     "plan": ("megatron_fp4.cli.plan", "parameters, memory, time and traffic of a run, without a GPU"),
     "verify-parallel": ("megatron_fp4.cli.verify_parallel", "prove that a layout computes the numbers of one process"),
+    "preflight": ("megatron_fp4.cli.preflight", "try on these machines what a run will need, before it starts"),
+    "crosscheck": ("megatron_fp4.cli.crosscheck", "Transformer Engine against the emulation, code by code"),
+    "env": ("megatron_fp4.cli.env", "versions and hardware, to paste into a bug report"),
     "generate": ("megatron_fp4.cli.generate", "continue a text with a trained checkpoint"),
 }
 

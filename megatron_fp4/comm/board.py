@@ -16,7 +16,7 @@ class NoticeBoard:
 
     def __init__(self, world: Group, name: str) -> None:
         self._world, self._name = world, name
-        self._store = dist.distributed_c10d._get_default_store().clone() if world.size > 1 else None
+        self._store = dist.distributed_c10d._get_default_store().clone() if world.size > 1 else None  # type: ignore[attr-defined]
         self._mine = ""
 
     def post(self, text: str) -> None:

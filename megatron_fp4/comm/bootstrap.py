@@ -18,7 +18,12 @@ import torch.distributed as dist
 
 from megatron_fp4.comm.mesh import Group
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+def is_loopback(address: str) -> bool:
+    """Whether other nodes can not reach `address`."""
+    return address in ("", "localhost", "::1") or address.startswith(("127.", "localhost."))
+
+
 EXPECTED_WORLD_SIZE = "MEGATRON_FP4_EXPECTED_WORLD_SIZE"
 
 
@@ -81,7 +86,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         )
     if not 0 <= launch.rank < launch.world_size:
         raise ValueError(f"{launch.launcher}: rank {launch.rank} is outside the world of {launch.world_size} ranks")
-    if launch.num_nodes > 1 and env.get("MASTER_ADDR", "") in ("", *LOOPBACK):
+    if launch.num_nodes > 1 and is_loopback(env.get("MASTER_ADDR", "")):
         raise ValueError(
             f"MASTER_ADDR = {env.get('MASTER_ADDR', '')!r} with {launch.num_nodes} nodes: the other nodes cannot"
             " reach a loopback address; export the first node's host name (launch/slurm.sbatch does)"

@@ -181,7 +181,7 @@ class RunConfig:
         return min(stop, self.total_steps) if stop else self.total_steps
 
     def check_timeouts(self, world_size: int) -> None:
-        """What names a culprit must come before the process groups' own time-out, which names none. Raises ValueError."""
+        """What names a culprit must come before the process groups' time-out, which names none. Raises ValueError."""
         limit, hang, save = (
             self.parallel.timeout_seconds,
             self.train.hang_timeout_seconds,
@@ -192,6 +192,6 @@ class RunConfig:
         for name, seconds in (("train.hang_timeout_seconds", hang), ("checkpoint.timeout_seconds", save)):
             if world_size > 1 and seconds >= limit:
                 raise ValueError(
-                    f"{name} = {seconds:g} must be below parallel.timeout_seconds = {limit:g}: the other ranks wait in a"
-                    " collective meanwhile, whose time-out would end the job first; lower the one or raise the other"
+                    f"{name} = {seconds:g} must be below parallel.timeout_seconds = {limit:g}: the other ranks wait in"
+                    " a collective meanwhile, whose time-out would end the job first; lower the one or raise the other"
                 )

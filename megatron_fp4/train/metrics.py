@@ -1,8 +1,9 @@
 """Where the numbers of a run go.
 
 One idea: `metrics.jsonl` in the run directory is the truth, one object per record, complete whatever happens to the
-other sinks. TensorBoard and wandb are copies for people: if one of them fails, it is switched off with one warning and
-training goes on. After a resume from an earlier step, records beyond that step are dropped, so each step stands once.
+other sinks. TensorBoard and wandb are copies for people, fed by threads (background_sink.py): if one fails or hangs, it
+is switched off with one warning and training goes on. After a resume from an earlier step, or a rollback to one,
+records beyond that step are dropped, so each step stands once.
 """
 
 from __future__ import annotations
@@ -10,24 +11,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
+from megatron_fp4.train.background_sink import BackgroundSink, Sink
 from megatron_fp4.train.config import LoggingConfig, WandbMode
 
 METRICS_FILE = "metrics.jsonl"
-
-
-class Sink(Protocol):
-    """A destination of numbers."""
-
-    def write(self, step: int, values: dict[str, float]) -> None: ...
-    def rewind(self, step: int) -> None:
-        """What was written for later steps is void, where the destination can forget."""
-
-    def close(self) -> None: ...
 
 
 class JsonlSink:
@@ -124,8 +115,7 @@ class Metrics:
     """All sinks of the main rank; on other ranks construct with no sinks."""
 
     def __init__(self) -> None:
-        self._required: list[Sink] = []
-        self._optional: dict[str, Sink] = {}
+        self._sinks: list[Sink] = []
 
     @staticmethod
     def open(
@@ -133,47 +123,27 @@ class Metrics:
     ) -> Metrics:
         """Open the local file and every sink that is asked for. run_dir must exist."""
         metrics = Metrics()
-        metrics._required.append(JsonlSink(run_dir / METRICS_FILE, resume_step))
+        metrics._sinks.append(JsonlSink(run_dir / METRICS_FILE, resume_step))
         if config.tensorboard:
-            metrics._add("tensorboard", lambda: TensorBoardSink(run_dir, resume_step))
+            metrics.add("tensorboard", lambda: TensorBoardSink(run_dir, resume_step))
         if config.wandb is not WandbMode.disabled:
-            metrics._add("wandb", lambda: WandbSink(config, run_dir, wandb_id, settings))
+            metrics.add("wandb", lambda: WandbSink(config, run_dir, wandb_id, settings))
         return metrics
 
-    def _add(self, name: str, make: Callable[[], Sink]) -> None:
-        try:
-            self._optional[name] = make()
-        except Exception as error:
-            _warn(name, error)
+    def add(self, name: str, make: Callable[[], Sink]) -> None:
+        """One more sink, made and fed by a thread of its own."""
+        self._sinks.append(BackgroundSink(name, make))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record the numbers of a step."""
-        self._each(lambda sink: sink.write(step, values))
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def rewind(self, step: int) -> None:
         """Forget the steps after `step`: they are made again."""
-        self._each(lambda sink: sink.rewind(step))
-
-    def _each(self, act: Callable[[Sink], None]) -> None:
-        for sink in self._required:
-            act(sink)
-        for name, sink in list(self._optional.items()):
-            try:
-                act(sink)
-            except Exception as error:
-                _warn(name, error)
-                del self._optional[name]
+        for sink in self._sinks:
+            sink.rewind(step)
 
     def close(self) -> None:
-        for name, sink in self._optional.items():
-            try:
-                sink.close()
-            except Exception as error:
-                _warn(name, error)
-        for sink in self._required:
+        for sink in self._sinks:
             sink.close()
-
-
-def _warn(name: str, error: Exception) -> None:
-    """Logging must never stop a run; that it stopped is said once."""
-    print(f"warning: {name} logging is off from here on: {type(error).__name__}: {error}", file=sys.stderr)

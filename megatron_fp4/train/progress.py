@@ -32,6 +32,12 @@ class Progress:
         """As a checkpoint has it."""
         return Progress(meta["step"], meta["consumed_samples"], meta["skipped"], meta.get("skipped_steps", 0))
 
+    def metrics(self, seq_length: int) -> dict[str, float]:
+        return {
+            "skipped_steps": float(self.skipped_steps),
+            "consumed_tokens": float(self.consumed_samples * seq_length),
+        }
+
     def count(self, report: StepReport, max_in_a_row: int) -> None:
         """Count the step that was just made. Raises TrainingDiverged."""
         self.skipped_steps += report.skipped

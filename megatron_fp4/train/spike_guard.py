@@ -40,8 +40,8 @@ class SpikeGuard:
             raise RollBack(state.first_spike, step)
         if judgement.action is Action.abort:
             raise TrainingDiverged(
-                f"step {step}: {judgement}, after {state.rollbacks} rollback(s); see {directory}. Start again with a lower"
-                " optim.lr, or look at the samples and skip them (data.skip)"
+                f"step {step}: {judgement}, after {state.rollbacks} rollback(s); see {directory}. Start again with a"
+                " lower optim.lr, or look at the samples and skip them (data.skip)"
             )
         return False
 

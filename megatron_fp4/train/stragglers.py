@@ -13,6 +13,11 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.train.phases import STEP_PHASES, Phases
 
 
+def is_due(step: int, interval_steps: int, world: Group) -> bool:
+    """Whether `step` is one that is compared; its phases are then timed exactly."""
+    return world.size > 1 and interval_steps > 0 and step % interval_steps == 0
+
+
 def straggler_metrics(phases: Phases, world: Group, device: torch.device) -> dict[str, float]:
     """Per phase of the last step: `straggler/<phase>/{rank,seconds,median}`. Collective; the same on every rank."""
     mine = torch.tensor([[phases.seconds(phase) for phase in STEP_PHASES]], dtype=torch.float64, device=device)

@@ -14,6 +14,7 @@ from megatron_fp4.models.gpus import Gpu, find_gpu
 from megatron_fp4.models.rates import flops_by_rate
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.phases import Phases
 
 
 class Throughput:
@@ -22,12 +23,19 @@ class Throughput:
     def __init__(self, config: RunConfig, num_devices: int, device: torch.device) -> None:
         self.gpu: Gpu | None = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._flops = count_flops(config.model, config.data.seq_length)
+        self._tokens = config.tokens_per_step
         self._tokens_per_device = config.tokens_per_step / num_devices
 
-    def metrics(self, seconds: float, table: PrecisionTable) -> dict[str, float]:
-        """tflops: of the model (no recomputation), per device. mfu, mfu_mixed: 0 to 1, against the two peaks."""
+    def metrics(self, phases: Phases, table: PrecisionTable) -> dict[str, float]:
+        """Of the last step. tflops: of the model (no recomputation), per device. mfu, mfu_mixed: 0 to 1."""
+        seconds = phases.step_seconds()
         flops_per_second = self._flops.training * self._tokens_per_device / seconds
-        found = {"tflops": flops_per_second / 1e12}
+        found = {
+            "tokens_per_second": self._tokens / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": phases.seconds("data"),
+            "tflops": flops_per_second / 1e12,
+        }
         if self.gpu:
             gpu = self.gpu
             at_peak = sum(value / gpu.rate(rate) for rate, value in flops_by_rate(self._flops, table).items())

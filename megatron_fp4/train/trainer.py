@@ -33,7 +33,7 @@ from megatron_fp4.train.saving import Saves, meta_of
 from megatron_fp4.train.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
 from megatron_fp4.train.spike_guard import SpikeGuard
 from megatron_fp4.train.spikes import RollBack
-from megatron_fp4.train.stragglers import describe, straggler_metrics
+from megatron_fp4.train.stragglers import describe, is_due, straggler_metrics
 from megatron_fp4.train.throughput import Throughput
 from megatron_fp4.train.watchdog import Watchdog
 
@@ -90,7 +90,7 @@ class Trainer:
         with Prefetcher(self.run.loader, to_come, depth=self.config.data.prefetch_batches) as batches:
             for _ in to_come:
                 step = self.progress.step + 1
-                measured = self._compares_ranks(step)
+                measured = is_due(step, self.config.train.straggler_interval_steps, self.run.mesh.world)
                 self.phases.begin(step, exact=measured)
                 self.phases.enter("data")
                 stop = self._step(next(batches).batch)
@@ -192,30 +192,16 @@ class Trainer:
             seconds = time.perf_counter() - began
             self.console.say(f"step {self.progress.step}: {loader.name} loss {loss:.4f} ({seconds:.1f} s)")
 
-    def _compares_ranks(self, step: int) -> bool:
-        interval = self.config.train.straggler_interval_steps
-        return self.run.mesh.world.size > 1 and interval > 0 and step % interval == 0
-
     def _report_stragglers(self) -> None:
         found = straggler_metrics(self.phases, self.run.mesh.world, self.run.device)
         self.metrics.write(self.progress.step, found)
         self.console.say(f"step {self.progress.step}: {describe(found)}")
 
     def _log(self, loss: float, report: StepReport) -> None:
-        config, run, seconds = self.config, self.run, self.phases.step_seconds()
-        values = {
-            "loss": loss,
-            "grad_norm": report.grad_norm,
-            "lr": report.lr,
-            "skipped": float(report.skipped),
-            "skipped_steps": float(self.progress.skipped_steps),
-            "consumed_tokens": float(self.progress.consumed_samples * config.data.seq_length),
-            "tokens_per_second": config.tokens_per_step / seconds,
-            "step_seconds": seconds,
-            "data_wait_seconds": self.phases.seconds("data"),
-            **self._throughput.metrics(seconds, run.plan.table(self._precision_phase)),
-        }
-        if self.progress.step % max(1, config.train.log_interval_steps) == 0:
+        run, table = self.run, self.run.plan.table(self._precision_phase)
+        values = {"loss": loss, "grad_norm": report.grad_norm, "lr": report.lr, "skipped": float(report.skipped)}
+        values |= self.progress.metrics(self.config.data.seq_length) | self._throughput.metrics(self.phases, table)
+        if self.progress.step % max(1, self.config.train.log_interval_steps) == 0:
             values["param_norm"] = parameter_norm(run.optimizer, run.mesh.world, run.device)
         self.metrics.write(self.progress.step, values)
         self.console.step(self.progress.step, values)

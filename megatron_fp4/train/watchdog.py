@@ -81,7 +81,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll):
-            faulthandler.dump_traceback_later(self._longest + 2 * self._poll, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._longest + 2 * self._poll, exit=True, file=sys.stderr)
             position = self._phases.position
             late = time.monotonic() - position.since - self._extra.get(position.phase, 0.0)
             try:

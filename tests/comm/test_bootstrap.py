@@ -27,3 +27,11 @@ def test_silent_single_process_is_refused(environment: dict[str, str]) -> None:
     """Eight tasks that each believe to be alone would train eight models on the same data."""
     with pytest.raises(ValueError, match="= 8, but the launcher"):
         read_launch({**environment, EXPECTED_WORLD_SIZE: "8"})
+
+
+@pytest.mark.parametrize("address", ["", "localhost", "127.0.1.1", "::1"])
+def test_several_nodes_refuse_a_loopback_rendezvous(address: str) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": address}
+    with pytest.raises(ValueError, match="with 2 nodes: the other nodes cannot reach a loopback"):
+        read_launch(environment)
+    assert read_launch({**environment, "MASTER_ADDR": "node1"}).num_nodes == 2

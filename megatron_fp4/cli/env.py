@@ -1,0 +1,130 @@
+"""`megatron-fp4 env`: what this installation and machine are, to paste into a bug report.
+
+One idea: one line per fact, plain text, and nothing fails: what is absent is reported as absent. Pins of this package's
+own requirements are compared with what is installed; a difference is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+
+import torch
+import torch.distributed as dist
+
+from megatron_fp4 import __version__
+from megatron_fp4.comm.bootstrap import read_launch
+from megatron_fp4.precision.backends.transformer_engine import load_api
+from megatron_fp4.precision.spec import Format
+from megatron_fp4.precision.te_versions import check_capability
+
+PACKAGES = ("numpy", "hydra-core", "transformer-engine", "apex", "triton", "wandb", "sentencepiece", "tokenizers")
+SCHEDULERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub"}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the report; returns 0, or 1 if an installed version is not the one that is required."""
+    argparse.ArgumentParser(prog="megatron-fp4 env", description=__doc__).parse_args(arguments)
+    facts = [*software(), *gpus(), *transformer_engine(), *machine()]
+    for name, text in facts:
+        print(f"{name:<20} {text}")
+    return 1 if any("REQUIRED" in text for _, text in facts) else 0
+
+
+def software() -> Iterator[tuple[str, str]]:
+    """Versions of this package and of what it uses."""
+    pins = _pins()
+    yield "megatron-fp4", __version__
+    yield "python", platform.python_version()
+    yield "torch", torch.__version__ + _compared(pins.get("torch"), torch.__version__)
+    yield "cuda (torch's)", str(torch.version.cuda)
+    yield "cudnn", str(torch.backends.cudnn.version())
+    yield "nccl", _nccl()
+    yield "gloo", "yes" if dist.is_available() and dist.is_gloo_available() else "no"
+    for name in PACKAGES:
+        found = _version(name)
+        yield name, (found or "absent") + (_compared(pins.get(name), found) if found else "")
+
+
+def gpus() -> Iterator[tuple[str, str]]:
+    """Each GPU, and what of the formats its compute capability allows."""
+    if not torch.cuda.is_available():
+        yield "gpu", "none seen by torch"
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        formats = ", ".join(fmt.name for fmt in _formats((facts.major, facts.minor))) or "none"
+        yield (
+            f"gpu {index}",
+            f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, compute capability {facts.major}.{facts.minor};"
+            f" tensor core formats with Transformer Engine: {formats}",
+        )
+
+
+def transformer_engine() -> Iterator[tuple[str, str]]:
+    """What the installed version can do, or why it cannot be used."""
+    try:
+        api = load_api()
+    except ValueError as error:
+        yield "te backend", f"no: {error}"
+        return
+    yield "te backend", f"Transformer Engine {api.version}"
+    for name, value in vars(api.features).items():
+        yield f"te {name}", str(getattr(value, "name", value))
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """Compiler, launcher, scheduler, cores and memory."""
+    compiler = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+    yield "c++ compiler", compiler or "absent: precision.compile=true needs one on CPUs"
+    try:
+        launch = read_launch()
+        yield "launcher", f"{launch.launcher}, {launch.world_size} ranks on {launch.num_nodes} node(s)"
+    except ValueError as error:
+        yield "launcher", f"contradictory: {error}"
+    yield "scheduler", ", ".join(name for name, tool in SCHEDULERS.items() if shutil.which(tool)) or "none found"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield "machine", f"{platform.platform()}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB"
+
+
+def _formats(capability: tuple[int, int]) -> list[Format]:
+    found = []
+    for fmt in (Format.nvfp4, Format.mxfp8, Format.fp8_block):
+        try:
+            check_capability(capability, {fmt})
+        except ValueError:
+            continue
+        found.append(fmt)
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _pins() -> dict[str, str]:
+    """Name -> exactly required version, of this package's own requirements."""
+    try:
+        required = metadata.requires("megatron-fp4") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    exact = (re.match(r"([A-Za-z0-9_.-]+)(?:\[[^]]*\])?==([0-9][^;,\s*]*)(?:;.*)?$", line) for line in required)
+    return {match[1]: match[2] for match in exact if match}
+
+
+def _compared(pin: str | None, found: str) -> str:
+    return f"   REQUIRED {pin}" if pin and found.split("+")[0] != pin else ""
+
+
+def _nccl() -> str:
+    if not torch.cuda.is_available():
+        return "not used (no GPU)"
+    return ".".join(map(str, torch.cuda.nccl.version()))

@@ -1,0 +1,91 @@
+"""Sums are exact, in rank order, the same on every rank and at every position; shapes and gradients are right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm import autograd, collectives
+from megatron_fp4.comm.mesh import Group
+from tests.helpers.distributed import run_distributed, world_group
+
+WORLD = 3
+
+
+def inputs(rank: int) -> Tensor:
+    return torch.randn(7, 5, generator=torch.Generator().manual_seed(rank))
+
+
+def _all(rank: int, world_size: int) -> dict[str, Any]:
+    group = world_group(rank, world_size)
+    x = inputs(rank)
+    big = torch.full((5000,), 0.1 * (rank + 1))
+    x9 = torch.arange(9.0).view(9, 1).repeat(1, 2) + 100 * rank
+    small = torch.tensor([1.0, float("nan") if rank == 1 else 2.0])
+    found: dict[str, Any] = {
+        "sum": collectives.all_reduce_sum(x, group),
+        "sum_big": collectives.all_reduce_sum(big, group),
+        "sum_bf16": collectives.all_reduce_sum(torch.tensor([256.0 if rank == 0 else 1.0]).bfloat16(), group),
+        "sum_fp64": collectives.all_reduce_sum(torch.tensor([2.0**30 if rank == 0 else 2.0**-20]).double(), group),
+        "max": collectives.all_reduce_max(small, group),
+        "gather": collectives.all_gather_rows(x[: rank + 1], group, [1, 2, 3]),
+        "scatter": collectives.reduce_scatter_rows(x, group, [3, 2, 2]),
+        "even": collectives.reduce_scatter_rows(x9, group),
+        "broadcast": collectives.broadcast(x, group, source=2),
+        "fp8": collectives.all_gather_rows(x.to(torch.float8_e4m3fn), group).float(),
+        "object": collectives.all_gather_object({"rank": rank}, group),
+        "untouched": torch.equal(x, inputs(rank)),
+    }
+    return found
+
+
+def test_every_collective() -> None:
+    ranks = run_distributed(_all, WORLD)
+    parts = [inputs(rank) for rank in range(WORLD)]
+    total = (parts[0] + parts[1]) + parts[2]
+    for rank, found in enumerate(ranks):
+        assert torch.equal(found["sum"], total), "the sum is not in rank order"
+        assert len(found["sum_big"].unique()) == 1, "the sum depends on the position in the buffer"
+        assert found["sum_bf16"].item() == 258.0, "BF16 was accumulated in BF16"
+        assert found["sum_fp64"].item() == 2.0**30 + 2 * 2.0**-20, "FP64 was accumulated in FP32"
+        assert found["max"][0] == 1.0
+        assert torch.isnan(found["max"][1]), "NaN on one rank must reach all"
+        assert torch.equal(found["gather"], torch.cat([parts[r][: r + 1] for r in range(WORLD)]))
+        assert torch.equal(found["scatter"], total.split([3, 2, 2])[rank])
+        assert found["even"].shape == (3, 2)
+        assert torch.equal(found["broadcast"], parts[2])
+        assert torch.equal(found["fp8"], torch.cat(parts).to(torch.float8_e4m3fn).float())
+        assert [item["rank"] for item in found["object"]] == [0, 1, 2]
+        assert found["untouched"], "a collective changed its input"
+
+
+def _gradients(rank: int, world_size: int) -> dict[str, Tensor]:
+    group = world_group(rank, world_size)
+    found = {}
+    for name, rows in (("gather_rows", 2), ("reduce_scatter_rows", 6), ("scatter_rows", 6), ("copy_to_group", 2)):
+        x = torch.ones(rows, 1, requires_grad=True)
+        y = getattr(autograd, name)(x, group)
+        weight = torch.arange(1.0, len(y) + 1).view(-1, 1) * (rank + 1)
+        (y * weight).sum().backward()
+        assert x.grad is not None
+        found[name] = x.grad.flatten()
+    return found
+
+
+def test_gradients_are_the_adjoint_collectives() -> None:
+    for rank, found in enumerate(run_distributed(_gradients, WORLD)):
+        rows = torch.arange(1.0, 7.0)
+        assert torch.equal(found["gather_rows"], 6 * rows[2 * rank : 2 * rank + 2]), "gradients must be summed"
+        per_rank = torch.cat([torch.arange(1.0, 3.0) * (r + 1) for r in range(WORLD)])
+        assert torch.equal(found["reduce_scatter_rows"], per_rank)
+        assert torch.equal(found["scatter_rows"], per_rank)
+        assert torch.equal(found["copy_to_group"], 6 * torch.arange(1.0, 3.0))
+
+
+def test_a_group_of_one_returns_its_input() -> None:
+    x, group = torch.ones(3), Group.single()
+    assert collectives.all_reduce_sum(x, group) is x
+    assert collectives.reduce_scatter_rows(x, group) is x
+    assert autograd.gather_rows(x, group) is x

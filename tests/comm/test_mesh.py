@@ -1,0 +1,86 @@
+"""The rank grid and the groups cut from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh, describe, rank_grid
+from megatron_fp4.comm.rect import Placement, Segment, split_evenly
+from tests.helpers.distributed import mesh_for, run_distributed
+
+
+def test_rank_order_is_tp_then_cp_then_dp_then_pp() -> None:
+    grid = rank_grid(ParallelConfig(tp=2, cp=2, dp=2, pp=2), 16)
+    for pp in range(2):
+        for dp in range(2):
+            for cp in range(2):
+                for tp in range(2):
+                    assert grid[pp, dp, cp, tp] == ((pp * 2 + dp) * 2 + cp) * 2 + tp
+
+
+def test_dp_is_what_the_world_leaves() -> None:
+    assert ParallelConfig(tp=2, pp=2).resolve_dp(16) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "world", "expected"),
+    [
+        (ParallelConfig(tp=4), 6, r"4 \* 1 \* 1 \* \? must equal 6"),
+        (ParallelConfig(tp=2, dp=2), 8, r"2 \* 1 \* 1 \* 2 must equal 8"),
+        (ParallelConfig(tp=4), 2, "start 4 ranks"),
+    ],
+)
+def test_a_layout_that_does_not_fit_names_the_equation(config: ParallelConfig, world: int, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        config.resolve_dp(world)
+
+
+def _groups(rank: int, world_size: int) -> dict[str, Any]:
+    mesh = mesh_for(rank, world_size, tp=2, pp=2)
+    names = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "model", "world")
+    return {name: (getattr(mesh, name).ranks, getattr(mesh, name).rank) for name in names}
+
+
+def test_groups_of_every_rank() -> None:
+    found = run_distributed(_groups, 4)
+    assert [groups["tp"][0] for groups in found] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [groups["pp"][0] for groups in found] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert [groups["dp"][0] for groups in found] == [(0,), (1,), (2,), (3,)]
+    for rank, groups in enumerate(found):
+        for name, (ranks, index) in groups.items():
+            assert ranks[index] == rank, f"rank {rank} is at the wrong place in {name}"
+
+
+def test_a_single_process_needs_no_process_group() -> None:
+    mesh = ParallelMesh.single_process()
+    assert mesh.tp.size == mesh.world.size == 1
+    assert mesh.is_main
+
+
+def test_the_grid_is_drawn() -> None:
+    assert "stage 1, dp 1: [6 7]" in describe(ParallelConfig(tp=2, pp=2), 8)
+
+
+def test_split_evenly_names_the_numbers() -> None:
+    group = Group("tp", (0,), 0)
+    assert split_evenly(6, group, what="heads") == 6
+    with pytest.raises(ValueError, match=r"6 .* not a multiple of 4"):
+        split_evenly(6, group, what="heads", multiple_of=4)
+
+
+def test_rows_between_cuts_segments_into_rectangles() -> None:
+    placement = Placement(
+        (Segment("q", 0, 4, (8, 3), (4, 0)), Segment("k", 4, 6, (4, 3), (2, 0))),
+    )
+    parts = list(placement.rows_between(3, 5))
+    assert [(part.name, part.start, part.stop, part.global_offset) for part in parts] == [
+        ("q", 3, 4, (7, 0)),
+        ("k", 4, 5, (2, 0)),
+    ]
+
+
+def test_a_placement_with_a_hole_is_refused() -> None:
+    with pytest.raises(ValueError, match="starts at row 5"):
+        Placement((Segment("q", 0, 4, (4,), (0,)), Segment("k", 5, 6, (1,), (0,))))

@@ -1,0 +1,91 @@
+"""Attention: grouped heads, documents kept apart, the zig-zag split over context-parallel ranks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.layers.attention import attend, document_mask
+from megatron_fp4.layers.context_parallel import context_parallel_attention, in_sequence_order, zigzag_index
+from megatron_fp4.layers.rope import apply_rope, rope_angles
+from tests.helpers.distributed import run_distributed, world_group
+
+B, S, H, G, E = 2, 16, 4, 2, 8
+
+
+def qkv() -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(B, S, heads, E, generator=random, dtype=torch.float64) for heads in (H, G, G))  # type: ignore[return-value]
+
+
+def documents() -> Tensor:
+    return torch.tensor([[0] * 5 + [1] * 11, [0] * 16])
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
+    """Softmax attention written out, one query at a time."""
+    out = torch.zeros(B, S, H, E, dtype=torch.float64)
+    for b in range(B):
+        for h in range(H):
+            g = h // (H // G)
+            for s in range(S):
+                allowed = [j for j in range(s + 1) if docs is None or docs[b, j] == docs[b, s]]
+                weights = (k[b, allowed, g] @ q[b, s, h] / math.sqrt(E)).softmax(0)
+                out[b, s, h] = weights @ v[b, allowed, g]
+    return out
+
+
+def test_causal_and_documents_against_the_written_out_sum() -> None:
+    q, k, v = qkv()
+    torch.testing.assert_close(attend(q, k, v, None), oracle(q, k, v, None))
+    causal = torch.ones(S, S, dtype=torch.bool).tril()
+    mask = document_mask(documents(), documents()) & causal
+    torch.testing.assert_close(attend(q, k, v, mask), oracle(q, k, v, documents()))
+
+
+def _ring(rank: int, world_size: int, apart: bool) -> tuple[Tensor, list[Tensor]]:
+    cp = world_group(rank, world_size)
+    mine = zigzag_index(S, cp)
+    q, k, v = (x[:, mine].clone().requires_grad_() for x in qkv())
+    out = context_parallel_attention(q, k, v, documents()[:, mine] if apart else None, cp)
+    (out * torch.arange(S, dtype=torch.float64)[mine][None, :, None, None]).sum().backward()
+    return out.detach(), [x.grad for x in (q, k, v) if x.grad is not None]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_context_parallel_equals_one_rank(apart: bool) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv())
+    docs = documents() if apart else None
+    expected = oracle(q, k, v, docs)
+    (expected * torch.arange(S, dtype=torch.float64)[None, :, None, None]).sum().backward()
+    for rank, (out, grads) in enumerate(run_distributed(_ring, 2, apart)):
+        mine = zigzag_index(S, Group("cp", (0, 1), rank, object()))  # type: ignore[arg-type]
+        torch.testing.assert_close(out, expected[:, mine].detach())
+        for name, grad, whole in zip("qkv", grads, (q, k, v), strict=True):
+            assert whole.grad is not None
+            torch.testing.assert_close(grad, whole.grad[:, mine], msg=f"gradient of {name} on rank {rank}")
+
+
+def test_zigzag_gives_every_rank_the_same_causal_work() -> None:
+    groups = [Group("cp", (0, 1, 2, 3), rank, object()) for rank in range(4)]  # type: ignore[arg-type]
+    indices = [zigzag_index(64, group) for group in groups]
+    assert {int(index.sum()) for index in indices} == {int(torch.arange(64).sum()) // 4}, "unequal causal work"
+    gathered = torch.stack(indices)
+    assert torch.equal(in_sequence_order(gathered, groups[0]), torch.arange(64))
+    with pytest.raises(ValueError, match="60 is not divisible by 2 \\* cp = 8"):
+        zigzag_index(60, groups[0])
+
+
+def test_rope_turns_by_position_only() -> None:
+    positions = torch.arange(S)[None]
+    x = torch.randn(1, S, 1, E, generator=torch.Generator().manual_seed(2))
+    turned = apply_rope(x, rope_angles(positions, E, 10000.0))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(turned[:, 0], x[:, 0])
+    same = apply_rope(x[:, :1].expand(-1, S, -1, -1), rope_angles(positions, E, 10000.0))[0, :, 0]
+    products = same @ same.T
+    torch.testing.assert_close(products.diagonal(1), products.diagonal(1)[:1].expand(S - 1), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,55 @@
+"""Vocabulary-parallel cross-entropy against torch, where real frameworks got it wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_fp4.comm.collectives import even_counts
+from megatron_fp4.layers.loss import IGNORE, vocab_parallel_cross_entropy
+from tests.helpers.distributed import run_distributed, world_group
+
+TOKENS, VOCABULARY = 12, 101  # 101 is divisible by neither 2 nor 4
+
+
+def case(scale: float) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(TOKENS, VOCABULARY, generator=random) * scale
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=random)
+    labels[3] = IGNORE
+    return logits, labels
+
+
+def _shard(rank: int, world_size: int, scale: float, smoothing: float) -> tuple[Tensor, Tensor]:
+    logits, labels = case(scale)
+    counts = even_counts(VOCABULARY, world_size)
+    first = sum(counts[:rank])
+    mine = logits[:, first : first + counts[rank]].clone().requires_grad_()
+    loss = vocab_parallel_cross_entropy(
+        mine, labels, first=first, vocab_size=VOCABULARY, group=world_group(rank, world_size), smoothing=smoothing
+    )
+    loss.sum().backward()
+    assert mine.grad is not None
+    return loss.detach(), mine.grad
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize(("scale", "smoothing"), [(1.0, 0.0), (1e4, 0.0), (3.0, 0.1)])
+def test_against_torch(world_size: int, scale: float, smoothing: float) -> None:
+    logits, labels = case(scale)
+    logits.requires_grad_()
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
+    expected.sum().backward()
+    if world_size == 1:
+        found = [_shard(0, 1, scale, smoothing)]
+    else:
+        found = run_distributed(_shard, world_size, scale, smoothing)
+    for loss, _ in found:
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-5 * scale)
+        assert loss[3] == 0.0, "an ignored position has no loss"
+    gradient = torch.cat([grad for _, grad in found], dim=1)
+    assert logits.grad is not None
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-5, atol=1e-6)
+    assert bool((gradient[3] == 0).all()), "an ignored position has no gradient"

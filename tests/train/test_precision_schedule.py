@@ -1,0 +1,147 @@
+"""Precision in time: switches at their step, resumes in any phase, evaluation of its own, changes that are said."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fp4 import pretrain
+from megatron_fp4.precision.ledger import GemmMismatch
+from megatron_fp4.train import trainer
+from megatron_fp4.train.metrics import read_metrics
+from tests.helpers.tiny_run import TinyRun, tiny_run
+
+STEP_TOKENS = 4 * 32
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """A run in this process installs its handlers."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def train(run: TinyRun, steps: int) -> None:
+    """Up to step `steps`, in this process."""
+    assert pretrain.main([*run.overrides, f"train.stop_after_steps={steps}"]) == 0
+
+
+def losses(run: TinyRun) -> dict[int, tuple[float, float]]:
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in read_metrics(run.run_dir) if "loss" in r}
+
+
+def switch(step: int, settings: str = "gemms: [fprop]") -> str:
+    """A switch that holds from `step` (1-based) on."""
+    return f"{{at_tokens: {(step - 1) * STEP_TOKENS}, {settings}}}"
+
+
+def assert_same_run(expected: TinyRun, actual: TinyRun, steps: range, why: str) -> None:
+    left, right = losses(expected), losses(actual)
+    for step in steps:
+        assert left[step] == right[step], f"step {step}: {why}"
+    last = steps[-1]
+    states = expected.state(last), actual.state(last)
+    assert states[0].keys() == states[1].keys()
+    for key, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][key]), f"{key} after step {last}: {why}"
+
+
+def test_a_switch_holds_from_exactly_its_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plain = tiny_run(tmp_path)
+    switched = plain.with_overrides(f"precision.switch=[{switch(4)}]", "train.check_gemms=true", run_dir=tmp_path / "s")
+    train(plain, 5)
+    capfd.readouterr()
+    train(switched, 5)
+    output = capfd.readouterr().out
+    expected, actual = losses(plain), losses(switched)
+    assert [expected[step] == actual[step] for step in (1, 2, 3)] == [True] * 3, "the switch came early"
+    assert expected[4] != actual[4], "the switch came late: Fprop of step 4 must be in BF16"
+    assert "from 384 consumed tokens on:\nblocks.0.attention.qkv: nvfp4 nvfp4 nvfp4 -> bf16 nvfp4 nvfp4" in output
+    after = output[output.index("step 4: precision changes") :].splitlines()
+    assert after[1] == "blocks.0.attention.qkv: nvfp4 nvfp4 nvfp4 -> bf16 nvfp4 nvfp4"
+    assert any(line.lstrip().startswith("step      4/5") for line in after), "it is said before the step"
+
+
+def test_after_the_switch_the_run_is_a_fresh_process_in_the_new_precision(tmp_path: Path) -> None:
+    """Nothing of the old precision stays behind: no cached weight, no saved operand, no shifted noise."""
+    switched = tiny_run(tmp_path, f"precision.switch=[{switch(4)}]", "train.save_interval_steps=3")
+    train(switched, 6)
+    rules = "[{match: head}, {match: '*', blocks: 'last:1'}, {match: '*', use: nvfp4, fprop: bf16}]"
+    fresh = tiny_run(tmp_path, f"precision.rules={rules}", "train.stop_after_steps=6")
+    fresh = fresh.with_overrides(run_dir=tmp_path / "fresh")
+    name = "step_00000003"
+    shutil.copytree(switched.run_dir / "checkpoints" / name, fresh.run_dir / "checkpoints" / name)
+    output = fresh.run()  # another process
+    assert "resuming after step 3" in output
+    assert_same_run(switched, fresh, range(4, 7), "the switch left something of the old precision behind")
+
+
+def test_resume_lands_in_the_right_phase(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Stops within each of three phases and exactly between two of them."""
+    switches = f"precision.switch=[{switch(3)}, {switch(6, 'use: bf16')}]"
+    whole = tiny_run(tmp_path, switches, "train.check_gemms=true")
+    train(whole, 8)
+    pieces = whole.with_overrides(run_dir=tmp_path / "pieces")
+    outputs = {}
+    for stop in (1, 4, 5, 7, 8):
+        capfd.readouterr()
+        train(pieces, stop)
+        outputs[stop] = capfd.readouterr().out
+    assert_same_run(whole, pieces, range(1, 9), "a resume computes in another precision than the run without it")
+    said = [stop for stop, text in outputs.items() if "precision differs from the checkpoint's" in text]
+    assert said == [7], "only the resume from step 5, between two phases, starts in another precision"
+    assert "blocks.0.mlp.down: bf16 nvfp4 nvfp4 -> bf16 bf16 bf16" in outputs[7]
+    assert "step 3: precision changes" in outputs[4], "the resume from step 1 goes through the switch at step 3"
+
+
+def test_precision_may_change_on_resume_and_it_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run(tmp_path)
+    train(run, 2)
+    capfd.readouterr()
+    train(run.with_overrides("precision=bf16"), 3)
+    output = capfd.readouterr().out
+    assert "precision.rules" in output, "the changed settings are listed"
+    text = output[output.index("precision differs from the checkpoint's") :].splitlines()
+    assert text[1] == "blocks.0.attention.qkv: nvfp4 nvfp4 nvfp4 -> bf16 bf16 bf16"
+    assert len(text[1:]) >= 4, "all four linears of block 0"
+
+
+def test_evaluation_computes_in_its_own_precision(tmp_path: Path) -> None:
+    def evaluated(name: str, precision: str) -> TinyRun:
+        sets = f"data.evaluation=[{{name: toy, paths: ['{tmp_path}/shards/toy'], max_tokens: 512}}]"
+        run = tiny_run(tmp_path, sets, "train.eval_interval_steps=2", f"precision.evaluation={precision}")
+        run = run.with_overrides(run_dir=tmp_path / name)
+        train(run, 4)
+        return run
+
+    high, same = evaluated("high", "bf16"), evaluated("same", "same")
+    assert_same_run(high, same, range(1, 5), "evaluation changed the training: its precision was not taken back")
+    found = [[r["eval/toy/loss"] for r in read_metrics(run.run_dir) if "eval/toy/loss" in r] for run in (high, same)]
+    assert len(found[0]) == len(found[1]) == 2
+    assert found[0] != found[1], "precision.evaluation has no effect"
+
+
+def test_a_precision_that_is_not_assigned_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.check_gemms` looks at what is executed, not at what was configured."""
+    assign, calls = trainer.assign, []
+
+    def only_once(*arguments: object) -> None:
+        if not calls:
+            assign(*arguments)  # type: ignore[arg-type]
+        calls.append(arguments)
+
+    monkeypatch.setattr(trainer, "assign", only_once)
+    run = tiny_run(tmp_path, f"precision.switch=[{switch(2)}]", "train.check_gemms=true")
+    with pytest.raises(GemmMismatch, match=r"step 2: GEMMs that are not as in the precision table") as caught:
+        train(run, 3)
+    assert "blocks.0.mlp.up fprop (x * w) in nvfp4 * nvfp4 16x16: executed 2 times, not in the table" in str(
+        caught.value
+    )
