@@ -6,7 +6,8 @@
 
 One idea: each question gets the measurement that a small machine can answer. Times of layouts are ratios to one process
 that does the same global batch in the same run (more ranks than cores: expect above 1). Pipeline bubbles are measured
-with stages that sleep instead of computing, so that cores do not matter and only the schedule does. Bytes are counted at
+with stages that sleep instead of computing, so that cores do not matter and only the schedule does; beside them stand
+the formula of the literature and what the schedule's own order of actions allows ("order"). Bytes are counted at
 torch.distributed in a real step, and printed beside the formula of models/traffic.py.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
 
 from megatron_fp4.cli.pipeline_cost import PipelineShape
 from megatron_fp4.comm import collectives
@@ -110,7 +113,7 @@ def report_times(layouts: list[Layout], repeats: int) -> None:
 
 # -- bubble -----------------------------------------------------------------------------------------------------------
 
-PIECE_SECONDS = 0.02  # forward, and each half of the backward, of one rank's part of a microbatch
+PIECE_SECONDS = 0.04  # forward, and each half of the backward, of one rank's part of a microbatch
 
 
 class _Sleep(torch.autograd.Function):
@@ -151,8 +154,8 @@ class _Rows(NamedTuple):
     documents: Tensor
 
 
-def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches: int) -> float:
-    """Part of a step in which a rank sleeps for nobody: 1 - work / time, the second of two steps."""
+def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches: int) -> tuple[float, float]:
+    """Part of a step in which a rank waits, 1 - work / time: measured (second of two steps), and by the order alone."""
     mesh, virtual = build_mesh(parallel, process.world), stages_per_rank(parallel)
     queues = [WgradQueue() for _ in stages_of_rank(mesh.pp.rank, parallel)]
     stages = [SleepingStage(PIECE_SECONDS / virtual, queue) for queue in queues]
@@ -177,16 +180,69 @@ def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches:
         began = time.perf_counter()
         engine.train(rows, 1.0, lambda: None)
         seconds = time.perf_counter() - began
-    return 1.0 - 3 * PIECE_SECONDS * num_microbatches / max(collectives.all_gather_object(seconds, process.world))
+    slowest = max(collectives.all_gather_object(seconds, process.world))
+    ideal = _duration(engine._schedule.pipeline_order, parallel.pp * virtual) / virtual
+    return 1.0 - 3 * PIECE_SECONDS * num_microbatches / slowest, 1.0 - 3 * num_microbatches / ideal
+
+
+UNITS = {"FORWARD": 1, "FULL_BACKWARD": 2, "BACKWARD_INPUT": 1, "BACKWARD_WEIGHT": 1}
+
+
+class _Work(NamedTuple):
+    """A computation of a schedule. kind: F, B (what the stage before waits for) or W (weight gradients alone)."""
+
+    kind: str
+    stage: int
+    microbatch: int
+    units: int
+
+    def needs(self) -> list[tuple[str, int, int]]:
+        before = [("F", self.stage - 1)] if self.kind == "F" else [("F", self.stage), ("B", self.stage + 1)]
+        return [(kind, stage, self.microbatch) for kind, stage in before]
+
+
+KINDS = {"FORWARD": ("F", 1), "FULL_BACKWARD": ("B", 2), "BACKWARD_INPUT": ("B", 1), "BACKWARD_WEIGHT": ("W", 1)}
+
+
+def _work_of(actions: list[Any]) -> list[_Work]:
+    """The computations of one rank. Microbatches are counted anew: torch 2.13 misnumbers the last stage of 1F1B."""
+    seen: Counter[tuple[str, int]] = Counter()
+    found = []
+    for action in actions:
+        for part in [] if action is None else action.sub_actions or [action]:
+            if part.computation_type.name in KINDS:
+                kind, units = KINDS[part.computation_type.name]
+                found.append(_Work(kind, part.stage_index, seen[kind, part.stage_index], units))
+                seen[kind, part.stage_index] += 1
+    return found
+
+
+def _duration(order: dict[int, list[Any]], num_stages: int) -> float:
+    """When the last action ends if each begins as soon as its rank and its inputs are there; in forward passes."""
+    waiting = {rank: _work_of(actions) for rank, actions in order.items()}
+    ends: dict[tuple[str, int, int], float] = {}
+    free = dict.fromkeys(order, 0.0)
+    while any(waiting.values()):
+        done_before = len(ends)
+        for rank, work in waiting.items():
+            while work:
+                needs = [need for need in work[0].needs() if 0 <= need[1] < num_stages]
+                if any(need not in ends for need in needs):
+                    break
+                now = work.pop(0)
+                free[rank] = max([free[rank], *(ends[need] for need in needs)]) + now.units
+                ends[now.kind, now.stage, now.microbatch] = free[rank]
+        assert len(ends) > done_before, "the order of the schedule never ends"
+    return max(free.values())
 
 
 def report_bubbles(pp: int, num_microbatches: int) -> None:
-    print(f"pp {pp}, {num_microbatches} microbatches\n{'schedule':<26} {'measured':>8} {'theory':>7}")
+    print(f"pp {pp}, {num_microbatches} microbatches\n{'schedule':<26} {'measured':>8} {'order':>7} {'formula':>7}")
     for schedule, rule in SCHEDULES.items():
         parallel = ParallelConfig(pp=pp, schedule=schedule)
-        measured = run_local(measure_bubble, pp, parallel, num_microbatches)[0]
-        theory = PipelineShape(schedule, pp, num_microbatches, rule.stages).bubble
-        print(f"{schedule:<26} {measured:8.3f} {theory:7.3f}", flush=True)
+        measured, ideal = run_local(measure_bubble, pp, parallel, num_microbatches)[0]
+        formula = PipelineShape(schedule, pp, num_microbatches, rule.stages).bubble
+        print(f"{schedule:<26} {measured:8.3f} {ideal:7.3f} {formula:7.3f}", flush=True)
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -197,24 +253,38 @@ def count_bytes(process: Process, parallel: ParallelConfig) -> tuple[float, floa
     ready = prepare(process, parallel)
     ready.step()
     sent = [0.0]
-    gather, exchange, batch = collectives._all_gather, dist.all_to_all_single, dist.batch_isend_irecv
+    rank = process.world.rank
 
-    def counted_gather(out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent[0] += out.nbytes - x.nbytes
-        return gather(out, x, *args, **kwargs)
+    def counted(fn: Callable[..., Any], nbytes: Callable[..., float]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sent[0] += nbytes(*args, **kwargs)
+            return fn(*args, **kwargs)
 
-    def counted_exchange(out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sent[0] += x.nbytes * (1 - 1 / dist.get_world_size(kwargs["group"]))
-        return exchange(out, x, *args, **kwargs)
+        return call
 
-    def counted_batch(ops: list[Any]) -> Any:
-        sent[0] += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
-        return batch(ops)
+    def others(kwargs: dict[str, Any]) -> int:
+        return dist.get_world_size(kwargs["group"]) - 1
 
-    collectives._all_gather, dist.all_gather_single = counted_gather, counted_gather
-    dist.all_to_all_single, dist.batch_isend_irecv = counted_exchange, counted_batch
+    collectives._all_gather = counted(collectives._all_gather, lambda out, x, **kw: x.nbytes * others(kw))
+    dist.all_to_all_single = counted(
+        dist.all_to_all_single, lambda out, x, *splits, **kw: x.nbytes * others(kw) / (others(kw) + 1)
+    )
+    dist.broadcast = counted(dist.broadcast, lambda x, src, **kw: x.nbytes * others(kw) * (src == rank))
+    for name in ("get_fwd_send_ops", "get_bwd_send_ops"):
+        _count_sends(name, sent)
     ready.step()
     return sent[0], _by_formula(parallel, ready.mesh)
+
+
+def _count_sends(name: str, sent: list[float]) -> None:
+    make_ops = getattr(PipelineStage, name)
+
+    def counted_ops(stage: Any, number: int) -> Any:
+        ops = make_ops(stage, number)
+        sent[0] += sum(op.tensor.nbytes for op in ops)
+        return ops
+
+    setattr(PipelineStage, name, counted_ops)
 
 
 def _by_formula(parallel: ParallelConfig, mesh: ParallelMesh) -> float:

@@ -20,6 +20,7 @@ from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config,
 from megatron_fp4.comm.bootstrap import Launch, exit_process, read_launch, start_process, stop_process
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.mesh import describe
+from megatron_fp4.data.tokenizer import describe_tokenizer
 from megatron_fp4.precision import table as precision_table
 from megatron_fp4.train.build import Prepared, Run, build, open_data, prepare
 from megatron_fp4.train.console import Console
@@ -113,6 +114,8 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
     config = run.config
     console.say(to_yaml(tree))
     console.say(describe(config.parallel, run.mesh.world.size))
+    if prepared.tokenizer:
+        console.say(describe_tokenizer(prepared.tokenizer))
     table = prepared.plan.describe()
     console.say(table)
     accumulation = config.train.gradient_accumulation(prepared.dp)

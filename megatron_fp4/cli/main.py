@@ -19,6 +19,9 @@ COMMANDS = {
     "preflight": ("megatron_fp4.cli.preflight", "try on these machines what a run will need, before it starts"),
     "crosscheck": ("megatron_fp4.cli.crosscheck", "Transformer Engine against the emulation, code by code"),
     "env": ("megatron_fp4.cli.env", "versions and hardware, to paste into a bug report"),
+    "checkpoint": ("megatron_fp4.cli.checkpoint", "inspect, verify, average, extract and export checkpoints"),
+    "verify-resume": ("megatron_fp4.cli.verify_resume", "prove that a killed run goes on as if nothing had happened"),
+    "replay": ("megatron_fp4.cli.replay", "run again from a checkpoint to a step whose loss spiked, also in BF16"),
     "generate": ("megatron_fp4.cli.generate", "continue a text with a trained checkpoint"),
 }
 

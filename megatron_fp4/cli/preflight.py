@@ -21,7 +21,7 @@ from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
 from megatron_fp4.cli.crosscheck import cross_check
 from megatron_fp4.cli.gemm_probe import distinct_probes, run_probe
 from megatron_fp4.cli.host_probe import Check, check_disk, check_links, check_memory
-from megatron_fp4.comm.bootstrap import Launch, Process, read_launch, start_process, stop_process
+from megatron_fp4.comm.bootstrap import Launch, Process, exit_process, read_launch, start_process, stop_process
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
@@ -122,3 +122,7 @@ def _report(checks: Sequence[Check], failed: Sequence[tuple[int, Check]], proces
     if process.device.type == "cpu":
         print("note    device         no GPU was used: kernels, GPU memory and NCCL were not checked")
     print(f"verdict: {f'do not start this run ({names})' if failed else 'this run can start'}")
+
+
+if __name__ == "__main__":  # several ranks: MEGATRON_FP4_MODULE=megatron_fp4.cli.preflight launch/torchrun.sh ...
+    exit_process(main())

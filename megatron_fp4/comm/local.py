@@ -13,8 +13,10 @@ import os
 import pickle
 import queue as queues
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,18 +36,7 @@ def run_local(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
     fn: a module-level function, called with its started `Process`; arguments and result are pickled. Raises
     RuntimeError with the traceback of the first rank that fails, TimeoutError if one does not answer in time.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__, fn.__module__])  # the first call decides
-    answers, port = context.Queue(), free_port()
-    processes = [
-        context.Process(
-            target=_entry, args=(Launch(rank, world_size, rank, world_size, "local"), port, answers, fn, args)
-        )
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.daemon = True
-        process.start()
+    processes, answers = _start(fn, world_size, args)
     results: dict[int, Any] = {}
     try:
         while len(results) < world_size:
@@ -59,6 +50,43 @@ def run_local(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
     finally:
         _end(processes, wait_seconds=10.0 if len(results) == world_size else 0.0)
     return [results[rank] for rank in range(world_size)]
+
+
+def kill_local(
+    fn: Callable[..., Any], world_size: int, *args: Any, when: Callable[[], bool], timeout_seconds: float = 300.0
+) -> None:
+    """Start `fn` as `run_local` does, and SIGKILL every rank as soon as `when()`, wherever they are.
+
+    Raises RuntimeError if a rank ends before, TimeoutError if it never is.
+    """
+    processes, answers = _start(fn, world_size, args)
+    deadline = time.monotonic() + timeout_seconds
+    try:
+        while not when():
+            with suppress(queues.Empty):
+                rank, _, error = answers.get(timeout=0.02)
+                raise RuntimeError(f"rank {rank} of {world_size} ended before it could be killed:\n{error or ''}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{world_size} ranks did not get to where they should be killed")
+    finally:
+        _end(processes, wait_seconds=0.0)
+
+
+def _start(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """The processes, and the queue of their answers (rank, pickled result, error)."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, fn.__module__])  # the first call decides
+    answers, port = context.Queue(), free_port()
+    processes = [
+        context.Process(
+            target=_entry, args=(Launch(rank, world_size, rank, world_size, "local"), port, answers, fn, args)
+        )
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.daemon = True
+        process.start()
+    return processes, answers
 
 
 def _entry(launch: Launch, port: int, answers: Any, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -152,20 +152,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return kinds[path.suffix](path)
 
 
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Rows of an embedding that splits evenly: the next multiple."""
-    return -(-vocab_size // multiple) * multiple
-
-
-def describe_tokenizer(tokenizer: Tokenizer, padded_size: int | None = None) -> str:
-    """Start-up lines: ids and text of bos/eos/pad/unk, true and padded vocabulary, fingerprint."""
+def describe_tokenizer(tokenizer: Tokenizer) -> str:
+    """Start-up lines: ids and text of bos/eos/pad/unk, vocabulary, fingerprint."""
     special = tokenizer.special
     lines = []
     for name in ("bos", "eos", "pad", "unk"):
         token_id = getattr(special, name)
         lines.append(f"  {name} " + ("none" if token_id is None else f"{token_id} {tokenizer.piece(token_id)!r}"))
-    size = f"  vocabulary {tokenizer.vocab_size}" + (f", padded to {padded_size}" if padded_size is not None else "")
-    return "\n".join([f"tokenizer {tokenizer.fingerprint}", *lines, size])
+    return "\n".join([f"tokenizer {tokenizer.fingerprint}", *lines, f"  vocabulary {tokenizer.vocab_size}, not padded"])
 
 
 def eos_of(tokenizer: Tokenizer) -> int:

@@ -17,6 +17,7 @@ from megatron_fp4.precision.spec import (
     WgradOutput,
     nvfp4_paper,
 )
+from megatron_fp4.precision.te_recipe import te_recipe
 
 __all__ = [
     "AmaxScope",
@@ -38,4 +39,5 @@ __all__ = [
     "WgradQueue",
     "nvfp4_paper",
     "quantized_linear",
+    "te_recipe",
 ]

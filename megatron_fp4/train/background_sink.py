@@ -15,6 +15,8 @@ from typing import Protocol
 
 MAX_WAITING = 10_000
 """Records; some hours of a run while a logger's server is away."""
+CLOSE_SECONDS = 20.0
+"""How long the end of a run waits for what is still queued."""
 
 
 class Sink(Protocol):
@@ -28,10 +30,10 @@ class Sink(Protocol):
 
 
 class BackgroundSink:
-    """Feeds the sink that `make` returns. close_seconds: how long `close` waits for what is still queued."""
+    """Feeds the sink that `make` returns."""
 
-    def __init__(self, name: str, make: Callable[[], Sink], close_seconds: float = 20.0) -> None:
-        self._name, self._make, self._close_seconds = name, make, close_seconds
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        self._name, self._make = name, make
         self._queue: queue.Queue[Callable[[Sink], None]] = queue.Queue(MAX_WAITING)
         self._off = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"{name}-logger", daemon=True)
@@ -45,9 +47,9 @@ class BackgroundSink:
 
     def close(self) -> None:
         self._put(self._finish)
-        self._thread.join(self._close_seconds)
+        self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            self._warn(f"it did not finish within {self._close_seconds:g} s")
+            self._warn(f"it did not finish within {CLOSE_SECONDS:g} s")
 
     def _put(self, act: Callable[[Sink], None]) -> None:
         if self._off.is_set():

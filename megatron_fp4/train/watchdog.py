@@ -69,6 +69,7 @@ class Watchdog:
         if self._timeout:
             self._board = NoticeBoard(self._world, "watchdog")
             self._phases.beat()
+            self._arm()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -81,7 +82,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll):
-            faulthandler.dump_traceback_later(self._longest + 2 * self._poll, exit=True, file=sys.stderr)
+            self._arm()
             position = self._phases.position
             late = time.monotonic() - position.since - self._extra.get(position.phase, 0.0)
             try:
@@ -94,6 +95,10 @@ class Watchdog:
                         f"rank {self._world.rank} {self._describe(position)}; the others are not reached: {error}"
                     )
                     exit_process(EXIT_HUNG)
+
+    def _arm(self) -> None:
+        """What comes from C if this thread does not come back here; after everything that it would do by itself."""
+        faulthandler.dump_traceback_later(self._longest + 5 * self._poll, exit=True, file=sys.__stderr__ or 2)
 
     def _describe(self, position: Position) -> Notice:
         collective, place = where(sys._current_frames()[self._watched])

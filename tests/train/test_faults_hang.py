@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.signals import EXIT_HUNG
-from megatron_fp4.train.watchdog import Notice, late_ranks, summary
+from megatron_fp4.train.watchdog import Notice, Watchdog, late_ranks, summary
 from tests.helpers.distributed import free_port
 from tests.helpers.tiny_run import ROOT, TinyRun, tiny_run
 
@@ -36,7 +38,12 @@ def start_ranks(run: TinyRun, num_ranks: int, fault: str) -> list[subprocess.Pop
 
 
 def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
-    return [process.communicate(timeout=90)[0] for process in processes]
+    try:
+        return [process.communicate(timeout=60)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+        raise
 
 
 def test_a_hanging_rank_is_named_with_its_stack(tmp_path: Path) -> None:
@@ -86,12 +93,6 @@ def test_under_the_launcher_the_job_ends_with_the_watchdogs_code(
 
 def test_a_slow_evaluation_or_save_is_no_hang() -> None:
     """Covered by what ends a phase: every evaluation batch beats, and a save has its own time-out on top."""
-    from megatron_fp4.comm.mesh import Group
-    from megatron_fp4.train.phases import Phases
-    from megatron_fp4.train.watchdog import Watchdog
-
-    import torch
-
     phases = Phases(torch.device("cpu"))
     with Watchdog(phases, Group.single("world"), 0.4, {"save": 5.0}):
         phases.enter("evaluate")

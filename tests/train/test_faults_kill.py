@@ -16,9 +16,7 @@ SHORT = (f"train.stop_after_steps={STEPS}", "train.save_interval_steps=4", "chec
 
 
 @pytest.mark.parametrize(("axis", "phase"), [("tp", "forward_backward"), ("dp", "save")])
-def test_sigkill_of_one_rank_and_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axis: str, phase: str
-) -> None:
+def test_sigkill_of_one_rank_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axis: str, phase: str) -> None:
     """At tp 2 in the forward pass of step 10; at dp 2 when the save after step 8 begins."""
     whole = tiny_run(tmp_path, f"parallel.{axis}=2", *SHORT)
     whole.run(2)

@@ -1,0 +1,142 @@
+"""`megatron-fp4 checkpoint {inspect,verify,average,extract,export}`: look at checkpoints and make others of them.
+
+    megatron-fp4 checkpoint inspect RUN                    tensors with logical shapes, step, tokens, settings
+    megatron-fp4 checkpoint verify RUN                     sizes and hashes of all files; exit code 1 if one differs
+    megatron-fp4 checkpoint average A B C --to DIRECTORY   the mean of their weights, summed in FP64
+    megatron-fp4 checkpoint extract A --to DIRECTORY       only the weights, in one file
+    megatron-fp4 checkpoint export A --to DIRECTORY        for `transformers`: config.json and model.safetensors
+
+A checkpoint is named by its own directory, by the directory of all checkpoints, or by the run's (then the newest is
+taken). There is no conversion between layouts: every layout reads every checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from megatron_fp4.checkpoint import inspect
+from megatron_fp4.cli.schema import build, twin
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.convert import to_transformers, transformers_config
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 1 if `verify` finds damage, 2 for what cannot be done."""
+    args = _parse(arguments)
+    try:
+        paths = [find(path) for path in args.checkpoints]
+        if args.action == "inspect":
+            for path in paths:
+                print(describe(path, names=args.names))
+            return 0
+        if args.action == "verify":
+            return _verify(paths)
+        if args.action == "average":
+            weights = args.weights and [float(weight) for weight in args.weights]
+            print(f"written: {inspect.average(paths, args.to, weights=weights)}")
+        elif args.action == "extract":
+            print(f"written: {inspect.extract(paths[0], args.to, kinds=args.kinds)}")
+        else:
+            print(f"written: {export(paths[0], args.to, DTYPES[args.dtype])}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="megatron-fp4 checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+
+    def action(name: str, count: str | int, *, writes: bool) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name)
+        sub.add_argument("checkpoints", nargs=count, type=Path, metavar="CHECKPOINT")
+        if writes:
+            sub.add_argument("--to", type=Path, required=True, help="directory to write into")
+        return sub
+
+    action("inspect", "+", writes=False).add_argument("--names", default="", help="only tensors whose key has this")
+    action("verify", "+", writes=False)
+    action("average", "+", writes=True).add_argument("--weights", nargs="+", help="one per checkpoint (default: equal)")
+    action("extract", 1, writes=True).add_argument("--kinds", nargs="+", default=["master"])
+    action("export", 1, writes=True).add_argument("--dtype", choices=DTYPES, default="bf16")
+    return parser.parse_args(arguments)
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` names. Raises FileNotFoundError."""
+    inside = path / "checkpoints"
+    return inspect.resolve(inside if inside.is_dir() else path)
+
+
+def describe(path: Path, names: str = "") -> str:
+    """The small state in a few lines, then a line for each logical tensor."""
+    state = inspect.read_state(path)
+    infos = inspect.list_tensors(path)
+    meta = state["meta"]
+    lines = [
+        str(path),
+        f"  step {state['step']}, tokens {state['tokens']}, score {state['score']}",
+        f"  versions {meta.get('versions', {})}",
+    ]
+    for kind in dict.fromkeys(info.kind for info in infos):
+        of_kind = [info for info in infos if info.kind == kind]
+        size = sum(info.num_bytes for info in of_kind) / 2**20
+        elements = sum(torch.Size(info.shape).numel() for info in of_kind)
+        lines.append(f"  {kind}: {len(of_kind)} tensors, {elements:,} elements, {size:,.1f} MiB")
+    shown = [info for info in infos if names in info.key]
+    width = max((len(info.key) for info in shown), default=0)
+    lines += [
+        f"    {info.key:<{width}}  {'x'.join(map(str, info.shape)):<16} {str(info.dtype).removeprefix('torch.')}"
+        f"  {info.num_pieces} piece(s)"
+        for info in shown
+    ]
+    return "\n".join(lines)
+
+
+def _verify(paths: Sequence[Path]) -> int:
+    damaged = False
+    for path in paths:
+        problems = inspect.verify(path)
+        damaged |= bool(problems)
+        print(f"{path}: {'all files are as they were written' if not problems else 'DAMAGED'}")
+        for problem in problems:
+            print(f"  {problem}")
+    return 1 if damaged else 0
+
+
+def export(path: Path, to: Path, dtype: torch.dtype) -> Path:
+    """Write the masters as a model of `transformers`. Raises ValueError where it has no such architecture."""
+    from safetensors.torch import save_file
+
+    settings = inspect.read_state(path)["meta"]["config"]
+    config = _model_config(settings["model"])
+    values = transformers_config(config, seq_length=settings["data"]["seq_length"])
+    keys = [info.key for info in inspect.list_tensors(path) if info.kind == "master"]
+    masters = {key.split("/", 1)[1]: tensor for key, tensor in inspect.read_tensors(path, keys).items()}
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in to_transformers(config, masters).items()}
+    to.mkdir(parents=True, exist_ok=True)
+    if any(to.iterdir()):
+        raise ValueError(f"{to} is not empty; choose another output directory")
+    values |= {"dtype": str(dtype).removeprefix("torch."), "transformers_version": "5.23.0"}
+    (to / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    save_file(tensors, str(to / "model.safetensors"), metadata={"format": "pt"})
+    return to
+
+
+def _model_config(stored: dict[str, Any]) -> ModelConfig:
+    """From the plain values in a checkpoint: enums are stored by name."""
+    merged = OmegaConf.merge(OmegaConf.structured(twin(ModelConfig)), OmegaConf.create(stored))
+    return build(ModelConfig, OmegaConf.to_container(merged))  # type: ignore[arg-type]

@@ -1,0 +1,152 @@
+"""`preflight` passes on a good run and names the cause of each planted fault."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_fp4.cli import preflight
+from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.cli.host_probe import check_links
+from megatron_fp4.comm.bootstrap import Launch, Process
+from megatron_fp4.precision import EmulatedBackend
+from tests.helpers.distributed import run_distributed, world_group
+from tests.helpers.tiny_run import tiny_run
+from tests.precision import te_double
+
+
+def said(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str, expect: int) -> str:
+    run = tiny_run(folder, *overrides)
+    code = preflight.main(run.overrides)
+    output = capsys.readouterr()
+    assert code == expect, output.out + output.err
+    assert not run.run_dir.exists(), "preflight must leave nothing behind"
+    return output.out
+
+
+def lines(text: str, name: str) -> list[str]:
+    return [line for line in text.splitlines() if line.split()[1:2] == [name]]
+
+
+def test_passes_on_a_good_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, tmp_path, expect=0)
+    assert "verdict: this run can start" in text
+    assert "GEMMs in NVFP4; the rest BF16 because of" in text, "the summary of the precision plan is missing"
+    for name in ("configuration", "data", "backend", "precision", "gemms", "disk"):
+        assert lines(text, name)[0].startswith("ok"), f"{name} was not checked"
+    assert "no GPU was used" in text, "a reader could think that kernels were checked"
+
+
+@pytest.mark.parametrize("operand", ["dy", "w"])
+def test_zeros_from_a_quantizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, operand: str
+) -> None:
+    plain = EmulatedBackend.quantize
+
+    def broken(self: Any, x: Any, source: Any, copies: Any) -> Any:
+        return plain(self, torch.zeros_like(x) if source.operand == operand else x, source, copies)
+
+    monkeypatch.setattr(EmulatedBackend, "quantize", broken)
+    text = said(capsys, tmp_path, expect=1)
+    cause = {"dy": "wgrad (gradient of the weight) is all zero", "w": "fprop (y) is all zero"}[operand]
+    assert any(cause in line and "blocks.0." in line for line in lines(text, "gemms")), text
+    assert "do not start this run (gemms)" in text
+
+
+def test_nan_and_wrong_scale_from_a_gemm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = EmulatedBackend.matmul
+
+    def broken(self: Any, a: Any, b: Any, **settings: Any) -> Any:
+        return plain(self, a, b, **settings).mul_(3.0)
+
+    monkeypatch.setattr(EmulatedBackend, "matmul", broken)
+    assert "has a relative error of" in said(capsys, tmp_path, expect=1), "a wrong alpha passes"
+
+    def poisoned(self: Any, a: Any, b: Any, **settings: Any) -> Any:
+        result = plain(self, a, b, **settings)
+        result[0, 0] = float("nan")
+        return result
+
+    monkeypatch.setattr(EmulatedBackend, "matmul", poisoned)
+    assert "elements that are NaN or Inf" in said(capsys, tmp_path, expect=1)
+
+
+def test_local_size_not_a_multiple_of_16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, tmp_path, "parallel.tp=2", "model.ffn_hidden=272", expect=1)
+    (line,) = lines(text, "configuration")
+    assert line.startswith("FAILED")
+    assert "multiple of 16, got 136" in line, "the local size must be named"
+
+
+def test_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, tmp_path, "data.sources=[{name: toy, paths: [/nowhere/shard]}]", expect=1)
+    (line,) = lines(text, "data")
+    assert line.startswith("FAILED")
+    assert "/nowhere/shard" in line
+    assert lines(text, "gemms")[0].startswith("ok"), "the other checks are independent of it and must still be made"
+
+
+def test_too_small_a_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    text = said(capsys, tmp_path, expect=1)
+    (line,) = lines(text, "disk")
+    assert line.startswith("FAILED")
+    assert "3 checkpoints of" in line
+    assert "10 KB free" in line
+
+
+def test_transformer_engine_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformer_engine", None)
+    text = said(capsys, tmp_path, "precision.backend=transformer_engine", expect=1)
+    assert "install transformer-engine" in lines(text, "backend")[0]
+
+
+def test_transformer_engine_is_compared_code_by_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    te_double.install(monkeypatch)
+    settings = ("precision=nvfp4_no_sr", "precision.backend=transformer_engine", "precision.compile=false")
+    assert "code by code" in lines(said(capsys, tmp_path, *settings, expect=0), "gemms")[0]
+    plain = te_double._padded
+
+    def one_bit(scale: Any) -> Any:
+        scale = plain(scale).clone()
+        scale[5, 1] ^= 1
+        return scale
+
+    monkeypatch.setattr(te_double, "_padded", one_bit)
+    text = said(capsys, tmp_path, *settings, expect=1)
+    assert any("scales[5, 1]" in line for line in lines(text, "gemms")), text
+
+
+def links(rank: int, world_size: int) -> list[tuple[str, bool | None, str]]:
+    launch = Launch(rank, world_size, rank, world_size, "torchrun")
+    process = Process(launch, world_group(rank, world_size), torch.device("cpu"))
+    return [(check.name, check.ok, check.text) for check in check_links(process)]
+
+
+def test_clocks_and_links_of_two_ranks() -> None:
+    for mine in run_distributed(links, 2):
+        assert [(name, ok) for name, ok, _ in mine] == [("clocks", True), ("links", True)]
+        assert "over 2 ranks" in mine[1][2]
+
+
+def test_distinct_shapes_are_tried_once(tmp_path: Path) -> None:
+    from megatron_fp4.cli.gemm_probe import distinct_probes
+    from megatron_fp4.train.build import prepare
+
+    config = to_run_config(compose_config(tiny_run(tmp_path, "model.num_layers=8").overrides))
+    probes = distinct_probes(prepare(replace(config), 1), torch.device("cpu"))
+    keys = {(probe.shape, probe.precision) for probe in probes}
+    assert len(keys) == len(probes) < 12, "a deep model would be probed layer by layer"
+    assert sum(len(probe.names) for probe in probes) == 8 * 4 + 1, "a linear is in no probe"

@@ -1,0 +1,131 @@
+"""What is around a run fails: loggers, the disk, a second launch. Training goes on, or is refused in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_fp4 import pretrain
+from megatron_fp4.checkpoint import commit
+from megatron_fp4.checkpoint.lock import RunLock
+from megatron_fp4.train import background_sink
+from megatron_fp4.train.metrics import read_metrics
+from tests.helpers.tiny_run import tiny_run
+from tests.train.in_process import make_trainer
+
+SHORT = ("train.stop_after_steps=6", "precision=bf16")
+
+
+class FakeRun:
+    def __init__(self, fail: bool) -> None:
+        self.fail, self.seen = fail, []  # type: ignore[var-annotated]
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log(self, values: dict[str, float]) -> None:
+        if self.fail and values["step"] == 3:
+            raise ConnectionError("no network")
+        self.seen.append(values["step"])
+
+    def finish(self) -> None:
+        pass
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, init: Any) -> None:
+    module = SimpleNamespace(init=init, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", module)  # type: ignore[arg-type]
+
+
+def raise_no_key(**_: Any) -> None:
+    raise RuntimeError("no API key configured")
+
+
+def hang(**_: Any) -> None:
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("init", "warning"),
+    [
+        (raise_no_key, "wandb logging is off from here on: RuntimeError: no API key configured"),
+        (hang, "wandb logging is off from here on: it did not finish within"),
+        (lambda **_: FakeRun(fail=True), "wandb logging is off from here on: ConnectionError: no network"),
+    ],
+    ids=["init raises", "init hangs", "log raises"],
+)
+def test_a_failing_logger_never_stops_or_delays_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], init: Any, warning: str
+) -> None:
+    fake_wandb(monkeypatch, init)
+    monkeypatch.setattr(background_sink, "CLOSE_SECONDS", 0.5)
+    run = tiny_run(tmp_path, *SHORT, "logging.wandb=online")
+    began = time.monotonic()
+    trainer, _ = make_trainer(run.overrides)
+    assert trainer.fit() == 0
+    trainer.metrics.close()
+    assert time.monotonic() - began < 30, "training waited for the logger"
+    steps = [record["step"] for record in read_metrics(run.run_dir) if "loss" in record]
+    assert steps == [1, 2, 3, 4, 5, 6], "the local file must be complete"
+    errors = capsys.readouterr().err
+    assert errors.count("wandb logging is off") == 1, "it must be said once"
+    assert warning in errors
+
+
+def test_a_healthy_logger_gets_everything_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRun(fail=False)
+    fake_wandb(monkeypatch, lambda **_: fake)
+    trainer, _ = make_trainer(tiny_run(tmp_path, *SHORT, "logging.wandb=online").overrides)
+    trainer.fit()
+    trainer.metrics.close()
+    assert list(dict.fromkeys(fake.seen)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_queue_turns_a_logger_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(background_sink, "MAX_WAITING", 3)
+    monkeypatch.setattr(background_sink, "CLOSE_SECONDS", 0.1)
+    sink = background_sink.BackgroundSink("slow", lambda: time.sleep(60))  # type: ignore[arg-type, return-value]
+    for step in range(10):
+        sink.write(step, {})
+    sink.close()
+    assert capsys.readouterr().err.count("slow logging is off from here on: 3 records wait") == 1
+
+
+def test_a_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save after step 2 fails; training goes on, the one after step 4 is the retry."""
+    right = commit.write_part
+
+    def full(directory: Path, *args: Any) -> Any:
+        if directory.name.startswith("step_00000002"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return right(directory, *args)
+
+    monkeypatch.setattr(commit, "write_part", full)
+    run = tiny_run(tmp_path, *SHORT, "train.save_interval_steps=2")
+    trainer, console = make_trainer(run.overrides)
+    assert trainer.fit() == 0
+    assert any("checkpoint 2: failed" in text and "No space left" in text for text in console.said)
+    saves = {record["step"]: record["save/failed"] for record in read_metrics(run.run_dir) if "save/failed" in record}
+    assert saves == {2: 1.0, 4: 0.0, 6: 0.0}
+    assert sorted(path.name for path in (run.run_dir / "checkpoints").glob("step_*")) == [
+        "step_00000004",
+        "step_00000006",
+    ], "what the failed save had written must be gone"
+
+
+def test_a_second_launch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run(tmp_path, *SHORT)
+    lock = RunLock(run.run_dir)
+    lock.acquire()
+    try:
+        assert pretrain.main(run.overrides) == 2
+    finally:
+        lock.release()
+    assert "is in use by" in capsys.readouterr().err
+    assert not (run.run_dir / "metrics.jsonl").exists(), "the refused launch wrote into the other's run"

@@ -1,0 +1,130 @@
+"""Numbers for the operator: norms, throughput, stragglers, time-outs that fit together, memory that stays flat."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fp4.checkpoint import CheckpointConfig
+from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.models.block import model_linears
+from megatron_fp4.models.count import count_flops
+from megatron_fp4.models.gpus import GPUS, find_gpu
+from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.metrics import read_metrics
+from megatron_fp4.train.phases import STEP_PHASES, Phases
+from megatron_fp4.train.throughput import Throughput
+from tests.helpers.distributed import run_distributed
+from tests.helpers.tiny_run import tiny_run
+from tests.train.in_process import make_trainer, masters
+
+
+def test_metrics_of_a_step(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "train.stop_after_steps=4", "train.log_interval_steps=2", "precision=bf16")
+    trainer, _ = make_trainer(run.overrides)
+    trainer.fit()
+    records = {record["step"]: record for record in read_metrics(run.run_dir) if "loss" in record}
+    norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in masters(trainer).values()))
+    assert records[4]["param_norm"] == pytest.approx(norm, rel=1e-6)
+    assert "param_norm" not in records[3], "it reads all weights: only in the steps that are logged"
+    flops = count_flops(trainer.config.model, 32).training
+    assert records[4]["tflops"] * 1e12 == pytest.approx(flops * records[4]["tokens_per_second"], rel=1e-9)
+    assert records[4]["step_seconds"] >= records[4]["data_wait_seconds"] > 0
+    saves = [record for record in read_metrics(run.run_dir) if "save/seconds" in record]
+    assert [(record["step"], record["save/failed"]) for record in saves] == [(4, 0.0)]
+
+
+def test_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that needs the time of its peak has an MFU of 1, against BF16 and against the mix of rates."""
+    config = to_run_config(compose_config(["experiment=paper_12b_10t", "model.vocab_size=131072"]))
+    table = PrecisionPlan(config.precision, model_linears(config.model), total_tokens=10**13).table()
+    throughput, phases = Throughput(config, 512, torch.device("cpu")), Phases(torch.device("cpu"))
+    assert "mfu" not in _metrics(throughput, phases, table, 1.0)
+    throughput.gpu = GPUS["GB200"]
+    flops = count_flops(config.model, config.data.seq_length).training * config.tokens_per_step / 512
+    assert _metrics(throughput, phases, table, flops / 2.5e15)["mfu"] == pytest.approx(1.0)
+    found = _metrics(throughput, phases, table, 10.0)
+    assert found["mfu_mixed"] < found["mfu"], "with FP4 GEMMs the same time is a smaller part of what is possible"
+    throughput.gpu = GPUS["H100"]
+    found = _metrics(throughput, phases, table, 10.0)
+    assert found["mfu_mixed"] == pytest.approx(found["mfu"]), "no FP4 units: both peaks are BF16's"
+    assert "data sheet" in throughput.describe()
+
+
+def _metrics(throughput: Throughput, phases: Phases, table: object, seconds: float) -> dict[str, float]:
+    phases._seconds = {"update": seconds}
+    return throughput.metrics(phases, table)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"), ("NVIDIA A100-SXM4", None)],
+)
+def test_gpu_by_the_drivers_name(name: str, expected: str | None) -> None:
+    found = find_gpu(name)
+    assert (found.name if found else None) == expected
+
+
+def slow_rank(rank: int, world_size: int, overrides: list[str]) -> list[str]:
+    trainer, console = make_trainer(overrides, rank, world_size)
+    right = trainer._update
+    if rank == 1:
+        trainer._update = lambda loss: (time.sleep(0.3), right(loss))[1]  # type: ignore[method-assign]
+    trainer.fit()
+    return console.said
+
+
+def test_the_slowest_rank_of_a_phase_is_named(tmp_path: Path) -> None:
+    run = tiny_run(
+        tmp_path, "parallel.dp=2", "train.stop_after_steps=3", "train.straggler_interval_steps=2", "precision=bf16"
+    )
+    said = run_distributed(slow_rank, 2, list(run.overrides))[0]
+    (line,) = [text for text in said if "slowest ranks" in text]
+    assert line.startswith("step 2: ")
+    assert "update rank 1 0.3" in line
+    (record,) = [record for record in read_metrics(run.run_dir) if "straggler/update/rank" in record]
+    assert record["straggler/update/rank"] == 1.0
+    assert {f"straggler/{phase}/seconds" for phase in STEP_PHASES} <= record.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (RunConfig(checkpoint=CheckpointConfig(timeout_seconds=600.0)), "checkpoint.timeout_seconds = 600"),
+        (RunConfig(train=TrainConfig(hang_timeout_seconds=900.0)), "train.hang_timeout_seconds = 900"),
+        (RunConfig(parallel=ParallelConfig(timeout_seconds=100.0)), "parallel.timeout_seconds = 100"),
+    ],
+)
+def test_timeouts_that_would_hide_the_culprit_are_refused(config: RunConfig, names: str) -> None:
+    config.check_timeouts(world_size=1)
+    with pytest.raises(ValueError, match=names):
+        config.check_timeouts(world_size=2)
+
+
+def test_host_memory_is_flat_over_500_steps(tmp_path: Path) -> None:
+    run = tiny_run(
+        tmp_path, "precision=bf16", "model.num_layers=1", "train.micro_batch=4", f"train.total_tokens={500 * 4 * 32}",
+        "train.save_interval_steps=50", "train.log_interval_steps=100",
+    )  # fmt: skip
+    trainer, _ = make_trainer(run.overrides)
+    seen: dict[int, int] = {}
+    right = trainer._after_step
+
+    def after_step() -> None:
+        right()
+        if trainer.progress.step in (150, 500):
+            seen[trainer.progress.step] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
+                "SC_PAGE_SIZE"
+            )
+
+    trainer._after_step = after_step  # type: ignore[method-assign]
+    trainer.fit()
+    grown = (seen[500] - seen[150]) / 2**20
+    assert grown < 24, f"{grown:.1f} MiB more after 350 steps and 7 saves: something keeps what it was given"
