@@ -47,8 +47,12 @@ def test_causal_and_documents_against_the_written_out_sum() -> None:
     torch.testing.assert_close(attend(q, k, v, mask), oracle(q, k, v, documents()))
 
 
-def _ring(rank: int, world_size: int, apart: bool) -> tuple[Tensor, list[Tensor]]:
+def _rings(rank: int, world_size: int) -> list[tuple[Tensor, list[Tensor]]]:
     cp = world_group(rank, world_size)
+    return [_ring(cp, apart) for apart in (False, True)]
+
+
+def _ring(cp: Group, apart: bool) -> tuple[Tensor, list[Tensor]]:
     mine = zigzag_index(S, cp)
     q, k, v = (x[:, mine].clone().requires_grad_() for x in qkv())
     out = context_parallel_attention(q, k, v, documents()[:, mine] if apart else None, cp)
@@ -56,18 +60,19 @@ def _ring(rank: int, world_size: int, apart: bool) -> tuple[Tensor, list[Tensor]
     return out.detach(), [x.grad for x in (q, k, v) if x.grad is not None]
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_context_parallel_equals_one_rank(apart: bool) -> None:
-    q, k, v = (x.requires_grad_() for x in qkv())
-    docs = documents() if apart else None
-    expected = oracle(q, k, v, docs)
-    (expected * torch.arange(S, dtype=torch.float64)[None, :, None, None]).sum().backward()
-    for rank, (out, grads) in enumerate(run_distributed(_ring, 2, apart)):
-        mine = zigzag_index(S, Group("cp", (0, 1), rank, object()))  # type: ignore[arg-type]
-        torch.testing.assert_close(out, expected[:, mine].detach())
-        for name, grad, whole in zip("qkv", grads, (q, k, v), strict=True):
-            assert whole.grad is not None
-            torch.testing.assert_close(grad, whole.grad[:, mine], msg=f"gradient of {name} on rank {rank}")
+def test_context_parallel_equals_one_rank() -> None:
+    ranks = run_distributed(_rings, 2)
+    for apart in (False, True):
+        q, k, v = (x.requires_grad_() for x in qkv())
+        expected = oracle(q, k, v, documents() if apart else None)
+        (expected * torch.arange(S, dtype=torch.float64)[None, :, None, None]).sum().backward()
+        for rank, found in enumerate(ranks):
+            out, grads = found[apart]
+            mine = zigzag_index(S, Group("cp", (0, 1), rank, object()))  # type: ignore[arg-type]
+            torch.testing.assert_close(out, expected[:, mine].detach())
+            for name, grad, whole in zip("qkv", grads, (q, k, v), strict=True):
+                assert whole.grad is not None
+                torch.testing.assert_close(grad, whole.grad[:, mine], msg=f"gradient of {name} on rank {rank}")
 
 
 def test_zigzag_gives_every_rank_the_same_causal_work() -> None:

@@ -22,34 +22,38 @@ def case(scale: float) -> tuple[Tensor, Tensor]:
     return logits, labels
 
 
-def _shard(rank: int, world_size: int, scale: float, smoothing: float) -> tuple[Tensor, Tensor]:
-    logits, labels = case(scale)
+CASES = [(1.0, 0.0), (1e4, 0.0), (3.0, 0.1)]  # (scale of the logits, label smoothing)
+
+
+def _shards(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
+    """Per case: loss and gradient of this rank's vocabulary rows."""
     counts = even_counts(VOCABULARY, world_size)
     first = sum(counts[:rank])
-    mine = logits[:, first : first + counts[rank]].clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(
-        mine, labels, first=first, vocab_size=VOCABULARY, group=world_group(rank, world_size), smoothing=smoothing
-    )
-    loss.sum().backward()
-    assert mine.grad is not None
-    return loss.detach(), mine.grad
+    group, found = world_group(rank, world_size), []
+    for scale, smoothing in CASES:
+        logits, labels = case(scale)
+        mine = logits[:, first : first + counts[rank]].clone().requires_grad_()
+        loss = vocab_parallel_cross_entropy(
+            mine, labels, first=first, vocab_size=VOCABULARY, group=group, smoothing=smoothing
+        )
+        loss.sum().backward()
+        assert mine.grad is not None
+        found.append((loss.detach(), mine.grad))
+    return found
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
-@pytest.mark.parametrize(("scale", "smoothing"), [(1.0, 0.0), (1e4, 0.0), (3.0, 0.1)])
-def test_against_torch(world_size: int, scale: float, smoothing: float) -> None:
-    logits, labels = case(scale)
-    logits.requires_grad_()
-    expected = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
-    expected.sum().backward()
-    if world_size == 1:
-        found = [_shard(0, 1, scale, smoothing)]
-    else:
-        found = run_distributed(_shard, world_size, scale, smoothing)
-    for loss, _ in found:
-        torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-5 * scale)
-        assert loss[3] == 0.0, "an ignored position has no loss"
-    gradient = torch.cat([grad for _, grad in found], dim=1)
-    assert logits.grad is not None
-    torch.testing.assert_close(gradient, logits.grad, rtol=1e-5, atol=1e-6)
-    assert bool((gradient[3] == 0).all()), "an ignored position has no gradient"
+def test_against_torch(world_size: int) -> None:
+    ranks = [_shards(0, 1)] if world_size == 1 else run_distributed(_shards, world_size)
+    for number, (scale, smoothing) in enumerate(CASES):
+        logits, labels = case(scale)
+        logits.requires_grad_()
+        expected = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
+        expected.sum().backward()
+        for loss, _ in (found[number] for found in ranks):
+            torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-5 * scale)
+            assert loss[3] == 0.0, "an ignored position has no loss"
+        gradient = torch.cat([found[number][1] for found in ranks], dim=1)
+        assert logits.grad is not None
+        torch.testing.assert_close(gradient, logits.grad, rtol=1e-5, atol=1e-6)
+        assert bool((gradient[3] == 0).all()), "an ignored position has no gradient"

@@ -75,8 +75,9 @@ class NVFP4Quantizer(Quantizer):
         super().__init__(rowwise=rowwise, columnwise=columnwise)
         self.with_rht, self.stochastic_rounding = with_rht, stochastic_rounding
         self.with_2d_quantization = with_2d_quantization
-        if with_amax_reduction or stochastic_rounding or row_scaled_nvfp4:
-            raise NotImplementedError("TE's reference has neither amax reduction nor stochastic rounding")
+        self.with_amax_reduction, self.amax_reduction_group = with_amax_reduction, amax_reduction_group
+        if stochastic_rounding or row_scaled_nvfp4:
+            raise NotImplementedError("TE's reference has no stochastic rounding; row scaling is not used")
         if with_rht and not with_post_rht_amax:
             raise ValueError("with_rht needs with_post_rht_amax")
         self._reference = reference_quantizer(
@@ -92,6 +93,8 @@ class NVFP4Quantizer(Quantizer):
 
     def __call__(self, tensor: Tensor) -> NVFP4TensorStorage:
         assert self.internal, "a tensor subclass would be made here"
+        if self.with_amax_reduction:
+            raise NotImplementedError("TE's reference has no amax reduction")
         assert tensor.is_contiguous()
         assert tensor.dtype == torch.bfloat16
         if tensor.shape[0] % 16 or tensor.shape[1] % 16:

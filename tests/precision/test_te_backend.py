@@ -181,6 +181,25 @@ def test_directions_of_different_precision(monkeypatch: pytest.MonkeyPatch) -> N
     te.matmul(made["dy"][1], made["x"][1], out_dtype=torch.float32)
 
 
+def test_the_amax_group_is_that_of_the_source(te: TransformerEngineBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[Any] = []
+    plain = te_double.NVFP4Quantizer.__call__
+
+    def spied(self: Any, x: Tensor) -> Any:
+        groups.append(self.amax_reduction_group if self.with_amax_reduction else None)
+        self.with_amax_reduction, self.amax_reduction_group = False, None  # what 2.20 does after each call
+        return plain(self, x)
+
+    monkeypatch.setattr(te_double.NVFP4Quantizer, "__call__", spied)
+    x = tensor("x", T, K)
+    tp, cp = (Group(name, (0, 1), 0, object()) for name in ("tp", "cp"))  # type: ignore[arg-type]
+    alone = Operand(Format.nvfp4, amax_scope=AmaxScope.shard)
+    for group in (tp, tp, cp, Group.single()):
+        te.quantize(x, replace(source(x), group=group), copies(RNE)["x"])
+    te.quantize(x, replace(source(x), group=tp), [Copy("fprop", alone, 1)])
+    assert groups == [tp.process_group, tp.process_group, cp.process_group, None, None], "amax over the wrong ranks"
+
+
 def test_nan_and_inf(te: TransformerEngineBackend) -> None:
     for bad in (float("nan"), float("inf")):
         x = tensor("x", T, K)

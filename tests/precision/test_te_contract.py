@@ -37,10 +37,13 @@ def test_every_version_of_the_table_is_checked() -> None:
 def test_quantizers_take_what_is_passed(short: str, full: str) -> None:
     symbols = known(full)
     fp4 = symbols["NVFP4Quantizer"]
-    passed = {"rowwise", "columnwise", "with_amax_reduction", "amax_reduction_group", "with_rht", "with_post_rht_amax"}
-    passed |= {"with_2d_quantization", "stochastic_rounding", "with_random_sign_mask"}
+    passed = {"rowwise", "columnwise", "with_rht", "with_post_rht_amax", "with_2d_quantization", "stochastic_rounding"}
+    passed |= {"with_random_sign_mask"}
     assert passed <= set(fp4), f"TypeError at the first quantization: {passed - set(fp4)}"
     assert (fp4["fp4_dtype"] or "").endswith("DType.kFloat4E2M1"), "the code type is left at its default"
+    body = ast.unparse(find(full, SYMBOLS["NVFP4Quantizer"], "NVFP4Quantizer") or ast.Module([], []))
+    for name in ("with_amax_reduction", "amax_reduction_group"):
+        assert f"self.{name} = {name}" in body, "the group is set as an attribute before each use"
     if TABLE[short].four_over_six:
         assert {"nvfp4_use_4over6", "nvfp4_e4m3_max", "nvfp4_4over6_err_mode"} <= set(fp4)
     if "row_scaled_nvfp4" in fp4:

@@ -85,11 +85,8 @@ def load_api() -> Api:
     return Api(version, detect(version, parameters), found, e4m3)
 
 
-def make_quantizer(api: Api, row: Operand | None, column: Operand | None, process_group: Any = None) -> Any:
-    """One TE quantizer for the row-wise and/or column-wise copy of a tensor; see `one_quantizer` for a pair.
-
-    process_group: ranks over which the amax is max-reduced (nvfp4), None for this rank's part alone.
-    """
+def make_quantizer(api: Api, row: Operand | None, column: Operand | None) -> Any:
+    """One TE quantizer for the row-wise and/or column-wise copy of a tensor; see `one_quantizer` for a pair."""
     operand = column or row  # the column-wise one has the Hadamard transform, if any
     assert operand is not None
     directions = {"rowwise": row is not None, "columnwise": column is not None}
@@ -102,8 +99,6 @@ def make_quantizer(api: Api, row: Operand | None, column: Operand | None, proces
         )
     assert operand.format is Format.nvfp4
     settings: dict[str, Any] = {
-        "with_amax_reduction": process_group is not None,
-        "amax_reduction_group": process_group,
         "with_rht": operand.rht_size == 16,
         "with_post_rht_amax": operand.rht_size == 16,  # trap 8: of x for the row-wise copy, of H(x) for the other
         "with_2d_quantization": operand.tile == (16, 16),
@@ -209,15 +204,17 @@ class TransformerEngineBackend:
 
     def _quantizer(self, row: Copy | None, column: Copy | None, group: Group) -> Any:
         """The quantizer for these copies, made once."""
-        operands = [copy.operand if copy else None for copy in (row, column)]
-        shared = any(operand and operand.amax_scope is AmaxScope.tensor for operand in operands)
-        process_group = group.process_group if shared else None
-        key = (*operands, process_group)
-        if key not in self._quantizers:
-            quantizer = make_quantizer(self.api, operands[0], operands[1], process_group)
-            quantizer.internal = True  # plain storage objects instead of tensor subclasses, as te.Linear asks for
-            self._quantizers[key] = quantizer
-        return self._quantizers[key]
+        operands = (row.operand if row else None, column.operand if column else None)
+        if operands not in self._quantizers:
+            self._quantizers[operands] = make_quantizer(self.api, *operands)
+            self._quantizers[operands].internal = True  # plain storage, not tensor subclasses, as te.Linear asks for
+        quantizer = self._quantizers[operands]
+        if any(operand and operand.format is Format.nvfp4 for operand in operands):
+            # before each use, as te.Linear does: 2.20 takes the group off a result's quantizer
+            shared = any(operand and operand.amax_scope is AmaxScope.tensor for operand in operands)
+            quantizer.amax_reduction_group = group.process_group if shared else None
+            quantizer.with_amax_reduction = quantizer.amax_reduction_group is not None
+        return quantizer
 
     def _seed(self, source: Source, device: torch.device) -> None:
         """Once per step: the default generator is the one that TE's stochastic rounding draws from (trap 7)."""

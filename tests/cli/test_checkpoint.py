@@ -1,0 +1,82 @@
+"""`megatron-fp4 checkpoint`: what a user sees, and that an exported model is the trained one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fp4.checkpoint import inspect
+from megatron_fp4.cli.checkpoint import main
+from tests.helpers.tiny_run import TinyRun, tiny_run
+from tests.train.in_process import make_trainer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Checkpoints 2 and 4 of a small Llama-like model."""
+    run = tiny_run(
+        tmp_path_factory.mktemp("checkpoint-cli"),
+        "precision=bf16", "model.activation=swiglu", "train.stop_after_steps=4", "train.save_interval_steps=2",
+        "model.rope_base=10000",
+    )  # fmt: skip
+    make_trainer(run.overrides)[0].fit()
+    return run
+
+
+def test_inspect(run: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(run.run_dir), "--names", "master/embedding"]) == 0
+    out = capsys.readouterr().out
+    assert "step_00000004" in out, "a run means its newest checkpoint"
+    assert "step 4, tokens 512" in out
+    assert "master/embedding.weight  96x64" in out
+    assert "exp_avg/" not in out, "--names must leave the others out"
+    assert "exp_avg: " in out
+
+
+def test_verify_finds_a_flipped_byte(run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = run.run_dir / "checkpoints" / "step_00000002"
+    copy = tmp_path / "step_00000002"
+    copy.mkdir()
+    for file in good.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    damaged = next(copy.glob("*.distcp"))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    assert main(["verify", str(good)]) == 0
+    assert main(["verify", str(good), str(copy)]) == 1
+    out = capsys.readouterr().out
+    assert f"{copy}: DAMAGED" in out
+    assert damaged.name in out, "the damaged file must be named"
+
+
+def test_average_and_extract(run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two, four = (run.run_dir / "checkpoints" / f"step_0000000{step}" for step in (2, 4))
+    assert main(["average", str(two), str(four), "--weights", "1", "3", "--to", str(tmp_path / "mean")]) == 0
+    key = "master/head.weight"
+    mean = inspect.read_tensor(inspect.resolve(tmp_path / "mean"), key)
+    expected = (inspect.read_tensor(two, key).double() + 3 * inspect.read_tensor(four, key).double()) / 4
+    assert torch.equal(mean, expected.float())
+    assert main(["extract", str(four), "--to", str(tmp_path / "weights")]) == 0
+    assert {info.kind for info in inspect.list_tensors(inspect.resolve(tmp_path / "weights"))} == {"master"}
+    assert main(["extract", str(four), "--to", str(tmp_path / "weights")]) == 2, "must not overwrite"
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_export_is_read_by_transformers(run: TinyRun, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert main(["export", str(run.run_dir), "--to", str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "llama"
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    newest = inspect.resolve(run.run_dir / "checkpoints")
+    weight = inspect.read_tensor(newest, "master/blocks.1.mlp.down.weight")
+    assert torch.equal(model.state_dict()["model.layers.1.mlp.down_proj.weight"], weight)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "neither a checkpoint nor a directory" in capsys.readouterr().err
