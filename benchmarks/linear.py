@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import paired_seconds, print_table
+from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.precision import (
     EmulatedBackend,
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as a training run does
     x = torch.randn(args.tokens, args.inputs, device=args.device).bfloat16().requires_grad_()
     w = (torch.randn(args.outputs, args.inputs, device=args.device) / args.inputs**0.5).bfloat16()
     dy = torch.randn(args.tokens, args.outputs, device=args.device).bfloat16()

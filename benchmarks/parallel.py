@@ -48,7 +48,7 @@ from megatron_fp4.train.parity import Case, synthetic_inputs
 from megatron_fp4.train.trainable import Trainable, build_trainable
 
 MODEL = ModelConfig(num_layers=8, hidden=256, ffn_hidden=1024, num_heads=8, num_kv_heads=4, vocab_size=4096)
-GLOBAL_BATCH, SEQ_LENGTH = 8, 256
+GLOBAL_BATCH, SEQ_LENGTH = 4, 256
 DEFAULT_LAYOUTS = "tp2, cp2, dp2, pp2, pp2:zbv, tp2 pp2 dp2"
 
 
@@ -104,11 +104,21 @@ def time_steps(process: Process, parallel: ParallelConfig, repeats: int) -> floa
 
 
 def report_times(layouts: list[Layout], repeats: int) -> None:
-    print(f"{'layout':<22} {'ms':>7} {'ratio':>6}   one process beside it")
+    """Each layout between two runs of one process: if those differ much, the machine is busy and the ratio is noise."""
+    print(f"{'layout':<22} {'ms':>7} {'ratio':>6}   one process before, after (ms)")
+
+    def alone() -> float:
+        return float(run_local(time_steps, 1, ParallelConfig(), repeats)[0])
+
+    before = alone()
     for layout in layouts:
-        alone = run_local(time_steps, 1, ParallelConfig(), repeats)[0]
         seconds = max(run_local(time_steps, layout.world_size, layout.parallel, repeats))
-        print(f"{layout.name:<22} {seconds * 1e3:7.0f} {seconds / alone:6.2f}   {alone * 1e3:.0f} ms", flush=True)
+        after = alone()
+        ratio = seconds / ((before + after) / 2)
+        print(
+            f"{layout.name:<22} {seconds * 1e3:7.0f} {ratio:6.2f}   {before * 1e3:.0f}, {after * 1e3:.0f}", flush=True
+        )
+        before = after
 
 
 # -- bubble -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import paired_seconds, print_table
+from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.numerics import fused, key_of, quantize_nvfp4
 from megatron_fp4.numerics.hadamard import fixed_signs
 from megatron_fp4.numerics.random import column_words, row_words
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also time other projects (slow)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as a training run does
     x = torch.randn(args.rows, args.cols, device=args.device).bfloat16()
     target = torch.empty_like(x)
     compiled, eager = fused.Kernels(compile=True), fused.Kernels(compile=False)

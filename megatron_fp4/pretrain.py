@@ -1,7 +1,7 @@
 """Pretraining: `python -m megatron_fp4.pretrain experiment=quickstart model.num_layers=4 ...`.
 
 Arguments are hydra overrides of `configs/`. Exit codes: 0 done; 2 the configuration is refused (nothing was started);
-85 stopped on request with the state saved, start the same command again; anything else is a failure.
+85 stopped on request with the state saved, start the same command again; 86 a rank hung; anything else is a failure.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron_fp4.checkpoint.lock import RunLocked, lock_run_directory
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config, to_yaml
 from megatron_fp4.comm.bootstrap import Launch, exit_process, read_launch, start_process, stop_process
 from megatron_fp4.comm.collectives import broadcast_object
+from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.tokenizer import describe_tokenizer
 from megatron_fp4.precision import table as precision_table
@@ -88,6 +89,8 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
     stop = StopRequest(config.train.exit_after_seconds)
     stop.install()
     process = start_process(config.train.device, config.parallel.timeout_seconds, launch)
+    if process.device.type == "cpu":
+        keep_freed_memory()
     main_rank = process.world.rank == 0
     console = Console(enabled=main_rank, interval_steps=config.train.log_interval_steps)
     try:

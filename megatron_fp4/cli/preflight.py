@@ -83,7 +83,7 @@ def _attempt(checks: list[Check], name: str, make: Callable[[], T], good: str) -
     """Append a check that passes if `make` does not refuse; returns what it made."""
     try:
         made = make()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         checks.append(Check(name, False, str(error)))
         return None
     checks.append(Check(name, True, good))

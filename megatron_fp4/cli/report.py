@@ -1,4 +1,6 @@
-"""`megatron-fp4 report RUN [RUN ...] --plot loss.png`: the curves of one run, or several against the first.
+"""`megatron-fp4 report RUN [RUN ...] --html out.html`: the curves of one run, or several against the first.
+
+`--html` writes one page with all plots (report_html.py), `--plot` only the loss curves as a PNG.
 
 `--equal FIRST LAST` compares the losses and gradient norms of those steps bit for bit and fails if any differs: the
 proof that a resumed run and an uninterrupted one are the same run.
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_fp4.cli.report_html import write_html
 from megatron_fp4.train.metrics import read_metrics
 
 Series = dict[int, dict[str, Any]]
@@ -22,6 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="megatron-fp4 report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories (train.run_dir)")
     parser.add_argument("--plot", type=Path, help="write the loss curves to this PNG")
+    parser.add_argument("--html", type=Path, help="write a page with all plots, one self-contained file")
     parser.add_argument("--equal", nargs=2, type=int, metavar=("FIRST", "LAST"))
     args = parser.parse_args(arguments)
     runs = {run.name: by_step(run) for run in args.runs}
@@ -35,6 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     if args.plot:
         plot(runs, args.plot)
         print(f"loss curves: {args.plot}")
+    if args.html:
+        write_html(runs, {run.name: run for run in args.runs}, args.html)
+        print(f"report: {args.html}")
     return 0
 
 

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--others", default="dp1, dp2", help='layouts that go on, by commas (default: "dp1, dp2")')
     parser.add_argument("--steps", type=int, default=3, help="steps before the save, and again after it (default: 3)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one run")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     try:
         if args.steps < 2:
             raise ValueError(f"--steps = {args.steps}, must be at least 2")

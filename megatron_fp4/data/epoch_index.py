@@ -22,7 +22,7 @@ from megatron_fp4.data.permute import permute
 from megatron_fp4.data.shard import map_file
 from megatron_fp4.data.source import Source
 
-_MAGIC = b"MFP4EPO1"  # change it when the meaning of the arrays or of `permute` changes
+_MAGIC = b"MEGAEPO1"  # change it when the meaning of the arrays or of `permute` changes
 _HEADER_BYTES = 48  # magic 8 | fingerprint 32 | number of documents 8
 
 

@@ -59,7 +59,12 @@ def reference_parts(prepared: Prepared) -> Parts:
 
 
 def te_parts(prepared: Prepared, copy: Copy) -> Parts:
-    """Of an operand that the Transformer Engine backend made, without the padding of its scales."""
+    """Of an operand that the Transformer Engine backend made, without the padding of its scales.
+
+    Raises ValueError if the scales are already in the GEMM's own order, which this backend never asks for.
+    """
+    if prepared.meaning.rest.get("with_gemm_swizzled_scales"):
+        raise ValueError("Transformer Engine swizzled the block scales while quantizing: they cannot be compared")
     tensors, block = stored(prepared), BLOCK[copy.operand.format]
     data, scales = tensors["data"].view(torch.uint8), tensors["scale_inv"].view(torch.uint8)
     if copy.operand.format is Format.mxfp8:

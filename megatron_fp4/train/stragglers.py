@@ -1,7 +1,8 @@
 """Which rank is the slowest in which phase of a step.
 
-One idea: every so many steps each rank sends the seconds of its phases to all, and whoever is far above the median is
-named. Ranks that work in step (one tensor-parallel group) are slow together: then the group is what to look at.
+One idea: every so many steps each rank sends the seconds of its phases to all, and the slowest of each phase is named.
+In phases that are collectives slow means waiting, so there the rank that waits least is the one that is late. Ranks
+that meet inside the forward pass (one tensor-parallel group, the stages of a pipeline) are slow together there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from megatron_fp4.comm.collectives import all_gather_rows
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.train.phases import STEP_PHASES, Phases
 
+WAITS = ("reduce", "agree")
+"""Phases that are nothing but collectives of all ranks."""
+
 
 def is_due(step: int, interval_steps: int, world: Group) -> bool:
     """Whether `step` is one that is compared; its phases are then timed exactly."""
@@ -19,7 +23,7 @@ def is_due(step: int, interval_steps: int, world: Group) -> bool:
 
 
 def straggler_metrics(phases: Phases, world: Group, device: torch.device) -> dict[str, float]:
-    """Per phase of the last step: `straggler/<phase>/{rank,seconds,median}`. Collective; the same on every rank."""
+    """Of the last step: `straggler/<phase>/{rank,seconds,median}`, and who was waited for. Collective."""
     mine = torch.tensor([[phases.seconds(phase) for phase in STEP_PHASES]], dtype=torch.float64, device=device)
     seconds = all_gather_rows(mine, world).cpu()  # [ranks, phases]
     found: dict[str, float] = {}
@@ -28,6 +32,9 @@ def straggler_metrics(phases: Phases, world: Group, device: torch.device) -> dic
         found[f"straggler/{phase}/rank"] = float(column.argmax())
         found[f"straggler/{phase}/seconds"] = float(column.max())
         found[f"straggler/{phase}/median"] = float(column.median())
+    waits = seconds[:, [STEP_PHASES.index(phase) for phase in WAITS]].sum(1)
+    found["straggler/waited_for/rank"] = float(waits.argmin())
+    found["straggler/waited_for/seconds"] = float(waits.max() - waits.min())
     return found
 
 
@@ -37,4 +44,6 @@ def describe(metrics: dict[str, float]) -> str:
     for phase in STEP_PHASES:
         rank, seconds, median = (metrics[f"straggler/{phase}/{what}"] for what in ("rank", "seconds", "median"))
         parts.append(f"{phase} rank {rank:.0f} {seconds:.3f} s (median {median:.3f})")
+    late, seconds = (metrics[f"straggler/waited_for/{what}"] for what in ("rank", "seconds"))
+    parts.append(f"the others waited for rank {late:.0f}, up to {seconds:.3f} s")
     return "slowest ranks: " + ", ".join(parts)

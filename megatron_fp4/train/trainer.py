@@ -124,6 +124,7 @@ class Trainer:
         counts = run.mesh.tp.rank == 0 and run.engine.reports_loss
         message = StepMessage(loss.item() if counts else 0.0, bool(self._stop.reason), step_hash(batch))
         agreed = exchange(message, run.mesh, run.device)
+        run.optimizer.grad_norm()
         enter("update")
         report = self._update(agreed.loss)
         enter("log")

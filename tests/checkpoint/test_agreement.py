@@ -19,9 +19,10 @@ from megatron_fp4.checkpoint.async_writer import Staging
 from megatron_fp4.checkpoint.files import HashingFile
 from megatron_fp4.checkpoint.lock import RunLocked, lock_run_directory
 from megatron_fp4.comm.bootstrap import Launch, start_process
+from megatron_fp4.comm.local import free_port
 from megatron_fp4.comm.mesh import Group
 from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards
-from tests.helpers.distributed import free_port, mesh_for, run_distributed
+from tests.helpers.distributed import mesh_for, run_distributed
 
 TWO = Layout(tp=2)
 TIMEOUT_SECONDS = 8.0

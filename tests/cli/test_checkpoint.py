@@ -71,7 +71,8 @@ def test_export_is_read_by_transformers(run: TinyRun, tmp_path: Path) -> None:
     assert main(["export", str(run.run_dir), "--to", str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "llama"
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
     newest = inspect.resolve(run.run_dir / "checkpoints")
     weight = inspect.read_tensor(newest, "master/blocks.1.mlp.down.weight")
     assert torch.equal(model.state_dict()["model.layers.1.mlp.down_proj.weight"], weight)

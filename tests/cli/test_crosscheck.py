@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,5 +101,5 @@ def test_stochastic_rounding_by_distribution(
 def test_nothing_to_compare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "transformer_engine", None)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
     assert "install transformer-engine" in said(capsys, tmp_path, expect=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 
 from megatron_fp4.cli import preflight
 from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.cli.gemm_probe import distinct_probes
 from megatron_fp4.cli.host_probe import check_links
-from megatron_fp4.comm.bootstrap import Launch, Process
+from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.local import run_local
 from megatron_fp4.precision import EmulatedBackend
-from tests.helpers.distributed import run_distributed, world_group
+from megatron_fp4.train.build import prepare
 from tests.helpers.tiny_run import tiny_run
 from tests.precision import te_double
 
@@ -106,7 +108,7 @@ def test_too_small_a_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 def test_transformer_engine_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "transformer_engine", None)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
     text = said(capsys, tmp_path, "precision.backend=transformer_engine", expect=1)
     assert "install transformer-engine" in lines(text, "backend")[0]
 
@@ -129,24 +131,19 @@ def test_transformer_engine_is_compared_code_by_code(
     assert any("scales[5, 1]" in line for line in lines(text, "gemms")), text
 
 
-def links(rank: int, world_size: int) -> list[tuple[str, bool | None, str]]:
-    launch = Launch(rank, world_size, rank, world_size, "torchrun")
-    process = Process(launch, world_group(rank, world_size), torch.device("cpu"))
+def links(process: Process) -> list[tuple[str, bool | None, str]]:
     return [(check.name, check.ok, check.text) for check in check_links(process)]
 
 
 def test_clocks_and_links_of_two_ranks() -> None:
-    for mine in run_distributed(links, 2):
+    for mine in run_local(links, 2):
         assert [(name, ok) for name, ok, _ in mine] == [("clocks", True), ("links", True)]
         assert "over 2 ranks" in mine[1][2]
 
 
 def test_distinct_shapes_are_tried_once(tmp_path: Path) -> None:
-    from megatron_fp4.cli.gemm_probe import distinct_probes
-    from megatron_fp4.train.build import prepare
-
     config = to_run_config(compose_config(tiny_run(tmp_path, "model.num_layers=8").overrides))
-    probes = distinct_probes(prepare(replace(config), 1), torch.device("cpu"))
+    probes = distinct_probes(prepare(config, 1), torch.device("cpu"))
     keys = {(probe.shape, probe.precision) for probe in probes}
     assert len(keys) == len(probes) < 12, "a deep model would be probed layer by layer"
     assert sum(len(probe.names) for probe in probes) == 8 * 4 + 1, "a linear is in no probe"

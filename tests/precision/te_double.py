@@ -2,7 +2,8 @@
 
 It has the signatures, storage layout and conventions of 2.20.2 (test_te_backend.py compares the signatures with the
 sources), and its NVFP4 numbers come from TE's own reference quantizer and GEMM, loaded from the wheel. It has what the
-reference has: nearest-even rounding, no reduction of amax. FP8 quantizers exist by name only.
+reference has: nearest-even rounding, no reduction of amax. MXFP8 has TE's storage layout but this package's numbers, so
+it checks how copies are taken and multiplied, not arithmetic; the FP8 block quantizer exists by name only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_fp4.numerics import quantize_power_of_two
 from megatron_fp4.precision.te_versions import OPTIONAL_SYMBOLS, SYMBOLS
 from tests.numerics.te_oracle import load_reference, reference_quantizer
 
@@ -117,11 +119,48 @@ class NVFP4Quantizer(Quantizer):
         )
 
 
+class MXFP8TensorStorage:
+    def __init__(
+        self,
+        rowwise_data: Tensor | None,
+        rowwise_scale_inv: Tensor | None,
+        columnwise_data: Tensor | None,
+        columnwise_scale_inv: Tensor | None,
+        fp8_dtype: Any,
+        quantizer: Any,
+        with_gemm_swizzled_scales: bool,
+        *,
+        fake_dtype: torch.dtype | None = None,
+    ) -> None:
+        given = dict(locals())
+        self._metadata = {name: value for name, value in given.items() if name != "self"}
+
+    def get_metadata(self) -> dict[str, Any]:
+        return dict(self._metadata)
+
+
 class MXFP8Quantizer(Quantizer):
     def __init__(
         self, fp8_dtype: Any, *, rowwise: bool = True, columnwise: bool = True, with_2d_quantization: bool = False
     ) -> None:
         super().__init__(rowwise=rowwise, columnwise=columnwise)
+
+    def __call__(self, tensor: Tensor) -> MXFP8TensorStorage:
+        """Column-wise data and scales keep the layout of the tensor (nvfp4's are transposed)."""
+        made = [quantize_power_of_two(x, element="e4m3", tile=(1, 32)) for x in (tensor, tensor.T.contiguous())]
+        codes = [made[0].codes.view(torch.uint8), made[1].codes.view(torch.uint8).T.contiguous()]
+        scales = [_padded(made[0].scales), _padded(made[1].scales).T.contiguous()]
+        row, column = self.rowwise_usage, self.columnwise_usage
+        return MXFP8TensorStorage(
+            codes[0] if row else None,
+            scales[0] if row else None,
+            codes[1] if column else None,
+            scales[1] if column else None,
+            fp8_dtype="kFloat8E4M3",
+            quantizer=self,
+            with_gemm_swizzled_scales=False,
+            fake_dtype=tensor.dtype,
+        )
 
 
 class Float8BlockQuantizer(Quantizer):
@@ -166,8 +205,8 @@ class NVFP4BlockScaling:
 
 
 def general_gemm(
-    A: NVFP4TensorStorage,
-    B: NVFP4TensorStorage,
+    A: Any,
+    B: Any,
     out_dtype: torch.dtype | None = None,
     quantization_params: Any = None,
     gelu: bool = False,
@@ -187,8 +226,11 @@ def general_gemm(
 ) -> tuple[Tensor, None, None, None]:
     """`B @ A.T`; as in TE, T of A and N of B mean the row-wise copy."""
     assert layout in ("TN", "NN", "NT")
-    left, right = _direction(B, "rowwise" if layout[1] == "N" else "columnwise"), None
-    right = _direction(A, "rowwise" if layout[0] == "T" else "columnwise")
+    directions = ["rowwise" if layout[1] == "N" else "columnwise", "rowwise" if layout[0] == "T" else "columnwise"]
+    if isinstance(A, MXFP8TensorStorage):
+        product = (_mxfp8_values(B, directions[0]) @ _mxfp8_values(A, directions[1]).T).to(out_dtype)
+        return product if out is None else out.add_(product), None, None, None
+    left, right = _direction(B, directions[0]), _direction(A, directions[1])
     reference = load_reference()
     reference.gemm.GEMMType = types.SimpleNamespace(FPROP=0, DGRAD=1, WGRAD=2)
     kind = {"TN": 0, "NN": 1, "NT": 2}[layout]
@@ -225,6 +267,16 @@ def _direction(storage: NVFP4TensorStorage, name: str) -> Any:
         nvfp4_use_4over6=metadata["nvfp4_use_4over6"],
         nvfp4_e4m3_max=metadata["nvfp4_e4m3_max"],
     )
+
+
+def _mxfp8_values(storage: Any, name: str) -> Tensor:
+    """FP32 `[M, K]`, contracted along K."""
+    metadata = storage.get_metadata()
+    data, scales = metadata[f"{name}_data"], metadata[f"{name}_scale_inv"]
+    if name == "columnwise":
+        data, scales = data.T, scales.T
+    scales = scales[: data.shape[0], : data.shape[1] // 32].contiguous().view(torch.float8_e8m0fnu).float()
+    return data.contiguous().view(torch.float8_e4m3fn).float() * scales.repeat_interleave(32, 1)
 
 
 def _padded(scale: Tensor) -> Tensor:

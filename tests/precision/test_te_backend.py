@@ -200,6 +200,44 @@ def test_the_amax_group_is_that_of_the_source(te: TransformerEngineBackend, monk
     assert groups == [tp.process_group, tp.process_group, cp.process_group, None, None], "amax over the wrong ranks"
 
 
+def test_mxfp8_copies_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    te_double.install(monkeypatch)
+    mxfp8 = Gemm(Operand(Format.mxfp8), Operand(Format.mxfp8))
+    precision = LinearPrecision(mxfp8, mxfp8, mxfp8)
+    te = TransformerEngineBackend(config(precision))
+    theirs, ours, emulated = prepare(te, precision), prepare(ReferenceBackend(), precision), EmulatedBackend()
+    for name, wanted in copies(precision).items():
+        for copy, a, b in zip(wanted, theirs[name], ours[name], strict=True):
+            found = first_mismatch(te_parts(a, copy), reference_parts(b), copy)
+            assert found is None, f"{copy.gemm}.{name}: column-wise MXFP8 is not transposed in TE: {found}"
+    dw = te.matmul(theirs["dy"][1], theirs["x"][1], out_dtype=torch.float32)
+    made = prepare(emulated, precision)
+    want = emulated.matmul(made["dy"][1], made["x"][1], out_dtype=torch.float32)
+    torch.testing.assert_close(dw, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+
+
+def test_the_generator_is_seeded_once_per_step(te: TransformerEngineBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def draws(step: int, rank: int) -> list[float]:
+        group = Group("tp", (0, 1), rank, object())  # type: ignore[arg-type]
+        at = replace(source(tensor("x", T, K)), step=step, group=group)
+        values = []
+        for _ in range(2):
+            te._seed(at, torch.device("cuda"))
+            values.append(torch.rand((), generator=generator).item())
+        return values
+
+    first, second = draws(1, 0), draws(2, 0)
+    assert first[0] != first[1], "every tensor of a step would get the same random bits"
+    assert first != second, "every step would draw the same bits"
+    assert draws(1, 0) == first, "a resumed run must draw the bits of the first one"
+    te._seed(replace(source(tensor("x", T, K)), step=9), torch.device("cuda"))
+    assert draws(1, 1) != first, "two ranks would round their shards with the same bits"
+
+
 def test_nan_and_inf(te: TransformerEngineBackend) -> None:
     for bad in (float("nan"), float("inf")):
         x = tensor("x", T, K)
@@ -259,6 +297,21 @@ def test_old_version_wants_the_other_order(monkeypatch: pytest.MonkeyPatch) -> N
         TransformerEngineBackend(config(RNE))
 
 
+def test_old_gemm_gets_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.9 to 2.13 or so: `general_gemm(A, B, workspace, ...)`."""
+    seen: list[Any] = []
+
+    def old_gemm(A: Any, B: Any, workspace: Any, out_dtype: Any = None, layout: str = "TN", **rest: Any) -> Any:
+        seen.append(workspace)
+        return te_double.general_gemm(A, B, out_dtype, layout=layout, **rest)
+
+    te_double.install(monkeypatch, general_gemm=old_gemm, get_workspace=lambda: "workspace")
+    te = TransformerEngineBackend(config(RNE))
+    made = prepare(te)
+    te.matmul(made["x"][0], made["w"][0], out_dtype=torch.bfloat16)
+    assert seen == ["workspace"], "TypeError at the first GEMM"
+
+
 def test_absent_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     with pytest.raises(ValueError, match=r"cannot be imported.*install transformer-engine"):
@@ -266,6 +319,17 @@ def test_absent_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
     te_double.install(monkeypatch, "2.8.0")
     with pytest.raises(ValueError, match=r"2\.8\.0 is older than 2\.9"):
         TransformerEngineBackend(config(RNE))
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NeedsCuda(te_double.NVFP4Quantizer):
+        def __init__(self, **settings: Any) -> None:
+            raise AssertionError("Torch not compiled with CUDA enabled")
+
+    te_double.install(monkeypatch, NVFP4Quantizer=NeedsCuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"needs a CUDA GPU.*backend=emulated"):
+        prepare(TransformerEngineBackend(config(RNE)))
 
 
 def test_compute_dtype_fp32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh
+from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.local import run_local
+from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
 from megatron_fp4.precision import AmaxScope, EmulatedBackend, Gemm, LinearPrecision, Operand, nvfp4_paper
 from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
 from megatron_fp4.precision.backends.reference import ReferenceBackend
@@ -24,7 +26,6 @@ from megatron_fp4.precision.compare import first_mismatch, reference_parts, te_p
 from megatron_fp4.precision.config import PrecisionConfig, Rule
 from megatron_fp4.train.parity import synthetic_inputs
 from megatron_fp4.train.trainable import build_trainable
-from tests.helpers.distributed import mesh_for, run_distributed
 from tests.helpers.parity import parity_case
 from tests.precision import te_double
 
@@ -130,14 +131,14 @@ def test_transformer_engine_alone_trains_like_the_emulation(monkeypatch: Any) ->
         assert abs(a - b) <= 0.02 * abs(b), f"loss or gradient norm {a} with the backend itself, {b} emulated"
 
 
-def train_rank(rank: int, world_size: int, sizes: dict[str, int]) -> dict[str, int]:
+def train_rank(process: Process, parallel: ParallelConfig) -> dict[str, int]:
     sys.modules.update(te_double.modules())
     both = Both()
-    train(both, mesh_for(rank, world_size, **sizes), ParallelConfig(**sizes))
+    train(both, build_mesh(parallel, process.world), parallel)
     return dict(both.compared)
 
 
 def test_tensor_and_pipeline_parallel_shards() -> None:
     te_double.modules()  # the download, or its skip, happens here and not on the ranks
-    for compared in run_distributed(train_rank, 4, {"tp": 2, "pp": 2}):
+    for compared in run_local(train_rank, 4, ParallelConfig(tp=2, pp=2)):
         assert compared["wgrad.dy"] == 4 * 4 * STEPS, "half of the linears on each stage, 4 microbatches"

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_fp4.comm.local import free_port
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.signals import EXIT_HUNG
 from megatron_fp4.train.watchdog import Notice, Watchdog, late_ranks, summary
-from tests.helpers.distributed import free_port
 from tests.helpers.tiny_run import ROOT, TinyRun, tiny_run
 
 TIMEOUT = "train.hang_timeout_seconds=3"

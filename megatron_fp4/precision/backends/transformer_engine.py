@@ -70,7 +70,7 @@ def load_api() -> Api:
         version = str(importlib.import_module(PACKAGE).__version__)
         found = {name: getattr(importlib.import_module(f"{PACKAGE}.{m}"), name) for name, m in SYMBOLS.items()}
         e4m3 = importlib.import_module("transformer_engine_torch").DType.kFloat8E4M3
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+    except (ImportError, OSError, AttributeError, RuntimeError, AssertionError) as error:
         raise ValueError(
             f"precision.backend=transformer_engine: Transformer Engine cannot be imported"
             f" ({type(error).__name__}: {error}); install transformer-engine[pytorch]>=2.19 beside a CUDA build of"
@@ -206,7 +206,15 @@ class TransformerEngineBackend:
         """The quantizer for these copies, made once."""
         operands = (row.operand if row else None, column.operand if column else None)
         if operands not in self._quantizers:
-            self._quantizers[operands] = make_quantizer(self.api, *operands)
+            try:
+                self._quantizers[operands] = make_quantizer(self.api, *operands)
+            except (RuntimeError, AssertionError) as error:  # torch's, from torch.cuda.current_device()
+                if torch.cuda.is_available():
+                    raise
+                raise ValueError(
+                    f"Transformer Engine {self.api.version} needs a CUDA GPU, and torch sees none"
+                    f" ({type(error).__name__}: {error}); use precision.backend=emulated on this machine"
+                ) from error
             self._quantizers[operands].internal = True  # plain storage, not tensor subclasses, as te.Linear asks for
         quantizer = self._quantizers[operands]
         if any(operand and operand.format is Format.nvfp4 for operand in operands):

@@ -1,0 +1,38 @@
+"""Rules of the architecture that import-linter cannot see."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "megatron_fp4"
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((PACKAGE / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", ["optim", "pipeline", "checkpoint", "models", "data"])
+def test_these_floors_do_not_know_what_fp4_is(folder: str) -> None:
+    for path in sources(folder):
+        text = re.sub(r"megatron[_-]fp4", "", path.read_text(), flags=re.IGNORECASE)
+        found = re.search(r"nvfp4|fp4|amax", text, flags=re.IGNORECASE)
+        assert found is None, f"{path.relative_to(PACKAGE)} speaks of {found.group()}" if found else ""
+
+
+def test_the_environment_is_read_in_one_file() -> None:
+    reads = r"os\.environ(\.get\(|\[)|= os\.environ\b|os\.environ if|getenv"
+    readers = [path for path in sources(".") if re.search(reads, path.read_text())]
+    assert [path.relative_to(PACKAGE).as_posix() for path in readers] == ["comm/bootstrap.py"]
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for path in sources("."):
+        assert path.read_text().lstrip().startswith('"""'), f"{path.relative_to(PACKAGE)} has no docstring"
+
+
+def test_no_global_statements() -> None:
+    for path in sources("."):
+        assert not re.search(r"^\s+global ", path.read_text(), flags=re.MULTILINE), path
