@@ -65,6 +65,7 @@ fi
 
 headline "7. Results"
 megatron-fp4 report "${runs[@]}" --plot "$out/loss.png"
+megatron-fp4 evaluate "$out/nvfp4" --precision same --precision bf16
 megatron-fp4 generate "$out/nvfp4" --tokens 40
 
 cat <<END

@@ -52,14 +52,17 @@ def to_run_config(tree: DictConfig) -> RunConfig:
 
 
 def load_run_config(run_dir: Path) -> RunConfig:
-    """The configuration that a run stored in its directory. Raises ConfigError if there is none."""
+    """The configuration that a run stored in its directory, wherever that lies now. Raises ConfigError if none."""
     stored = run_dir / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{run_dir} holds no config.yaml; is it the train.run_dir of a run?")
     try:
-        return to_run_config(OmegaConf.merge(OmegaConf.structured(twin(RunConfig)), OmegaConf.load(stored)))  # type: ignore[arg-type]
+        tree = OmegaConf.merge(OmegaConf.structured(twin(RunConfig)), OmegaConf.load(stored))
+        tree.train.run_dir = str(run_dir)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{stored}: {_short(error)}") from None
+    assert isinstance(tree, DictConfig)
+    return to_run_config(tree)
 
 
 def to_yaml(tree: DictConfig) -> str:

@@ -9,21 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.cli.compose import load_run_config
-from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh
-from megatron_fp4.layers.wiring import Wiring
-from megatron_fp4.models.decoder import Decoder, whole_model
-from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.train.build import make_backend, prepare
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.evaluate import assign
-from megatron_fp4.train.restore import load_weights
+from megatron_fp4.train.restore import open_trained
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     try:
-        generator = Generator(load_run_config(args.run), args.run, args.step)
+        generator = Generator(load_run_config(args.run), args.step)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,23 +43,11 @@ def main(arguments: Sequence[str]) -> int:
 class Generator:
     """A trained model in one process."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, step: int | None) -> None:
-        prepared = prepare(replace(config, parallel=ParallelConfig()), world_size=1)
-        config = prepared.config
+    def __init__(self, config: RunConfig, step: int | None) -> None:
+        prepared, self.model = open_trained(config, step)
         if prepared.tokenizer is None:
             raise ValueError("the run has no data.tokenizer, so text cannot be turned into tokens")
         self.tokenizer = prepared.tokenizer
-        clock = StepClock(config.train.seed)
-        dtype = config.precision.compute_dtype.torch_dtype
-        backend = make_backend(replace(config.precision, compile=False))
-        wiring = Wiring.of(ParallelMesh.single_process(), backend, clock, dtype, torch.device("cpu"))
-        self.model = Decoder(
-            config.model, wiring, whole_model(config.model), keep_documents_apart=config.data.reset_documents
-        ).eval()
-        assign(self.model, prepared.plan.evaluation_table())
-        load_weights(
-            self.model, CheckpointStore(run_dir / "checkpoints", Group.single("world"), config.checkpoint), step
-        )
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> torch.Tensor:

@@ -22,6 +22,7 @@ COMMANDS = {
     "checkpoint": ("megatron_fp4.cli.checkpoint", "inspect, verify, average, extract and export checkpoints"),
     "verify-resume": ("megatron_fp4.cli.verify_resume", "prove that a killed run goes on as if nothing had happened"),
     "replay": ("megatron_fp4.cli.replay", "run again from a checkpoint to a step whose loss spiked, also in BF16"),
+    "evaluate": ("megatron_fp4.cli.evaluate", "held-out loss of a trained model, in one precision or another"),
     "generate": ("megatron_fp4.cli.generate", "continue a text with a trained checkpoint"),
 }
 
@@ -50,6 +51,8 @@ def main() -> None:
     """Console entry."""
     try:
         code = run(sys.argv[1:])
+    except SystemExit as end:  # argparse has said why
+        code = end.code if isinstance(end.code, int) else 0
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -25,7 +25,6 @@ from megatron_fp4.cli.plan_text import render
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import Flops, by_kind, count_flops, model_parameters, quantized_parameters
 from megatron_fp4.models.decoder import Recompute, StageRange
-from megatron_fp4.models.gpus import GPUS, Gpu
 from megatron_fp4.models.memory import MemorySettings, rank_memory
 from megatron_fp4.models.partition import block_costs, split_stages
 from megatron_fp4.models.traffic import bytes_sent
@@ -35,6 +34,7 @@ from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
 from megatron_fp4.precision.table import PrecisionTable, summary
 from megatron_fp4.train.build import Prepared, prepare
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.gpus import GPUS, Gpu
 
 STORED_BYTES = {Format.nvfp4: 0.5625, Format.mxfp4: 0.53125, Format.mxfp8: 1.03125, Format.fp8_block: 1.0}
 """Bytes per element with block scales, as Transformer Engine stores them."""

@@ -11,11 +11,11 @@ from typing import Any
 
 from megatron_fp4.models.count import Flops
 from megatron_fp4.models.decoder import Recompute
-from megatron_fp4.models.gpus import Gpu
-from megatron_fp4.models.rates import RATES, flops_by_rate, rate_of
 from megatron_fp4.precision.table import PrecisionTable, gemm_formats
 from megatron_fp4.train.build import Prepared
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.gpus import Gpu
+from megatron_fp4.train.rates import RATES, flops_by_rate, rate_of
 
 
 def _computed_again(flops: Flops, table: PrecisionTable, recompute: Recompute) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 The bundle holds the run's configuration and the newest checkpoint before the step; the samples follow from both. If
 the spike is there in BF16 too, it is the data or the learning rate; if only in the run's precision, it is that.
-Nothing in the run's directory is changed.
+Nothing in the run's directory is changed. Batches that the run skipped on the way are trained on here.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_fp4.data.append import AppendFile
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.config import config_from_dict
 from megatron_fp4.data.loader import Loader, open_streams
@@ -51,12 +52,13 @@ class LedgerWriter:
     def __init__(self, run_folder: str | Path, loader: Loader, *, step: int, first_sample: int) -> None:
         self._path = Path(run_folder) / LEDGER
         self._drop_half_line()
+        self._lines = AppendFile(self._path)
         fingerprints = {name: stream.source.fingerprint for name, stream in loader.streams.items()}
         start = {"step": step, "first_sample": first_sample, "config": _absolute(dataclasses.asdict(loader.config))}
-        self._append({**start, "plan": loader.plan.to_json(), "sources": fingerprints})
+        self._lines.add({**start, "plan": loader.plan.to_json(), "sources": fingerprints})
 
     def add(self, step: int, first_sample: int, num_samples: int, hash_of_step: int) -> None:
-        self._append({"step": step, "first_sample": first_sample, "num_samples": num_samples, "hash": hash_of_step})
+        self._lines.add({"step": step, "first_sample": first_sample, "num_samples": num_samples, "hash": hash_of_step})
 
     def _drop_half_line(self) -> None:
         """What a killed run may have left at the end."""
@@ -65,9 +67,8 @@ class LedgerWriter:
             if not data.endswith(b"\n"):
                 os.truncate(self._path, data.rfind(b"\n") + 1)
 
-    def _append(self, line: dict[str, Any]) -> None:
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def close(self) -> None:
+        self._lines.close()
 
 
 def _absolute(config: dict[str, Any]) -> dict[str, Any]:

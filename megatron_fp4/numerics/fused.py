@@ -46,7 +46,9 @@ def max_of_row_lanes(blocked: Tensor, size: int) -> Tensor:
     """max |x| over the last dimension of `[blocks, size]`, in x's dtype; NaN propagates."""
     assert blocked.shape[1] == size  # makes the size a constant of the compiled kernel
     if blocked.dtype == torch.bfloat16:  # compared as integers, which is twice as fast
-        return (blocked.view(torch.int16) & 0x7FFF).amax(1).view(torch.bfloat16)
+        bits = blocked.view(torch.int16) & 0x7FFF
+        halves = torch.maximum(bits[:, : size // 2], bits[:, size // 2 :])  # halved first, compilers vectorize the rest
+        return halves.amax(1).view(torch.bfloat16)
     return blocked.abs().amax(1)
 
 

@@ -13,8 +13,9 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from megatron_fp4.data.append import AppendFile
 from megatron_fp4.train.background_sink import BackgroundSink, Sink
 from megatron_fp4.train.config import LoggingConfig, WandbMode
 
@@ -31,12 +32,12 @@ class JsonlSink:
         self._path = path
         self._file = self._open(resume_step)
 
-    def _open(self, last_step: int) -> TextIO:
+    def _open(self, last_step: int) -> AppendFile:
         kept = [line for line in read_lines(self._path) if json.loads(line)["step"] <= last_step]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temporary, self._path)
-        return self._path.open("a", buffering=1)
+        return AppendFile(self._path)
 
     def rewind(self, step: int) -> None:
         self._file.close()
@@ -44,7 +45,7 @@ class JsonlSink:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         plain = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
-        self._file.write(json.dumps({"step": step, **plain}) + "\n")
+        self._file.add({"step": step, **plain})
 
     def close(self) -> None:
         self._file.close()

@@ -1,14 +1,25 @@
-"""Weights of a checkpoint into a model without an optimizer: for evaluation, generation and export."""
+"""Weights of a checkpoint into a model without an optimizer: for evaluation, generation and export.
+
+One idea: a checkpoint has no layout, so a trained model of any size of job opens in one process.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_fp4.checkpoint import CheckpointStore
+from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh
+from megatron_fp4.layers.wiring import Wiring
+from megatron_fp4.models.decoder import Decoder, whole_model
+from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.train.build import Prepared, make_backend, prepare
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.evaluate import assign
 
 
 @dataclass(frozen=True)
@@ -40,3 +51,25 @@ def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = No
     for rows, master in targets:
         rows.copy_(master)
     return meta
+
+
+def open_trained(config: RunConfig, step: int | None = None) -> tuple[Prepared, Decoder]:
+    """The trained model of a run in this process, in its evaluation precision. step: None for the newest checkpoint.
+
+    Raises ValueError or FileNotFoundError where run, data or checkpoint are not there.
+    """
+    prepared = prepare(replace(config, parallel=ParallelConfig()), world_size=1)
+    config = prepared.config
+    backend = make_backend(replace(config.precision, compile=False))
+    dtype = config.precision.compute_dtype.torch_dtype
+    clock = StepClock(config.train.seed)
+    wiring = Wiring.of(ParallelMesh.single_process(), backend, clock, dtype, torch.device("cpu"))
+    stage = whole_model(config.model)
+    model = Decoder(config.model, wiring, stage, keep_documents_apart=config.data.reset_documents).eval()
+    assign(model, prepared.plan.evaluation_table())
+    load_weights(
+        model,
+        CheckpointStore(Path(config.train.run_dir) / "checkpoints", Group.single("world"), config.checkpoint),
+        step,
+    )
+    return prepared, model

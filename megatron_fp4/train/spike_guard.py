@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from megatron_fp4.data.append import AppendFile
 from megatron_fp4.train.build import Run
 from megatron_fp4.train.bundle import replay_command, write_bundle
 from megatron_fp4.train.console import Console
@@ -62,5 +62,6 @@ class SpikeGuard:
 
     def _log(self, step: int, action: Action, **values: Any) -> None:
         if self._run.mesh.is_main:
-            with (Path(self._run.config.train.run_dir) / SPIKE_LOG).open("a") as file:
-                file.write(json.dumps({"step": step, "action": action.name, **values}) + "\n")
+            file = AppendFile(Path(self._run.config.train.run_dir) / SPIKE_LOG)
+            file.add({"step": step, "action": action.name, **values})
+            file.close()

@@ -2,7 +2,7 @@
 
 One idea: model FLOPs per token are arithmetic (models/count.py), so throughput is tokens per second times a constant,
 and utilization is its ratio to a peak: of BF16, and of the mix of rates at which the GEMMs of the present precision
-could run. Peaks and their sources are in models/gpus.py; on other devices there is no utilization.
+could run. Peaks and their sources are in train/gpus.py; on other devices there is no utilization.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 
 from megatron_fp4.models.count import count_flops
-from megatron_fp4.models.gpus import Gpu, find_gpu
-from megatron_fp4.models.rates import flops_by_rate
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.gpus import Gpu, find_gpu
 from megatron_fp4.train.phases import Phases
+from megatron_fp4.train.rates import flops_by_rate
 
 
 class Throughput:

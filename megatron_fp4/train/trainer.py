@@ -77,6 +77,8 @@ class Trainer:
                     self._roll_back(request)
             self._save()
             self._saves.close()
+        if self._ledger:
+            self._ledger.close()
         if stop:
             reason = self._stop.reason or "another rank"
             self.console.say(f"stopped on request ({reason}) after step {self.progress.step}")
@@ -221,4 +223,6 @@ class Trainer:
         self.progress = self._guard.roll_back(request, self.progress)
         self._saves.last_step, self._precision_phase = self.progress.step, -1
         self.metrics.rewind(self.progress.step)
+        if self._ledger:
+            self._ledger.close()
         self._ledger = self._open_ledger()

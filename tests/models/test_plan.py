@@ -21,10 +21,8 @@ from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import count_flops
 from megatron_fp4.models.decoder import Decoder, Recompute, whole_model
-from megatron_fp4.models.gpus import GPUS
 from megatron_fp4.models.memory import MemorySettings, rank_memory, stage_memory
 from megatron_fp4.models.partition import split_stages
-from megatron_fp4.models.rates import flops_by_rate
 from megatron_fp4.models.traffic import bytes_sent
 from megatron_fp4.optim import OptimConfig, Zero1AdamW
 from megatron_fp4.pipeline.schedules import SCHEDULES
@@ -32,7 +30,9 @@ from megatron_fp4.precision import EmulatedBackend, StepClock, nvfp4_paper
 from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.plan import base_table
 from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.gpus import GPUS
 from megatron_fp4.train.inputs import Inputs
+from megatron_fp4.train.rates import flops_by_rate
 from megatron_fp4.train.step import LocalEngine, TokenLoss
 from tests.helpers.live_memory import LiveBytes
 from tests.models.test_count import load

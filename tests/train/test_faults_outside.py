@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from megatron_fp4 import pretrain
 from megatron_fp4.checkpoint import commit
 from megatron_fp4.checkpoint.lock import RunLock
+from megatron_fp4.data import append
+from megatron_fp4.data.ledger import read_step
 from megatron_fp4.train import background_sink
 from megatron_fp4.train.metrics import read_metrics
 from tests.helpers.tiny_run import tiny_run
@@ -117,6 +120,28 @@ def test_a_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "step_00000004",
         "step_00000006",
     ], "what the failed save had written must be gone"
+
+
+def test_a_disk_without_room_for_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metrics and the ledger of steps 2 to 4 are refused, the first of them in the middle of a line."""
+    run, right = tiny_run(tmp_path, *SHORT), os.write
+    trainer, _ = make_trainer(run.overrides)
+
+    def write(file: int, data: bytes) -> int:
+        if not 2 <= trainer.progress.step <= 4:
+            return right(file, data)
+        if trainer.progress.step == 2 and len(data) > 20:
+            return right(file, bytes(data[:10]))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(append.os, "write", write)
+    assert trainer.fit() == 0, "a full disk must not end the run"
+    monkeypatch.undo()
+    trainer.metrics.close()
+    assert [r["step"] for r in read_metrics(run.run_dir) if "loss" in r] == [1, 2, 3, 4, 5, 6], (
+        "a line was lost or torn"
+    )
+    assert read_step(run.run_dir, 3).first_sample == 8, "the ledger lost a step"
 
 
 def test_a_second_launch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.mesh import ParallelConfig
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.count import count_flops
-from megatron_fp4.models.gpus import GPUS, find_gpu
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.gpus import GPUS, find_gpu
 from megatron_fp4.train.metrics import read_metrics
 from megatron_fp4.train.phases import STEP_PHASES, Phases
 from megatron_fp4.train.throughput import Throughput

@@ -1,0 +1,48 @@
+"""`megatron-fp4 evaluate RUN --precision bf16 --precision same`: held-out loss of a trained model, per precision.
+
+One process, whatever layout wrote the checkpoint. `same` is the precision that the run trained in; a recipe's name puts
+every linear into that recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_fp4.cli.compose import load_run_config
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.train.build import open_data
+from megatron_fp4.train.evaluate import evaluate
+from megatron_fp4.train.restore import open_trained
+from megatron_fp4.train.step import LocalEngine, TokenLoss
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 2 where run, data or recipe are not there."""
+    parser = argparse.ArgumentParser(prog="megatron-fp4 evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
+    parser.add_argument("--precision", action="append", help="bf16, same or a recipe of the run (several times)")
+    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    args = parser.parse_args(arguments)
+    mesh, device = ParallelMesh.single_process(), torch.device("cpu")
+    try:
+        prepared, model = open_trained(load_run_config(args.run), args.step)
+        _, loaders = open_data(prepared, dp_rank=0)
+        if not loaders:
+            raise ValueError("the run has no held-out set (data.evaluation)")
+        engine = LocalEngine(model, TokenLoss(prepared.config.model.vocab_size, mesh.tp))
+        for precision in args.precision or ["bf16", "same"]:
+            plan = PrecisionPlan(replace(prepared.config.precision, evaluation=precision), prepared.linears)
+            for loader in loaders:
+                loss = evaluate(engine, loader, plan.evaluation_table(), mesh, device)
+                print(f"{args.run.name}: {loader.name} loss {loss:.4f} computed in {precision}", flush=True)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
