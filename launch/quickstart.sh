@@ -29,7 +29,7 @@ headline "3. NVFP4 pretraining, tensor parallel over two ranks; SIGTERM half way
 launch/torchrun.sh --nproc-per-node 2 experiment=quickstart &
 job=$!
 trap 'kill "$job" 2>/dev/null || true' EXIT
-until metric_step 85; do
+until metric_step 105; do
   if ! kill -0 "$job" 2>/dev/null; then
     wait "$job" || exit "$?"
     break
@@ -45,15 +45,15 @@ trap - EXIT
 echo ">>> exit code $code: stopped on request, state saved"
 # Kept aside for step 5: the checkpoint before the stop.
 mkdir -p "$out/replay/checkpoints"
-cp -r "$out/nvfp4/checkpoints/step_00000080" "$out/replay/checkpoints/"
+cp -r "$out/nvfp4/checkpoints/step_00000100" "$out/replay/checkpoints/"
 
 headline "4. The same command again resumes where it stopped"
 pretrain
 
 headline "5. Proof: from the checkpoint before the stop, without the stop, the numbers are the same"
-pretrain train.run_dir="$out/replay" train.stop_after_steps=95 train.eval_interval_steps=0 logging.wandb=disabled \
+pretrain train.run_dir="$out/replay" train.stop_after_steps=115 train.eval_interval_steps=0 logging.wandb=disabled \
   logging.tensorboard=false | grep -v '^ \|^[a-z]*:'
-megatron-fp4 report "$out/nvfp4" "$out/replay" --equal 81 95
+megatron-fp4 report "$out/nvfp4" "$out/replay" --equal 101 115
 
 if [ "$baseline" = yes ]; then
   headline "6. The BF16 baseline: the same initial weights, the same batches"
