@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ from megatron_fp4.models.memory import MemorySettings
 from megatron_fp4.models.partition import split_stages
 from megatron_fp4.models.traffic import bytes_sent
 from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, WgradSwitch
+from megatron_fp4.pipeline.order import bubble, pipeline_order, simulate
 from megatron_fp4.pipeline.schedules import SCHEDULES, stages_of_rank, stages_per_rank
 from megatron_fp4.precision import EmulatedBackend, WgradQueue
 from megatron_fp4.precision.config import PrecisionConfig
@@ -164,8 +164,8 @@ class _Rows(NamedTuple):
     documents: Tensor
 
 
-def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches: int) -> tuple[float, float]:
-    """Part of a step in which a rank waits, 1 - work / time: measured (second of two steps), and by the order alone."""
+def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches: int) -> float:
+    """Part of a step in which a rank waits, 1 - work / time, measured in the second of two steps."""
     mesh, virtual = build_mesh(parallel, process.world), stages_per_rank(parallel)
     queues = [WgradQueue() for _ in stages_of_rank(mesh.pp.rank, parallel)]
     stages = [SleepingStage(PIECE_SECONDS / virtual, queue) for queue in queues]
@@ -191,66 +191,15 @@ def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches:
         engine.train(rows, 1.0, lambda: None)
         seconds = time.perf_counter() - began
     slowest = max(collectives.all_gather_object(seconds, process.world))
-    ideal = _duration(engine._schedule.pipeline_order, parallel.pp * virtual) / virtual
-    return 1.0 - 3 * PIECE_SECONDS * num_microbatches / slowest, 1.0 - 3 * num_microbatches / ideal
-
-
-UNITS = {"FORWARD": 1, "FULL_BACKWARD": 2, "BACKWARD_INPUT": 1, "BACKWARD_WEIGHT": 1}
-
-
-class _Work(NamedTuple):
-    """A computation of a schedule. kind: F, B (what the stage before waits for) or W (weight gradients alone)."""
-
-    kind: str
-    stage: int
-    microbatch: int
-    units: int
-
-    def needs(self) -> list[tuple[str, int, int]]:
-        before = [("F", self.stage - 1)] if self.kind == "F" else [("F", self.stage), ("B", self.stage + 1)]
-        return [(kind, stage, self.microbatch) for kind, stage in before]
-
-
-KINDS = {"FORWARD": ("F", 1), "FULL_BACKWARD": ("B", 2), "BACKWARD_INPUT": ("B", 1), "BACKWARD_WEIGHT": ("W", 1)}
-
-
-def _work_of(actions: list[Any]) -> list[_Work]:
-    """The computations of one rank. Microbatches are counted anew: torch 2.13 misnumbers the last stage of 1F1B."""
-    seen: Counter[tuple[str, int]] = Counter()
-    found = []
-    for action in actions:
-        for part in [] if action is None else action.sub_actions or [action]:
-            if part.computation_type.name in KINDS:
-                kind, units = KINDS[part.computation_type.name]
-                found.append(_Work(kind, part.stage_index, seen[kind, part.stage_index], units))
-                seen[kind, part.stage_index] += 1
-    return found
-
-
-def _duration(order: dict[int, list[Any]], num_stages: int) -> float:
-    """When the last action ends if each begins as soon as its rank and its inputs are there; in forward passes."""
-    waiting = {rank: _work_of(actions) for rank, actions in order.items()}
-    ends: dict[tuple[str, int, int], float] = {}
-    free = dict.fromkeys(order, 0.0)
-    while any(waiting.values()):
-        done_before = len(ends)
-        for rank, work in waiting.items():
-            while work:
-                needs = [need for need in work[0].needs() if 0 <= need[1] < num_stages]
-                if any(need not in ends for need in needs):
-                    break
-                now = work.pop(0)
-                free[rank] = max([free[rank], *(ends[need] for need in needs)]) + now.units
-                ends[now.kind, now.stage, now.microbatch] = free[rank]
-        assert len(ends) > done_before, "the order of the schedule never ends"
-    return max(free.values())
+    return 1.0 - 3 * PIECE_SECONDS * num_microbatches / slowest
 
 
 def report_bubbles(pp: int, num_microbatches: int) -> None:
     print(f"pp {pp}, {num_microbatches} microbatches\n{'schedule':<26} {'measured':>8} {'order':>7} {'formula':>7}")
     for schedule, rule in SCHEDULES.items():
         parallel = ParallelConfig(pp=pp, schedule=schedule)
-        measured, ideal = run_local(measure_bubble, pp, parallel, num_microbatches)[0]
+        measured = run_local(measure_bubble, pp, parallel, num_microbatches)[0]
+        ideal = bubble(simulate(pipeline_order(parallel, num_microbatches)))
         formula = PipelineShape(schedule, pp, num_microbatches, rule.stages).bubble
         print(f"{schedule:<26} {measured:8.3f} {ideal:7.3f} {formula:7.3f}", flush=True)
 

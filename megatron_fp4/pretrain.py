@@ -23,7 +23,7 @@ from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.tokenizer import describe_tokenizer
 from megatron_fp4.precision import table as precision_table
-from megatron_fp4.train.build import Prepared, Run, build, open_data, prepare
+from megatron_fp4.train.build import Prepared, Run, build, eager_reason, open_data, prepare
 from megatron_fp4.train.console import Console
 from megatron_fp4.train.metrics import Metrics
 from megatron_fp4.train.plain import plain
@@ -117,6 +117,8 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
     config = run.config
     console.say(to_yaml(tree))
     console.say(describe(config.parallel, run.mesh.world.size))
+    if reason := eager_reason(config.precision):
+        console.say(f"precision.compile is on, but {reason}: the quantizer runs eagerly (same numbers, slower)")
     if prepared.tokenizer:
         console.say(describe_tokenizer(prepared.tokenizer))
     table = prepared.plan.describe()

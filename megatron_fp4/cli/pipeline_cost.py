@@ -1,10 +1,11 @@
-"""What a pipeline schedule costs, by formula: idle time and activations in flight.
+"""What a pipeline schedule costs by the formulas of the literature: idle time and activations in flight.
 
 One idea: with stages of equal cost everything follows from the number of ranks p, microbatches m and model chunks per
 rank v. Times are in units of one forward pass through all chunks of a rank; the backward takes two, one of them for the
 weight gradients. Unequal stages add to this: see `imbalance`.
 
-These are estimates for planning; the schedules themselves are torch's (pipeline/schedules.py).
+The schedules themselves are torch's (pipeline/schedules.py), and not always those of the papers: the idle time that the
+planner reckons with is that of their own order (pipeline/order.py), and the formula stands beside it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class PipelineShape:
 
     @property
     def bubble(self) -> float:
-        """Part of the time in which a rank waits."""
+        """Part of the time in which a rank waits, by the formula of `BUBBLES`."""
         p, m, v = self.num_ranks, self.num_microbatches, self.num_chunks
         if p == 1 or (self.schedule == "zbv" and m >= 2 * p):
             return 0.0

@@ -3,8 +3,8 @@
     megatron-fp4 plan experiment=paper_12b_10t parallel.tp=8 parallel.pp=2 --gpus 512 --gpu GB200
 
 One idea: the configuration goes through the same checks as a real run (train.build.prepare), and everything else is
-arithmetic over the model's lists of parameters and linears. The report is a dictionary of plain values; `--json` prints
-it, otherwise plan_text.py renders it.
+arithmetic over the model's lists of parameters and linears, and over the pipeline's order of actions. The report is a
+dictionary of plain values; `--json` prints it, otherwise plan_text.py renders it.
 
 Not here: measured speed; times come from peak rates (plan_cost.py).
 """
@@ -28,6 +28,7 @@ from megatron_fp4.models.decoder import Recompute, StageRange
 from megatron_fp4.models.memory import MemorySettings, rank_memory
 from megatron_fp4.models.partition import block_costs, split_stages
 from megatron_fp4.models.traffic import bytes_sent
+from megatron_fp4.pipeline.order import Timeline, bubble, pipeline_order, simulate
 from megatron_fp4.pipeline.schedules import stages_of_rank, stages_per_rank
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
@@ -39,11 +40,13 @@ from megatron_fp4.train.gpus import GPUS, Gpu
 STORED_BYTES = {Format.nvfp4: 0.5625, Format.mxfp4: 0.53125, Format.mxfp8: 1.03125, Format.fp8_block: 1.0}
 """Bytes per element with block scales, as Transformer Engine stores them."""
 
-HELP = """usage: plan [experiment=NAME] [key=value ...] [--gpus N] [--gpu NAME] [--efficiency PART] [--json]
+HELP = """usage: plan [experiment=NAME] [key=value ...] [--gpus N] [--gpu NAME] [--efficiency PART]
+            [--schedule] [--json]
 
   --gpus N           world size (default: the product of the parallel sizes)
   --gpu NAME         {names} (default GB200)
   --efficiency PART  assumed part of the peak rate that GEMMs reach, for the second time estimate (default 0.4)
+  --schedule         draw the pipeline schedule: what each pipeline rank does in each time slot
   --json             the report as JSON
 """
 
@@ -57,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, overrides = _split(remaining)
         config = to_run_config(compose_config(overrides))
-        report = run_plan(config, options["--gpus"], options["--gpu"], options["--efficiency"])
+        report = run_plan(
+            config, options["--gpus"], options["--gpu"], options["--efficiency"], schedule=options["--schedule"]
+        )
     except (ConfigError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,10 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _split(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Options with their values, and hydra's overrides."""
-    options: dict[str, Any] = {"--gpus": 0, "--gpu": "GB200", "--efficiency": 0.4, "--json": False}
+    options: dict[str, Any] = {"--gpus": 0, "--gpu": "GB200", "--efficiency": 0.4, "--schedule": False, "--json": False}
     overrides, remaining = [], iter(arguments)
     for argument in remaining:
-        if argument == "--json":
+        if argument in ("--schedule", "--json"):
             options[argument] = True
         elif argument in options:
             value = next(remaining, "")
@@ -85,10 +90,13 @@ def _split(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     return options, overrides
 
 
-def run_plan(config: RunConfig, num_gpus: int = 0, gpu: str = "GB200", efficiency: float = 0.4) -> dict[str, Any]:
+def run_plan(
+    config: RunConfig, num_gpus: int = 0, gpu: str = "GB200", efficiency: float = 0.4, *, schedule: bool = False
+) -> dict[str, Any]:
     """The report, of plain values: bytes, FLOPs, seconds, tokens.
 
-    num_gpus: world size, 0 for the product of the parallel sizes. Raises ValueError for everything that a run with this
+    num_gpus: world size, 0 for the product of the parallel sizes. schedule: with the timeline of the
+    pipeline. Raises ValueError for everything that a run with this
     configuration would refuse before it starts, and for an unknown GPU or an efficiency outside (0, 1].
     """
     if gpu not in GPUS:
@@ -98,6 +106,8 @@ def run_plan(config: RunConfig, num_gpus: int = 0, gpu: str = "GB200", efficienc
     if config.model.vocab_size:  # the tokenizer is not needed, and need not be on this machine
         config = replace(config, data=replace(config.data, tokenizer=""))
     parallel = config.parallel
+    if schedule and parallel.pp == 1:
+        raise ValueError("--schedule has no effect with parallel.pp = 1; remove it, or set parallel.pp")
     num_gpus = num_gpus or parallel.tp * parallel.pp * parallel.cp * max(1, parallel.dp)
     prepared = prepare(config, num_gpus)
     config, table = prepared.config, prepared.plan.table()
@@ -108,19 +118,15 @@ def run_plan(config: RunConfig, num_gpus: int = 0, gpu: str = "GB200", efficienc
     settings = _memory_settings(prepared, table)
     flops = count_flops(config.model, config.data.seq_length)
     costs = _rank_costs(config, stages)
+    timeline = simulate(pipeline_order(parallel, microbatches))
+    slowdown = imbalance(costs) / (1.0 - bubble(timeline))
     return {
         "run": _run_section(prepared, num_gpus, microbatches),
         "parameters": _parameter_section(config.model, table),
         "precision": _precision_section(prepared, flops),
         "flops": flops_section(config, flops, table),
-        "pipeline": {
-            "schedule": parallel.schedule if parallel.pp > 1 else "none",
-            "blocks_per_stage": [stage.stop - stage.first for stage in stages],
-            "heaviest_rank_over_mean": imbalance(costs),
-            "bubble": shape.bubble,
-            "bubble_formula": BUBBLES[parallel.schedule],
-        },
-        "time": time_section(prepared, flops, GPUS[gpu], num_gpus, efficiency, imbalance(costs) / (1.0 - shape.bubble)),
+        "pipeline": _pipeline_section(shape, stages, costs, timeline, schedule),
+        "time": time_section(prepared, flops, GPUS[gpu], num_gpus, efficiency, slowdown),
         "memory_per_rank": _memory_section(config, stages, settings, shape, GPUS[gpu]),
         "bytes_sent_per_step": _traffic_section(config, stages, settings, microbatches),
         "warnings": _warnings(prepared, table, settings.tokens),
@@ -204,6 +210,24 @@ def _precision_section(prepared: Prepared, flops: Flops) -> list[dict[str, Any]]
         share = flops.quantized_share(gemms)  # type: ignore[arg-type]
         phases.append({"from_tokens": start, "summary": summary(table), "quantized_share_of_flops": share})
     return phases
+
+
+def _pipeline_section(
+    shape: PipelineShape, stages: Sequence[StageRange], costs: Sequence[float], timeline: Timeline, with_timeline: bool
+) -> dict[str, Any]:
+    section = {
+        "schedule": shape.schedule if shape.num_ranks > 1 else "none",
+        "blocks_per_stage": [stage.stop - stage.first for stage in stages],
+        "heaviest_rank_over_mean": imbalance(costs),
+        "bubble": bubble(timeline),
+        "bubble_by_formula": shape.bubble,
+        "bubble_formula": BUBBLES[shape.schedule],
+    }
+    if with_timeline:
+        section["timeline"] = [
+            [{**timed.work._asdict(), "begin": timed.begin, "end": timed.end} for timed in done] for done in timeline
+        ]
+    return section
 
 
 def _memory_section(

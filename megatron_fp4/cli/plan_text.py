@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_fp4.cli.schedule_text import draw
+
 
 def render(report: Mapping[str, Any]) -> str:
     """The report of `plan.run_plan`, one section after the other."""
@@ -67,8 +69,10 @@ def _pipeline(section: Mapping[str, Any]) -> list[str]:
     blocks = ", ".join(str(count) for count in section["blocks_per_stage"])
     return [
         *_heading(f"Pipeline: {section['schedule']}, blocks per stage {blocks}"),
-        f"  idle {section['bubble']:.1%} = {section['bubble_formula']}; heaviest rank"
-        f" {section['heaviest_rank_over_mean']:.3f} x the mean",
+        f"  idle {section['bubble']:.1%} by the order of actions; {section['bubble_by_formula']:.1%} by the formula"
+        f" {section['bubble_formula']}",
+        f"  heaviest rank {section['heaviest_rank_over_mean']:.3f} x the mean",
+        *(draw(section["timeline"]) if "timeline" in section else []),
     ]
 
 

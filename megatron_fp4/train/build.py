@@ -26,7 +26,7 @@ from megatron_fp4.optim import Zero1AdamW, check_schedule
 from megatron_fp4.optim.lr import decay_tokens
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.backends import Backend, NonFiniteWatch
-from megatron_fp4.precision.backends.emulated import EmulatedBackend
+from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_obstacle
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.clock import StepClock
@@ -105,8 +105,14 @@ def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -
     if config.backend is BackendName.reference:
         return ReferenceBackend(watch)
     if config.backend is BackendName.emulated:
-        return EmulatedBackend(config.compile, watch)
+        return EmulatedBackend(config.compile and not eager_reason(config), watch)
     return TransformerEngineBackend(config, watch)
+
+
+def eager_reason(config: PrecisionConfig) -> str:
+    """Why the emulated backend runs eagerly although `precision.compile` is on; empty if it does not. Same numbers."""
+    on_cpu = not torch.cuda.is_available()
+    return compile_obstacle() if config.compile and config.backend is BackendName.emulated and on_cpu else ""
 
 
 def open_data(prepared: Prepared, dp_rank: int, state: dict[str, Any] | None = None) -> tuple[Loader, list[EvalLoader]]:

@@ -122,7 +122,7 @@ def test_memory_shrinks_with_the_layout() -> None:
 
 
 def test_schedules() -> None:
-    """Known bubbles; and every schedule that the engine has can be planned."""
+    """Bubbles by the literature's formulas; and every schedule that the engine has can be planned."""
     assert set(BUBBLES) == set(SCHEDULES)
     assert PipelineShape("1f1b", 4, 12).bubble == pytest.approx(3 / 15)
     assert PipelineShape("interleaved_1f1b", 4, 12, 2).bubble == pytest.approx(3 / 27)
@@ -230,6 +230,46 @@ def test_refusals() -> None:
         run_plan(twelve_billion(tp=8, pp=2), num_gpus=100)
     with pytest.raises(ValueError, match="known: H100"):
         run_plan(twelve_billion(), gpu="GB2OO")
+
+
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
+def test_idle_time_is_that_of_the_order(schedule: str) -> None:
+    """The papers' formulas (0 and 1/9 here) are not those of the orders that torch runs."""
+    config = replace(twelve_billion(tp=4, pp=4), parallel=ParallelConfig(tp=4, pp=4, schedule=schedule))
+    section = run_plan(config, num_gpus=16 * 92)["pipeline"]
+    assert section["bubble"] == pytest.approx(3 / 51)
+    assert section["bubble_by_formula"] != pytest.approx(3 / 51)
+    assert "timeline" not in section, "thousands of entries in a report that did not ask for them"
+
+
+PIPELINE = ["model=gpt_tiny", "model.vocab_size=1024", "data.seq_length=256", "train.micro_batch=1"]
+
+
+def test_drawn_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    """1F1B by hand: a cell in the wrong slot, or microbatches numbered from 1 on the last stage."""
+    overrides = [*PIPELINE, "train.global_batch=3", "parallel.pp=2", "--schedule"]
+    assert main(overrides) == 0
+    text = capsys.readouterr().out
+    assert "  rank 0 stage 0 F0 F1 .  .  B0 -- F2 B1 -- .  B2 --\n" in text
+    assert "  rank 1 stage 1 .  F0 B0 -- F1 B1 -- F2 B2 -- .  .\n" in text
+    assert "idle 25.0% by the order of actions; 25.0% by the formula (p - 1) / (m + p - 1)" in text
+    assert "F forward; B -- backward; . idle" in text
+    assert main([*overrides, "--json"]) == 0
+    timeline = json.loads(capsys.readouterr().out)["pipeline"]["timeline"]
+    assert timeline[1][0] == {"kind": "F", "stage": 1, "microbatch": 0, "units": 1, "begin": 1, "end": 2}
+    assert main([*PIPELINE, "--schedule"]) == 2
+    assert "no effect with parallel.pp = 1" in capsys.readouterr().err
+
+
+def test_wide_schedule_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """Letters for the stages of a rank; lines as long as a page, and the note that there is more."""
+    assert main([*PIPELINE, "train.global_batch=8", "parallel.pp=2", "parallel.schedule=zbv", "--schedule"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("  rank ")]
+    assert [row[:18] for row in rows] == ["  rank 0 a=0 b=3 F", "  rank 1 a=1 b=2 ."]
+    assert all(len(row) <= 120 for row in rows)
+    assert any(line.startswith("  slots 1 to 25 of 49;") for line in lines)
+    assert any("W: of weights" in line for line in lines)
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ Copies stay in the layout of their source: a copy that is contracted along the r
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,15 @@ class _Deferred:
 
     source: Source
     copy: Copy
+
+
+def compile_obstacle(torch_path: str = torch.__file__) -> str:
+    """Why torch.compile cannot work on this machine's CPU; empty if it can. The eager kernels give the same bits."""
+    if any(character.isspace() for character in torch_path):
+        return f"torch lies under a path with a space ({torch_path}), which it does not quote for the compiler"
+    if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        return "there is no C++ compiler (g++ or clang++) on PATH"
+    return ""
 
 
 class EmulatedBackend:

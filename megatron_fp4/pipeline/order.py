@@ -1,0 +1,130 @@
+"""The order of actions that torch gives each pipeline rank, and the time that it takes at best.
+
+One idea: a schedule object of torch computes the order of all ranks when it is made, from its stages' numbers alone. So
+it is made here with stages that have nothing but numbers, without process groups, and asked; the order is the one that
+the engine runs. `simulate` then lets each action begin as soon as its rank and its inputs are there.
+
+Time is counted in forward passes of one stage; a full backward takes two, its halves (inputs, weights) one each. All
+stages cost the same and communication nothing: what is idle here is due to the order; a real run is idle for longer.
+
+    F   forward: needs F of the stage before
+    B   backward, at least of the inputs: needs F of its stage, B of the stage after
+    W   weight gradients alone: needs B of its stage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.pipeline.schedules import check_pipeline, schedule_rule, stages_of_rank
+
+KINDS = {"FORWARD": ("F", 1), "FULL_BACKWARD": ("B", 2), "BACKWARD_INPUT": ("B", 1), "BACKWARD_WEIGHT": ("W", 1)}
+"""Computations of torch (`_ComputationType`): kind and duration."""
+
+Key = tuple[str, int, int]
+"""Kind, stage, microbatch."""
+
+
+class Work(NamedTuple):
+    """One computation of a schedule. units: its duration."""
+
+    kind: str
+    stage: int
+    microbatch: int
+    units: int
+
+    @property
+    def key(self) -> Key:
+        return self.kind, self.stage, self.microbatch
+
+    def needs(self, num_stages: int) -> list[Key]:
+        """What must have ended before it begins."""
+        before = {
+            "F": [("F", self.stage - 1)],
+            "B": [("F", self.stage), ("B", self.stage + 1)],
+            "W": [("B", self.stage)],
+        }[self.kind]
+        return [(kind, stage, self.microbatch) for kind, stage in before if 0 <= stage < num_stages]
+
+
+class Timed(NamedTuple):
+    work: Work
+    begin: int
+    end: int
+
+
+Order = list[list[Work]]
+Timeline = list[list[Timed]]
+"""One list per pipeline rank, in the order of execution."""
+
+
+def pipeline_order(config: ParallelConfig, num_microbatches: int) -> Order:
+    """The computations of every pipeline rank, by torch's schedule; communication left out.
+
+    num_microbatches: per step and data-parallel rank. Raises ValueError where `schedules.check_pipeline` does. One rank
+    has no schedule: each microbatch goes forward and back.
+    """
+    num_stages = check_pipeline(config, num_microbatches)
+    if config.pp == 1:
+        return [[Work(kind, 0, n, units) for n in range(num_microbatches) for kind, units in (("F", 1), ("B", 2))]]
+    rule = schedule_rule(config.schedule)
+    numbers = SimpleNamespace(num_stages=num_stages, group_size=config.pp, group_rank=0, submod=nn.Identity())
+    stages = [SimpleNamespace(**vars(numbers), stage_index=number) for number in stages_of_rank(0, config)]
+    # torch's __init__ would go on to lower the order to sends and receives, which takes seconds with many microbatches
+    only_order = type("OnlyOrder", (rule.factory,), {"_prepare_schedule_with_comms": lambda self, actions: None})
+    schedule = only_order(stages if rule.stages > 1 or rule.and_more else stages[0], num_microbatches)
+    return [_work_of(schedule.pipeline_order[rank]) for rank in range(config.pp)]
+
+
+def _work_of(actions: Sequence[Any]) -> list[Work]:
+    """The computations of one rank.
+
+    Forwards are numbered from 0: torch 2.13 numbers those of the last stage of 1F1B from 1, in the order that it shows
+    (what it runs has its own loop and is right). Remove it when `Schedule1F1B._get_pipeline_order` is mended.
+    """
+    found = []
+    for action in actions:
+        for part in [] if action is None else action.sub_actions or [action]:
+            if part.computation_type.name in KINDS:
+                kind, units = KINDS[part.computation_type.name]
+                found.append(Work(kind, part.stage_index, part.microbatch_index, units))
+    first: dict[int, int] = {}
+    for work in found:
+        if work.kind == "F":
+            first.setdefault(work.stage, work.microbatch)
+    return [w._replace(microbatch=w.microbatch - first[w.stage]) if w.kind == "F" else w for w in found]
+
+
+def simulate(order: Order) -> Timeline:
+    """When each computation begins and ends if it begins as soon as its rank and its inputs are there."""
+    num_stages = 1 + max(work.stage for works in order for work in works)
+    ends: dict[Key, int] = {}
+    timeline: Timeline = [[] for _ in order]
+    while any(len(done) < len(works) for done, works in zip(timeline, order, strict=True)):
+        done_before = len(ends)
+        for done, works in zip(timeline, order, strict=True):
+            while len(done) < len(works):
+                work = works[len(done)]
+                needs = work.needs(num_stages)
+                if any(need not in ends for need in needs):
+                    break
+                begin = max([done[-1].end if done else 0, *(ends[need] for need in needs)])
+                ends[work.key] = begin + work.units
+                done.append(Timed(work, begin, begin + work.units))
+        assert len(ends) > done_before, "the order of the schedule never ends"
+    return timeline
+
+
+def duration(timeline: Timeline) -> int:
+    return max(timed.end for done in timeline for timed in done)
+
+
+def bubble(timeline: Timeline) -> float:
+    """Part of the time in which a rank waits, mean over the ranks."""
+    busy = sum(timed.work.units for done in timeline for timed in done)
+    return 1.0 - busy / (len(timeline) * duration(timeline))
