@@ -7,23 +7,32 @@ Arguments are hydra overrides of `configs/`. Exit codes: 0 done; 2 the configura
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 import traceback
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
 from megatron_fp4.checkpoint.lock import RunLocked, lock_run_directory
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config, to_yaml
-from megatron_fp4.comm.bootstrap import Launch, exit_process, read_launch, start_process, stop_process
+from megatron_fp4.comm.bootstrap import (
+    Launch,
+    choose_device,
+    exit_process,
+    read_launch,
+    start_process,
+    stop_process,
+)
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.tokenizer import describe_tokenizer
 from megatron_fp4.precision import table as precision_table
-from megatron_fp4.train.build import Prepared, Run, build, eager_reason, open_data, prepare
+from megatron_fp4.train.build import Prepared, Run, build, check_machine, eager_reason, open_data, prepare
 from megatron_fp4.train.console import Console
 from megatron_fp4.train.metrics import Metrics
 from megatron_fp4.train.plain import plain
@@ -57,9 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(to_yaml(tree))
             return 0
         prepared = prepare(to_run_config(tree), launch.world_size)
-        open_data(prepared, dp_rank=0)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, ValueError) as error:
         return _refuse(error, main_rank=launch.rank == 0)
+    except FileNotFoundError as error:
+        return _refuse_here(error, launch)
+    try:
+        device = choose_device(prepared.config.train.device, launch.local_rank)
+        open_data(prepared, dp_rank=0)
+        check_machine(prepared.config, device)
+    except (ValueError, FileNotFoundError) as error:
+        return _refuse_here(error, launch)
     return _train(prepared, tree, launch)
 
 
@@ -84,11 +100,21 @@ def _refuse(error: Exception, *, main_rank: bool) -> int:
     return EXIT_CONFIG
 
 
+def _refuse_here(error: Exception, launch: Launch) -> int:
+    """What only one node may have met, or only the local ranks above its number of GPUs: the first of them says it."""
+    local = launch.num_nodes > 1
+    speaks = launch.local_rank in (0, torch.cuda.device_count())
+    return _refuse(ValueError(f"on {socket.gethostname()}: {error}") if local else error, main_rank=speaks)
+
+
 def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
     config = prepared.config
     stop = StopRequest(config.train.exit_after_seconds)
     stop.install()
-    process = start_process(config.train.device, config.parallel.timeout_seconds, launch)
+    try:
+        process = start_process(config.train.device, config.parallel.timeout_seconds, launch)
+    except ValueError as error:
+        return _refuse(error, main_rank=launch.rank == 0)
     if process.device.type == "cpu":
         keep_freed_memory()
     main_rank = process.world.rank == 0

@@ -22,7 +22,7 @@ from megatron_fp4.cli.gemm_probe import Probe, distinct_probes, probe_tensors
 from megatron_fp4.comm.bootstrap import choose_device
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import formats, random_hadamard
-from megatron_fp4.precision.backends import Copy, Prepared, Source
+from megatron_fp4.precision.backends import Copy, Prepared, Source, copies_of
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.compare import BLOCK, decoded, first_mismatch, reference_parts, te_parts
@@ -91,16 +91,6 @@ def cross_check(probe: Probe, backend: TransformerEngineBackend, device: torch.d
             if copy.operand.format in BLOCK:
                 findings.append(_compare_operand(name, copy, a, b, tensors[name]))
     return findings + _compare_products(probe, _nearest(precision), backend, tensors)
-
-
-def copies_of(precision: LinearPrecision) -> dict[str, tuple[Copy, Copy]]:
-    """The copies of x, w and dy that the linear op asks for."""
-    fprop, dgrad, wgrad = precision.fprop, precision.dgrad, precision.wgrad
-    return {
-        "x": (Copy("fprop", fprop.a, along=1), Copy("wgrad", wgrad.b, along=0)),
-        "w": (Copy("fprop", fprop.b, along=1), Copy("dgrad", dgrad.b, along=0)),
-        "dy": (Copy("dgrad", dgrad.a, along=1), Copy("wgrad", wgrad.a, along=0)),
-    }
 
 
 def _source(probe: Probe, operand: str, x: Tensor) -> Source:

@@ -44,6 +44,11 @@ def make_mixer(kind: str, name: str, config: ModelConfig, wiring: Wiring, *, kee
     )
 
 
+def make_norm(name: str, config: ModelConfig, wiring: Wiring) -> RMSNorm:
+    """The norm `name` of the model's hidden size, computed as `model.norm_impl` says."""
+    return RMSNorm(name, config.hidden, wiring, eps=config.norm_eps, impl=config.norm_impl)
+
+
 class Block(nn.Module):
     """Block `index` of the model: x_TD `[T/tp, D]` -> `[T/tp, D]`."""
 
@@ -53,7 +58,7 @@ class Block(nn.Module):
         for kind in self.kinds:
             name = f"blocks.{index}.{kind}"
             mixer = make_mixer(kind, name, config, wiring, keep_documents_apart=keep_documents_apart)
-            self.add_module(f"{kind}_norm", RMSNorm(f"{name}_norm", config.hidden, wiring, eps=config.norm_eps))
+            self.add_module(f"{kind}_norm", make_norm(f"{name}_norm", config, wiring))
             self.add_module(kind, mixer)
             self.add_module(f"{kind}_dropout", Dropout(f"{name}_dropout", config.dropout, wiring))
 

@@ -11,8 +11,10 @@ annotations.)
 
 from dataclasses import dataclass
 
+from megatron_fp4.layers.loss import LossImpl
 from megatron_fp4.layers.mamba_kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.layers.norm import NormImpl
 
 BLOCK_LETTERS = "TM*-"
 
@@ -48,6 +50,10 @@ class ModelConfig:
     mamba_chunk: int = 128
     mamba_kernel: MambaKernel = MambaKernel.torch
     """mamba_ssm: the CUDA kernels of mamba-ssm and causal-conv1d, if installed. Projections never enter them."""
+    norm_impl: NormImpl = NormImpl.torch
+    """te, apex: the fused RMSNorm of Transformer Engine or Apex, if installed (CUDA, BF16)."""
+    loss_impl: LossImpl = LossImpl.torch
+    """te: the fused cross-entropy of Transformer Engine, if installed (CUDA, BF16, tp divides the vocabulary)."""
 
     def __post_init__(self) -> None:
         if self.pattern:

@@ -19,9 +19,8 @@ from megatron_fp4.layers.attention import Attention
 from megatron_fp4.layers.embedding import VocabParallelEmbedding, vocab_range, vocab_table
 from megatron_fp4.layers.linear import ColumnParallelLinear, ParallelLinear
 from megatron_fp4.layers.mlp import MLP
-from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.layers.wiring import Tokens, Wiring
-from megatron_fp4.models.block import Block
+from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.precision.linear_op import LinearSite
 
@@ -104,7 +103,7 @@ class Decoder(nn.Module):
                 if isinstance(mixer, Attention | MLP):
                     mixer.recompute_core = True
         if stage.has_head:
-            self.final_norm = RMSNorm("final_norm", hidden, wiring, eps=config.norm_eps)
+            self.final_norm = make_norm("final_norm", config, wiring)
             if config.tied_embeddings and stage.has_embedding:
                 weight = self.embedding.weight
             elif config.tied_embeddings and shared_table is not None:

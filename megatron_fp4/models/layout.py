@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.layers.loss import LossImpl
 from megatron_fp4.models.config import ModelConfig
 
 
@@ -21,6 +22,10 @@ def check_model_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_leng
     if "M" in letters:
         divided.append(("model.mamba_num_heads", model.mamba_num_heads, "parallel.tp", tp))
         divided.append(("model.mamba_num_groups", model.mamba_num_groups, "parallel.tp", tp))
+    if model.loss_impl is LossImpl.te:
+        divided.append(
+            ("model.loss_impl=te needs equal vocabulary parts: model.vocab_size", model.vocab_size, "parallel.tp", tp)
+        )
     for what, size, by, divisor in divided:
         if size % divisor:
             raise ValueError(

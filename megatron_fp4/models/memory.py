@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from megatron_fp4.layers.loss import LossImpl
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.layers.norm import NormImpl
 from megatron_fp4.models.block import MIXERS, LinearInfo, block_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import stage_parameters
@@ -108,9 +110,12 @@ def _weight_copies(config: ModelConfig, stage: StageRange, settings: MemorySetti
 
 
 def _norm_and_input(config: ModelConfig, settings: MemorySettings) -> float:
-    """An RMSNorm on T/tp rows (FP32 input, its inverse root mean square), and the whole rows that a linear keeps."""
-    copies = 1 if settings.fused_norm else 2
-    norm = settings.tokens / settings.tp * FP32 * (copies * config.hidden + 1)
+    """An RMSNorm on T/tp rows (its input, in FP32 for torch's kernel, and the inverse root mean square), and the whole
+    rows that a linear keeps."""
+    input_bytes = FP32 * (1 if settings.fused_norm else 2)
+    if config.norm_impl is not NormImpl.torch:
+        input_bytes = settings.compute_bytes
+    norm = settings.tokens / settings.tp * (input_bytes * config.hidden + FP32)
     return norm + settings.tokens * config.hidden * settings.compute_bytes
 
 
@@ -186,9 +191,10 @@ def _scan_working_set(config: ModelConfig, settings: MemorySettings) -> float:
 
 
 def head_working_set(config: ModelConfig, settings: MemorySettings) -> float:
-    """Logits, their FP32 softmax and its gradient; then the head's own gradients."""
+    """Logits, their FP32 softmax and its gradient (te: the gradient is written over a copy); then the head's own."""
     vocabulary = -(-config.vocab_size // settings.tp)
     a = settings.compute_bytes
-    logits = settings.tokens * vocabulary * (2 * FP32 + (a if a < FP32 else 0))
+    each = 2 * a if config.loss_impl is LossImpl.te else 2 * FP32 + (a if a < FP32 else 0)
+    logits = settings.tokens * vocabulary * each
     info = LinearInfo("head", None, config.hidden, {"": config.vocab_size}, column=True)
     return max(float(logits), _linear_working_set(info, config, settings))

@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_fp4.precision.backends import copies_of
 from megatron_fp4.precision.config import GEMMS
 from megatron_fp4.precision.spec import (
     AmaxScope,
@@ -193,6 +194,15 @@ def check_te_shape(name: str, operand: Operand, shape: Sequence[int], along: int
                 f" {multiple} for Transformer Engine's kernels (128 is recommended); change the size or the parallel"
                 f" layout, or leave this linear in bf16"
             )
+
+
+def check_te_linear(name: str, precision: LinearPrecision, shape: tuple[int, int], tokens: int) -> None:
+    """Raises ValueError if an operand of a linear with the local weight `[N, K]` has a shape that kernels refuse."""
+    N, K = shape
+    shapes = {"x": (tokens, K), "w": (N, K), "dy": (tokens, N)}
+    for operand, copies in copies_of(precision).items():
+        for copy in copies:
+            check_te_shape(f"{name}: operand {operand} of {copy.gemm}", copy.operand, shapes[operand], copy.along)
 
 
 def check_capability(capability: tuple[int, int], formats: Collection[Format]) -> None:

@@ -1,12 +1,14 @@
 """From a configuration to the objects of a run, in order, on one screen.
 
 One idea: `prepare` does everything that can be done and refused in one process (arithmetic of the layout, precision
-plan, shards, tokenizer); `build` then makes what needs the other ranks. So a bad setting ends a job before any process
-group exists.
+plan, shards, tokenizer), `check_machine` what depends on this rank's machine; `build` then makes what needs the other
+ranks. So a bad setting ends a job before any process group exists.
 """
 
 from __future__ import annotations
 
+import itertools
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,11 @@ from megatron_fp4.precision.backends.transformer_engine import TransformerEngine
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.precision.te_versions import check_te_linear
 from megatron_fp4.train.config import NonFinite, RunConfig
 from megatron_fp4.train.observe import Observers
 from megatron_fp4.train.plain import plain
+from megatron_fp4.train.requirements import check_choices, check_kernels
 from megatron_fp4.train.resume import find_resume, settle_differences
 from megatron_fp4.train.step import Engine
 from megatron_fp4.train.trainable import build_trainable
@@ -83,6 +87,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         if tokenizer is None:
             raise ValueError("model.vocab_size is 0 (take it from the tokenizer), but data.tokenizer is not set")
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    check_choices(config)
     tokens = config.train.micro_batch * config.data.seq_length // config.parallel.cp
     check_model_layout(config.model, config.parallel, seq_length=config.data.seq_length, tokens=tokens)
     split_stages(config.model, num_stages, config.parallel.stage_split)
@@ -92,12 +97,25 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     decay_start = total - decay_tokens(config.optim, total)
     plan = PrecisionPlan(config.precision, linears, total_tokens=total, decay_start=decay_start)
     plan.check_shapes(linears, tp=config.parallel.tp, tokens=tokens)
+    if config.precision.backend is BackendName.transformer_engine:
+        for info, (_, table) in itertools.product(linears, plan.phases):
+            check_te_linear(info.name, table[info.name], info.local_shape(config.parallel.tp), tokens)
     if config.train.statistics_interval_steps and not any(table.num_quantized_gemms for _, table in plan.phases):
         raise ValueError(
             f"train.statistics_interval_steps = {config.train.statistics_interval_steps} would have no effect: the"
             " precision rules quantize no GEMM; set it to 0"
         )
     return Prepared(config, linears, plan, dp, tokenizer)
+
+
+def check_machine(config: RunConfig, device: torch.device) -> None:
+    """What else can be refused before the ranks meet: packages, their versions, this rank's GPU. Makes nothing lasting.
+
+    Raises ValueError with the remedy.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        make_backend(config.precision)
+        check_kernels(config, device)
 
 
 def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> Backend:

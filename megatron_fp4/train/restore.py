@@ -20,6 +20,7 @@ from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.train.build import Prepared, make_backend, prepare
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.evaluate import assign
+from megatron_fp4.train.requirements import by_torch
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,13 @@ def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = No
 
 
 def open_trained(config: RunConfig, step: int | None = None) -> tuple[Prepared, Decoder]:
-    """The trained model of a run in this process, in its evaluation precision. step: None for the newest checkpoint.
+    """The trained model of a run in this process, on its CPU, in the run's evaluation precision.
+
+    step: None for the newest checkpoint.
 
     Raises ValueError or FileNotFoundError where run, data or checkpoint are not there.
     """
-    prepared = prepare(replace(config, parallel=ParallelConfig()), world_size=1)
+    prepared = prepare(replace(by_torch(config), parallel=ParallelConfig()), world_size=1)
     config = prepared.config
     backend = make_backend(replace(config.precision, compile=False))
     dtype = config.precision.compute_dtype.torch_dtype

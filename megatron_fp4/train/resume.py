@@ -24,6 +24,8 @@ RULES = (
     Rule("train.hang_timeout_seconds", Policy.ignore, ""),
     Rule("data.prefetch_batches", Policy.ignore, ""),
     Rule("data.index_cache", Policy.ignore, ""),
+    Rule("model.*_impl", Policy.note, "who computes it: the same tensors, other last bits"),
+    Rule("model.mamba_kernel", Policy.note, "who computes it: the same tensors, other last bits"),
     Rule("data.tokenizer", Policy.note, "where it lies; its content is checked against the shards"),
     Rule("data.sources*.paths*", Policy.note, "where the shards lie; their content is checked"),
     Rule("data.evaluation*", Policy.note, "other held-out sets: curves are not comparable"),

@@ -11,6 +11,7 @@ tied embeddings, gating, documents, dropout), not per size. So kinds are kept an
     vocabulary  101, which no tensor-parallel size divides, unless the head is quantized
     tokens      samples of 64 tokens or more; microbatches of one sample; a global batch that suits every layout
     learning    the rate is constant, at most 1e-4: larger steps amplify rounding, not bugs
+    kernels     torch's, whatever the run uses: the layouts are tried on CPUs
 
 Kept as they are: activation, rotary base, tied embeddings, dropout, norm, initialisation, precision recipes (of the
 first phase), the rest of the optimizer, document handling, recompute.
@@ -32,6 +33,7 @@ from megatron_fp4.precision.table import PrecisionTable, Row
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.layouts import Layout
 from megatron_fp4.train.parity import Case
+from megatron_fp4.train.requirements import by_torch
 
 MAX_GLOBAL_BATCH = 64
 MAX_LR = 1e-4
@@ -52,6 +54,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
 
     Raises ValueError if no small global batch suits all layouts.
     """
+    config = by_torch(config)
     full = replace(config.model, vocab_size=config.model.vocab_size or DEFAULT_VOCABULARY)
     table = PrecisionPlan(config.precision, model_linears(full)).table()
     divisors = _divisors(table, layouts)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.layers.embedding import vocab_range
-from megatron_fp4.layers.loss import vocab_parallel_cross_entropy
+from megatron_fp4.layers.loss import LossImpl, choose_cross_entropy
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.train.inputs import Inputs
 
@@ -40,17 +39,13 @@ class Engine(Protocol):
 
 
 class TokenLoss:
-    """Sum of token losses times a scale, from this rank's logits."""
+    """Sum of token losses times a scale, from this rank's logits. See `choose_cross_entropy` for `impl`."""
 
-    def __init__(self, vocab_size: int, tp: Group) -> None:
-        self._vocab_size, self._tp = vocab_size, tp
-        self._first, _ = vocab_range(vocab_size, tp)
+    def __init__(self, vocab_size: int, tp: Group, impl: LossImpl = LossImpl.torch) -> None:
+        self._cross_entropy = choose_cross_entropy(impl, vocab_size, tp)
 
     def __call__(self, logits_TV: Tensor, labels: Tensor, scale: float) -> Tensor:
-        loss_T = vocab_parallel_cross_entropy(
-            logits_TV, labels.reshape(-1), first=self._first, vocab_size=self._vocab_size, group=self._tp
-        )
-        return loss_T.sum() * scale
+        return self._cross_entropy(logits_TV, labels.reshape(-1)).sum() * scale
 
 
 class LocalEngine:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_fp4 import pretrain
 from megatron_fp4.train.signals import EXIT_CONFIG
 from tests.helpers.tiny_run import TinyRun, tiny_run
+from tests.precision import te_double
 
 
 def refused(capsys: pytest.CaptureFixture[str], run: TinyRun, *overrides: str) -> str:
@@ -44,6 +49,11 @@ def refused(capsys: pytest.CaptureFixture[str], run: TinyRun, *overrides: str) -
         (["train.total_tokens=64"], "less than one step"),
         (["--frobnicate"], "unknown option"),
         (["optim.warmup_tokens=999999"], "999999"),
+        (["precision.backend=transformer_engine", "model.ffn_hidden=272"], "the contracted dimension, 272, must be a"),
+        (["optim.impl=te"], "optim.impl=te has CUDA kernels only, but this run is on cpu; set optim.impl=torch"),
+        (["model.norm_impl=apex"], "model.norm_impl=apex has CUDA kernels only"),
+        (["model.loss_impl=te"], "model.loss_impl=te has CUDA kernels only"),
+        (["model.norm_impl=te", "precision.compute_dtype=fp32"], "proof mode"),
     ],
 )
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str) -> None:
@@ -84,3 +94,68 @@ def test_token_beyond_the_vocabulary(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     output = run.with_overrides("model.vocab_size=50").run(expect=1)
     assert "beyond the vocabulary of 50" in output
+
+
+def test_vocabulary_that_a_fused_loss_cannot_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused(capsys, tiny_run(tmp_path), "parallel.tp=2", "model.loss_impl=te", "model.vocab_size=97")
+    assert "equal vocabulary parts: model.vocab_size = 97 is not divisible by parallel.tp = 2" in said
+
+
+def test_transformer_engine_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    said = refused(capsys, tiny_run(tmp_path), "precision.backend=transformer_engine")
+    assert "Transformer Engine cannot be imported" in said
+    assert "install transformer-engine" in said
+    assert said.count("\n") == 1, "one clear message"
+
+
+def test_a_recipe_that_this_version_cannot_compute(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    te_double.install(monkeypatch)
+    said = refused(capsys, tiny_run(tmp_path), "precision=mxfp4", "precision.backend=transformer_engine")
+    assert "mxfp4 has no quantizer there" in said
+    assert "version 2.20.2" in said
+
+
+def test_quantizers_that_need_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoGpu(te_double.NVFP4Quantizer):
+        def __init__(self, **settings: Any) -> None:
+            raise RuntimeError("Found no NVIDIA driver on your system")
+
+    te_double.install(monkeypatch, NVFP4Quantizer=NoGpu)
+    said = refused(capsys, tiny_run(tmp_path), "precision=nvfp4_no_sr", "precision.backend=transformer_engine")
+    assert "needs a CUDA GPU, and torch sees none" in said
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "torch sees no CUDA device" in refused(capsys, tiny_run(tmp_path), "train.device=cuda")
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "speaks"), [(5, 1, False), (4, 0, True)])
+def test_what_one_node_lacks_is_said_by_that_node(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    local_rank: int,
+    speaks: bool,
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    launched = {"RANK": rank, "WORLD_SIZE": 8, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "node0"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    run = tiny_run(tmp_path, "precision.backend=transformer_engine", "train.global_batch=16")
+    assert pretrain.main(run.overrides) == EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: on {socket.gethostname()}: ") if speaks else not said, said

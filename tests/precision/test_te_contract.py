@@ -126,6 +126,38 @@ def test_recipes_have_the_fields_that_are_set(short: str, full: str) -> None:
         assert {"rowwise_quantizer", "columnwise_quantizer"} <= set(symbols["HybridQuantizer"])
 
 
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+def test_fused_adam_norm_and_loss_take_what_is_passed(short: str, full: str) -> None:
+    adam = find(full, "pytorch.optimizers.fused_adam", "FusedAdam")
+    assert isinstance(adam, ast.ClassDef)
+    assert {"params", "lr", "betas", "eps", "weight_decay", "adam_w_mode"} <= set(parameters(adam))
+    norm, operation = (find(full, f"pytorch.{m}.rmsnorm", "RMSNorm") for m in ("module", "ops.basic"))
+    assert isinstance(norm, ast.ClassDef)
+    assert isinstance(operation, ast.ClassDef)
+    assert list(parameters(norm))[:2] == ["normalized_shape", "eps"]
+    assert {"device", "dtype"} <= set(parameters(operation)), "what the module hands on as **kwargs"
+    assert parameters(norm)["zero_centered_gamma"] == "False", "the weight would be added to 1"
+    body = ast.unparse(operation)
+    assert "self.weight.device.type == 'meta'" in body, "a weight on the meta device is expected to be replaced later"
+    for export in ("RMSNorm", "parallel_cross_entropy"):
+        assert f"import {export}\n" in (source(full, "pytorch") or ""), f"transformer_engine.pytorch.{export} is gone"
+
+
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+def test_the_cross_entropy_takes_what_is_passed_by_position(short: str, full: str) -> None:
+    module = "pytorch.cross_entropy"
+    function = find(full, module, "parallel_cross_entropy")
+    if function is None:  # 2.9: the `apply` of the autograd function, which takes no keywords
+        assert "parallel_cross_entropy = CrossEntropyFunction.apply" in (source(full, module) or "")
+        node = find(full, module, "CrossEntropyFunction")
+        assert isinstance(node, ast.ClassDef)
+        function = method(node, "forward")
+    assert isinstance(function, ast.FunctionDef)
+    names = [name.strip("_") for name in parameters(function) if name != "ctx"]
+    names = ["inp" if name == "input" else name for name in names[:6]]
+    assert names == ["inp", "target", "label_smoothing", "reduce_loss", "dist_process_group", "ignore_idx"]
+
+
 def test_the_scale_formula_of_the_reference_is_the_one_assumed() -> None:
     """The kernels are not in a wheel; the reference beside them changed together with them."""
     old = tree("2.9.0", "pytorch.experimental.quantization_nvfp4")

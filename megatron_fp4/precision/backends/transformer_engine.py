@@ -30,6 +30,7 @@ from megatron_fp4.precision.backends import (
     Prepared,
     Source,
     check_shape,
+    copies_of,
 )
 from megatron_fp4.precision.backends.emulated import scaled_matmul
 from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig
@@ -155,6 +156,10 @@ class TransformerEngineBackend:
         self._watch = watch
         self._quantizers: dict[Any, Any] = {}
         self._seeded: tuple[int, int] | None = None
+        for recipe in config.recipes.values():  # what a constructor refuses (no GPU) is refused before training
+            for copies in copies_of(recipe).values():
+                for row, column in _calls([copy for copy in copies if copy.operand.quantized]):
+                    self._quantizer(row, column, Group.single())
 
     def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
         """See `Backend.quantize`. Deferred copies are made at once: as codes they are smaller than their source."""

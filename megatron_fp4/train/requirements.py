@@ -1,0 +1,71 @@
+"""Whether what a configuration names can run on this machine: refused before any rank does work.
+
+One idea: the check is the smallest instance. The backend, the optimizer, a norm and a loss are made as the run will
+make them, on one small tensor, so a missing package, a version without a feature or a GPU of another kind says at start
+what it would have said in `build`. What needs no machine (`check_choices`) is refused in `prepare`, also by `plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.layers.loss import LossImpl, choose_cross_entropy
+from megatron_fp4.layers.mamba_kernels import FusedMamba, MambaKernel
+from megatron_fp4.layers.norm import NormImpl, fused_norm
+from megatron_fp4.optim.adam import choose_adamw
+from megatron_fp4.optim.config import Impl
+from megatron_fp4.optim.groups import UpdateGroup
+from megatron_fp4.precision.config import BackendName, ComputeDtype
+from megatron_fp4.train.config import RunConfig
+
+
+def check_choices(config: RunConfig) -> None:
+    """Raises ValueError for a fused kernel that has no meaning in this configuration, on whatever machine."""
+    if config.precision.compute_dtype is ComputeDtype.fp32:
+        for name, impl in _implementations(config).items():
+            if name.startswith("model.") and impl != "torch":
+                raise ValueError(
+                    f"{name}={impl} with precision.compute_dtype=fp32, the proof mode, whose sums are made in FP64 and"
+                    f" rounded once: its kernel does not; set {name}=torch, or precision.compute_dtype=bf16"
+                )
+
+
+def check_kernels(config: RunConfig, device: torch.device) -> None:
+    """Raises ValueError with the remedy if a fused kernel that is named cannot run on `device`, this rank's."""
+    for name, impl in _implementations(config).items():
+        if impl != "torch" and device.type != "cuda":
+            raise ValueError(f"{name}={impl} has CUDA kernels only, but this run is on {device}; set {name}=torch")
+    model = config.model
+    group = UpdateGroup(0.0)
+    group.add(*(torch.zeros(64, device=device) for _ in range(4)))
+    choose_adamw([group], config.optim)
+    weight = nn.Parameter(torch.ones(64, device=device, dtype=config.precision.compute_dtype.torch_dtype))
+    fused_norm(model.norm_impl, weight, model.norm_eps)
+    choose_cross_entropy(model.loss_impl, model.vocab_size, Group.single())
+    if "M" in model.blocks and model.mamba_kernel is not MambaKernel.torch:
+        FusedMamba(device, config.parallel.cp)
+
+
+def by_torch(config: RunConfig) -> RunConfig:
+    """The same run, all of it computed by torch: for commands that work on a CPU whatever the run itself uses.
+
+    The emulated backend makes the operands that the other backends make (docs/transformer_engine.md).
+    """
+    model = replace(config.model, norm_impl=NormImpl.torch, loss_impl=LossImpl.torch, mamba_kernel=MambaKernel.torch)
+    optim, precision = replace(config.optim, impl=Impl.torch), config.precision
+    if precision.backend is not BackendName.reference:
+        precision = replace(precision, backend=BackendName.emulated)
+    return replace(config, model=model, optim=optim, precision=precision)
+
+
+def _implementations(config: RunConfig) -> dict[str, str]:
+    chosen = {
+        "optim.impl": config.optim.impl,
+        "model.norm_impl": config.model.norm_impl,
+        "model.loss_impl": config.model.loss_impl,
+    }
+    return {name: impl.name for name, impl in chosen.items()}
