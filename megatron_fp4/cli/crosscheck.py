@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
 from megatron_fp4.cli.gemm_probe import Probe, distinct_probes, probe_tensors
+from megatron_fp4.cli.shard_probe import build_shards, typical_ranks
 from megatron_fp4.comm.bootstrap import choose_device
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import formats, random_hadamard
@@ -57,17 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         config = to_run_config(compose_config(arguments))
-        parallel = config.parallel
-        prepared = prepare(config, parallel.tp * parallel.pp * parallel.cp * max(1, parallel.dp))
+        world_size = config.parallel.smallest_world
+        prepared = prepare(config, world_size)
         backend = TransformerEngineBackend(replace(config.precision, backend=BackendName.transformer_engine))
         device = choose_device(config.train.device, 0)
+        ranks = typical_ranks(config.parallel, world_size)
+        shards = build_shards(prepared, backend, device, world_size=world_size, ranks=ranks)
     except (ConfigError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     order = backend.api.features.scale_order
     print(f"Transformer Engine {backend.api.version}, block scale = {ORDERS[order]}, on {device}")
     wrong = 0
-    for probe in distinct_probes(prepared, device):
+    for probe in distinct_probes(prepared, shards, device):
         if probe.precision.quantized:
             print(probe)
             for finding in cross_check(probe, backend, device):

@@ -7,11 +7,14 @@ products in FP32. The bounds are loose: they tell a broken kernel from rounding,
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_fp4.cli.shard_probe import Shard
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.precision.backends import Backend
@@ -42,18 +45,18 @@ class Probe:
         return f"{self.names[0]}{more}, weight {self.shape[0]}x{self.shape[1]}, {self.tokens} tokens, {formats}"
 
 
-def distinct_probes(prepared: Prepared, device: torch.device) -> list[Probe]:
-    """Of all phases of the run, in the order of the model."""
+def distinct_probes(prepared: Prepared, shards: Sequence[Shard], device: torch.device) -> list[Probe]:
+    """Of all phases of the run and of all given shards, in the order of the model."""
     config = prepared.config
     tokens = config.train.micro_batch * config.data.seq_length // config.parallel.cp
     if device.type == "cpu":
         tokens = min(tokens, MAX_CPU_TOKENS)
     found: dict[tuple[tuple[int, int], LinearPrecision], list[str]] = {}
-    for _, table in prepared.plan.phases:
-        for info in prepared.linears:
-            names = found.setdefault((info.local_shape(config.parallel.tp), table[info.name]), [])
-            if info.name not in names:
-                names.append(info.name)
+    for (_, table), shard in itertools.product(prepared.plan.phases, shards):
+        for name, shape in shard.shapes.items():
+            names = found.setdefault((shape, table[name]), [])
+            if name not in names:
+                names.append(name)
     return [Probe(tuple(names), shape, tokens, precision) for (shape, precision), names in found.items()]
 
 

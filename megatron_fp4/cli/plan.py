@@ -108,7 +108,7 @@ def run_plan(
     parallel = config.parallel
     if schedule and parallel.pp == 1:
         raise ValueError("--schedule has no effect with parallel.pp = 1; remove it, or set parallel.pp")
-    num_gpus = num_gpus or parallel.tp * parallel.pp * parallel.cp * max(1, parallel.dp)
+    num_gpus = num_gpus or parallel.smallest_world
     prepared = prepare(config, num_gpus)
     config, table = prepared.config, prepared.plan.table()
     chunks = stages_per_rank(parallel)

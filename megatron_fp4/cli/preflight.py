@@ -1,9 +1,10 @@
 """`megatron-fp4 preflight experiment=quickstart parallel.tp=2`: will this run work on these machines?
 
 One idea: everything that can be tried before thousands of GPUs start is tried with the run's own code: the
-configuration, tokenizer and shards are opened, every distinct GEMM is computed forward and backward with a rank's real
-local shapes, Transformer Engine's operands are compared with the emulation, and disk, memory, clocks and links are
-measured. What a library says about its own abilities is not asked. Under torchrun or srun, all ranks take part.
+configuration, tokenizer and shards are opened, a rank's part of the model is built (shard_probe.py), every distinct
+GEMM of it is computed forward and backward, Transformer Engine's operands are compared with the emulation, and disk,
+memory, clocks and links are measured. What a library says about its own abilities is not asked. Under torchrun or srun,
+all ranks take part.
 
 Not here: the speed of training, and anything that needs all layers at once (pretrain with train.stop_after_steps=1
 does that). Exit codes: 0 all checks passed, 1 one failed, 2 the command itself is wrong.
@@ -21,6 +22,7 @@ from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
 from megatron_fp4.cli.crosscheck import cross_check
 from megatron_fp4.cli.gemm_probe import distinct_probes, run_probe
 from megatron_fp4.cli.host_probe import Check, check_disk, check_links, check_memory
+from megatron_fp4.cli.shard_probe import Shard, build_shards, typical_ranks
 from megatron_fp4.comm.bootstrap import Launch, Process, exit_process, read_launch, start_process, stop_process
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.precision.backends import Backend
@@ -28,6 +30,7 @@ from megatron_fp4.precision.backends.transformer_engine import TransformerEngine
 from megatron_fp4.precision.table import summary
 from megatron_fp4.train.build import Prepared, make_backend, open_data, prepare
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.requirements import check_kernels
 
 T = TypeVar("T")
 
@@ -63,20 +66,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_checks(config: RunConfig, launch: Launch, process: Process) -> list[Check]:
     """All checks of this rank, in order. What later ones need and an earlier one refused is left out."""
-    parallel = config.parallel
-    world_size = launch.world_size
-    if world_size == 1:  # alone, stand for one rank of the layout
-        world_size = parallel.tp * parallel.pp * parallel.cp * max(1, parallel.dp)
+    alone = launch.world_size == 1  # then it stands for every rank of the layout whose shard differs
+    world_size = config.parallel.smallest_world if alone else launch.world_size
     checks: list[Check] = []
     prepared = _attempt(checks, "configuration", lambda: prepare(config, world_size), "accepted")
     if prepared is not None:
         _attempt(checks, "data", lambda: open_data(prepared, dp_rank=0), "tokenizer and shards can be read")
         backend = _attempt(checks, "backend", lambda: make_backend(config.precision), config.precision.backend.name)
+        _attempt(checks, "kernels", lambda: check_kernels(prepared.config, process.device), _kernels(config))
         if backend is not None:
             checks.append(Check("precision", True, summary(prepared.plan.table())))
-            checks += check_gemms(prepared, backend, process.device)
+            ranks = typical_ranks(config.parallel, world_size) if alone else [launch.rank]
+            if shards := check_model(checks, prepared, backend, process.device, world_size, ranks):
+                checks += check_gemms(prepared, shards, backend, process.device)
         checks += [check_disk(prepared.config), check_memory(prepared.config, world_size, process.device)]
     return checks + check_links(process)
+
+
+def check_model(
+    checks: list[Check], prepared: Prepared, backend: Backend, device: torch.device, world_size: int, ranks: list[int]
+) -> list[Shard]:
+    """Append the check that builds the shards of `ranks`, and return what was built."""
+    try:
+        shards = build_shards(prepared, backend, device, world_size=world_size, ranks=ranks)
+    except Exception as error:  # a constructor may fail in any way, out of memory included
+        checks.append(Check("model", False, f"the shards cannot be built: {type(error).__name__}: {error}"))
+        return []
+    largest = max(shards, key=lambda shard: shard.num_parameters)
+    where = "on this GPU" if device.type == "cuda" else "without memory (no GPU)"
+    checks.append(
+        Check(
+            "model",
+            True,
+            f"{len(shards)} shard(s) of {world_size} rank(s) built {where}, the largest (rank {largest.rank}) with"
+            f" {largest.num_parameters:,} parameters and {len(largest.shapes)} linears",
+        )
+    )
+    return shards
+
+
+def _kernels(config: RunConfig) -> str:
+    model = config.model
+    return f"optimizer by {config.optim.impl.name}, norm by {model.norm_impl.name}, loss by {model.loss_impl.name}"
 
 
 def _attempt(checks: list[Check], name: str, make: Callable[[], T], good: str) -> T | None:
@@ -90,10 +121,10 @@ def _attempt(checks: list[Check], name: str, make: Callable[[], T], good: str) -
     return made
 
 
-def check_gemms(prepared: Prepared, backend: Backend, device: torch.device) -> list[Check]:
+def check_gemms(prepared: Prepared, shards: Sequence[Shard], backend: Backend, device: torch.device) -> list[Check]:
     """One forward and backward pass per distinct local shape and precision; Transformer Engine also code by code."""
     dtype = prepared.config.precision.compute_dtype.torch_dtype
-    probes = distinct_probes(prepared, device)
+    probes = distinct_probes(prepared, shards, device)
     wrong: list[str] = []
     for probe in probes:
         try:

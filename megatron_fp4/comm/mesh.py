@@ -13,6 +13,7 @@ group: its collectives return their input, and the program runs without torch.di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,16 @@ import torch
 import torch.distributed as dist
 
 AXES = ("pp", "dp", "cp", "tp")  # outermost first
+GROUPS = {
+    "tp": ["tp"],
+    "cp": ["cp"],
+    "dp": ["dp"],
+    "pp": ["pp"],
+    "dp_cp": ["dp", "cp"],
+    "tp_cp": ["cp", "tp"],
+    "model": ["pp", "tp"],
+}
+"""The axes of every group of a `ParallelMesh` but the world, in the order in which they are made."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,14 @@ class Group:
         return Group(name, (global_rank,), 0)
 
 
+class DrawnGroup(Group):
+    """A group of a layout that does not run: sizes and ranks, to build with. Nothing can be sent over it."""
+
+    def __post_init__(self) -> None:
+        assert self.process_group is None
+        assert 0 <= self.rank < len(self.ranks)
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Sizes of the four axes. `dp = 0` means: as many as the world size leaves.
@@ -72,6 +91,11 @@ class ParallelConfig:
                 raise ValueError(f"parallel.{axis} = {getattr(self, axis)}, must be at least 1")
         if self.dp < 0:
             raise ValueError(f"parallel.dp = {self.dp}, must be positive, or 0 for 'what the world size leaves'")
+
+    @property
+    def smallest_world(self) -> int:
+        """Ranks of this layout, with one data-parallel copy where `dp` is left open."""
+        return self.tp * self.pp * self.cp * max(1, self.dp)
 
     def resolve_dp(self, world_size: int) -> int:
         """The data-parallel size for `world_size` ranks. Raises ValueError with the equation if it does not fit."""
@@ -124,20 +148,22 @@ def build_mesh(config: ParallelConfig, world: Group) -> ParallelMesh:
     """
     grid = rank_grid(config, world.size)
     timeout = timedelta(seconds=config.timeout_seconds)
-
-    def cut(name: str, axes: Sequence[str]) -> Group:
-        return _cut_group(grid, name, axes, world, timeout)
-
     return ParallelMesh(
-        tp=cut("tp", ["tp"]),
-        cp=cut("cp", ["cp"]),
-        dp=cut("dp", ["dp"]),
-        pp=cut("pp", ["pp"]),
-        dp_cp=cut("dp_cp", ["dp", "cp"]),
-        tp_cp=cut("tp_cp", ["cp", "tp"]),
-        model=cut("model", ["pp", "tp"]),
-        world=world,
+        **{name: _cut_group(grid, name, axes, world, timeout) for name, axes in GROUPS.items()}, world=world
     )
+
+
+def draw_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMesh:
+    """The mesh as `rank` would see it, without the other ranks: to build a shard with, not to train.
+
+    Raises ValueError when the sizes do not multiply to the world size.
+    """
+    grid = rank_grid(config, world_size)
+    found = {}
+    for name, axes in GROUPS.items():
+        ranks = next(row for row in _rows(grid, axes) if rank in row)
+        found[name] = DrawnGroup(name, tuple(ranks), ranks.index(rank))
+    return ParallelMesh(**found, world=DrawnGroup("world", tuple(range(world_size)), rank))
 
 
 def build_ends_group(config: ParallelConfig, world: Group) -> Group:
@@ -158,9 +184,7 @@ def build_ends_group(config: ParallelConfig, world: Group) -> Group:
 
 def _cut_group(grid: torch.Tensor, name: str, axes: Sequence[str], world: Group, timeout: timedelta) -> Group:
     """The subgroup along `axes` that contains me; every rank creates every subgroup, as torch.distributed demands."""
-    kept = [AXES.index(axis) for axis in axes]
-    others = [d for d in range(len(AXES)) if d not in kept]
-    rows = grid.permute(*others, *kept).reshape(-1, _product(grid, kept)).tolist()
+    rows = _rows(grid, axes)
     if len(rows[0]) == 1:
         return Group.single(name, world.rank)
     if len(rows) == 1:  # the whole world: no second process group for the same ranks
@@ -174,11 +198,12 @@ def _cut_group(grid: torch.Tensor, name: str, axes: Sequence[str], world: Group,
     return mine
 
 
-def _product(grid: torch.Tensor, dims: Sequence[int]) -> int:
-    size = 1
-    for dim in dims:
-        size *= grid.shape[dim]
-    return size
+def _rows(grid: torch.Tensor, axes: Sequence[str]) -> list[list[int]]:
+    """The ranks of every subgroup along `axes`."""
+    kept = [AXES.index(axis) for axis in axes]
+    others = [d for d in range(len(AXES)) if d not in kept]
+    size = math.prod(grid.shape[d] for d in kept)
+    return grid.permute(*others, *kept).reshape(-1, size).tolist()  # type: ignore[no-any-return]
 
 
 def describe(config: ParallelConfig, world_size: int) -> str:

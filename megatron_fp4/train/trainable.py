@@ -48,7 +48,9 @@ def build_trainable(
     dtype = config.precision.compute_dtype.torch_dtype
     numbers = stages_of_rank(mesh.pp.rank, config.parallel)
     wirings = [Wiring.of(mesh, backend, clock, dtype, device) for _ in numbers]
-    stages = _make_stages(config, numbers, wirings, mesh)
+    tied = config.model.tied_embeddings and not schedule_rule(config.parallel.schedule).v_shaped
+    tied_group = build_ends_group(config.parallel, mesh.world) if tied and config.parallel.pp > 1 else None
+    stages = _make_stages(config, numbers, wirings, tied_group)
     for stage in stages:
         initialize_parameters(stage, config.train.seed)
         assign(stage, table)
@@ -76,12 +78,18 @@ def build_trainable(
     return Trainable(clock, engine, optimizer)
 
 
-def _make_stages(config: RunConfig, numbers: list[int], wirings: list[Wiring], mesh: ParallelMesh) -> list[Decoder]:
+def draw_stages(config: RunConfig, backend: Backend, mesh: ParallelMesh, device: torch.device) -> list[Decoder]:
+    """The stages of one rank, built but not filled. Not collective: the mesh may be drawn, the device `meta`."""
+    numbers = stages_of_rank(mesh.pp.rank, config.parallel)
+    clock, dtype = StepClock(config.train.seed), config.precision.compute_dtype.torch_dtype
+    return _make_stages(config, numbers, [Wiring.of(mesh, backend, clock, dtype, device) for _ in numbers], None)
+
+
+def _make_stages(
+    config: RunConfig, numbers: list[int], wirings: list[Wiring], tied_group: Group | None
+) -> list[Decoder]:
     parallel = config.parallel
     ranges = split_stages(config.model, parallel.pp * stages_per_rank(parallel), parallel.stage_split)
-    tied_group: Group | None = None
-    if config.model.tied_embeddings and parallel.pp > 1 and not schedule_rule(parallel.schedule).v_shaped:
-        tied_group = build_ends_group(parallel, mesh.world)
     stages: list[Decoder] = []
     for number, wiring in zip(numbers, wirings, strict=True):
         first = stages[0] if stages else None

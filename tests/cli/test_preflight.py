@@ -15,10 +15,13 @@ from megatron_fp4.cli import preflight
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.cli.gemm_probe import distinct_probes
 from megatron_fp4.cli.host_probe import check_links
+from megatron_fp4.cli.shard_probe import Shard, build_shards, typical_ranks
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.local import run_local
+from megatron_fp4.layers.attention import Attention
+from megatron_fp4.models.count import by_kind, model_parameters
 from megatron_fp4.precision import EmulatedBackend
-from megatron_fp4.train.build import prepare
+from megatron_fp4.train.build import Prepared, prepare
 from tests.helpers.tiny_run import tiny_run
 from tests.precision import te_double
 
@@ -40,7 +43,7 @@ def test_passes_on_a_good_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = said(capsys, tmp_path, expect=0)
     assert "verdict: this run can start" in text
     assert "GEMMs in NVFP4; the rest BF16 because of" in text, "the summary of the precision plan is missing"
-    for name in ("configuration", "data", "backend", "precision", "gemms", "disk"):
+    for name in ("configuration", "data", "backend", "kernels", "precision", "model", "gemms", "disk"):
         assert lines(text, name)[0].startswith("ok"), f"{name} was not checked"
     assert "no GPU was used" in text, "a reader could think that kernels were checked"
 
@@ -141,9 +144,68 @@ def test_clocks_and_links_of_two_ranks() -> None:
         assert "over 2 ranks" in mine[1][2]
 
 
+def shards_of(folder: Path, *overrides: str) -> tuple[Prepared, list[Shard]]:
+    config = to_run_config(compose_config(tiny_run(folder, *overrides).overrides))
+    world_size = config.parallel.smallest_world
+    prepared, ranks = prepare(config, world_size), typical_ranks(config.parallel, world_size)
+    backend, device = EmulatedBackend(), torch.device("cpu")
+    return prepared, build_shards(prepared, backend, device, world_size=world_size, ranks=ranks)
+
+
 def test_distinct_shapes_are_tried_once(tmp_path: Path) -> None:
-    config = to_run_config(compose_config(tiny_run(tmp_path, "model.num_layers=8").overrides))
-    probes = distinct_probes(prepare(config, 1), torch.device("cpu"))
+    prepared, shards = shards_of(tmp_path, "model.num_layers=8")
+    probes = distinct_probes(prepared, shards, torch.device("cpu"))
     keys = {(probe.shape, probe.precision) for probe in probes}
     assert len(keys) == len(probes) < 12, "a deep model would be probed layer by layer"
     assert sum(len(probe.names) for probe in probes) == 8 * 4 + 1, "a linear is in no probe"
+
+
+def test_shapes_are_those_of_the_built_shards(tmp_path: Path) -> None:
+    layout = ("parallel.tp=2", "parallel.pp=2", "model.vocab_size=97", "model.num_layers=4", "train.global_batch=8")
+    prepared, shards = shards_of(tmp_path, *layout)
+    assert [shard.rank for shard in shards] == [0, 1, 2, 3], "first and last tensor-parallel rank of both stages"
+    first, last = shards[0], shards[-1]
+    assert "head" not in first.shapes
+    assert "blocks.0.mlp.up" not in last.shapes
+    hidden = prepared.config.model.hidden
+    probes = distinct_probes(prepared, shards, torch.device("cpu"))
+    heads = {probe.shape for probe in probes if "head" in probe.names}
+    assert heads == {(49, hidden), (48, hidden)}, "an uneven vocabulary has two local shapes"
+    whole = sum(by_kind(model_parameters(prepared.config.model)).values())
+    assert whole < sum(shard.num_parameters for shard in shards) < whole * 1.05, "only norms are on both ranks"
+
+
+@pytest.mark.parametrize(("model", "layers"), [("nemotron_h_12b", 62), ("gpt_1_2b", 20)])
+def test_a_large_shard_is_built_without_memory(tmp_path: Path, model: str, layers: int) -> None:
+    sizes = ("data.seq_length=8192", "train.micro_batch=1", "train.global_batch=8", "train.total_tokens=1e9")
+    layout = (
+        f"model={model}",
+        f"model.num_layers={layers}",
+        "model.vocab_size=131072",
+        "parallel.tp=4",
+        "parallel.pp=2",
+    )
+    prepared, shards = shards_of(tmp_path, *sizes, *layout)
+    for shard in shards:
+        for info in prepared.linears:
+            if info.name in shard.shapes:
+                assert shard.shapes[info.name] == info.local_shape(4), f"the planner has another shape of {info.name}"
+
+
+def test_a_constructor_that_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, *_: Any, **__: Any) -> None:
+        raise RuntimeError("no kernel for head_dim 16")
+
+    monkeypatch.setattr(Attention, "__init__", broken)
+    text = said(capsys, tmp_path, expect=1)
+    assert "the shards cannot be built: RuntimeError: no kernel for head_dim 16" in lines(text, "model")[0]
+    assert not lines(text, "gemms"), "there is no shape to try"
+
+
+def test_a_fused_kernel_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, tmp_path, "model.norm_impl=apex", expect=1)
+    (line,) = lines(text, "kernels")
+    assert line.startswith("FAILED")
+    assert "model.norm_impl=apex has CUDA kernels only" in line
