@@ -1,7 +1,7 @@
 """`megatron-fp4 env`: what this installation and machine are, to paste into a bug report.
 
 One idea: one line per fact, plain text, and nothing fails: what is absent is reported as absent. Pins of this package's
-own requirements are compared with what is installed; a difference is marked.
+own requirements and the versions of the Dockerfile's image are compared with what is installed; a difference is marked.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 
@@ -18,19 +19,28 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp4 import __version__
-from megatron_fp4.comm.bootstrap import read_launch
+from megatron_fp4.comm.bootstrap import environment, read_launch
 from megatron_fp4.precision.backends.transformer_engine import load_api
 from megatron_fp4.precision.spec import Format
 from megatron_fp4.precision.te_versions import check_capability
 
 PACKAGES = ("numpy", "hydra-core", "transformer-engine", "apex", "triton", "wandb", "sentencepiece", "tokenizers")
-SCHEDULERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub"}
+IMAGE = {"torch": "2.13.0a0", "cuda": "13.3", "transformer-engine": "2.17"}
+"""What the base image of the Dockerfile has, besides Apex (which has no version numbers)."""
+COMPILERS = ("g++", "c++", "clang++")
+SCHEDULERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "kubernetes": "kubectl"}
+JOBS = {"slurm": "SLURM_JOB_ID", "pbs": "PBS_JOBID", "lsf": "LSB_JOBID", "kubernetes": "KUBERNETES_SERVICE_HOST"}
+VARIABLES = (
+    *("NVTE_", "NCCL_", "CUDA_", "CUBLAS", "GLOO_", "TRITON_", "MEGATRON_FP4_"),
+    *("TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "OMP_", "MKL_", "KMP_"),
+)
+"""Prefixes of variables that change what a run does or how fast."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the report; returns 0, or 1 if an installed version is not the one that is required."""
     argparse.ArgumentParser(prog="megatron-fp4 env", description=__doc__).parse_args(arguments)
-    facts = [*software(), *gpus(), *transformer_engine(), *machine()]
+    facts = [*software(), *gpus(), *transformer_engine(), *machine(), *variables()]
     for name, text in facts:
         print(f"{name:<20} {text}")
     return 1 if any("REQUIRED" in text for _, text in facts) else 0
@@ -41,14 +51,17 @@ def software() -> Iterator[tuple[str, str]]:
     pins = _pins()
     yield "megatron-fp4", __version__
     yield "python", platform.python_version()
-    yield "torch", torch.__version__ + _compared(pins.get("torch"), torch.__version__)
-    yield "cuda (torch's)", str(torch.version.cuda)
+    yield (
+        "torch",
+        torch.__version__ + _compared(pins.get("torch"), torch.__version__) + _image("torch", torch.__version__),
+    )
+    yield "cuda (torch's)", str(torch.version.cuda) + _image("cuda", torch.version.cuda)
     yield "cudnn", str(torch.backends.cudnn.version())
     yield "nccl", _nccl()
     yield "gloo", "yes" if dist.is_available() and dist.is_gloo_available() else "no"
     for name in PACKAGES:
         found = _version(name)
-        yield name, (found or "absent") + (_compared(pins.get(name), found) if found else "")
+        yield name, (found or "absent") + (_compared(pins.get(name), found) if found else "") + _image(name, found)
 
 
 def gpus() -> Iterator[tuple[str, str]]:
@@ -80,16 +93,26 @@ def transformer_engine() -> Iterator[tuple[str, str]]:
 
 def machine() -> Iterator[tuple[str, str]]:
     """Compiler, launcher, scheduler, cores and memory."""
-    compiler = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
-    yield "c++ compiler", compiler or "absent: precision.compile=true needs one on CPUs"
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    yield "c++ compiler", _first_line(compiler) if compiler else "absent: the emulated backend runs eagerly on CPUs"
     try:
         launch = read_launch()
         yield "launcher", f"{launch.launcher}, {launch.world_size} ranks on {launch.num_nodes} node(s)"
     except ValueError as error:
         yield "launcher", f"contradictory: {error}"
-    yield "scheduler", ", ".join(name for name, tool in SCHEDULERS.items() if shutil.which(tool)) or "none found"
+    tools = [f"{name} (its {tool} is here)" for name, tool in SCHEDULERS.items() if shutil.which(tool)]
+    jobs = [f"in a job of {name} ({variable} is set)" for name, variable in JOBS.items() if environment(variable)]
+    yield "scheduler", ", ".join(tools + jobs) or "none found"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield "machine", f"{platform.platform()}, {os.cpu_count()} cores, {memory / 1e9:.0f} GB"
+
+
+def variables() -> Iterator[tuple[str, str]]:
+    """The settings of libraries that are made by the environment."""
+    found = environment(*VARIABLES)
+    if not found:
+        yield "environment", f"no variable {', '.join(prefix + '*' for prefix in VARIABLES)} is set"
+    yield from found.items()
 
 
 def _formats(capability: tuple[int, int]) -> list[Format]:
@@ -122,6 +145,26 @@ def _pins() -> dict[str, str]:
 
 def _compared(pin: str | None, found: str) -> str:
     return f"   REQUIRED {pin}" if pin and found.split("+")[0] != pin else ""
+
+
+def _image(name: str, found: str | None) -> str:
+    """Where the version is not that of the image: which one that has."""
+    wanted = IMAGE.get(name)
+    release = re.match(r"\d+\.\d+", wanted or "")
+    return f"   (the Dockerfile's image has {wanted})" if release and not _same(release[0], found) else ""
+
+
+def _same(release: str, found: str | None) -> bool:
+    return found is not None and re.match(re.escape(release) + r"(\D|$)", found) is not None
+
+
+def _first_line(compiler: str) -> str:
+    """Path and version."""
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{compiler}, which does not run: {error}"
+    return f"{compiler}, {(done.stdout or done.stderr).partition(chr(10))[0]}"
 
 
 def _nccl() -> str:

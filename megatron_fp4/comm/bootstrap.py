@@ -94,6 +94,11 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return launch
 
 
+def environment(*prefixes: str) -> dict[str, str]:
+    """The variables whose names begin with one of `prefixes`, sorted; for reports."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(prefixes)}
+
+
 def choose_device(name: str, local_rank: int) -> torch.device:
     """`auto`, `cpu` or `cuda` -> the device of this rank. Raises ValueError if cuda is asked for and absent."""
     if name == "auto":
