@@ -163,7 +163,7 @@ def _memory_settings(prepared: Prepared, table: PrecisionTable) -> MemorySetting
 def weight_copy_bytes(precision: LinearPrecision, config: PrecisionConfig, compute_bytes: int) -> float:
     """Bytes per element of the quantized copies of a weight for Fprop and Dgrad that a backend keeps."""
     fprop, dgrad = precision.fprop.b, precision.dgrad.b
-    emulated = config.backend is not BackendName.transformer_engine
+    emulated = config.backend in (BackendName.emulated, BackendName.reference)
 
     def stored(operand: Operand) -> float:
         if not operand.quantized:

@@ -19,6 +19,7 @@ class BackendName(Enum):
     emulated = "emulated"
     reference = "reference"
     transformer_engine = "transformer_engine"
+    native_fp8 = "native_fp8"  # emulated, but fp8_block GEMMs on the FP8 tensor cores of a Hopper GPU
 
 
 class ComputeDtype(Enum):

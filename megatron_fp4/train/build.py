@@ -29,6 +29,7 @@ from megatron_fp4.optim.lr import decay_tokens
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.backends import Backend, NonFiniteWatch
 from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_obstacle
+from megatron_fp4.precision.backends.native_fp8 import NativeFp8Backend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.clock import StepClock
@@ -124,6 +125,8 @@ def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -
         return ReferenceBackend(watch)
     if config.backend is BackendName.emulated:
         return EmulatedBackend(config.compile and not eager_reason(config), watch)
+    if config.backend is BackendName.native_fp8:
+        return NativeFp8Backend(config, watch)
     return TransformerEngineBackend(config, watch)
 
 

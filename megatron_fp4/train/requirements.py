@@ -19,6 +19,7 @@ from megatron_fp4.layers.norm import NormImpl, fused_norm
 from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.config import Impl
 from megatron_fp4.optim.groups import UpdateGroup
+from megatron_fp4.precision.backends.native_fp8 import REMEDY
 from megatron_fp4.precision.config import BackendName, ComputeDtype
 from megatron_fp4.train.config import RunConfig
 
@@ -39,6 +40,8 @@ def check_kernels(config: RunConfig, device: torch.device) -> None:
     for name, impl in _implementations(config).items():
         if impl != "torch" and device.type != "cuda":
             raise ValueError(f"{name}={impl} has CUDA kernels only, but this run is on {device}; set {name}=torch")
+    if config.precision.backend is BackendName.native_fp8 and device.type != "cuda":
+        raise ValueError(f"precision.backend=native_fp8 needs a Hopper GPU, but this run is on {device}{REMEDY}")
     model = config.model
     group = UpdateGroup(0.0)
     group.add(*(torch.zeros(64, device=device) for _ in range(4)))

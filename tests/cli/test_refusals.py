@@ -50,6 +50,7 @@ def refused(capsys: pytest.CaptureFixture[str], run: TinyRun, *overrides: str) -
         (["--frobnicate"], "unknown option"),
         (["optim.warmup_tokens=999999"], "999999"),
         (["precision.backend=transformer_engine", "model.ffn_hidden=272"], "the contracted dimension, 272, must be a"),
+        (["precision.backend=native_fp8"], "only GEMMs of two fp8_block operands run on its tensor cores"),
         (["optim.impl=te"], "optim.impl=te has CUDA kernels only, but this run is on cpu; set optim.impl=torch"),
         (["model.norm_impl=apex"], "model.norm_impl=apex has CUDA kernels only"),
         (["model.loss_impl=te"], "model.loss_impl=te has CUDA kernels only"),

@@ -6,6 +6,7 @@ which noise addresses); a backend decides *how* a number format is stored and mu
 
     reference            readable formulas, codes and scales really made; the oracle
     emulated             the same operands, vectorized or compiled, multiplied by a BF16 GEMM
+    native_fp8           the same operands again, multiplied by a Hopper GPU's FP8 tensor cores
     transformer_engine   FP4 tensor cores
 """
 

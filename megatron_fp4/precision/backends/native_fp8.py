@@ -1,0 +1,158 @@
+"""The emulation with its fp8_block GEMMs on FP8 tensor cores: the paper's FP8 baseline on a Hopper GPU.
+
+One idea: quantization stays the emulated backend's, so codes and scales are the same bits; they are only kept apart, as
+`torch.nn.functional.scaled_mm` wants them, instead of being multiplied out to BF16. What differs is the order of sums
+inside the GEMM. torch 2.13 has block scaling for compute capability 9.x with CUDA 12.9 or newer only
+(aten/src/ATen/native/cuda/ScaledBlas.cpp, `_check_deepseek_support`); everything else is refused at construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import ScalingType, scaled_mm
+
+from megatron_fp4.numerics import fused
+from megatron_fp4.numerics.rounding import E4M3_MAX
+from megatron_fp4.precision.backends import Copy, NonFiniteWatch, Prepared, Source, check_shape, reduce_and_check
+from megatron_fp4.precision.backends.emulated import EmulatedBackend
+from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig
+from megatron_fp4.precision.spec import Format, Gemm
+
+Tile = tuple[int, int]
+RECIPES = {(1, 128): ScalingType.BlockWise1x128, (128, 128): ScalingType.BlockWise128x128}
+REMEDY = "; use precision.backend=emulated, which multiplies the same operands in BF16"
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """tensors = (codes, scales) of an operand `[M, K]`: float8_e4m3fn, contiguous; FP32 in the layout of `_scales`."""
+
+    tile: Tile
+
+
+class NativeFp8Backend:
+    """See `Backend`. GEMMs in high precision are the emulated backend's.
+
+    compile: fuse the quantizer with torch.compile. Raises ValueError with the remedy for a recipe, GPU or CUDA version
+    that `scaled_mm` does not take.
+    """
+
+    def __init__(self, config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> None:
+        _check_recipes(config)
+        _check_gpu()
+        self._emulated = EmulatedBackend(config.compile, watch)
+        self._watch = watch
+
+    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+        """See `Backend.quantize`. Deferred copies are made at once: codes are half as large as their source."""
+        quantized = [copy for copy in copies if copy.operand.quantized]
+        for copy in quantized:
+            check_shape(x, source, copy)
+            _check_multiple(x, source, copy)
+        kernels = self._emulated.kernels
+        maxima = {tile: kernels.block_amax(x, tile) for tile in map(_stored_tile, quantized)}
+        amaxes = [kernels.run(fused.largest_of, maxima[_stored_tile(copy)]) for copy in quantized]
+        reduce_and_check(amaxes, source, quantized, self._watch)
+        made = {tile: self._codes(x, largest, tile) for tile, largest in maxima.items()}
+        return tuple(
+            _oriented(*made[_stored_tile(copy)], copy)
+            if copy.operand.quantized
+            else self._emulated.quantize(x, source, [copy])[0]
+            for copy in copies
+        )
+
+    def matmul(
+        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+    ) -> Tensor:
+        """See `Backend.matmul`. `scaled_mm` does not accumulate, so a sum is a pass of its own."""
+        if not isinstance(a.meaning, _Codes):
+            return self._emulated.matmul(a, b, out_dtype=out_dtype, accumulate_into=accumulate_into)
+        (left, left_scale), (right, right_scale) = a.tensors, b.tensors
+        recipes = RECIPES[a.meaning.tile], RECIPES[b.meaning.tile]
+        out = scaled_mm(left, right.T, left_scale, recipes[0], right_scale, recipes[1], output_dtype=out_dtype)
+        return out if accumulate_into is None else accumulate_into.add_(out)
+
+    def _codes(self, x: Tensor, largest: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """(codes in x's shape, scale of each tile), from the emulated backend's own stages."""
+        kernels = self._emulated.kernels
+        scale, inverse = kernels.run(fused.power_scales, largest, E4M3_MAX)
+        whole = (torch.ones_like(scale), inverse)  # code * 1
+        return kernels.apply(x, whole, tile, "e4m3", None, 8, torch.float8_e4m3fn), scale
+
+
+def _stored_tile(copy: Copy) -> Tile:
+    """The tile in the layout of the source."""
+    assert copy.operand.tile is not None
+    rows, cols = copy.operand.tile
+    return (rows, cols) if copy.along == 1 else (cols, rows)
+
+
+def _oriented(codes: Tensor, scale: Tensor, copy: Copy) -> Prepared:
+    """The copy as an operand `[M, K]`: a GEMM on Hopper takes both operands with K contiguous."""
+    assert copy.operand.tile is not None
+    if copy.along == 0:
+        codes, scale = codes.T, scale.T
+    return Prepared((codes.contiguous(), _scales(scale, copy.operand.tile)), _Codes(copy.operand.tile))
+
+
+def _scales(scale: Tensor, tile: Tile) -> Tensor:
+    """`[M/r, K/128]` as `scaled_mm` wants it: 1x128 as it is, with stride (1, M); 128x128 transposed, K/128 padded to a
+    multiple of 4, `[K4, M/128]` with stride (1, K4)."""
+    if tile == (1, 128):
+        return scale.T.contiguous().T
+    return F.pad(scale, (0, -scale.shape[1] % 4)).contiguous().T
+
+
+def _check_multiple(x: Tensor, source: Source, copy: Copy) -> None:
+    for size in x.shape:
+        if size % 16:
+            raise ValueError(
+                f"{source.name}: operand {source.operand} of {copy.gemm} has local shape {tuple(x.shape)}; FP8 tensor"
+                f" cores need multiples of 16, got {size}; change the sizes or the parallel layout{REMEDY}"
+            )
+
+
+def _check_recipes(config: PrecisionConfig) -> None:
+    if config.compute_dtype is not ComputeDtype.bf16:
+        raise ValueError(
+            f"precision.backend=native_fp8 with precision.compute_dtype={config.compute_dtype.name}: FP8 tensor cores"
+            f" do not make the exact sums of the proof mode{REMEDY}"
+        )
+    gemms = [(name, gemm, getattr(recipe, gemm)) for name, recipe in config.recipes.items() for gemm in GEMMS]
+    for name, gemm_name, gemm in gemms:
+        if gemm.quantized and (reason := _objection(gemm)):
+            raise ValueError(f"precision recipe {name}, {gemm_name}: {reason} (precision.backend=native_fp8){REMEDY}")
+    if not any(gemm.quantized for _, _, gemm in gemms):
+        raise ValueError(f"precision.backend=native_fp8 has no effect: no recipe has an fp8_block GEMM{REMEDY}")
+
+
+def _objection(gemm: Gemm) -> str:
+    formats = {gemm.a.format, gemm.b.format}
+    if formats != {Format.fp8_block}:
+        names = " and ".join(sorted(fmt.name for fmt in formats))
+        return f"operands in {names}, but only GEMMs of two fp8_block operands run on its tensor cores"
+    if gemm.a.tile == gemm.b.tile == (128, 128):
+        return "two operands in 128x128 tiles, which scaled_mm does not take; use 1x128 tiles for one of them"
+    return ""
+
+
+def _check_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise ValueError(f"precision.backend=native_fp8 needs a Hopper GPU, and torch sees no CUDA device{REMEDY}")
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        raise ValueError(
+            f"precision.backend=native_fp8 needs a GPU of compute capability 9.x (Hopper): torch {torch.__version__}"
+            f" has FP8 block scaling for no other, and this one has {major}.{minor}{REMEDY}"
+        )
+    cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+    if cuda < (12, 9):
+        raise ValueError(
+            f"precision.backend=native_fp8 needs a torch built for CUDA 12.9 or newer, this one is for"
+            f" {torch.version.cuda}{REMEDY}"
+        )
