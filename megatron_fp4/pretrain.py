@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from megatron_fp4.train.plain import plain
 from megatron_fp4.train.signals import EXIT_CONFIG, StopRequest
 from megatron_fp4.train.trainer import Trainer
 
+SILENT_SECONDS = 10.0
 HELP = """usage: pretrain [experiment=NAME] [group=option ...] [key=value ...] [--config-dir DIR] [--cfg]
 
   experiment=quickstart            a whole experiment (configs/experiment)
@@ -95,8 +97,11 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, bool, list[
 
 
 def _refuse(error: Exception, *, main_rank: bool) -> int:
+    """Say why, on one rank. The others leave later: a launcher ends all ranks as soon as one has left."""
     if main_rank:
         print(f"error: {error}", file=sys.stderr)
+    else:
+        time.sleep(SILENT_SECONDS)
     return EXIT_CONFIG
 
 

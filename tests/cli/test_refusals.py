@@ -152,6 +152,7 @@ def test_what_one_node_lacks_is_said_by_that_node(
     local_rank: int,
     speaks: bool,
 ) -> None:
+    monkeypatch.setattr(pretrain, "SILENT_SECONDS", 0.0)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     launched = {"RANK": rank, "WORLD_SIZE": 8, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "node0"}
     for name, value in launched.items():
