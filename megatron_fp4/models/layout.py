@@ -22,10 +22,6 @@ def check_model_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_leng
     if "M" in letters:
         divided.append(("model.mamba_num_heads", model.mamba_num_heads, "parallel.tp", tp))
         divided.append(("model.mamba_num_groups", model.mamba_num_groups, "parallel.tp", tp))
-    if model.loss_impl is LossImpl.te:
-        divided.append(
-            ("model.loss_impl=te needs equal vocabulary parts: model.vocab_size", model.vocab_size, "parallel.tp", tp)
-        )
     for what, size, by, divisor in divided:
         if size % divisor:
             raise ValueError(
@@ -33,3 +29,8 @@ def check_model_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_leng
             )
     if model.vocab_size < tp:
         raise ValueError(f"model.vocab_size = {model.vocab_size} is smaller than parallel.tp = {tp}")
+    if model.loss_impl is LossImpl.te and model.vocab_size % tp:
+        raise ValueError(
+            f"model.loss_impl=te needs equal parts of the vocabulary: model.vocab_size = {model.vocab_size} is not"
+            f" divisible by parallel.tp = {tp}; change one of them, or set model.loss_impl=torch"
+        )

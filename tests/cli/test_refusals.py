@@ -103,7 +103,7 @@ def test_vocabulary_that_a_fused_loss_cannot_split(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = refused(capsys, tiny_run(tmp_path), "parallel.tp=2", "model.loss_impl=te", "model.vocab_size=97")
-    assert "equal vocabulary parts: model.vocab_size = 97 is not divisible by parallel.tp = 2" in said
+    assert "equal parts of the vocabulary: model.vocab_size = 97 is not divisible by parallel.tp = 2" in said
 
 
 def test_transformer_engine_absent(
