@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_fp4.precision.backends import copies_of
 from megatron_fp4.precision.config import GEMMS
@@ -44,6 +45,8 @@ OPTIONAL_SYMBOLS = {
     "IdentityQuantizer": "pytorch.tensor.identity_tensor",
     "HybridQuantizer": "pytorch.tensor.hybrid_tensor",
     "get_workspace": "pytorch.module.base",
+    "NVFP4QuantizerRef": "pytorch.custom_recipes.reference_nvfp4",
+    "Fp4Formats": "pytorch.custom_recipes.reference_utils",
 }
 
 
@@ -114,8 +117,36 @@ def detect(version: str, parameters: Mapping[str, Collection[str]]) -> Features:
     )
 
 
+TENSORS = ("input", "weight", "grad_output")
+"""What a linear quantizes, in the words of Transformer Engine's roles: x, w, dy."""
+
+
+def directions(precision: LinearPrecision, tensor: str) -> tuple[Operand, Operand]:
+    """(row-wise, column-wise) operands of one of `TENSORS`."""
+    fprop, dgrad, wgrad = precision.fprop, precision.dgrad, precision.wgrad
+    return {"input": (fprop.a, wgrad.b), "weight": (fprop.b, dgrad.b), "grad_output": (dgrad.a, wgrad.a)}[tensor]
+
+
+def one_quantizer(row: Operand, column: Operand) -> bool:
+    """Whether one quantizer makes both copies: equal but for the transform, which touches column-wise copies only."""
+    return row.quantized and row.rht_size == 0 and _without_transform(row) == _without_transform(column)
+
+
+def _without_transform(operand: Operand) -> dict[str, Any]:
+    return {name: value for name, value in vars(operand).items() if name not in ("rht_size", "rht_signs")}
+
+
 def check_recipe(name: str, precision: LinearPrecision, version: str, features: Features) -> None:
     """Raises ValueError if this version cannot compute the recipe exactly as it says."""
+    for tensor in TENSORS:
+        row, column = directions(precision, tensor)
+        square = column.four_over_six is not FourOverSix.off and column.tile == (16, 16)
+        if square and not one_quantizer(row, column):
+            reason = (
+                "its column-wise copy alone has four_over_six in 16x16 tiles, which its kernel makes only together with"
+                " an equal row-wise copy; give both GEMMs that share this tensor the same operand"
+            )
+            raise _refusal(name, tensor, reason, version)
     for gemm_name in GEMMS:
         gemm: Gemm = getattr(precision, gemm_name)
         for reason in _gemm_objections(gemm_name, gemm):

@@ -102,14 +102,8 @@ class NVFP4Quantizer(Quantizer):
         if tensor.shape[0] % 16 or tensor.shape[1] % 16:
             raise RuntimeError(f"shape {tuple(tensor.shape)} is not a multiple of 16")
         made = self._reference.quantize(tensor)
-        row, column = self.rowwise_usage, self.columnwise_usage
         return NVFP4TensorStorage(
-            rowwise_data=made.data if row else None,
-            rowwise_scale_inv=_padded(made.scale) if row else None,
-            columnwise_data=made.data_t if column else None,
-            columnwise_scale_inv=_padded(made.scale_t) if column else None,
-            amax_rowwise=made.global_amax_row if row else None,
-            amax_columnwise=made.global_amax_col if column else None,
+            **nvfp4_tensors(made, self.rowwise_usage, self.columnwise_usage),
             fp4_dtype="kFloat4E2M1",
             quantizer=self,
             with_gemm_swizzled_scales=False,
@@ -117,6 +111,18 @@ class NVFP4Quantizer(Quantizer):
             nvfp4_use_4over6=made.nvfp4_use_4over6,
             nvfp4_e4m3_max=made.nvfp4_e4m3_max,
         )
+
+
+def nvfp4_tensors(made: Any, row: bool, column: bool) -> dict[str, Tensor | None]:
+    """The tensors of a storage object, from a result of TE's reference quantizer."""
+    return {
+        "rowwise_data": made.data if row else None,
+        "rowwise_scale_inv": _padded(made.scale) if row else None,
+        "columnwise_data": made.data_t if column else None,
+        "columnwise_scale_inv": _padded(made.scale_t) if column else None,
+        "amax_rowwise": made.global_amax_row if row else None,
+        "amax_columnwise": made.global_amax_col if column else None,
+    }
 
 
 class MXFP8TensorStorage:
@@ -179,7 +185,7 @@ class Float8BlockQuantizer(Quantizer):
 
 
 class IdentityQuantizer(Quantizer):
-    def __init__(self, dtype: Any = None, *, rowwise: bool = True, columnwise: bool = True) -> None:
+    def __init__(self, *, dtype: Any = None, rowwise: bool = True, columnwise: bool = True) -> None:
         super().__init__(rowwise=rowwise, columnwise=columnwise)
 
 
@@ -195,13 +201,38 @@ class QuantizerRole:
 
 
 class CustomRecipe:
-    def __init__(self, qfactory: Any, fp8_dpa: bool = False, fp8_mha: bool = False) -> None:
-        self.qfactory = qfactory
+    def __init__(
+        self,
+        qfactory: Any,
+        fp8_format: Any = "HYBRID",
+        fp8_dpa: bool = False,
+        fp8_mha: bool = False,
+        backward_override: str | None = None,
+        quantization_alignment: int = 128,
+    ) -> None:
+        self.qfactory, self.backward_override = qfactory, backward_override
 
 
 class NVFP4BlockScaling:
-    def __init__(self, **fields: bool) -> None:
-        self.fields = fields
+    """Each default is one that the environment could have set."""
+
+    def __init__(
+        self,
+        disable_rht: bool = True,
+        disable_stochastic_rounding: bool = True,
+        disable_2d_quantization: bool = True,
+        row_scaled_activation: bool = True,
+        nvfp4_4over6: str = "all",
+        nvfp4_4over6_e4m3_use_256: str = "none",
+        nvfp4_4over6_err_mode: str = "MSE",
+        fp4_format: Any = "E2M1",
+        fp8_format: Any = "E4M3",
+        fp8_dpa: bool = False,
+        fp8_mha: bool = False,
+        backward_override: str | None = "high_precision",
+    ) -> None:
+        given = dict(locals())
+        self.fields = {name: value for name, value in given.items() if name not in ("self", "fp4_format", "fp8_format")}
 
 
 def general_gemm(
@@ -230,7 +261,7 @@ def general_gemm(
     if isinstance(A, MXFP8TensorStorage):
         product = (_mxfp8_values(B, directions[0]) @ _mxfp8_values(A, directions[1]).T).to(out_dtype)
         return product if out is None else out.add_(product), None, None, None
-    left, right = _direction(B, directions[0]), _direction(A, directions[1])
+    left, right = direction(B, directions[0]), direction(A, directions[1])
     reference = load_reference()
     reference.gemm.GEMMType = types.SimpleNamespace(FPROP=0, DGRAD=1, WGRAD=2)
     kind = {"TN": 0, "NN": 1, "NT": 2}[layout]
@@ -252,7 +283,7 @@ def general_gemm(
     return result, None, None, None
 
 
-def _direction(storage: NVFP4TensorStorage, name: str) -> Any:
+def direction(storage: Any, name: str) -> Any:
     """One copy as the reference holds it. Raises where the adapter asks for a copy that was not made."""
     metadata = storage.get_metadata()
     data, amax = metadata[f"{name}_data"], metadata[f"amax_{name}"]
@@ -287,7 +318,11 @@ def _padded(scale: Tensor) -> Tensor:
 
 def modules(version: str = VERSION, **replaced: Any) -> dict[str, types.ModuleType]:
     """The fake package, as entries of sys.modules. replaced: other objects (None: absent) for some symbols."""
-    load_reference()
+    reference = load_reference()
+    from_reference = {
+        "NVFP4QuantizerRef": reference.NVFP4QuantizerRef,
+        "Fp4Formats": reference.reference_utils.Fp4Formats,
+    }
     made: dict[str, types.ModuleType] = {}
     for name in ("transformer_engine", "transformer_engine_torch"):
         made[name] = types.ModuleType(name)
@@ -296,7 +331,7 @@ def modules(version: str = VERSION, **replaced: Any) -> dict[str, types.ModuleTy
     made["transformer_engine_torch"].__dict__["DType"] = types.SimpleNamespace(kFloat8E4M3="kFloat8E4M3")
     for name, place in {**SYMBOLS, **OPTIONAL_SYMBOLS}.items():
         module = made.setdefault(f"transformer_engine.{place}", types.ModuleType(f"transformer_engine.{place}"))
-        symbol = replaced[name] if name in replaced else globals().get(name)
+        symbol = replaced[name] if name in replaced else globals().get(name, from_reference.get(name))
         if symbol is not None:
             module.__dict__[name] = symbol
     return made

@@ -92,5 +92,9 @@ SYMBOLS_OF_DOUBLE = {
     "MXFP8Quantizer": "pytorch.tensor.mxfp8_tensor",
     "Float8BlockQuantizer": "pytorch.tensor.float8_blockwise_tensor",
     "HybridQuantizer": "pytorch.tensor.hybrid_tensor",
+    "IdentityQuantizer": "pytorch.tensor.identity_tensor",
+    "QuantizerRole": "pytorch.quantization",
+    "CustomRecipe": "common.recipe",
+    "NVFP4BlockScaling": "common.recipe",
     "general_gemm": "pytorch.cpp_extensions.gemm",
 }

@@ -280,6 +280,10 @@ def wgrad(operand: Operand) -> LinearPrecision:
         (wgrad(replace(RHT, four_over_six=FourOverSix.mae)), "four_over_six with"),
         (fprop(replace(X, four_over_six=FourOverSix.mae, rounding=Rounding.sr)), "four_over_six with"),
         (fprop(*[Operand(Format.fp8_block, tile=(128, 128))] * 2), "128x128"),
+        (
+            LinearPrecision(dgrad=Gemm(X, replace(W, four_over_six=FourOverSix.mae))),
+            "column-wise copy alone",
+        ),
     ],
 )
 def test_refused_up_front(monkeypatch: pytest.MonkeyPatch, precision: LinearPrecision, said: str) -> None:

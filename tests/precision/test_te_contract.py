@@ -7,6 +7,7 @@ import ast
 import pytest
 
 from megatron_fp4.numerics.hadamard import SIGNS_16
+from megatron_fp4.precision.te_recipe import NOT_FROM_ENVIRONMENT
 from megatron_fp4.precision.te_versions import OPTIONAL_SYMBOLS, SYMBOLS, TABLE, detect, parse_version
 from tests.precision.te_wheels import WHEELS, find, method, parameters, source, tree
 
@@ -156,6 +157,33 @@ def test_the_cross_entropy_takes_what_is_passed_by_position(short: str, full: st
     names = [name.strip("_") for name in parameters(function) if name != "ctx"]
     names = ["inp" if name == "input" else name for name in names[:6]]
     assert names == ["inp", "target", "label_smoothing", "reduce_loss", "dist_process_group", "ignore_idx"]
+
+
+@pytest.mark.parametrize(("short", "full"), VERSIONS)
+def test_no_field_of_a_recipe_is_left_to_the_environment(short: str, full: str) -> None:
+    """NVTE_BACKWARD_OVERRIDE, NVTE_NVFP4_4OVER6, ... are read when TE is imported, and change what is computed."""
+    passed = {"disable_rht", "disable_stochastic_rounding", "disable_2d_quantization", *NOT_FROM_ENVIRONMENT}
+    for name in ("NVFP4BlockScaling", "CustomRecipe"):
+        left = {field for field, default in known(full)[name].items() if default and "getenv" in default} - passed
+        assert not left, f"{name}: {left} would be whatever the environment says"
+
+
+def test_the_reference_quantizer_takes_what_is_passed() -> None:
+    for short, full in VERSIONS:
+        if TABLE[short].mixed_directions:  # from 2.19 on, as te_recipe(reference=True) is
+            assert {
+                "dtype",
+                "rowwise",
+                "columnwise",
+                "quant_tile_shape",
+                "with_rht",
+                "with_random_sign_mask",
+                "nvfp4_use_4over6",
+                "nvfp4_e4m3_max",
+                "nvfp4_4over6_err_mode",
+            } <= set(known(full)["NVFP4QuantizerRef"])
+        else:
+            assert "NVFP4QuantizerRef" not in known(full), "it would be taken for the one of 2.19"
 
 
 def test_the_scale_formula_of_the_reference_is_the_one_assumed() -> None:

@@ -52,6 +52,7 @@ from megatron_fp4.precision.te_versions import (
     check_recipe,
     check_te_shape,
     detect,
+    one_quantizer,
 )
 
 
@@ -111,15 +112,6 @@ def make_quantizer(api: Api, row: Operand | None, column: Operand | None) -> Any
         settings["nvfp4_e4m3_max"] = operand.four_over_six_bound
         settings["nvfp4_4over6_err_mode"] = operand.four_over_six.name.upper()
     return api.symbols["NVFP4Quantizer"](**directions, **settings)
-
-
-def one_quantizer(row: Operand, column: Operand) -> bool:
-    """Whether one quantizer makes both copies: equal but for the transform, which touches column-wise copies only."""
-    return row.quantized and row.rht_size == 0 and _without_transform(row) == _without_transform(column)
-
-
-def _without_transform(operand: Operand) -> dict[str, Any]:
-    return {name: value for name, value in vars(operand).items() if name not in ("rht_size", "rht_signs")}
 
 
 @dataclass(frozen=True, eq=False)
