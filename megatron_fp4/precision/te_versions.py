@@ -48,6 +48,8 @@ OPTIONAL_SYMBOLS = {
     "NVFP4QuantizerRef": "pytorch.custom_recipes.reference_nvfp4",
     "Fp4Formats": "pytorch.custom_recipes.reference_utils",
 }
+FAST_MATH = ("NVTE_USE_FAST_MATH", "NVTE_NVFP4_4OVER6_ERR_USE_FAST_MATH")
+"""Environment variables that its NVFP4 kernels read at each call, and then round differently (trap 4)."""
 
 
 @dataclass(frozen=True)

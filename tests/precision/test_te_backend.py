@@ -33,7 +33,7 @@ from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend, stored
 from megatron_fp4.precision.compare import first_mismatch, reference_parts, te_parts
 from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig
-from megatron_fp4.precision.te_versions import check_capability
+from megatron_fp4.precision.te_versions import FAST_MATH, check_capability
 from tests.precision import te_double
 from tests.precision.te_wheels import SYMBOLS_OF_DOUBLE, find, parameters
 
@@ -322,6 +322,16 @@ def test_absent_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
         TransformerEngineBackend(config(RNE))
     te_double.install(monkeypatch, "2.8.0")
     with pytest.raises(ValueError, match=r"2\.8\.0 is older than 2\.9"):
+        TransformerEngineBackend(config(RNE))
+
+
+@pytest.mark.parametrize("name", FAST_MATH)
+def test_kernels_set_to_round_differently(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    te_double.install(monkeypatch)
+    monkeypatch.setenv(name, "0")
+    TransformerEngineBackend(config(RNE))
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=rf"{name}=1 makes.*unset it"):
         TransformerEngineBackend(config(RNE))
 
 
