@@ -58,7 +58,8 @@ def te_recipe(plan: PrecisionPlan, phase: int = 0, *, unsharded: bool = False, r
 
     unsharded: say that the modules run with tp = 1 and cp = 1, where amax_scope `tensor` and `shard` are one; otherwise
     only `shard` is taken, which is what TE's modules do in every layout. reference: a `CustomRecipe` with TE's
-    pure-Python NVFP4 quantizer in the place of its kernels, for checks on any device.
+    pure-Python NVFP4 quantizer in the place of its kernels, for checks on any device; construct the modules without
+    `fuse_wgrad_accumulation`, which its GEMM ignores.
     Raises ValueError, with the version and the remedy, for what the installed version cannot compute as the plan says.
     """
     return _recipe(plan, phase, unsharded, reference)

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_fp4.precision.backends.transformer_engine import Api
 from megatron_fp4.precision.config import GEMMS
 from megatron_fp4.precision.spec import Format, LinearPrecision
+from megatron_fp4.precision.te_versions import TENSORS, directions, one_quantizer
 
 
 def reference_objections(precision: LinearPrecision) -> Iterator[str]:
@@ -25,6 +26,13 @@ def reference_objections(precision: LinearPrecision) -> Iterator[str]:
             if operand.stochastic:
                 rounding = operand.rounding.name
                 yield f"{name} with rounding {rounding}, but the reference quantizer rounds to nearest; use rne"
+    for tensor in TENSORS:
+        row, column = directions(precision, tensor)
+        if (row.quantized or column.quantized) and not one_quantizer(row, column):
+            yield (
+                f"its {tensor} is quantized differently for two GEMMs, but the reference quantizer cannot be half of a"
+                f" HybridQuantizer (it lacks methods of a TE quantizer); give both the same operand"
+            )
 
 
 def with_reference(api: Api) -> Api:

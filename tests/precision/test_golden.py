@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +21,15 @@ from megatron_fp4.precision import (
     quantized_linear,
 )
 from megatron_fp4.precision.backends.reference import ReferenceBackend
+from tests.precision import te_cases
 
-FILE = np.load(Path(__file__).parent.parent / "data" / "te_2_20_2_linear.npz")
+DATA = Path(__file__).parent.parent / "data"
+FILE, STACKS = np.load(DATA / "te_2_20_2_linear.npz"), np.load(DATA / "te_2_20_2_stacks.npz")
 CASES = sorted({name.split("/")[0] for name in FILE.files})
 
 
-def bf16(name: str) -> Tensor:
-    return torch.from_numpy(FILE[name].view(np.int16).copy()).view(torch.bfloat16)
+def bf16(name: str, file: Any = FILE) -> Tensor:
+    return torch.from_numpy(file[name].view(np.int16).copy()).view(torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -52,6 +55,26 @@ def test_linear_reproduces_transformer_engine(case: str, backend: EmulatedBacken
     for name, ours in (("y", y), ("dx", x.grad), ("dw", weight.grad)):
         differing = (ours != bf16(f"{case}/{name}")).sum().item()
         assert differing == 0, f"{name}: {differing} of {ours.numel()} elements differ"
+
+
+@pytest.mark.parametrize("case", te_cases.CASES)
+@pytest.mark.parametrize("backend", [EmulatedBackend(), ReferenceBackend()], ids=["emulated", "reference"])
+def test_stacks_of_linears_reproduce_transformer_engine(case: str, backend: EmulatedBackend) -> None:
+    """Other recipes, BF16 linears and directions, inputs over many magnitudes, two and three linears in a row."""
+    stored = {name.split("/")[1]: bf16(name, STACKS) for name in STACKS.files if name.startswith(f"{case}/")}
+    results = te_cases.run_ours(case, backend, stored)
+    assert set(results) | {"x", "dy", *(name for name in stored if name[0] == "w")} == set(stored), (
+        "made with other cases: run real_te_check.py --save again"
+    )
+    for name, ours in results.items():
+        differing = (ours != stored[name]).sum().item()
+        assert differing == 0, f"{name}: {differing} of {ours.numel()} elements differ"
+
+
+def test_stored_inputs_are_those_of_the_cases() -> None:
+    for case in te_cases.CASES:
+        for name, value in te_cases.inputs(case).items():
+            assert torch.equal(value, bf16(f"{case}/{name}", STACKS)), f"{case}/{name}: a new run would store others"
 
 
 @pytest.mark.parametrize("case", CASES)

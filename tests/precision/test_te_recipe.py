@@ -148,6 +148,8 @@ def test_reference_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     fp8 = Gemm(Operand(Format.mxfp8), Operand(Format.mxfp8))
     with pytest.raises(ValueError, match=r"fprop in mxfp8.*covers nvfp4 only"):
         whole(plan(Rule("*", use="r"), r=LinearPrecision(fp8)), reference=True)
+    with pytest.raises(ValueError, match=r"its input is quantized differently.*half of a HybridQuantizer"):
+        whole(plan(Rule("*", use="r"), r=replace(nearest, wgrad=Gemm())), reference=True)
     te_double.install(monkeypatch, NVFP4QuantizerRef=None)
     with pytest.raises(ValueError, match=r"needs the reference quantizer of Transformer Engine 2\.19"):
         whole(plan(Rule("*", use="r"), r=nearest), reference=True)

@@ -1,0 +1,181 @@
+"""Small stacks of linears in several precisions: what real Transformer Engine modules and the emulation both compute.
+
+Shared by `real_te_check.py`, which runs them through Transformer Engine, and `test_golden.py`, which compares what it
+stored with the emulation. Between two linears stands relu(y)^2, so that inner inputs have blocks of zeros.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.models.block import LinearInfo
+from megatron_fp4.numerics import key_of, normal
+from megatron_fp4.precision import (
+    Format,
+    FourOverSix,
+    Gemm,
+    LinearPrecision,
+    LinearSite,
+    Operand,
+    Signs,
+    StepClock,
+    WeightCache,
+    nvfp4_paper,
+    quantized_linear,
+)
+from megatron_fp4.precision.backends import Backend
+from megatron_fp4.precision.config import HIGH, PrecisionConfig, Rule, Switch
+from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.precision.table import PrecisionTable
+
+PAPER = nvfp4_paper(stochastic=False)
+BF16 = LinearPrecision()
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear `[N, K]` and its precision."""
+
+    N: int
+    K: int
+    precision: LinearPrecision = PAPER
+
+
+@dataclass(frozen=True)
+class Case:
+    """tokens: rows of x. scale: what the Gaussian inputs and gradients are multiplied with, element by element."""
+
+    tokens: int
+    layers: tuple[Layer, ...]
+    scale: Callable[[Tensor], Tensor] = torch.ones_like
+
+
+def heavy_tailed(z: Tensor) -> Tensor:
+    """Makes z^5: a few elements are hundreds of times larger than the median."""
+    return z**4
+
+
+def sparse(z: Tensor) -> Tensor:
+    """Whole 16-blocks of zeros, and magnitudes over 2^24, so that block scales reach their smallest values and zero."""
+    rows, columns = torch.arange(z.shape[0])[:, None], torch.arange(z.shape[1])[None, :]
+    return torch.exp2(-(columns // 16 * 8 + rows // 16 * 4).float()) * ((columns // 16 + rows // 16) % 3 != 0)
+
+
+def _four_over_six(mode: FourOverSix, bound: int = 256) -> LinearPrecision:
+    gemm = Gemm(*[Operand(Format.nvfp4, four_over_six=mode, four_over_six_bound=bound)] * 2)
+    return LinearPrecision(gemm, gemm, gemm)
+
+
+CASES = {
+    "paper": Case(64, (Layer(96, 128),)),
+    "stacked_with_bf16": Case(32, (Layer(64, 32), Layer(32, 64), Layer(32, 32, BF16))),
+    "no_rht": Case(32, (Layer(96, 64, nvfp4_paper(stochastic=False, rht=False)),)),
+    "weights_1d": Case(32, (Layer(64, 96, nvfp4_paper(stochastic=False, square_weights=False)),)),
+    "no_signs": Case(
+        32,
+        (Layer(32, 64, replace(PAPER, wgrad=Gemm(*[Operand(Format.nvfp4, rht_size=16, rht_signs=Signs.none)] * 2))),),
+    ),
+    "heavy_tailed": Case(64, (Layer(64, 96), Layer(32, 64)), heavy_tailed),
+    "sparse": Case(64, (Layer(64, 96),), sparse),
+    "bf16_forward": Case(
+        32, (Layer(64, 32, replace(PAPER, fprop=Gemm())), Layer(32, 64, replace(PAPER, fprop=Gemm())))
+    ),
+    "bf16_backward": Case(32, (Layer(32, 64, LinearPrecision(PAPER.fprop)),)),
+    "bf16_wgrad": Case(32, (Layer(32, 64, replace(PAPER, wgrad=Gemm())),)),
+    "four_over_six_mae": Case(32, (Layer(32, 64, _four_over_six(FourOverSix.mae)),)),
+    "four_over_six_mse_448": Case(32, (Layer(32, 64, _four_over_six(FourOverSix.mse, 448)),)),
+}
+
+
+def names(case: Case) -> list[str]:
+    """Of the linears, as a precision table has them."""
+    return [f"blocks.{index}.mlp.up" for index in range(len(case.layers))]
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    """BF16 x `[T, K]`, dy `[T, N]`, and one w`i` `[N, K]` per layer."""
+    case = CASES[name]
+    shapes = {"x": (case.tokens, case.layers[0].K), "dy": (case.tokens, case.layers[-1].N)}
+    shapes |= {f"w{index}": (layer.N, layer.K) for index, layer in enumerate(case.layers)}
+    made = {}
+    for tensor, shape in shapes.items():
+        z = normal(key_of("te_cases", name, tensor), *(torch.arange(size) for size in shape))
+        made[tensor] = (z * case.scale(z) * (shape[1] ** -0.5 if tensor.startswith("w") else 1.0)).bfloat16()
+    return made
+
+
+def plan(name: str, *switches: Switch) -> PrecisionPlan:
+    """The precision plan of a model that consists of the case's linears. Switches may use the recipe `OTHER`."""
+    case = CASES[name]
+    linears = [
+        LinearInfo(linear, index, layer.K, {"up": layer.N}, column=True)
+        for index, (linear, layer) in enumerate(zip(names(case), case.layers, strict=True))
+    ]
+    recipes = {f"r{i}": layer.precision for i, layer in enumerate(case.layers) if layer.precision.quantized}
+    rules = [Rule(linear, use=f"r{i}" if f"r{i}" in recipes else HIGH) for i, linear in enumerate(names(case))]
+    recipes |= {OTHER: nvfp4_paper(stochastic=False, rht=False)} if switches else {}
+    return PrecisionPlan(PrecisionConfig(recipes=recipes, rules=rules, switch=list(switches)), linears)
+
+
+def forward_backward(
+    tensors: dict[str, Tensor], linears: Sequence[Callable[[Tensor], Tensor]], weights: Sequence[torch.nn.Parameter]
+) -> dict[str, Tensor]:
+    """y`i` and dw`i` per layer, and dx. linears: made from `weights`."""
+    x = hidden = tensors["x"].clone().requires_grad_()
+    results = {}
+    for index, linear in enumerate(linears):
+        hidden = linear(torch.relu(hidden).square() if index else hidden)
+        results[f"y{index}"] = hidden.detach()
+    hidden.backward(tensors["dy"])
+    assert x.grad is not None
+    results["dx"] = x.grad
+    for index, weight in enumerate(weights):
+        assert weight.grad is not None
+        results[f"dw{index}"] = weight.grad
+    return results
+
+
+def main_grad(tensors: dict[str, Tensor], linear: Callable[[Tensor], Tensor], weight: torch.nn.Parameter) -> Tensor:
+    """FP32 gradient of the weight after two microbatches, accumulated in place."""
+    grad = torch.zeros(weight.shape)
+    weight.main_grad = grad  # type: ignore[attr-defined]
+    for sign in (1, -3):
+        linear((tensors["x"] * sign).requires_grad_()).backward(tensors["dy"])
+    return grad
+
+
+def our_linear(
+    name: str, index: int, backend: Backend, weight: torch.nn.Parameter, precision: LinearPrecision | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A linear of the case through `quantized_linear`. precision: another than the case's."""
+    case, single = CASES[name], Group.single()
+    return functools.partial(
+        quantized_linear,
+        weight=weight,
+        rows=torch.arange(case.tokens),
+        site=LinearSite(names(case)[index], single, single, single, *map(torch.arange, weight.shape)),
+        precision=precision or case.layers[index].precision,
+        backend=backend,
+        clock=StepClock(seed=1),
+        cache=WeightCache(),
+    )
+
+
+def run_ours(
+    name: str, backend: Backend, tensors: dict[str, Tensor], table: PrecisionTable | None = None
+) -> dict[str, Tensor]:
+    """The case through `quantized_linear`. table: precisions, if not the case's own."""
+    case = CASES[name]
+    weights = [torch.nn.Parameter(tensors[f"w{index}"].clone()) for index in range(len(case.layers))]
+    linears = [
+        our_linear(name, index, backend, weight, table[names(case)[index]] if table else None)
+        for index, weight in enumerate(weights)
+    ]
+    return forward_backward(tensors, linears, weights)
