@@ -7,9 +7,10 @@ is real and what stands in for a kernel: te_on_cpu.py. Each part is printed line
 2. every case of te_cases.py through real `te.Linear` modules, under `te_recipe(plan)` and `reference=True`, and through
    the Transformer Engine backend: outputs and gradients bit for bit those of the emulated backend;
 3. a switch of phases and cached weights, and weight gradients accumulated in `main_grad`, in real modules;
-4. `crosscheck` of a tiny run with the real classes.
+4. column- and row-parallel modules with sequence parallelism on two ranks (real_te_parallel.py);
+5. `crosscheck` of a tiny run with the real classes.
 
-`--save` stores what part 2 got from `te.Linear`, as tests/data has it. Exit code 1 if anything differs.
+`--save` stores what parts 2 and 4 got from `te.Linear`, as tests/data has it. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from megatron_fp4.precision import EmulatedBackend, te_recipe  # noqa: E402
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend, load_api  # noqa: E402
 from megatron_fp4.precision.config import Switch  # noqa: E402
 from tests.helpers.tiny_run import tiny_run  # noqa: E402
+from tests.precision.real_te_parallel import run_tensor_parallel  # noqa: E402
 from tests.precision.real_te_quantizers import check_quantizers  # noqa: E402
 
 Results = dict[str, Tensor]
@@ -127,6 +129,21 @@ def check_main_grad() -> list[str]:
     return unequal("te.Linear", theirs, emulated) + unequal("backend", through_backend, emulated)
 
 
+def check_tensor_parallel() -> tuple[list[str], dict[str, Tensor]]:
+    """(differences, what the ranks computed)"""
+    name = te_cases.TENSOR_PARALLEL
+    tensors = te_cases.inputs(name)
+    theirs, ours = run_tensor_parallel(tensors), te_cases.run_ours_sharded(EmulatedBackend(), tensors)
+    whole = te_cases.run_ours(name, EmulatedBackend(), tensors)
+    for key, dim in (("y0", 1), ("dw0", 0), ("dw1", 1)):
+        assert not torch.equal(torch.cat([part[key] for part in ours], dim), whole[key]), "the scope is to show"
+    wrong, stored = [], {}
+    for rank in range(te_cases.RANKS):
+        wrong += unequal(f"rank {rank}", theirs[rank], ours[rank])
+        stored |= {f"{name}_rank{rank}/{key}": value for key, value in theirs[rank].items()}
+    return wrong, stored
+
+
 def main() -> int:
     warnings.filterwarnings("ignore")
     api = load_api()
@@ -135,16 +152,20 @@ def main() -> int:
     print("1. recipes and quantizers:")
     wrong = check_quantizers()
     print("2. stacks of linears:")
-    stored: dict[str, np.ndarray[Any, Any]] = {}
+    stored: Results = {}
     for name in te_cases.CASES:
         found, results = check_case(name)
         wrong += found
-        stored |= {f"{name}/{key}": value.view(torch.int16).numpy().view(np.uint16) for key, value in results.items()}
-    if "--save" in sys.argv:
-        np.savez_compressed(sys.argv[sys.argv.index("--save") + 1], **stored)  # type: ignore[arg-type]
+        stored |= {f"{name}/{key}": value for key, value in results.items()}
     print("3. phases and accumulation:")
     wrong += check_phases() + check_main_grad()
-    print("4. crosscheck:", flush=True)
+    print("4. two tensor-parallel ranks:")
+    found, results = check_tensor_parallel()
+    wrong += found
+    if "--save" in sys.argv:
+        bits = {key: value.view(torch.int16).numpy().view(np.uint16) for key, value in (stored | results).items()}
+        np.savez_compressed(sys.argv[sys.argv.index("--save") + 1], **bits)  # type: ignore[arg-type]
+    print("5. crosscheck:", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         run = tiny_run(Path(folder), "precision=nvfp4_no_sr", "precision.compile=false")
         if crosscheck.main(run.overrides):

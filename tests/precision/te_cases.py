@@ -17,6 +17,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.models.block import LinearInfo
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.precision import (
+    AmaxScope,
     Format,
     FourOverSix,
     Gemm,
@@ -35,8 +36,15 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.table import PrecisionTable
 
 PAPER = nvfp4_paper(stochastic=False)
+SHARD = LinearPrecision(
+    *[
+        Gemm(replace(gemm.a, amax_scope=AmaxScope.shard), replace(gemm.b, amax_scope=AmaxScope.shard))
+        for gemm in (PAPER.fprop, PAPER.dgrad, PAPER.wgrad)
+    ]
+)
 BF16 = LinearPrecision()
 OTHER = "other"
+TENSOR_PARALLEL, RANKS = "tensor_parallel", 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,12 @@ def sparse(z: Tensor) -> Tensor:
     return torch.exp2(-(columns // 16 * 8 + rows // 16 * 4).float()) * ((columns // 16 + rows // 16) % 3 != 0)
 
 
+def uneven(z: Tensor) -> Tensor:
+    """Grows along both dimensions: every shard of rows or columns has another amax."""
+    rows, columns = (torch.linspace(1, 3, size) for size in z.shape)
+    return rows[:, None] * columns
+
+
 def _four_over_six(mode: FourOverSix, bound: int = 256) -> LinearPrecision:
     gemm = Gemm(*[Operand(Format.nvfp4, four_over_six=mode, four_over_six_bound=bound)] * 2)
     return LinearPrecision(gemm, gemm, gemm)
@@ -89,6 +103,7 @@ CASES = {
     ),
     "bf16_backward": Case(32, (Layer(32, 64, LinearPrecision(PAPER.fprop)),)),
     "bf16_wgrad": Case(32, (Layer(32, 64, replace(PAPER, wgrad=Gemm())),)),
+    TENSOR_PARALLEL: Case(64, (Layer(128, 64, SHARD), Layer(64, 128, SHARD)), uneven),
     "four_over_six_mae": Case(32, (Layer(32, 64, _four_over_six(FourOverSix.mae)),)),
     "four_over_six_mse_448": Case(32, (Layer(32, 64, _four_over_six(FourOverSix.mse, 448)),)),
 }
@@ -179,3 +194,29 @@ def run_ours(
         for index, weight in enumerate(weights)
     ]
     return forward_backward(tensors, linears, weights)
+
+
+def run_ours_sharded(backend: Backend, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The case `TENSOR_PARALLEL` as `RANKS` tensor-parallel ranks with sequence parallelism, one after the other.
+
+    The first linear is column-parallel, the second row-parallel; partial sums are added in BF16, as a reduce-scatter
+    does. Of y1 and dx each rank has its shard of the rows.
+    """
+    x = tensors["x"].clone().requires_grad_()
+    ranks, parts = [], []
+    for rank in range(RANKS):
+        shards = (tensors["w0"].chunk(RANKS)[rank], tensors["w1"].chunk(RANKS, 1)[rank].contiguous())
+        up, down = (torch.nn.Parameter(shard.clone()) for shard in shards)
+        hidden = our_linear(TENSOR_PARALLEL, 0, backend, up)(x)
+        parts.append(our_linear(TENSOR_PARALLEL, 1, backend, down)(torch.relu(hidden).square()))
+        ranks.append((hidden, up, down))
+    y = torch.stack(parts).sum(0)
+    y.backward(tensors["dy"])
+    results = []
+    for rank, (hidden, up, down) in enumerate(ranks):
+        assert x.grad is not None
+        assert up.grad is not None
+        assert down.grad is not None
+        rows = {"y1": y.detach().chunk(RANKS)[rank], "dx": x.grad.chunk(RANKS)[rank]}
+        results.append({"y0": hidden.detach(), **rows, "dw0": up.grad, "dw1": down.grad})
+    return results

@@ -9,6 +9,7 @@ Only for `real_te_check.py`, in a process of its own: torch is patched for good.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.precision.te_double import direction, nvfp4_tensors
+from tests.precision.te_double import _padded, direction, nvfp4_tensors
 
 
 def patch_cuda() -> None:
@@ -56,9 +57,13 @@ def _on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def patch_kernels() -> None:
     """After the import of Transformer Engine."""
     import transformer_engine_torch as tex
+    from transformer_engine.pytorch import distributed
 
     tex.quantize = _quantize
     tex.generic_gemm = _generic_gemm
+    tex.swap_first_dims = lambda x, out: x.transpose(0, 1).contiguous()
+    distributed.pad_columnwise_scale_inv = _padded
+    torch.distributed._coalescing_manager = lambda *_, **__: contextlib.nullcontext()  # gloo has none
 
 
 def _quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
@@ -69,13 +74,15 @@ def _quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = No
     assert isinstance(quantizer, NVFP4Quantizer), f"no kernel of {type(quantizer).__name__} is computed here"
     assert noop is None
     assert not quantizer.stochastic_rounding, "the reference rounds to nearest"
-    assert not quantizer.with_amax_reduction, "one rank"
     assert quantizer.with_post_rht_amax == quantizer.with_rht
     assert tensor.dtype == torch.bfloat16
     tensor = tensor.detach()
     flat = tensor.reshape(-1, tensor.shape[-1]).contiguous()
     assert flat.shape[0] % 16 == flat.shape[1] % 16 == 0, "the C++ code refuses this shape"
-    made = reference_nvfp4.NVFP4QuantizerRef(
+    reference = reference_nvfp4.NVFP4QuantizerRef
+    if quantizer.with_amax_reduction:
+        reference = _with_amax_over(quantizer.amax_reduction_group, reference)
+    made = reference(
         reference_utils.Fp4Formats.E2M1,
         rowwise=quantizer.rowwise_usage,
         columnwise=quantizer.columnwise_usage,
@@ -96,6 +103,18 @@ def _quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = No
     if quantizer.internal:
         return described["cls"](**tensors, **rest)
     return described["cls"](shape=tensor.shape, dtype=tensor.dtype, device=tensor.device, **tensors, **rest)
+
+
+def _with_amax_over(group: Any, reference: Any) -> Any:
+    """The reference quantizer with each amax taken over the ranks of a group, as the C++ code does."""
+
+    class Reduced(reference):  # type: ignore[misc]
+        @classmethod
+        def _quantize_blockwise_reference(cls, x: Tensor, amax: Tensor, *args: Any, **kwargs: Any) -> Any:
+            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group)
+            return super()._quantize_blockwise_reference(x, amax, *args, **kwargs)
+
+    return Reduced
 
 
 def _generic_gemm(

@@ -71,6 +71,14 @@ def test_stacks_of_linears_reproduce_transformer_engine(case: str, backend: Emul
         assert differing == 0, f"{name}: {differing} of {ours.numel()} elements differ"
 
 
+def test_tensor_parallel_modules_have_amax_scope_shard() -> None:
+    """As te_recipe says: real column- and row-parallel modules with sequence parallelism, on two ranks."""
+    tensors = te_cases.inputs(te_cases.TENSOR_PARALLEL)
+    for rank, results in enumerate(te_cases.run_ours_sharded(EmulatedBackend(), tensors)):
+        for name, ours in results.items():
+            assert torch.equal(ours, bf16(f"{te_cases.TENSOR_PARALLEL}_rank{rank}/{name}", STACKS)), f"{rank}: {name}"
+
+
 def test_stored_inputs_are_those_of_the_cases() -> None:
     for case in te_cases.CASES:
         for name, value in te_cases.inputs(case).items():
