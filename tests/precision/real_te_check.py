@@ -8,7 +8,8 @@ is real and what stands in for a kernel: te_on_cpu.py. Each part is printed line
    the Transformer Engine backend: outputs and gradients bit for bit those of the emulated backend;
 3. a switch of phases and cached weights, and weight gradients accumulated in `main_grad`, in real modules;
 4. column- and row-parallel modules with sequence parallelism on two ranks (real_te_parallel.py);
-5. `crosscheck` of a tiny run with the real classes.
+5. whole training steps of test_te_training.py with the backend on the real classes, operand by operand;
+6. `crosscheck` and `preflight` of a tiny run with the real classes.
 
 `--save` stores what parts 2 and 4 got from `te.Linear`, as tests/data has it. Exit code 1 if anything differs.
 """
@@ -30,13 +31,15 @@ from tests.precision import te_cases, te_on_cpu
 
 te_on_cpu.patch_cuda()
 
-from megatron_fp4.cli import crosscheck  # noqa: E402
+from megatron_fp4.cli import crosscheck, preflight  # noqa: E402
+from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh  # noqa: E402
 from megatron_fp4.precision import EmulatedBackend, te_recipe  # noqa: E402
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend, load_api  # noqa: E402
 from megatron_fp4.precision.config import Switch  # noqa: E402
 from tests.helpers.tiny_run import tiny_run  # noqa: E402
 from tests.precision.real_te_parallel import run_tensor_parallel  # noqa: E402
 from tests.precision.real_te_quantizers import check_quantizers  # noqa: E402
+from tests.precision.test_te_training import Both, train  # noqa: E402
 
 Results = dict[str, Tensor]
 
@@ -165,11 +168,15 @@ def main() -> int:
     if "--save" in sys.argv:
         bits = {key: value.view(torch.int16).numpy().view(np.uint16) for key, value in (stored | results).items()}
         np.savez_compressed(sys.argv[sys.argv.index("--save") + 1], **bits)  # type: ignore[arg-type]
-    print("5. crosscheck:", flush=True)
+    print("5. training steps:")
+    both = Both()
+    train(both, ParallelMesh.single_process(), ParallelConfig())  # raises at the first difference
+    print(f"  operands bit for bit, products within a bound: {dict(both.compared)}")
+    print("6. crosscheck and preflight:", flush=True)
+    options = ["precision=nvfp4_no_sr", "precision.compile=false", "precision.backend=transformer_engine"]
     with tempfile.TemporaryDirectory() as folder:
-        run = tiny_run(Path(folder), "precision=nvfp4_no_sr", "precision.compile=false")
-        if crosscheck.main(run.overrides):
-            wrong.append("crosscheck found differences")
+        run = tiny_run(Path(folder), *options)
+        wrong += [f"{command.__name__} failed" for command in (crosscheck, preflight) if command.main(run.overrides)]
     print("\n".join([*wrong, f"{len(wrong)} differences" if wrong else "no difference"]))
     return 1 if wrong else 0
 

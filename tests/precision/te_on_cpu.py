@@ -55,9 +55,10 @@ def _on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def patch_kernels() -> None:
-    """After the import of Transformer Engine."""
-    import transformer_engine_torch as tex
-    from transformer_engine.pytorch import distributed
+    """Stand-ins for the kernels of a linear and of its all-gather."""
+    from transformer_engine.pytorch import distributed  # loads the extension that the next line names
+
+    import transformer_engine_torch as tex  # isort: skip
 
     tex.quantize = _quantize
     tex.generic_gemm = _generic_gemm
