@@ -51,11 +51,6 @@ class Process:
     device: torch.device
 
 
-def library_variable(name: str) -> str:
-    """A variable that a library reads for itself, "" if it is not set: for whoever must refuse its effect."""
-    return os.environ.get(name, "")
-
-
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     """Read torchrun's or srun's variables.
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp4.comm.bootstrap import library_variable
+from megatron_fp4.comm.bootstrap import environment
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.random import key_of
 from megatron_fp4.precision.backends import (
@@ -71,10 +71,10 @@ class Api:
 def load_api() -> Api:
     """Import Transformer Engine. Raises ValueError with the remedy if it is absent, broken or too old, or set to other
     numbers by an environment variable."""
-    for name in FAST_MATH:
-        if library_variable(name) not in ("", "0"):
+    for name, value in environment(*FAST_MATH).items():
+        if value not in ("", "0"):
             raise ValueError(
-                f"{name}={library_variable(name)} makes Transformer Engine's NVFP4 kernels round differently, which no"
+                f"{name}={value} makes Transformer Engine's NVFP4 kernels round differently, which no"
                 f" precision recipe can say; unset it"
             )
     try:
