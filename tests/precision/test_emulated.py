@@ -20,8 +20,8 @@ from megatron_fp4.precision import (
     ScaleOrder,
     Signs,
 )
-from megatron_fp4.precision.backends import Copy, Prepared, Source
-from megatron_fp4.precision.backends.emulated import scaled_matmul
+from megatron_fp4.precision.backends import Copy, Prepared, Source, product
+from megatron_fp4.precision.backends.product import scaled_matmul
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
 
 N4 = Format.nvfp4
@@ -48,6 +48,10 @@ OPERANDS = [
     Operand(Format.fp8_block),
     Operand(Format.fp8_block, tile=(128, 128)),
 ]
+
+
+WITHOUT_BF16 = pytest.mark.skipif(not product.cpu_multiplies_bf16(), reason="this CPU has no BF16 instructions")
+NATIVE = [pytest.param(True, marks=WITHOUT_BF16, id="BF16 GEMM"), pytest.param(False, id="widened")]
 
 
 def source(x: Tensor, step: int = 3) -> Source:
@@ -105,8 +109,12 @@ def test_matmul_close_to_the_reference(operand: Operand, dtype: torch.dtype, x: 
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
-def test_alpha_is_applied_before_the_only_rounding(out_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("native", NATIVE)
+def test_alpha_is_applied_before_the_only_rounding(
+    out_dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Integer operands make the FP32 sum exact, so the result must be the FP64 product rounded once, everywhere."""
+    monkeypatch.setattr(product, "cpu_multiplies_bf16", lambda: native)
     gen = torch.Generator().manual_seed(2)
     a, b = (torch.randint(-12, 13, (256, 512), generator=gen).bfloat16() for _ in range(2))
     amax_a, amax_b = torch.tensor(3.1415927), torch.tensor(0.2718282)
@@ -116,6 +124,21 @@ def test_alpha_is_applied_before_the_only_rounding(out_dtype: torch.dtype) -> No
     wrong = (got != expected).sum().item()
     assert wrong == 0, f"{wrong} of {got.numel()} elements are not the correctly rounded product"
     assert got.dtype == out_dtype
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_results_come_from_the_gemm_that_the_cpu_is_good_at(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without BF16 instructions torch's BF16 GEMM is several times slower; the operands are as exact in FP32."""
+    monkeypatch.setattr(product, "cpu_multiplies_bf16", lambda: native)
+    seen: list[torch.dtype] = []
+    plain = {name: getattr(torch, name) for name in ("mm", "addmm")}
+    for name, call in plain.items():
+        monkeypatch.setattr(
+            torch, name, lambda *args, call=call, **kw: seen.append(args[-1].dtype) or call(*args, **kw)
+        )
+    a = torch.ones(16, 16, dtype=torch.bfloat16)
+    assert scaled_matmul(a, a, None, None, torch.bfloat16, None).dtype == torch.bfloat16
+    assert seen == [torch.bfloat16 if native else torch.float32]
 
 
 def test_row_scales_equal_the_reference(x: Tensor) -> None:
@@ -166,8 +189,8 @@ def test_transform_cancels_in_the_product(x: Tensor) -> None:
         b = backend.quantize(x[64:], source(x[64:]), [Copy("wgrad", operand, 1)])[0]
         products.append(backend.matmul(a, b, out_dtype=torch.float32))
     exact = x[:64] @ x[64:].T
-    for product in products:
-        assert (product - exact).norm() < 0.05 * exact.norm()
+    for result in products:
+        assert (result - exact).norm() < 0.05 * exact.norm()
 
 
 def test_noise_and_signs_follow_the_step(x: Tensor) -> None:

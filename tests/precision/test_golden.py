@@ -20,6 +20,7 @@ from megatron_fp4.precision import (
     nvfp4_paper,
     quantized_linear,
 )
+from megatron_fp4.precision.backends import product
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from tests.precision import te_cases
 
@@ -33,9 +34,19 @@ def bf16(name: str, file: Any = FILE) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", [EmulatedBackend(), ReferenceBackend()], ids=["emulated", "reference"])
-def test_linear_reproduces_transformer_engine(case: str, backend: EmulatedBackend) -> None:
-    """A difference in y, dx or dw: an operand, the scaling of the product or its rounding is not TE's."""
+@pytest.mark.parametrize(
+    ("backend", "native"),
+    [(EmulatedBackend(), True), (EmulatedBackend(), False), (ReferenceBackend(), False)],
+    ids=["emulated", "emulated-widened", "reference"],
+)
+def test_linear_reproduces_transformer_engine(
+    case: str, backend: EmulatedBackend, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A difference in y, dx or dw: an operand, the scaling of the product or its rounding is not TE's.
+
+    native: whether the CPU's own BF16 GEMM multiplies, or the FP32 one.
+    """
+    monkeypatch.setattr(product, "cpu_multiplies_bf16", lambda: native)
     x, dy = bf16(f"{case}/x").requires_grad_(), bf16(f"{case}/dy")
     weight = torch.nn.Parameter(bf16(f"{case}/w"))
     single = Group.single()

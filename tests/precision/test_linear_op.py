@@ -27,6 +27,7 @@ from megatron_fp4.precision import (
     nvfp4_paper,
     quantized_linear,
 )
+from megatron_fp4.precision.backends import product
 from tests.helpers.distributed import run_distributed
 
 T, N, K = 64, 96, 128
@@ -77,12 +78,18 @@ class Linear:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_high_precision_is_a_plain_matmul(dtype: torch.dtype) -> None:
-    """With all three GEMMs in bf16 nothing but the weight gradient's type may differ from torch."""
+@pytest.mark.parametrize("native", [True, False], ids=["BF16 GEMM", "widened"])
+def test_high_precision_is_a_plain_matmul(dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all three GEMMs in bf16 nothing but the weight gradient's type may differ from torch.
+
+    Where the CPU has no BF16 instructions, torch's FP32 product rounded once takes the place of its BF16 product.
+    """
+    monkeypatch.setattr(product, "cpu_multiplies_bf16", lambda: native)
     x, w, dy = tensors(dtype)
     y, dx, dw = Linear(w, LinearPrecision()).run(x, dy)
-    assert torch.equal(y, x @ w.T)
-    assert torch.equal(dx, dy @ w)
+    wide = dtype if native else torch.float32
+    assert torch.equal(y, (x.to(wide) @ w.to(wide).T).to(dtype))
+    assert torch.equal(dx, (dy.to(wide) @ w.to(wide)).to(dtype))
     assert torch.equal(dw, dy.float().T @ x.float())
     assert y.dtype == dx.dtype == dtype
 
@@ -195,7 +202,8 @@ def test_saved_memory_is_x() -> None:
     assert saved[0].data_ptr() == x.data_ptr()
 
 
-def test_wgrad_in_compute_dtype() -> None:
+def test_wgrad_in_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "cpu_multiplies_bf16", lambda: True)
     x, w, dy = tensors()
     recipe = LinearPrecision(wgrad_output=WgradOutput.compute)
     _, _, dw = Linear(w, recipe).run(x, dy)

@@ -30,9 +30,8 @@ from megatron_fp4.precision.backends import (
     scale_bound,
     signs_for,
 )
+from megatron_fp4.precision.backends.product import Scale, scaled_matmul, widens
 from megatron_fp4.precision.spec import AmaxScope, Format, Operand, Rounding
-
-Scale = tuple[Tensor, float]  # a global scale is amax / divisor
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +97,8 @@ class EmulatedBackend:
         self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
     ) -> Tensor:
         """See `Backend.matmul`."""
-        # CPUs have no GEMM from BF16 to FP32: make operands that are still to be made in FP32, where they are as exact.
-        wide = out_dtype == torch.float32 and a.tensors[0].device.type == "cpu"
+        # operands that are still to be made are made in the type in which they will be multiplied
+        wide = widens(a.tensors[0].device, out_dtype)
         left, left_scale = self._operand(a, torch.float32 if wide else a.tensors[0].dtype)
         right, right_scale = self._operand(b, torch.float32 if wide else b.tensors[0].dtype)
         return scaled_matmul(left, right, left_scale, right_scale, out_dtype, accumulate_into)
@@ -176,42 +175,3 @@ def _ready(values: Tensor, amax: Tensor, copy: Copy) -> Prepared:
     if copy.operand.format is not Format.nvfp4:  # the other formats have no global scale
         return Prepared((values,), _Ready(copy.along))
     return Prepared((values, amax), _Ready(copy.along, 6.0 * scale_bound(copy.operand)))
-
-
-def scaled_matmul(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Scale | None,
-    b_scale: Scale | None,
-    out_dtype: torch.dtype,
-    accumulate_into: Tensor | None,
-) -> Tensor:
-    """`alpha * (a @ b.T)` with alpha = amax_a * amax_b / (divisor_a * divisor_b), in FP32, before the rounding."""
-    scalars = [scale for scale in (a_scale, b_scale) if scale is not None and scale[0].numel() == 1]
-    alpha = None
-    if scalars:
-        alpha, divisor = scalars[0][0].reshape(()), scalars[0][1]
-        if len(scalars) == 2:
-            alpha, divisor = alpha * scalars[1][0].reshape(()), divisor * scalars[1][1]
-        alpha = alpha / torch.full_like(alpha, divisor)
-    if out_dtype == torch.float64:  # sums of the proof mode: the operands are exact in FP64 as well
-        a, b = a.double(), b.double()
-    per_row = len(scalars) < sum(scale is not None for scale in (a_scale, b_scale))
-    if a.device.type == "cpu" and out_dtype == torch.bfloat16 and not per_row:
-        # oneDNN applies alpha to the FP32 accumulator. (The FP32 GEMM of MKL applies it earlier: other sums.)
-        out = torch.addmm(a.new_empty(1, 1), a, b.T, beta=0, alpha=1.0 if alpha is None else alpha.item())
-    else:
-        out = torch.mm(a, b.T) if out_dtype == torch.float64 else _matmul_fp32(a, b)
-        for scale, shape in ((a_scale, (-1, 1)), (b_scale, (1, -1))):
-            if scale is not None and scale[0].numel() > 1:
-                out = out * (scale[0].view(shape) / scale[1])
-        out = out if alpha is None else out.mul_(alpha)
-        out = out.to(out_dtype)
-    return out if accumulate_into is None else accumulate_into.add_(out)
-
-
-def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T in FP32. CUDA has a GEMM from BF16 to FP32; elsewhere the operands are widened, which is exact."""
-    if a.device.type == "cuda" and a.dtype == torch.bfloat16:
-        return torch.mm(a, b.T, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float().T)
