@@ -18,7 +18,7 @@ The arithmetic is explained in docs/numerics.md and spelled out readably in `blo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,23 +42,25 @@ def encode_scale(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     return encode, torch.ones_like(encode) / encode
 
 
-def max_of_row_lanes(blocked: Tensor, size: int) -> Tensor:
-    """max |x| over the last dimension of `[blocks, size]`, in x's dtype; NaN propagates."""
-    assert blocked.shape[1] == size  # makes the size a constant of the compiled kernel
-    if blocked.dtype == torch.bfloat16:  # compared as integers, which is twice as fast
-        bits = blocked.view(torch.int16) & 0x7FFF
-        halves = torch.maximum(bits[:, : size // 2], bits[:, size // 2 :])  # halved first, compilers vectorize the rest
-        return halves.amax(1).view(torch.bfloat16)
-    return blocked.abs().amax(1)
+def max_of_row_lanes(x: Tensor, lanes: int) -> Tensor:
+    """max |x| of each `lanes` consecutive elements of `x [n]`, in x's dtype; NaN propagates."""
+    if x.dtype == torch.bfloat16:  # compared as integers, two elements in a word
+        words = x.view(torch.int32).unflatten(0, (-1, lanes // 2))
+        pairs = torch.maximum((words >> 16) & 0x7FFF, words & 0x7FFF)
+        return _largest(pairs.unbind(1)).to(torch.int16).view(torch.bfloat16)
+    return x.unflatten(0, (-1, lanes)).abs().amax(1)
 
 
-def max_of_column_lanes(blocked: Tensor) -> Tensor:
-    """max |x| over dimension 1 of `[groups, lanes, C]`, in x's dtype; NaN propagates."""
-    lanes = blocked.abs().unbind(1)
-    largest = lanes[0]
-    for lane in lanes[1:]:
-        largest = torch.maximum(largest, lane)
-    return largest
+def max_of_column_lanes(x: Tensor, lanes: int) -> Tensor:
+    """max |x| of each `lanes` consecutive rows of `x [R, C]`: `[R/lanes, C]` in x's dtype; NaN propagates."""
+    return _largest(x.unflatten(0, (-1, lanes)).abs().unbind(1))
+
+
+def _largest(lanes: Sequence[Tensor]) -> Tensor:
+    """Elementwise, by a tree."""
+    while len(lanes) > 1:
+        lanes = [torch.maximum(a, b) for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
+    return lanes[0]
 
 
 def largest_of(block_maxima: Tensor) -> Tensor:
@@ -103,25 +105,30 @@ def noise_words(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:
     return (combine(row_a[:, None], row_b[:, None], column) >> 12) & 0xFFFFF
 
 
-def apply_e2m1(blocked: Tensor, scale: Tensor, multiplier: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
-    """Nearest-even E2M1 code * scale. scale, multiplier: FP32, broadcastable to `blocked`."""
-    assert blocked.shape[1] == lanes
-    return (rounding.round_e2m1(blocked.to(torch.float32) * multiplier) * scale).to(dtype)
+# The three below take `x [n]` (blocks of `lanes` elements) or `x [R, C]` (blocks of `lanes` rows); scale and multiplier
+# are FP32 and broadcast to `[n/lanes, lanes]` or `[R/lanes, lanes, C]`. The size of a block is an argument, so that it
+# is a constant of the compiled kernel: with a symbolic one the loops over it are not vectorized.
+
+
+def apply_e2m1(x: Tensor, scale: Tensor, multiplier: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
+    """Nearest-even E2M1 code * scale."""
+    blocked = x.unflatten(0, (-1, lanes)).to(torch.float32)
+    return (rounding.round_e2m1(blocked * multiplier) * scale).to(dtype)
 
 
 def apply_e2m1_stochastic(
-    blocked: Tensor, scale: Tensor, multiplier: Tensor, noise: Tensor, noise_unit: float, lanes: int, dtype: torch.dtype
+    x: Tensor, scale: Tensor, multiplier: Tensor, noise: Tensor, noise_unit: float, lanes: int, dtype: torch.dtype
 ) -> Tensor:
-    """Stochastically rounded E2M1 code * scale. noise: integers of blocked's shape, multiplied by `noise_unit`."""
-    assert blocked.shape[1] == lanes
-    uniform = noise.to(torch.float32) * noise_unit
-    return (rounding.round_e2m1(blocked.to(torch.float32) * multiplier, uniform) * scale).to(dtype)
+    """Stochastically rounded E2M1 code * scale. noise: integers of x's shape, multiplied by `noise_unit`."""
+    blocked = x.unflatten(0, (-1, lanes)).to(torch.float32)
+    uniform = noise.unflatten(0, (-1, lanes)).to(torch.float32) * noise_unit
+    return (rounding.round_e2m1(blocked * multiplier, uniform) * scale).to(dtype)
 
 
-def apply_e4m3(blocked: Tensor, scale: Tensor, multiplier: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
+def apply_e4m3(x: Tensor, scale: Tensor, multiplier: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
     """Nearest-even E4M3 code * scale."""
-    assert blocked.shape[1] == lanes
-    return (rounding.round_e4m3(blocked.to(torch.float32) * multiplier) * scale).to(dtype)
+    blocked = x.unflatten(0, (-1, lanes)).to(torch.float32)
+    return (rounding.round_e4m3(blocked * multiplier) * scale).to(dtype)
 
 
 def choose_four_over_six(
@@ -195,9 +202,9 @@ class Kernels:
         rows, cols = x.shape[0] // tile[0], x.shape[1] // tile[1]
         largest = x
         if tile[0] > 1:
-            largest = self.run(max_of_column_lanes, x.view(rows, tile[0], x.shape[1]))
+            largest = self.run(max_of_column_lanes, x, tile[0])
         if tile[1] > 1:
-            largest = self.run(max_of_row_lanes, largest.view(rows * cols, tile[1]), tile[1])
+            largest = self.run(max_of_row_lanes, largest.view(-1), tile[1])
         return largest.view(rows, cols)
 
     def hadamard(self, x: Tensor, size: int, signs: Tensor | None, dim: int) -> Tensor:
@@ -217,24 +224,21 @@ class Kernels:
         dtype: torch.dtype,
     ) -> Tensor:
         """code * scale in x's shape. scales: (scale, multiplier) `[R/r, C/c]`. element: "e2m1" or "e4m3"."""
-        rows, cols = x.shape[0] // tile[0], x.shape[1] // tile[1]
-        if tile[0] > 1:
-            view: tuple[int, ...] = (rows, tile[0], x.shape[1])
+        shape, lanes = x.shape, tile[0]
+        if tile[0] == 1:
+            x, lanes = x.view(-1), tile[1]
+            scale, multiplier = (part.view(-1, 1) for part in scales)
+        else:
             if tile[1] > 1:
                 scales = (scales[0].repeat_interleave(tile[1], 1), scales[1].repeat_interleave(tile[1], 1))
-            scale, multiplier = scales[0][:, None], scales[1][:, None]
-        else:
-            view = (rows * cols, tile[1])
-            scale, multiplier = scales[0].view(-1, 1), scales[1].view(-1, 1)
+            scale, multiplier = (part[:, None] for part in scales)
         if element == "e4m3":
-            return self.run(apply_e4m3, x.view(view), scale, multiplier, view[1], dtype).view(x.shape)
+            return self.run(apply_e4m3, x, scale, multiplier, lanes, dtype).view(shape)
         if words is None:
-            return self.run(apply_e2m1, x.view(view), scale, multiplier, view[1], dtype).view(x.shape)
-        noise = self.run(noise_bytes if noise_bits == 8 else noise_words, *words).view(view)
+            return self.run(apply_e2m1, x, scale, multiplier, lanes, dtype).view(shape)
+        noise = self.run(noise_bytes if noise_bits == 8 else noise_words, *words).view(x.shape)
         unit = 2.0**-noise_bits
-        return self.run(apply_e2m1_stochastic, x.view(view), scale, multiplier, noise, unit, view[1], dtype).view(
-            x.shape
-        )
+        return self.run(apply_e2m1_stochastic, x, scale, multiplier, noise, unit, lanes, dtype).view(shape)
 
     def two_level_operand(
         self,

@@ -30,12 +30,13 @@ def round_e2m1(x: Tensor, noise: Tensor | None = None) -> Tensor:
     Transformer Engine's software form (`ptx.cuh`): a sum that crosses into the next binade rounds down to its first
     grid point either way. Nearest-even rounding gives +0 for both zeros (one operation less).
     """
-    clipped = x.clamp(-E2M1_MAX, E2M1_MAX)
-    magnitude = clipped.abs()
-    small, middle = magnitude < 2.0, magnitude < 4.0
     if noise is None:
-        shift = torch.where(small, 1.5 * 2.0**22, torch.where(middle, 1.5 * 2.0**23, 1.5 * 2.0**24))
+        clipped = x.clamp(-E2M1_MAX, E2M1_MAX)
+        magnitude = clipped.abs()
+        shift = torch.where(magnitude < 2.0, 1.5 * 2.0**22, torch.where(magnitude < 4.0, 1.5 * 2.0**23, 1.5 * 2.0**24))
         return (clipped + shift) - shift
+    magnitude = x.abs().clamp(max=E2M1_MAX)
+    small, middle = magnitude < 2.0, magnitude < 4.0
     per_step = torch.where(small, 2.0, torch.where(middle, 1.0, 0.5))
     step = torch.where(small, 0.5, torch.where(middle, 1.0, 2.0))
     return torch.copysign(torch.floor(magnitude * per_step + noise) * step, x)
