@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import paired_seconds, print_table
+from benchmarks.timing import CLOCKS, paired_seconds, print_table
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.precision import (
@@ -72,6 +72,9 @@ def main() -> None:
     parser.add_argument("--outputs", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: for a busy machine, with --threads 1"
+    )
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -92,14 +95,19 @@ def main() -> None:
             nvfp4_paper(rht=False, stochastic=False), wgrad_output=WgradOutput.compute
         ),
     }
-    candidates: dict[str, Callable[[], object]] = {"torch BF16 linear": lambda: F.linear(x, plain).backward(dy)}
+    wide = [t.detach().float().requires_grad_() for t in (x, plain, dy)]
+    candidates: dict[str, Callable[[], object]] = {
+        "torch BF16 linear": lambda: F.linear(x, plain).backward(dy),
+        "torch FP32 linear": lambda: F.linear(wide[0], wide[1]).backward(wide[2]),
+    }
     made = {name: Layer(w, precision, backend, args.tokens) for name, precision in layers.items()}
     for name, layer in made.items():
         candidates[name] = lambda layer=layer: layer.step(x, dy)  # type: ignore[misc]
     renewed = Layer(w, full, backend, args.tokens)
     candidates["nvfp4 paper, FP32 wgrad, weights renewed"] = lambda: renewed.step(x, dy, new_weights=True)
-    seconds = paired_seconds(candidates, args.rounds)
-    title = f"linear {args.tokens} tokens, {args.inputs} -> {args.outputs}, forward + backward, {args.threads} threads"
+    seconds = paired_seconds(candidates, args.rounds, CLOCKS[args.clock])
+    shape = f"{args.tokens} tokens, {args.inputs} -> {args.outputs}"
+    title = f"linear {shape}, forward + backward, {args.threads} threads, {args.clock} time"
     print_table(title, seconds, "torch BF16 linear")
     for name, layer in made.items():
         print(f"saved for backward: {saved_bytes(layer, x) / x.nbytes:.4f} x the bytes of x   ({name})")

@@ -1,7 +1,6 @@
 """How long quantizing a tensor takes, as a multiple of copying it. `python -m benchmarks.quantize --help`.
 
-Rows: this project's passes, compiled and eager, and the quantizers of other projects where they are installed
-(torchao, modelopt, compressed-tensors, Transformer Engine's reference through the test oracle).
+Rows: this project's passes, compiled and eager, and with --peers the quantizers of other projects (`peers.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.timing import paired_seconds, print_table
+from benchmarks.peers import peers
+from benchmarks.timing import CLOCKS, paired_seconds, print_table
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.numerics import fused, key_of, quantize_nvfp4
 from megatron_fp4.numerics.hadamard import fixed_signs
@@ -35,30 +35,6 @@ def ours(kernels: fused.Kernels, x: Tensor, *, along: int = 1, rht: bool = False
     )
 
 
-def peers(x: Tensor) -> dict[str, Callable[[], object]]:
-    """Quantizers of other projects that are installed here."""
-    found: dict[str, Callable[[], object]] = {}
-    try:
-        from tests.numerics.te_oracle import reference_quantizer
-
-        reference = reference_quantizer(columnwise=False)
-        found["Transformer Engine reference"] = lambda: reference.quantize(x)
-    except BaseException as error:  # pytest's skip is not an Exception
-        print(f"Transformer Engine reference: {error}")
-    try:
-        from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
-
-        def torchao(quantize: Callable[..., object]) -> object:
-            return quantize(x, 16, per_tensor_amax_to_scale(x.abs().amax().float()))
-
-        compiled = torch.compile(nvfp4_quantize)
-        found["torchao, eager"] = lambda: torchao(nvfp4_quantize)
-        found["torchao, compiled"] = lambda: torchao(compiled)
-    except ImportError as error:
-        print(f"torchao: {error}")
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=4096)
@@ -66,6 +42,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: for a busy machine, with --threads 1"
+    )
     parser.add_argument("--peers", action="store_true", help="also time other projects (slow)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -86,10 +65,9 @@ def main() -> None:
     }
     if args.peers:
         candidates |= peers(x)
-    seconds = paired_seconds(candidates, args.rounds)
-    print_table(
-        f"quantize {args.rows}x{args.cols} bf16 with amax pass, {args.threads} threads", seconds, next(iter(candidates))
-    )
+    seconds = paired_seconds(candidates, args.rounds, CLOCKS[args.clock])
+    title = f"quantize {args.rows}x{args.cols} bf16 with amax pass, {args.threads} threads, {args.clock} time"
+    print_table(title, seconds, next(iter(candidates)))
 
 
 if __name__ == "__main__":

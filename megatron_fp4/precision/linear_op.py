@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
 from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.padding import padded, padded_index
 from megatron_fp4.precision.spec import LinearPrecision, WgradOutput
 
 
@@ -88,12 +89,20 @@ class _Call:
 
     def source(self, operand: str) -> Source:
         site = self.site
-        rows, cols, group = {
-            "x": (self.rows, site.k_index, site.x_group),
-            "w": (site.n_index, site.k_index, site.w_group),
-            "dy": (self.rows, site.n_index, site.dy_group),
-        }[operand]
+        t, n, k = map(padded_index, (self.rows, site.n_index, site.k_index), self.precision.padding)
+        rows, cols, group = {"x": (t, k, site.x_group), "w": (n, k, site.w_group), "dy": (t, n, site.dy_group)}[operand]
         return Source(site.name, operand, rows, cols, group, self.seed, self.step)
+
+    def quantize(self, operand: str, tensor: Tensor, copies: list[Copy]) -> tuple[Prepared, ...]:
+        """Copies of x, w or dy, padded where the precision asks for it."""
+        t, n, k = self.precision.padding
+        rows, cols = {"x": (t, k), "w": (n, k), "dy": (t, n)}[operand]
+        return self.backend.quantize(padded(tensor, rows, cols), self.source(operand), copies)
+
+    def matmul(self, a: Prepared, b: Prepared, out_dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+        """The product without its padding, of the given shape."""
+        out = self.backend.matmul(a, b, out_dtype=out_dtype)
+        return out if out.shape == shape else out[: shape[0], : shape[1]].contiguous()
 
     def weights(self, weight: Tensor) -> tuple[Prepared, Prepared]:
         """Fprop and Dgrad copies of the weight, from the cache if it holds this version."""
@@ -104,11 +113,19 @@ class _Call:
                 f"{self.clock.weights_version}) between a forward pass and its backward pass; "
                 f"Dgrad would use other weights than Fprop"
             )
-        key = (self.weights_version, fprop, dgrad, id(self.backend), weight.device, weight.dtype)
+        key = (
+            self.weights_version,
+            fprop,
+            dgrad,
+            self.precision.padding,
+            id(self.backend),
+            weight.device,
+            weight.dtype,
+        )
         if self.cache.key != key or self.cache.fprop is None or self.cache.dgrad is None:
-            copies = (Copy("fprop", fprop, along=1), Copy("dgrad", dgrad, along=0))
-            prepared = self.backend.quantize(weight.detach(), self.source("w"), copies)
-            self.cache.key, (self.cache.fprop, self.cache.dgrad) = key, prepared
+            copies = [Copy("fprop", fprop, along=1), Copy("dgrad", dgrad, along=0)]
+            self.cache.key = key
+            self.cache.fprop, self.cache.dgrad = self.quantize("w", weight.detach(), copies)
         return self.cache.fprop, self.cache.dgrad
 
 
@@ -131,13 +148,13 @@ class _Linear(torch.autograd.Function):
         copies = [Copy("fprop", call.precision.fprop.a, along=1)]
         if ctx.needs_input_grad[1]:
             copies.append(Copy("wgrad", call.precision.wgrad.b, along=0, deferred=True))
-        prepared = call.backend.quantize(_narrow(x.detach()).contiguous(), call.source("x"), copies)
+        prepared = call.quantize("x", _narrow(x.detach()).contiguous(), copies)
         ctx.call, ctx.weight = call, weight
         ctx.wgrad_x = None
         if ctx.needs_input_grad[1]:
             ctx.wgrad_x = prepared[1].with_tensors(())
             ctx.save_for_backward(*prepared[1].tensors)
-        return call.backend.matmul(prepared[0], call.weights(weight)[0], out_dtype=x.dtype)
+        return call.matmul(prepared[0], call.weights(weight)[0], x.dtype, (x.shape[0], weight.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -148,10 +165,11 @@ class _Linear(torch.autograd.Function):
         copies = [Copy("dgrad", call.precision.dgrad.a, along=1)] if need_dx else []
         if need_dw:
             copies.append(Copy("wgrad", call.precision.wgrad.a, along=0, deferred=True))
-        prepared = list(call.backend.quantize(_narrow(dy), call.source("dy"), copies))
+        prepared = list(call.quantize("dy", _narrow(dy), copies))
         dx = dw = None
         if need_dx:
-            dx = call.backend.matmul(prepared.pop(0), call.weights(ctx.weight)[1], out_dtype=dy.dtype)
+            shape = (dy.shape[0], ctx.weight.shape[1])
+            dx = call.matmul(prepared.pop(0), call.weights(ctx.weight)[1], dy.dtype, shape)
         if need_dw:
             dw = _weight_gradient(call, ctx.weight, prepared[0], ctx.wgrad_x.with_tensors(ctx.saved_tensors))
         return dx, dw, None
@@ -168,11 +186,16 @@ def _weight_gradient(call: _Call, weight: Tensor, dy: Prepared, x: Prepared) -> 
     out_dtype = torch.float32 if call.precision.wgrad_output is WgradOutput.fp32 else weight.dtype
     if main_grad is not None and main_grad.dtype == torch.float64:
         out_dtype = torch.float64
+    n, k = weight.shape
     if main_grad is None:
-        return call.backend.matmul(dy, x, out_dtype=out_dtype).to(weight.dtype)
+        return call.matmul(dy, x, out_dtype, (n, k)).to(weight.dtype)
+    fits = n % call.precision.padding[1] == 0 and k % call.precision.padding[2] == 0
 
     def compute() -> None:
-        call.backend.matmul(dy, x, out_dtype=out_dtype, accumulate_into=main_grad)
+        if fits:
+            call.backend.matmul(dy, x, out_dtype=out_dtype, accumulate_into=main_grad)
+        else:
+            main_grad.add_(call.matmul(dy, x, out_dtype, (n, k)))
         grad_ready = getattr(weight, "grad_ready", None)
         if grad_ready is not None:
             grad_ready()
@@ -202,7 +225,7 @@ def quantized_linear(
     int64 `[T]` address of each token in the global batch. The gradient of the weight is added to `weight.main_grad`
     in that tensor's type (FP32, FP64) if it exists, and `weight.grad_ready()` is called; otherwise it is returned in
     the weight's dtype as `.grad`. cache: one per weight.
-    Raises ValueError where shapes do not fit the tiles, NonFiniteError for NaN or Inf.
+    Raises ValueError where shapes do not fit the tiles and the GEMM does not pad, NonFiniteError for NaN or Inf.
     """
     call = _Call(rows, site, precision, backend, cache, queue, clock, clock.seed, clock.step, clock.weights_version)
     return _Linear.apply(x, weight, call)  # type: ignore[no-any-return]

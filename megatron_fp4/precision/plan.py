@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_fp4.precision.config import GEMMS, PrecisionConfig, Switch
+from megatron_fp4.precision.config import GEMMS, BackendName, PrecisionConfig, Switch
 from megatron_fp4.precision.spec import Gemm, LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable, Row, describe, difference
 
@@ -96,6 +96,8 @@ class PrecisionPlan:
         self.config = config
         if config.evaluation != "same":
             config.recipe(config.evaluation)
+        if config.backend is BackendName.transformer_engine:
+            _refuse_padding(config)
         table = base_table(config, linears)
         if config.recipes and table.num_quantized_gemms == 0 and any(r.quantized for r in config.recipes.values()):
             asked = ", ".join(config.recipes)
@@ -158,6 +160,15 @@ class PrecisionPlan:
                 _check_linear(info, table[info.name], tp, tokens)
 
 
+def _refuse_padding(config: PrecisionConfig) -> None:
+    for name, recipe in config.recipes.items():
+        if any(getattr(recipe, gemm).pad for gemm in GEMMS):
+            raise ValueError(
+                f"precision.recipes.{name}: pad with backend=transformer_engine, which refuses shapes that its tiles do"
+                f" not divide; remove it and change the shapes, or use backend=emulated"
+            )
+
+
 def _check_linear(info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> None:
     rows, columns = info.local_shape(tp)
     parts = {part: size // tp for part, size in info.outputs.items()} if info.column else {"": rows}
@@ -167,6 +178,8 @@ def _check_linear(info: Linear, precision: LinearPrecision, tp: int, tokens: int
         ("wgrad", [tokens], "tokens per microbatch and rank"),
     ):
         gemm: Gemm = getattr(precision, gemm_name)
+        if gemm.pad:
+            continue
         for operand in (gemm.a, gemm.b):
             sizes = [(size, operand.contraction_multiple, what) for size in contracted]
             if operand.tile and operand.tile[0] > 1:
@@ -177,5 +190,6 @@ def _check_linear(info: Linear, precision: LinearPrecision, tp: int, tokens: int
                     raise ValueError(
                         f"{info.name}: {gemm_name} in {operand.format.name} needs {label} to be a multiple of"
                         f" {multiple}, got {size} (tp = {tp}, parts {dict(info.outputs)}, {tokens} tokens); change the"
-                        f" size, use a smaller tp, or leave this linear in bf16 by a precision rule"
+                        f" size, use a smaller tp, let the recipe's GEMM `pad: true`, or leave this linear in bf16 by a"
+                        f" precision rule"
                     )

@@ -167,12 +167,18 @@ def _objections(operand: Operand) -> list[str]:
 
 @dataclass(frozen=True)
 class Gemm:
-    """The two operands of one GEMM. Raises ValueError if only one of them is transformed, or differently."""
+    """The two operands of one GEMM. pad: where the tiles do not divide the shapes, write zeros behind the tensors.
+
+    Raises ValueError if only one operand is transformed, or differently, and for padding where nothing is quantized.
+    """
 
     a: Operand = field(default_factory=Operand)
     b: Operand = field(default_factory=Operand)
+    pad: bool = False
 
     def __post_init__(self) -> None:
+        if self.pad and not self.quantized:
+            raise ValueError("pad: true on a GEMM in bf16, which takes any shape, would have no effect; leave it out")
         if (self.a.rht_size, self.a.rht_signs) != (self.b.rht_size, self.b.rht_signs):
             raise ValueError(
                 f"the Hadamard transforms of the two operands must be equal to cancel in the product: a has size "
@@ -200,6 +206,17 @@ class LinearPrecision:
     @property
     def quantized(self) -> bool:
         return self.fprop.quantized or self.dgrad.quantized or self.wgrad.quantized
+
+    @property
+    def padding(self) -> tuple[int, int, int]:
+        """Multiples to which GEMMs with `pad` extend T, N and K (1: as they are); all are powers of two."""
+        multiples = [1, 1, 1]
+        for gemm, contracted, a_rows, b_rows in ((self.fprop, 2, 0, 1), (self.dgrad, 1, 0, 2), (self.wgrad, 0, 1, 2)):
+            for operand, rows in ((gemm.a, a_rows), (gemm.b, b_rows)):
+                if gemm.pad and operand.tile is not None:
+                    multiples[contracted] = max(multiples[contracted], operand.contraction_multiple)
+                    multiples[rows] = max(multiples[rows], operand.tile[0])
+        return multiples[0], multiples[1], multiples[2]
 
 
 def nvfp4_paper(*, rht: bool = True, stochastic: bool = True, square_weights: bool = True) -> LinearPrecision:

@@ -173,6 +173,6 @@ def _over_whole_tensors(precision: LinearPrecision) -> LinearPrecision:
         return replace(operand, amax_scope=AmaxScope.tensor) if operand.amax_scope is AmaxScope.shard else operand
 
     def gemm(value: Gemm) -> Gemm:
-        return Gemm(widen(value.a), widen(value.b))
+        return replace(value, a=widen(value.a), b=widen(value.b))
 
     return replace(precision, fprop=gemm(precision.fprop), dgrad=gemm(precision.dgrad), wgrad=gemm(precision.wgrad))

@@ -161,8 +161,8 @@ def check_shape(x: Tensor, source: Source, copy: Copy) -> None:
             raise ValueError(
                 f"{source.name}: operand {source.operand} of {copy.gemm} has local shape {tuple(x.shape)}; its "
                 f"dimension of {size} must be a multiple of {multiple} (tile {operand.tile[0]}x{operand.tile[1]}, "
-                f"Hadamard size {operand.rht_size}); change the sizes or the parallel layout, or leave this "
-                f"linear in bf16"
+                f"Hadamard size {operand.rht_size}); change the sizes or the parallel layout, let the GEMM "
+                f"pad, or leave this linear in bf16"
             )
 
 
