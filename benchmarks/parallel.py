@@ -181,7 +181,6 @@ def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches:
         parallel,
         mesh.pp,
         process.device,
-        num_microbatches=num_microbatches,
     )
     rows = [_Rows(*(torch.zeros(1, 8, dtype=torch.int64) for _ in _Rows._fields)) for _ in range(num_microbatches)]
     seconds = 0.0

@@ -33,7 +33,7 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
     """`--sample` is a sample id of the run's order, as batches and the ledger name them."""
     loader = reopen(last_start(args.run))
     index = loader.plan.index_of(args.sample)
-    if int(loader.plan.ids(index, 1)[0]) != args.sample:
+    if loader.plan.id_of(index) != args.sample:
         raise ValueError(f"sample {args.sample} was skipped (data.skip has {loader.plan.skip})")
     for row in ledger(loader, index, 1):
         print(

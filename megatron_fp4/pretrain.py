@@ -154,11 +154,15 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
         console.say(describe_tokenizer(prepared.tokenizer))
     table = prepared.plan.describe()
     console.say(table)
-    accumulation = config.train.gradient_accumulation(prepared.dp)
+    accumulation = config.train.gradient_accumulation(prepared.dp, config.train.global_batch)
     console.say(
         f"global batch {config.train.global_batch} = micro batch {config.train.micro_batch} * accumulation"
         f" {accumulation} * dp {prepared.dp}; {config.tokens_per_step:,} tokens a step, {config.total_steps:,} steps"
     )
+    stages = config.stages()
+    if len(stages) > 1:
+        ramp = ", ".join(f"{stage.num_steps:,} of {stage.size}" for stage in stages)
+        console.say(f"batch-size ramp, steps and their samples: {ramp}")
     if run.resumed:
         console.say(f"resuming after step {run.resumed['step']} of {config.train.run_dir}")
     if run.changes:

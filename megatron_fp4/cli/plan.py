@@ -112,21 +112,23 @@ def run_plan(
     prepared = prepare(config, num_gpus)
     config, table = prepared.config, prepared.plan.table()
     chunks = stages_per_rank(parallel)
-    microbatches = config.train.gradient_accumulation(prepared.dp)
+    microbatches = config.train.gradient_accumulation(prepared.dp, config.train.global_batch)
     shape = PipelineShape(parallel.schedule, parallel.pp, microbatches, chunks)
     stages = split_stages(config.model, parallel.pp * chunks, parallel.stage_split)
     settings = _memory_settings(prepared, table)
     flops = count_flops(config.model, config.data.seq_length)
     costs = _rank_costs(config, stages)
-    timeline = simulate(pipeline_order(parallel, microbatches))
-    slowdown = imbalance(costs) / (1.0 - bubble(timeline))
+    timeline = simulate(pipeline_order(parallel, microbatches)) if schedule else []
+    ramp = _ramp_section(prepared)
+    slowdowns = [(stage["from_tokens"], imbalance(costs) / (1.0 - stage["bubble"])) for stage in ramp]
     return {
         "run": _run_section(prepared, num_gpus, microbatches),
+        "batch_ramp": ramp if len(ramp) > 1 else [],
         "parameters": _parameter_section(config.model, table),
         "precision": _precision_section(prepared, flops),
         "flops": flops_section(config, flops, table),
-        "pipeline": _pipeline_section(shape, stages, costs, timeline, schedule),
-        "time": time_section(prepared, flops, GPUS[gpu], num_gpus, efficiency, slowdown),
+        "pipeline": _pipeline_section(shape, stages, costs, ramp[-1]["bubble"], timeline),
+        "time": time_section(prepared, flops, GPUS[gpu], num_gpus, efficiency, slowdowns),
         "memory_per_rank": _memory_section(config, stages, settings, shape, GPUS[gpu]),
         "bytes_sent_per_step": _traffic_section(config, stages, settings, microbatches),
         "warnings": _warnings(prepared, table, settings.tokens),
@@ -156,7 +158,7 @@ def _memory_settings(prepared: Prepared, table: PrecisionTable) -> MemorySetting
         keep_documents_apart=config.data.reset_documents,
         emulated=config.precision.backend is not BackendName.transformer_engine,
         weight_copies=copies,
-        num_microbatches=config.train.gradient_accumulation(prepared.dp),
+        num_microbatches=config.train.gradient_accumulation(prepared.dp, config.train.global_batch),
     )
 
 
@@ -195,6 +197,18 @@ def _run_section(prepared: Prepared, num_gpus: int, microbatches: int) -> dict[s
     }
 
 
+def _ramp_section(prepared: Prepared) -> list[dict[str, Any]]:
+    """One entry per size of a step; one in all without a batch-size ramp. bubble: idle part by the order of actions."""
+    config, parallel = prepared.config, prepared.config.parallel
+    entries = []
+    for stage in config.stages():
+        microbatches = config.train.gradient_accumulation(prepared.dp, stage.size)
+        entry = {"from_tokens": stage.first * config.data.seq_length, "samples": stage.size, "steps": stage.num_steps}
+        idle = bubble(simulate(pipeline_order(parallel, microbatches))) if parallel.pp > 1 else 0.0
+        entries.append({**entry, "microbatches": microbatches, "bubble": idle})
+    return entries
+
+
 def _parameter_section(model: ModelConfig, table: PrecisionTable) -> dict[str, Any]:
     kinds = by_kind(model_parameters(model))
     quantized = quantized_parameters(model, [row.name for row in table.rows if row.precision.quantized])
@@ -213,17 +227,17 @@ def _precision_section(prepared: Prepared, flops: Flops) -> list[dict[str, Any]]
 
 
 def _pipeline_section(
-    shape: PipelineShape, stages: Sequence[StageRange], costs: Sequence[float], timeline: Timeline, with_timeline: bool
+    shape: PipelineShape, stages: Sequence[StageRange], costs: Sequence[float], idle: float, timeline: Timeline
 ) -> dict[str, Any]:
     section = {
         "schedule": shape.schedule if shape.num_ranks > 1 else "none",
         "blocks_per_stage": [stage.stop - stage.first for stage in stages],
         "heaviest_rank_over_mean": imbalance(costs),
-        "bubble": bubble(timeline),
+        "bubble": idle,
         "bubble_by_formula": shape.bubble,
         "bubble_formula": BUBBLES[shape.schedule],
     }
-    if with_timeline:
+    if timeline:
         section["timeline"] = [
             [{**timed.work._asdict(), "begin": timed.begin, "end": timed.end} for timed in done] for done in timeline
         ]

@@ -6,7 +6,8 @@ is not a quantized GEMM runs at the BF16 rate, which by Amdahl's law limits what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from megatron_fp4.models.count import Flops
@@ -49,34 +50,50 @@ def flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dic
     }
 
 
-def time_section(
-    prepared: Prepared, flops: Flops, gpu: Gpu, num_gpus: int, efficiency: float, slowdown: float
-) -> dict[str, Any]:
-    """Time of a step in the first phase and of the whole run through all phases; Amdahl's bound on the speed-up.
+def _integral(a: Sequence[tuple[int, float]], b: Sequence[tuple[int, float]], end: int) -> float:
+    """Of the product of two step functions, [(from where, value), ...], from 0 to `end`."""
+    starts = sorted({start for start, _ in (*a, *b) if start < end} | {end})
 
-    efficiency: assumed part of the peak rates. slowdown: factor for idle time and unequal stages.
+    def at(steps: Sequence[tuple[int, float]], place: int) -> float:
+        return [value for start, value in steps if start <= place][-1]
+
+    return sum(at(a, begin) * at(b, begin) * (stop - begin) for begin, stop in pairwise(starts))
+
+
+def time_section(
+    prepared: Prepared,
+    flops: Flops,
+    gpu: Gpu,
+    num_gpus: int,
+    efficiency: float,
+    slowdowns: Sequence[tuple[int, float]],
+) -> dict[str, Any]:
+    """Time of a step of a whole global batch in the first phase and of the whole run through all phases; Amdahl's bound
+    on the speed-up.
+
+    efficiency: assumed part of the peak rates. slowdowns: factors for idle time and unequal stages, with the token from
+    which each holds (batch-size ramp).
     """
     config, plan = prepared.config, prepared.plan
-    total = config.total_steps * config.tokens_per_step
-    starts = [*(start for start, _ in plan.phases), total]
-    per_token, all_seconds = [], 0.0
-    for number, (start, table) in enumerate(plan.phases):
+    per_token = []
+    for start, table in plan.phases:
         again = _computed_again(flops, table, config.train.recompute)
-        per_token.append(_seconds(flops_by_rate(flops, table), gpu) + _seconds(again, gpu))
-        all_seconds += per_token[-1] * (starts[number + 1] - start) / num_gpus
+        per_token.append((start, _seconds(flops_by_rate(flops, table), gpu) + _seconds(again, gpu)))
+    at_peak = _integral(per_token, [(0, 1.0)], config.run_tokens) / num_gpus
+    slowed = _integral(per_token, slowdowns, config.run_tokens) / num_gpus
     first = plan.table()
-    step = per_token[0] * config.tokens_per_step / num_gpus
-    assumed = step * slowdown / efficiency
+    step = per_token[0][1] * config.tokens_per_step / num_gpus
+    assumed = step * slowdowns[-1][1] / efficiency
     slow = flops_by_rate(flops, first)["bf16"]
     return {
         "gpu": gpu.name,
         "peak_tflops": gpu.tflops,
         "source": gpu.source,
         "step_seconds_at_peak": step,
-        "days_at_peak": all_seconds / 86400,
+        "days_at_peak": at_peak / 86400,
         "efficiency": efficiency,
         "step_seconds": assumed,
-        "days": all_seconds * slowdown / efficiency / 86400,
+        "days": slowed / efficiency / 86400,
         "tokens_per_second_per_gpu": config.tokens_per_step / assumed / num_gpus,
         "speed_up_over_bf16": flops.training / gpu.rate("bf16") / _seconds(flops_by_rate(flops, first), gpu),
         "speed_up_limit": flops.training / slow if slow else None,

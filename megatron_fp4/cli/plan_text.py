@@ -17,6 +17,7 @@ def render(report: Mapping[str, Any]) -> str:
         f" {run['steps']:,} steps, {run['total_tokens']:,} tokens",
         f"each rank: {run['microbatches_per_step']} microbatch(es) of {run['micro_batch']} a step, recompute"
         f" {run['recompute']}",
+        *_ramp(report["batch_ramp"]),
         *_parameters(report["parameters"]),
         *_precision(report["precision"]),
         *_flops(report["flops"]),
@@ -30,6 +31,18 @@ def render(report: Mapping[str, Any]) -> str:
 
 def _heading(text: str) -> list[str]:
     return ["", text]
+
+
+def _ramp(stages: list[Mapping[str, Any]]) -> list[str]:
+    if not stages:
+        return []
+    lines = _heading("Batch-size ramp (time per step and memory below are those of the last stage)")
+    for stage in stages:
+        lines.append(
+            f"  from {stage['from_tokens']:,} tokens: {stage['steps']:,} steps of {stage['samples']} samples,"
+            f" {stage['microbatches']} microbatch(es), idle {stage['bubble']:.1%}"
+        )
+    return lines
 
 
 def _parameters(section: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ something cannot be run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.local import kill_local, run_local
+from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.train.layouts import Layout, parse_layout, parse_layouts
 from megatron_fp4.train.parity import Case
 from megatron_fp4.train.resume_check import Distance, Report, Stretch, distance, run_stretch
@@ -46,6 +48,10 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    train = cases[0].config.train
+    if train.batch_ramp.ramp_samples:
+        steps = itertools.islice(steps_from(0, train.batch_ramp, train.global_batch), 2 * args.steps)
+        print(f"batch-size ramp: steps of {', '.join(str(size) for _, size in steps)} samples")
     with tempfile.TemporaryDirectory(prefix="verify-resume-") as folder:
         failed = sum(
             Check(case, layout, args.steps, Path(folder) / case.name, args.timeout).run(others) for case in cases

@@ -53,7 +53,7 @@ def check_state(state: dict[str, Any], version: int, config: DataConfig, sources
 
 def check_enough_data(config: DataConfig, streams: dict[str, SampleStream], plan: Plan, total_samples: int) -> None:
     """No source runs out of its permitted epochs within `total_samples` delivered samples."""
-    end = int(plan.ids(total_samples - 1, 1)[0]) + 1 if total_samples else 0
+    end = plan.id_of(total_samples - 1) + 1 if total_samples else 0
     for name, needed in plan.cursors_at(end).items():
         epochs = next((source.max_epochs for source in config.sources if source.name == name), 0)
         if epochs and needed > streams[name].available(epochs):

@@ -5,7 +5,8 @@ with a 63-bit hash of the step's tokens. A hash adds up over samples (modulo 2^6
 its own rows and the sum is the same for every layout.
 
 `<run>/ledger.jsonl`: a line {"config", "plan", "sources", "step", "first_sample"} at each (re)start, which voids later
-steps of earlier starts, and a line {"step", "first_sample", "num_samples", "hash"} per step. Written by one rank.
+steps of earlier starts, and a line {"step", "first_sample", "num_samples", "hash", "phase"} per step (the data
+phase of its last sample). One rank writes.
 """
 
 from __future__ import annotations
@@ -52,13 +53,15 @@ class LedgerWriter:
     def __init__(self, run_folder: str | Path, loader: Loader, *, step: int, first_sample: int) -> None:
         self._path = Path(run_folder) / LEDGER
         self._drop_half_line()
-        self._lines = AppendFile(self._path)
+        self._lines, self._plan = AppendFile(self._path), loader.plan
         fingerprints = {name: stream.source.fingerprint for name, stream in loader.streams.items()}
         start = {"step": step, "first_sample": first_sample, "config": _absolute(dataclasses.asdict(loader.config))}
         self._lines.add({**start, "plan": loader.plan.to_json(), "sources": fingerprints})
 
     def add(self, step: int, first_sample: int, num_samples: int, hash_of_step: int) -> None:
-        self._lines.add({"step": step, "first_sample": first_sample, "num_samples": num_samples, "hash": hash_of_step})
+        phase = self._plan.segments[self._plan.segment_of(self._plan.id_of(first_sample + num_samples - 1))].phase
+        line = {"step": step, "first_sample": first_sample, "num_samples": num_samples, "hash": hash_of_step}
+        self._lines.add({**line, "phase": phase})
 
     def _drop_half_line(self) -> None:
         """What a killed run may have left at the end."""

@@ -97,8 +97,7 @@ class Loader:
 
     def state_dict(self, consumed_samples: int) -> dict[str, Any]:
         """Small and JSON-able: all that a resume needs beside the config. Same on every rank."""
-        next_id = int(self.plan.ids(consumed_samples, 1)[0])
-        cursors = self.plan.cursors_at(next_id)
+        cursors = self.plan.cursors_at(self.plan.id_of(consumed_samples))
         return {
             "version": STATE_VERSION,
             "consumed_samples": consumed_samples,
@@ -182,7 +181,7 @@ def build_loader(
     if state is not None:
         check_state(state, STATE_VERSION, config, {name: s.source for name, s in streams.items()})
         past = Plan.from_json(state["plan"])
-        plan = past.continued(plan, int(past.ids(state["consumed_samples"], 1)[0]))
+        plan = past.continued(plan, past.id_of(state["consumed_samples"]))
     if total_samples is not None:
         check_enough_data(config, streams, plan, total_samples)
     return Loader(

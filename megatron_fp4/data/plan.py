@@ -10,6 +10,7 @@ Two numbers: a sample's `id` is its place in the order before skipping; its `ind
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,12 @@ class Segment:
         counts = self.schedule.counts(sample - self.first)
         taken = {n: self.cursors.get(n, 0) + int(c) for n, c in zip(self.sources, counts, strict=True)}
         return {**self.cursors, **taken}
+
+    def describe(self, seq_length: int) -> str:
+        """One line: name, first token of the order, share of every source."""
+        total = sum(self.weights)
+        shares = ", ".join(f"{name} {w / total:.6g}" for name, w in zip(self.sources, self.weights, strict=True))
+        return f"data phase {self.phase!r} from token {self.first * seq_length:,} on: {shares}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -108,8 +115,12 @@ class Plan:
             out[out >= begin] += end - begin
         return out
 
+    def id_of(self, index: int) -> int:
+        """Of delivered sample `index`."""
+        return int(self.ids(index, 1)[0])
+
     def index_of(self, sample_id: int) -> int:
-        """Delivered samples before `sample_id`: the inverse of `ids`."""
+        """Delivered samples before `sample_id`: the inverse of `id_of`."""
         return sample_id - sum(max(0, min(end, sample_id) - begin) for begin, end in self.skip)
 
     def locate(self, ids: NDArray[np.int64]) -> list[tuple[str, int]]:
@@ -125,9 +136,13 @@ class Plan:
                 out[row] = (name, segment.cursors.get(name, 0) + rank)
         return out
 
+    def segment_of(self, sample_id: int) -> int:
+        """Number of the segment that holds the sample."""
+        return bisect.bisect_right([segment.first for segment in self.segments], sample_id) - 1
+
     def cursors_at(self, sample_id: int) -> dict[str, int]:
         """Samples of every source among the ids before `sample_id` (skipped ones count as used up)."""
-        return [s for s in self.segments if s.first <= sample_id][-1].cursors_at(sample_id)
+        return self.segments[self.segment_of(sample_id)].cursors_at(sample_id)
 
     def to_json(self) -> dict[str, Any]:
         return {"segments": [s.to_json() for s in self.segments], "skip": [list(r) for r in self.skip]}

@@ -1,22 +1,21 @@
-"""Batch-size ramp: which samples step n takes, as arithmetic on consumed samples.
+"""Batch-size ramp: how many samples a step takes, as arithmetic on the samples consumed before it.
 
-One idea: the global sample order does not know the batch size, so a ramp is only a list of (steps, size) levels.
-`step_samples` is a closed form per level: trainer, prefetcher and audit ledger ask it the same question.
+One idea: the global sample order does not know the batch size, so the size of a step is a function of the number of
+consumed samples, like the learning rate. A resume, a rollback or a batch size changed on the way needs no other state.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
 class BatchRampConfig:
-    """Start at `start_samples`, add `increment_samples` at equal intervals over the first `ramp_samples`; 0 = off.
-
-    As in Megatron's --rampup-batch-size: each level lasts ramp_samples / number of increments, rounded up to whole
-    steps.
+    """From `start_samples`, one `increment_samples` more at equal intervals of consumed samples, up to the global batch
+    at `ramp_samples`; 0 = off. As Megatron's --rampup-batch-size: a step that begins before an interval ends still has
+    the interval's size.
     """
 
     start_samples: int = 0
@@ -24,33 +23,77 @@ class BatchRampConfig:
     ramp_samples: int = 0
 
 
-def ramp_levels(ramp: BatchRampConfig, global_batch: int) -> list[tuple[int, int]]:
-    """[(steps, samples per step), ...]; the last level, of `global_batch`, has steps = -1 (no end)."""
+class BatchStage(NamedTuple):
+    """`num_steps` steps of `size` samples each, from sample `first` of the run on."""
+
+    first: int
+    size: int
+    num_steps: int
+
+    @property
+    def end(self) -> int:
+        return self.first + self.size * self.num_steps
+
+
+def check_ramp(ramp: BatchRampConfig, global_batch: int) -> None:
+    """Raise ValueError, with the numbers, for a ramp that has no effect or does not lead to `global_batch`."""
+    start, increment = ramp.start_samples, ramp.increment_samples
     if not ramp.ramp_samples:
-        if ramp.start_samples or ramp.increment_samples:
-            raise ValueError(f"the batch ramp {ramp} has ramp_samples=0, so its other fields have no effect")
-        return [(-1, global_batch)]
-    rise = global_batch - ramp.start_samples
-    if ramp.start_samples < 1 or ramp.increment_samples < 1 or rise <= 0 or rise % ramp.increment_samples:
+        if start or increment:
+            raise ValueError(
+                f"train.batch_ramp.start_samples = {start} and increment_samples = {increment} have no effect with"
+                " ramp_samples = 0 (off); set train.batch_ramp.ramp_samples, or remove them"
+            )
+        return
+    if min(start, increment, ramp.ramp_samples) < 1:
         raise ValueError(
-            f"a batch ramp from {ramp.start_samples} to {global_batch} needs a whole number of increments of "
-            f"{ramp.increment_samples}"
+            f"train.batch_ramp: start_samples = {start}, increment_samples = {increment} and ramp_samples ="
+            f" {ramp.ramp_samples} must be positive (ramp_samples = 0 turns the ramp off)"
         )
-    increments = rise // ramp.increment_samples
-    sizes = [ramp.start_samples + i * ramp.increment_samples for i in range(increments)]
-    return [*((-(-ramp.ramp_samples // (increments * size)), size) for size in sizes), (-1, global_batch)]
+    if start >= global_batch or (global_batch - start) % increment:
+        raise ValueError(
+            f"train.batch_ramp: {start} + a whole number of increments of {increment} must reach train.global_batch ="
+            f" {global_batch}; change start_samples or increment_samples"
+        )
 
 
-def step_samples(step: int, ramp: BatchRampConfig, global_batch: int) -> tuple[int, int]:
-    """(first sample, number of samples) of 0-based step `step`: what `Loader.batch` takes."""
-    first = 0
-    for steps, size in ramp_levels(ramp, global_batch):
-        if steps < 0 or step < steps:
-            return first + step * size, size
-        step, first = step - steps, first + steps * size
-    raise AssertionError("the last level has no end")
+def batch_sizes(ramp: BatchRampConfig, global_batch: int) -> list[int]:
+    """Every size that a step may have, ascending; `global_batch` is the last."""
+    if not ramp.ramp_samples:
+        return [global_batch]
+    return list(range(ramp.start_samples, global_batch + 1, ramp.increment_samples))
 
 
-def steps_from(step: int, ramp: BatchRampConfig, global_batch: int) -> Iterator[tuple[int, int]]:
-    """(first sample, number of samples) of `step`, `step` + 1, ... without end: the prefetcher's list."""
-    return (step_samples(n, ramp, global_batch) for n in itertools.count(step))
+def batch_size(consumed: int, ramp: BatchRampConfig, global_batch: int) -> int:
+    """Samples of the step that begins after `consumed` samples."""
+    if consumed >= ramp.ramp_samples:
+        return global_batch
+    rise = (global_batch - ramp.start_samples) // ramp.increment_samples
+    return ramp.start_samples + consumed * rise // ramp.ramp_samples * ramp.increment_samples
+
+
+def batch_stages(first: int, end: int, ramp: BatchRampConfig, global_batch: int) -> list[BatchStage]:
+    """The whole steps from sample `first` that fit before sample `end`, those of one size together."""
+    stages: list[BatchStage] = []
+    while True:
+        size = batch_size(first, ramp, global_batch)
+        steps = (end - first) // size
+        if size < global_batch:
+            rise = (global_batch - ramp.start_samples) // ramp.increment_samples
+            number = (size - ramp.start_samples) // ramp.increment_samples + 1
+            next_size_at = -(-number * ramp.ramp_samples // rise)
+            steps = min(steps, -(-(next_size_at - first) // size))
+        if steps < 1:
+            return stages
+        stages.append(BatchStage(first, size, steps))
+        first = stages[-1].end
+        if size == global_batch:
+            return stages
+
+
+def steps_from(consumed: int, ramp: BatchRampConfig, global_batch: int) -> Iterator[tuple[int, int]]:
+    """(first sample, number of samples), what `Loader.batch` takes, of the steps after `consumed` samples, endless."""
+    while True:
+        size = batch_size(consumed, ramp, global_batch)
+        yield consumed, size
+        consumed += size

@@ -7,7 +7,7 @@ process bit for bit (torch 2.13):
     dw_builder              zero-bubble schedules take the queued weight gradients of exactly the microbatch whose
                             backward has just run; without it a custom Function computes both gradients twice
     scale_grads=False       the caller normalises the loss
-    one shape per engine    receive buffers are made once
+    one shape per engine    receive buffers are made once per number of microbatches
 
 Evaluation does not go through a schedule: one microbatch passes through the stages, forward only.
 
@@ -72,8 +72,9 @@ class StageShapes:
 class PipelineEngine(Generic[Module]):
     """Runs this rank's stages over microbatches; the interface of `train.step.Engine`.
 
-    modules: this rank's stages, in the order of `stages_of_rank`. wgrads: one switch per stage. Raises ValueError (from
-    torch) for a number of microbatches that `schedules.check_pipeline` would have refused.
+    modules: this rank's stages, in the order of `stages_of_rank`. wgrads: one switch per stage. The number of
+    microbatches may change between steps (a batch-size ramp); `train` raises ValueError (from torch) for one that
+    `schedules.check_pipeline` would have refused.
     """
 
     def __init__(
@@ -85,8 +86,6 @@ class PipelineEngine(Generic[Module]):
         config: ParallelConfig,
         pp: Group,
         device: torch.device,
-        *,
-        num_microbatches: int,
     ) -> None:
         self.stages = list(modules)
         self._numbers = stages_of_rank(pp.rank, config)
@@ -94,25 +93,20 @@ class PipelineEngine(Generic[Module]):
         assert len(self.stages) == len(wgrads) == len(self._numbers), f"{len(self.stages)} stages, {self._numbers}"
         self.reports_loss = self._last in self._numbers
         self._loss, self._shapes, self._config = loss, shapes, config
-        self._pp, self._device, self._num_microbatches = pp, device, num_microbatches
+        self._pp, self._device, self._num_microbatches = pp, device, 0
         self._scale = 1.0
-        rule = schedule_rule(config.schedule)
+        self._rule, self._wgrads = schedule_rule(config.schedule), list(wgrads)
         for wgrad in wgrads:
-            wgrad.enable(rule.defers_wgrad)
-        stages = [
-            self._make_stage(number, module, wgrad.take if rule.defers_wgrad else None)
-            for number, module, wgrad in zip(self._numbers, modules, wgrads, strict=True)
-        ]
-        one_stage = rule.stages == 1 and not rule.and_more
-        self._schedule: Any = rule.factory(
-            stages[0] if one_stage else stages, num_microbatches, loss_fn=self._scaled_loss, scale_grads=False
-        )
+            wgrad.enable(self._rule.defers_wgrad)
+        self._schedule: Any = None
 
     def train(
         self, microbatches: Sequence[Microbatch], scale: float, before_last_backward: Callable[[], None]
     ) -> Tensor:
         """See `train.step.Engine`. before_last_backward is called before the schedule begins: microbatches overlap."""
-        assert len(microbatches) == self._num_microbatches, f"{len(microbatches)}, made for {self._num_microbatches}"
+        if len(microbatches) != self._num_microbatches:
+            self._num_microbatches = len(microbatches)
+            self._schedule = self._make_schedule()
         self._scale = scale
         before_last_backward()
         losses: list[Tensor] = []
@@ -159,6 +153,18 @@ class PipelineEngine(Generic[Module]):
     def _peer(self, stage: int) -> int:
         """Global rank that holds `stage`."""
         return self._pp.ranks[rank_of_stage(stage, self._config)]
+
+    def _make_schedule(self) -> Any:
+        """torch's schedule with new stages, which hold the receive buffers of as many microbatches."""
+        rule = self._rule
+        stages = [
+            self._make_stage(number, module, wgrad.take if rule.defers_wgrad else None)
+            for number, module, wgrad in zip(self._numbers, self.stages, self._wgrads, strict=True)
+        ]
+        one_stage = rule.stages == 1 and not rule.and_more
+        return rule.factory(
+            stages[0] if one_stage else stages, self._num_microbatches, loss_fn=self._scaled_loss, scale_grads=False
+        )
 
     def _make_stage(
         self, number: int, module: nn.Module, take: Callable[[], Callable[[], None]] | None

@@ -82,7 +82,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     """Check the whole configuration in one process. Raises ValueError (or FileNotFoundError) with the remedy."""
     dp = config.parallel.resolve_dp(world_size)
     config.check_timeouts(world_size)
-    num_stages = check_pipeline(config.parallel, config.train.gradient_accumulation(dp))
+    num_stages = _check_batches(config, dp)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     if config.model.vocab_size == 0:
         if tokenizer is None:
@@ -119,6 +119,19 @@ def check_machine(config: RunConfig, device: torch.device) -> None:
         check_kernels(config, device)
 
 
+def _check_batches(config: RunConfig, dp: int) -> int:
+    """Stages of the pipeline, after every size of a step was checked against layout and schedule."""
+    num_stages, sizes = 0, config.train.batch_sizes
+    for samples in sizes:
+        try:
+            num_stages = check_pipeline(config.parallel, config.train.gradient_accumulation(dp, samples))
+        except ValueError as error:
+            if len(sizes) == 1:
+                raise
+            raise ValueError(f"train.batch_ramp, steps of {samples} samples: {error}") from None
+    return num_stages
+
+
 def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> Backend:
     """The backend that `precision.backend` names. watch: records NaN and Inf instead of raising."""
     if config.backend is BackendName.reference:
@@ -145,7 +158,7 @@ def open_data(prepared: Prepared, dp_rank: int, state: dict[str, Any] | None = N
     loader = build_loader(
         config.data,
         global_batch=config.train.global_batch,
-        total_samples=config.total_steps * config.train.global_batch,
+        total_samples=config.run_samples,
         vocab_size=vocab_size,
         tokenizer_fingerprint=fingerprint,
         state=state,

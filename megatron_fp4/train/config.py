@@ -10,6 +10,7 @@ from enum import Enum
 from megatron_fp4.checkpoint import CheckpointConfig
 from megatron_fp4.comm.mesh import ParallelConfig
 from megatron_fp4.data.config import DataConfig
+from megatron_fp4.data.ramp import BatchRampConfig, BatchStage, batch_size, batch_sizes, batch_stages, check_ramp
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim.config import OptimConfig
@@ -76,6 +77,7 @@ class SpikeConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """run_dir: where checkpoints, metrics and the resolved configuration go. micro_batch, global_batch: in sequences.
+    batch_ramp: smaller steps at the beginning, up to global_batch (data/ramp.py); off by default.
     total_tokens: length of the run, rounded down to whole steps (`RunConfig.run_tokens`).
     stop_after_steps: stop (and save) at that step without changing any schedule; 0 = run to the end.
     exit_after_seconds: save and exit for requeue after so much wall clock; 0 = never.
@@ -88,6 +90,7 @@ class TrainConfig:
     seed: int = 1234
     micro_batch: int = 1
     global_batch: int = 8
+    batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     total_tokens: float = 1e6
     recompute: Recompute = Recompute.none
     resume: Resume = Resume.auto
@@ -117,15 +120,26 @@ class TrainConfig:
             )
         if self.total_tokens < 1 or self.total_tokens != int(self.total_tokens):
             raise ValueError(f"train.total_tokens = {self.total_tokens}, must be a positive whole number")
+        check_ramp(self.batch_ramp, self.global_batch)
 
-    def gradient_accumulation(self, dp: int) -> int:
-        """Microbatches per step and rank. Raises ValueError with the equation if the batch does not divide."""
-        count, rest = divmod(self.global_batch, self.micro_batch * dp)
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every number of samples that a step may take, ascending; one without a ramp."""
+        return batch_sizes(self.batch_ramp, self.global_batch)
+
+    def batch_at(self, consumed_samples: int) -> int:
+        """Samples of the step that begins there."""
+        return batch_size(consumed_samples, self.batch_ramp, self.global_batch)
+
+    def gradient_accumulation(self, dp: int, samples: int) -> int:
+        """Microbatches per rank of a step of `samples`. Raises ValueError with the equation if they do not divide."""
+        count, rest = divmod(samples, self.micro_batch * dp)
         if rest or not count:
             raise ValueError(
                 "global_batch = micro_batch * gradient_accumulation * dp does not hold:"
-                f" {self.global_batch} is not a multiple of {self.micro_batch} * {dp} = {self.micro_batch * dp};"
-                " change train.global_batch, train.micro_batch or the layout"
+                f" {samples} is not a multiple of {self.micro_batch} * {dp} = {self.micro_batch * dp};"
+                f" change {'train.batch_ramp' if self.batch_ramp.ramp_samples else 'train.global_batch'},"
+                " train.micro_batch or the layout"
             )
         return count
 
@@ -155,30 +169,42 @@ class RunConfig:
 
     @property
     def tokens_per_step(self) -> int:
+        """Of a whole global batch."""
         return self.train.global_batch * self.data.seq_length
+
+    def stages(self, consumed_samples: int = 0) -> list[BatchStage]:
+        """The steps from there to the end of the run, by size; several with a batch-size ramp."""
+        end = int(self.train.total_tokens) // self.data.seq_length
+        return batch_stages(consumed_samples, end, self.train.batch_ramp, self.train.global_batch)
 
     @property
     def total_steps(self) -> int:
-        return int(self.train.total_tokens) // self.tokens_per_step
+        return sum(stage.num_steps for stage in self.stages())
+
+    @property
+    def run_samples(self) -> int:
+        """Samples of the whole steps. Raises ValueError if no step of a whole global batch fits."""
+        stages, train = self.stages(), self.train
+        if not stages or stages[-1].size < train.global_batch:
+            ramp = train.batch_ramp.ramp_samples
+            before = f"the batch ramp of {ramp} samples and " if ramp else ""
+            raise ValueError(
+                f"train.total_tokens = {train.total_tokens:g} is less than {before}one step: train.global_batch *"
+                f" data.seq_length = {train.global_batch} * {self.data.seq_length} = {self.tokens_per_step}"
+                + (f", the ramp {ramp * self.data.seq_length} tokens; shorten train.batch_ramp" if ramp else "")
+            )
+        return stages[-1].end
 
     @property
     def run_tokens(self) -> int:
-        """Tokens of the whole steps; the learning rate and the precision schedule are functions of it.
+        """Of `run_samples`; the learning rate and the precision schedule are functions of it."""
+        return self.run_samples * self.data.seq_length
 
-        Raises ValueError if not even one step fits.
-        """
-        if self.total_steps < 1:
-            raise ValueError(
-                f"train.total_tokens = {self.train.total_tokens:g} is less than one step: train.global_batch *"
-                f" data.seq_length = {self.train.global_batch} * {self.data.seq_length} = {self.tokens_per_step}"
-            )
-        return self.total_steps * self.tokens_per_step
-
-    @property
-    def last_step(self) -> int:
-        """The step at which this run stops."""
+    def last_step(self, step: int, consumed_samples: int) -> int:
+        """The step at which this run stops, which has made `step` steps of `consumed_samples` samples in all."""
+        last = step + sum(stage.num_steps for stage in self.stages(consumed_samples))
         stop = self.train.stop_after_steps
-        return min(stop, self.total_steps) if stop else self.total_steps
+        return min(stop, last) if stop else last
 
     def check_timeouts(self, world_size: int) -> None:
         """What names a culprit must come before the process groups' time-out, which names none. Raises ValueError."""

@@ -9,6 +9,7 @@ means, shrink.py makes a small model of a large one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
 from megatron_fp4.data.batch import Batch
+from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
@@ -97,10 +99,11 @@ def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: Paral
 
 
 def synthetic_inputs(case: Case, mesh: ParallelMesh, step: int, device: torch.device) -> tuple[Inputs, int]:
-    """This rank's share of a random global batch, and the number of targets in the whole of it."""
+    """This rank's share of step `step`'s random batch, and the number of targets in the whole of it."""
     train, S = case.config.train, case.config.data.seq_length
     random = torch.Generator().manual_seed(1000 * train.seed + step)
-    shape = (train.global_batch, S)
+    _, num_samples = next(itertools.islice(steps_from(0, train.batch_ramp, train.global_batch), step, None))
+    shape = (num_samples, S)
     ids = torch.randint(case.config.model.vocab_size, (shape[0], S + 1), generator=random)
     starts = torch.rand(shape, generator=random) < 4.0 / S  # about four more documents in a sample
     documents = starts.cumsum(1)

@@ -10,6 +10,7 @@ tied embeddings, gating, documents, dropout), not per size. So kinds are kept an
     widths      the smallest that every recipe and every layout divide
     vocabulary  101, which no tensor-parallel size divides, unless the head is quantized
     tokens      samples of 64 tokens or more; microbatches of one sample; a global batch that suits every layout
+    batch ramp  if there is one: two steps of that batch, one of twice and one of three times it, then four times
     learning    the rate is constant, at most 1e-4: larger steps amplify rounding, not bugs
     kernels     torch's, whatever the run uses: the layouts are tried on CPUs
 
@@ -23,6 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_fp4.data.ramp import BatchRampConfig, batch_sizes
 from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.pipeline.schedules import check_pipeline
@@ -30,7 +32,7 @@ from megatron_fp4.precision.config import ComputeDtype
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.spec import AmaxScope, Gemm, LinearPrecision, Operand
 from megatron_fp4.precision.table import PrecisionTable, Row
-from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.config import RunConfig, TrainConfig
 from megatron_fp4.train.layouts import Layout
 from megatron_fp4.train.parity import Case
 from megatron_fp4.train.requirements import by_torch
@@ -66,7 +68,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
         model=model,
         optim=replace(config.optim, lr=min(config.optim.lr, MAX_LR), min_lr=0.0),
         data=replace(config.data, seq_length=_seq_length(divisors)),
-        train=replace(config.train, micro_batch=1, global_batch=_global_batch(layouts)),
+        train=_small_train(config.train, layouts),
     )
     rows = _small_table(table, picked, model_linears(model))
     high = PrecisionTable(tuple(replace(row, precision=LinearPrecision()) for row in rows))
@@ -137,12 +139,16 @@ def _seq_length(by: _Divisors) -> int:
     return max(64, 2 * by.cp * by.unit)
 
 
-def _global_batch(layouts: Sequence[Layout]) -> int:
-    """The smallest, from 4 samples on, that every layout accepts."""
+def _small_train(full: TrainConfig, layouts: Sequence[Layout]) -> TrainConfig:
+    """The smallest batches, from 4 samples on, that every layout accepts."""
     step = math.lcm(*(layout.parallel.dp for layout in layouts))
     for batch in range(step, MAX_GLOBAL_BATCH + 1, step):
-        if batch >= 4 and all(_suits(layout, batch) for layout in layouts):
-            return batch
+        ramp, largest = BatchRampConfig(), batch
+        if full.batch_ramp.ramp_samples:
+            ramp, largest = BatchRampConfig(batch, batch, 6 * batch), 4 * batch
+        sizes = batch_sizes(ramp, largest)
+        if batch >= 4 and all(_suits(layout, size) for layout in layouts for size in sizes):
+            return replace(full, micro_batch=1, global_batch=largest, batch_ramp=ramp)
     names = ", ".join(layout.name for layout in layouts)
     raise ValueError(f"no global batch up to {MAX_GLOBAL_BATCH} suits all of {names}; check them in several calls")
 

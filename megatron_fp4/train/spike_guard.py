@@ -47,7 +47,7 @@ class SpikeGuard:
 
     def roll_back(self, request: RollBack, done: Progress) -> Progress:
         """Back to a checkpoint; returns its progress. done: before the step that spiked last. Collective."""
-        consumed = done.consumed_samples + self._run.config.train.global_batch
+        consumed = done.consumed_samples + self._run.config.train.batch_at(done.consumed_samples)
         meta, (first, end) = roll_back(self._run, request.first_step, consumed)
         self._ladder.rolled_back(meta.get(SAVED) or {})
         self._log(request.last_step, Action.roll_back, to_step=meta["step"], skipped_samples=[first, end])

@@ -23,15 +23,16 @@ class Throughput:
     def __init__(self, config: RunConfig, num_devices: int, device: torch.device) -> None:
         self.gpu: Gpu | None = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._flops = count_flops(config.model, config.data.seq_length)
-        self._tokens = config.tokens_per_step
-        self._tokens_per_device = config.tokens_per_step / num_devices
+        self._num_devices = num_devices
 
-    def metrics(self, phases: Phases, table: PrecisionTable) -> dict[str, float]:
-        """Of the last step. tflops: of the model (no recomputation), per device. mfu, mfu_mixed: 0 to 1."""
-        seconds = phases.step_seconds()
-        flops_per_second = self._flops.training * self._tokens_per_device / seconds
+    def metrics(self, phases: Phases, table: PrecisionTable, tokens: int) -> dict[str, float]:
+        """Of the last step, of `tokens` tokens. tflops: of the model (no recomputation), per device. mfu, mfu_mixed: 0
+        to 1.
+        """
+        seconds, tokens_per_device = phases.step_seconds(), tokens / self._num_devices
+        flops_per_second = self._flops.training * tokens_per_device / seconds
         found = {
-            "tokens_per_second": self._tokens / seconds,
+            "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_wait_seconds": phases.seconds("data"),
             "tflops": flops_per_second / 1e12,
@@ -40,7 +41,7 @@ class Throughput:
             gpu = self.gpu
             at_peak = sum(value / gpu.rate(rate) for rate, value in flops_by_rate(self._flops, table).items())
             found["mfu"] = flops_per_second / gpu.rate("bf16")
-            found["mfu_mixed"] = at_peak * self._tokens_per_device / seconds
+            found["mfu_mixed"] = at_peak * tokens_per_device / seconds
         return found
 
     def describe(self) -> str:

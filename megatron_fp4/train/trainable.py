@@ -73,7 +73,6 @@ def build_trainable(
         config.parallel,
         mesh.pp,
         device,
-        num_microbatches=config.train.gradient_accumulation(mesh.dp.size),
     )
     return Trainable(clock, engine, optimizer)
 

@@ -8,6 +8,7 @@ consumed samples, so the state of the loop is two integers and a resume needs no
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -17,11 +18,13 @@ from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ledger import LedgerWriter, step_hash
 from megatron_fp4.data.prefetch import Prefetcher
+from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.optim import StepReport, learning_rate
 from megatron_fp4.precision import table as precision_table
 from megatron_fp4.precision.backends import NonFiniteEvent
 from megatron_fp4.train.build import Run
 from megatron_fp4.train.console import Console
+from megatron_fp4.train.data_changes import DataChanges
 from megatron_fp4.train.evaluate import assign, evaluate
 from megatron_fp4.train.exchange import StepMessage, exchange
 from megatron_fp4.train.inputs import make_inputs
@@ -54,6 +57,7 @@ class Trainer:
         self._precision_phase = -1
         self._saves = Saves(run, metrics, console)
         self._guard = SpikeGuard(run, console)
+        self._changes = DataChanges(run, console)
         self._throughput = Throughput(self.config, run.mesh.world.size, run.device)
         self._ledger = self._open_ledger()
 
@@ -70,7 +74,7 @@ class Trainer:
         with Watchdog(self.phases, self.run.mesh.world, self.config.train.hang_timeout_seconds, saving):
             self.console.say(self._throughput.describe())
             stop = False
-            while self.progress.step < self.config.last_step and not stop:
+            while self.progress.step < self._last_step and not stop:
                 try:
                     stop = self._train()
                 except RollBack as request:
@@ -86,16 +90,18 @@ class Trainer:
 
     def _train(self) -> bool:
         """Steps to the end, or until a rank asks to stop (then True)."""
-        size, done = self.config.train.global_batch, self.progress
-        self.console.start(done.step, self.config.last_step)
-        to_come = [(done.consumed_samples + n * size, size) for n in range(self.config.last_step - done.step)]
+        train, done, last_step = self.config.train, self.progress, self._last_step
+        self.console.start(done.step, last_step)
+        num_steps = last_step - done.step
+        to_come = itertools.islice(steps_from(done.consumed_samples, train.batch_ramp, train.global_batch), num_steps)
         with Prefetcher(self.run.loader, to_come, depth=self.config.data.prefetch_batches) as batches:
-            for _ in to_come:
+            for _ in range(num_steps):
                 step = self.progress.step + 1
-                measured = is_due(step, self.config.train.straggler_interval_steps, self.run.mesh.world)
+                measured = is_due(step, train.straggler_interval_steps, self.run.mesh.world)
                 self.phases.begin(step, exact=measured)
                 self.phases.enter("data")
-                stop = self._step(next(batches).batch)
+                made = next(batches)
+                stop = self._step(made.batch, made.num_samples)
                 if measured:
                     self._report_stragglers()
                 self._after_step()
@@ -105,11 +111,19 @@ class Trainer:
 
     # -- one step -------------------------------------------------------------------------------------------------
 
-    def _step(self, batch: Batch) -> bool:
-        """One optimizer step; returns whether any rank asked to stop. Raises RollBack on all ranks."""
+    @property
+    def _last_step(self) -> int:
+        return self.config.last_step(self.progress.step, self.progress.consumed_samples)
+
+    def _step(self, batch: Batch, num_samples: int) -> bool:
+        """One optimizer step; returns whether any rank asked to stop. Raises RollBack on all ranks.
+
+        batch: this rank's rows of the step's `num_samples` samples.
+        """
         run, config, enter = self.run, self.config, self.phases.enter
         enter("forward_backward")
         self._enter_precision_phase()
+        self._changes.enter(self.progress, num_samples)
         run.clock.step = self.progress.step
         inputs = make_inputs(batch, run.mesh.cp, run.device)
         run.optimizer.zero_grad()
@@ -128,21 +142,21 @@ class Trainer:
         agreed = exchange(message, run.mesh, run.device)
         run.optimizer.grad_norm()
         enter("update")
-        report = self._update(agreed.loss)
+        report = self._update(agreed.loss, num_samples)
         enter("log")
         if self._ledger:
             done = self.progress
-            self._ledger.add(done.step + 1, done.consumed_samples, config.train.global_batch, agreed.tokens_hash)
+            self._ledger.add(done.step + 1, done.consumed_samples, num_samples, agreed.tokens_hash)
         self.progress.step += 1
-        self.progress.consumed_samples += config.train.global_batch
+        self.progress.consumed_samples += num_samples
         self._count(report, events, batch)
-        self._log(agreed.loss, report)
+        self._log(agreed.loss, report, num_samples)
         return agreed.stop
 
-    def _update(self, loss: float) -> StepReport:
+    def _update(self, loss: float, num_samples: int) -> StepReport:
         """The optimizer step, unless the loss is a spike: then no state changes."""
         optimizer, config = self.run.optimizer, self.config
-        tokens = (self.progress.consumed_samples + config.train.global_batch) * config.data.seq_length
+        tokens = (self.progress.consumed_samples + num_samples) * config.data.seq_length
         lr = learning_rate(config.optim, tokens, config.run_tokens)
         if not self._guard.passes(loss, self.progress):
             return StepReport(lr, optimizer.grad_norm(), 0.0, skipped=True)
@@ -178,7 +192,8 @@ class Trainer:
     def _after_step(self) -> None:
         train, step = self.config.train, self.progress.step
         self.run.observers.write_statistics(step, self.metrics)
-        if train.eval_interval_steps and (step % train.eval_interval_steps == 0 or step == self.config.total_steps):
+        ended = not self.config.stages(self.progress.consumed_samples)
+        if train.eval_interval_steps and (step % train.eval_interval_steps == 0 or ended):
             self._evaluate()
         if train.save_interval_steps and step % train.save_interval_steps == 0:
             self._save()
@@ -200,10 +215,11 @@ class Trainer:
         self.metrics.write(self.progress.step, found)
         self.console.say(f"step {self.progress.step}: {describe(found)}")
 
-    def _log(self, loss: float, report: StepReport) -> None:
+    def _log(self, loss: float, report: StepReport, num_samples: int) -> None:
         run, table = self.run, self.run.plan.table(self._precision_phase)
         values = {"loss": loss, "grad_norm": report.grad_norm, "lr": report.lr, "skipped": float(report.skipped)}
-        values |= self.progress.metrics(self.config.data.seq_length) | self._throughput.metrics(self.phases, table)
+        values |= self.progress.metrics(self.config.data.seq_length) | self._changes.metrics()
+        values |= self._throughput.metrics(self.phases, table, num_samples * self.config.data.seq_length)
         if self.progress.step % max(1, self.config.train.log_interval_steps) == 0:
             values["param_norm"] = parameter_norm(run.optimizer, run.mesh.world, run.device)
         self.metrics.write(self.progress.step, values)
@@ -222,6 +238,7 @@ class Trainer:
         self.phases.enter("save")
         self.progress = self._guard.roll_back(request, self.progress)
         self._saves.last_step, self._precision_phase = self.progress.step, -1
+        self._changes = DataChanges(self.run, self.console)
         self.metrics.rewind(self.progress.step)
         if self._ledger:
             self._ledger.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -28,6 +29,14 @@ def refused(capsys: pytest.CaptureFixture[str], run: TinyRun, *overrides: str) -
     return said.err
 
 
+RAMP = [
+    "train.global_batch=8",
+    "train.batch_ramp.start_samples=2",
+    "train.batch_ramp.increment_samples=2",
+    "train.batch_ramp.ramp_samples=60",
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -47,6 +56,14 @@ def refused(capsys: pytest.CaptureFixture[str], run: TinyRun, *overrides: str) -
         (["precision.rules=[{match: '*', use: nvfp5}]"], "nvfp4"),
         (["precision.evaluation=fp9"], "fp9"),
         (["train.total_tokens=64"], "less than one step"),
+        (["train.batch_ramp.start_samples=2"], "have no effect with ramp_samples = 0"),
+        ([*RAMP, "train.batch_ramp.increment_samples=4"], "must reach train.global_batch = 8"),
+        (
+            [*RAMP, "train.batch_ramp.start_samples=1", "train.batch_ramp.increment_samples=1"],
+            "1 is not a multiple of 2",
+        ),
+        ([*RAMP, "train.total_tokens=1000"], "less than the batch ramp of 60 samples and one step"),
+        ([*RAMP, "train.batch_ramp.ramp_sample=3"], "did you mean 'train.batch_ramp.ramp_samples'"),
         (["--frobnicate"], "unknown option"),
         (["optim.warmup_tokens=999999"], "999999"),
         (["precision.backend=transformer_engine", "model.ffn_hidden=272"], "the contracted dimension, 272, must be a"),
@@ -68,6 +85,28 @@ def test_heads_not_divisible_by_tp(
     monkeypatch.setenv("WORLD_SIZE", "4")
     said = refused(capsys, tiny_run(tmp_path), "parallel.tp=4", "model.num_kv_heads=2")
     assert "model.num_kv_heads = 2 is not divisible by parallel.tp = 4" in said
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (["parallel.dp=4"], "steps of 2 samples: .* 2 is not a multiple of 2 \\* 4 = 8; change train.batch_ramp"),
+        (
+            ["parallel.dp=1", "parallel.pp=4", "model.num_layers=4"],
+            "steps of 2 samples: schedule 1f1b needs at least as many .* got 1 microbatches .* pp = 4",
+        ),
+    ],
+)
+def test_every_stage_of_a_ramp_must_fit_the_layout(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    layout: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert re.search(expected, refused(capsys, tiny_run(tmp_path), *RAMP, *layout))
 
 
 def test_hidden_not_a_multiple_of_16_per_rank(

@@ -14,11 +14,16 @@ from megatron_fp4.train.resume_check import Report, Stretch, run_stretch
 TINY = ["model=gpt_tiny", "model.num_layers=2", "--layout", "dp2", "--others", "dp1", "--steps", "2"]
 
 
+RAMP = [f"train.batch_ramp.{name}_samples={value}" for name, value in (("start", 4), ("increment", 4), ("ramp", 100))]
+
+
 def test_a_right_resume_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify_resume.main([*TINY, "precision=nvfp4"]) == 0
+    """With a batch-size ramp, so that the steps after the kill are larger than those before."""
+    assert verify_resume.main([*TINY, "precision=nvfp4", *RAMP]) == 0
     out = capsys.readouterr().out
     assert out.count("equal bit for bit") >= 3, "fp32, bf16 and the recipe at the same layout"
     assert "fp32    dp2 killed, resumed at dp1" in out
+    assert "batch-size ramp: steps of 4, 4, 8, 12 samples" in out
 
 
 def forgets_moments(process: Process, case: Case, parallel: ParallelConfig, stretch: Stretch) -> Report:

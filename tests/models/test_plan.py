@@ -14,6 +14,7 @@ from megatron_fp4.cli.plan import main, run_plan, weight_copy_bytes
 from megatron_fp4.cli.plan_text import render
 from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh
 from megatron_fp4.data.config import DataConfig
+from megatron_fp4.data.ramp import BatchRampConfig
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.layers.wiring import Wiring
@@ -214,6 +215,26 @@ def test_time_follows_the_phases() -> None:
     assert switched["time"]["days"] / plain["time"]["days"] == pytest.approx(1 + 0.18 * slower, rel=0.02)
     recomputed = run_plan(replace(config, train=replace(config.train, recompute=Recompute.full)), num_gpus=8 * 92)
     assert 1.25 < recomputed["time"]["step_seconds"] / plain["time"]["step_seconds"] < 1.34
+
+
+def test_a_batch_ramp_is_planned() -> None:
+    """Small steps have fewer microbatches, so more of their time is idle; the steps and tokens are those of the run."""
+    config = twelve_billion(tp=8, pp=2)
+    ramp = BatchRampConfig(start_samples=184, increment_samples=184, ramp_samples=600_000_000)
+    ramped = replace(config, train=replace(config.train, batch_ramp=ramp))
+    plain, report = (run_plan(one, num_gpus=1472) for one in (config, ramped))
+    assert plain["batch_ramp"] == []
+    assert [stage["samples"] for stage in report["batch_ramp"]] == [184, 368, 552, 736]
+    assert [stage["microbatches"] for stage in report["batch_ramp"]] == [2, 4, 6, 8]
+    assert [round(stage["bubble"], 3) for stage in report["batch_ramp"]] == [0.333, 0.2, 0.143, 0.111]
+    assert report["batch_ramp"][1]["from_tokens"] == 8192 * 200_000_000 + 8192 * (-200_000_000 % 184)
+    assert report["run"]["steps"] == sum(stage["steps"] for stage in report["batch_ramp"]) == ramped.total_steps
+    assert report["time"]["step_seconds"] == plain["time"]["step_seconds"], "of the last stage"
+    idle = [(1 - 1 / 9) / (1 - stage["bubble"]) for stage in report["batch_ramp"]]
+    parts = [stage["steps"] * stage["samples"] for stage in report["batch_ramp"]]
+    mean = sum(part * factor for part, factor in zip(parts, idle, strict=True)) / sum(parts)
+    assert report["time"]["days"] / plain["time"]["days"] == pytest.approx(mean, rel=1e-3)
+    assert "steps of 368 samples, 4 microbatch(es), idle 20.0%" in render(report)
 
 
 def test_flops_by_rate_add_up() -> None:

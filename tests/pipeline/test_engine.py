@@ -12,6 +12,7 @@ import torch
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.local import run_local
 from megatron_fp4.comm.mesh import ParallelConfig, build_mesh
+from megatron_fp4.data.ramp import BatchRampConfig
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.precision import EmulatedBackend, WgradQueue, linear_op
@@ -103,6 +104,20 @@ def _check_counts(counts: list[Any], layout: ParallelConfig) -> None:
     assert computed == STEPS * MICROBATCHES * LINEARS, f"{name}: a queued weight gradient was lost or doubled"
     deferred = max(waiting for _, _, waiting in counts) > 1
     assert deferred == schedule_rule(name).defers_wgrad, f"{name}: weight gradients at the wrong time"
+
+
+def test_a_batch_ramp_equals_one_process() -> None:
+    """Four microbatches, then six, then eight: each number needs a schedule and receive buffers of its own."""
+    ramp = BatchRampConfig(start_samples=4, increment_samples=2, ramp_samples=10)
+    case = the_case(global_batch=8, batch_ramp=ramp, micro_batch=1)
+    case = replace(case, num_steps=3)
+    ((whole, _),) = run_local(run_schedules, 1, [(case, ParallelConfig())])[0]
+    layouts = [parallel(2, schedule) for schedule in ("1f1b", "interleaved_1f1b", "zbv")]
+    per_rank = run_local(run_schedules, 2, [(case, layout) for layout in layouts])
+    for number, layout in enumerate(layouts):
+        found = compare(whole, [results[number][0] for results in per_rank])
+        assert found.loss_error == 0.0, f"{layout.schedule}: a loss of a ramped step is lost, counted twice or scaled"
+        assert worst(found.masters[3]) == 0.0, f"{layout.schedule}: a ramped step has other gradients"
 
 
 def test_recompute_equals_keeping(reference: Record) -> None:

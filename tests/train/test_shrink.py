@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 
 from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.data.ramp import BatchRampConfig, steps_from
 from megatron_fp4.models.layout import check_model_layout
+from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.train.layouts import parse_layout, parse_layouts
 from megatron_fp4.train.shrink import shrink
 
@@ -39,6 +42,18 @@ def test_tied_embeddings_and_dropout_are_kept() -> None:
     full = replace(full, model=replace(full.model, tied_embeddings=True, dropout=0.1))
     model = shrink(full, LAYOUTS)[0].config.model
     assert (model.tied_embeddings, model.dropout) == (True, 0.1)
+
+
+def test_a_batch_ramp_is_kept() -> None:
+    """Every size of its steps must suit every layout, and the sizes change within a few steps."""
+    full = to_run_config(compose_config(["model=gpt_tiny", "model.vocab_size=1000"]))
+    ramp = BatchRampConfig(start_samples=2, increment_samples=2, ramp_samples=1000)
+    small = shrink(replace(full, train=replace(full.train, batch_ramp=ramp)), LAYOUTS)[0].config.train
+    sizes = [small.global_batch // 4 * factor for factor in (1, 1, 2, 3, 4)]
+    assert [size for _, size in itertools.islice(steps_from(0, small.batch_ramp, small.global_batch), 5)] == sizes
+    for layout in LAYOUTS:
+        for size in small.batch_sizes:
+            check_pipeline(layout.parallel, small.gradient_accumulation(layout.parallel.dp, size))
 
 
 def test_layouts_as_text() -> None:
