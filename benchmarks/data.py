@@ -1,11 +1,12 @@
 """Speed of the data pipeline, each number beside its floor or its rival, in one run on one machine.
 
-    python benchmarks/data.py [--workers 2] [--repeat 3] [--trainer-tokens-per-second 5000]
+    python -m benchmarks.data [--workers 2] [--repeat 3] [--run runs/quickstart/nvfp4]
 
 Rivals: Megatron-LM's tools/preprocess_data.py design (a pool of processes, one document at a time, a Python list of
 ids per document), written here with the same tokenizer; raw sentencepiece batch encoding as the tokenizer's own
 floor; NumPy's permutation + cumsum as the floor of an epoch index. Wall clock and CPU seconds (of all processes; a busy
-machine spoils the first, hardly the second), best of --repeat, rivals taken in turn.
+machine spoils the first, hardly the second), best of --repeat, rivals taken in turn. What a trainer consumes is read
+from the metrics of a run that was made on the same machine; launch/quickstart.sh makes runs/quickstart/nvfp4.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -125,7 +127,17 @@ def index(documents: int, repeat: int) -> None:
     print(f"  ratio {own[0] / floor[0]:.2f} in time, {own[1] / floor[1]:.2f} in memory")
 
 
-def loading(folder: Path, trainer_tokens_per_second: float) -> None:
+def consumption(run: Path) -> float:
+    """Median tokens per second of a run's steps."""
+    from megatron_fp4.train.metrics import read_metrics
+
+    rates = [record["tokens_per_second"] for record in read_metrics(run) if "tokens_per_second" in record]
+    if not rates:
+        raise SystemExit(f"{run} has no metrics.jsonl with steps; make it first (launch/quickstart.sh)")
+    return statistics.median(rates)
+
+
+def loading(folder: Path, run: Path | None, consumed: float) -> None:
     from megatron_fp4.data.loader import build_loader  # torch; the spawned tokenization workers import this file
 
     chooser = np.random.default_rng(0)
@@ -148,9 +160,10 @@ def loading(folder: Path, trainer_tokens_per_second: float) -> None:
         rate = steps * 16 * length / (time.perf_counter() - first)
         print(
             f"\nblend of 100 sources, sequences of {length}: opened in {opened - began:.3f} s, "
-            f"first batch {first - opened:.3f} s\n  {rate / 1e6:.2f} M tokens/s in one thread, "
-            f"{rate / trainer_tokens_per_second:,.0f} times a trainer of {trainer_tokens_per_second:,.0f} tokens/s"
+            f"first batch {first - opened:.3f} s\n  {rate / 1e6:.2f} M tokens/s in one thread"
         )
+        if run is not None:
+            print(f"  {rate / consumed:,.0f} times the {consumed:,.0f} tokens/s that {run} consumed")
 
 
 def main() -> None:
@@ -158,12 +171,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--documents", type=int, default=10_000_000)
-    parser.add_argument("--trainer-tokens-per-second", type=float, default=5000, help="what the run consumes")
+    parser.add_argument("--run", type=Path, help="compare the loader with what this run consumed")
     args = parser.parse_args()
+    consumed = consumption(args.run) if args.run else 0.0
     with tempfile.TemporaryDirectory() as folder:
         tokenization(Path(folder), args.workers, args.repeat)
         index(args.documents, args.repeat)
-        loading(Path(folder), args.trainer_tokens_per_second)
+        loading(Path(folder), args.run, consumed)
 
 
 if __name__ == "__main__":

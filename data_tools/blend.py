@@ -40,8 +40,11 @@ def plan_rows(plan: Plan, streams: dict[str, SampleStream], total_samples: int) 
 
 def read_config(path: Path) -> DataConfig:
     """A YAML file with the fields of DataConfig, or with them under `data:`."""
-    value = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return config_from_dict(value.get("data", value))
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    return config_from_dict(value["data"] if isinstance(value, dict) and "data" in value else value)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plan", type=Path, required=True, metavar="YAML", help="the run's data settings")
     parser.add_argument("--tokens", type=float, required=True, help="training tokens of the run, e.g. 1e12")
     args = parser.parse_args(argv)
+    if not 1 <= args.tokens < float("inf"):
+        parser.error("--tokens must be at least 1")
     config = read_config(args.plan)
     streams = open_streams(config)
     sizes = {name: stream.available(1) for name, stream in streams.items()}

@@ -40,7 +40,7 @@ def run_tool(module: str, argv: list[str] | None) -> int:
     """main(argv) of a tool, with refusals as one line instead of a traceback."""
     try:
         return importlib.import_module(f"data_tools.{module}").main(argv)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

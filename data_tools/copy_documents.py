@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.documents import Position
-from data_tools.shard_set import SplitWriter, remove_sets
+from data_tools.shard_set import SplitWriter, finished, remove_sets
 from megatron_fp4.data.manifest import read_manifest
 from megatron_fp4.data.source import Source, open_source
 
@@ -30,19 +30,29 @@ def copy_documents(
 ) -> dict[str, dict[str, Any]]:
     """Copy every document of `args.paths` to the split that `choose(tokens)` names. Returns the manifests."""
     source = open_source("copy", args.paths)
+    if not source.num_documents or args.shard_tokens < 1:
+        raise ValueError(
+            f"{source.num_documents} documents in {args.paths}, --shard-tokens {args.shard_tokens}: need >= 1"
+        )
     facts = _common_facts(args.paths, source)
+    inputs = {shard.prefix.parent.resolve() for shard in source.shards}
+    for folder in folders.values():
+        if folder.resolve() in inputs:
+            raise ValueError(f"{folder} is an input and would be overwritten; choose another --output")
+    job = {"content": source.fingerprint, "shard_tokens": args.shard_tokens, **options}
     if args.restart:
         remove_sets(args.output, folders)
-    args.output.mkdir(parents=True, exist_ok=True)
+    made = finished(args.output, folders, job)
+    if made is not None:
+        return made
     dtype = max((shard.dtype for shard in source.shards), key=lambda d: np.iinfo(d).max)
-    job = {"content": source.fingerprint, "shard_tokens": args.shard_tokens, **options}
-    writer = SplitWriter(args.output, folders, dtype, job)
-    for first in range(writer.position.offset, source.num_documents, _DOCUMENTS_AT_ONCE):
-        last = min(first + _DOCUMENTS_AT_ONCE, source.num_documents)
-        for document in _documents(source, first, last):
-            writer.add(choose(document), document, np.array([len(document)]))
-        writer.end_batch(Position(0, last), args.shard_tokens)
-    return writer.finish(facts)
+    with SplitWriter(args.output, folders, dtype, job) as writer:
+        for first in range(writer.position.offset, source.num_documents, _DOCUMENTS_AT_ONCE):
+            last = min(first + _DOCUMENTS_AT_ONCE, source.num_documents)
+            for document in _documents(source, first, last):
+                writer.add(choose(document), document, np.array([len(document)]))
+            writer.end_batch(Position(0, last), args.shard_tokens)
+        return writer.finish(facts)
 
 
 def _documents(source: Source, first: int, last: int) -> Iterator[NDArray]:

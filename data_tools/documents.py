@@ -12,14 +12,17 @@ import glob
 import gzip
 import io
 import json
-from collections import Counter
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from data_tools.policies import Policies, Report
+from data_tools.zstd import ZstdReader
+
 BATCH_BYTES = 1 << 20
 PARQUET_ROWS = 1024
+_BOM = b"\xef\xbb\xbf"  # some programs open a UTF-8 file with it; it is no part of the text
 KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -28,32 +31,6 @@ KINDS = {
     ".text": "text",
     ".md": "text",
 }
-
-
-@dataclass(frozen=True)
-class Policies:
-    """What to do with records that are not plain documents; each is counted whatever the choice."""
-
-    empty: str = "skip"  # skip | keep (a document of nothing but EOS) | error
-    missing_key: str = "error"  # skip | error
-    invalid_json: str = "error"  # skip | error
-    invalid_utf8: str = "replace"  # replace (U+FFFD) | skip | error
-    too_long: str = "error"  # skip | error | keep (read whole, whatever memory it takes)
-    max_document_bytes: int = 256 << 20  # of the raw record
-    text_unit: str = "file"  # a plain-text document is a whole file, or a line
-
-
-@dataclass
-class Report:
-    """Counters: `documents`, `text_bytes`, and one per reason for anything else."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def note(self, reason: str, policy: str, where: str) -> None:
-        """Count a record that is not a plain document; ValueError if the policy is `error`."""
-        if policy == "error":
-            raise ValueError(f"{where}: {reason}. Choose another policy: --on-{reason.replace(' ', '-')} skip")
-        self.counts[f"{reason}: {policy}"] += 1
 
 
 class Position(NamedTuple):
@@ -117,7 +94,7 @@ def read_batches(
                 yield from _parquet_batches(files[number], number, offset, text_key, done)
             else:
                 yield from _line_batches(files[number], number, offset, policies, batch_bytes, done)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"{files[number]}: the compressed file is truncated or damaged ({error})") from None
         done += files[number].stat().st_size
 
@@ -137,14 +114,17 @@ def _line_batches(
                     f"{path}, byte {offset}: a record of more than {policies.max_document_bytes} bytes; raise "
                     "--max-document-bytes or choose --on-too-long skip"
                 )
+            if offset == 0:
+                record = record.removeprefix(_BOM)
+            empty_file = whole and offset == taken == 0
             offset += taken
             if too_long:
                 dropped += 1
-            elif taken:
+            elif taken or empty_file:
                 records.append(record)
                 size += len(record)
             if (records and (size >= batch_bytes or not taken)) or (dropped and not taken):
-                place = Position(number, offset)
+                place = Position(number + 1, 0) if empty_file else Position(number, offset)
                 yield RawBatch(f"{path}, byte {first}", kind, records, dropped, place, done + raw.tell())
                 first, records, size, dropped = offset, [], 0, 0
             if not taken:
@@ -182,15 +162,17 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.suffix == ".zst":
-        zstandard = _require("zstandard", path)
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader, 1 << 20)
+        return io.BufferedReader(ZstdReader(raw, path, _require("zstandard", path)), 1 << 20)
     return raw
 
 
 def _parquet_batches(path: Path, number: int, offset: int, text_key: str, done: int) -> Iterator[RawBatch]:
     parquet = _require("pyarrow.parquet", path)
-    with parquet.ParquetFile(path) as file:
+    try:
+        opened = parquet.ParquetFile(path)
+    except ValueError as error:  # pyarrow's messages name no file
+        raise ValueError(f"{path}: {error}") from None
+    with opened as file:
         if text_key not in file.schema_arrow.names:
             raise ValueError(f"{path} has no column {text_key!r}; its columns are {file.schema_arrow.names}")
         size, rows, at = path.stat().st_size, file.metadata.num_rows, 0
@@ -235,7 +217,7 @@ def _text_of(record: Any, kind: str, key: str, policies: Policies, report: Repor
     if kind == "jsonl" and value is not None and value.strip():
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             report.note("invalid json", policies.invalid_json, where)
             return None
         value = value.get(key) if isinstance(value, dict) else None
@@ -244,8 +226,9 @@ def _text_of(record: Any, kind: str, key: str, policies: Policies, report: Repor
             return None
         if not value.isascii():  # "\\ud800" is valid JSON but not text
             value = _utf8(value.encode("utf-8", "surrogatepass"), policies, report, where)
-    elif value is None and kind == "parquet":
-        report.note("missing key", policies.missing_key, f"{where} (null in {key!r})")
+    elif kind == "parquet" and not isinstance(record, str | bytes):
+        report.note("missing key", policies.missing_key, f"{where} (no text in {key!r}: {record!r:.40})")
+        return None
     return value
 
 

@@ -31,6 +31,8 @@ def document(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
 
 def sample(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
     """`--sample` is a sample id of the run's order, as batches and the ledger name them."""
+    if args.sample < 0:
+        raise ValueError(f"sample {args.sample}: ids begin with 0")
     loader = reopen(last_start(args.run))
     index = loader.plan.index_of(args.sample)
     if loader.plan.id_of(index) != args.sample:
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, help="print text too")
     parser.add_argument("--limit", type=int, default=200, help="ids to print")
     args = parser.parse_args(argv)
+    if args.limit < 0:
+        parser.error("--limit must not be negative")
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.paths and args.document is not None and args.run is None:
         document(args, tokenizer)

@@ -35,8 +35,8 @@ class ProgressBar:
 
     def _show(self, done_bytes: int) -> None:
         seconds = max(1e-9, time.monotonic() - self._started)
-        rate = max(1e-9, (done_bytes - (self._first or 0)) / seconds)
-        left = max(0, self.total_bytes - done_bytes) / rate
-        line = f"{100 * done_bytes / self.total_bytes:5.1f}%  {rate / 1e6:7.2f} MB/s  left {left:6.0f} s"
+        rate = (done_bytes - (self._first or 0)) / seconds
+        left = f"{max(0, self.total_bytes - done_bytes) / rate:6.0f} s" if rate else "unknown"
+        line = f"{100 * done_bytes / self.total_bytes:5.1f}%  {rate / 1e6:7.2f} MB/s  left {left}"
         sys.stderr.write(f"\r{line}" if self._terminal else f"{line}\n")
         sys.stderr.flush()

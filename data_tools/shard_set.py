@@ -3,12 +3,18 @@
 One idea: all splits roll to their next shard at the same batch of input, and then one small progress file is
 replaced: finished shards, counters, input position. A restart drops what the progress does not list and goes on from
 its position; shard borders depend on the input only, so the result is the same bytes as without the kill.
+
+Nothing is overwritten: a folder with shards of another job, or of a finished one, is refused, and so is a second
+process that writes to the same place.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +27,10 @@ from megatron_fp4.data.shard import ShardWriter
 
 
 class SplitWriter:
-    """Writes `folders` (split name -> directory). `job` identifies input and options; another job is refused."""
+    """Writes `folders` (split name -> directory); use it in a `with`. `job` identifies input and options.
+
+    Raises ValueError where the folders hold anything but an unfinished run of the same job, or another process writes.
+    """
 
     def __init__(self, root: Path, folders: dict[str, Path], dtype: np.dtype, job: dict[str, Any]) -> None:
         self.folders = folders
@@ -32,12 +41,30 @@ class SplitWriter:
         self.shards: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
         self._progress = root / PROGRESS
         self._open: dict[str, tuple[ShardWriter, FileDigest]] = {}
-        for folder in folders.values():
+        for folder in (root, *folders.values()):
             folder.mkdir(parents=True, exist_ok=True)
-        self._restore()
-        self._drop_unlisted()
-        if not self._progress.exists():
+        self._lock = _Lock(root)
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self) -> None:
+        if self._progress.exists():
+            self._restore()
+            self._drop_unlisted()
+        else:
+            _refuse_full(self.folders.values())
             self._save()
+
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        for writer, _ in self._open.values():
+            writer.abort()
+        self._lock.release()
 
     def add(self, name: str, tokens: NDArray, lengths: NDArray) -> None:
         if not len(lengths):
@@ -87,8 +114,6 @@ class SplitWriter:
         write_json(self._progress, state)
 
     def _restore(self) -> None:
-        if not self._progress.exists():
-            return
         state = json.loads(self._progress.read_text())
         check_same_job(state["job"], self.job, str(self._progress))
         self.position = Position(*state["position"])
@@ -98,16 +123,57 @@ class SplitWriter:
     def _drop_unlisted(self) -> None:
         for name, folder in self.folders.items():
             listed = {entry["name"] for entry in self.shards[name]}
-            for path in folder.glob("shard_*"):
+            for path in _shard_files(folder):
                 if path.name.split(".")[0] not in listed or path.suffix == ".tmp":
                     path.unlink()
+
+
+class _Lock:
+    """The right to write under `root`, of one process; the kernel takes it back if that dies."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / ".lock"
+        self._file = open(self._path, "w")  # noqa: SIM115 - closed by release()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(f"another process is writing to {root}; wait for it, or choose another --output") from None
+
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._file.close()
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("shard_*") if re.fullmatch(r"shard_\d{5,}\.(bin|idx)(\.tmp)?", path.name)]
+
+
+def _refuse_full(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        found = [path.name for path in (folder / MANIFEST, *_shard_files(folder)) if path.exists()]
+        if found:
+            raise ValueError(
+                f"{folder} already holds {found[0]} of another job; choose another --output, or --restart to delete it"
+            )
+
+
+def finished(root: Path, folders: dict[str, Path], job: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """The manifests, if this job was done before; None if it was not begun or not finished. ValueError for another."""
+    if (root / PROGRESS).exists() or not all((folder / MANIFEST).exists() for folder in folders.values()):
+        return None
+    made = {name: json.loads((folder / MANIFEST).read_text()) for name, folder in folders.items()}
+    for name, manifest in made.items():
+        check_same_job(manifest.get("job", {}), job, str(folders[name]))
+    print(f"already complete: {root}")
+    return made
 
 
 def check_same_job(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
     for key in sorted(set(stored) | set(wanted)):
         if stored.get(key) != wanted.get(key):
             raise ValueError(
-                f"{where} belongs to another tokenization: its {key} is {stored.get(key)}, this command has "
+                f"{where} belongs to another job: its {key} is {stored.get(key)}, this command has "
                 f"{wanted.get(key)}. Choose another --output, or --restart to delete it."
             )
 
@@ -118,5 +184,5 @@ def remove_sets(root: Path, folders: dict[str, Path]) -> None:
         (folder / MANIFEST).unlink(missing_ok=True)
     (root / PROGRESS).unlink(missing_ok=True)
     for folder in folders.values():
-        for path in folder.glob("shard_*"):
+        for path in _shard_files(folder):
             path.unlink()

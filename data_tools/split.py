@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 
 from data_tools.cli import run_tool
@@ -14,12 +15,12 @@ def parse_parts(texts: list[str]) -> dict[str, float]:
     """['train=0.98', 'test=0.02'] -> shares that sum to 1."""
     parts: dict[str, float] = {}
     for text in texts:
-        name, _, share = text.partition("=")
-        if not name or not share:
-            raise ValueError(f"part {text!r} must look like name=share, for example heldout=0.02")
-        parts[name] = float(share)
-    if min(parts.values()) < 0 or not sum(parts.values()) > 0:
-        raise ValueError(f"the shares {parts} must not be negative and must not all be zero")
+        found = re.fullmatch(r"([\w.-]*\w)=(\d*\.?\d+)", text)
+        if found is None or found[1] in parts:
+            raise ValueError(f"part {text!r} must look like name=share, for example heldout=0.02, each name once")
+        parts[found[1]] = float(found[2])
+    if not sum(parts.values()) > 0:
+        raise ValueError(f"the shares {parts} must not all be zero")
     total = sum(parts.values())
     return {name: share / total for name, share in parts.items()}
 

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         shard = Shard(listed.prefix)
         every.append(shard.document_lengths())
         print(f"{shard.num_documents:12,d} {shard.num_tokens:16,d} {shard.dtype!s:>7}  {shard.prefix}")
-    lengths = np.concatenate(every)
+    lengths = np.concatenate([np.zeros(0, np.int64), *every])
     print(f"{len(lengths):12,d} {int(lengths.sum()):16,d} {'':7}  total")
     if len(lengths):
         low, middle, high = (int(np.percentile(lengths, p)) for p in (5, 50, 95))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import sys
 from collections import Counter
 from itertools import chain
@@ -20,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.cli import run_tool
-from data_tools.documents import Policies, RawBatch, Report, expand_inputs, read_batches, texts_of
+from data_tools.documents import RawBatch, expand_inputs, read_batches, texts_of
+from data_tools.policies import Policies, Report, add_policy_arguments, policies_of, print_counts
 from data_tools.pool import ordered_map
 from data_tools.progress import ProgressBar
-from data_tools.shard_set import SplitWriter, check_same_job, remove_sets
-from megatron_fp4.data.manifest import MANIFEST, PROGRESS
+from data_tools.shard_set import SplitWriter, finished, remove_sets
 from megatron_fp4.data.shard import token_dtype
 from megatron_fp4.data.tokenizer import Tokenizer, eos_of, load_tokenizer
 
@@ -86,19 +85,21 @@ def tokenize(args: argparse.Namespace, policies: Policies) -> dict[str, dict[str
     folders = {"all": args.output}
     if args.heldout_fraction:
         folders = {"train": args.output / "train", "heldout": args.output / "heldout"}
-    args.output.mkdir(parents=True, exist_ok=True)
     job = _job(args, files, tokenizer, policies)
     if args.restart:
         remove_sets(args.output, folders)
-    if not (args.output / PROGRESS).exists() and all((f / MANIFEST).exists() for f in folders.values()):
-        made = {name: json.loads((folder / MANIFEST).read_text()) for name, folder in folders.items()}
-        for name, manifest in made.items():
-            check_same_job(manifest["job"], job, str(folders[name]))
-        print(f"already complete: {args.output}")
+    made = finished(args.output, folders, job)
+    if made is not None:
         return made
-    writer = SplitWriter(args.output, folders, token_dtype(tokenizer.vocab_size), job)
-    if any(writer.position):
-        print(f"resuming at file {writer.position.file}, offset {writer.position.offset}")
+    with SplitWriter(args.output, folders, token_dtype(tokenizer.vocab_size), job) as writer:
+        if any(writer.position):
+            print(f"resuming at file {writer.position.file}, offset {writer.position.offset}")
+        _fill(writer, files, args, policies)
+        return writer.finish(_facts(tokenizer, files))
+
+
+def _fill(writer: SplitWriter, files: list[Path], args: argparse.Namespace, policies: Policies) -> None:
+    """Encode what is left of the input."""
     batches = read_batches(files, policies, text_key=args.text_key, start=writer.position)
     initargs = (str(args.tokenizer), args.text_key, policies, args.heldout_fraction)
     with ProgressBar(sum(path.stat().st_size for path in files), resumed=any(writer.position)) as bar:
@@ -109,7 +110,6 @@ def tokenize(args: argparse.Namespace, policies: Policies) -> dict[str, dict[str
             writer.counters += encoded.counts
             writer.end_batch(batch.end, args.shard_tokens)
             bar.update(batch.file_bytes)
-    return writer.finish(_facts(tokenizer, files))
 
 
 def _facts(tokenizer: Tokenizer, files: list[Path]) -> dict[str, Any]:
@@ -143,34 +143,24 @@ def _ends_digest(path: Path) -> str:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policies]:
     parser = argparse.ArgumentParser(prog="data_tools.tokenize", description=(__doc__ or "").splitlines()[0])
-    default = Policies()
     parser.add_argument("inputs", nargs="+", help="files or globs: .jsonl .txt .parquet, also .gz .zst")
     parser.add_argument("--output", type=Path, required=True, help="directory of the shard set(s)")
     parser.add_argument("--tokenizer", type=Path, required=True, help=".model, tokenizer.json or .tiktoken")
     parser.add_argument("--text-key", default="text", help="JSON key or Parquet column")
-    parser.add_argument("--text-unit", choices=("file", "line"), default=default.text_unit)
     parser.add_argument("--heldout-fraction", type=float, default=0.0, help="of the documents, by hash of the text")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--shard-tokens", type=int, default=512 << 20, help="a shard is closed at this many tokens")
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=512 << 20,
+        help="a shard is closed once it has this many (looked at after every batch of about 1 MiB of text)",
+    )
     parser.add_argument("--restart", action="store_true", help="delete earlier output instead of going on")
-    parser.add_argument("--max-document-bytes", type=int, default=default.max_document_bytes)
-    parser.add_argument("--on-empty", choices=("skip", "keep", "error"), default=default.empty)
-    parser.add_argument("--on-missing-key", choices=("skip", "error"), default=default.missing_key)
-    parser.add_argument("--on-invalid-json", choices=("skip", "error"), default=default.invalid_json)
-    parser.add_argument("--on-invalid-utf8", choices=("replace", "skip", "error"), default=default.invalid_utf8)
-    parser.add_argument("--on-too-long", choices=("skip", "error", "keep"), default=default.too_long)
+    add_policy_arguments(parser)
     args = parser.parse_args(argv)
     if args.workers < 1 or args.shard_tokens < 1 or not 0 <= args.heldout_fraction < 1:
         parser.error("--workers and --shard-tokens must be at least 1, --heldout-fraction in [0, 1)")
-    return args, Policies(
-        empty=args.on_empty,
-        missing_key=args.on_missing_key,
-        invalid_json=args.on_invalid_json,
-        invalid_utf8=args.on_invalid_utf8,
-        too_long=args.on_too_long,
-        max_document_bytes=args.max_document_bytes,
-        text_unit=args.text_unit,
-    )
+    return args, policies_of(args)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,9 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{name:8} {manifest['num_documents']:10,d} documents {manifest['num_tokens']:14,d} tokens "
             f"{len(manifest['shards'])} shard(s) of {manifest['dtype']}"
         )
-    counters = next(iter(made.values()))["counters"]
-    for reason in sorted(set(counters) - {"documents", "text_bytes"}):
-        print(f"         {counters[reason]:10,d} {reason}")
+    print_counts(next(iter(made.values()))["counters"])
     return 0
 
 

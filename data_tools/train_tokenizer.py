@@ -14,17 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.cli import run_tool
-from data_tools.documents import Policies, Report, read_texts
+from data_tools.documents import read_texts
+from data_tools.policies import Policies, Report, add_policy_arguments, policies_of, print_counts
 
 LONGEST_LINE_BYTES = 4096  # sentencepiece drops longer lines without a word, so they are cut here
 
 
-def sample_lines(files: list[Path], text_key: str, max_bytes: int, report: Report) -> Iterator[str]:
+def sample_lines(files: list[Path], text_key: str, max_bytes: int, policies: Policies, report: Report) -> Iterator[str]:
     """Lines of documents that a hash selects, about `max_bytes` in total."""
     total = sum(path.stat().st_size for path in files)
     keep = min(1.0, max_bytes / max(1, total)) * 2**64
     left = max_bytes
-    for text in read_texts(files, text_key, Policies(), report):
+    for text in read_texts(files, text_key, policies, report):
         if int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") > keep:
             continue
         for line in text.split("\n"):
@@ -76,18 +77,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text-key", default="text")
     parser.add_argument("--sample-bytes", type=int, default=8_000_000, help="text to train on; more is slower")
     parser.add_argument("--threads", type=int, default=2)
+    add_policy_arguments(parser)
     args = parser.parse_args(argv)
+    policies = policies_of(args)
     from data_tools.documents import expand_inputs
     from megatron_fp4.data.tokenizer import describe_tokenizer, load_tokenizer
 
     started, report = time.monotonic(), Report()
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    lines = sample_lines(expand_inputs(args.inputs), args.text_key, args.sample_bytes, report)
+    lines = sample_lines(expand_inputs(args.inputs), args.text_key, args.sample_bytes, policies, report)
     try:
         train(lines, args.output, vocab_size=args.vocab_size, model_type=args.model_type, threads=args.threads)
     except RuntimeError as error:
         args.output.with_name(args.output.name + ".tmp").unlink(missing_ok=True)
         raise ValueError(f"sentencepiece refused: {error}. Lower --vocab-size or give more --sample-bytes") from None
+    print_counts(report.counts)
     print(f"trained on a sample of at most {args.sample_bytes:,d} bytes in {time.monotonic() - started:.1f} s")
     print(describe_tokenizer(load_tokenizer(args.output)))
     return 0

@@ -66,8 +66,9 @@ def _token_problems(shard: Shard, entry: dict[str, Any] | None, vocab_size: int 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="data_tools.verify", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
-    parser.add_argument("--tokenizer", type=Path, help="check ids against its vocabulary")
-    parser.add_argument("--vocab-size", type=int, help="check ids against this vocabulary")
+    vocabulary = parser.add_mutually_exclusive_group()
+    vocabulary.add_argument("--tokenizer", type=Path, help="check ids against its vocabulary")
+    vocabulary.add_argument("--vocab-size", type=int, help="check ids against this vocabulary")
     args = parser.parse_args(argv)
     vocab_size = load_tokenizer(args.tokenizer).vocab_size if args.tokenizer else args.vocab_size
     bad = 0

@@ -151,7 +151,7 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
     if reason := eager_reason(config.precision):
         console.say(f"precision.compile is on, but {reason}: the quantizer runs eagerly (same numbers, slower)")
     if prepared.tokenizer:
-        console.say(describe_tokenizer(prepared.tokenizer))
+        console.say(describe_tokenizer(prepared.tokenizer, config.model.vocab_size))
     table = prepared.plan.describe()
     console.say(table)
     accumulation = config.train.gradient_accumulation(prepared.dp, config.train.global_batch)

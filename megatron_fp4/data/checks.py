@@ -52,8 +52,15 @@ def check_state(state: dict[str, Any], version: int, config: DataConfig, sources
 
 
 def check_enough_data(config: DataConfig, streams: dict[str, SampleStream], plan: Plan, total_samples: int) -> None:
-    """No source runs out of its permitted epochs within `total_samples` delivered samples."""
+    """The phases last for `total_samples` delivered samples, and no source runs out of its permitted epochs."""
     end = plan.id_of(total_samples - 1) + 1 if total_samples else 0
+    phases = config.phases
+    length = sum(phase.tokens for phase in phases)
+    if phases and phases[-1].tokens and length < end * config.seq_length:
+        raise ValueError(
+            f"data.phases end at token {length}, but the run reads {end * config.seq_length} (skipped ones included); "
+            f"set tokens of the last phase, {phases[-1].name!r}, to 0 (to the end of the run), or lengthen the phases"
+        )
     for name, needed in plan.cursors_at(end).items():
         epochs = next((source.max_epochs for source in config.sources if source.name == name), 0)
         if epochs and needed > streams[name].available(epochs):

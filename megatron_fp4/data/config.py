@@ -56,27 +56,43 @@ class DataConfig:
         for number, source in enumerate(self.sources):
             if source.max_epochs < 0:
                 raise ValueError(f"data.sources[{number}].max_epochs={source.max_epochs} must be 0 (no limit) or more")
+        for number, item in enumerate(self.evaluation):
+            if item.max_tokens < 0:
+                raise ValueError(f"data.evaluation[{number}].max_tokens={item.max_tokens} must be 0 (all) or more")
         for number, phase in enumerate(self.phases):
             if phase.tokens < 0 or (phase.tokens == 0 and number + 1 < len(self.phases)):
                 raise ValueError(f"data.phases[{number}].tokens={phase.tokens}: only the last phase may be open (0)")
-        for item in self.skip:
-            if len(item) != 2 or not 0 <= item[0] < item[1]:
-                raise ValueError(f"data.skip has {list(item)}; each entry is [first, end) with 0 <= first < end")
+        for span in self.skip:
+            if len(span) != 2 or not 0 <= span[0] < span[1]:
+                raise ValueError(f"data.skip has {list(span)}; each entry is [first, end) with 0 <= first < end")
 
 
 def config_from_dict(value: dict[str, Any]) -> DataConfig:
     """A DataConfig from plain data (YAML, JSON). ValueError names a key that does not exist and those that do."""
     lists = {"sources": SourceConfig, "phases": PhaseConfig, "evaluation": EvaluationConfig}
+    _check_keys(DataConfig, value)
     built = {name: [_build(kind, item) for item in value.get(name, [])] for name, kind in lists.items()}
-    return _build(DataConfig, {**value, **built})
+    return DataConfig(**{**value, **built})
 
 
-def _build(kind: Any, value: dict[str, Any]) -> Any:
+def _build(kind: Any, value: Any) -> Any:
+    _check_keys(kind, value)
+    return kind(**value)
+
+
+def _check_keys(kind: Any, value: Any) -> None:
+    """`value` is a dictionary whose keys are fields of `kind`, each of the type of the field's default."""
     known = [item.name for item in fields(kind)]
+    if not isinstance(value, dict):
+        raise ValueError(f"{kind.__name__} must have the keys {known}, got {value!r}")
     unknown = sorted(set(value) - set(known))
     if unknown:
         raise ValueError(f"{kind.__name__} has no {unknown}; its keys are {known}")
-    return kind(**value)
+    for name, found in value.items():
+        wanted = type(getattr(kind(), name))
+        if type(found) is not wanted:
+            hint = "; YAML reads 5e6 as text and 5.0e+6 as a fraction: write 5_000_000" if wanted is int else ""
+            raise ValueError(f"{kind.__name__}.{name}={found!r} must be of type {wanted.__name__}{hint}")
 
 
 def _check_names(field_name: str, names: list[str]) -> None:

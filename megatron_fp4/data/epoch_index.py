@@ -47,13 +47,16 @@ class IndexCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"data.index_cache: {error}; name a folder that can be made, or '' for none") from None
         self.built = 0
 
     def get(self, source: Source, key: bytes | None) -> EpochIndex:
         content = f"{source.fingerprint} {source.num_documents} {source.num_tokens}".encode()
         fingerprint = hashlib.blake2b(content + (key or b"stored order"), digest_size=32).digest()
-        path = self.folder / f"{source.name}-{fingerprint.hex()[:24]}.epoch"
+        path = self.folder / f"{source.name.replace('/', '_')}-{fingerprint.hex()[:24]}.epoch"
         found = _read(path, fingerprint, source.num_documents)
         if found is not None:
             return found

@@ -39,7 +39,7 @@ class EvalLoader:
         pad_id: int,
     ) -> None:
         self.name = name
-        self.num_targets = max(0, num_tokens - 1)  # nothing precedes the first token
+        self.num_targets = num_tokens - 1  # nothing precedes the first token
         self.num_samples = -(-self.num_targets // stream.seq_length)
         self.num_batches = -(-self.num_samples // (micro_batch * dp_size))
         self._stream = stream
@@ -85,6 +85,11 @@ def build_eval_loader(
     check_vocabulary([source], vocab_size, tokenizer_fingerprint)
     stream = SampleStream(source, seq_length=config.seq_length, seed=config.seed, shuffle=False)
     tokens = min(source.num_tokens, found[0].max_tokens or source.num_tokens)
+    if tokens < 2:
+        raise ValueError(
+            f"evaluation set {name!r} has no target: {source.num_tokens} token(s), max_tokens={found[0].max_tokens} "
+            "(the first token is never one); give a set of at least 2 tokens"
+        )
     return EvalLoader(
         name,
         stream,

@@ -77,7 +77,7 @@ class Loader:
         for row, origin in enumerate(self._origins(ids)):
             rows.fill(row, self.streams[origin.source], origin.pieces)
         if self.vocab_size is not None:
-            self._check_ids(rows, ids)
+            self._check_ids(rows, ids, self.vocab_size)
         address = torch.from_numpy(places[:, None] * length + np.arange(length))
         return rows.batch(address, torch.from_numpy(ids))
 
@@ -122,19 +122,18 @@ class Loader:
             out.append(SampleOrigin(sample_id, name, number, stream.pieces(number)))
         return out
 
-    def _check_ids(self, rows: Rows, ids: np.ndarray) -> None:
-        highest = rows.tokens.max(axis=1)
-        if int(highest.max()) < self.vocab_size:  # type: ignore[operator]
+    def _check_ids(self, rows: Rows, ids: np.ndarray, vocab_size: int) -> None:
+        wrong = (rows.tokens >= vocab_size) | (rows.tokens < 0)
+        if not wrong.any():
             return
-        row = int(highest.argmax())
-        column = int(rows.tokens[row].argmax())
+        row, column = (int(place) for place in np.argwhere(wrong)[0])
         origin = self._origins(ids[row : row + 1])[0]
         ends = np.cumsum([piece.length for piece in origin.pieces])
         piece = self.describe(origin)[int(np.searchsorted(ends, column, side="right"))]
         raise ValueError(
-            f"token id {int(highest[row])} is beyond the vocabulary of {self.vocab_size}: sample {ids[row]}, source "
-            f"{origin.source!r}, shard {piece['shard']}, document {piece['document']}. The shard was written with "
-            "another tokenizer or is damaged (data_tools.verify tells)."
+            f"token id {int(rows.tokens[row, column])} is beyond the vocabulary of {vocab_size}: sample {ids[row]}, "
+            f"source {origin.source!r}, shard {piece['shard']}, document {piece['document']}. The shard was written "
+            "with another tokenizer or is damaged (data_tools.verify tells)."
         )
 
 

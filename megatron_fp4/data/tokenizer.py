@@ -92,8 +92,9 @@ class HuggingFaceTokenizer:
         self._model.no_truncation()
         self._model.no_padding()
         self.fingerprint = _fingerprint(data)
-        self.vocab_size = int(self._model.get_vocab_size())
-        self.special = _named(self._model.get_vocab())
+        vocabulary = self._model.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1  # not their number: ids may have gaps
+        self.special = _named(vocabulary)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         return [np.array(i.ids, np.int32) for i in self._model.encode_batch(list(texts), add_special_tokens=False)]
@@ -152,14 +153,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return kinds[path.suffix](path)
 
 
-def describe_tokenizer(tokenizer: Tokenizer) -> str:
-    """Start-up lines: ids and text of bos/eos/pad/unk, vocabulary, fingerprint."""
+def describe_tokenizer(tokenizer: Tokenizer, rows: int | None = None) -> str:
+    """Start-up lines: ids and text of bos/eos/pad/unk, vocabulary, fingerprint. rows: of the model's embedding."""
     special = tokenizer.special
     lines = []
     for name in ("bos", "eos", "pad", "unk"):
         token_id = getattr(special, name)
         lines.append(f"  {name} " + ("none" if token_id is None else f"{token_id} {tokenizer.piece(token_id)!r}"))
-    return "\n".join([f"tokenizer {tokenizer.fingerprint}", *lines, f"  vocabulary {tokenizer.vocab_size}, not padded"])
+    rows = tokenizer.vocab_size if rows is None else rows
+    padded = f"padded to {rows}" if rows > tokenizer.vocab_size else "not padded"
+    return "\n".join([f"tokenizer {tokenizer.fingerprint}", *lines, f"  vocabulary {tokenizer.vocab_size}, {padded}"])
 
 
 def eos_of(tokenizer: Tokenizer) -> int:

@@ -88,6 +88,11 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
         if tokenizer is None:
             raise ValueError("model.vocab_size is 0 (take it from the tokenizer), but data.tokenizer is not set")
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    if tokenizer is not None and config.model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} of the tokenizer"
+            f" {config.data.tokenizer}; set model.vocab_size to 0 (the tokenizer's), or to as many or more"
+        )
     check_choices(config)
     tokens = config.train.micro_batch * config.data.seq_length // config.parallel.cp
     check_model_layout(config.model, config.parallel, seq_length=config.data.seq_length, tokens=tokens)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_tools.train_tokenizer import train
 from megatron_fp4 import pretrain
 from megatron_fp4.train.signals import EXIT_CONFIG
 from tests.helpers.tiny_run import TinyRun, tiny_run
@@ -117,6 +118,14 @@ def test_hidden_not_a_multiple_of_16_per_rank(
     said = refused(capsys, tiny_run(tmp_path), "parallel.tp=2", "model.ffn_hidden=272")
     assert "136" in said, "the local size must be named"
     assert "multiple of 16" in said
+
+
+def test_a_vocabulary_below_the_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shards happen to hold no id beyond it; other text would."""
+    lines = (f"word {number} and {number * number}" for number in range(500))
+    train(lines, tmp_path / "t.model", vocab_size=280, model_type="bpe", threads=1)
+    said = refused(capsys, tiny_run(tmp_path), f"data.tokenizer={tmp_path}/t.model", "model.vocab_size=200")
+    assert "model.vocab_size = 200 is less than the 280 of the tokenizer" in said
 
 
 def test_missing_truncated_and_foreign_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

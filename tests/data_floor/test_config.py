@@ -30,6 +30,13 @@ def test_reads_through_omegaconf():
         ({"skip": [[5, 5]]}, r"skip has \[5, 5\]"),
         ({"sources": [{"nam": "a"}]}, r"SourceConfig has no \['nam'\]"),
         ({"seqlength": 1}, r"DataConfig has no \['seqlength'\]"),
+        ({"evaluation": [{"name": "a", "max_tokens": -1}]}, r"evaluation\[0\].max_tokens=-1"),
+        ({"sources": [{"name": "a", "paths": "/a"}]}, "SourceConfig.paths='/a' must be of type list"),
+        ({"phases": [{"name": "a", "tokens": "5e6"}]}, "tokens='5e6' must be of type int; YAML reads 5e6 as text"),
+        ({"phases": {"name": "a"}}, "DataConfig.phases={'name': 'a'} must be of type list"),
+        ({"reset_documents": 1}, "reset_documents=1 must be of type bool"),
+        ({"sources": ["/a"]}, "SourceConfig must have the keys .* got '/a'"),
+        ([1], "DataConfig must have the keys"),
     ],
 )
 def test_refusals(value, message):

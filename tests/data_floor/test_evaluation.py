@@ -55,5 +55,8 @@ def test_max_tokens_and_names(tmp_path):
     config = config_of(tmp_path, numbered([20]))
     share = {"micro_batch": 1, "dp_rank": 0, "dp_size": 1}
     assert build_eval_loader(config, "short", **share).num_targets == 8
+    alone = DataConfig(evaluation=[EvaluationConfig("one", [write_shard(tmp_path / "one", [[5]])])])
+    with pytest.raises(ValueError, match=r"'one' has no target: 1 token\(s\), max_tokens=0"):
+        build_eval_loader(alone, "one", **share)
     with pytest.raises(ValueError, match=r"no evaluation set 'prse'; data.evaluation has \['prose', 'short'\]"):
         build_eval_loader(config, "prse", **share)

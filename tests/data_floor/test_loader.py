@@ -155,6 +155,32 @@ def test_id_beyond_the_vocabulary_in_a_plain_shard_names_its_document(tmp_path):
         loader_of(config, vocab_size=50).batch(0, 1)
 
 
+def test_a_negative_id_is_named_too(tmp_path):
+    config = DataConfig([SourceConfig("web", [write_shard(tmp_path / "w", [[1, 2], [4, 5, 6]], "<i4")])], seq_length=4)
+    data = bytearray((tmp_path / "w.bin").read_bytes())
+    data[12:16] = b"\xff" * 4
+    (tmp_path / "w.bin").write_bytes(data)
+    with pytest.raises(ValueError, match=r"token id -1 is beyond the vocabulary of 50.*document 1"):
+        loader_of(config, vocab_size=50).batch(0, 1)
+
+
+def test_phases_must_last_for_the_run(config):
+    """A length of the last phase that the run exceeds would have no effect."""
+    closed = DataConfig(**{**config.__dict__, "phases": [config.phases[0], PhaseConfig("two", 32, {"code": 1.0})]})
+    assert loader_of(closed, total_samples=16).batch(15, 1).sample_ids.tolist() == [15]
+    with pytest.raises(ValueError, match=r"data.phases end at token 128, but the run reads 136 .*'two'"):
+        loader_of(closed, total_samples=17)
+
+
+def test_an_index_cache_that_cannot_be_made(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"data\.index_cache: .*file"):
+        loader_of(DataConfig(**{**config.__dict__, "index_cache": str(tmp_path / "file" / "cache")}))
+    sources = [SourceConfig("a/b", config.sources[0].paths, 0)]
+    cached = DataConfig(sources=sources, seq_length=8, index_cache=str(tmp_path / "cache"))
+    assert loader_of(cached).batch(0, 1).tokens.shape == (1, 8), "a name with a slash is no folder"
+
+
 def test_sizes_that_do_not_divide(config):
     with pytest.raises(ValueError, match=r"global batch 6 .* micro batch 2 x data parallel 2"):
         build_loader(config, global_batch=6, micro_batch=2, dp_rank=0, dp_size=2)

@@ -66,6 +66,7 @@ def test_start_up_lines(pair):
     assert "eos 2 '</s>'" in text
     assert f"vocabulary {pair[0].vocab_size}, not padded" in text
     assert pair[0].fingerprint in text
+    assert f"vocabulary {pair[0].vocab_size}, padded to 512" in describe_tokenizer(pair[0], 512)
 
 
 def test_hugging_face(tmp_path):
@@ -85,6 +86,11 @@ def test_hugging_face(tmp_path):
     assert len(ids[1]) == 0
     assert (eos_of(tokenizer), tokenizer.special.unk, tokenizer.special.bos) == (1, 0, None)
     assert "bos none" in describe_tokenizer(tokenizer)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["added_tokens"].append({**stored["added_tokens"][-1], "id": 999, "content": "<|far|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    gap = load_tokenizer(tmp_path / "tokenizer.json")
+    assert max(gap.encode_batch(["<|far|>"])[0]) < gap.vocab_size, "the embedding would lack a row for the last id"
 
 
 def test_tiktoken(tmp_path):

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from data_tools.documents import Policies, Position, Report, expand_inputs, read_batches, read_texts, texts_of
+from data_tools.documents import Position, expand_inputs, read_batches, read_texts, texts_of
+from data_tools.policies import Policies, Report
 
 TEXTS = ["first", "second line\nand more", "third é", "x" * 50]
 
@@ -123,3 +124,75 @@ def test_globs(tmp_path):
     (tmp_path / "a.csv").write_text("")
     with pytest.raises(ValueError, match="ending must be one of"):
         expand_inputs([str(tmp_path / "a.csv")])
+
+
+def test_a_truncated_zst_is_refused_wherever_it_is_cut(tmp_path):
+    """zstandard's own reader ends quietly there: with whole records before the cut, the rest would be lost silently."""
+    zstandard = pytest.importorskip("zstandard")
+    compressor = zstandard.ZstdCompressor()
+    data = jsonl([f"document {n}" for n in range(5000)])
+    whole = compressor.compress(data[:50_000]) + compressor.compress(data[50_000:])
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(whole)
+    assert len(read(path)[0]) == 5000
+    skipping = {"invalid_json": "skip", "missing_key": "skip"}
+    for cut in (1, 5, len(whole) // 3, len(whole) // 2):
+        path.write_bytes(whole[:-cut])
+        with pytest.raises(ValueError, match=r"a\.jsonl\.zst: the compressed file is truncated"):
+            read(path, **skipping)
+    path.write_bytes(b"no zst at all")
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst: the compressed file is damaged"):
+        read(path)
+
+
+def test_a_damaged_gzip_is_named(tmp_path):
+    """Every byte of a small file flipped in turn: other text, a refusal, never a traceback of the library."""
+    data = bytearray(gzip.compress(jsonl(TEXTS), mtime=0))
+    for place in range(len(data)):
+        changed = data.copy()
+        changed[place] ^= 0xFF
+        (tmp_path / "a.jsonl.gz").write_bytes(changed)
+        refused = ""
+        try:
+            texts = read(tmp_path / "a.jsonl.gz")[0]
+        except ValueError as error:
+            refused = str(error)
+        assert "a.jsonl.gz" in refused or texts == TEXTS, f"byte {place}: neither refused nor without effect"
+
+
+def test_parquet_values_that_are_no_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": [1, None]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", missing_key="skip") == ([], {"missing key: skip": 2})
+    with pytest.raises(ValueError, match=r"row 0 \+ 0 records \(no text in 'text': 1\): missing key"):
+        read(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match=r"b\.parquet: "):
+        read(tmp_path / "b.parquet")
+
+
+def test_a_deeply_nested_line_is_invalid_json(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["good"]) + b'{"text": ' + b"[" * 100_000 + b"\n")
+    assert read(tmp_path / "a.jsonl", invalid_json="skip")[1]["invalid json: skip"] == 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(TEXTS))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert read(tmp_path / "a.jsonl")[0] == TEXTS
+    assert read(tmp_path / "a.txt")[0] == ["one"]
+
+
+def test_an_empty_text_file_is_an_empty_document(tmp_path):
+    files = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for path, text in zip(files, ("", "two", ""), strict=True):
+        path.write_text(text)
+    assert read(files[0]) == ([], {"empty: skip": 1})
+    assert read(files[0], empty="keep")[0] == [""]
+    batches = list(read_batches(files, Policies()))
+    assert [len(batch.records) for batch in batches] == [1, 1, 1]
+    for number, batch in enumerate(batches):  # a resumed run counts it once
+        rest = list(read_batches(files, Policies(), start=batch.end))
+        assert [r for b in rest for r in b.records] == [r for b in batches[number + 1 :] for r in b.records]

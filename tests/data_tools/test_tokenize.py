@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.cli import main as tools
 from data_tools.tokenize import main
 from megatron_fp4.data.manifest import MANIFEST, PROGRESS, read_manifest
 from megatron_fp4.data.source import open_source
@@ -53,7 +55,9 @@ def test_documents_come_back_in_order_with_one_eos(corpus, model, tmp_path, caps
     assert manifest["tokenizer"]["fingerprint"] == load_tokenizer(model).fingerprint
     assert manifest["max_token_id"] == max(int(s.tokens.max()) for s in source.shards)
     assert manifest["counters"]["documents"] == 16000
-    assert "16,000 documents" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "16,000 documents" in said.out
+    assert re.search(r"100\.0% +\d+\.\d\d MB/s  left +0 s", said.err)
     assert not (tmp_path / "o" / PROGRESS).exists()
 
 
@@ -168,3 +172,22 @@ def test_inputs_that_changed_since_the_kill_are_refused(model, tmp_path):
     write_documents(path, 51)
     with pytest.raises(ValueError, match=r"its inputs is \[\['c.jsonl'"):
         main(options)
+
+
+def test_inputs_in_the_output_folder_are_kept(model, tmp_path):
+    path = write_documents(tmp_path / "shard_00000.jsonl", 5)
+    for more in ([], ["--restart"]):
+        main([str(path), "--output", str(tmp_path), "--tokenizer", str(model), "--workers", "1", *more])
+    assert path.exists()
+
+
+def test_the_tokenizer_trainer_has_the_same_policies(tmp_path, capsys):
+    lines = [json.dumps({"text": text_of(n, 200)}) for n in range(40)]
+    (tmp_path / "c.jsonl").write_text("\n".join([*lines, "{broken", json.dumps({"text": ""})]))
+    argv = ["train-tokenizer", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "t.model"), "--vocab-size", "380"]
+    assert tools([*argv]) == 2
+    assert "--on-invalid-json skip" in capsys.readouterr().err
+    assert tools([*argv, "--on-invalid-json", "skip"]) == 0
+    out = capsys.readouterr().out
+    assert "1 invalid json: skip" in out
+    assert "1 empty: skip" in out

@@ -1,12 +1,14 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from data_tools.cli import TOOLS, main
+from data_tools.shard_set import SplitWriter
 from megatron_fp4.data.config import DataConfig, SourceConfig
 from megatron_fp4.data.ledger import LedgerWriter, step_hash
-from megatron_fp4.data.manifest import BLOCK_BYTES, read_manifest
+from megatron_fp4.data.manifest import BLOCK_BYTES, PROGRESS, read_manifest
 from megatron_fp4.data.source import open_source
 from tests.data_floor.toy import loader_of, numbered, write_set, write_shard
 
@@ -100,6 +102,7 @@ def test_inspect_sample_and_ledger_of_a_run(shards, tmp_path, capsys):
     assert code == 0
     assert f"ids {loader.batch(3, 1).tokens[0].tolist()}" in out
     assert "was skipped" in run(capsys, "inspect", "--run", tmp_path, "--sample", 2)[2]
+    assert "ids begin with 0" in run(capsys, "inspect", "--run", tmp_path, "--sample=-1")[2]
     code, out, _ = run(capsys, "ledger", "--run", tmp_path, "--step", 1)
     assert code == 0
     assert "as logged by the run" in out
@@ -158,6 +161,64 @@ data:
         ["late", "code", "1.000000", "40"],
     ]
     assert rows[3][4] == "0.600"
+    for text in ("data: [1", "- 1", "data: 5", "data: {sources: [{name: a, paths: b}]}"):
+        (tmp_path / "bad.yaml").write_text(text)
+        assert run(capsys, "blend", "--plan", tmp_path / "bad.yaml", "--tokens", "400")[2].startswith("error: ")
+    for tokens in ("0", "-1", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            main(["blend", "--plan", str(tmp_path / "data.yaml"), f"--tokens={tokens}"])
     status, _, err = run(capsys, "blend", "--plan", tmp_path / "data.yaml", "--tokens", "400")
     assert status == 2
     assert "'code' is too small" in err
+
+
+def test_nothing_is_overwritten(shards, tmp_path, capsys):
+    """An output that is an input, another job's set, or foreign shards: refused, and every file is as before."""
+    other = write_set(tmp_path / "other", [numbered([7])])
+    (tmp_path / "plain").mkdir()
+    write_shard(tmp_path / "plain" / "shard_00000", [[1, 2]])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("shard_*")}
+    for folder, message in ((shards, "is an input"), (tmp_path / "plain", "already holds shard_00000")):
+        status, _, err = run(capsys, "merge", shards, "--output", folder)
+        assert (status, message in err) == (2, True), err
+    status, _, err = run(capsys, "merge", shards, "--output", shards, "--restart")
+    assert "is an input" in err
+    status, _, err = run(capsys, "merge", shards, "--output", other)
+    assert status == 2
+    assert "belongs to another job" in err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("shard_*")} == before
+    assert run(capsys, "merge", shards, "--output", other, "--restart")[0] == 0
+    assert documents_of(other) == documents_of(shards)
+    code, out, _ = run(capsys, "merge", shards, "--output", other)
+    assert code == 0
+    assert "already complete" in out
+
+
+def test_two_writers_at_once(shards, tmp_path, capsys):
+    with SplitWriter(tmp_path / "m", {"all": tmp_path / "m"}, np.dtype("<u2"), {}):
+        status, _, err = run(capsys, "merge", shards, "--output", tmp_path / "m")
+        assert status == 2
+        assert "another process is writing to" in err
+    (tmp_path / "m" / PROGRESS).unlink()
+    assert run(capsys, "merge", shards, "--output", tmp_path / "m")[0] == 0
+    assert not (tmp_path / "m" / ".lock").exists()
+
+
+def test_empty_sets(tmp_path, capsys):
+    folder = write_set(tmp_path / "none", [])
+    assert "documents" in run(capsys, "stats", folder)[1]
+    for tool in (["merge", folder], ["split", folder, "--part", "a=1"]):
+        assert "error: 0 documents in" in run(capsys, *tool, "--output", tmp_path / "o")[2]
+
+
+@pytest.mark.parametrize("parts", [["a=0.5", "a=0.5"], ["a=nan"], ["../b=1"], ["a"], ["a=-1"], ["a=0"], ["=1"]])
+def test_impossible_parts(shards, tmp_path, capsys, parts):
+    options = [word for part in parts for word in ("--part", part)]
+    assert run(capsys, "split", shards, *options, "--output", tmp_path / "o")[2].startswith("error: ")
+
+
+def test_an_operating_system_error_is_one_line(shards, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    status, _, err = run(capsys, "merge", shards, "--output", tmp_path / "file" / "o")
+    assert status == 2
+    assert err.startswith("error: ")
