@@ -51,12 +51,18 @@ class SplitWriter:
             raise
 
     def _begin(self) -> None:
-        if self._progress.exists():
-            self._restore()
-            self._drop_unlisted()
-        else:
+        if not self._progress.exists():
             _refuse_full(self.folders.values())
             self._save()
+            return
+        state = json.loads(self._progress.read_text())
+        if any(state["shards"].values()):  # without any, there is nothing to lose: another job may begin here
+            check_same_job(state["job"], self.job, str(self._progress))
+            self.position = Position(*state["position"])
+            self.counters = Counter(state["counters"])
+            self.shards = state["shards"]
+        self._drop_unlisted()
+        self._save()
 
     def __enter__(self) -> SplitWriter:
         return self
@@ -112,13 +118,6 @@ class SplitWriter:
             "shards": self.shards,
         }
         write_json(self._progress, state)
-
-    def _restore(self) -> None:
-        state = json.loads(self._progress.read_text())
-        check_same_job(state["job"], self.job, str(self._progress))
-        self.position = Position(*state["position"])
-        self.counters = Counter(state["counters"])
-        self.shards = state["shards"]
 
     def _drop_unlisted(self) -> None:
         for name, folder in self.folders.items():

@@ -129,7 +129,7 @@ def _job(args: argparse.Namespace, files: list[Path], tokenizer: Tokenizer, poli
         "text_key": args.text_key,
         "heldout_fraction": args.heldout_fraction,
         "shard_tokens": args.shard_tokens,
-        "policies": dataclasses.asdict(policies),
+        **dataclasses.asdict(policies),
     }
 
 

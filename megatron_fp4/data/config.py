@@ -51,6 +51,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.seq_length < 1:
             raise ValueError(f"data.seq_length={self.seq_length} must be at least 1")
+        if self.prefetch_batches < 0:
+            raise ValueError(f"data.prefetch_batches={self.prefetch_batches} must be 0 (no thread) or more")
         _check_names("data.sources", [source.name for source in self.sources])
         _check_names("data.evaluation", [item.name for item in self.evaluation])
         for number, source in enumerate(self.sources):

@@ -168,5 +168,8 @@ def _weights(phase: PhaseConfig, sizes: dict[str, int]) -> tuple[int, ...]:
     if unknown:
         raise ValueError(f"phase {phase.name!r} weighs unknown sources {unknown}; the sources are {sorted(sizes)}")
     if phase.weights:
-        return integer_weights([float(phase.weights.get(name, 0.0)) for name in sizes])
+        try:
+            return integer_weights([float(phase.weights.get(name, 0.0)) for name in sizes])
+        except ValueError as error:
+            raise ValueError(f"phase {phase.name!r}, sources {list(sizes)}: {error}") from None
     return integer_weights([max(1, size) for size in sizes.values()])

@@ -23,6 +23,7 @@ def test_reads_through_omegaconf():
     ("value", "message"),
     [
         ({"seq_length": 0}, "seq_length=0"),
+        ({"prefetch_batches": -1}, "prefetch_batches=-1"),
         ({"sources": [{"name": "a"}, {"name": "a"}]}, r"\['a'\] occur more than once"),
         ({"sources": [{"paths": ["x"]}]}, r"sources\[0\] has no name"),
         ({"sources": [{"name": "a", "max_epochs": -1}]}, "max_epochs=-1"),

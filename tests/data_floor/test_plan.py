@@ -97,6 +97,13 @@ def test_unknown_source_in_a_phase():
         plan_of(("one", 0, {"wbe": 1.0}))
 
 
+def test_impossible_weights_name_their_phase():
+    with pytest.raises(
+        ValueError, match=r"phase 'one', sources \['web', 'code', 'math'\]: blend weights \[0.0, 0.0, 0.0\]"
+    ):
+        plan_of(("one", 0, {"web": 0.0}))
+
+
 def test_by_size():
     plan = plan_of(("all", 0, {}))
     assert plan.cursors_at(1600) == SIZES

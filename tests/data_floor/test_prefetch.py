@@ -1,3 +1,4 @@
+import threading
 import time
 
 import pytest
@@ -23,15 +24,21 @@ def test_same_batches_in_order(loader, depth):
 
 
 def test_a_stall_is_measured_and_readiness_is_not_a_stall(loader):
+    second_made = threading.Event()
+
     class Slow:
         def batch(self, first, number):
-            time.sleep(0.2)
+            if first == 0:
+                time.sleep(0.5)
+            else:
+                second_made.set()
             return loader.batch(first, number)
 
     with Prefetcher(Slow(), [(0, 1), (1, 1)], depth=2) as batches:
-        assert next(batches).data_wait_seconds > 0.1
-        time.sleep(0.5)
-        assert next(batches).data_wait_seconds < 0.1
+        stalled = next(batches).data_wait_seconds
+        assert second_made.wait(60)
+        time.sleep(0.1)
+        assert next(batches).data_wait_seconds < stalled
 
 
 @pytest.mark.parametrize("depth", [0, 2])

@@ -167,11 +167,24 @@ def test_inputs_that_changed_since_the_kill_are_refused(model, tmp_path):
     main(options)
     manifest = json.loads((tmp_path / "o" / MANIFEST).read_text())
     (tmp_path / "o" / MANIFEST).unlink()
-    state = {"job": manifest["job"], "position": [0, 0], "counters": {}, "shards": {"all": []}}
+    state = {"job": manifest["job"], "position": [0, 0], "counters": {}, "shards": {"all": manifest["shards"]}}
     (tmp_path / "o" / PROGRESS).write_text(json.dumps(state))
     write_documents(path, 51)
     with pytest.raises(ValueError, match=r"its inputs is \[\['c.jsonl'"):
         main(options)
+    with pytest.raises(ValueError, match=r"its empty is skip, this command has keep"):
+        main([*options, "--on-empty", "keep"])
+
+
+def test_a_job_that_made_no_shard_yet_may_be_changed(model, tmp_path):
+    """A policy that ended it, for instance: there is nothing to delete."""
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "good"}\n{broken\n')
+    options = [str(path), "--output", str(tmp_path / "o"), "--tokenizer", str(model), "--workers", "1"]
+    with pytest.raises(ValueError, match="--on-invalid-json skip"):
+        main(options)
+    assert main([*options, "--on-invalid-json", "skip"]) == 0
+    assert len(documents_of(tmp_path / "o", load_tokenizer(model))) == 1
 
 
 def test_inputs_in_the_output_folder_are_kept(model, tmp_path):
