@@ -150,7 +150,7 @@ def loading(folder: Path, run: Path | None, consumed: float) -> None:
     for length in (256, 4096):
         config = DataConfig(sources, seq_length=length, reset_documents=True)
         began = time.perf_counter()
-        loader = build_loader(config, global_batch=16, micro_batch=1, dp_rank=0, dp_size=1)
+        loader = build_loader(config, global_batch=16, micro_batch=1, dp_rank=0, dp_size=1, total_samples=10**7)
         opened = time.perf_counter()
         loader.batch(0, 16)
         first = time.perf_counter()

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_fp4.cli.alignment import alignment_warnings
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
 from megatron_fp4.cli.pipeline_cost import BUBBLES, PipelineShape, imbalance
-from megatron_fp4.cli.plan_cost import flops_section, time_section
+from megatron_fp4.cli.plan_cost import flops_section, ramp_section, time_section
 from megatron_fp4.cli.plan_text import render
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import Flops, by_kind, count_flops, model_parameters, quantized_parameters
@@ -28,7 +28,7 @@ from megatron_fp4.models.decoder import Recompute, StageRange
 from megatron_fp4.models.memory import MemorySettings, rank_memory
 from megatron_fp4.models.partition import block_costs, split_stages
 from megatron_fp4.models.traffic import bytes_sent
-from megatron_fp4.pipeline.order import Timeline, bubble, pipeline_order, simulate
+from megatron_fp4.pipeline.order import Timeline, pipeline_order, simulate
 from megatron_fp4.pipeline.schedules import stages_of_rank, stages_per_rank
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
@@ -119,7 +119,7 @@ def run_plan(
     flops = count_flops(config.model, config.data.seq_length)
     costs = _rank_costs(config, stages)
     timeline = simulate(pipeline_order(parallel, microbatches)) if schedule else []
-    ramp = _ramp_section(prepared)
+    ramp = ramp_section(prepared)
     slowdowns = [(stage["from_tokens"], imbalance(costs) / (1.0 - stage["bubble"])) for stage in ramp]
     return {
         "run": _run_section(prepared, num_gpus, microbatches),
@@ -195,18 +195,6 @@ def _run_section(prepared: Prepared, num_gpus: int, microbatches: int) -> dict[s
         "recompute": config.train.recompute.name,
         "backend": config.precision.backend.name,
     }
-
-
-def _ramp_section(prepared: Prepared) -> list[dict[str, Any]]:
-    """One entry per size of a step; one in all without a batch-size ramp. bubble: idle part by the order of actions."""
-    config, parallel = prepared.config, prepared.config.parallel
-    entries = []
-    for stage in config.stages():
-        microbatches = config.train.gradient_accumulation(prepared.dp, stage.size)
-        entry = {"from_tokens": stage.first * config.data.seq_length, "samples": stage.size, "steps": stage.num_steps}
-        idle = bubble(simulate(pipeline_order(parallel, microbatches))) if parallel.pp > 1 else 0.0
-        entries.append({**entry, "microbatches": microbatches, "bubble": idle})
-    return entries
 
 
 def _parameter_section(model: ModelConfig, table: PrecisionTable) -> dict[str, Any]:

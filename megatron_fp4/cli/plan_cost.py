@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_fp4.models.count import Flops
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.pipeline.order import bubble, pipeline_order, simulate
 from megatron_fp4.precision.table import PrecisionTable, gemm_formats
 from megatron_fp4.train.build import Prepared
 from megatron_fp4.train.config import RunConfig
@@ -48,6 +49,18 @@ def flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dic
         "training_per_step": flops.training * config.tokens_per_step,
         "training_per_token_by_rate": flops_by_rate(flops, table),
     }
+
+
+def ramp_section(prepared: Prepared) -> list[dict[str, Any]]:
+    """One entry per size of a step; one in all without a batch-size ramp. bubble: idle part by the order of actions."""
+    config, parallel = prepared.config, prepared.config.parallel
+    entries = []
+    for stage in config.stages():
+        microbatches = config.train.gradient_accumulation(prepared.dp, stage.size)
+        entry = {"from_tokens": stage.first * config.data.seq_length, "samples": stage.size, "steps": stage.num_steps}
+        idle = bubble(simulate(pipeline_order(parallel, microbatches))) if parallel.pp > 1 else 0.0
+        entries.append({**entry, "microbatches": microbatches, "bubble": idle})
+    return entries
 
 
 def _integral(a: Sequence[tuple[int, float]], b: Sequence[tuple[int, float]], end: int) -> float:

@@ -42,6 +42,14 @@ class Segment:
         taken = {n: self.cursors.get(n, 0) + int(c) for n, c in zip(self.sources, counts, strict=True)}
         return {**self.cursors, **taken}
 
+    def at_most(self, sample: int) -> dict[str, int]:
+        """Bounds of `cursors_at`, not more than one sample above it, without working out the schedule."""
+        taken, total = sample - self.first, sum(self.weights)
+        most = {
+            n: self.cursors.get(n, 0) - (-taken * w // total) for n, w in zip(self.sources, self.weights, strict=True)
+        }
+        return {**self.cursors, **most}
+
     def describe(self, seq_length: int) -> str:
         """One line: name, first token of the order, share of every source."""
         total = sum(self.weights)

@@ -121,6 +121,16 @@ def test_too_little_data_is_refused_unless_epochs_are_allowed(tmp_path):
         loader_of(more, total_samples=9)
 
 
+def test_a_long_run_of_a_large_blend_opens_without_its_schedule(tmp_path):
+    """Opening must not walk through a period of millions of places; where it is tight, the exact numbers decide."""
+    sources = [source(tmp_path, "a", numbered([100]), 0), source(tmp_path, "b", numbered([66]), 2)]
+    blend = DataConfig(sources, [PhaseConfig("all", 0, {"a": 999_983.0, "b": 64.0})], seq_length=1)
+    loader = loader_of(blend, total_samples=2_000_000)
+    assert len(loader.plan.segments[0].schedule._sources) == 0
+    with pytest.raises(ValueError, match=r"'b' is too small: 2100000 samples needs 13[45] .* give 131"):
+        loader_of(blend, total_samples=2_100_000)
+
+
 def test_changed_data_is_refused_by_content_not_by_path(config, tmp_path):
     state = loader_of(config).state_dict(4)
     moved = write_shard(tmp_path / "moved", numbered([5, 9, 2, 30, 11, 40]))

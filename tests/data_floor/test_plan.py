@@ -97,6 +97,15 @@ def test_unknown_source_in_a_phase():
         plan_of(("one", 0, {"wbe": 1.0}))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 50), min_size=3, max_size=3).filter(any), st.integers(0, 400))
+def test_bounds_are_not_more_than_one_sample_above(weights, sample):
+    plan = plan_of(("one", 800, {"web": 1.0}), ("two", 0, dict(zip(SIZES, map(float, weights), strict=True))))
+    segment = plan.segments[plan.segment_of(sample)]
+    for name, exact in segment.cursors_at(sample).items():
+        assert exact <= segment.at_most(sample)[name] <= exact + 1
+
+
 def test_impossible_weights_name_their_phase():
     with pytest.raises(
         ValueError, match=r"phase 'one', sources \['web', 'code', 'math'\]: blend weights \[0.0, 0.0, 0.0\]"

@@ -55,6 +55,15 @@ def test_documents_come_back_in_order_with_one_eos(corpus, model, tmp_path, caps
     assert manifest["tokenizer"]["fingerprint"] == load_tokenizer(model).fingerprint
     assert manifest["max_token_id"] == max(int(s.tokens.max()) for s in source.shards)
     assert manifest["counters"]["documents"] == 16000
+    assert manifest["special_tokens"] == {
+        "bos": 1,
+        "eos": 2,
+        "pad": 3,
+        "unk": 0,
+        "policy": "one eos after every document, no bos",
+    }
+    assert manifest["sources"] == [{"name": "c.jsonl", "bytes": corpus.stat().st_size}]
+    assert len(manifest["shards"][0]["files"]["bin"]["sha256"]) == 64
     said = capsys.readouterr()
     assert "16,000 documents" in said.out
     assert re.search(r"100\.0% +\d+\.\d\d MB/s  left +0 s", said.err)
