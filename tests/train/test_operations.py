@@ -46,21 +46,24 @@ def test_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
     config = to_run_config(compose_config(["experiment=paper_12b_10t", "model.vocab_size=131072"]))
     table = PrecisionPlan(config.precision, model_linears(config.model), total_tokens=10**13).table()
     throughput, phases = Throughput(config, 512, torch.device("cpu")), Phases(torch.device("cpu"))
-    assert "mfu" not in _metrics(throughput, phases, table, 1.0)
+    tokens = config.tokens_per_step
+    assert "mfu" not in _metrics(throughput, phases, table, 1.0, tokens)
     throughput.gpu = GPUS["GB200"]
-    flops = count_flops(config.model, config.data.seq_length).training * config.tokens_per_step / 512
-    assert _metrics(throughput, phases, table, flops / 2.5e15)["mfu"] == pytest.approx(1.0)
-    found = _metrics(throughput, phases, table, 10.0)
+    flops = count_flops(config.model, config.data.seq_length).training * tokens / 512
+    assert _metrics(throughput, phases, table, flops / 2.5e15, tokens)["mfu"] == pytest.approx(1.0)
+    half = _metrics(throughput, phases, table, flops / 2.5e15, tokens // 2)
+    assert half["mfu"] == pytest.approx(0.5), "a step of a batch-size ramp has its own number of tokens"
+    found = _metrics(throughput, phases, table, 10.0, tokens)
     assert found["mfu_mixed"] < found["mfu"], "with FP4 GEMMs the same time is a smaller part of what is possible"
     throughput.gpu = GPUS["H100"]
-    found = _metrics(throughput, phases, table, 10.0)
+    found = _metrics(throughput, phases, table, 10.0, tokens)
     assert found["mfu_mixed"] == pytest.approx(found["mfu"]), "no FP4 units: both peaks are BF16's"
     assert "data sheet" in throughput.describe()
 
 
-def _metrics(throughput: Throughput, phases: Phases, table: object, seconds: float) -> dict[str, float]:
+def _metrics(throughput: Throughput, phases: Phases, table: object, seconds: float, tokens: int) -> dict[str, float]:
     phases._seconds = {"update": seconds}
-    return throughput.metrics(phases, table)  # type: ignore[arg-type]
+    return throughput.metrics(phases, table, tokens)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
