@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.peers import peers
 from benchmarks.timing import CLOCKS, paired_seconds, print_table
 from megatron_fp4.comm.host_memory import keep_freed_memory
-from megatron_fp4.numerics import fused, key_of, quantize_nvfp4
+from megatron_fp4.numerics import fused, key_of, quantize_nvfp4, stages
 from megatron_fp4.numerics.hadamard import fixed_signs
 from megatron_fp4.numerics.random import column_words, row_words
 
@@ -31,7 +31,7 @@ def ours(kernels: fused.Kernels, x: Tensor, *, along: int = 1, rht: bool = False
         rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
         words = (*row_words(key, rows), column_words(key, cols))
     return kernels.two_level_operand(
-        x, kernels.run(fused.largest_of, largest), words, tile=tile, along=along, largest=largest
+        x, kernels.run(stages.largest_of, largest), words, tile=tile, along=along, largest=largest
     )
 
 

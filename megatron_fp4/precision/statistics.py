@@ -40,11 +40,6 @@ class QuantizationStats:
     scale_histogram: tuple[float, ...]
     amax: float
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """The scalars, with names for a metrics writer: `<prefix>/snr_db` and so on."""
-        names = ("snr_db", "relative_mse", "underflow", "saturation", "amax")
-        return {f"{prefix}/{name}": getattr(self, name) for name in names}
-
 
 def quantization_stats(x: Tensor, operand: Operand, *, along: int = 1, step: int = 0) -> QuantizationStats:
     """Quantize `x [R, C]` as `operand`, contracted along `along`, and compare with x (after its transform, if any).
@@ -97,13 +92,16 @@ def linear_report(
 
 
 def report_table(stats: Iterable[tuple[str, QuantizationStats]]) -> str:
-    """The report as text, one line per operand."""
-    lines = [f"{'operand':48s} {'SNR dB':>7s} {'rel. MSE':>9s} {'underflow':>9s} {'saturated':>9s} {'amax':>10s}"]
-    lines += [
-        f"{name:48s} {s.snr_db:7.2f} {s.relative_mse:9.5f} {s.underflow:9.4%} {s.saturation:9.4%} {s.amax:10.4g}"
-        for name, s in stats
+    """The report as text, one line per operand; the last columns are the histogram of the block scales, in percent."""
+    edges = ["scale = 0", *(f"<= {edge:g}" for edge in HISTOGRAM_EDGES[1:])]
+    lines = [
+        f"{'operand':48s} {'SNR dB':>7s} {'rel. MSE':>9s} {'underflow':>9s} {'saturated':>9s} {'amax':>10s} "
+        + " ".join(f"{edge:>11s}" for edge in edges)
     ]
-    return "\n".join(lines)
+    for name, s in stats:
+        numbers = f"{s.snr_db:7.2f} {s.relative_mse:9.5f} {s.underflow:9.4%} {s.saturation:9.4%} {s.amax:10.4g}"
+        lines.append(f"{name:48s} {numbers} " + " ".join(f"{share:11.2%}" for share in s.scale_histogram))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

@@ -212,6 +212,7 @@ COMPILED = [
     {"operand": Operand(N4, tile=(16, 16)), "along": 1},
     {"operand": Operand(N4, rounding=Rounding.sr), "along": 1},
     {"operand": Operand(N4, rounding=Rounding.sr, rht_size=16), "along": 0},
+    {"operand": Operand(N4, four_over_six=FourOverSix.mse), "along": 0},
 ]
 
 

@@ -63,5 +63,11 @@ def test_report_of_a_linear() -> None:
     text = report_table(report.items())
     assert len(text.splitlines()) == 7
     assert "blocks.0.mlp.up/wgrad.dy" in text
+    header, first, *_ = text.splitlines()
+    edges = " ".join(header.split("amax")[1].split())
+    assert edges == "scale = 0 <= 0.015625 <= 0.125 <= 1 <= 8 <= 64 <= 448"
+    shares = [float(share.rstrip("%")) for share in first.split()[-7:]]
+    assert abs(sum(shares) - 100) < 0.1, "the histogram of block scales, in percent"
+    assert shares[-1] > 50, "the scales of a Gaussian tensor lie near the largest"
     with pytest.raises(ValueError, match="not quantized"):
         quantization_stats(x, Operand())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp4.numerics import fused
+from megatron_fp4.numerics import fused, stages
 from megatron_fp4.numerics.random import column_words, row_words
 from megatron_fp4.precision.backends import (
     Copy,
@@ -110,7 +110,7 @@ class EmulatedBackend:
         if copy.operand.amax_scope is AmaxScope.row:
             amax = largest.amax(copy.along, keepdim=True).to(torch.float32)
         else:
-            amax = self.kernels.run(fused.largest_of, largest)
+            amax = self.kernels.run(stages.largest_of, largest)
         return amax, None if copy.deferred else (x, largest)
 
     def _transformed(self, x: Tensor, source: Source, copy: Copy) -> Tensor:

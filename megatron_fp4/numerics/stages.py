@@ -1,0 +1,124 @@
+"""The stages of quantize-dequantize, as functions of tensors that `fused.Kernels` runs eagerly or compiles.
+
+They are separate on purpose: one big kernel was measured to be slower than four small ones (inductor recomputes scales
+per element and spills registers).
+
+    max_of_*       x            -> max |x| per tile
+    nvfp4_scales   max |x|      -> E4M3 scale and the factor that takes x to code units
+    noise_*        addresses    -> random bits
+    apply_*        x            -> code * scale
+
+The arithmetic is explained in docs/numerics.md and spelled out readably in `block_scale`, which is the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.numerics import rounding
+from megatron_fp4.numerics.random import combine
+
+HEADROOM = 17.0 / 16.0  # E4M3 rounds a scale down by at most 1/17 of it
+Words = tuple[Tensor, Tensor, Tensor]  # int32 [R], [R], [C]: random.row_words and random.column_words
+
+
+def encode_scale(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Global encode scale S_enc = largest / amax (2688 / amax) and decode scale 1 / S_enc, FP32, of amax's shape.
+
+    A true division of tensors: PyTorch computes `2688.0 / amax` as a reciprocal times 2688, which has other bits.
+    """
+    encode = (torch.full_like(amax, largest) / amax).clamp(max=rounding.FLT_MAX)
+    encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
+    return encode, torch.ones_like(encode) / encode
+
+
+def max_of_row_lanes(x: Tensor, lanes: int) -> Tensor:
+    """max |x| of each `lanes` consecutive elements of `x [n]`, in x's dtype; NaN propagates."""
+    if x.dtype == torch.bfloat16:  # compared as integers, two elements in a word
+        words = x.view(torch.int32).unflatten(0, (-1, lanes // 2))
+        pairs = torch.maximum((words >> 16) & 0x7FFF, words & 0x7FFF)
+        return _largest(pairs.unbind(1)).to(torch.int16).view(torch.bfloat16)
+    return x.unflatten(0, (-1, lanes)).abs().amax(1)
+
+
+def max_of_column_lanes(x: Tensor, lanes: int) -> Tensor:
+    """max |x| of each `lanes` consecutive rows of `x [R, C]`: `[R/lanes, C]` in x's dtype; NaN propagates."""
+    return _largest(x.unflatten(0, (-1, lanes)).abs().unbind(1))
+
+
+def _largest(lanes: Sequence[Tensor]) -> Tensor:
+    """Elementwise, by a tree."""
+    while len(lanes) > 1:
+        lanes = [torch.maximum(a, b) for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
+    return lanes[0]
+
+
+def largest_of(block_maxima: Tensor) -> Tensor:
+    """The largest of the block maxima, an FP32 scalar; NaN propagates."""
+    return block_maxima.to(torch.float32).amax()
+
+
+def nvfp4_scales(
+    largest: Tensor, encode: Tensor, decode: Tensor, scale_order: str, headroom: bool
+) -> tuple[Tensor, Tensor]:
+    """E4M3 block scale and 1 / (scale * S_dec), FP32, of the block maxima's shape. encode, decode: broadcastable."""
+    if scale_order == "te":
+        target = largest.to(torch.float32) * (encode * (1.0 / 6.0))
+    else:
+        target = (largest.to(torch.float32) / torch.full_like(largest, 6.0, dtype=torch.float32)) * encode
+    if headroom:
+        target = target * HEADROOM
+    scale = rounding.round_e4m3(target)
+    return scale, block_encode(scale, decode)
+
+
+def block_encode(scale: Tensor, decode: Tensor) -> Tensor:
+    """1 / (scale * S_dec), from the rounded block scale; FLT_MAX where the scale is zero."""
+    product = scale * decode
+    return (torch.ones_like(product) / product).clamp(max=rounding.FLT_MAX)
+
+
+def power_scales(largest: Tensor, element_max: float) -> tuple[Tensor, Tensor]:
+    """Power-of-two block scale, rounded up so that no element saturates (paper section 2), and its exact inverse."""
+    largest = largest.to(torch.float32)
+    scale = rounding.power_of_two_at_least(largest / torch.full_like(largest, element_max))
+    return scale, rounding.power_of_two_inverse(scale)
+
+
+def noise_bytes(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:
+    """The top byte of the random word of each element, uint8 `[R, C]`."""
+    return (combine(row_a[:, None], row_b[:, None], column) >> 24).to(torch.uint8)
+
+
+def noise_words(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:
+    """The top 20 bits of the random word of each element, int32 `[R, C]`."""
+    return (combine(row_a[:, None], row_b[:, None], column) >> 12) & 0xFFFFF
+
+
+# The three below take `x [n]` (blocks of `lanes` elements) or `x [R, C]` (blocks of `lanes` rows); scale and multiplier
+# are FP32 and broadcast to `[n/lanes, lanes]` or `[R/lanes, lanes, C]`. The size of a block is an argument, so that it
+# is a constant of the compiled kernel: with a symbolic one the loops over it are not vectorized.
+
+
+def apply_e2m1(x: Tensor, scale: Tensor, multiplier: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
+    """Nearest-even E2M1 code * scale."""
+    blocked = x.unflatten(0, (-1, lanes)).to(torch.float32)
+    return (rounding.round_e2m1(blocked * multiplier) * scale).to(dtype)
+
+
+def apply_e2m1_stochastic(
+    x: Tensor, scale: Tensor, multiplier: Tensor, noise: Tensor, noise_unit: float, lanes: int, dtype: torch.dtype
+) -> Tensor:
+    """Stochastically rounded E2M1 code * scale. noise: integers of x's shape, multiplied by `noise_unit`."""
+    blocked = x.unflatten(0, (-1, lanes)).to(torch.float32)
+    uniform = noise.unflatten(0, (-1, lanes)).to(torch.float32) * noise_unit
+    return (rounding.round_e2m1(blocked * multiplier, uniform) * scale).to(dtype)
+
+
+def apply_e4m3(x: Tensor, scale: Tensor, multiplier: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
+    """Nearest-even E4M3 code * scale."""
+    blocked = x.unflatten(0, (-1, lanes)).to(torch.float32)
+    return (rounding.round_e4m3(blocked * multiplier) * scale).to(dtype)
