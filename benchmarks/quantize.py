@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.peers import peers
 from benchmarks.timing import CLOCKS, paired_seconds, print_table
 from megatron_fp4.comm.host_memory import keep_freed_memory
-from megatron_fp4.numerics import fused, key_of, quantize_nvfp4, stages
+from megatron_fp4.numerics import formats, fused, key_of, quantize_nvfp4, stages
 from megatron_fp4.numerics.hadamard import fixed_signs
 from megatron_fp4.numerics.random import column_words, row_words
 
@@ -33,6 +33,11 @@ def ours(kernels: fused.Kernels, x: Tensor, *, along: int = 1, rht: bool = False
     return kernels.two_level_operand(
         x, kernels.run(stages.largest_of, largest), words, tile=tile, along=along, largest=largest
     )
+
+
+def decoded(codes: Tensor) -> Tensor:
+    """The E2M1 values of packed codes (-0 equals +0 then)."""
+    return formats.decode_e2m1(formats.unpack(codes.view(torch.uint8)))
 
 
 def main() -> None:
@@ -64,7 +69,12 @@ def main() -> None:
         "1x16 codes and scales, spelled out": lambda: quantize_nvfp4(x),
     }
     if args.peers:
-        candidates |= peers(x)
+        found = peers(x)
+        ours_decoded = decoded(quantize_nvfp4(x).codes)
+        for name, quantize in found.items():
+            share = (decoded(quantize()) != ours_decoded).double().mean().item()
+            print(f"{name}: {share:.4%} of the codes are not ours")
+        candidates |= found
     seconds = paired_seconds(candidates, args.rounds, CLOCKS[args.clock])
     title = f"quantize {args.rows}x{args.cols} bf16 with amax pass, {args.threads} threads, {args.clock} time"
     print_table(title, seconds, next(iter(candidates)))

@@ -1,4 +1,4 @@
-"""Codes, scales and amax against Transformer Engine's own reference quantizer, byte for byte, over 10^7 elements."""
+"""Codes, scales and amax against Transformer Engine's reference quantizer, byte for byte, on 46 million elements."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_codes_scales_and_amax_equal_transformer_engine() -> None:
             for tile, rht in (((1, 16), False), ((1, 16), True), ((16, 16), False)):
                 what = f"{name} {shape} tile {tile} rht {rht}"
                 compared += _compare(x.bfloat16(), tile, rht, what)
-    assert compared > 10_000_000, compared
+    assert compared > 45_000_000, compared
 
 
 @pytest.mark.parametrize("name", list(_special()))
