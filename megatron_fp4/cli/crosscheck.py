@@ -28,7 +28,7 @@ from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.compare import BLOCK, decoded, first_mismatch, reference_parts, te_parts
 from megatron_fp4.precision.config import BackendName
-from megatron_fp4.precision.spec import AmaxScope, Gemm, LinearPrecision, Operand, Rounding, ScaleOrder
+from megatron_fp4.precision.spec import AmaxScope, LinearPrecision, Operand, Rounding, ScaleOrder
 from megatron_fp4.train.build import prepare
 
 ORDERS = {ScaleOrder.te: "amax_b * (S_enc * (1/6))", ScaleOrder.paper: "(amax_b / 6) * S_enc"}
@@ -170,10 +170,7 @@ def _map(precision: LinearPrecision, change: dict[str, object]) -> LinearPrecisi
             return value
         return replace(value, **wanted)  # type: ignore[arg-type]
 
-    def gemm(value: Gemm) -> Gemm:
-        return Gemm(operand(value.a), operand(value.b))
-
-    return LinearPrecision(gemm(precision.fprop), gemm(precision.dgrad), gemm(precision.wgrad), precision.wgrad_output)
+    return precision.with_operands(operand)
 
 
 def _on_one_rank(precision: LinearPrecision) -> LinearPrecision:

@@ -5,8 +5,10 @@ refused at construction, with the reason. (No `from __future__ import annotation
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Self
 
 
 class Format(Enum):
@@ -206,6 +208,12 @@ class LinearPrecision:
     @property
     def quantized(self) -> bool:
         return self.fprop.quantized or self.dgrad.quantized or self.wgrad.quantized
+
+    def with_operands(self, change: Callable[[Operand], Operand]) -> Self:
+        """The same GEMMs with `change` applied to each of the six operands."""
+        gemms = {name: getattr(self, name) for name in ("fprop", "dgrad", "wgrad")}
+        changed = {name: replace(gemm, a=change(gemm.a), b=change(gemm.b)) for name, gemm in gemms.items()}
+        return replace(self, **changed)
 
     @property
     def padding(self) -> tuple[int, int, int]:

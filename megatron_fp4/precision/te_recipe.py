@@ -197,7 +197,4 @@ def _without_scope(precision: LinearPrecision) -> LinearPrecision:
     def operand(value: Operand) -> Operand:
         return replace(value, amax_scope=AmaxScope.tensor) if value.quantized else value
 
-    def gemm(value: Gemm) -> Gemm:
-        return Gemm(operand(value.a), operand(value.b))
-
-    return LinearPrecision(gemm(precision.fprop), gemm(precision.dgrad), gemm(precision.wgrad), precision.wgrad_output)
+    return precision.with_operands(operand)

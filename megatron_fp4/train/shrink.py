@@ -30,7 +30,7 @@ from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.config import ComputeDtype
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.spec import AmaxScope, Gemm, LinearPrecision, Operand
+from megatron_fp4.precision.spec import AmaxScope, LinearPrecision, Operand
 from megatron_fp4.precision.table import PrecisionTable, Row
 from megatron_fp4.train.config import RunConfig, TrainConfig
 from megatron_fp4.train.layouts import Layout
@@ -178,7 +178,4 @@ def _over_whole_tensors(precision: LinearPrecision) -> LinearPrecision:
     def widen(operand: Operand) -> Operand:
         return replace(operand, amax_scope=AmaxScope.tensor) if operand.amax_scope is AmaxScope.shard else operand
 
-    def gemm(value: Gemm) -> Gemm:
-        return replace(value, a=widen(value.a), b=widen(value.b))
-
-    return replace(precision, fprop=gemm(precision.fprop), dgrad=gemm(precision.dgrad), wgrad=gemm(precision.wgrad))
+    return precision.with_operands(widen)

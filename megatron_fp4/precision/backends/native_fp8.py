@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from megatron_fp4.numerics import fused
+from megatron_fp4.numerics import stages
 from megatron_fp4.numerics.rounding import E4M3_MAX
 from megatron_fp4.precision.backends import Copy, NonFiniteWatch, Prepared, Source, check_shape, reduce_and_check
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
@@ -56,7 +56,7 @@ class NativeFp8Backend:
             _check_multiple(x, source, copy)
         kernels = self._emulated.kernels
         maxima = {tile: kernels.block_amax(x, tile) for tile in map(_stored_tile, quantized)}
-        amaxes = [kernels.run(fused.largest_of, maxima[_stored_tile(copy)]) for copy in quantized]
+        amaxes = [kernels.run(stages.largest_of, maxima[_stored_tile(copy)]) for copy in quantized]
         reduce_and_check(amaxes, source, quantized, self._watch)
         made = {tile: self._codes(x, largest, tile) for tile, largest in maxima.items()}
         return tuple(
@@ -80,7 +80,7 @@ class NativeFp8Backend:
     def _codes(self, x: Tensor, largest: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """(codes in x's shape, scale of each tile), from the emulated backend's own stages."""
         kernels = self._emulated.kernels
-        scale, inverse = kernels.run(fused.power_scales, largest, E4M3_MAX)
+        scale, inverse = kernels.run(stages.power_scales, largest, E4M3_MAX)
         whole = (torch.ones_like(scale), inverse)  # code * 1
         return kernels.apply(x, whole, tile, "e4m3", None, 8, torch.float8_e4m3fn), scale
 
