@@ -36,6 +36,7 @@ from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.memory import MemorySettings
 from megatron_fp4.models.partition import split_stages
 from megatron_fp4.models.traffic import bytes_sent
+from megatron_fp4.optim import bucket_comm
 from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, WgradSwitch
 from megatron_fp4.pipeline.order import bubble, pipeline_order, simulate
 from megatron_fp4.pipeline.schedules import SCHEDULES, stages_of_rank, stages_per_rank
@@ -211,7 +212,6 @@ def count_bytes(process: Process, parallel: ParallelConfig) -> tuple[float, floa
     ready = prepare(process, parallel)
     ready.step()
     sent = [0.0]
-    rank = process.world.rank
 
     def counted(fn: Callable[..., Any], nbytes: Callable[..., float]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -227,7 +227,7 @@ def count_bytes(process: Process, parallel: ParallelConfig) -> tuple[float, floa
     dist.all_to_all_single = counted(
         dist.all_to_all_single, lambda out, x, *splits, **kw: x.nbytes * others(kw) / (others(kw) + 1)
     )
-    dist.broadcast = counted(dist.broadcast, lambda x, src, **kw: x.nbytes * others(kw) * (src == rank))
+    bucket_comm._exchange = counted(bucket_comm._exchange, lambda out, received, group: sum(x.nbytes for x in out))
     for name in ("get_fwd_send_ops", "get_bwd_send_ops"):
         _count_sends(name, sent)
     ready.step()

@@ -3,7 +3,9 @@
     python -m benchmarks.zero1 --ranks 4 --dtype float32
 
 One idea: all contenders live in the same processes and take turns, so that a busy machine slows them alike; the median
-of their turns is compared with DDP's. "model only" is forward and backward without any communication or update.
+and the fastest of their turns are compared with DDP's. "model only" is forward and backward without any communication
+or update. Tokens are drawn anew for every step: a model that has learnt its batch has denormal gradients, whose slow
+arithmetic would be what is measured.
 Contenders clip to a global norm of 1 and use torch's fused AdamW. In bfloat16, DDP keeps BF16 moments and no master
 weights (it is the lower bound, not an equal), FSDP2 and ZeRO-1 keep FP32 masters. This file measures gloo on CPU unless
 `--device cuda` is given, which takes one GPU per rank and NCCL.
@@ -18,6 +20,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,7 +34,15 @@ from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
 from megatron_fp4.comm.rect import Placement, Segment
 from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
 
-Step = Callable[[Tensor], None]
+Step = Callable[[Tensor, Tensor], None]
+"""Trains on tokens `[T]` and targets `[T]`."""
+
+
+class Contender(NamedTuple):
+    """finish: waits for what the last step has left running, so that a turn ends when its work does."""
+
+    step: Step
+    finish: Callable[[], None] = lambda: None
 
 
 class MainGradLinear(torch.autograd.Function):
@@ -84,38 +95,38 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(width) for _ in range(num_blocks))
         self.head = Linear(width, vocab, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
-        return nn.functional.cross_entropy(self.head(x).float(), tokens)
+        return nn.functional.cross_entropy(self.head(x).float(), targets)
 
 
-def model_only(model: nn.Module) -> Step:
-    def step(tokens: Tensor) -> None:
+def model_only(model: nn.Module) -> Contender:
+    def step(tokens: Tensor, targets: Tensor) -> None:
         model.zero_grad()
-        model(tokens).backward()
+        model(tokens, targets).backward()
 
-    return step
+    return Contender(step)
 
 
-def torch_step(model: nn.Module) -> Step:
+def torch_step(model: nn.Module) -> Contender:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
-    def step(tokens: Tensor) -> None:
+    def step(tokens: Tensor, targets: Tensor) -> None:
         optimizer.zero_grad()
-        model(tokens).backward()
+        model(tokens, targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return step
+    return Contender(step)
 
 
-def ddp(model: nn.Module) -> Step:
+def ddp(model: nn.Module) -> Contender:
     return torch_step(DistributedDataParallel(model, gradient_as_bucket_view=True))
 
 
-def fsdp2(model: Model, dtype: torch.dtype) -> Step:
+def fsdp2(model: Model, dtype: torch.dtype) -> Contender:
     policy = MixedPrecisionPolicy() if dtype == torch.float32 else MixedPrecisionPolicy(param_dtype=dtype)
     model = model.float()
     for block in model.blocks:
@@ -124,7 +135,7 @@ def fsdp2(model: Model, dtype: torch.dtype) -> Step:
     return torch_step(model)
 
 
-def zero1(model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: bool) -> Step:
+def zero1(model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: bool) -> Contender:
     for module in model.modules():
         if isinstance(module, Linear):
             module.own_gradient = own_gradient
@@ -136,17 +147,17 @@ def zero1(model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: 
     optimizer = Zero1AdamW(model.named_parameters(), config, mesh, sequence_parallel=False)
     optimizer.gather_beside_forward(model)
 
-    def step(tokens: Tensor) -> None:
+    def step(tokens: Tensor, targets: Tensor) -> None:
         optimizer.zero_grad()
         optimizer.begin_last_microbatch()
-        model(tokens).backward()
+        model(tokens, targets).backward()
         optimizer.finish_grads()
         optimizer.step(1e-3, max_norm=1.0)
 
-    return step
+    return Contender(step, optimizer.wait_parameters)
 
 
-def contenders(model: Model, mesh: ParallelMesh, dtype: torch.dtype) -> dict[str, Step]:
+def contenders(model: Model, mesh: ParallelMesh, dtype: torch.dtype) -> dict[str, Contender]:
     def fresh() -> Model:
         return copy.deepcopy(model)
 
@@ -169,16 +180,18 @@ def measure(rank: int, port: int, args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
     model = Model(args.width, args.blocks, args.vocab).to(process.device, dtype)
-    steps = contenders(model, mesh, dtype)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    tokens = torch.randint(0, args.vocab, (args.tokens,), device=process.device)
+    every = contenders(model, mesh, dtype)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in every}
+    torch.manual_seed(rank)
     for turn in range(args.turns + 1):
-        for name, step in steps.items():
+        for name, contender in every.items():
+            batches = torch.randint(0, args.vocab, (args.steps, 2, args.tokens), device=process.device)
             if args.ranks > 1:
                 dist.barrier()
             start, cpu_start = time.perf_counter(), time.process_time()
-            for _ in range(args.steps):
-                step(tokens)
+            for tokens, targets in batches:
+                contender.step(tokens, targets)
+            contender.finish()
             if process.device.type == "cuda":
                 torch.cuda.synchronize()
             if turn:  # the first turn warms up
@@ -217,7 +230,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=64, help="per rank and step")
     parser.add_argument("--steps", type=int, default=5, help="per turn")
-    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--turns", type=int, default=15)
     args = parser.parse_args()
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

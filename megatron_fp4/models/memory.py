@@ -72,11 +72,16 @@ def stage_memory(
         "weights": float(parameters * settings.compute_bytes),
         "quantized weights": _weight_copies(config, stage, settings),
         "main gradients": float(parameters * FP32),
-        "optimizer": 3.0 * FP32 * parameters / (settings.dp * settings.cp),
+        "optimizer": _optimizer_bytes(settings) * parameters / (settings.dp * settings.cp),
         "buffers": _buffers(parameters, stage, settings, row_bytes * settings.compute_bytes),
         "activations": activations,
         "working set": max(working),
     }
+
+
+def _optimizer_bytes(settings: MemorySettings) -> float:
+    """Per parameter: two moments, and a master of what is not its own."""
+    return FP32 * (3.0 if settings.compute_bytes < FP32 else 2.0)
 
 
 def _buffers(parameters: int, stage: StageRange, settings: MemorySettings, activation: float) -> float:

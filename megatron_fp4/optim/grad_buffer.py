@@ -84,9 +84,8 @@ class GradBuffer:
             while len(self._pending) < len(self._buckets):
                 self._send_next()
             self._send_late_again()
-            for bucket, flat, pending in zip(self._buckets, self.flats, self._pending, strict=True):
-                low, high = bucket.bounds(self._group.rank)
-                pending.write_to(flat[low:high])
+            for pending in self._pending:
+                pending.finish()
         if self._armed:
             self._expected = [list(counts) for counts in self._counts]
         self._pending, self._late, self._armed = [], set(), False

@@ -18,7 +18,7 @@ from megatron_fp4.optim.layout import Bucket
 
 
 class ParamBuffer:
-    """The parameters of all buckets, replicated over `group` (dp x cp)."""
+    """The parameters of all buckets, replicated over `group` (dp x cp). parts: mine of each bucket, views."""
 
     def __init__(self, buckets: Sequence[Bucket], group: Group) -> None:
         self._buckets, self._group = buckets, group
@@ -29,20 +29,18 @@ class ParamBuffer:
                 view = flat[slot.start : slot.stop].view(slot.parameter.shape)
                 view.copy_(slot.parameter.detach())
                 slot.parameter.data = view
-
-    def part(self, index: int) -> Tensor:
-        """My part of bucket `index`, a view."""
-        low, high = self._buckets[index].bounds(self._group.rank)
-        return self._flats[index][low:high]
+        bounds = (bucket.bounds(group.rank) for bucket in buckets)
+        self.parts = [flat[low:high] for flat, (low, high) in zip(self._flats, bounds, strict=True)]
 
     def refresh(self, masters: Sequence[Tensor], *, wait: bool) -> None:
-        """Parameters = masters, rounded. masters: FP32, one flat part per bucket. wait=False: gather in the background.
+        """Parameters = masters, rounded. wait=False: gather in the background.
 
-        The buckets go out in forward order, the reverse of their own.
+        masters: FP32, one flat part per bucket; those of FP32 parameters may be `parts` themselves, if nobody writes
+        them before `wait`. The buckets go out in forward order, the reverse of their own.
         """
         self.wait()
         for index in reversed(range(len(self._buckets))):
-            self.part(index).copy_(masters[index])
+            self.parts[index].copy_(masters[index])
             if self._group.size > 1:
                 self._pending[index] = PendingGather(self._flats[index], self._buckets[index], self._group)
         if wait:

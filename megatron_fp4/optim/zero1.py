@@ -78,7 +78,7 @@ class Zero1AdamW:
         overlap = config.overlap_reduce.enabled(self._device.type)
         self._grads = GradBuffer(self.buckets, mesh.dp_cp, mesh.tp, overlap=overlap, dtype=sum_dtype)
         self._params = ParamBuffer(self.buckets, mesh.dp_cp)
-        self._masters = [self._params.part(index).float().clone() for index in range(len(self.buckets))]
+        self._masters = [part.float() for part in self._params.parts]  # FP32 parameters are their own masters
         self._moments = [[torch.zeros_like(master) for master in self._masters] for _ in ("exp_avg", "exp_avg_sq")]
         self._grad_parts = [part.float() for part in self._summed_parts()]
         self._owned = self._find_owned()
@@ -133,6 +133,7 @@ class Zero1AdamW:
         if factor < 1.0:
             torch._foreach_mul_([each.grad for each in self._owned], factor)
         self.step_count += 1
+        self._params.wait()  # what a module without a forward has not waited for may still be on its way
         self._adamw.update(lr, self.step_count)
         self._refresh()
         return StepReport(lr, norm, factor, skipped=False)
@@ -155,6 +156,7 @@ class Zero1AdamW:
 
     def state_shards(self) -> list[StateShard]:
         """The rectangles of logical tensors whose state this rank holds; their tensors are views into live state."""
+        self._params.wait()
         return [shard for owned in self._owned for shard in self._shards_of(owned)]
 
     def after_load(self) -> None:

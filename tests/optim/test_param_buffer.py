@@ -55,7 +55,7 @@ def test_parameters_keep_identity_values_and_share_memory_with_the_bucket() -> N
     buffer._pending.clear()
     assert isinstance(weight, nn.Parameter)
     assert weight.is_leaf
-    masters: list[Tensor] = [buffer.part(index).clone() + 1 for index in range(3)]
+    masters: list[Tensor] = [part.clone() + 1 for part in buffer.parts]
     buffer.refresh(masters, wait=True)
     assert model[2].weight is weight, "hooks and caches keyed by the parameter would be lost"
     assert torch.equal(weight, before + 1)

@@ -160,6 +160,28 @@ def test_state_shards_are_the_segments_and_load_in_place() -> None:
     assert changes == [1]
 
 
+def test_rows_that_are_still_being_sent_are_not_updated() -> None:
+    """FP32 parameters are their own masters; a module whose forward was skipped has not waited for its gather."""
+    parameters = make_parameters()
+    optimizer = optimizer_of(parameters)
+    assert optimizer.state_shards()[0].tensors["master"].data_ptr() in {p.data_ptr() for p in parameters.values()}
+    log: list[str] = []
+
+    class Gather:
+        def wait(self) -> None:
+            log.append("arrived")
+
+    optimizer._params._pending[0] = Gather()  # type: ignore[assignment]
+    update = optimizer._adamw.update
+    optimizer._adamw.update = lambda *args: (log.append("updated"), update(*args))  # type: ignore[method-assign,assignment]
+    optimizer.finish_grads()
+    optimizer.step(1e-3, max_norm=0.0)
+    assert log == ["arrived", "updated"]
+    optimizer._params._pending[0] = Gather()  # type: ignore[assignment]
+    optimizer.state_shards()  # whoever loads state writes into it
+    assert log == ["arrived", "updated", "arrived"]
+
+
 def test_restored_state_continues_bit_for_bit() -> None:
     def run(optimizer: Zero1AdamW, parameters: dict[str, nn.Parameter], steps: range) -> None:
         for step in steps:
