@@ -1,11 +1,11 @@
-"""What a pipeline schedule costs by the formulas of the literature: idle time and activations in flight.
+"""What a pipeline schedule costs by the formulas of the literature: idle time.
 
 One idea: with stages of equal cost everything follows from the number of ranks p, microbatches m and model chunks per
 rank v. Times are in units of one forward pass through all chunks of a rank; the backward takes two, one of them for the
 weight gradients. Unequal stages add to this: see `imbalance`.
 
-The schedules themselves are torch's (pipeline/schedules.py), and not always those of the papers: the idle time that the
-planner reckons with is that of their own order (pipeline/order.py), and the formula stands beside it.
+The schedules themselves are torch's (pipeline/schedules.py), and not always those of the papers: what the planner
+reckons with is counted along their own order (pipeline/order.py), and the formula stands beside it.
 """
 
 from __future__ import annotations
@@ -42,20 +42,6 @@ class PipelineShape:
             return 0.0
         factor = {"interleaved_1f1b": v, "interleaved_zero_bubble": 3 * v, "dualpipev": 3}.get(self.schedule, 1)
         return (p - 1) / (factor * m + p - 1)
-
-    def in_flight(self, rank: int) -> float:
-        """Microbatches whose activations a rank of the pipeline holds at once, each over all its chunks."""
-        p, m, v = self.num_ranks, self.num_microbatches, self.num_chunks
-        if p == 1:
-            return 1.0
-        if self.schedule == "gpipe":
-            return float(m)
-        if self.schedule == "1f1b":
-            return float(min(m, p - rank))
-        if self.schedule in ("zbv", "dualpipev"):
-            return float(min(m, p + (self.schedule == "dualpipev")))
-        warmup = 2 * (p - rank - 1) + (v - 1) * p  # chunks that enter before the first leaves
-        return min(m * v, warmup + 1) / v
 
 
 def imbalance(costs: Sequence[float]) -> float:

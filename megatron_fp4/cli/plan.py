@@ -28,7 +28,7 @@ from megatron_fp4.models.decoder import Recompute, StageRange
 from megatron_fp4.models.memory import MemorySettings, rank_memory
 from megatron_fp4.models.partition import block_costs, split_stages
 from megatron_fp4.models.traffic import bytes_sent
-from megatron_fp4.pipeline.order import Timeline, pipeline_order, simulate
+from megatron_fp4.pipeline.order import Order, Timeline, in_flight, pipeline_order, simulate
 from megatron_fp4.pipeline.schedules import stages_of_rank, stages_per_rank
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
@@ -118,7 +118,8 @@ def run_plan(
     settings = _memory_settings(prepared, table)
     flops = count_flops(config.model, config.data.seq_length)
     costs = _rank_costs(config, stages)
-    timeline = simulate(pipeline_order(parallel, microbatches)) if schedule else []
+    order = pipeline_order(parallel, microbatches)
+    timeline = simulate(order) if schedule else []
     ramp = ramp_section(prepared)
     slowdowns = [(stage["from_tokens"], imbalance(costs) / (1.0 - stage["bubble"])) for stage in ramp]
     return {
@@ -129,7 +130,7 @@ def run_plan(
         "flops": flops_section(config, flops, table),
         "pipeline": _pipeline_section(shape, stages, costs, ramp[-1]["bubble"], timeline),
         "time": time_section(prepared, flops, GPUS[gpu], num_gpus, efficiency, slowdowns),
-        "memory_per_rank": _memory_section(config, stages, settings, shape, GPUS[gpu]),
+        "memory_per_rank": _memory_section(config, stages, settings, order, GPUS[gpu]),
         "bytes_sent_per_step": _traffic_section(config, stages, settings, microbatches),
         "warnings": _warnings(prepared, table, settings.tokens),
     }
@@ -233,13 +234,14 @@ def _pipeline_section(
 
 
 def _memory_section(
-    config: RunConfig, stages: Sequence[StageRange], settings: MemorySettings, shape: PipelineShape, gpu: Gpu
+    config: RunConfig, stages: Sequence[StageRange], settings: MemorySettings, order: Order, gpu: Gpu
 ) -> dict[str, Any]:
     ranks = []
-    for rank in range(config.parallel.pp):
+    for rank, works in enumerate(order):
         mine = [stages[number] for number in stages_of_rank(rank, config.parallel)]
-        kinds = rank_memory(config.model, mine, settings, shape.in_flight(rank))
-        ranks.append({"in_flight": shape.in_flight(rank), "bytes": kinds, "total": sum(kinds.values())})
+        held = in_flight(works) / len(mine)  # in microbatches over all chunks
+        kinds = rank_memory(config.model, mine, settings, held)
+        ranks.append({"in_flight": held, "bytes": kinds, "total": sum(kinds.values())})
     largest = max(entry["total"] for entry in ranks)  # type: ignore[type-var]
     return {"pipeline_ranks": ranks, "largest": largest, "gpu_bytes": gpu.memory_gb * 1e9}
 

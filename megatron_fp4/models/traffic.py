@@ -21,14 +21,15 @@ def bytes_sent(
     """Per step, for a rank that holds the stages `chunks`.
 
     tensor: rows gathered before column-parallel and scattered after row-parallel linears, forward and backward.
-    context: keys and values, states of Mamba-2. pipeline: activations forward, their gradients back. data: FP32
-    gradients reduce-scattered once a step, parameters gathered.
+    context: keys and values, states of Mamba-2. pipeline: activations forward, their gradients back, except between two
+    of `chunks` (the point of a V). data: FP32 gradients reduce-scattered once a step, parameters gathered.
     """
     mixers = [mixer for c in chunks for index in range(c.first, c.stop) for mixer in MIXERS[config.blocks[index]]]
     rows = float(settings.tokens * config.hidden * settings.compute_bytes)
     passes = 6 if settings.recompute else 4
     collectives = passes * len(mixers) + 2 * sum(c.has_embedding + c.has_head for c in chunks)
-    borders = sum((not c.has_embedding) + (not c.has_head) for c in chunks)
+    inside = {c.first for c in chunks} & {c.stop for c in chunks}  # where one stage hands over to the next on this rank
+    borders = sum((not c.has_embedding) + (not c.has_head) for c in chunks) - 2 * len(inside)
     context = sum(_context_bytes(mixer, config, settings) for mixer in mixers)
     parameters = sum(p.local_numel(settings.tp) for c in chunks for p in stage_parameters(config, c))
     replicas = settings.dp * settings.cp

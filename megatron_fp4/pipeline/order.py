@@ -100,6 +100,22 @@ def _work_of(actions: Sequence[Any]) -> list[Work]:
     return [w._replace(microbatch=w.microbatch - first[w.stage]) if w.kind == "F" else w for w in found]
 
 
+def in_flight(works: Sequence[Work]) -> int:
+    """The most (stage, microbatch) pairs whose activations one rank holds at once, of its `works`.
+
+    They are held from F until the last backward: a deferred weight gradient needs what its linears have saved.
+    """
+    deferred = {(work.stage, work.microbatch) for work in works if work.kind == "W"}
+    held = most = 0
+    for work in works:
+        if work.kind == "F":
+            held += 1
+        elif work.kind == "W" or (work.stage, work.microbatch) not in deferred:
+            held -= 1
+        most = max(most, held)
+    return most
+
+
 def simulate(order: Order) -> Timeline:
     """When each computation begins and ends if it begins as soon as its rank and its inputs are there."""
     num_stages = 1 + max(work.stage for works in order for work in works)

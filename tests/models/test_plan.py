@@ -128,8 +128,6 @@ def test_schedules() -> None:
     assert PipelineShape("1f1b", 4, 12).bubble == pytest.approx(3 / 15)
     assert PipelineShape("interleaved_1f1b", 4, 12, 2).bubble == pytest.approx(3 / 27)
     assert PipelineShape("zbv", 4, 8, 2).bubble == 0.0
-    assert [PipelineShape("1f1b", 4, 12).in_flight(rank) for rank in range(4)] == [4, 3, 2, 1]
-    assert PipelineShape("gpipe", 4, 12).in_flight(0) == 12
     assert all(PipelineShape(name, 1, 7).bubble == 0.0 for name in SCHEDULES)
     assert imbalance([1.0, 1.0, 2.0]) == pytest.approx(1.5)
 
@@ -143,6 +141,21 @@ def test_traffic() -> None:
     assert data == pytest.approx(6 * 1.2918e9 / 2, rel=1e-3)
     tensor = bytes_sent(config, [whole_model(config)], MemorySettings(tp=2), 1)["tensor"]
     assert tensor == (20 * 2 * 4 + 4) * 8192 * 2048 * 2 / 2
+
+
+def test_traffic_of_a_pipeline() -> None:
+    """Activations cross what lies between ranks, and nothing else: not the point of a V, not the ends of the model."""
+    config = load("gpt_1_2b")
+    stages, row_bytes = split_stages(config, 4), 8192 * 2048 * 2
+
+    def sent(*numbers: int) -> float:
+        return bytes_sent(config, [stages[number] for number in numbers], MemorySettings(), 3)["pipeline"]
+
+    assert sent(0) == sent(3) == 3 * row_bytes  # one neighbour: activations or gradients
+    assert sent(1) == 2 * 3 * row_bytes
+    assert sent(0, 2) == sent(1, 3) == 3 * 3 * row_bytes  # looped: every border lies between ranks
+    assert sent(0, 3) == 2 * 3 * row_bytes  # outer rank of a V
+    assert sent(1, 2) == 2 * 3 * row_bytes  # at the point of the V: 1 -> 2 stays here
 
 
 def test_alignment_of_the_12b_at_tp_8() -> None:
