@@ -29,7 +29,7 @@ from megatron_fp4.cli.pipeline_cost import PipelineShape
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.bootstrap import Process, exit_process
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.comm.mesh import Overlap, ParallelConfig, ParallelMesh, build_mesh
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
@@ -270,17 +270,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["time", "bubble", "bytes"])
     parser.add_argument("--layouts", default=DEFAULT_LAYOUTS)
+    parser.add_argument("--overlap-tensor", choices=[o.name for o in Overlap], default="auto", help="where tp > 1")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pp", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    layouts = [
+        replace(layout, parallel=replace(layout.parallel, overlap_tensor=Overlap[args.overlap_tensor]))
+        if layout.parallel.tp > 1
+        else layout
+        for layout in parse_layouts(args.layouts)
+    ]
     if args.what == "time":
-        report_times(parse_layouts(args.layouts), args.repeats)
+        report_times(layouts, args.repeats)
     elif args.what == "bubble":
         report_bubbles(args.pp, args.microbatches)
     else:
-        report_bytes(parse_layouts(args.layouts))
+        report_bytes(layouts)
 
 
 if __name__ == "__main__":

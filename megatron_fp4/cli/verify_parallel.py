@@ -17,8 +17,9 @@ from typing import Any
 
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.mesh import Overlap, ParallelConfig
 from megatron_fp4.models.layout import check_model_layout
+from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.layouts import Layout, parse_layouts
 from megatron_fp4.train.parity import Case, Record, run_cases
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str], worker: Callable[..., list[Record]] = run_cas
         if args.steps < 2:
             raise ValueError(f"--steps = {args.steps}, must be at least 2")
         config = to_run_config(compose_config(args.overrides))
-        layouts = parse_layouts(args.layouts)
+        layouts = [_overlapped(layout, config.parallel.overlap_tensor) for layout in parse_layouts(args.layouts)]
         cases = [replace(case, num_steps=args.steps) for case in shrink(config, layouts)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,6 +55,15 @@ def main(arguments: Sequence[str], worker: Callable[..., list[Record]] = run_cas
     total = len(layouts) * len(cases)
     print(f"{total - wrong} of {total} comparisons passed")
     return 1 if wrong else 0
+
+
+def _overlapped(layout: Layout, setting: Overlap) -> Layout:
+    """With the overlap that the configuration has on GPUs, where the layout has any."""
+    parallel = layout.parallel
+    if parallel.tp == 1 or schedule_rule(parallel.schedule).defers_wgrad:
+        return layout
+    wanted = Overlap.never if setting is Overlap.never else Overlap.always
+    return replace(layout, parallel=replace(parallel, overlap_tensor=wanted))
 
 
 def _announce(config: RunConfig, cases: Sequence[Case], layouts: Sequence[Layout]) -> None:

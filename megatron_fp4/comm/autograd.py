@@ -12,6 +12,7 @@ No layout is known here beyond "rows, over this group".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from megatron_fp4.comm.mesh import Group
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: Group, meanwhile: Callable[[], None]) -> Tensor:
+        ctx.group, ctx.meanwhile = group, meanwhile
         return collectives.all_gather_rows(x, group)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return collectives.reduce_scatter_rows(dy, ctx.group), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return collectives.reduce_scatter_rows(dy, ctx.group, meanwhile=ctx.meanwhile), None, None
 
 
 class _ReduceScatterRows(torch.autograd.Function):
@@ -75,9 +76,12 @@ class _ReduceFromGroup(torch.autograd.Function):
         return dy, None
 
 
-def gather_rows(x: Tensor, group: Group) -> Tensor:
-    """`[T/n, ...] -> [T, ...]`; the gradients of all ranks are summed, each rank keeps its rows."""
-    return x if group.size == 1 else _GatherRows.apply(x, group)
+def gather_rows(x: Tensor, group: Group, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+    """`[T/n, ...] -> [T, ...]`; the gradients of all ranks are summed, each rank keeps its rows.
+
+    meanwhile: called in the backward pass while the gradients travel (never in a group of one rank).
+    """
+    return x if group.size == 1 else _GatherRows.apply(x, group, meanwhile)
 
 
 def reduce_scatter_rows(x: Tensor, group: Group) -> Tensor:

@@ -11,7 +11,7 @@ All functions return their input untouched for a group of one rank, and never mo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,21 +36,43 @@ def even_counts(num_rows: int, size: int) -> list[int]:
     return [base + (rank < extra) for rank in range(size)]
 
 
-def all_to_all_rows(x: Tensor, group: Group, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
-    """Send `send_counts[r]` consecutive rows of `x` to each rank r; returns the received rows in rank order."""
+def _nothing() -> None:
+    pass
+
+
+def all_to_all_rows(
+    x: Tensor,
+    group: Group,
+    send_counts: Sequence[int],
+    recv_counts: Sequence[int],
+    meanwhile: Callable[[], None] = _nothing,
+) -> Tensor:
+    """Send `send_counts[r]` consecutive rows of `x` to each rank r; returns the received rows in rank order.
+
+    meanwhile: called once the rows are on their way.
+    """
     if group.size == 1:
+        meanwhile()
         return x
     received = x.new_empty((sum(recv_counts), *x.shape[1:]))
-    dist.all_to_all_single(received, x.contiguous(), list(recv_counts), list(send_counts), group=group.process_group)
+    work = dist.all_to_all_single(
+        received, x.contiguous(), list(recv_counts), list(send_counts), group=group.process_group, async_op=True
+    )
+    meanwhile()
+    work.wait()
     return received
 
 
-def reduce_scatter_rows(x: Tensor, group: Group, row_counts: Sequence[int] | None = None) -> Tensor:
+def reduce_scatter_rows(
+    x: Tensor, group: Group, row_counts: Sequence[int] | None = None, meanwhile: Callable[[], None] = _nothing
+) -> Tensor:
     """Sum `x [R, ...]` over the group in FP32, in rank order; returns this rank's rows, in `x.dtype`.
 
-    row_counts: rows that each rank receives (default: an even split, which must be exact).
+    row_counts: rows that each rank receives (default: an even split, which must be exact). meanwhile: called once the
+    rows are on their way; it may not write `x`.
     """
     if group.size == 1:
+        meanwhile()
         return x
     if row_counts is None:
         assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows over {group.size} ranks"
@@ -58,9 +80,11 @@ def reduce_scatter_rows(x: Tensor, group: Group, row_counts: Sequence[int] | Non
     mine = row_counts[group.rank]
     if not _is_gloo(group) and len(set(row_counts)) == 1:
         out = x.new_empty((mine, *x.shape[1:]))
-        _reduce_scatter(out, x.contiguous(), group=group.process_group)
+        work = _reduce_scatter(out, x.contiguous(), group=group.process_group, async_op=True)
+        meanwhile()
+        work.wait()
         return out
-    parts = all_to_all_rows(x, group, row_counts, [mine] * group.size)
+    parts = all_to_all_rows(x, group, row_counts, [mine] * group.size, meanwhile)
     return ordered_sum(parts.view(group.size, mine, *x.shape[1:])).to(x.dtype)
 
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import Enum
 
 import torch
 import torch.distributed as dist
@@ -68,12 +69,24 @@ class DrawnGroup(Group):
         assert 0 <= self.rank < len(self.ranks)
 
 
+class Overlap(Enum):
+    """Whether communication runs beside computation; `auto`: on CUDA. (`on` and `off` would be booleans in YAML.)"""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+    def enabled(self, device_type: str) -> bool:
+        return self is Overlap.always or (self is Overlap.auto and device_type == "cuda")
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Sizes of the four axes. `dp = 0` means: as many as the world size leaves.
 
     schedule: order of the microbatches in a pipeline, a name of pipeline.schedules. virtual_stages: stages per pipeline
-    rank, 0 for what the schedule needs. stage_split: `cost`, or blocks per stage such as `9,8,8,7`.
+    rank, 0 for what the schedule needs. stage_split: `cost`, or blocks per stage such as `9,8,8,7`. overlap_tensor:
+    send the input gradient of a column-parallel linear while its weight gradient is computed; it changes no bit.
     """
 
     tp: int = 1
@@ -83,6 +96,7 @@ class ParallelConfig:
     schedule: str = "1f1b"
     virtual_stages: int = 0
     stage_split: str = "cost"
+    overlap_tensor: Overlap = Overlap.auto
     timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
@@ -91,6 +105,11 @@ class ParallelConfig:
                 raise ValueError(f"parallel.{axis} = {getattr(self, axis)}, must be at least 1")
         if self.dp < 0:
             raise ValueError(f"parallel.dp = {self.dp}, must be positive, or 0 for 'what the world size leaves'")
+        if self.overlap_tensor is Overlap.always and self.tp == 1:
+            raise ValueError(
+                "parallel.overlap_tensor = always has no effect with parallel.tp = 1; leave it at auto, or set"
+                " parallel.tp"
+            )
 
     @property
     def smallest_world(self) -> int:

@@ -8,6 +8,12 @@ One idea: the GEMM function knows no layout and the collective knows no format. 
 `LinearSite`: over which ranks each operand is spread (for its largest magnitude) and which logical rows and columns
 this rank holds (for the address of its rounding noise).
 
+With `wiring.overlap` the backward pass of a column-parallel linear computes Wgrad while dx travels: Wgrad is put into a
+queue of that one call, and the backward of the gather empties it between the start and the end of its reduce-scatter.
+The same GEMMs run in the same order, so no bit changes. Nothing else of a pair of linears can be hidden without cutting
+a GEMM into pieces: a gather comes right before the GEMM that needs it, a scatter right after the one that makes it. The
+gathered x is kept for Wgrad, not gathered a second time.
+
 `linear.precision` is a plain value that may be assigned at any time. There is no bias: none of the paper's models has
 one.
 """
@@ -24,7 +30,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Placement, Segment, split_evenly
 from megatron_fp4.layers.parameter import make_parameter, normal_init
 from megatron_fp4.layers.wiring import Tokens, Wiring, widen
-from megatron_fp4.precision.linear_op import LinearSite, WeightCache, quantized_linear
+from megatron_fp4.precision.linear_op import LinearSite, WeightCache, WgradQueue, quantized_linear
 from megatron_fp4.precision.spec import LinearPrecision
 
 
@@ -45,7 +51,7 @@ class ParallelLinear(nn.Module):
         """Logical name, the same on every rank: `blocks.3.mlp.up`."""
         return self.site.name
 
-    def gemm(self, x_TK: Tensor, tokens: Tokens) -> Tensor:
+    def gemm(self, x_TK: Tensor, tokens: Tokens, queue: WgradQueue) -> Tensor:
         """`[T, K_local] -> [T, N_local]` in the layer's precision."""
         wiring = self._wiring
         return quantized_linear(
@@ -57,7 +63,7 @@ class ParallelLinear(nn.Module):
             backend=wiring.backend,
             clock=wiring.clock,
             cache=self._cache,
-            queue=wiring.queue,
+            queue=queue,
         )
 
 
@@ -96,7 +102,11 @@ class ColumnParallelLinear(ParallelLinear):
         self.weight = make_parameter((first_row, in_features), placement, normal_init(std), wiring.dtype, wiring.device)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        return self.gemm(gather_rows(widen(x_TD), self._wiring.tp), tokens).to(x_TD.dtype)
+        tp, queue = self._wiring.tp, self._wiring.queue
+        if not self._wiring.overlap or queue.enabled or not x_TD.requires_grad:  # without dx nothing would travel
+            return self.gemm(gather_rows(widen(x_TD), tp), tokens, queue).to(x_TD.dtype)
+        beside = WgradQueue(enabled=True)
+        return self.gemm(gather_rows(widen(x_TD), tp, beside.drain), tokens, beside).to(x_TD.dtype)
 
 
 class RowParallelLinear(ParallelLinear):
@@ -121,7 +131,7 @@ class RowParallelLinear(ParallelLinear):
         )
 
     def forward(self, x_TK: Tensor, tokens: Tokens) -> Tensor:
-        return reduce_scatter_rows(self.gemm(widen(x_TK), tokens), self._wiring.tp).to(x_TK.dtype)
+        return reduce_scatter_rows(self.gemm(widen(x_TK), tokens, self._wiring.queue), self._wiring.tp).to(x_TK.dtype)
 
 
 def linears_of(model: nn.Module) -> dict[str, ParallelLinear]:

@@ -31,7 +31,7 @@ class Wiring:
     """Handed to every layer at construction.
 
     dtype: of weights and activations (the compute dtype, BF16 or FP32). queue: weight gradients deferred by zero-bubble
-    pipeline schedules.
+    pipeline schedules. overlap: compute weight gradients while input gradients travel between tensor-parallel ranks.
     """
 
     tp: Group
@@ -42,10 +42,19 @@ class Wiring:
     queue: WgradQueue
     dtype: torch.dtype
     device: torch.device
+    overlap: bool = False
 
     @staticmethod
-    def of(mesh: ParallelMesh, backend: Backend, clock: StepClock, dtype: torch.dtype, device: torch.device) -> Wiring:
-        return Wiring(mesh.tp, mesh.cp, mesh.tp_cp, backend, clock, WgradQueue(), dtype, device)
+    def of(
+        mesh: ParallelMesh,
+        backend: Backend,
+        clock: StepClock,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        overlap: bool = False,
+    ) -> Wiring:
+        return Wiring(mesh.tp, mesh.cp, mesh.tp_cp, backend, clock, WgradQueue(), dtype, device, overlap)
 
 
 def widen(x: Tensor) -> Tensor:

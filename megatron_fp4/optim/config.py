@@ -7,6 +7,8 @@ matches them by name. No `from __future__ import annotations` here: omegaconf re
 from dataclasses import dataclass
 from enum import Enum
 
+from megatron_fp4.comm.mesh import Overlap
+
 
 class Schedule(Enum):
     """Shape of the learning rate after the warm-up."""
@@ -31,17 +33,6 @@ class Impl(Enum):
     torch = "torch"
     apex = "apex"
     te = "te"
-
-
-class Overlap(Enum):
-    """Whether communication runs beside computation; `auto`: on CUDA. (`on` and `off` would be booleans in YAML.)"""
-
-    auto = "auto"
-    always = "always"
-    never = "never"
-
-    def enabled(self, device_type: str) -> bool:
-        return self is Overlap.always or (self is Overlap.auto and device_type == "cuda")
 
 
 @dataclass(frozen=True)

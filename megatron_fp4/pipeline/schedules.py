@@ -28,7 +28,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.mesh import Overlap, ParallelConfig
 
 Fits = Callable[[int, int], bool]
 
@@ -84,6 +84,11 @@ def schedule_rule(name: str) -> ScheduleRule:
 def stages_per_rank(config: ParallelConfig) -> int:
     """Stages on each pipeline rank. Raises ValueError where the schedule does not allow `virtual_stages`."""
     rule, virtual = schedule_rule(config.schedule), config.virtual_stages
+    if config.pp > 1 and rule.defers_wgrad and config.overlap_tensor is Overlap.always:
+        raise ValueError(
+            f"parallel.overlap_tensor = always has no effect with schedule {config.schedule}, which computes weight"
+            " gradients in its bubbles, not beside the sends of tensor parallelism; leave it at auto"
+        )
     if config.pp == 1:
         default = ParallelConfig()
         for name, value in (("schedule", config.schedule), ("stage_split", config.stage_split)):

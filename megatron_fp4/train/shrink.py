@@ -13,6 +13,7 @@ tied embeddings, gating, documents, dropout), not per size. So kinds are kept an
     batch ramp  if there is one: two steps of that batch, one of twice and one of three times it, then four times
     learning    the rate is constant, at most 1e-4: larger steps amplify rounding, not bugs
     kernels     torch's, whatever the run uses: the layouts are tried on CPUs
+    overlap     `auto` is on, as on GPUs; buckets are small enough that several leave during a backward
 
 Kept as they are: activation, rotary base, tied embeddings, dropout, norm, initialisation, precision recipes (of the
 first phase), the rest of the optimizer, document handling, recompute.
@@ -27,6 +28,7 @@ from dataclasses import dataclass, replace
 from megatron_fp4.data.ramp import BatchRampConfig, batch_sizes
 from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.optim import OptimConfig, Overlap
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.config import ComputeDtype
 from megatron_fp4.precision.plan import PrecisionPlan
@@ -39,6 +41,7 @@ from megatron_fp4.train.requirements import by_torch
 
 MAX_GLOBAL_BATCH = 64
 MAX_LR = 1e-4
+SMALL_BUCKET_MIB = 0.25  # the small model fills several
 DEFAULT_VOCABULARY = 101
 
 
@@ -66,7 +69,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
     small = replace(
         config,
         model=model,
-        optim=replace(config.optim, lr=min(config.optim.lr, MAX_LR), min_lr=0.0),
+        optim=_small_optim(config.optim),
         data=replace(config.data, seq_length=_seq_length(divisors)),
         train=_small_train(config.train, layouts),
     )
@@ -77,6 +80,15 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
         recipe = PrecisionTable(tuple(replace(row, precision=_over_whole_tensors(row.precision)) for row in rows))
         cases.append(_case("recipe", small, recipe, ComputeDtype.fp32))
     return cases
+
+
+def _small_optim(optim: OptimConfig) -> OptimConfig:
+    def on(setting: Overlap) -> Overlap:
+        return Overlap.always if setting is Overlap.auto else setting
+
+    reduce, gather = on(optim.overlap_reduce), on(optim.overlap_gather)
+    small = replace(optim, overlap_reduce=reduce, overlap_gather=gather, bucket_mib=SMALL_BUCKET_MIB)
+    return replace(small, lr=min(optim.lr, MAX_LR), min_lr=0.0)
 
 
 def _case(name: str, config: RunConfig, table: PrecisionTable, dtype: ComputeDtype) -> Case:

@@ -47,7 +47,8 @@ def build_trainable(
     clock = StepClock(config.train.seed)
     dtype = config.precision.compute_dtype.torch_dtype
     numbers = stages_of_rank(mesh.pp.rank, config.parallel)
-    wirings = [Wiring.of(mesh, backend, clock, dtype, device) for _ in numbers]
+    overlap = mesh.tp.size > 1 and config.parallel.overlap_tensor.enabled(device.type)
+    wirings = [Wiring.of(mesh, backend, clock, dtype, device, overlap=overlap) for _ in numbers]
     tied = config.model.tied_embeddings and not schedule_rule(config.parallel.schedule).v_shaped
     tied_group = build_ends_group(config.parallel, mesh.world) if tied and config.parallel.pp > 1 else None
     stages = _make_stages(config, numbers, wirings, tied_group)
