@@ -42,7 +42,7 @@ def _shards(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_against_torch(world_size: int) -> None:
     ranks = [_shards(0, 1)] if world_size == 1 else run_distributed(_shards, world_size)
     for number, (scale, smoothing) in enumerate(CASES):

@@ -24,7 +24,7 @@ from tests.helpers.parity import parity_case
 STEPS, MICROBATCHES, LINEARS = 2, 4, 4 * 2 * 2 + 1  # 8 blocks with 2 linears each, and the head
 SCHEDULES = {
     2: ["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"],
-    4: ["1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"],
+    4: ["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"],  # and dualpipev, which needs 8
 }
 
 
@@ -81,8 +81,18 @@ def parallel(pp: int, schedule: str) -> ParallelConfig:
 
 @pytest.mark.parametrize("pp", [2, 4])
 def test_schedules_equal_one_process(pp: int, reference: Record) -> None:
-    layouts = [parallel(pp, schedule) for schedule in SCHEDULES[pp]]
-    per_rank = run_local(run_schedules, pp, [(the_case(), layout) for layout in layouts])
+    _check_schedules(reference, the_case(), [parallel(pp, schedule) for schedule in SCHEDULES[pp]])
+
+
+def test_dualpipev_on_four_ranks() -> None:
+    """It takes as many microbatches as stages: the others run above with more stages than microbatches."""
+    case = the_case(global_batch=8)
+    ((reference, _),) = run_local(run_schedules, 1, [(case, ParallelConfig())])[0]
+    _check_schedules(reference, case, [parallel(4, "dualpipev")])
+
+
+def _check_schedules(reference: Record, case: Case, layouts: list[ParallelConfig]) -> None:
+    per_rank = run_local(run_schedules, layouts[0].pp, [(case, layout) for layout in layouts])
     for number, layout in enumerate(layouts):
         name = layout.schedule
         records = [results[number][0] for results in per_rank]
@@ -92,16 +102,16 @@ def test_schedules_equal_one_process(pp: int, reference: Record) -> None:
         assert found.norm_error == 0.0, f"{name}: the norm is not that of all stages"
         assert worst(found.masters[STEPS]) == 0.0, f"{name}: a stage is not updated, or with another learning rate"
         assert not found.replicas, f"{name}: parameters were not refreshed after the step"
-        _check_counts([results[number][1] for results in per_rank], layout)
+        _check_counts([results[number][1] for results in per_rank], layout, case.config.train.global_batch)
 
 
-def _check_counts(counts: list[Any], layout: ParallelConfig) -> None:
+def _check_counts(counts: list[Any], layout: ParallelConfig, microbatches: int = MICROBATCHES) -> None:
     name = layout.schedule
     asked: Counter[str] = sum((asked for asked, _, _ in counts), Counter())
     assert len(asked) == LINEARS, f"{name}: some linears had no backward at all"
-    assert set(asked.values()) == {STEPS * MICROBATCHES}, f"{name}: a backward ran twice (dgrad/wgrad split)"
+    assert set(asked.values()) == {STEPS * microbatches}, f"{name}: a backward ran twice (dgrad/wgrad split)"
     computed = sum(computed for _, computed, _ in counts)
-    assert computed == STEPS * MICROBATCHES * LINEARS, f"{name}: a queued weight gradient was lost or doubled"
+    assert computed == STEPS * microbatches * LINEARS, f"{name}: a queued weight gradient was lost or doubled"
     deferred = max(waiting for _, _, waiting in counts) > 1
     assert deferred == schedule_rule(name).defers_wgrad, f"{name}: weight gradients at the wrong time"
 

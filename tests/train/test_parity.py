@@ -82,6 +82,12 @@ def test_context_parallel() -> None:
     check(cases, "cp2", alone(*cases))
 
 
+def test_context_beside_tensor_parallel() -> None:
+    """Rows are gathered over tp, keys over cp: an amax or a sum over the wrong one of the two groups shows here."""
+    case = parity_case(seq_length=64, pattern="*-")
+    check([case], "tp2 cp2", alone(case))
+
+
 def test_uneven_data_parallel() -> None:
     """Three ranks divide no parameter evenly: rows of ZeRO-1 shards differ in number."""
     case = fp32(train={"global_batch": 6})
