@@ -116,8 +116,11 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
     config = prepared.config
     stop = StopRequest(config.train.exit_after_seconds)
     stop.install()
+    parallel = config.parallel
     try:
-        process = start_process(config.train.device, config.parallel.timeout_seconds, launch)
+        process = start_process(
+            config.train.device, parallel.timeout_seconds, launch, init_timeout_seconds=parallel.init_timeout_seconds
+        )
     except ValueError as error:
         return _refuse(error, main_rank=launch.rank == 0)
     if process.device.type == "cpu":

@@ -49,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         launch = read_launch()
         config = to_run_config(compose_config(arguments))
-        process = start_process(config.train.device, config.parallel.timeout_seconds, launch)
+        parallel = config.parallel
+        process = start_process(
+            config.train.device, parallel.timeout_seconds, launch, init_timeout_seconds=parallel.init_timeout_seconds
+        )
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout  # no public name in torch 2.13
 
 from megatron_fp4.comm.mesh import Group
 
@@ -119,8 +120,17 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def start_process(device_name: str = "auto", timeout_seconds: float = 600.0, launch: Launch | None = None) -> Process:
-    """Join the job. A single process starts no torch.distributed at all."""
+def start_process(
+    device_name: str = "auto",
+    timeout_seconds: float = 600.0,
+    launch: Launch | None = None,
+    init_timeout_seconds: float = 180.0,
+) -> Process:
+    """Join the job. A single process starts no torch.distributed at all.
+
+    timeout_seconds: of every later collective of the world. Raises ValueError for an unusable device or rendezvous,
+    RuntimeError if the ranks do not meet within `init_timeout_seconds` (or `timeout_seconds` if that is less).
+    """
     launch = launch or read_launch()
     device = choose_device(device_name, launch.local_rank)
     if device.type == "cuda":
@@ -132,13 +142,22 @@ def start_process(device_name: str = "auto", timeout_seconds: float = 600.0, lau
         raise ValueError(
             "MASTER_PORT is not set: srun does not choose a rendezvous port; export one (launch/slurm.sbatch does)"
         )
-    dist.init_process_group(
-        backend,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
-    )
+    patience = min(init_timeout_seconds, timeout_seconds)
+    try:
+        dist.init_process_group(
+            backend,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=patience),
+            device_id=device if device.type == "cuda" else None,
+        )
+    except dist.DistError as error:
+        raise RuntimeError(
+            f"rank {launch.rank}: the {launch.world_size} ranks did not meet at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} within {patience:g} s (parallel.init_timeout_seconds); a rank was not"
+            f" started or has failed, or the address cannot be reached from every node"
+        ) from error
+    _set_pg_timeout(timedelta(seconds=timeout_seconds))
     ranks = tuple(range(launch.world_size))
     return Process(launch, Group("world", ranks, launch.rank, dist.group.WORLD), device)
 

@@ -93,7 +93,7 @@ def _entry(launch: Launch, port: int, answers: Any, fn: Callable[..., Any], args
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     try:
-        process: Process = start_process("cpu", 120.0, launch)
+        process: Process = start_process("cpu", 120.0, launch, init_timeout_seconds=110.0)
         result = pickle.dumps(fn(process, *args))
         stop_process(process)
         answers.put((launch.rank, result, None))

@@ -87,6 +87,7 @@ class ParallelConfig:
     schedule: order of the microbatches in a pipeline, a name of pipeline.schedules. virtual_stages: stages per pipeline
     rank, 0 for what the schedule needs. stage_split: `cost`, or blocks per stage such as `9,8,8,7`. overlap_tensor:
     send the input gradient of a column-parallel linear while its weight gradient is computed; it changes no bit.
+    timeout_seconds: of a collective. init_timeout_seconds: for all ranks to meet at the start.
     """
 
     tp: int = 1
@@ -98,6 +99,7 @@ class ParallelConfig:
     stage_split: str = "cost"
     overlap_tensor: Overlap = Overlap.auto
     timeout_seconds: float = 600.0
+    init_timeout_seconds: float = 180.0
 
     def __post_init__(self) -> None:
         for axis in ("tp", "pp", "cp"):

@@ -1,7 +1,8 @@
 """Bytes that one rank sends in a step, by axis of the mesh.
 
 One idea: every collective of the layers is an all-gather or reduce-scatter of known size, in which each of n ranks
-sends (n - 1) / n of the whole. Which of them hide behind computation is not decided here.
+sends (n - 1) / n of the whole, or an all-reduce, which is both. Which of them hide behind computation is not decided
+here.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from megatron_fp4.models.count import stage_parameters
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.models.memory import FP32, MemorySettings
 
+LOSS_BYTES = 4 + 3 * 8
+"""Per token, reduced over the ranks that hold parts of the vocabulary (layers/loss.py)."""
+
 
 def bytes_sent(
     config: ModelConfig, chunks: Sequence[StageRange], settings: MemorySettings, num_microbatches: int
 ) -> dict[str, float]:
     """Per step, for a rank that holds the stages `chunks`.
 
-    tensor: rows gathered before column-parallel and scattered after row-parallel linears, forward and backward.
+    tensor: rows gathered before column-parallel and scattered after row-parallel linears, forward and backward; per
+    token of the loss the largest logit (FP32) and three FP64 sums; once a step the gradients of replicated parameters.
     context: keys and values, states of Mamba-2. pipeline: activations forward, their gradients back, except between two
     of `chunks` (the point of a V). data: FP32 gradients reduce-scattered once a step, parameters gathered.
     """
@@ -31,10 +36,13 @@ def bytes_sent(
     inside = {c.first for c in chunks} & {c.stop for c in chunks}  # where one stage hands over to the next on this rank
     borders = sum((not c.has_embedding) + (not c.has_head) for c in chunks) - 2 * len(inside)
     context = sum(_context_bytes(mixer, config, settings) for mixer in mixers)
-    parameters = sum(p.local_numel(settings.tp) for c in chunks for p in stage_parameters(config, c))
+    held = [parameter for c in chunks for parameter in stage_parameters(config, c)]
+    parameters = sum(parameter.local_numel(settings.tp) for parameter in held)
+    replicated = sum(parameter.numel for parameter in held if parameter.sharded is None)
+    reduced = num_microbatches * any(c.has_head for c in chunks) * settings.tokens * LOSS_BYTES + replicated * FP32
     replicas = settings.dp * settings.cp
     return {
-        "tensor": num_microbatches * collectives * rows * _share(settings.tp),
+        "tensor": (num_microbatches * collectives * rows + 2 * reduced) * _share(settings.tp),
         "context": num_microbatches * context,
         "pipeline": num_microbatches * borders * rows / settings.tp,
         "data": parameters * (FP32 + settings.compute_bytes) * _share(replicas),

@@ -140,7 +140,7 @@ def test_traffic() -> None:
     data = bytes_sent(config, [whole_model(config)], MemorySettings(dp=2), 4)["data"]
     assert data == pytest.approx(6 * 1.2918e9 / 2, rel=1e-3)
     tensor = bytes_sent(config, [whole_model(config)], MemorySettings(tp=2), 1)["tensor"]
-    assert tensor == (20 * 2 * 4 + 4) * 8192 * 2048 * 2 / 2
+    assert tensor == (20 * 2 * 4 + 4) * 8192 * 2048 * 2 / 2 + 8192 * 28 + 41 * 2048 * 4  # rows, loss, norm weights
 
 
 def test_traffic_of_a_pipeline() -> None:
