@@ -28,7 +28,7 @@ from megatron_fp4.models.decoder import Recompute, StageRange
 from megatron_fp4.models.memory import MemorySettings, rank_memory
 from megatron_fp4.models.partition import block_costs, split_stages
 from megatron_fp4.models.traffic import bytes_sent
-from megatron_fp4.pipeline.order import Order, Timeline, in_flight, pipeline_order, simulate
+from megatron_fp4.pipeline.order import Order, Timeline, Work, in_flight, pipeline_order, simulate
 from megatron_fp4.pipeline.schedules import stages_of_rank, stages_per_rank
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
@@ -228,9 +228,13 @@ def _pipeline_section(
     }
     if timeline:
         section["timeline"] = [
-            [{**timed.work._asdict(), "begin": timed.begin, "end": timed.end} for timed in done] for done in timeline
+            [{**_names(timed.work), "begin": timed.begin, "end": timed.end} for timed in done] for done in timeline
         ]
     return section
+
+
+def _names(work: Work) -> dict[str, Any]:
+    return {"kind": work.kind, "stage": work.stage, "microbatch": work.microbatch, "units": work.units}
 
 
 def _memory_section(

@@ -31,12 +31,14 @@ Key = tuple[str, int, int]
 
 
 class Work(NamedTuple):
-    """One computation of a schedule. units: its duration."""
+    """One computation of a schedule. units: its duration. joined: the next one belongs to the same action of torch,
+    which sends the results of both to other ranks when both are done (dualpipev's forward with a backward)."""
 
     kind: str
     stage: int
     microbatch: int
     units: int
+    joined: bool = False
 
     @property
     def key(self) -> Key:
@@ -89,10 +91,11 @@ def _work_of(actions: Sequence[Any]) -> list[Work]:
     """
     found = []
     for action in actions:
-        for part in [] if action is None else action.sub_actions or [action]:
-            if part.computation_type.name in KINDS:
-                kind, units = KINDS[part.computation_type.name]
-                found.append(Work(kind, part.stage_index, part.microbatch_index, units))
+        parts = [] if action is None else action.sub_actions or [action]
+        parts = [part for part in parts if part.computation_type.name in KINDS]
+        for part in parts:
+            kind, units = KINDS[part.computation_type.name]
+            found.append(Work(kind, part.stage_index, part.microbatch_index, units, joined=part is not parts[-1]))
     first: dict[int, int] = {}
     for work in found:
         if work.kind == "F":
@@ -119,19 +122,27 @@ def in_flight(works: Sequence[Work]) -> int:
 def simulate(order: Order) -> Timeline:
     """When each computation begins and ends if it begins as soon as its rank and its inputs are there."""
     num_stages = 1 + max(work.stage for works in order for work in works)
-    ends: dict[Key, int] = {}
+    mine = [{work.stage for work in works} for works in order]
+    ends: dict[Key, int] = {}  # for its own rank
+    sent: dict[Key, int] = {}  # for the others
     timeline: Timeline = [[] for _ in order]
     while any(len(done) < len(works) for done, works in zip(timeline, order, strict=True)):
         done_before = len(ends)
-        for done, works in zip(timeline, order, strict=True):
+        for done, works, stages in zip(timeline, order, mine, strict=True):
             while len(done) < len(works):
                 work = works[len(done)]
-                needs = work.needs(num_stages)
-                if any(need not in ends for need in needs):
+                inputs = [(ends if need[1] in stages else sent).get(need) for need in work.needs(num_stages)]
+                if None in inputs:
                     break
-                begin = max([done[-1].end if done else 0, *(ends[need] for need in needs)])
-                ends[work.key] = begin + work.units
-                done.append(Timed(work, begin, begin + work.units))
+                begin = max([done[-1].end if done else 0, *(at for at in inputs if at is not None)])
+                ends[work.key] = end = begin + work.units
+                done.append(Timed(work, begin, end))
+                if not work.joined:
+                    sent[work.key] = end
+                    for earlier in reversed(done[:-1]):
+                        if not earlier.work.joined:
+                            break
+                        sent[earlier.work.key] = end
         assert len(ends) > done_before, "the order of the schedule never ends"
     return timeline
 

@@ -89,7 +89,17 @@ def test_bubbles_of_the_others() -> None:
     }
     assert idle["interleaved_1f1b"] == pytest.approx(3 / (2 * 8 + 3))
     assert idle["interleaved_zero_bubble"] == pytest.approx(3 / (3 * 8 + 3))
-    assert idle["zbv"] == idle["dualpipev"] == pytest.approx(3 / 51), "neither is free of bubbles at m = 2 p"
+    assert idle["zbv"] == pytest.approx(3 / 51), "not free of bubbles at m = 2 p"
+    assert idle["dualpipev"] == pytest.approx(3 / (3 * 8 + 3)), "its forwards are sent after the backward beside them"
+
+
+def test_joined_results_leave_together() -> None:
+    """What the next rank waits for in dualpipev: the forward of microbatch 1 ends at 2, but leaves at 6."""
+    first = [Work("F", 0, 0, 1), Work("F", 0, 1, 1, joined=True), Work("B", 0, 0, 2), Work("B", 0, 1, 2)]
+    second = [Work("F", 1, 0, 1), Work("B", 1, 0, 2), Work("F", 1, 1, 1), Work("B", 1, 1, 2)]
+    timeline = simulate([first, second])
+    assert [timed.begin for timed in timeline[0]] == [0, 1, 4, 9]
+    assert [timed.begin for timed in timeline[1]] == [1, 2, 6, 7]
 
 
 def test_one_rank_never_waits() -> None:
