@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from megatron_fp4.data.ramp import BatchRampConfig, batch_sizes
 from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.optim import OptimConfig, Overlap
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.config import ComputeDtype
@@ -57,7 +58,7 @@ class _Divisors:
 def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
     """The cases `fp32`, `bf16` and, if anything is quantized, `recipe` (SR, amax over whole tensors, FP32 compute).
 
-    Raises ValueError if no small global batch suits all layouts.
+    Raises ValueError if no small global batch suits all layouts, or the model cannot be laid out in one of them.
     """
     config = by_torch(config)
     full = replace(config.model, vocab_size=config.model.vocab_size or DEFAULT_VOCABULARY)
@@ -75,6 +76,9 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
     )
     rows = _small_table(table, picked, model_linears(model))
     high = PrecisionTable(tuple(replace(row, precision=LinearPrecision()) for row in rows))
+    for layout in layouts:
+        tokens = small.data.seq_length // layout.parallel.cp
+        check_model_layout(model, layout.parallel, seq_length=small.data.seq_length, tokens=tokens)
     cases = [_case("fp32", small, high, ComputeDtype.fp32), _case("bf16", small, high, ComputeDtype.bf16)]
     if table.num_quantized_gemms:
         recipe = PrecisionTable(tuple(replace(row, precision=_over_whole_tensors(row.precision)) for row in rows))
@@ -147,8 +151,10 @@ def _small_model(full: ModelConfig, picked: list[int], by: _Divisors, *, quantiz
 
 
 def _seq_length(by: _Divisors) -> int:
-    """Chunks of a zig-zag shard hold whole quantization blocks, so that Wgrad's blocks are those of one process."""
-    return max(64, 2 * by.cp * by.unit)
+    """At least 64. Chunks of a zig-zag shard hold whole quantization blocks, so that Wgrad's blocks are those of one
+    process, and tensor-parallel ranks hold equal numbers of tokens."""
+    step = math.lcm(2 * by.cp * by.unit, by.cp * by.tp)
+    return step * -(-64 // step)
 
 
 def _small_train(full: TrainConfig, layouts: Sequence[Layout]) -> TrainConfig:

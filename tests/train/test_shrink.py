@@ -10,11 +10,13 @@ import pytest
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.data.ramp import BatchRampConfig, steps_from
 from megatron_fp4.models.layout import check_model_layout
+from megatron_fp4.optim import Overlap
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.train.layouts import parse_layout, parse_layouts
 from megatron_fp4.train.shrink import shrink
 
 LAYOUTS = parse_layouts("tp2 pp2 dp2, tp4, pp4:zbv, cp2 dp2, dp3")
+ODD = parse_layouts("tp3, cp3 tp2")
 
 
 @pytest.mark.parametrize("model", ["gpt_tiny", "gpt_1_2b", "hybrid_tiny", "nemotron_h_12b"])
@@ -35,6 +37,20 @@ def test_structure_is_kept(model: str) -> None:
     for layout in LAYOUTS:
         tokens = small.data.seq_length // layout.parallel.cp
         check_model_layout(small.model, layout.parallel, seq_length=small.data.seq_length, tokens=tokens)
+
+
+@pytest.mark.parametrize("model", ["gpt_tiny", "hybrid_tiny"])
+def test_odd_layouts_get_sizes_that_divide(model: str) -> None:
+    """Tokens as well as heads and widths: tensor-parallel ranks hold equal numbers of rows."""
+    small = shrink(to_run_config(compose_config([f"model={model}", "model.vocab_size=1000"])), ODD)[0].config
+    assert small.data.seq_length % (2 * 3 * 16) == 0
+    assert small.data.seq_length // 3 % 6 == 0
+
+
+def test_overlap_is_that_of_gpus() -> None:
+    full = to_run_config(compose_config(["model=gpt_tiny", "model.vocab_size=1000", "optim.overlap_gather=never"]))
+    optim = shrink(full, LAYOUTS)[0].config.optim
+    assert (optim.overlap_reduce, optim.overlap_gather) == (Overlap.always, Overlap.never)
 
 
 def test_tied_embeddings_and_dropout_are_kept() -> None:
