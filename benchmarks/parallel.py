@@ -124,8 +124,6 @@ def report_times(layouts: list[Layout], repeats: int) -> None:
 
 # -- bubble -----------------------------------------------------------------------------------------------------------
 
-PIECE_SECONDS = 0.04  # forward, and each half of the backward, of one rank's part of a microbatch
-
 
 class _Sleep(torch.autograd.Function):
     @staticmethod
@@ -165,11 +163,14 @@ class _Rows(NamedTuple):
     documents: Tensor
 
 
-def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches: int) -> float:
-    """Part of a step in which a rank waits, 1 - work / time, measured in the second of two steps."""
+def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches: int, piece_seconds: float) -> float:
+    """Part of a step in which a rank waits, 1 - work / time, measured in the second of two steps.
+
+    piece_seconds: forward, and each half of the backward, of one rank's part of a microbatch.
+    """
     mesh, virtual = build_mesh(parallel, process.world), stages_per_rank(parallel)
     queues = [WgradQueue() for _ in stages_of_rank(mesh.pp.rank, parallel)]
-    stages = [SleepingStage(PIECE_SECONDS / virtual, queue) for queue in queues]
+    stages = [SleepingStage(piece_seconds / virtual, queue) for queue in queues]
 
     def switch(queue: WgradQueue) -> WgradSwitch:
         return WgradSwitch(lambda on: setattr(queue, "enabled", on), queue.take)
@@ -191,14 +192,14 @@ def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches:
         engine.train(rows, 1.0, lambda: None)
         seconds = time.perf_counter() - began
     slowest = max(collectives.all_gather_object(seconds, process.world))
-    return 1.0 - 3 * PIECE_SECONDS * num_microbatches / slowest
+    return 1.0 - 3 * piece_seconds * num_microbatches / slowest
 
 
-def report_bubbles(pp: int, num_microbatches: int) -> None:
+def report_bubbles(pp: int, num_microbatches: int, piece_seconds: float) -> None:
     print(f"pp {pp}, {num_microbatches} microbatches\n{'schedule':<26} {'measured':>8} {'order':>7} {'formula':>7}")
     for schedule, rule in SCHEDULES.items():
         parallel = ParallelConfig(pp=pp, schedule=schedule)
-        measured = run_local(measure_bubble, pp, parallel, num_microbatches)[0]
+        measured = run_local(measure_bubble, pp, parallel, num_microbatches, piece_seconds)[0]
         ideal = bubble(simulate(pipeline_order(parallel, num_microbatches)))
         formula = PipelineShape(schedule, pp, num_microbatches, rule.stages).bubble
         print(f"{schedule:<26} {measured:8.3f} {ideal:7.3f} {formula:7.3f}", flush=True)
@@ -274,6 +275,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--pp", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument(
+        "--piece-ms", type=float, default=40.0, help="sleep of a forward pass in the bubble measurement"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     layouts = [
@@ -285,7 +289,7 @@ def main() -> None:
     if args.what == "time":
         report_times(layouts, args.repeats)
     elif args.what == "bubble":
-        report_bubbles(args.pp, args.microbatches)
+        report_bubbles(args.pp, args.microbatches, args.piece_ms / 1e3)
     else:
         report_bytes(layouts)
 

@@ -206,15 +206,15 @@ def measure(rank: int, port: int, args: argparse.Namespace) -> None:
 def report(seconds: dict[str, list[tuple[float, float]]], num_parameters: int, args: argparse.Namespace) -> None:
     """Median and fastest turn, and the CPU time of rank 0 with all its threads, which other programs disturb least."""
     print(f"{num_parameters / 1e6:.2f} M parameters, {args.dtype}, {args.ranks} ranks, {args.tokens} tokens per rank")
-    heads = [f"{head:>8} {'/ DDP':>6} {'/ FSDP2':>8}" for head in ("median", "fastest", "cpu")]
+    heads = [f"{head:>9} {'/ DDP':>6} {'/ FSDP2':>8}" for head in ("median", "fastest", "cpu", "least cpu")]
     print(f"{'ms per step':28}" + "  ".join(heads))
     numbers = {}
     for name, turns in seconds.items():
         wall, cpu = zip(*turns, strict=True)
-        numbers[name] = (statistics.median(wall), min(wall), statistics.median(cpu))
+        numbers[name] = (statistics.median(wall), min(wall), statistics.median(cpu), min(cpu))
     for name, values in numbers.items():
         columns = [
-            f"{1e3 * value:8.1f} {value / to_ddp:6.2f} {value / to_fsdp:8.2f}"
+            f"{1e3 * value:9.1f} {value / to_ddp:6.2f} {value / to_fsdp:8.2f}"
             for value, to_ddp, to_fsdp in zip(values, numbers["DDP + AdamW"], numbers["FSDP2 + AdamW"], strict=True)
         ]
         print(f"{name:28}" + "  ".join(columns))
