@@ -81,15 +81,18 @@ def vocab_parallel_cross_entropy(
     return loss_T
 
 
-def choose_cross_entropy(impl: LossImpl, vocab_size: int, tp: Group) -> CrossEntropy:
+def choose_cross_entropy(impl: LossImpl, vocab_size: int, tp: Group, smoothing: float = 0.0) -> CrossEntropy:
     """The implementation that `model.loss_impl` names. Raises ValueError with the remedy if it cannot be used."""
     if impl is LossImpl.te:
+        assert not smoothing, "refused by train.requirements"
         from megatron_fp4.layers.loss_te import make_te_cross_entropy
 
         return make_te_cross_entropy(vocab_size, tp)
     first, _ = vocab_range(vocab_size, tp)
 
     def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-        return vocab_parallel_cross_entropy(logits_TV, labels_T, first=first, vocab_size=vocab_size, group=tp)
+        return vocab_parallel_cross_entropy(
+            logits_TV, labels_T, first=first, vocab_size=vocab_size, group=tp, smoothing=smoothing
+        )
 
     return cross_entropy

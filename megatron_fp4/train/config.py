@@ -78,6 +78,7 @@ class SpikeConfig:
 class TrainConfig:
     """run_dir: where checkpoints, metrics and the resolved configuration go. micro_batch, global_batch: in sequences.
     batch_ramp: smaller steps at the beginning, up to global_batch (data/ramp.py); off by default.
+    label_smoothing: of the training loss, at least 0 and below 1 (0 = off); evaluations are not smoothed.
     total_tokens: length of the run, rounded down to whole steps (`RunConfig.run_tokens`).
     stop_after_steps: stop (and save) at that step without changing any schedule; 0 = run to the end.
     exit_after_seconds: save and exit for requeue after so much wall clock; 0 = never.
@@ -91,6 +92,7 @@ class TrainConfig:
     micro_batch: int = 1
     global_batch: int = 8
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
+    label_smoothing: float = 0.0
     total_tokens: float = 1e6
     recompute: Recompute = Recompute.none
     resume: Resume = Resume.auto
@@ -103,9 +105,9 @@ class TrainConfig:
     eval_interval_steps: int = 0
     save_interval_steps: int = 0
     statistics_interval_steps: int = 0
+    """Measure quantization errors (SNR, underflow, saturation) every so many steps; 0 = never."""
     straggler_interval_steps: int = 100
     """Every so many steps the slowest rank of each phase is logged (jobs of several ranks); 0 = never."""
-    """Measure quantization errors (SNR, underflow, saturation) every so many steps; 0 = never."""
     check_gemms: bool = False
     """Debug: compare the executed GEMMs with the precision table in the first step of each precision phase."""
     nonfinite: NonFinite = NonFinite.skip
@@ -120,6 +122,8 @@ class TrainConfig:
             )
         if self.total_tokens < 1 or self.total_tokens != int(self.total_tokens):
             raise ValueError(f"train.total_tokens = {self.total_tokens}, must be a positive whole number")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"train.label_smoothing = {self.label_smoothing}, must be in [0, 1)")
         check_ramp(self.batch_ramp, self.global_batch)
 
     @property

@@ -26,6 +26,11 @@ from megatron_fp4.train.config import RunConfig
 
 def check_choices(config: RunConfig) -> None:
     """Raises ValueError for a fused kernel that has no meaning in this configuration, on whatever machine."""
+    if config.train.label_smoothing and config.model.loss_impl is LossImpl.te:
+        raise ValueError(
+            f"train.label_smoothing = {config.train.label_smoothing} with model.loss_impl=te, whose smoothing over"
+            " vocabulary parts was never compared with ours; set model.loss_impl=torch, or train.label_smoothing=0"
+        )
     if config.precision.compute_dtype is ComputeDtype.fp32:
         for name, impl in _implementations(config).items():
             if name.startswith("model.") and impl != "torch":
@@ -48,7 +53,7 @@ def check_kernels(config: RunConfig, device: torch.device) -> None:
     choose_adamw([group], config.optim)
     weight = nn.Parameter(torch.ones(64, device=device, dtype=config.precision.compute_dtype.torch_dtype))
     fused_norm(model.norm_impl, weight, model.norm_eps)
-    choose_cross_entropy(model.loss_impl, model.vocab_size, Group.single())
+    choose_cross_entropy(model.loss_impl, model.vocab_size, Group.single(), config.train.label_smoothing)
     if "M" in model.blocks and model.mamba_kernel is not MambaKernel.torch:
         FusedMamba(device, config.parallel.cp)
 

@@ -39,13 +39,18 @@ class Engine(Protocol):
 
 
 class TokenLoss:
-    """Sum of token losses times a scale, from this rank's logits. See `choose_cross_entropy` for `impl`."""
+    """Sum of token losses times a scale, from this rank's logits. See `choose_cross_entropy` for `impl`.
 
-    def __init__(self, vocab_size: int, tp: Group, impl: LossImpl = LossImpl.torch) -> None:
-        self._cross_entropy = choose_cross_entropy(impl, vocab_size, tp)
+    smoothing: of the labels in training; an evaluation, which records no gradients, is of the labels themselves.
+    """
+
+    def __init__(self, vocab_size: int, tp: Group, impl: LossImpl = LossImpl.torch, smoothing: float = 0.0) -> None:
+        self._training = choose_cross_entropy(impl, vocab_size, tp, smoothing)
+        self._held_out = choose_cross_entropy(impl, vocab_size, tp)
 
     def __call__(self, logits_TV: Tensor, labels: Tensor, scale: float) -> Tensor:
-        return self._cross_entropy(logits_TV, labels.reshape(-1)).sum() * scale
+        cross_entropy = self._training if torch.is_grad_enabled() else self._held_out
+        return cross_entropy(logits_TV, labels.reshape(-1)).sum() * scale
 
 
 class LocalEngine:

@@ -63,7 +63,7 @@ def build_trainable(
     sum_dtype = torch.float64 if config.precision.compute_dtype is ComputeDtype.fp32 else torch.float32  # see `widen`
     optimizer = Zero1AdamW(together.named_parameters(), config.optim, mesh, True, weights_changed, sum_dtype)
     optimizer.gather_beside_forward(together)
-    loss = TokenLoss(config.model.vocab_size, mesh.tp, config.model.loss_impl)
+    loss = TokenLoss(config.model.vocab_size, mesh.tp, config.model.loss_impl, config.train.label_smoothing)
     if config.parallel.pp == 1:
         return Trainable(clock, LocalEngine(stages[0], loss), optimizer)
     engine = PipelineEngine(

@@ -73,6 +73,8 @@ RAMP = [
         (["model.norm_impl=apex"], "model.norm_impl=apex has CUDA kernels only"),
         (["model.loss_impl=te"], "model.loss_impl=te has CUDA kernels only"),
         (["model.norm_impl=te", "precision.compute_dtype=fp32"], "proof mode"),
+        (["model.loss_impl=te", "train.label_smoothing=0.1"], "train.label_smoothing = 0.1 with model.loss_impl=te"),
+        (["train.label_smoothing=1.0"], "train.label_smoothing = 1.0, must be in [0, 1)"),
     ],
 )
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str) -> None:

@@ -127,6 +127,13 @@ def test_accumulation_does_not_matter() -> None:
     assert not failures, f"gradients depend on how a batch is cut: {failures[0]}"
 
 
+def test_label_smoothing() -> None:
+    case = fp32(train={"label_smoothing": 0.1})
+    reference = alone(case)
+    assert reference[0].losses != alone(fp32())[0].losses, "label smoothing had no effect"
+    check([case], "tp2 pp2", reference)
+
+
 def test_dropout_with_and_without_recompute() -> None:
     """Masks have an address: recompute, sequence shards and stages draw the same ones."""
     kept, selective, full = (
