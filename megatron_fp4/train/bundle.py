@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.checkpoint.commit import step_name
+from megatron_fp4.checkpoint.directory import step_name
 from megatron_fp4.train.build import Run
 from megatron_fp4.train.norms import norms_by_tensor
 from megatron_fp4.train.rollback import checkpoint_before
