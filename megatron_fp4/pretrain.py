@@ -161,6 +161,8 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
     )
     if run.resumed:
         console.say(f"resuming after step {run.resumed['step']} of {config.train.run_dir}")
+    if run.remembered:
+        console.say(str(run.remembered))
     if run.changes:
         console.say(f"settings that differ from the checkpoint's:\n{run.changes}")
     if run.resumed:

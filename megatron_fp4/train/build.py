@@ -8,6 +8,7 @@ ranks. So a bad setting ends a job before any process group exists.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from megatron_fp4.train.observe import Observers
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.requirements import check_choices, check_kernels
 from megatron_fp4.train.resume import find_resume, settle_differences
+from megatron_fp4.train.rollback_record import RollbackRecord, recall
 from megatron_fp4.train.step import Engine
 from megatron_fp4.train.trainable import build_trainable
 
@@ -76,6 +78,8 @@ class Run:
     observers: Observers
     changes: str
     """Table of the settings that differ from that checkpoint's."""
+    remembered: RollbackRecord | None
+    """A rollback of which that checkpoint does not know yet."""
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
@@ -136,14 +140,18 @@ def eager_reason(config: PrecisionConfig) -> str:
     return compile_obstacle() if config.compile and config.backend is BackendName.emulated and on_cpu else ""
 
 
-def open_data(prepared: Prepared, dp_rank: int, state: dict[str, Any] | None = None) -> tuple[Loader, list[EvalLoader]]:
-    """The training and evaluation loaders of one data-parallel rank. state: the loader's, of a checkpoint."""
+def open_data(
+    prepared: Prepared, dp_rank: int, state: dict[str, Any] | None = None, skip: Sequence[list[int]] = ()
+) -> tuple[Loader, list[EvalLoader]]:
+    """The training and evaluation loaders of one data-parallel rank. state: the loader's, of a checkpoint. skip: sample
+    ranges that are not read, beside those of the configuration.
+    """
     config, tokenizer = prepared.config, prepared.tokenizer
     fingerprint = tokenizer.fingerprint if tokenizer else None
     vocab_size = config.model.vocab_size
     share: dict[str, Any] = {"micro_batch": config.train.micro_batch, "dp_rank": dp_rank, "dp_size": prepared.dp}
     loader = build_loader(
-        config.data,
+        replace(config.data, skip=[*config.data.skip, *skip]),
         global_batch=config.train.global_batch,
         total_samples=config.total_steps * config.train.global_batch,
         vocab_size=vocab_size,
@@ -168,7 +176,9 @@ def build(prepared: Prepared, process: Process) -> Run:
     store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint)
     resumed = find_resume(config.train.resume, store)
     changes = settle_differences(resumed["config"], plain(config), config.train.resume_allow) if resumed else ""
-    loader, evaluations = open_data(prepared, mesh.dp.rank, resumed["data"] if resumed else None)
+    remembered = recall(run_dir, resumed, process.world)
+    skip = remembered.skip if remembered else []
+    loader, evaluations = open_data(prepared, mesh.dp.rank, resumed["data"] if resumed else None, skip)
     watch = NonFiniteWatch() if config.train.nonfinite is NonFinite.skip else None
     observers = Observers(config.train, make_backend(config.precision, watch), mesh)
     trainable = build_trainable(config, prepared.plan.table(), observers.backend, mesh, process.device)
@@ -192,4 +202,5 @@ def build(prepared: Prepared, process: Process) -> Run:
         watch=watch,
         observers=observers,
         changes=changes,
+        remembered=remembered,
     )

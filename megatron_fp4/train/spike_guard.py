@@ -23,7 +23,10 @@ class SpikeGuard:
 
     def __init__(self, run: Run, console: Console) -> None:
         self._run, self._console = run, console
-        self._ladder = SpikeLadder(run.config.train.spikes, run.resumed.get(SAVED) if run.resumed else None)
+        saved = run.resumed.get(SAVED) if run.resumed else None
+        self._ladder = SpikeLadder(run.config.train.spikes, saved)
+        if run.remembered:
+            self._ladder.rolled_back(saved or {}, run.remembered.rollbacks)
 
     def passes(self, loss: float, done: Progress) -> bool:
         """Whether the step after `done` may update. Raises RollBack or TrainingDiverged on all ranks. Collective."""
@@ -48,8 +51,9 @@ class SpikeGuard:
     def roll_back(self, request: RollBack, done: Progress) -> Progress:
         """Back to a checkpoint; returns its progress. done: before the step that spiked last. Collective."""
         consumed = done.consumed_samples + self._run.config.train.global_batch
-        meta, (first, end) = roll_back(self._run, request.first_step, consumed)
-        self._ladder.rolled_back(meta.get(SAVED) or {})
+        rollbacks = self._ladder.state.rollbacks + 1
+        meta, (first, end) = roll_back(self._run, request.first_step, consumed, rollbacks)
+        self._ladder.rolled_back(meta.get(SAVED) or {}, rollbacks)
         self._log(request.last_step, Action.roll_back, to_step=meta["step"], skipped_samples=[first, end])
         self._console.say(
             f"rolled back from step {request.last_step} to checkpoint {meta['step']}; samples {first} to {end - 1} are"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +96,54 @@ def check_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert replayed * 10 == pytest.approx(report["loss"], rel=0.05), "the replay saw another batch or other weights"
 
 
+def killed_after_the_rollback(overrides: list[str], bad_ids: range) -> None:
+    """SIGKILL in step 10, when it is made for the second time."""
+    trainer, _ = make_trainer(overrides)
+    plant(trainer, bad_ids)
+    right, passes = trainer.phases.begin, []
+
+    def begin(step: int, *, exact: bool = False) -> None:
+        right(step, exact=exact)
+        passes.append(step)
+        if passes.count(10) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.phases.begin = begin  # type: ignore[method-assign]
+    trainer.fit()
+
+
+def test_a_rollback_outlives_a_kill_before_the_next_save(tmp_path: Path) -> None:
+    """The spike was a fault that does not come again: only what was written down can keep the samples out."""
+    whole, _ = make_trainer(tiny_run(tmp_path, *LADDER).overrides)
+    plant(whole, range(40, 48))
+    whole.fit()
+
+    run = tiny_run(tmp_path, *LADDER).with_overrides(run_dir=tmp_path / "killed")
+    process = multiprocessing.get_context("spawn").Process(
+        target=killed_after_the_rollback, args=(run.overrides, range(40, 48))
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    resumed, _ = make_trainer(run.overrides)
+    assert resumed.progress.step == 8, "the test is wrong: a checkpoint was written after the rollback"
+    assert resumed.run.loader.plan.skip == [(32, 48)], "the bad samples would be read"
+    assert "rollback 1 to checkpoint 8 still holds: samples 32 to 47 are skipped" in str(resumed.run.remembered)
+    resumed.fit()
+    expected = masters(whole)
+    for name, tensor in masters(resumed).items():
+        assert torch.equal(tensor, expected[name]), f"{name}: the killed run went another way"
+    assert resumed._guard.state_dict() == whole._guard.state_dict(), "the resumed run forgot that it was rolled back"
+
+    later, _ = make_trainer((*run.overrides, "train.stop_after_steps=17"))
+    assert later.run.remembered is None, "the checkpoint of step 16 knows of the rollback"
+    assert later.run.loader.plan.skip == [(32, 48)]
+    shutil.rmtree(run.run_dir / "checkpoints")
+    anew, _ = make_trainer(run.overrides)
+    assert anew.run.loader.plan.skip == [], "a run that begins anew took over a rollback of another one"
+    assert not (run.run_dir / "rollback.json").exists()
+
+
 def test_a_skipped_batch_changes_nothing(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, *LADDER, "train.stop_after_steps=11")
     trainer, _ = make_trainer(run.overrides)
@@ -158,7 +210,7 @@ def test_rollbacks_are_forgiven_after_a_good_window() -> None:
     for step in range(1, 5):
         ladder.judge(step, 1.0)
     assert ladder.judge(5, 9.0).action is Action.roll_back
-    ladder.rolled_back({"losses": [1.0, 1.0]})
+    ladder.rolled_back({"losses": [1.0, 1.0]}, 1)
     assert ladder.judge(5, 9.0).action is Action.abort
     for step in range(5, 9):
         ladder.judge(step, 1.0)
