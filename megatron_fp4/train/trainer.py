@@ -9,9 +9,11 @@ consumed samples, so the state of the loop is two integers and a resume needs no
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.data.batch import Batch
@@ -128,7 +130,7 @@ class Trainer:
         agreed = exchange(message, run.mesh, run.device)
         run.optimizer.grad_norm()
         enter("update")
-        report = self._update(agreed.loss)
+        report = self._update(agreed.loss, lambda: run.engine.train(microbatches, scale, lambda: None))
         enter("log")
         if self._ledger:
             done = self.progress
@@ -139,13 +141,14 @@ class Trainer:
         self._log(agreed.loss, report)
         return agreed.stop
 
-    def _update(self, loss: float) -> StepReport:
-        """The optimizer step, unless the loss is a spike: then no state changes."""
+    def _update(self, loss: float, again: Callable[[], Tensor]) -> StepReport:
+        """The optimizer step, unless the loss is a spike: then no state changes. again: see `SpikeGuard.passes`."""
         optimizer, config = self.run.optimizer, self.config
         tokens = (self.progress.consumed_samples + config.train.global_batch) * config.data.seq_length
         lr = learning_rate(config.optim, tokens, config.run_tokens)
-        if not self._guard.passes(loss, self.progress):
-            return StepReport(lr, optimizer.grad_norm(), 0.0, skipped=True)
+        norm = optimizer.grad_norm()
+        if not self._guard.passes(loss, self.progress, again):
+            return StepReport(lr, norm, 0.0, skipped=True)
         return optimizer.step(lr, config.optim.clip_norm)
 
     def _num_targets(self, batch: Batch) -> float:
