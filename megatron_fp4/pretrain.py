@@ -34,11 +34,14 @@ from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.tokenizer import describe_tokenizer
 from megatron_fp4.precision import table as precision_table
 from megatron_fp4.train.build import Prepared, Run, build, check_machine, eager_reason, open_data, prepare
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.console import Console
 from megatron_fp4.train.metrics import Metrics
+from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.signals import EXIT_CONFIG, StopRequest
 from megatron_fp4.train.trainer import Trainer
+from megatron_fp4.train.watchdog import Watchdog
 
 SILENT_SECONDS = 10.0
 HELP = """usage: pretrain [experiment=NAME] [group=option ...] [key=value ...] [--config-dir DIR] [--cfg]
@@ -67,18 +70,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if show:
             print(to_yaml(tree))
             return 0
-        prepared = prepare(to_run_config(tree), launch.world_size)
+        config = to_run_config(tree)
+        config.check_timeouts(launch.world_size)
     except (ConfigError, ValueError) as error:
         return _refuse(error, main_rank=launch.rank == 0)
     except FileNotFoundError as error:
         return _refuse_here(error, launch)
-    try:
-        device = choose_device(prepared.config.train.device, launch.local_rank)
-        open_data(prepared, dp_rank=0)
-        check_machine(prepared.config, device)
-    except (ValueError, FileNotFoundError) as error:
-        return _refuse_here(error, launch)
-    return _train(prepared, tree, launch)
+    phases = Phases(torch.device("cpu"))  # the device is known when the ranks have met
+    with _watchdog(config, phases, launch) as watchdog:
+        phases.enter("prepare")
+        try:
+            prepared = prepare(config, launch.world_size)
+        except (ConfigError, ValueError) as error:
+            return _refuse(error, main_rank=launch.rank == 0)
+        except FileNotFoundError as error:
+            return _refuse_here(error, launch)
+        try:
+            device = choose_device(config.train.device, launch.local_rank)
+            open_data(prepared, dp_rank=0)
+            check_machine(prepared.config, device)
+        except (ValueError, FileNotFoundError) as error:
+            return _refuse_here(error, launch)
+        return _train(prepared, tree, launch, phases, watchdog)
+
+
+def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
+    """For the whole command. Meeting and saving have time-outs of their own, which say more."""
+    extra = {"rendezvous": config.parallel.timeout_seconds, "save": config.checkpoint.timeout_seconds}
+    return Watchdog(phases, launch.rank, config.train.hang_timeout_seconds, extra)
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, bool, list[str]]:
@@ -112,24 +131,29 @@ def _refuse_here(error: Exception, launch: Launch) -> int:
     return _refuse(ValueError(f"on {socket.gethostname()}: {error}") if local else error, main_rank=speaks)
 
 
-def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
+def _train(prepared: Prepared, tree: DictConfig, launch: Launch, phases: Phases, watchdog: Watchdog) -> int:
     config = prepared.config
     stop = StopRequest(config.train.exit_after_seconds)
     stop.install()
+    phases.enter("rendezvous")
     try:
         process = start_process(config.train.device, config.parallel.timeout_seconds, launch)
     except ValueError as error:
         return _refuse(error, main_rank=launch.rank == 0)
+    phases.device = process.device
+    watchdog.meet(process.world)
     if process.device.type == "cpu":
         keep_freed_memory()
     main_rank = process.world.rank == 0
     console = Console(enabled=main_rank, interval_steps=config.train.log_interval_steps)
     try:
         try:
+            phases.enter("lock")
             lock = lock_run_directory(config.train.run_dir, process.world)
-            run = build(prepared, process)
+            run = build(prepared, process, phases)
         except (ValueError, RunLocked) as error:  # what only a started job can see: the run directory, a checkpoint
             return _refuse(error, main_rank=main_rank)
+        phases.enter("announce")
         wandb_id = run.resumed["wandb_id"] if run.resumed else uuid.uuid4().hex[:12]
         wandb_id = broadcast_object(wandb_id, process.world)
         _announce(run, prepared, tree, console)
@@ -137,6 +161,7 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
         try:
             return Trainer(run, metrics, console, stop, wandb_id).fit()
         finally:
+            phases.enter("leave")
             metrics.close()
             lock.release()
     finally:

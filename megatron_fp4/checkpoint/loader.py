@@ -30,10 +30,10 @@ class CorruptCheckpoint(RuntimeError):
 
 
 class Loader:
-    """Reads checkpoints under `root`; changes nothing there."""
+    """Reads checkpoints under `root`; changes nothing there. beat: see `CheckpointStore`."""
 
-    def __init__(self, root: Path, group: Group, config: CheckpointConfig) -> None:
-        self.root, self.group, self.config = root, group, config
+    def __init__(self, root: Path, group: Group, config: CheckpointConfig, beat: Callable[[], None]) -> None:
+        self.root, self.group, self.config, self._beat = root, group, config, beat
 
     def load(self, step: int | None, shards: Sequence[Shard]) -> dict[str, Any]:
         """See `CheckpointStore.load`."""
@@ -74,7 +74,11 @@ class Loader:
         try:
             files = read_manifest(directory)
             mine = share_of(files, self.group.rank, self.group.size) if self.config.verify else []
-            problems = [problem for name in mine if (problem := problem_of(directory, name, files[name]))]
+            problems = []
+            for name in mine:
+                if problem := problem_of(directory, name, files[name]):
+                    problems.append(problem)
+                self._beat()
         except ValueError as error:
             problems = [str(error)]
         found = [one for many in collectives.all_gather_object(problems, self.group) for one in many]
@@ -95,6 +99,7 @@ class Loader:
         try:
             reader.set_up_storage_reader(metadata, is_coordinator=False)
             planner = BoxLoadPlanner(state, metadata)
+            self._beat()
             reader.read_data(planner.create_local_plan(), planner).wait()
         except Exception as caught:  # an unreadable file in spite of a good hash: the disk, or verify=False
             error = f"{type(caught).__name__}: {caught}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,25 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """The checkpoints under `root`, a directory that all ranks of `group` (the world) see."""
+    """The checkpoints under `root`, a directory that all ranks of `group` (the world) see.
 
-    def __init__(self, root: str | os.PathLike[str], group: Group, config: CheckpointConfig) -> None:
+    beat: called after each file that a load has read, for whoever wants to know that it gets on.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        group: Group,
+        config: CheckpointConfig,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         self.root, self.group = Path(root), group
         if group.rank == 0:
             for name in sweep(self.root):
                 log.warning("removed %s, left by a run that ended while writing it", self.root / name)
         owner = from_first(Owner.me, group)  # and nobody goes on before rank 0 has swept
         self.saver = Saver(self.root, group, config, owner)
-        self.loader = Loader(self.root, group, config)
+        self.loader = Loader(self.root, group, config, beat)
 
     def save(
         self,

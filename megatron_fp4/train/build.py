@@ -39,6 +39,7 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.te_versions import check_te_linear
 from megatron_fp4.train.config import NonFinite, RunConfig
 from megatron_fp4.train.observe import Observers
+from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.requirements import check_choices, check_kernels
 from megatron_fp4.train.resume import find_resume, settle_differences
@@ -80,6 +81,7 @@ class Run:
     """Table of the settings that differ from that checkpoint's."""
     remembered: RollbackRecord | None
     """A rollback of which that checkpoint does not know yet."""
+    phases: Phases
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
@@ -166,15 +168,19 @@ def open_data(
     return loader, evaluations
 
 
-def build(prepared: Prepared, process: Process) -> Run:
-    """Make the run on this rank. Collective: every rank calls it."""
+def build(prepared: Prepared, process: Process, phases: Phases | None = None) -> Run:
+    """Make the run on this rank. Collective: every rank calls it. phases: of the process, where a watchdog has them."""
     config = prepared.config
+    phases = phases or Phases(process.device)
+    phases.enter("build")
     mesh = build_mesh(config.parallel, process.world)
     run_dir = Path(config.train.run_dir)
     if mesh.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint)
+    store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint, phases.beat)
+    phases.enter("verify_checkpoint")
     resumed = find_resume(config.train.resume, store)
+    phases.enter("build")
     changes = settle_differences(resumed["config"], plain(config), config.train.resume_allow) if resumed else ""
     remembered = recall(run_dir, resumed, process.world)
     skip = remembered.skip if remembered else []
@@ -184,6 +190,7 @@ def build(prepared: Prepared, process: Process) -> Run:
     trainable = build_trainable(config, prepared.plan.table(), observers.backend, mesh, process.device)
     optimizer = trainable.optimizer
     if resumed:
+        phases.enter("load_checkpoint")
         store.load(resumed["step"], optimizer.state_shards())
         optimizer.step_count = resumed["optimizer_steps"]
         optimizer.after_load()
@@ -203,4 +210,5 @@ def build(prepared: Prepared, process: Process) -> Run:
         observers=observers,
         changes=changes,
         remembered=remembered,
+        phases=phases,
     )

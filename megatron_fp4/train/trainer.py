@@ -29,7 +29,6 @@ from megatron_fp4.train.exchange import StepMessage, exchange
 from megatron_fp4.train.inputs import make_inputs
 from megatron_fp4.train.metrics import Metrics
 from megatron_fp4.train.norms import parameter_norm
-from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.progress import Progress, TrainingDiverged, what_was_not_finite
 from megatron_fp4.train.saving import Saves, meta_of
 from megatron_fp4.train.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
@@ -37,7 +36,6 @@ from megatron_fp4.train.spike_guard import SpikeGuard
 from megatron_fp4.train.spikes import RollBack
 from megatron_fp4.train.stragglers import describe, is_due, straggler_metrics
 from megatron_fp4.train.throughput import Throughput
-from megatron_fp4.train.watchdog import Watchdog
 
 __all__ = ["Trainer", "TrainingDiverged"]
 
@@ -52,7 +50,7 @@ class Trainer:
         self.run, self.metrics, self.console, self._stop, self._wandb_id = run, metrics, console, stop, wandb_id
         self.config = run.config
         self.progress = Progress.of(run.resumed) if run.resumed else Progress()
-        self.phases = Phases(run.device)
+        self.phases = run.phases
         self._precision_phase = -1
         self._saves = Saves(run, metrics, console)
         self._guard = SpikeGuard(run, console)
@@ -68,17 +66,15 @@ class Trainer:
 
     def fit(self) -> int:
         """Train; returns the exit code (0 done, EXIT_REQUEUE stopped on request with the state saved)."""
-        saving = {"save": self.config.checkpoint.timeout_seconds}
-        with Watchdog(self.phases, self.run.mesh.world, self.config.train.hang_timeout_seconds, saving):
-            self.console.say(self._throughput.describe())
-            stop = False
-            while self.progress.step < self.config.last_step and not stop:
-                try:
-                    stop = self._train()
-                except RollBack as request:
-                    self._roll_back(request)
-            self._save()
-            self._saves.close()
+        self.console.say(self._throughput.describe())
+        stop = False
+        while self.progress.step < self.config.last_step and not stop:
+            try:
+                stop = self._train()
+            except RollBack as request:
+                self._roll_back(request)
+        self._save()
+        self._saves.close()
         if self._ledger:
             self._ledger.close()
         if stop:
