@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from megatron_fp4.checkpoint.lock import RunLocked, lock_run_directory
+from megatron_fp4.checkpoint.lock import STALE_SECONDS, RunLocked, lock_run_directory
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config, to_yaml
 from megatron_fp4.comm.bootstrap import (
     Launch,
@@ -71,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(to_yaml(tree))
             return 0
         config = to_run_config(tree)
-        config.check_timeouts(launch.world_size)
     except (ConfigError, ValueError) as error:
         return _refuse(error, main_rank=launch.rank == 0)
     except FileNotFoundError as error:
@@ -95,8 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
-    """For the whole command. Meeting and saving have time-outs of their own, which say more."""
-    extra = {"rendezvous": config.parallel.timeout_seconds, "save": config.checkpoint.timeout_seconds}
+    """For the whole command. What has a time-out of its own, which says more, gets that on top."""
+    extra = {
+        "rendezvous": config.parallel.timeout_seconds,
+        "lock": STALE_SECONDS,
+        "save": config.checkpoint.timeout_seconds,
+    }
     return Watchdog(phases, launch.rank, config.train.hang_timeout_seconds, extra)
 
 
@@ -149,7 +152,7 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch, phases: Phases,
     try:
         try:
             phases.enter("lock")
-            lock = lock_run_directory(config.train.run_dir, process.world)
+            lock = lock_run_directory(config.train.run_dir, process.world, on_lost=lambda: exit_process(1))
             run = build(prepared, process, phases)
         except (ValueError, RunLocked) as error:  # what only a started job can see: the run directory, a checkpoint
             return _refuse(error, main_rank=main_rank)

@@ -23,9 +23,10 @@ from megatron_fp4.checkpoint.async_writer import SaveInProgress, Staging
 from megatron_fp4.checkpoint.box import Boxes
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import passing_name, present_steps
+from megatron_fp4.checkpoint.local_save import LocalSave
 from megatron_fp4.checkpoint.owner import Owner
 from megatron_fp4.checkpoint.state import Shard, boxes_of, encode_meta, layout_signature, make_plan
-from megatron_fp4.checkpoint.sweep import remove_checkpoint, retain, sweep_failed
+from megatron_fp4.checkpoint.sweep import remove_checkpoint
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.mesh import Group
 
@@ -79,7 +80,7 @@ class Saver:
         self.root, self.group, self.config = root, group, config
         self.running: SaveInProgress | None = None
         self._owner = owner
-        self._directory = root  # of the running save
+        self._local: LocalSave | None = None  # of the running save
         self._blocking_seconds = 0.0
         self._told = True  # whether `poll` has told the outcome of the running save
         self._untold: list[SaveReport] = []  # outcomes that `save` found when it waited for an earlier save
@@ -100,14 +101,12 @@ class Saver:
         state, state_json, no_directory = self._open(directory, shards, small)
         if no_directory:
             return self._count(SaveReport(step, SaveStatus.failed, time.monotonic() - began, error=no_directory))
-        self._directory = directory
+        assert self._plan is not None
+        place = (self.root, directory, number, self.group.rank, self.group.size, self.config)
         staged, copy_error = self._stage(state)
-
-        def work(save: SaveInProgress) -> int:
-            return self._write(save, directory, number, staged, state_json, copy_error)
-
+        self._local = LocalSave(*place, *self._plan, staged, state_json, copy_error)
         timeout, background = self.config.timeout_seconds, self.config.asynchronous
-        self.running, self._told = SaveInProgress(step, work, timeout, background=background), False
+        self.running, self._told = SaveInProgress(step, self._local.write, timeout, background=background), False
         self._blocking_seconds = time.monotonic() - began
         if background:
             return SaveReport(step, SaveStatus.writing, self._blocking_seconds)
@@ -156,50 +155,13 @@ class Saver:
             return {}, b"", str(error)
 
     def _stage(self, state: dict[str, Boxes]) -> tuple[dict[str, Boxes], str | None]:
+        """What the local half writes: a copy, if the step loop goes on meanwhile. Or why there is none."""
         if not self.config.asynchronous:
             return state, None
         try:
             return self._staging.copy(state), None
-        except (RuntimeError, MemoryError) as error:  # told by the writer, so that no other rank waits for this one
+        except (RuntimeError, MemoryError) as error:
             return {}, f"no host memory for the copy ({error})"
-
-    def _write(
-        self,
-        save: SaveInProgress,
-        directory: Path,
-        number: int,
-        state: dict[str, Boxes],
-        state_json: bytes,
-        copy_error: str | None,
-    ) -> int:
-        """The local half: returns the bytes of this rank's part; rank 0's ends with the commit."""
-        assert self._plan is not None
-        plan, metadata = self._plan
-        try:
-            if copy_error:
-                raise MemoryError(copy_error)
-            try:
-                part = commit.write_part(directory, self.group.rank, plan, state)
-            except FileNotFoundError:
-                raise commit.GivenUp("another rank could not write its part") from None
-            if self.group.rank == 0:
-                assert metadata is not None
-                parts = commit.wait_for_parts(directory, self.group.size, save.overdue)
-                commit.seal(directory, save.step, metadata, state_json, parts)
-                if not save.claim_commit():
-                    raise commit.GivenUp("finished after its time-out")
-                commit.publish(directory, self.root, save.step, number)
-        except BaseException:
-            self._give_up(directory)
-            raise
-        if self.group.rank == 0:
-            retain(self.root, save.step, number, self.config)
-        return part.num_bytes
-
-    def _give_up(self, directory: Path) -> None:
-        commit.give_up(directory)
-        if self.group.rank == 0:
-            sweep_failed(self.root)
 
     def poll(self) -> list[SaveReport]:
         """See `CheckpointStore.poll`."""
@@ -238,9 +200,10 @@ class Saver:
         if save is None:
             return None
         if not save.finished:
-            self._give_up(self._directory)
+            assert self._local is not None
+            self._local.give_up()
             self._staging = Staging()  # the hung thread may still read the old buffers
-        self.running = None
+        self.running = self._local = None
         # What rank 0 says is what happened. The cause is told by those who did not merely give up after another.
         causes = [None if error and error.startswith(commit.GivenUp.__name__) else error for error in errors]
         report = self._report(save, (joined(causes) or joined(errors)) if errors[0] else None)

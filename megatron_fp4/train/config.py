@@ -33,6 +33,7 @@ class WandbMode(Enum):
     disabled = "disabled"
     offline = "offline"
     online = "online"
+    auto = "auto"  # online where wandb finds a key, offline elsewhere
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ class TrainConfig:
         if self.total_tokens < 1 or self.total_tokens != int(self.total_tokens):
             raise ValueError(f"train.total_tokens = {self.total_tokens}, must be a positive whole number")
 
+        if self.hang_timeout_seconds < 0:
+            raise ValueError(
+                f"train.hang_timeout_seconds = {self.hang_timeout_seconds:g}, must be positive, or 0 (off)"
+            )
+
     def gradient_accumulation(self, dp: int) -> int:
         """Microbatches per step and rank. Raises ValueError with the equation if the batch does not divide."""
         count, rest = divmod(self.global_batch, self.micro_batch * dp)
@@ -180,6 +186,14 @@ class RunConfig:
         stop = self.train.stop_after_steps
         return min(stop, self.total_steps) if stop else self.total_steps
 
+    def check_keep_best(self) -> None:
+        """Raises ValueError if checkpoints are to be kept by a score that none will have."""
+        if self.checkpoint.keep_best and not (self.data.evaluation and self.train.eval_interval_steps):
+            raise ValueError(
+                f"checkpoint.keep_best = {self.checkpoint.keep_best} would have no effect: nothing is evaluated; set"
+                " data.evaluation and train.eval_interval_steps, or keep_best=0"
+            )
+
     def check_timeouts(self, world_size: int) -> None:
         """What names a culprit must come before the process groups' time-out, which names none. Raises ValueError."""
         limit, hang, save = (
@@ -187,8 +201,6 @@ class RunConfig:
             self.train.hang_timeout_seconds,
             self.checkpoint.timeout_seconds,
         )
-        if hang < 0:
-            raise ValueError(f"train.hang_timeout_seconds = {hang:g}, must be positive, or 0 (off)")
         for name, seconds in (("train.hang_timeout_seconds", hang), ("checkpoint.timeout_seconds", save)):
             if world_size > 1 and seconds >= limit:
                 raise ValueError(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+import subprocess
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import megatron_fp4
@@ -24,13 +30,13 @@ class Saves:
         self._run, self._metrics, self._console = run, metrics, console
         self.last_step = run.resumed["step"] if run.resumed else -1
 
-    def save(self, progress: Progress, meta: Callable[[], dict[str, Any]]) -> None:
-        """Begin to save unless this step is saved already. Collective."""
+    def save(self, progress: Progress, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
+        """Begin to save unless this step is saved already. score: held-out loss of this step, if known. Collective."""
         if self.last_step == progress.step:
             return
         run = self._run
         tokens = progress.consumed_samples * run.config.data.seq_length
-        report = run.store.save(progress.step, run.optimizer.state_shards(), meta(), tokens=tokens)
+        report = run.store.save(progress.step, run.optimizer.state_shards(), meta(), tokens=tokens, score=score)
         self.last_step = progress.step
         self._tell(report)
 
@@ -67,14 +73,35 @@ def meta_of(run: Run, progress: Progress, precision_phase: int, wandb_id: str) -
         "precision": {name: list(formats) for name, formats in run.plan.table(precision_phase).formats().items()},
         "config": plain(run.config),
         "versions": versions(),
+        "git": git_state() if run.mesh.is_main else None,  # the main rank's is stored
         "wandb_id": wandb_id,
     }
 
 
 def versions() -> dict[str, str]:
     """Of what decides the numbers."""
-    return {
+    found = {
         "megatron_fp4": megatron_fp4.__version__,
         "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda),
+        "numpy": np.__version__,
         "python": platform.python_version(),
     }
+    with suppress(metadata.PackageNotFoundError):
+        found["transformer_engine"] = metadata.version("transformer-engine")
+    return found
+
+
+@functools.cache
+def git_state() -> str | None:
+    """Commit of the checkout that this package runs from, as `git describe` says it ("...-dirty" with changes on top);
+    None where it is no checkout, or there is no git.
+    """
+    root = Path(megatron_fp4.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # also the repository around a virtual environment is not this package's
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -52,6 +52,7 @@ class Trainer:
         self.progress = Progress.of(run.resumed) if run.resumed else Progress()
         self.phases = run.phases
         self._precision_phase = -1
+        self._evaluated: tuple[int, float] | None = None  # step, loss on the first evaluation set
         self._saves = Saves(run, metrics, console)
         self._guard = SpikeGuard(run, console)
         self._throughput = Throughput(self.config, run.mesh.world.size, run.device)
@@ -190,6 +191,8 @@ class Trainer:
             began = time.perf_counter()
             table = run.plan.evaluation_table(self._precision_phase)
             loss = evaluate(run.engine, loader, table, run.mesh, run.device, self.phases.beat)
+            if loader is run.evaluations[0]:
+                self._evaluated = self.progress.step, loss
             self.metrics.write(self.progress.step, {f"eval/{loader.name}/loss": loss})
             seconds = time.perf_counter() - began
             self.console.say(f"step {self.progress.step}: {loader.name} loss {loss:.4f} ({seconds:.1f} s)")
@@ -210,7 +213,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.phases.enter("save")
-        self._saves.save(self.progress, self._meta)
+        step, score = self._evaluated or (-1, None)
+        self._saves.save(self.progress, self._meta, score if step == self.progress.step else None)
 
     def _meta(self) -> dict[str, Any]:
         meta = meta_of(self.run, self.progress, self._precision_phase, self._wandb_id)

@@ -47,6 +47,8 @@ def refused(capsys: pytest.CaptureFixture[str], run: TinyRun, *overrides: str) -
         (["precision.rules=[{match: '*', use: nvfp5}]"], "nvfp4"),
         (["precision.evaluation=fp9"], "fp9"),
         (["train.total_tokens=64"], "less than one step"),
+        (["train.hang_timeout_seconds=-1"], "train.hang_timeout_seconds = -1"),
+        (["checkpoint.keep_best=1"], "nothing is evaluated"),
         (["--frobnicate"], "unknown option"),
         (["optim.warmup_tokens=999999"], "999999"),
         (["precision.backend=transformer_engine", "model.ffn_hidden=272"], "the contracted dimension, 272, must be a"),

@@ -18,7 +18,8 @@ from megatron_fp4.checkpoint.lock import RunLock
 from megatron_fp4.data import append
 from megatron_fp4.data.ledger import read_step
 from megatron_fp4.train import background_sink
-from megatron_fp4.train.metrics import read_metrics
+from megatron_fp4.train.config import LoggingConfig, WandbMode
+from megatron_fp4.train.metrics import WandbSink, read_metrics
 from tests.helpers.tiny_run import tiny_run
 from tests.train.in_process import make_trainer
 
@@ -88,6 +89,19 @@ def test_a_healthy_logger_gets_everything_in_order(tmp_path: Path, monkeypatch: 
     trainer.fit()
     trainer.metrics.close()
     assert list(dict.fromkeys(fake.seen)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("key", "mode"), [(True, "online"), (False, "offline")])
+def test_wandb_goes_online_where_there_is_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: bool, mode: str
+) -> None:
+    modes: list[str] = []
+    fake_wandb(monkeypatch, lambda **settings: modes.append(settings["mode"]) or FakeRun(fail=False))
+    asked: list[dict[str, Any]] = []
+    sys.modules["wandb"].login = lambda **how: asked.append(how) or key
+    WandbSink(LoggingConfig(wandb=WandbMode.auto), tmp_path, "id", {})
+    assert modes == [mode]
+    assert asked == [{"prompt": False}], "a job without a terminal must not be asked for a key"
 
 
 def test_a_full_queue_turns_a_logger_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
