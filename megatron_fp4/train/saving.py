@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import megatron_fp4
-from megatron_fp4.checkpoint import SaveReport, SaveStatus
+from megatron_fp4.checkpoint import SaveFailed, SaveReport, SaveStatus
 from megatron_fp4.train.build import Run
 from megatron_fp4.train.console import Console
 from megatron_fp4.train.metrics import Metrics
@@ -29,6 +29,7 @@ class Saves:
     def __init__(self, run: Run, metrics: Metrics, console: Console) -> None:
         self._run, self._metrics, self._console = run, metrics, console
         self.last_step = run.resumed["step"] if run.resumed else -1
+        self._newest: SaveReport | None = None
 
     def save(self, progress: Progress, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
         """Begin to save unless this step is saved already. score: held-out loss of this step, if known. Collective."""
@@ -45,13 +46,25 @@ class Saves:
         for report in self._run.store.poll():
             self._tell(report)
 
-    def close(self) -> None:
-        """Wait for the running save. Collective."""
-        self._tell(self._run.store.close())
+    def finish(self, progress: Progress, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
+        """Save the last state and wait until it is on disk; once more if that fails. Collective. Raises SaveFailed."""
+        store = self._run.store
+        for _ in range(2):
+            self.save(progress, meta, score)
+            self._tell(store.close())
+            if self._newest is None or self._newest.status is not SaveStatus.failed:
+                return
+            self.last_step = -1
+        assert self._newest is not None
+        raise SaveFailed(
+            f"the state after step {progress.step}, the last one, was not saved: {self._newest.error}; the newest"
+            f" checkpoint is that of step {store.latest()}. Start the same command again when there is room"
+        )
 
     def _tell(self, report: SaveReport | None) -> None:
         if report is None:
             return
+        self._newest = report
         text = f"checkpoint {report.step}: {report.status.name}"
         if report.error:
             text += f", {report.error}"

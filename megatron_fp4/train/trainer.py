@@ -66,7 +66,10 @@ class Trainer:
         return LedgerWriter(self.config.train.run_dir, self.run.loader, step=step, first_sample=samples)
 
     def fit(self) -> int:
-        """Train; returns the exit code (0 done, EXIT_REQUEUE stopped on request with the state saved)."""
+        """Train; returns the exit code (0 done, EXIT_REQUEUE stopped on request), with the last state saved.
+
+        Raises SaveFailed if it could not be, TrainingDiverged.
+        """
         self.console.say(self._throughput.describe())
         stop = False
         while self.progress.step < self.config.last_step and not stop:
@@ -74,8 +77,8 @@ class Trainer:
                 stop = self._train()
             except RollBack as request:
                 self._roll_back(request)
-        self._save()
-        self._saves.close()
+        self.phases.enter("save")
+        self._saves.finish(self.progress, self._meta, self._score())
         if self._ledger:
             self._ledger.close()
         if stop:
@@ -213,8 +216,11 @@ class Trainer:
 
     def _save(self) -> None:
         self.phases.enter("save")
-        step, score = self._evaluated or (-1, None)
-        self._saves.save(self.progress, self._meta, score if step == self.progress.step else None)
+        self._saves.save(self.progress, self._meta, self._score())
+
+    def _score(self) -> float | None:
+        step, loss = self._evaluated or (-1, None)
+        return loss if step == self.progress.step else None
 
     def _meta(self) -> dict[str, Any]:
         meta = meta_of(self.run, self.progress, self._precision_phase, self._wandb_id)
