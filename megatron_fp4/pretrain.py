@@ -168,6 +168,7 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch, phases: Phases,
             metrics.close()
             lock.release()
     finally:
+        console.close()
         stop_process(process)
 
 

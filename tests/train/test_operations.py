@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from megatron_fp4.models.count import count_flops
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train import trainer as trainer_module
 from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.console import Console
 from megatron_fp4.train.gpus import GPUS, find_gpu
 from megatron_fp4.train.metrics import read_metrics
 from megatron_fp4.train.phases import STEP_PHASES, Phases
@@ -68,6 +72,33 @@ def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     trainer, _ = make_trainer(run.overrides)
     trainer.fit()
     assert trainer.run.store.complete_steps() == [4, 10]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_progress_line_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 1000.0}
+    shown = {}
+    for kind in (Terminal, io.StringIO):
+        stream = shown[kind] = kind()
+        monkeypatch.setattr(sys, "stdout", stream)
+        console = Console(enabled=True, interval_steps=10)
+        console.say("[not markup]")
+        console.start(0, 20)
+        for step in range(1, 6):
+            console.step(step, values)
+        console.start(2, 20)  # after a rollback
+        console.step(3, values)
+        console.close()
+    terminal, log = (shown[kind].getvalue() for kind in (Terminal, io.StringIO))
+    assert log.count("\n") == 3
+    assert "\x1b" not in log, "control characters would make a log file unreadable"
+    assert all(line in terminal for line in log.splitlines())
+    assert re.search("step\\s.* 3/20 .*loss 2.5000", terminal), "no progress line"
+    assert terminal.rindex("\x1b[?25h") > terminal.rindex("3/20"), "the cursor was not given back"
 
 
 def test_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
