@@ -4,7 +4,7 @@
 #   launch_cluster.sh install       Debian packages slurm-wlm and munge, if absent; where that is impossible: a line on
 #                                   stdout that says why, and exit code 3
 #   launch_cluster.sh start BASE    munged, slurmctld and two slurmd; configuration, state, logs and pids under BASE
-#   launch_cluster.sh stop BASE     ends exactly what `start` started
+#   launch_cluster.sh stop BASE     ends exactly what `start` started, and the jobs that still run there
 #
 # After start: export SLURM_CONF=BASE/slurm.conf. Partitions: `debug` (default), and `high`, which preempts it.
 # The node names are HOST and HOST-2: slurm.sbatch takes the first node's name as the rendezvous address, so that
@@ -143,6 +143,12 @@ start() {
 stop() {
   local name pid pids=()
   [[ -e $base/pids ]] || return 0
+  export SLURM_CONF=$base/slurm.conf
+  if [[ $(timeout 30 squeue -h 2>/dev/null) ]]; then # a failed test left a job, whose ranks would go on for ever
+    timeout 30 scancel --quiet --full --signal=KILL --user="$(id -un)" || true
+    timeout 30 scancel --quiet --user="$(id -un)" || true
+    sleep 3
+  fi
   while read -r name pid; do
     kill "$pid" 2>/dev/null && pids+=("$pid")
   done <"$base/pids"
