@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from megatron_fp4.checkpoint.lock import RunLocked, lock_run_directory
+from megatron_fp4.checkpoint.lock import STALE_SECONDS, RunLocked, lock_run_directory
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config, to_yaml
 from megatron_fp4.comm.bootstrap import (
     Launch,
@@ -34,13 +34,19 @@ from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.tokenizer import describe_tokenizer
 from megatron_fp4.precision import table as precision_table
 from megatron_fp4.train.build import Prepared, Run, build, check_machine, eager_reason, open_data, prepare
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.console import Console
 from megatron_fp4.train.metrics import Metrics
+from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.signals import EXIT_CONFIG, StopRequest
 from megatron_fp4.train.trainer import Trainer
+from megatron_fp4.train.watchdog import Watchdog
 
 SILENT_SECONDS = 10.0
+INDEX_SECONDS = 3600.0
+"""The first start may build the indices of billions of documents; benchmarks/data.py: about ten million a second."""
+
 HELP = """usage: pretrain [experiment=NAME] [group=option ...] [key=value ...] [--config-dir DIR] [--cfg]
 
   experiment=quickstart            a whole experiment (configs/experiment)
@@ -67,18 +73,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if show:
             print(to_yaml(tree))
             return 0
-        prepared = prepare(to_run_config(tree), launch.world_size)
+        config = to_run_config(tree)
     except (ConfigError, ValueError) as error:
         return _refuse(error, main_rank=launch.rank == 0)
     except FileNotFoundError as error:
         return _refuse_here(error, launch)
-    try:
-        device = choose_device(prepared.config.train.device, launch.local_rank)
-        open_data(prepared, dp_rank=0)
-        check_machine(prepared.config, device)
-    except (ValueError, FileNotFoundError) as error:
-        return _refuse_here(error, launch)
-    return _train(prepared, tree, launch)
+    phases = Phases(torch.device("cpu"))  # the device is known when the ranks have met
+    with _watchdog(config, phases, launch) as watchdog:
+        phases.enter("prepare")
+        try:
+            prepared = prepare(config, launch.world_size)
+        except (ConfigError, ValueError) as error:
+            return _refuse(error, main_rank=launch.rank == 0)
+        except FileNotFoundError as error:
+            return _refuse_here(error, launch)
+        phases.enter("index")
+        try:
+            device = choose_device(config.train.device, launch.local_rank)
+            open_data(prepared, dp_rank=0)
+            check_machine(prepared.config, device)
+        except (ValueError, FileNotFoundError) as error:
+            return _refuse_here(error, launch)
+        return _train(prepared, tree, launch, phases, watchdog)
+
+
+def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
+    """For the whole command. What has a time-out of its own, which says more, gets that on top."""
+    extra = {
+        "index": INDEX_SECONDS,
+        "rendezvous": config.parallel.init_timeout_seconds,
+        "lock": STALE_SECONDS,
+        "save": config.checkpoint.timeout_seconds,
+    }
+    return Watchdog(phases, launch.rank, config.train.hang_timeout_seconds, extra)
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, bool, list[str]]:
@@ -112,27 +139,32 @@ def _refuse_here(error: Exception, launch: Launch) -> int:
     return _refuse(ValueError(f"on {socket.gethostname()}: {error}") if local else error, main_rank=speaks)
 
 
-def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
+def _train(prepared: Prepared, tree: DictConfig, launch: Launch, phases: Phases, watchdog: Watchdog) -> int:
     config = prepared.config
     stop = StopRequest(config.train.exit_after_seconds)
     stop.install()
     parallel = config.parallel
+    phases.enter("rendezvous")
     try:
         process = start_process(
             config.train.device, parallel.timeout_seconds, launch, init_timeout_seconds=parallel.init_timeout_seconds
         )
     except ValueError as error:
         return _refuse(error, main_rank=launch.rank == 0)
+    phases.device = process.device
+    watchdog.meet(process.world)
     if process.device.type == "cpu":
         keep_freed_memory()
     main_rank = process.world.rank == 0
     console = Console(enabled=main_rank, interval_steps=config.train.log_interval_steps)
     try:
         try:
-            lock = lock_run_directory(config.train.run_dir, process.world)
-            run = build(prepared, process)
+            phases.enter("lock")
+            lock = lock_run_directory(config.train.run_dir, process.world, on_lost=lambda: exit_process(1))
+            run = build(prepared, process, phases)
         except (ValueError, RunLocked) as error:  # what only a started job can see: the run directory, a checkpoint
             return _refuse(error, main_rank=main_rank)
+        phases.enter("announce")
         wandb_id = run.resumed["wandb_id"] if run.resumed else uuid.uuid4().hex[:12]
         wandb_id = broadcast_object(wandb_id, process.world)
         _announce(run, prepared, tree, console)
@@ -140,9 +172,11 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch) -> int:
         try:
             return Trainer(run, metrics, console, stop, wandb_id).fit()
         finally:
+            phases.enter("leave")
             metrics.close()
             lock.release()
     finally:
+        console.close()
         stop_process(process)
 
 
@@ -168,6 +202,8 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
         console.say(f"batch-size ramp, steps and their samples: {ramp}")
     if run.resumed:
         console.say(f"resuming after step {run.resumed['step']} of {config.train.run_dir}")
+    if run.remembered:
+        console.say(str(run.remembered))
     if run.changes:
         console.say(f"settings that differ from the checkpoint's:\n{run.changes}")
     if run.resumed:

@@ -21,6 +21,8 @@ from torch import Tensor
 from megatron_fp4.checkpoint.box import Box, Boxes
 
 GRACE_SECONDS = 1.0
+HAND_OVER_SECONDS = 0.002
+"""The thread sleeps first: one that computes keeps the interpreter lock, and the step loop waiting, for 5 ms."""
 
 
 class Staging:
@@ -84,6 +86,8 @@ class SaveInProgress:
 
     def _run(self) -> None:
         try:
+            if self._background:
+                time.sleep(HAND_OVER_SECONDS)
             self.num_bytes = self._work(self)
         except BaseException as error:  # the thread must not die silently, whatever it was
             self.error = f"{type(error).__name__}: {error}"

@@ -1,30 +1,23 @@
 """The commit protocol on the file system: a checkpoint is complete, or it does not exist.
 
-    root/latest                                  name of the newest checkpoint; replacing it is the commit
-    root/step_00000123/                          complete: manifest.json lists every file with size and hash
-    root/step_00000123.writing-<owner>.<n>/      being written, by all ranks
-    root/step_00000123.{failed,deleting,replaced}-<owner>.<n>/      on its way out
-
 One idea: ranks meet in the directory, not in a collective, so that bytes can be written by background threads while
 the training process groups are in use. A rank that has fsynced its part leaves `part_<rank>.json`; rank 0 watches for
 all of them, writes metadata and manifest, renames, and replaces `latest`. A rank that fails renames the directory
 away: one call that needs no disk space, after which the others' files cannot be created and rank 0 stops waiting.
 
-No torch.distributed communication happens here, and nothing is known about training.
+No torch.distributed communication happens here, and nothing is known about training. Names: directory.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
@@ -34,8 +27,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization_config
 
 from megatron_fp4.checkpoint.box import Boxes, BoxSavePlanner
+from megatron_fp4.checkpoint.directory import LATEST, STATE, passing_name, step_name
 from megatron_fp4.checkpoint.files import (
-    MANIFEST,
     FileRecord,
     HashingFileSystem,
     fsync_directory,
@@ -45,60 +38,11 @@ from megatron_fp4.checkpoint.files import (
 )
 from megatron_fp4.checkpoint.owner import Owner
 
-LATEST = "latest"
-STATE = "state.json"
-COMPLETE_NAME = re.compile(r"step_(\d{8,})")
-PASSING_NAME = re.compile(r"(step_\d{8,})\.(writing|failed|deleting|replaced)-(.+)\.\d+")
-STALE_SECONDS = 3600.0  # a writer on another host that touched nothing for so long is gone
-TEMPORARY_SECONDS = 60.0  # a new `latest` exists under its temporary name for milliseconds
 WATCH_SECONDS = 0.005
 
 
 class GivenUp(RuntimeError):
     """The save was given up elsewhere: by another rank, or by the main thread."""
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def passing_name(step: int, stage: str, number: int) -> str:
-    """Name of a directory that is not a checkpoint yet, or no longer. number: distinguishes those of one process."""
-    return f"{step_name(step)}.{stage}-{Owner.me().tag}.{number}"
-
-
-def complete_steps(root: Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending. A directory without manifest is none."""
-    return [step for step in present_steps(root) if (root / step_name(step) / MANIFEST).exists()]
-
-
-def present_steps(root: Path) -> list[int]:
-    """Steps with a directory under the final name, complete or damaged, ascending."""
-    names = os.listdir(root) if root.is_dir() else []
-    return sorted(int(match[1]) for match in map(COMPLETE_NAME.fullmatch, names) if match)
-
-
-def pointer(root: Path) -> int | None:
-    """The step that `latest` names, whether or not that checkpoint is intact."""
-    with suppress(OSError, UnicodeDecodeError):
-        if match := COMPLETE_NAME.fullmatch((root / LATEST).read_text().strip()):
-            return int(match[1])
-    return None
-
-
-def latest_step(root: Path) -> int | None:
-    """What `latest` names if that is complete, else the highest complete step, else None."""
-    steps, named = complete_steps(root), pointer(root)
-    return named if named in steps else (steps[-1] if steps else None)
-
-
-def load_order(root: Path) -> list[int]:
-    """Steps to try on a resume: what `latest` names, then lower ones, newest first. (Higher ones than `latest` names
-    were left by a run that was rolled back, or killed between rename and commit.)"""
-    steps, named = present_steps(root), pointer(root)
-    if named is None or named not in steps:
-        return steps[::-1]
-    return [step for step in steps[::-1] if step <= named]
 
 
 @dataclass(frozen=True)
@@ -201,7 +145,7 @@ def publish(directory: Path, root: Path, step: int, number: int) -> None:
     The new `latest` is written before the rename: a full disk must not strike between the two.
     """
     final = root / step_name(step)
-    replaced = root / passing_name(step, "replaced", number)
+    replaced = root / passing_name(step, "replaced", Owner.me(), number)
     new_latest, _ = write_temporary(root / LATEST, f"{step_name(step)}\n".encode())
     if final.exists():
         os.rename(final, replaced)
@@ -221,65 +165,3 @@ def give_up(directory: Path) -> None:
     """Take a directory that is being written out of the way of everybody; the disk space is freed by `sweep`."""
     with suppress(OSError):
         os.rename(directory, directory.with_name(directory.name.replace(".writing-", ".failed-")))
-
-
-def remove_checkpoint(root: Path, step: int, number: int) -> None:
-    """Delete a checkpoint such that a kill in between leaves nothing that looks like one."""
-    doomed = root / passing_name(step, "deleting", number)
-    os.rename(root / step_name(step), doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def sweep(root: Path) -> list[str]:
-    """Remove what ended runs left behind (rank 0, at start); never the directory of a live writer. Returns the names.
-
-    A checkpoint that was moved aside for its replacement, which then never came, gets its name back.
-    """
-    removed = []
-    for path in root.glob(f"{LATEST}.tmp-*"):
-        if time.time() - path.stat().st_mtime > TEMPORARY_SECONDS:
-            path.unlink()
-    for path, name, stage, owner in list(_passing(root)):
-        if stage in ("writing", "replaced") and owner.lives(_age_seconds(path), STALE_SECONDS):
-            continue
-        if stage == "replaced" and not (root / name).exists():
-            os.rename(path, root / name)
-            continue
-        shutil.rmtree(path, ignore_errors=True)
-        removed.append(path.name)
-    return removed
-
-
-def sweep_failed(root: Path) -> None:
-    """Free the disk space of given-up saves of this process."""
-    for path, _, stage, owner in list(_passing(root)):
-        if stage == "failed" and owner == Owner.me():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _passing(root: Path) -> Iterator[tuple[Path, str, str, Owner]]:
-    for entry in sorted(os.listdir(root)) if root.is_dir() else []:
-        match = PASSING_NAME.fullmatch(entry)
-        owner = Owner.from_tag(match[3]) if match else None
-        if match and owner:
-            yield root / entry, match[1], match[2], owner
-
-
-def _age_seconds(path: Path) -> float:
-    """Since anything in the directory was last written."""
-    times = [path.stat().st_mtime]
-    with suppress(OSError):
-        times += [entry.stat().st_mtime for entry in os.scandir(path)]
-    return time.time() - max(times)
-
-
-def read_state(directory: Path) -> dict[str, Any]:
-    """The small state. Raises ValueError naming the file if it cannot be read."""
-    path = directory / STATE
-    try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is damaged: not a JSON object")
-    return state

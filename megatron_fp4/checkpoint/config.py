@@ -20,7 +20,8 @@ class CheckpointConfig:
 
     verify: check sizes and hashes of all files before a load.
     keep_last: this many newest checkpoints stay. keep_every_tokens: besides, the first one after each multiple of so
-    many tokens (0 = none). keep_best: besides, so many with the lowest score (0 = none).
+    many tokens (0 = none). keep_best: besides, so many with the lowest score (0 = none): the loss on the first
+    evaluation set, if there was an evaluation at the step of the save.
     timeout_seconds: a save that takes longer has failed; must be below the process groups' time-out, because at the
     next save the other ranks wait in a collective for the slowest one.
     max_failures: after so many failed saves in a row the next `save` or `wait` raises on all ranks (0 = never:

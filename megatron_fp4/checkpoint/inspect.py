@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_fp4.checkpoint import commit
 from megatron_fp4.checkpoint.box import Box, Boxes, BoxLoadPlanner
 from megatron_fp4.checkpoint.config import CheckpointConfig
+from megatron_fp4.checkpoint.directory import STATE, latest_step, read_state, step_name
 from megatron_fp4.checkpoint.files import problem_of, read_manifest
 from megatron_fp4.checkpoint.saver import SaveStatus
 from megatron_fp4.checkpoint.store import CheckpointStore
@@ -72,12 +72,12 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     Raises FileNotFoundError.
     """
     path = Path(path)
-    if (path / commit.STATE).exists():
+    if (path / STATE).exists():
         return path
-    step = commit.latest_step(path)
+    step = latest_step(path)
     if step is None:
         raise FileNotFoundError(f"{path} is neither a checkpoint nor a directory with complete ones")
-    return path / commit.step_name(step)
+    return path / step_name(step)
 
 
 def list_tensors(directory: str | os.PathLike[str]) -> list[TensorInfo]:
@@ -87,11 +87,6 @@ def list_tensors(directory: str | os.PathLike[str]) -> list[TensorInfo]:
         assert isinstance(stored, TensorStorageMetadata)
         infos.append(TensorInfo(key, tuple(stored.size), stored.properties.dtype, len(stored.chunks)))
     return infos
-
-
-def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """{"step", "tokens", "score", "meta"}."""
-    return commit.read_state(Path(directory))
 
 
 def verify(directory: str | os.PathLike[str]) -> list[str]:
@@ -183,7 +178,7 @@ def _write(
     extra: dict[str, Any],
 ) -> Path:
     state = read_state(source)
-    destination = Path(output_root) / commit.step_name(state["step"])
+    destination = Path(output_root) / step_name(state["step"])
     if destination.exists():
         raise ValueError(f"{destination} exists already; choose another output directory")
     shards: dict[str, WholeTensor] = {}

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_fp4.checkpoint import commit
 from megatron_fp4.checkpoint.agree import agreed, from_first, shared_error
 from megatron_fp4.checkpoint.box import Boxes, BoxLoadPlanner
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
+from megatron_fp4.checkpoint.directory import complete_steps, load_order, present_steps, read_state, step_name
 from megatron_fp4.checkpoint.files import problem_of, read_manifest, share_of
 from megatron_fp4.checkpoint.state import Shard, boxes_of, check_matches
 from megatron_fp4.comm import collectives
@@ -30,10 +30,10 @@ class CorruptCheckpoint(RuntimeError):
 
 
 class Loader:
-    """Reads checkpoints under `root`; changes nothing there."""
+    """Reads checkpoints under `root`; changes nothing there. beat: see `CheckpointStore`."""
 
-    def __init__(self, root: Path, group: Group, config: CheckpointConfig) -> None:
-        self.root, self.group, self.config = root, group, config
+    def __init__(self, root: Path, group: Group, config: CheckpointConfig, beat: Callable[[], None]) -> None:
+        self.root, self.group, self.config, self._beat = root, group, config, beat
 
     def load(self, step: int | None, shards: Sequence[Shard]) -> dict[str, Any]:
         """See `CheckpointStore.load`."""
@@ -48,10 +48,10 @@ class Loader:
         """Try the candidates; `read` fills tensors and returns all ranks' error (damage) or None."""
         candidates, complete = from_first(lambda: self._candidates(step), self.group)
         if not candidates:
-            asked = "no checkpoint" if step is None else f"no checkpoint {commit.step_name(step)}"
+            asked = "no checkpoint" if step is None else f"no checkpoint {step_name(step)}"
             raise FileNotFoundError(f"{asked} under {self.root}; complete ones: {complete}")
         for candidate in candidates:
-            directory = self.root / commit.step_name(candidate)
+            directory = self.root / step_name(candidate)
             problem = self._verify(directory) or read(directory)
             state, unreadable = from_first(lambda chosen=directory: _state_of(chosen), self.group)  # type: ignore[misc]
             problem = problem or unreadable
@@ -65,16 +65,20 @@ class Loader:
 
     def _candidates(self, step: int | None) -> tuple[list[int], list[int]]:
         """Steps to try, and the complete ones for the error message."""
-        order = commit.load_order(self.root) if step is None else [step]
-        present = commit.present_steps(self.root)
-        return [one for one in order if one in present], commit.complete_steps(self.root)
+        order = load_order(self.root) if step is None else [step]
+        present = present_steps(self.root)
+        return [one for one in order if one in present], complete_steps(self.root)
 
     def _verify(self, directory: Path) -> str | None:
         """Each rank checks its share of the files; all ranks return the same problems or None."""
         try:
             files = read_manifest(directory)
             mine = share_of(files, self.group.rank, self.group.size) if self.config.verify else []
-            problems = [problem for name in mine if (problem := problem_of(directory, name, files[name]))]
+            problems = []
+            for name in mine:
+                if problem := problem_of(directory, name, files[name]):
+                    problems.append(problem)
+                self._beat()
         except ValueError as error:
             problems = [str(error)]
         found = [one for many in collectives.all_gather_object(problems, self.group) for one in many]
@@ -95,6 +99,7 @@ class Loader:
         try:
             reader.set_up_storage_reader(metadata, is_coordinator=False)
             planner = BoxLoadPlanner(state, metadata)
+            self._beat()
             reader.read_data(planner.create_local_plan(), planner).wait()
         except Exception as caught:  # an unreadable file in spite of a good hash: the disk, or verify=False
             error = f"{type(caught).__name__}: {caught}"
@@ -103,6 +108,6 @@ class Loader:
 
 def _state_of(directory: Path) -> tuple[dict[str, Any], str | None]:
     try:
-        return commit.read_state(directory), None
+        return read_state(directory), None
     except ValueError as error:
         return {}, str(error)

@@ -1,9 +1,10 @@
 """One launch per run directory.
 
-One idea: a lock file says who holds it (host, pid, start time), and its modification time is a heartbeat. A holder on
-this host is looked up in the kernel; one on another host (slurm requeued the job elsewhere) counts as gone when the
-heartbeat is old by the file system's own clock. Looking and taking happen under a short `fcntl` lock, so that two
-launches cannot both take over; where the file system has none, creation with O_EXCL still keeps one of them out.
+One idea: a lock file says who holds it (host, pid, start time); its modification time is a heartbeat. A holder on this
+host is looked up in the kernel. One on another host (slurm requeued the job elsewhere) is watched: a heartbeat says
+that it lives, and when the last one is old by the file system's own clock it is gone. Looking and taking happen under a
+short `fcntl` lock, so that two launches cannot both take over; where the file system has none, creation with O_EXCL
+still keeps one of them out.
 
 Held by rank 0 for the whole job. It does not guard reading, and containers that share a host name but not their
 process table must not share a run directory.
@@ -18,7 +19,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ from megatron_fp4.comm import collectives
 from megatron_fp4.comm.mesh import Group
 
 log = logging.getLogger(__name__)
+HEARTBEAT_SECONDS = 20.0
+STALE_SECONDS = 180.0
+"""Some heartbeats more than a file system may hide from another host (NFS: attributes up to 60 s old)."""
 LOCK = "run.lock"
 GUARD = ".run.lock.guard"
 
@@ -38,11 +42,14 @@ class RunLocked(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """since: text for people. nonce: tells two launches of one process apart. age_seconds: of the last heartbeat."""
+    """since: text for people. nonce: tells two launches of one process apart. touched: when the last heartbeat came, by
+    the file system's clock; age_seconds: since then.
+    """
 
     owner: Owner | None
     since: str
     nonce: str
+    touched: float
     age_seconds: float
 
     def describe(self) -> str:
@@ -52,10 +59,17 @@ class Holder:
 
 class RunLock:
     """The lock of `directory`. heartbeat_seconds: how often the holder touches it; stale_seconds: after so long
-    without a touch, a holder on another host is taken for dead."""
+    without a touch, a holder on another host is taken for dead. on_lost: called, by another thread, when another launch
+    has taken the lock over meanwhile (this process was frozen for long).
+    """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, heartbeat_seconds: float = 20.0, stale_seconds: float = 180.0
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        stale_seconds: float = STALE_SECONDS,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         if stale_seconds < 3 * heartbeat_seconds:
             raise ValueError(f"stale_seconds = {stale_seconds} must be at least 3 heartbeats of {heartbeat_seconds} s")
@@ -64,30 +78,44 @@ class RunLock:
         self._heartbeat_seconds, self._stale_seconds = heartbeat_seconds, stale_seconds
         self._nonce = uuid.uuid4().hex
         self._stop = threading.Event()
+        self._on_lost = on_lost
         self._thread: threading.Thread | None = None
-        self._lost: str | None = None
 
     def acquire(self) -> None:
-        """Take the lock, over a dead holder if need be (logged). Raises RunLocked if the holder lives."""
+        """Take the lock, over a dead holder if need be (logged). Raises RunLocked if the holder lives.
+
+        A holder on another host is watched for this, until it gives a sign of life or for `stale_seconds` at most: the
+        job may have been moved away from a node that died a moment ago.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
+        first = self._take(None)
+        if first is not None:
+            log.warning(
+                "%s is held by %s; waiting up to %g s for a sign of life", self.path, first.describe(),
+                self._stale_seconds,
+            )  # fmt: skip
+        while first is not None and self._take(first) is not None:
+            time.sleep(min(1.0, self._heartbeat_seconds / 4))
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread.start()
+
+    def _take(self, seen: Holder | None) -> Holder | None:
+        """Take the lock; or return the holder if it is not known yet whether it lives. seen: at the first look."""
         with self._guarded() as now:
             holder = self._holder(now)
-            if holder is not None:
-                if _lives(holder, self._stale_seconds):
+            if holder is not None and _may_live(holder, self._stale_seconds):
+                here = holder.owner is not None and holder.owner.host == Owner.me().host
+                if here or (seen and (holder.nonce, holder.touched) != (seen.nonce, seen.touched)):
                     raise RunLocked(
                         f"the run directory {self.directory} is in use by {holder.describe()}; stop that launch, or"
                         f" choose another directory (if it is surely dead: remove {self.path})"
                     )
+                return holder
+            if holder is not None:
                 log.warning("taking over %s from %s, which is gone", self.path, holder.describe())
                 self.path.unlink()
             self._create()
-        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
-        self._thread.start()
-
-    def check(self) -> None:
-        """Raise RunLocked if another launch has taken the lock over meanwhile (this process was frozen for long)."""
-        if self._lost:
-            raise RunLocked(self._lost)
+            return None
 
     def release(self) -> None:
         """Give the lock back; safe to call twice, and does not touch another launch's lock."""
@@ -125,16 +153,16 @@ class RunLock:
 
     def _holder(self, now: float) -> Holder | None:
         try:
-            age = now - self.path.stat().st_mtime
+            touched = self.path.stat().st_mtime
             text = self.path.read_text()
         except FileNotFoundError:
             return None
         try:
             body = json.loads(text)
             owner = Owner(str(body["host"]), int(body["pid"]), int(body["start"]))
-            return Holder(owner, str(body["since"]), str(body["nonce"]), age)
+            return Holder(owner, str(body["since"]), str(body["nonce"]), touched, now - touched)
         except (ValueError, KeyError, TypeError):  # torn by a crash while it was written
-            return Holder(None, "unknown", "", age)
+            return Holder(None, "unknown", "", touched, now - touched)
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat_seconds):
@@ -142,25 +170,25 @@ class RunLock:
                 holder = self._holder(time.time())
                 if holder is None or holder.nonce != self._nonce:
                     who = holder.describe() if holder else "nobody: the lock file was removed"
-                    self._lost = f"the lock of {self.directory} was lost to {who}"
-                    log.error("%s", self._lost)
+                    log.error("the lock of %s was lost to %s", self.directory, who)
+                    self._on_lost()
                     return
                 os.utime(self.path)
             except OSError as error:
                 log.warning("no heartbeat for %s: %s", self.path, error)
 
 
-def _lives(holder: Holder, stale_seconds: float) -> bool:
+def _may_live(holder: Holder, stale_seconds: float) -> bool:
     if holder.owner is None:
         return holder.age_seconds < stale_seconds
     return holder.owner.lives(holder.age_seconds, stale_seconds)
 
 
 def lock_run_directory(
-    directory: str | os.PathLike[str], group: Group, *, heartbeat_seconds: float = 20.0, stale_seconds: float = 180.0
+    directory: str | os.PathLike[str], group: Group, on_lost: Callable[[], None] = lambda: None
 ) -> RunLock:
-    """Rank 0 takes the lock; the refusal is raised on all ranks. `release` and `check` act on rank 0 only."""
-    lock = RunLock(directory, heartbeat_seconds=heartbeat_seconds, stale_seconds=stale_seconds)
+    """Rank 0 takes the lock; the refusal is raised on all ranks. `release` and `on_lost` act on rank 0 only."""
+    lock = RunLock(directory, on_lost=on_lost)
     refusal = None
     if group.rank == 0:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,12 +18,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_fp4.checkpoint import commit
-from megatron_fp4.checkpoint.agree import agreed, joined
+from megatron_fp4.checkpoint.agree import joined
 from megatron_fp4.checkpoint.async_writer import SaveInProgress, Staging
 from megatron_fp4.checkpoint.box import Boxes
 from megatron_fp4.checkpoint.config import CheckpointConfig
-from megatron_fp4.checkpoint.retention import Saved, steps_to_delete
+from megatron_fp4.checkpoint.directory import passing_name, present_steps
+from megatron_fp4.checkpoint.local_save import LocalSave
+from megatron_fp4.checkpoint.owner import Owner
 from megatron_fp4.checkpoint.state import Shard, boxes_of, encode_meta, layout_signature, make_plan
+from megatron_fp4.checkpoint.sweep import remove_checkpoint
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.mesh import Group
 
@@ -53,18 +56,36 @@ class SaveReport:
     error: str | None = None
 
 
-class Saver:
-    """At most one save is running; its outcome is settled (agreed by all ranks) before the next one starts."""
+@dataclass(frozen=True)
+class Opening:
+    """What each rank says before a save, in the one message that all exchange.
 
-    def __init__(self, root: Path, group: Group, config: CheckpointConfig) -> None:
+    previous: error of the save before. refused: what is wrong with its shards or meta. replan: its layout is not the
+    planned one. no_directory: why rank 0 could not make the directory.
+    """
+
+    previous: str | None
+    refused: str | None
+    replan: bool
+    no_directory: str | None
+
+
+class Saver:
+    """At most one save is running; its outcome is settled (agreed by all ranks) before the next one starts.
+
+    owner: rank 0's process, in directory names.
+    """
+
+    def __init__(self, root: Path, group: Group, config: CheckpointConfig, owner: Owner) -> None:
         self.root, self.group, self.config = root, group, config
         self.running: SaveInProgress | None = None
-        self._directory = root  # of the running save
+        self._owner = owner
+        self._local: LocalSave | None = None  # of the running save
         self._blocking_seconds = 0.0
         self._told = True  # whether `poll` has told the outcome of the running save
         self._untold: list[SaveReport] = []  # outcomes that `save` found when it waited for an earlier save
         self._failures_in_a_row = 0
-        self._number = 0  # of this process's saves, in directory names
+        self._number = 0  # of this process's changes, in directory names
         self._staging = Staging()
         self._signature: tuple[Any, ...] | None = None
         self._plan: tuple[SavePlan, Metadata | None] | None = None
@@ -74,18 +95,18 @@ class Saver:
     ) -> SaveReport:
         """See `CheckpointStore.save`."""
         began = time.monotonic()
-        self.settle()
+        number = self._next_number()
         small = {"step": step, "tokens": tokens, "score": score, "meta": dict(meta)}
-        state, state_json = agreed(lambda: self._checked(shards, small), self.group)
-        self._plan_for(state)
-        directory, error = self._open_directory(step)
-        if directory is None:
-            return self._count(SaveReport(step, SaveStatus.failed, time.monotonic() - began, error=error))
-        self._directory = directory
+        directory = self.root / passing_name(step, "writing", self._owner, number)
+        state, state_json, no_directory = self._open(directory, shards, small)
+        if no_directory:
+            return self._count(SaveReport(step, SaveStatus.failed, time.monotonic() - began, error=no_directory))
+        assert self._plan is not None
+        place = (self.root, directory, number, self.group.rank, self.group.size, self.config)
         staged, copy_error = self._stage(state)
-        work = self._work(directory, step, staged, state_json, copy_error)
+        self._local = LocalSave(*place, *self._plan, staged, state_json, copy_error)
         timeout, background = self.config.timeout_seconds, self.config.asynchronous
-        self.running, self._told = SaveInProgress(step, work, timeout, background=background), False
+        self.running, self._told = SaveInProgress(step, self._local.write, timeout, background=background), False
         self._blocking_seconds = time.monotonic() - began
         if background:
             return SaveReport(step, SaveStatus.writing, self._blocking_seconds)
@@ -93,91 +114,54 @@ class Saver:
         assert report is not None
         return report
 
-    def _checked(self, shards: Sequence[Shard], small: dict[str, Any]) -> tuple[dict[str, Boxes], bytes]:
-        if self.config.keep_every_tokens and small["tokens"] is None:
-            raise ValueError("checkpoint.keep_every_tokens is set, but save() was not told the number of tokens")
-        return boxes_of(shards), encode_meta(small)
-
-    def _plan_for(self, state: dict[str, Boxes]) -> None:
-        """Plan anew only if some rank's layout changed: a run plans once."""
-        signature = layout_signature(state)
-        if any(collectives.all_gather_object(signature != self._signature, self.group)):
-            self._signature = None
-            self._plan = make_plan(state, self.group)
-            self._signature = signature
-
-    def _open_directory(self, step: int) -> tuple[Path | None, str | None]:
-        """Rank 0 makes the directory; all ranks get its path, or the error."""
+    def _next_number(self) -> int:
         self._number += 1
-        name, error = "", None
-        if self.group.rank == 0:
-            name = commit.passing_name(step, "writing", self._number)
-            try:
-                (self.root / name).mkdir(parents=True)
-            except OSError as caught:
-                error = f"rank 0: {caught}"
-        name, error = collectives.broadcast_object((name, error), self.group)
-        return (None, error) if error else (self.root / name, None)
+        return self._number
+
+    def _open(
+        self, directory: Path, shards: Sequence[Shard], small: dict[str, Any]
+    ) -> tuple[dict[str, Boxes], bytes, str | None]:
+        """Settle the save before and agree on this one: state, JSON of the small state, why there is no directory.
+
+        Collective: one message, and the plan if a layout changed. Raises ValueError and SaveFailed on all ranks.
+        """
+        previous = self._join()
+        state, state_json, refused = self._checked(shards, small)
+        signature = layout_signature(state)
+        no_directory = _make(directory) if self.group.rank == 0 else None
+        mine = Opening(previous, refused, signature != self._signature, no_directory)
+        said = collectives.all_gather_object(mine, self.group)
+        try:
+            self._conclude([one.previous for one in said])
+            if error := joined([one.refused for one in said]):
+                raise ValueError(error)
+            if any(one.replan for one in said):  # a run plans once
+                self._signature = None
+                self._plan = make_plan(state, self.group)
+                self._signature = signature
+        except (ValueError, SaveFailed):
+            if self.group.rank == 0 and no_directory is None:
+                directory.rmdir()
+            raise
+        return state, state_json, joined([one.no_directory for one in said])
+
+    def _checked(self, shards: Sequence[Shard], small: dict[str, Any]) -> tuple[dict[str, Boxes], bytes, str | None]:
+        """State and JSON, or what is wrong with them."""
+        try:
+            if self.config.keep_every_tokens and small["tokens"] is None:
+                raise ValueError("checkpoint.keep_every_tokens is set, but save() was not told the number of tokens")
+            return boxes_of(shards), encode_meta(small), None
+        except ValueError as error:
+            return {}, b"", str(error)
 
     def _stage(self, state: dict[str, Boxes]) -> tuple[dict[str, Boxes], str | None]:
+        """What the local half writes: a copy, if the step loop goes on meanwhile. Or why there is none."""
         if not self.config.asynchronous:
             return state, None
         try:
             return self._staging.copy(state), None
-        except (RuntimeError, MemoryError) as error:  # told by the writer, so that no other rank waits for this one
+        except (RuntimeError, MemoryError) as error:
             return {}, f"no host memory for the copy ({error})"
-
-    def _work(
-        self, directory: Path, step: int, state: dict[str, Boxes], state_json: bytes, copy_error: str | None
-    ) -> Callable[[SaveInProgress], int]:
-        """The local half: returns the bytes of this rank's part; rank 0's ends with the commit."""
-        assert self._plan is not None
-        plan, metadata = self._plan
-        number = self._number
-
-        def write(save: SaveInProgress) -> int:
-            try:
-                if copy_error:
-                    raise MemoryError(copy_error)
-                try:
-                    part = commit.write_part(directory, self.group.rank, plan, state)
-                except FileNotFoundError:
-                    raise commit.GivenUp("another rank could not write its part") from None
-                if self.group.rank == 0:
-                    assert metadata is not None
-                    parts = commit.wait_for_parts(directory, self.group.size, save.overdue)
-                    commit.seal(directory, step, metadata, state_json, parts)
-                    if not save.claim_commit():
-                        raise commit.GivenUp("finished after its time-out")
-                    commit.publish(directory, self.root, step, number)
-            except BaseException:
-                self._give_up(directory)
-                raise
-            if self.group.rank == 0:
-                self._retain(step, number)
-            return part.num_bytes
-
-        return write
-
-    def _give_up(self, directory: Path) -> None:
-        commit.give_up(directory)
-        if self.group.rank == 0:
-            commit.sweep_failed(self.root)
-
-    def _retain(self, newest: int, number: int) -> None:
-        """Rank 0: delete what no rule keeps. Trouble here must not fail the save that was just committed."""
-        try:
-            saved = []
-            for step in commit.complete_steps(self.root):
-                try:
-                    state = commit.read_state(self.root / commit.step_name(step))
-                except ValueError:  # damaged: only its age counts
-                    state = {}
-                saved.append(Saved(step, state.get("tokens"), state.get("score")))
-            for step in steps_to_delete(saved, newest, self.config):
-                commit.remove_checkpoint(self.root, step, number)
-        except OSError as error:
-            log.warning("old checkpoints under %s were not removed: %s", self.root, error)
 
     def poll(self) -> list[SaveReport]:
         """See `CheckpointStore.poll`."""
@@ -198,16 +182,28 @@ class Saver:
         return report
 
     def settle(self) -> SaveReport | None:
-        """Collective: join the running save on all ranks, agree on its outcome, count failures."""
+        """Collective: wait for the running save on all ranks and agree on its outcome."""
+        if self.running is None:
+            return None
+        return self._conclude(collectives.all_gather_object(self._join(), self.group))
+
+    def _join(self) -> str | None:
+        """Wait for this rank's part of the running save; its error."""
+        if self.running is None:
+            return None
+        self.running.join()
+        return self.running.error
+
+    def _conclude(self, errors: Sequence[str | None]) -> SaveReport | None:
+        """The outcome of the running save from what all ranks said of it; the same on all. Raises SaveFailed."""
         save = self.running
         if save is None:
             return None
-        save.join()
-        errors = collectives.all_gather_object(save.error, self.group)
         if not save.finished:
-            self._give_up(self._directory)
+            assert self._local is not None
+            self._local.give_up()
             self._staging = Staging()  # the hung thread may still read the old buffers
-        self.running = None
+        self.running = self._local = None
         # What rank 0 says is what happened. The cause is told by those who did not merely give up after another.
         causes = [None if error and error.startswith(commit.GivenUp.__name__) else error for error in errors]
         report = self._report(save, (joined(causes) or joined(errors)) if errors[0] else None)
@@ -238,14 +234,23 @@ class Saver:
     def discard_after(self, step: int) -> None:
         """See `CheckpointStore.discard_after`."""
         self.settle()
-        self._number += 1
+        number = self._next_number()
         error = None
         if self.group.rank == 0:
             try:
                 commit.set_latest(self.root, step)
-                for later in [one for one in commit.present_steps(self.root) if one > step]:
-                    commit.remove_checkpoint(self.root, later, self._number)
+                for later in [one for one in present_steps(self.root) if one > step]:
+                    remove_checkpoint(self.root, later, number)
             except OSError as caught:
                 error = str(caught)
         if error := collectives.broadcast_object(error, self.group):
             raise OSError(f"checkpoints after step {step} under {self.root} were not all removed: {error}")
+
+
+def _make(directory: Path) -> str | None:
+    """Why not, if it cannot be made."""
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return None

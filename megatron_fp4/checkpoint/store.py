@@ -14,33 +14,43 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.checkpoint import commit
 from megatron_fp4.checkpoint.agree import from_first
 from megatron_fp4.checkpoint.config import CheckpointConfig
+from megatron_fp4.checkpoint.directory import complete_steps, latest_step
 from megatron_fp4.checkpoint.loader import Loader
+from megatron_fp4.checkpoint.owner import Owner
 from megatron_fp4.checkpoint.saver import Saver, SaveReport
 from megatron_fp4.checkpoint.state import Shard
-from megatron_fp4.comm import collectives
+from megatron_fp4.checkpoint.sweep import sweep
 from megatron_fp4.comm.mesh import Group
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointStore:
-    """The checkpoints under `root`, a directory that all ranks of `group` (the world) see."""
+    """The checkpoints under `root`, a directory that all ranks of `group` (the world) see.
 
-    def __init__(self, root: str | os.PathLike[str], group: Group, config: CheckpointConfig) -> None:
+    beat: called after each file that a load has read, for whoever wants to know that it gets on.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        group: Group,
+        config: CheckpointConfig,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         self.root, self.group = Path(root), group
-        self.saver = Saver(self.root, group, config)
-        self.loader = Loader(self.root, group, config)
         if group.rank == 0:
-            for name in commit.sweep(self.root):
+            for name in sweep(self.root):
                 log.warning("removed %s, left by a run that ended while writing it", self.root / name)
-        collectives.barrier(group)
+        owner = from_first(Owner.me, group)  # and nobody goes on before rank 0 has swept
+        self.saver = Saver(self.root, group, config, owner)
+        self.loader = Loader(self.root, group, config, beat)
 
     def save(
         self,
@@ -90,11 +100,11 @@ class CheckpointStore:
 
     def latest(self) -> int | None:
         """The step that a resume tries first, or None if there is no checkpoint."""
-        return from_first(lambda: commit.latest_step(self.root), self.group)
+        return from_first(lambda: latest_step(self.root), self.group)
 
     def complete_steps(self) -> list[int]:
         """Ascending."""
-        return from_first(lambda: commit.complete_steps(self.root), self.group)
+        return from_first(lambda: complete_steps(self.root), self.group)
 
     def discard_after(self, step: int) -> None:
         """After a rollback to `step`: delete the checkpoints above it and make it `latest`. Raises OSError."""

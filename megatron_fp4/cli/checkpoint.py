@@ -89,7 +89,7 @@ def describe(path: Path, names: str = "") -> str:
     lines = [
         str(path),
         f"  step {state['step']}, tokens {state['tokens']}, score {state['score']}",
-        f"  versions {meta.get('versions', {})}",
+        f"  versions {meta.get('versions', {})}, git {meta.get('git')}",
     ]
     for kind in dict.fromkeys(info.kind for info in infos):
         of_kind = [info for info in infos if info.kind == kind]

@@ -35,5 +35,9 @@ class NoticeBoard:
         texts = {rank: self._store.get(self._key(rank)).decode() for rank in posted}
         return {rank: text for rank, text in texts.items() if text}
 
+    def claim(self) -> bool:
+        """True for the first rank that asks."""
+        return self._store is None or self._store.add(f"board/{self._name}/claimed", 1) == 1
+
     def _key(self, rank: int) -> str:
         return f"board/{self._name}/{rank}"

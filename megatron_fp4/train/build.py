@@ -8,6 +8,7 @@ ranks. So a bad setting ends a job before any process group exists.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,9 +39,11 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.te_versions import check_te_linear
 from megatron_fp4.train.config import NonFinite, RunConfig
 from megatron_fp4.train.observe import Observers
+from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.requirements import check_choices, check_kernels
 from megatron_fp4.train.resume import find_resume, settle_differences
+from megatron_fp4.train.rollback_record import RollbackRecord, recall
 from megatron_fp4.train.step import Engine
 from megatron_fp4.train.trainable import build_trainable
 
@@ -76,12 +79,16 @@ class Run:
     observers: Observers
     changes: str
     """Table of the settings that differ from that checkpoint's."""
+    remembered: RollbackRecord | None
+    """A rollback of which that checkpoint does not know yet."""
+    phases: Phases
 
 
 def prepare(config: RunConfig, world_size: int) -> Prepared:
     """Check the whole configuration in one process. Raises ValueError (or FileNotFoundError) with the remedy."""
     dp = config.parallel.resolve_dp(world_size)
     config.check_timeouts(world_size)
+    config.check_keep_best()
     num_stages = _check_batches(config, dp)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     if config.model.vocab_size == 0:
@@ -154,14 +161,18 @@ def eager_reason(config: PrecisionConfig) -> str:
     return compile_obstacle() if config.compile and config.backend is BackendName.emulated and on_cpu else ""
 
 
-def open_data(prepared: Prepared, dp_rank: int, state: dict[str, Any] | None = None) -> tuple[Loader, list[EvalLoader]]:
-    """The training and evaluation loaders of one data-parallel rank. state: the loader's, of a checkpoint."""
+def open_data(
+    prepared: Prepared, dp_rank: int, state: dict[str, Any] | None = None, skip: Sequence[list[int]] = ()
+) -> tuple[Loader, list[EvalLoader]]:
+    """The training and evaluation loaders of one data-parallel rank. state: the loader's, of a checkpoint. skip: sample
+    ranges that are not read, beside those of the configuration.
+    """
     config, tokenizer = prepared.config, prepared.tokenizer
     fingerprint = tokenizer.fingerprint if tokenizer else None
     vocab_size = config.model.vocab_size
     share: dict[str, Any] = {"micro_batch": config.train.micro_batch, "dp_rank": dp_rank, "dp_size": prepared.dp}
     loader = build_loader(
-        config.data,
+        replace(config.data, skip=[*config.data.skip, *skip]),
         global_batch=config.train.global_batch,
         total_samples=config.run_samples,
         vocab_size=vocab_size,
@@ -176,22 +187,29 @@ def open_data(prepared: Prepared, dp_rank: int, state: dict[str, Any] | None = N
     return loader, evaluations
 
 
-def build(prepared: Prepared, process: Process) -> Run:
-    """Make the run on this rank. Collective: every rank calls it."""
+def build(prepared: Prepared, process: Process, phases: Phases | None = None) -> Run:
+    """Make the run on this rank. Collective: every rank calls it. phases: of the process, where a watchdog has them."""
     config = prepared.config
+    phases = phases or Phases(process.device)
+    phases.enter("build")
     mesh = build_mesh(config.parallel, process.world)
     run_dir = Path(config.train.run_dir)
     if mesh.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint)
+    store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint, phases.beat)
+    phases.enter("verify_checkpoint")
     resumed = find_resume(config.train.resume, store)
+    phases.enter("build")
     changes = settle_differences(resumed["config"], plain(config), config.train.resume_allow) if resumed else ""
-    loader, evaluations = open_data(prepared, mesh.dp.rank, resumed["data"] if resumed else None)
+    remembered = recall(run_dir, resumed, process.world)
+    skip = remembered.skip if remembered else []
+    loader, evaluations = open_data(prepared, mesh.dp.rank, resumed["data"] if resumed else None, skip)
     watch = NonFiniteWatch() if config.train.nonfinite is NonFinite.skip else None
     observers = Observers(config.train, make_backend(config.precision, watch), mesh)
     trainable = build_trainable(config, prepared.plan.table(), observers.backend, mesh, process.device)
     optimizer = trainable.optimizer
     if resumed:
+        phases.enter("load_checkpoint")
         store.load(resumed["step"], optimizer.state_shards())
         optimizer.step_count = resumed["optimizer_steps"]
         optimizer.after_load()
@@ -210,4 +228,6 @@ def build(prepared: Prepared, process: Process) -> Run:
         watch=watch,
         observers=observers,
         changes=changes,
+        remembered=remembered,
+        phases=phases,
     )

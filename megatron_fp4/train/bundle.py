@@ -2,9 +2,10 @@
 
 report.json       step, loss, running mean, action; every sample with its documents
 norms.json        parameter and gradient norm of every logical tensor
+quantization.txt  errors of every quantized operand of every linear, as in <run>/quantization/ (if any is quantized)
 config.yaml       of the run
 checkpoints/      the newest checkpoint before the step: hard links, which cost nothing and outlive its retention
-replay.sh         the one line that runs from there to the bad step again, in the run's precision or in BF16
+replay.sh         one line that runs from there to the bad step again in the run's precision, and one for BF16
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.checkpoint.commit import step_name
+from megatron_fp4.checkpoint.directory import step_name
+from megatron_fp4.precision.statistics import report_table
 from megatron_fp4.train.build import Run
 from megatron_fp4.train.norms import norms_by_tensor
 from megatron_fp4.train.rollback import checkpoint_before
 from megatron_fp4.train.spikes import Judgement
+from megatron_fp4.train.statistics import Report
 
 log = logging.getLogger(__name__)
 
@@ -28,27 +33,52 @@ REPORT = "report.json"
 SPIKES = "spikes"
 
 
-def write_bundle(run: Run, judgement: Judgement, *, step: int, first_sample: int, first_spike: int) -> Path:
-    """Collective; rank 0 writes. Trouble with the disk is logged and does not end the run."""
-    directory = Path(run.config.train.run_dir) / SPIKES / f"step_{step:08}"
+@dataclass(frozen=True)
+class BadStep:
+    """first_sample: consumed before the step. first_spike: first step of the spikes in a row. again: makes forward and
+    backward of the step once more.
+    """
+
+    step: int
+    first_sample: int
+    first_spike: int
+    again: Callable[[], object]
+
+
+def write_bundle(run: Run, judgement: Judgement, bad: BadStep) -> Path:
+    """Collective; rank 0 writes. Trouble with the disk is logged and does not end the run. The step's gradients are
+    gone afterwards.
+    """
+    directory = Path(run.config.train.run_dir) / SPIKES / f"step_{bad.step:08}"
     norms = norms_by_tensor(run.engine.stages, run.optimizer, run.mesh.world)
-    checkpoint = checkpoint_before(run, first_spike)
+    checkpoint = checkpoint_before(run, bad.first_spike)
+    statistics = _measure(run, bad)
     if run.mesh.is_main:
         report = {
-            "step": step,
+            "step": bad.step,
             "action": judgement.action.name,
             "loss": judgement.loss,
             "mean": judgement.mean,
             "deviation": judgement.deviation,
-            "consumed_samples": first_sample,
+            "consumed_samples": bad.first_sample,
             "checkpoint": checkpoint,
-            "samples": samples_of(run, first_sample),
+            "samples": samples_of(run, bad.first_sample),
         }
         try:
-            _write(run, directory, report, norms, checkpoint)
+            _write(run, directory, report, norms, statistics, checkpoint)
         except OSError as error:
             log.warning("%s is not complete: %s", directory, error)
     return directory
+
+
+def _measure(run: Run, bad: BadStep) -> Report:
+    """Quantization statistics of the step; what its second backward adds to the gradients is never used."""
+    run.optimizer.zero_grad()
+    run.clock.weights_version += 1  # else the weights' operands would be taken from the first time, unseen
+    statistics = run.observers.measure(bad.step, bad.again)
+    if run.watch:
+        run.watch.take()  # seen and told the first time
+    return statistics
 
 
 def samples_of(run: Run, first_sample: int) -> list[dict[str, Any]]:
@@ -64,11 +94,21 @@ def replay_command(directory: Path) -> str:
     return f"megatron-fp4 replay '{directory.resolve()}'"
 
 
-def _write(run: Run, directory: Path, report: dict[str, Any], norms: dict[str, Any], checkpoint: int | None) -> None:
+def _write(
+    run: Run,
+    directory: Path,
+    report: dict[str, Any],
+    norms: dict[str, Any],
+    statistics: Report,
+    checkpoint: int | None,
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     (directory / "norms.json").write_text(json.dumps(norms, indent=1) + "\n")
-    (directory / "replay.sh").write_text(f"{replay_command(directory)}  # or: --precision bf16\n")
+    if statistics:
+        (directory / "quantization.txt").write_text(report_table(statistics.items()) + "\n")
+    command = replay_command(directory)
+    (directory / "replay.sh").write_text(f"{command}\n{command} --precision bf16\n")
     stored = Path(run.config.train.run_dir) / "config.yaml"
     if stored.exists():
         shutil.copy(stored, directory / stored.name)

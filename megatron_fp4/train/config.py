@@ -34,6 +34,7 @@ class WandbMode(Enum):
     disabled = "disabled"
     offline = "offline"
     online = "online"
+    auto = "auto"  # online where wandb finds a key, offline elsewhere
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,10 @@ class TrainConfig:
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"train.label_smoothing = {self.label_smoothing}, must be in [0, 1)")
         check_ramp(self.batch_ramp, self.global_batch)
+        if self.hang_timeout_seconds < 0:
+            raise ValueError(
+                f"train.hang_timeout_seconds = {self.hang_timeout_seconds:g}, must be positive, or 0 (off)"
+            )
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -210,6 +215,14 @@ class RunConfig:
         stop = self.train.stop_after_steps
         return min(stop, last) if stop else last
 
+    def check_keep_best(self) -> None:
+        """Raises ValueError if checkpoints are to be kept by a score that none will have."""
+        if self.checkpoint.keep_best and not (self.data.evaluation and self.train.eval_interval_steps):
+            raise ValueError(
+                f"checkpoint.keep_best = {self.checkpoint.keep_best} would have no effect: nothing is evaluated; set"
+                " data.evaluation and train.eval_interval_steps, or keep_best=0"
+            )
+
     def check_timeouts(self, world_size: int) -> None:
         """What names a culprit must come before the process groups' time-out, which names none. Raises ValueError."""
         limit, hang, save = (
@@ -217,8 +230,6 @@ class RunConfig:
             self.train.hang_timeout_seconds,
             self.checkpoint.timeout_seconds,
         )
-        if hang < 0:
-            raise ValueError(f"train.hang_timeout_seconds = {hang:g}, must be positive, or 0 (off)")
         for name, seconds in (("train.hang_timeout_seconds", hang), ("checkpoint.timeout_seconds", save)):
             if world_size > 1 and seconds >= limit:
                 raise ValueError(

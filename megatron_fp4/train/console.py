@@ -1,8 +1,15 @@
-"""What a person sees on the terminal: plain lines from the main rank, readable in a log file as well."""
+"""What a person sees on the terminal: plain lines from the main rank, readable in a log file as well.
+
+On a terminal a progress line stands below them, renewed with every step; a log file gets none.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
+
+from rich import console as rich_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Console:
@@ -15,17 +22,28 @@ class Console:
         self._enabled, self._interval = enabled, max(1, interval_steps)
         self._first = self._last = 0
         self._began = time.monotonic()
+        self._line = _progress_line() if enabled and sys.stdout.isatty() else None
 
     def say(self, text: str) -> None:
-        if self._enabled:
+        if self._line is not None:
+            self._line.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self._enabled:
             print(text, flush=True)
 
     def start(self, first_step: int, last_step: int) -> None:
         """Begin to count: the run goes from after `first_step` to `last_step`."""
         self._first, self._last, self._began = first_step, last_step, time.monotonic()
+        if self._line is not None:
+            for task in self._line.task_ids:  # of before a rollback
+                self._line.remove_task(task)
+            self._line.add_task("", total=last_step, completed=first_step)
+            self._line.start()
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """One line of progress."""
+        if self._line is not None:
+            text = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s"
+            self._line.update(self._line.task_ids[0], completed=step, description=text)
         if step % self._interval and step not in (self._first + 1, self._last):
             return
         per_step = (time.monotonic() - self._began) / (step - self._first)
@@ -34,6 +52,17 @@ class Console:
             f"  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
             f"  ETA {format_seconds(per_step * (self._last - step))}"
         )
+
+    def close(self) -> None:
+        """Take the progress line away and give the terminal back."""
+        if self._line is not None:
+            self._line.stop()
+
+
+def _progress_line() -> Progress:
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+    terminal = rich_console.Console(file=sys.stdout, force_terminal=True)
+    return Progress(*columns, TimeRemainingColumn(), console=terminal, transient=True, refresh_per_second=2)
 
 
 def format_seconds(seconds: float) -> str:

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_fp4.data.append import AppendFile
 from megatron_fp4.train.background_sink import BackgroundSink, Sink
@@ -94,7 +94,7 @@ class WandbSink:
             name=config.wandb_name or run_dir.name,
             id=run_id,
             resume="allow",
-            mode="online" if config.wandb is WandbMode.online else "offline",
+            mode=_wandb_mode(config.wandb),
             dir=str(run_dir),
             config=settings,
             settings=wandb.Settings(init_timeout=60, console="off", silent=True),
@@ -110,6 +110,14 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_mode(mode: WandbMode) -> Literal["online", "offline"]:
+    if mode is WandbMode.auto:
+        import wandb
+
+        return "online" if wandb.login(prompt=False) else "offline"
+    return "online" if mode is WandbMode.online else "offline"
 
 
 class Metrics:

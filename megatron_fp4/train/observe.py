@@ -6,7 +6,7 @@ schedule or recomputation. They record only inside `watching`, on the steps that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ MAX_LINES = 20
 
 
 class Observers:
-    """Wraps the run's backend as `train.check_gemms` and `train.statistics_interval_steps` ask.
+    """Wraps the run's backend as `train.check_gemms`, `train.statistics_interval_steps` and `train.spikes` ask.
 
     backend: what the linears use.
     """
@@ -37,7 +37,7 @@ class Observers:
         self._probe: statistics.StatisticsProbe | None = None
         self._ledger: GemmLedger | None = None
         self._checked: PrecisionTable | None = None
-        if config.statistics_interval_steps:
+        if config.statistics_interval_steps or config.spikes.enabled:
             backend = self._probe = statistics.StatisticsProbe(backend)
         if config.check_gemms:
             backend = self._ledger = GemmLedger(backend)
@@ -69,6 +69,19 @@ class Observers:
         report = statistics.gather(self._probe.take(), self._mesh)
         if report and self._mesh.is_main:
             statistics.write(report, step, Path(self._config.run_dir), metrics)
+
+    def measure(self, step: int, again: Callable[[], object]) -> statistics.Report:
+        """Statistics of a step that turned out to be bad. again: makes its forward and backward once more, which is not
+        needed on a step that was due. Empty where nothing is quantized. Collective over the world.
+        """
+        if self._probe is None:
+            return {}
+        if self._due(step):
+            return statistics.gather(self._probe.report, self._mesh)
+        self._probe.recording = True
+        again()
+        self._probe.recording = False
+        return statistics.gather(self._probe.take(), self._mesh)
 
     def _due(self, step: int) -> bool:
         interval = self._config.statistics_interval_steps

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 STEP_PHASES = ("data", "forward_backward", "reduce", "agree", "update")
-"""In order. What lies between two steps (logging, evaluation, a save) is entered under other names."""
+"""In order. What lies between two steps (logging, evaluation, a save), before the first and after the last is entered
+under other names."""
 
 
 class Position(NamedTuple):
@@ -26,11 +27,11 @@ class Position(NamedTuple):
 class Phases:
     """The position of this rank, and the seconds of each phase of the present step.
 
-    On CUDA kernels run behind the host: while `exact` is set, the device is waited for at every boundary.
+    On CUDA kernels run behind the host: while `exact` is set, `device` is waited for at every boundary.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._seconds: dict[str, float] = {}
         self.exact = False
         self.position = Position(0, "start", time.monotonic())
@@ -44,8 +45,8 @@ class Phases:
 
     def enter(self, phase: str) -> None:
         """The next part begins here."""
-        if self.exact and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.exact and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now, last = time.monotonic(), self.position
         self._seconds[last.phase] = self._seconds.get(last.phase, 0.0) + now - last.since
         self.position = Position(last.step, phase, now)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore
-from megatron_fp4.checkpoint.commit import latest_step
+from megatron_fp4.checkpoint.directory import latest_step
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.mesh import ParallelConfig, build_mesh
 from megatron_fp4.precision.backends.emulated import EmulatedBackend

@@ -6,11 +6,13 @@ only the plan of the data gets one more range of samples that are never delivere
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megatron_fp4.data.plan import Plan
 from megatron_fp4.train.build import Run
 from megatron_fp4.train.progress import TrainingDiverged
+from megatron_fp4.train.rollback_record import RollbackRecord
 
 
 def checkpoint_before(run: Run, step: int) -> int | None:
@@ -19,11 +21,14 @@ def checkpoint_before(run: Run, step: int) -> int | None:
     return max((saved for saved in run.store.complete_steps() if saved < step), default=None)
 
 
-def roll_back(run: Run, first_step: int, consumed_samples: int) -> tuple[dict[str, Any], tuple[int, int]]:
+def roll_back(
+    run: Run, first_step: int, consumed_samples: int, rollbacks: int
+) -> tuple[dict[str, Any], tuple[int, int]]:
     """Load the newest checkpoint before `first_step` and skip what was delivered since, up to `consumed_samples`.
 
-    Returns the checkpoint's small state and the skipped sample ids [first, end). Collective. Raises TrainingDiverged
-    if there is no such checkpoint.
+    rollbacks: of this run, this one included; recorded for the case that it is killed before its next checkpoint.
+    Returns the checkpoint's small state and the skipped sample ids [first, end). Collective. Raises TrainingDiverged if
+    there is no such checkpoint.
     """
     target = checkpoint_before(run, first_step)
     if target is None:
@@ -34,9 +39,12 @@ def roll_back(run: Run, first_step: int, consumed_samples: int) -> tuple[dict[st
     meta = run.store.load(target, run.optimizer.state_shards())
     run.optimizer.step_count = meta["optimizer_steps"]
     run.optimizer.after_load()
-    run.store.discard_after(target)
     plan = run.loader.plan
     first = int(plan.ids(meta["consumed_samples"], 1)[0])
     end = int(plan.ids(consumed_samples - 1, 1)[0]) + 1
     run.loader.plan = Plan(plan.segments, [*plan.skip, (first, end)])
+    if run.mesh.is_main:
+        record = RollbackRecord(target, [list(part) for part in run.loader.plan.skip], rollbacks)
+        record.write(Path(run.config.train.run_dir))
+    run.store.discard_after(target)
     return meta, (first, end)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_fp4.data.append import AppendFile
 from megatron_fp4.train.build import Run
-from megatron_fp4.train.bundle import replay_command, write_bundle
+from megatron_fp4.train.bundle import BadStep, replay_command, write_bundle
 from megatron_fp4.train.console import Console
 from megatron_fp4.train.progress import Progress, TrainingDiverged
 from megatron_fp4.train.rollback import roll_back
@@ -23,17 +24,22 @@ class SpikeGuard:
 
     def __init__(self, run: Run, console: Console) -> None:
         self._run, self._console = run, console
-        self._ladder = SpikeLadder(run.config.train.spikes, run.resumed.get(SAVED) if run.resumed else None)
+        saved = run.resumed.get(SAVED) if run.resumed else None
+        self._ladder = SpikeLadder(run.config.train.spikes, saved)
+        if run.remembered:
+            self._ladder.rolled_back(saved or {}, run.remembered.rollbacks)
 
-    def passes(self, loss: float, done: Progress) -> bool:
-        """Whether the step after `done` may update. Raises RollBack or TrainingDiverged on all ranks. Collective."""
+    def passes(self, loss: float, done: Progress, again: Callable[[], object]) -> bool:
+        """Whether the step after `done` may update. Raises RollBack or TrainingDiverged on all ranks. Collective.
+
+        again: makes forward and backward of the step once more, to look at it.
+        """
         step, state = done.step + 1, self._ladder.state
         judgement = self._ladder.judge(step, loss)
         if judgement.action is Action.go_on:
             return True
-        directory = write_bundle(
-            self._run, judgement, step=step, first_sample=done.consumed_samples, first_spike=state.first_spike
-        )
+        bad = BadStep(step, done.consumed_samples, state.first_spike, again)
+        directory = write_bundle(self._run, judgement, bad)
         self._log(step, judgement.action, loss=loss, mean=judgement.mean, deviation=judgement.deviation)
         self._console.say(f"step {step}: {judgement}: {judgement.action.value}; {replay_command(directory)}")
         if judgement.action is Action.roll_back:
@@ -48,8 +54,9 @@ class SpikeGuard:
     def roll_back(self, request: RollBack, done: Progress) -> Progress:
         """Back to a checkpoint; returns its progress. done: before the step that spiked last. Collective."""
         consumed = done.consumed_samples + self._run.config.train.batch_at(done.consumed_samples)
-        meta, (first, end) = roll_back(self._run, request.first_step, consumed)
-        self._ladder.rolled_back(meta.get(SAVED) or {})
+        rollbacks = self._ladder.state.rollbacks + 1
+        meta, (first, end) = roll_back(self._run, request.first_step, consumed, rollbacks)
+        self._ladder.rolled_back(meta.get(SAVED) or {}, rollbacks)
         self._log(request.last_step, Action.roll_back, to_step=meta["step"], skipped_samples=[first, end])
         self._console.say(
             f"rolled back from step {request.last_step} to checkpoint {meta['step']}; samples {first} to {end - 1} are"

@@ -88,9 +88,8 @@ class SpikeLadder:
             action = Action.roll_back if state.rollbacks < self.config.max_rollbacks else Action.abort
         return Judgement(action, loss, mean, deviation)
 
-    def rolled_back(self, saved: dict[str, Any]) -> None:
-        """Judge as at the checkpoint, but remember that this was one more rollback."""
-        rollbacks = self.state.rollbacks + 1
+    def rolled_back(self, saved: dict[str, Any], rollbacks: int) -> None:
+        """Judge as at the checkpoint, but remember how many rollbacks there were."""
         self.state = SpikeState(**saved)
         self.state.rollbacks, self.state.in_a_row = rollbacks, 0
 

@@ -35,7 +35,8 @@ class StatisticsProbe:
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.recording = False
-        self._report: Report = {}
+        self.report: Report = {}
+        """What was measured since the last `take`."""
         self._seen: set[tuple[str, str]] = set()
 
     def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
@@ -52,7 +53,7 @@ class StatisticsProbe:
 
     def take(self) -> Report:
         """What was measured since the last call."""
-        report, self._report, self._seen = self._report, {}, set()
+        report, self.report, self._seen = self.report, {}, set()
         return report
 
     def _measure(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> None:
@@ -69,7 +70,7 @@ class StatisticsProbe:
                 stats = quantization_stats(x.detach(), operand, along=copy.along, step=source.step)
             except NonFiniteError:  # the run's own rule for NaN and Inf decides what happens
                 continue
-            self._report[f"{source.name}/{copy.gemm}.{source.operand}"] = stats
+            self.report[f"{source.name}/{copy.gemm}.{source.operand}"] = stats
 
 
 def gather(report: Report, mesh: ParallelMesh) -> Report:

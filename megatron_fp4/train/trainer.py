@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.data.batch import Batch
@@ -30,7 +32,6 @@ from megatron_fp4.train.exchange import StepMessage, exchange
 from megatron_fp4.train.inputs import make_inputs
 from megatron_fp4.train.metrics import Metrics
 from megatron_fp4.train.norms import parameter_norm
-from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.progress import Progress, TrainingDiverged, what_was_not_finite
 from megatron_fp4.train.saving import Saves, meta_of
 from megatron_fp4.train.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
@@ -38,7 +39,6 @@ from megatron_fp4.train.spike_guard import SpikeGuard
 from megatron_fp4.train.spikes import RollBack
 from megatron_fp4.train.stragglers import describe, is_due, straggler_metrics
 from megatron_fp4.train.throughput import Throughput
-from megatron_fp4.train.watchdog import Watchdog
 
 __all__ = ["Trainer", "TrainingDiverged"]
 
@@ -53,8 +53,9 @@ class Trainer:
         self.run, self.metrics, self.console, self._stop, self._wandb_id = run, metrics, console, stop, wandb_id
         self.config = run.config
         self.progress = Progress.of(run.resumed) if run.resumed else Progress()
-        self.phases = Phases(run.device)
+        self.phases = run.phases
         self._precision_phase = -1
+        self._evaluated: tuple[int, float] | None = None  # step, loss on the first evaluation set
         self._saves = Saves(run, metrics, console)
         self._guard = SpikeGuard(run, console)
         self._changes = DataChanges(run, console)
@@ -69,18 +70,19 @@ class Trainer:
         return LedgerWriter(self.config.train.run_dir, self.run.loader, step=step, first_sample=samples)
 
     def fit(self) -> int:
-        """Train; returns the exit code (0 done, EXIT_REQUEUE stopped on request with the state saved)."""
-        saving = {"save": self.config.checkpoint.timeout_seconds}
-        with Watchdog(self.phases, self.run.mesh.world, self.config.train.hang_timeout_seconds, saving):
-            self.console.say(self._throughput.describe())
-            stop = False
-            while self.progress.step < self._last_step and not stop:
-                try:
-                    stop = self._train()
-                except RollBack as request:
-                    self._roll_back(request)
-            self._save()
-            self._saves.close()
+        """Train; returns the exit code (0 done, EXIT_REQUEUE stopped on request), with the last state saved.
+
+        Raises SaveFailed if it could not be, TrainingDiverged.
+        """
+        self.console.say(self._throughput.describe())
+        stop = False
+        while self.progress.step < self._last_step and not stop:
+            try:
+                stop = self._train()
+            except RollBack as request:
+                self._roll_back(request)
+        self.phases.enter("save")
+        self._saves.finish(self.progress, self._meta, self._score())
         if self._ledger:
             self._ledger.close()
         if stop:
@@ -142,7 +144,7 @@ class Trainer:
         agreed = exchange(message, run.mesh, run.device)
         run.optimizer.grad_norm()
         enter("update")
-        report = self._update(agreed.loss, num_samples)
+        report = self._update(agreed.loss, num_samples, lambda: run.engine.train(microbatches, scale, lambda: None))
         enter("log")
         if self._ledger:
             done = self.progress
@@ -153,13 +155,14 @@ class Trainer:
         self._log(agreed.loss, report, num_samples)
         return agreed.stop
 
-    def _update(self, loss: float, num_samples: int) -> StepReport:
-        """The optimizer step, unless the loss is a spike: then no state changes."""
+    def _update(self, loss: float, num_samples: int, again: Callable[[], Tensor]) -> StepReport:
+        """The optimizer step, unless the loss is a spike: then no state changes. again: see `SpikeGuard.passes`."""
         optimizer, config = self.run.optimizer, self.config
         tokens = (self.progress.consumed_samples + num_samples) * config.data.seq_length
         lr = learning_rate(config.optim, tokens, config.run_tokens)
-        if not self._guard.passes(loss, self.progress):
-            return StepReport(lr, optimizer.grad_norm(), 0.0, skipped=True)
+        norm = optimizer.grad_norm()
+        if not self._guard.passes(loss, self.progress, again):
+            return StepReport(lr, norm, 0.0, skipped=True)
         return optimizer.step(lr, config.optim.clip_norm)
 
     def _num_targets(self, batch: Batch) -> float:
@@ -206,6 +209,8 @@ class Trainer:
             began = time.perf_counter()
             table = run.plan.evaluation_table(self._precision_phase)
             loss = evaluate(run.engine, loader, table, run.mesh, run.device, self.phases.beat)
+            if loader is run.evaluations[0]:
+                self._evaluated = self.progress.step, loss
             self.metrics.write(self.progress.step, {f"eval/{loader.name}/loss": loss})
             seconds = time.perf_counter() - began
             self.console.say(f"step {self.progress.step}: {loader.name} loss {loss:.4f} ({seconds:.1f} s)")
@@ -227,7 +232,11 @@ class Trainer:
 
     def _save(self) -> None:
         self.phases.enter("save")
-        self._saves.save(self.progress, self._meta)
+        self._saves.save(self.progress, self._meta, self._score())
+
+    def _score(self) -> float | None:
+        step, loss = self._evaluated or (-1, None)
+        return loss if step == self.progress.step else None
 
     def _meta(self) -> dict[str, Any]:
         meta = meta_of(self.run, self.progress, self._precision_phase, self._wandb_id)

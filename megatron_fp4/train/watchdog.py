@@ -1,9 +1,11 @@
-"""Ends a job in which a rank hangs, and says which rank, where, and why.
+"""Ends a job in which a rank hangs, from start-up to the last file, and says which rank, where, and why.
 
 One idea: a rank that waits for others stands in a collective, the late rank does not. A thread of each rank looks at
 how long the main thread has been in its phase. After half the time-out it posts step, phase and place on a board that
 needs no collective; after the whole time-out all ranks read the board, the late one prints the stack of its main
-thread, one prints the summary, and all end with EXIT_HUNG.
+thread, the first one the summary, and all end with EXIT_HUNG.
+
+Before the ranks have met there is no board: a rank that hangs then prints its own stack and ends.
 
 A main thread that hangs in native code and keeps Python's lock stops this thread too. Then `faulthandler`, whose timer
 is not re-armed, prints all stacks and ends the process, from C. A process that does not run at all (stopped by a
@@ -51,25 +53,30 @@ class Notice:
 class Watchdog:
     """Watches the calling thread while used in a `with`. timeout_seconds: longest time in one phase; 0 = no watch.
 
-    extra_seconds: what a phase may take on top, by name.
+    rank: of this process in the world. extra_seconds: what a phase may take on top, by name.
     """
 
     def __init__(
-        self, phases: Phases, world: Group, timeout_seconds: float, extra_seconds: dict[str, float] | None = None
+        self, phases: Phases, rank: int, timeout_seconds: float, extra_seconds: dict[str, float] | None = None
     ) -> None:
-        self._phases, self._world, self._timeout = phases, world, timeout_seconds
+        self._phases, self._rank, self._timeout = phases, rank, timeout_seconds
         self._extra = extra_seconds or {}
-        self._longest = timeout_seconds + max(self._extra.values(), default=0.0)
         self._poll = min(5.0, timeout_seconds / 10)
         self._watched = threading.get_ident()
+        self._world: Group | None = None
+        self._board: NoticeBoard | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def meet(self, world: Group) -> None:
+        """The ranks of `world` have met: from here on they tell each other where they are."""
+        if self._timeout:
+            self._world, self._board = world, NoticeBoard(world, "watchdog")
+
     def __enter__(self) -> Watchdog:
         if self._timeout:
-            self._board = NoticeBoard(self._world, "watchdog")
             self._phases.beat()
-            self._arm()
+            self._arm(self._phases.position)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -82,23 +89,23 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll):
-            self._arm()
             position = self._phases.position
+            self._arm(position)
             late = time.monotonic() - position.since - self._extra.get(position.phase, 0.0)
             try:
-                self._board.post(self._notice(position) if late > self._timeout / 2 else "")
+                if self._board is not None:
+                    self._board.post(self._notice(position) if late > self._timeout / 2 else "")
                 if late > self._timeout:
                     self._end(position)
             except RuntimeError as error:  # the store is gone: its rank is dead, and the others are about to end
                 if late > self._timeout:
-                    self._say(
-                        f"rank {self._world.rank} {self._describe(position)}; the others are not reached: {error}"
-                    )
+                    self._say(f"rank {self._rank} {self._describe(position)}; the others are not reached: {error}")
                     exit_process(EXIT_HUNG)
 
-    def _arm(self) -> None:
+    def _arm(self, position: Position) -> None:
         """What comes from C if this thread does not come back here; after everything that it would do by itself."""
-        faulthandler.dump_traceback_later(self._longest + 5 * self._poll, exit=True, file=sys.__stderr__ or 2)
+        longest = self._timeout + self._extra.get(position.phase, 0.0)
+        faulthandler.dump_traceback_later(longest + 5 * self._poll, exit=True, file=sys.__stderr__ or 2)
 
     def _describe(self, position: Position) -> Notice:
         collective, place = where(sys._current_frames()[self._watched])
@@ -111,16 +118,21 @@ class Watchdog:
         time.sleep(2 * self._poll)  # until the others have posted
         if self._phases.position.since != position.since:
             return  # it goes on after all
-        mine = self._world.rank
-        notices = {rank: Notice(**json.loads(text)) for rank, text in self._board.read().items()}
-        late = late_ranks(notices, self._world.size)
-        if mine in late:
+        notices, late = self._notices(position)
+        if self._rank in late:
             stack = "".join(traceback.format_stack(sys._current_frames()[self._watched]))
-            self._say(f"stack of the main thread of rank {mine}:\n{stack}")
-        if mine == min(notices):
+            self._say(f"stack of the main thread of rank {self._rank}:\n{stack}")
+        if self._board is None or self._board.claim():  # who ends first: a later one may end as its victim, unheard
             self._say(summary(notices, late, self._timeout))
         time.sleep(self._poll)  # nobody leaves before the others have read the board, which one of them may hold
         exit_process(EXIT_HUNG)
+
+    def _notices(self, position: Position) -> tuple[dict[int, Notice], list[int]]:
+        """What all ranks say, and which are late; before they have met, only this one."""
+        if self._board is None or self._world is None:
+            return {self._rank: self._describe(position)}, [self._rank]
+        notices = {rank: Notice(**json.loads(text)) for rank, text in self._board.read().items()}
+        return notices, late_ranks(notices, self._world.size)
 
     def _say(self, text: str) -> None:
         print(f"watchdog: {text}", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, SaveStatus, commit
 from megatron_fp4.checkpoint.async_writer import GRACE_SECONDS, SaveInProgress, Staging
+from megatron_fp4.checkpoint.directory import complete_steps, present_steps
 from megatron_fp4.checkpoint.files import HashingFile
 from megatron_fp4.checkpoint.state import boxes_of
 from megatron_fp4.comm.mesh import Group
@@ -63,9 +64,9 @@ def test_changes_after_save_returns_are_not_in_the_file(tmp_path: Path, gate: Ga
         for tensor in shard.tensors.values():
             tensor.fill_(-1.0)
     assert store.poll() == [], "told before it was committed"
-    assert commit.present_steps(tmp_path) == [], "visible before it was committed"
+    assert present_steps(tmp_path) == [], "visible before it was committed"
     gate.open.set()
-    wait_until(lambda: commit.complete_steps(tmp_path))
+    wait_until(lambda: complete_steps(tmp_path))
     wait_until(lambda: store.saver.running is None or store.saver.running.finished)
     [report] = store.poll()
     assert report.status is SaveStatus.committed
@@ -117,7 +118,7 @@ def test_a_hung_writer_is_noticed_within_the_time_out_and_never_commits(tmp_path
     assert "not written after 0.4 seconds" in (report.error or "")
     gate.open.set()
     wait_until(lambda: hung.finished)
-    assert commit.present_steps(tmp_path) == [], "a save that was reported as failed appeared later"
+    assert present_steps(tmp_path) == [], "a save that was reported as failed appeared later"
     store.wait()
     shards = shards_of(ONE, 0, filled=True, version=2)
     store.save(2, shards, {})

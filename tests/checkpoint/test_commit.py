@@ -21,8 +21,10 @@ import pytest
 import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, commit, inspect
+from megatron_fp4.checkpoint.directory import latest_step, load_order, step_name
 from megatron_fp4.checkpoint.files import HashingFile
 from megatron_fp4.checkpoint.owner import Owner
+from megatron_fp4.checkpoint.sweep import STALE_SECONDS
 from megatron_fp4.comm.mesh import Group
 from tests.checkpoint.synthetic import FakeShard
 
@@ -112,7 +114,7 @@ def test_sigkill_at_every_point_of_a_save(tmp_path: Path, asynchronous: bool, st
         steps = store.complete_steps()
         assert steps, f"{where}: no checkpoint is left"
         for one in steps:
-            assert inspect.verify(root / commit.step_name(one)) == [], f"{where}: an incomplete one is visible"
+            assert inspect.verify(root / step_name(one)) == [], f"{where}: an incomplete one is visible"
         shards = tiny(0)
         version = store.load(None, shards)["version"]
         assert torch.equal(shards[0].tensors["master"], tiny(version)[0].tensors["master"]), where
@@ -155,7 +157,7 @@ def test_only_dead_writers_are_swept(tmp_path: Path) -> None:
     living = leave(tmp_path, "writing", me)
     reused_pid = leave(tmp_path, "writing", Owner(me.host, me.pid, me.start + 1))
     elsewhere = leave(tmp_path, "writing", Owner("another.host-7", 1, 1))
-    elsewhere_old = leave(tmp_path, "writing", Owner("old.host", 1, 1), age_seconds=commit.STALE_SECONDS + 60)
+    elsewhere_old = leave(tmp_path, "writing", Owner("old.host", 1, 1), age_seconds=STALE_SECONDS + 60)
     half_deleted = leave(tmp_path, "deleting", me)
     store = CheckpointStore(tmp_path, Group.single("world"), CheckpointConfig())
     assert living.exists() and elsewhere.exists(), "the directory of a live writer was removed"  # noqa: PT018
@@ -168,5 +170,5 @@ def test_latest_is_the_commit(tmp_path: Path) -> None:
     save(tmp_path, 10, 10, False)
     commit.set_latest(tmp_path, 10)
     shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000020")
-    assert commit.load_order(tmp_path) == [10]
-    assert commit.latest_step(tmp_path) == 10
+    assert load_order(tmp_path) == [10]
+    assert latest_step(tmp_path) == 10

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -55,37 +56,50 @@ def test_reused_pid_is_not_the_holder(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_holder_on_another_host_lives_as_long_as_its_heartbeat(tmp_path: Path) -> None:
-    write_lock(tmp_path, "node-17", 4242, 1, age_seconds=100)
+def test_holder_on_another_host_that_gives_a_sign_of_life(tmp_path: Path) -> None:
+    write_lock(tmp_path, "node-17", 4242, 1, age_seconds=10)
+    touch = threading.Timer(0.5, os.utime, [tmp_path / LOCK])
+    touch.start()
+    began = time.monotonic()
     with pytest.raises(RunLocked, match="pid 4242 on host node-17"):
         RunLock(tmp_path).acquire()
+    assert time.monotonic() - began > 0.4, "refused without a sign of life: the job of a node that died would stay down"
+    touch.join()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_holder_on_another_host_that_died_a_moment_ago(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, torn: bool
+) -> None:
+    """Its node failed and slurm has moved the job here: wait for it, and take over."""
+    write_lock(tmp_path, "node-17", 4242, 1)
+    if torn:
+        (tmp_path / LOCK).write_text('{"host": "no')
+    lock = RunLock(tmp_path, heartbeat_seconds=0.3, stale_seconds=1.0)
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        lock.acquire()
+    assert time.monotonic() - began > 0.7, "taken over before a heartbeat could have come"
+    assert "waiting up to 1 s for a sign of life" in caplog.text
+    assert ("an unknown process" if torn else "pid 4242 on host node-17") in caplog.text
+    lock.release()
     write_lock(tmp_path, "node-17", 4242, 1, age_seconds=200)
     lock = RunLock(tmp_path)
-    lock.acquire()
+    lock.acquire()  # at once
     lock.release()
 
 
-def test_torn_lock_file_counts_by_age(tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text('{"host": "no')
-    with pytest.raises(RunLocked, match="an unknown process"):
-        RunLock(tmp_path).acquire()
-    os.utime(tmp_path / LOCK, (0, 0))
-    lock = RunLock(tmp_path)
-    lock.acquire()
-    lock.release()
-
-
-def test_heartbeat_and_loss(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path, heartbeat_seconds=0.05, stale_seconds=1.0)
+def test_heartbeat_and_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lost = threading.Event()
+    lock = RunLock(tmp_path, heartbeat_seconds=0.05, stale_seconds=1.0, on_lost=lost.set)
     lock.acquire()
     os.utime(tmp_path / LOCK, (0, 0))
     time.sleep(0.3)
     assert time.time() - (tmp_path / LOCK).stat().st_mtime < 5, "a long run would look dead from another host"
-    lock.check()
+    assert not lost.is_set()
     write_lock(tmp_path, "node-18", 1, 1)
-    time.sleep(0.3)
-    with pytest.raises(RunLocked, match="lost to pid 1 on host node-18"):
-        lock.check()
+    assert lost.wait(10), "two launches would write into one directory"
+    assert "lost to pid 1 on host node-18" in caplog.text
     lock.release()
     assert (tmp_path / LOCK).exists(), "the other launch's lock must not be removed"
 

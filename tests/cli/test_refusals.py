@@ -65,6 +65,8 @@ RAMP = [
         ),
         ([*RAMP, "train.total_tokens=1000"], "less than the batch ramp of 60 samples and one step"),
         ([*RAMP, "train.batch_ramp.ramp_sample=3"], "did you mean 'train.batch_ramp.ramp_samples'"),
+        (["train.hang_timeout_seconds=-1"], "train.hang_timeout_seconds = -1"),
+        (["checkpoint.keep_best=1"], "nothing is evaluated"),
         (["--frobnicate"], "unknown option"),
         (["optim.warmup_tokens=999999"], "999999"),
         (["precision.backend=transformer_engine", "model.ffn_hidden=272"], "the contracted dimension, 272, must be a"),

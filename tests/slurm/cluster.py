@@ -20,6 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "slurm" / "launch_cluster.sh"
 STANDIN = "tests.slurm.standin"
+COMMAND_SECONDS = 120.0
+WAIT_SECONDS = 300.0
+"""What a busy host may need; an idle one never waits so long."""
 FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
 
@@ -42,9 +45,9 @@ class Job:
     def log(self) -> str:
         return self.log_path.read_text() if self.log_path.exists() else ""
 
-    def wait(self, timeout_seconds: float = 120.0) -> str:
+    def wait(self) -> str:
         """Wait for the end; returns the final state. A requeued job has not ended."""
-        self.cluster.wait_until(lambda: self.field("JobState") in FINAL_STATES, timeout_seconds, self)
+        self.cluster.wait_until(lambda: self.field("JobState") in FINAL_STATES, self)
         return self.field("JobState")
 
 
@@ -60,7 +63,9 @@ class Cluster:
 
     def command(self, *words: str) -> str:
         """Run one slurm command; returns its output, raises with it if it fails."""
-        done = subprocess.run(words, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            words, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=COMMAND_SECONDS
+        )
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout
 
@@ -79,17 +84,17 @@ class Cluster:
                 "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--time=20",
                 f"--output={self.base}/log/job-%j.log", *options, "launch/slurm.sbatch", *arguments,
             ],
-            env={**self.environment, **variables}, cwd=ROOT, capture_output=True, text=True, timeout=30,
+            env={**self.environment, **variables}, cwd=ROOT, capture_output=True, text=True, timeout=COMMAND_SECONDS,
         )  # fmt: skip
         assert done.returncode == 0, f"sbatch: {done.stderr}"
         number = done.stdout.strip()
         return Job(self, number, self.base / "log" / f"job-{number}.log")
 
-    def wait_until(self, condition: Callable[[], bool], timeout_seconds: float, job: Job) -> None:
-        deadline = time.monotonic() + timeout_seconds
+    def wait_until(self, condition: Callable[[], bool], job: Job) -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
         while not condition():
             assert time.monotonic() < deadline, (
-                f"not in {timeout_seconds:.0f} s; job {job.number} is {job.field('JobState')}, its log:\n{job.log}"
+                f"not in {WAIT_SECONDS:.0f} s; job {job.number} is {job.field('JobState')}, its log:\n{job.log}"
             )
             time.sleep(0.5)
 

@@ -1,9 +1,10 @@
 #!/bin/bash
 # A real slurm cluster of two nodes on this one host, for tests. Needs root (slurmd starts tasks as their user).
 #
-#   launch_cluster.sh install       Debian packages slurm-wlm and munge, if absent
+#   launch_cluster.sh install       Debian packages slurm-wlm and munge, if absent; where that is impossible: a line on
+#                                   stdout that says why, and exit code 3
 #   launch_cluster.sh start BASE    munged, slurmctld and two slurmd; configuration, state, logs and pids under BASE
-#   launch_cluster.sh stop BASE     ends exactly what `start` started
+#   launch_cluster.sh stop BASE     ends exactly what `start` started, and the jobs that still run there
 #
 # After start: export SLURM_CONF=BASE/slurm.conf. Partitions: `debug` (default), and `high`, which preempts it.
 # The node names are HOST and HOST-2: slurm.sbatch takes the first node's name as the rendezvous address, so that
@@ -11,13 +12,35 @@
 set -euo pipefail
 
 host=$(hostname -s)
-port=${SLURM_TEST_PORT:-17000}
-cpus_per_node=2 memory_mb_per_node=4000 grace_seconds=20 kill_wait_seconds=20
+# Waits that a busy host may need; nothing takes longer because of them where it is idle.
+start_seconds=120 grace_seconds=60 kill_wait_seconds=60 message_seconds=60
+cpus_per_node=2 memory_mb_per_node=4000
+
+cannot() {
+  echo "$*"
+  exit 3
+}
 
 install_packages() {
+  ((EUID == 0)) || cannot "slurm needs root, which starts the tasks of its users"
+  getent hosts "$host" >/dev/null || cannot "the host does not resolve its own name '$host'"
   command -v slurmctld slurmd srun munged >/dev/null && return
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null
+  command -v apt-get >/dev/null || cannot "slurm is not installed, and there is no apt-get (Debian, Ubuntu) to install it"
+  local apt=(timeout --kill-after=10 600 apt-get -qq -o Acquire::Retries=3 -o Acquire::http::Timeout=20
+    -o DPkg::Lock::Timeout=120)
+  local out
+  "${apt[@]}" update >/dev/null 2>&1 || true # one source that fails may not be the one that is needed
+  out=$(DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y slurm-wlm munge 2>&1) ||
+    cannot "apt-get could not install slurm-wlm and munge ($(grep -m 1 '^E:' <<<"$out" || tail -n 1 <<<"$out"))"
+}
+
+free_ports() { # the first of three ports in a row to which nobody listens
+  local first k
+  for first in {17000..17900..10}; do
+    for k in 0 1 2; do if (: <"/dev/tcp/127.0.0.1/$((first + k))") 2>/dev/null; then continue 2; fi; done
+    echo "$first"
+    return
+  done
 }
 
 start_munge() { # a munged that runs already is used and left alone
@@ -32,6 +55,8 @@ start_munge() { # a munged that runs already is used and left alone
 }
 
 write_configuration() {
+  local port
+  port=$(free_ports)
   cat >"$base/slurm.conf" <<CONF
 ClusterName=onehost
 SlurmctldHost=$host(127.0.0.1)
@@ -41,7 +66,7 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 # a requeued job may not start before its old credential has expired, by default after 120 s
-AuthInfo=cred_expire=5
+AuthInfo=cred_expire=15
 StateSaveLocation=$base/state
 SlurmdSpoolDir=$base/spool/%n
 SlurmctldPidFile=$base/slurmctld.pid
@@ -67,7 +92,7 @@ PreemptExemptTime=0
 JobRequeue=1
 KillWait=$kill_wait_seconds
 ReturnToService=2
-MessageTimeout=10
+MessageTimeout=$message_seconds
 MinJobAge=600
 GresTypes=gpu
 JobCompType=jobcomp/none
@@ -106,18 +131,24 @@ start() {
   start_daemon slurmctld /usr/sbin/slurmctld -D -c -f "$SLURM_CONF"
   local node
   for node in "$host" "$host-2"; do start_daemon "slurmd.$node" /usr/sbin/slurmd -D -N "$node" -f "$SLURM_CONF"; done
-  for _ in {1..60}; do
-    if (($(sinfo -h -N -p debug -o %T 2>/dev/null | grep -c idle || true) == 2)); then return; fi
+  local end=$((SECONDS + start_seconds))
+  while ((SECONDS < end)); do
+    if (($(timeout 30 sinfo -h -N -p debug -o %T 2>/dev/null | grep -c idle || true) == 2)); then return; fi
     sleep 0.5
   done
-  echo "launch_cluster.sh: the nodes are not idle after 30 s; logs in $base/log" >&2
-  tail -n 5 "$base"/log/* >&2
-  stop
+  echo "launch_cluster.sh: the nodes are not idle after $start_seconds s; logs in $base/log" >&2
   exit 1
 }
 
 stop() {
   local name pid pids=()
+  [[ -e $base/pids ]] || return 0
+  export SLURM_CONF=$base/slurm.conf
+  if [[ $(timeout 30 squeue -h 2>/dev/null) ]]; then # a failed test left a job, whose ranks would go on for ever
+    timeout 30 scancel --quiet --full --signal=KILL --user="$(id -un)" || true
+    timeout 30 scancel --quiet --user="$(id -un)" || true
+    sleep 3
+  fi
   while read -r name pid; do
     kill "$pid" 2>/dev/null && pids+=("$pid")
   done <"$base/pids"

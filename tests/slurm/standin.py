@@ -5,7 +5,8 @@ One idea: everything that launch/ must guarantee can be seen without a model. It
 leaves with 0 (done), 85 (stopped on request, state saved) or 2 (configuration error). Each attempt appends one line
 to `events.jsonl` in the run directory when it starts and one when it ends.
 
-Arguments: train.run_dir=DIR steps=N step_seconds=S crash_at=STEP slow_exit=SECONDS; any other is only recorded.
+Arguments: train.run_dir=DIR steps=N more=N step_seconds=S crash_at=STEP slow_exit=SECONDS; any other is only recorded.
+`steps` is how many an attempt makes that starts anew, `more` one that goes on from a saved state.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def record(run_dir: Path, **event: object) -> None:
 
 
 def train(process: Process, settings: dict[str, str], asked: list[int]) -> int:
-    """Count from the saved step to `steps`; returns the exit code. `asked` is filled by the signal handler."""
+    """Count from the saved step on; returns the exit code. `asked` is filled by the signal handler."""
     run_dir = Path(settings["train.run_dir"])
     state, rank = run_dir / "step", process.world.rank
     start = int(state.read_text()) if state.exists() else 0
@@ -44,7 +45,8 @@ def train(process: Process, settings: dict[str, str], asked: list[int]) -> int:
             arguments=sys.argv[1:], master=os.environ.get("MASTER_ADDR"),
         )  # fmt: skip
     step, code = start, DONE
-    while step < int(settings.get("steps", "10")):
+    end = start + int(settings["more" if start else "steps"])
+    while step < end:
         time.sleep(float(settings.get("step_seconds", "0.2")))
         step += 1
         if rank == 1 and str(step) == settings.get("crash_at"):

@@ -33,7 +33,12 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-FAULTS = {fault.__name__: fault for fault in (hang, hang_in_native_code, stopped, killed)}
+def pause() -> None:
+    """A rank that takes its time: what is done to the job meanwhile is done in mid-run."""
+    time.sleep(20.0)
+
+
+FAULTS = {fault.__name__: fault for fault in (hang, hang_in_native_code, stopped, killed, pause)}
 
 
 def plant(name: str, rank: str, step: str, phase: str) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from megatron_fp4 import pretrain
-from megatron_fp4.checkpoint import commit
+from megatron_fp4.checkpoint import SaveFailed, commit
 from megatron_fp4.checkpoint.lock import RunLock
 from megatron_fp4.data import append
 from megatron_fp4.data.ledger import read_step
 from megatron_fp4.train import background_sink
-from megatron_fp4.train.metrics import read_metrics
+from megatron_fp4.train.config import LoggingConfig, WandbMode
+from megatron_fp4.train.metrics import WandbSink, read_metrics
 from tests.helpers.tiny_run import tiny_run
 from tests.train.in_process import make_trainer
 
@@ -90,6 +91,19 @@ def test_a_healthy_logger_gets_everything_in_order(tmp_path: Path, monkeypatch: 
     assert list(dict.fromkeys(fake.seen)) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize(("key", "mode"), [(True, "online"), (False, "offline")])
+def test_wandb_goes_online_where_there_is_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: bool, mode: str
+) -> None:
+    modes: list[str] = []
+    fake_wandb(monkeypatch, lambda **settings: modes.append(settings["mode"]) or FakeRun(fail=False))
+    asked: list[dict[str, Any]] = []
+    sys.modules["wandb"].login = lambda **how: asked.append(how) or key
+    WandbSink(LoggingConfig(wandb=WandbMode.auto), tmp_path, "id", {})
+    assert modes == [mode]
+    assert asked == [{"prompt": False}], "a job without a terminal must not be asked for a key"
+
+
 def test_a_full_queue_turns_a_logger_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(background_sink, "MAX_WAITING", 3)
     monkeypatch.setattr(background_sink, "CLOSE_SECONDS", 0.1)
@@ -120,6 +134,29 @@ def test_a_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "step_00000004",
         "step_00000006",
     ], "what the failed save had written must be gone"
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_is_not_done_before_its_last_state_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """The last save fails and is made again; if that fails too, neither 0 nor the code for a requeue may be given."""
+    right, room = commit.write_part, iter([False, True, False, False])
+
+    def full(directory: Path, *args: Any) -> Any:
+        if directory.name.startswith("step_00000004") or next(room):
+            return right(directory, *args)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(commit, "write_part", full)
+    settings = (*SHORT, "train.save_interval_steps=4", f"checkpoint.asynchronous={asynchronous}")
+    run = tiny_run(tmp_path, *settings)
+    trainer, _ = make_trainer(run.overrides)
+    assert trainer.fit() == 0
+    assert trainer.run.store.complete_steps() == [4, 6]
+    trainer, _ = make_trainer(tiny_run(tmp_path, *settings).with_overrides(run_dir=tmp_path / "full").overrides)
+    with pytest.raises(SaveFailed, match=r"after step 6, .* was not saved: .*No space left.* that of step 4"):
+        trainer.fit()
 
 
 def test_a_disk_without_room_for_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_fp4.cli import replay
 from megatron_fp4.data.ledger import read_step
 from megatron_fp4.train.config import SpikeConfig
 from megatron_fp4.train.metrics import read_metrics
@@ -47,7 +52,7 @@ def actions(run_dir: Path) -> list[tuple[int, str]]:
     return [(line["step"], line["action"]) for line in map(json.loads, lines) if "loss" in line]
 
 
-def test_the_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_ladder(tmp_path: Path) -> None:
     """Samples 40 to 47 (steps 11 and 12) are bad: the first is skipped, the second leads back to checkpoint 8."""
     run = tiny_run(tmp_path, *LADDER)
     trainer, console = make_trainer(run.overrides)
@@ -70,26 +75,102 @@ def test_the_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, tensor in masters(trainer).items():
         assert torch.equal(tensor, expected[name]), f"{name}: a run that never saw these samples has other weights"
 
-    check_bundle(run.run_dir / "spikes" / "step_00000012", capsys)
+    check_bundle(run.run_dir / "spikes" / "step_00000012")
     again, _ = make_trainer((*run.overrides, "train.stop_after_steps=17"))
     assert again.run.loader.plan.skip == [(32, 48)], "a resume would read the bad samples"
     assert again._guard.state_dict() == trainer._guard.state_dict(), "a resumed run would judge otherwise"
 
 
-def check_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def check_bundle(bundle: Path) -> None:
     report = json.loads((bundle / "report.json").read_text())
     assert [sample["sample_id"] for sample in report["samples"]] == [44, 45, 46, 47]
     assert report["samples"][0]["pieces"][0]["source"] == "toy"
     norms = json.loads((bundle / "norms.json").read_text())
     assert norms["blocks.1.attention.qkv.q.weight"]["gradient"] > 0
     assert norms["blocks.1.attention.qkv.q.weight"]["parameter"] > 0
-    command = (bundle / "replay.sh").read_text().split("#")[0].split()
-    assert command[:2] == ["megatron-fp4", "replay"]
-    capsys.readouterr()
-    assert replay.main([command[2].strip("'"), "--precision", "bf16"]) == 0
-    replayed = float(capsys.readouterr().out.split("step 12: loss ")[1].split()[0])
-    assert replayed > 2.0, "the replay must reach the step"
-    assert replayed * 10 == pytest.approx(report["loss"], rel=0.05), "the replay saw another batch or other weights"
+    assert not (bundle / "quantization.txt").exists(), "nothing is quantized in this run"
+
+
+def test_the_bundle_of_a_quantized_run_and_its_replay(tmp_path: Path) -> None:
+    """Samples 44 to 47 (step 12) lead straight back to checkpoint 8. Both lines of replay.sh are run."""
+    run = tiny_run(tmp_path, *LADDER[:-1], "train.spikes.max_skips=0", "train.stop_after_steps=13")
+    trainer, _ = make_trainer(run.overrides)
+    plant(trainer, range(44, 48))
+    trainer.fit()
+    bundle = run.run_dir / "spikes" / "step_00000012"
+    table = (bundle / "quantization.txt").read_text().splitlines()
+    rows = {line.split()[0]: float(line.split()[1]) for line in table[1:]}
+    operands = ("fprop.x", "fprop.w", "dgrad.dy", "wgrad.dy", "wgrad.x")  # dgrad.w: the codes of fprop.w
+    assert {f"blocks.0.mlp.up/{operand}" for operand in operands} <= rows.keys()
+    assert all(5 < snr_db < 40 for snr_db in rows.values()), f"not the errors of a 4-bit format: {rows}"
+
+    monitored = tiny_run(tmp_path, *LADDER[:-1], "train.statistics_interval_steps=12").with_overrides(
+        "train.spikes.max_skips=0", "train.stop_after_steps=13", run_dir=tmp_path / "monitored"
+    )
+    other, _ = make_trainer(monitored.overrides)
+    plant(other, range(44, 48))
+    other.fit()
+    seen = monitored.run_dir / "spikes" / "step_00000012" / "quantization.txt"
+    assert seen.read_text().splitlines() == table, "the step that is made again to measure it is another step"
+
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e", bundle / "replay.sh"], env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    quantized, bf16 = (float(text.split()[0]) for text in done.stdout.split("step 12: loss ")[1:])
+    in_the_run = json.loads((bundle / "report.json").read_text())["loss"] / 10  # see `plant`
+    assert quantized == pytest.approx(in_the_run, abs=1e-6), "the replay saw another batch, weights or rounding"
+    assert bf16 != quantized, "--precision bf16 had no effect"
+    assert bf16 == pytest.approx(quantized, rel=0.05)
+
+
+def killed_after_the_rollback(overrides: list[str], bad_ids: range) -> None:
+    """SIGKILL in step 10, when it is made for the second time."""
+    trainer, _ = make_trainer(overrides)
+    plant(trainer, bad_ids)
+    right, passes = trainer.phases.begin, []
+
+    def begin(step: int, *, exact: bool = False) -> None:
+        right(step, exact=exact)
+        passes.append(step)
+        if passes.count(10) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.phases.begin = begin  # type: ignore[method-assign]
+    trainer.fit()
+
+
+def test_a_rollback_outlives_a_kill_before_the_next_save(tmp_path: Path) -> None:
+    """The spike was a fault that does not come again: only what was written down can keep the samples out."""
+    whole, _ = make_trainer(tiny_run(tmp_path, *LADDER).overrides)
+    plant(whole, range(40, 48))
+    whole.fit()
+
+    run = tiny_run(tmp_path, *LADDER).with_overrides(run_dir=tmp_path / "killed")
+    process = multiprocessing.get_context("spawn").Process(
+        target=killed_after_the_rollback, args=(run.overrides, range(40, 48))
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    resumed, _ = make_trainer(run.overrides)
+    assert resumed.progress.step == 8, "the test is wrong: a checkpoint was written after the rollback"
+    assert resumed.run.loader.plan.skip == [(32, 48)], "the bad samples would be read"
+    assert "rollback 1 to checkpoint 8 still holds: samples 32 to 47 are skipped" in str(resumed.run.remembered)
+    resumed.fit()
+    expected = masters(whole)
+    for name, tensor in masters(resumed).items():
+        assert torch.equal(tensor, expected[name]), f"{name}: the killed run went another way"
+    assert resumed._guard.state_dict() == whole._guard.state_dict(), "the resumed run forgot that it was rolled back"
+
+    later, _ = make_trainer((*run.overrides, "train.stop_after_steps=17"))
+    assert later.run.remembered is None, "the checkpoint of step 16 knows of the rollback"
+    assert later.run.loader.plan.skip == [(32, 48)]
+    shutil.rmtree(run.run_dir / "checkpoints")
+    anew, _ = make_trainer(run.overrides)
+    assert anew.run.loader.plan.skip == [], "a run that begins anew took over a rollback of another one"
+    assert not (run.run_dir / "rollback.json").exists()
 
 
 def test_a_skipped_batch_changes_nothing(tmp_path: Path) -> None:
@@ -158,7 +239,7 @@ def test_rollbacks_are_forgiven_after_a_good_window() -> None:
     for step in range(1, 5):
         ladder.judge(step, 1.0)
     assert ladder.judge(5, 9.0).action is Action.roll_back
-    ladder.rolled_back({"losses": [1.0, 1.0]})
+    ladder.rolled_back({"losses": [1.0, 1.0]}, 1)
     assert ladder.judge(5, 9.0).action is Action.abort
     for step in range(5, 9):
         ladder.judge(step, 1.0)

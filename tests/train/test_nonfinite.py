@@ -34,7 +34,8 @@ class Recorder(Console):
 def train_with_a_nan(
     rank: int, world_size: int, overrides: list[str], bad_steps: list[int]
 ) -> tuple[list[str], dict[str, Any], bool]:
-    """Train; on the last rank the block output is NaN in `bad_steps`. Returns what was said, losses and masters."""
+    """Train; on the last rank the block output is NaN in `bad_steps`. Returns what was said, the state, and
+    whether the run gave up."""
     config = to_run_config(compose_config(overrides))
     process = Process(Launch(rank, world_size), world_group(rank, world_size), torch.device("cpu"))
     run = build(prepare(config, world_size), process)
@@ -51,8 +52,9 @@ def train_with_a_nan(
         trainer.fit()
     except TrainingDiverged:
         diverged = True
-    masters = {shard.name: shard.tensors["master"] for shard in run.optimizer.state_shards()}
-    return console.said, masters, diverged
+    shards = run.optimizer.state_shards()
+    state = {f"{kind}/{shard.name}": tensor for shard in shards for kind, tensor in shard.tensors.items()}
+    return console.said, state, diverged
 
 
 def overrides_for(tmp_path: Path, *more: str) -> list[str]:
@@ -70,13 +72,13 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(tmp_path: Path) -> None:
         train_with_a_nan, 2, overrides_for(tmp_path, two, "train.run_dir=" + str(tmp_path / "b")), []
     )
     for rank in range(2):
-        said, masters, _ = bad[rank]
+        said, state, _ = bad[rank]
         message = next(text for text in said if "skipped on all ranks" in text)
         assert "step 3" in message
         assert "blocks.1.attention.qkv (x, rank 1)" in message, "the first tensor and the rank must be named"
         assert "samples [" in message
         for name, tensor in good[rank][1].items():
-            assert torch.equal(masters[name], tensor), f"rank {rank}: {name} changed in a skipped step"
+            assert torch.equal(state[name], tensor), f"rank {rank}: {name} changed in a skipped step"
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:

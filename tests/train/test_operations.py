@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,18 +15,22 @@ import pytest
 import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig
+from megatron_fp4.checkpoint.directory import read_state
+from megatron_fp4.checkpoint.inspect import resolve
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.mesh import ParallelConfig
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.count import count_flops
 from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.train import trainer as trainer_module
 from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.console import Console
 from megatron_fp4.train.gpus import GPUS, find_gpu
 from megatron_fp4.train.metrics import read_metrics
 from megatron_fp4.train.phases import STEP_PHASES, Phases
 from megatron_fp4.train.throughput import Throughput
 from tests.helpers.distributed import run_distributed
-from tests.helpers.tiny_run import tiny_run
+from tests.helpers.tiny_run import ROOT, tiny_run
 from tests.train.in_process import falsify_loss, make_trainer, masters
 
 
@@ -39,6 +47,58 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
     assert records[4]["step_seconds"] >= records[4]["data_wait_seconds"] > 0
     saves = [record for record in read_metrics(run.run_dir) if "save/seconds" in record]
     assert [(record["step"], record["save/failed"]) for record in saves] == [(4, 0.0)]
+
+
+def test_what_a_checkpoint_says_of_its_origin(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "train.stop_after_steps=1", "precision=bf16")
+    make_trainer(run.overrides)[0].fit()
+    meta = read_state(resolve(run.run_dir / "checkpoints"))["meta"]
+    assert meta["versions"]["torch"] == torch.__version__
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    assert (meta["git"] or "").removesuffix("-dirty") == commit
+
+
+def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the loss on the first evaluation set, at the steps at which there was one."""
+    sets = ", ".join(f"{{name: {name}, paths: ['{tmp_path / 'shards' / 'toy'}']}}" for name in ("held", "other"))
+    run = tiny_run(
+        tmp_path, "train.stop_after_steps=10", "precision=bf16", f"data.evaluation=[{sets}]", "checkpoint.keep_last=1",
+        "train.eval_interval_steps=2", "train.save_interval_steps=1", "checkpoint.keep_best=1",
+        "checkpoint.asynchronous=false",
+    )  # fmt: skip
+    losses = iter([3.0, 0.0, 1.0, 9.0, 2.0, 0.0, 2.5, 0.0, 1.5, 0.0])  # of both sets in turn, at steps 2, 4, ...
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *_: next(losses))
+    trainer, _ = make_trainer(run.overrides)
+    trainer.fit()
+    assert trainer.run.store.complete_steps() == [4, 10]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_progress_line_is_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 1000.0}
+    shown = {}
+    for kind in (Terminal, io.StringIO):
+        stream = shown[kind] = kind()
+        monkeypatch.setattr(sys, "stdout", stream)
+        console = Console(enabled=True, interval_steps=10)
+        console.say("[not markup]")
+        console.start(0, 20)
+        for step in range(1, 6):
+            console.step(step, values)
+        console.start(2, 20)  # after a rollback
+        console.step(3, values)
+        console.close()
+    terminal, log = (shown[kind].getvalue() for kind in (Terminal, io.StringIO))
+    assert log.count("\n") == 3
+    assert "\x1b" not in log, "control characters would make a log file unreadable"
+    assert all(line in terminal for line in log.splitlines())
+    assert re.search("step\\s.* 3/20 .*loss 2.5000", terminal), "no progress line"
+    assert terminal.rindex("\x1b[?25h") > terminal.rindex("3/20"), "the cursor was not given back"
 
 
 def test_utilization(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,92 @@
+"""What lies in a directory of checkpoints, and which of it a load takes.
+
+    root/latest                                  name of the newest checkpoint; replacing it is the commit
+    root/step_00000123/                          complete: manifest.json lists every file with size and hash
+    root/step_00000123.writing-<owner>.<n>/      being written, by all ranks
+    root/step_00000123.{failed,deleting,replaced}-<owner>.<n>/      on its way out
+
+One idea: the name says what a directory is; only a directory with a final name and a manifest is a checkpoint. Nothing
+is changed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megatron_fp4.checkpoint.files import MANIFEST
+from megatron_fp4.checkpoint.owner import Owner
+
+LATEST = "latest"
+STATE = "state.json"
+COMPLETE_NAME = re.compile(r"step_(\d{8,})")
+PASSING_NAME = re.compile(r"(step_\d{8,})\.(writing|failed|deleting|replaced)-(.+)\.\d+")
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def passing_name(step: int, stage: str, owner: Owner, number: int) -> str:
+    """Name of a directory that is not a checkpoint yet, or no longer. number: distinguishes those of one owner."""
+    return f"{step_name(step)}.{stage}-{owner.tag}.{number}"
+
+
+def passing(root: Path) -> Iterator[tuple[Path, str, str, Owner]]:
+    """(path, checkpoint's name, stage, owner) of every directory that is not a checkpoint yet, or no longer."""
+    for entry in sorted(os.listdir(root)) if root.is_dir() else []:
+        match = PASSING_NAME.fullmatch(entry)
+        owner = Owner.from_tag(match[3]) if match else None
+        if match and owner:
+            yield root / entry, match[1], match[2], owner
+
+
+def complete_steps(root: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending. A directory without manifest is none."""
+    return [step for step in present_steps(root) if (root / step_name(step) / MANIFEST).exists()]
+
+
+def present_steps(root: Path) -> list[int]:
+    """Steps with a directory under the final name, complete or damaged, ascending."""
+    names = os.listdir(root) if root.is_dir() else []
+    return sorted(int(match[1]) for match in map(COMPLETE_NAME.fullmatch, names) if match)
+
+
+def pointer(root: Path) -> int | None:
+    """The step that `latest` names, whether or not that checkpoint is intact."""
+    with suppress(OSError, UnicodeDecodeError):
+        if match := COMPLETE_NAME.fullmatch((root / LATEST).read_text().strip()):
+            return int(match[1])
+    return None
+
+
+def latest_step(root: Path) -> int | None:
+    """What `latest` names if that is complete, else the highest complete step, else None."""
+    steps, named = complete_steps(root), pointer(root)
+    return named if named in steps else (steps[-1] if steps else None)
+
+
+def load_order(root: Path) -> list[int]:
+    """Steps to try on a resume: what `latest` names, then lower ones, newest first. (Higher ones than `latest` names
+    were left by a run that was rolled back, or killed between rename and commit.)"""
+    steps, named = present_steps(root), pointer(root)
+    if named is None or named not in steps:
+        return steps[::-1]
+    return [step for step in steps[::-1] if step <= named]
+
+
+def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The small state: {"step", "tokens", "score", "meta"}. Raises ValueError naming the file if it cannot be read."""
+    path = Path(directory) / STATE
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return state
