@@ -88,7 +88,7 @@ def prepare(config: RunConfig, world_size: int) -> Prepared:
     """Check the whole configuration in one process. Raises ValueError (or FileNotFoundError) with the remedy."""
     dp = config.parallel.resolve_dp(world_size)
     config.check_timeouts(world_size)
-    config.check_keep_best()
+    config.check_evaluations()
     num_stages = _check_batches(config, dp)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     if config.model.vocab_size == 0:

@@ -215,8 +215,13 @@ class RunConfig:
         stop = self.train.stop_after_steps
         return min(stop, last) if stop else last
 
-    def check_keep_best(self) -> None:
-        """Raises ValueError if checkpoints are to be kept by a score that none will have."""
+    def check_evaluations(self) -> None:
+        """Raises ValueError for evaluations of nothing, and if checkpoints are to be kept by a score that none has."""
+        if self.train.eval_interval_steps and not self.data.evaluation:
+            raise ValueError(
+                f"train.eval_interval_steps = {self.train.eval_interval_steps} would have no effect: data.evaluation"
+                " names no held-out set; add one, or set train.eval_interval_steps=0"
+            )
         if self.checkpoint.keep_best and not (self.data.evaluation and self.train.eval_interval_steps):
             raise ValueError(
                 f"checkpoint.keep_best = {self.checkpoint.keep_best} would have no effect: nothing is evaluated; set"

@@ -67,6 +67,7 @@ RAMP = [
         ([*RAMP, "train.batch_ramp.ramp_sample=3"], "did you mean 'train.batch_ramp.ramp_samples'"),
         (["train.hang_timeout_seconds=-1"], "train.hang_timeout_seconds = -1"),
         (["checkpoint.keep_best=1"], "nothing is evaluated"),
+        (["train.eval_interval_steps=5"], "train.eval_interval_steps = 5 would have no effect"),
         (["--frobnicate"], "unknown option"),
         (["optim.warmup_tokens=999999"], "999999"),
         (["precision.backend=transformer_engine", "model.ffn_hidden=272"], "the contracted dimension, 272, must be a"),
