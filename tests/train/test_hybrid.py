@@ -71,7 +71,8 @@ def test_the_shrunken_12b_run(tmp_path: Path) -> None:
     assert output.count("precision changes") == 1
     after = output[output.index("step 10: precision changes") :].splitlines()
     assert "blocks.{2,4,7}.mamba.in_proj: nvfp4 nvfp4 nvfp4 -> bf16 nvfp4 nvfp4" in after
-    assert after[7].startswith("step     10/10"), "six kinds of linears change, then the step is made"
+    assert after[7].startswith("step 10: data phase 'c'"), "six kinds of linears change, then the blend"
+    assert after[8].startswith("step     10/10"), "and the step is made"
 
     records = {r["step"]: r for r in read_metrics(run_dir) if "loss" in r}
     assert sorted(records) == list(range(1, STEPS + 1))
