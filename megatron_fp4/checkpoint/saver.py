@@ -70,6 +70,9 @@ class Opening:
     no_directory: str | None
 
 
+SILENCE = Opening(None, None, replan=False, no_directory=None)
+
+
 class Saver:
     """At most one save is running; its outcome is settled (agreed by all ranks) before the next one starts.
 
@@ -130,7 +133,7 @@ class Saver:
         signature = layout_signature(state)
         no_directory = _make(directory) if self.group.rank == 0 else None
         mine = Opening(previous, refused, signature != self._signature, no_directory)
-        said = collectives.all_gather_object(mine, self.group)
+        said = collectives.all_gather_if_any(mine, SILENCE, self.group)
         try:
             self._conclude([one.previous for one in said])
             if error := joined([one.refused for one in said]):

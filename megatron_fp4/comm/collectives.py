@@ -171,6 +171,14 @@ def all_gather_object(value: Any, group: Group) -> list[Any]:
     return values
 
 
+def all_gather_if_any(value: Any, silence: Any, group: Group) -> list[Any]:
+    """As `all_gather_object`, but one message of a byte is all where the value of every rank equals `silence`."""
+    device = torch.device("cpu") if group.size == 1 or _is_gloo(group) else torch.device("cuda")
+    if not all_reduce_max(torch.tensor([value != silence], dtype=torch.uint8, device=device), group).item():
+        return [silence] * group.size
+    return all_gather_object(value, group)
+
+
 def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
     """The picklable value of group rank `source`."""
     if group.size == 1:

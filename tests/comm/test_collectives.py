@@ -36,6 +36,8 @@ def _all(rank: int, world_size: int) -> dict[str, Any]:
         "broadcast": collectives.broadcast(x, group, source=2),
         "fp8": collectives.all_gather_rows(x.to(torch.float8_e4m3fn), group).float(),
         "object": collectives.all_gather_object({"rank": rank}, group),
+        "silent": collectives.all_gather_if_any("", "", group),
+        "one speaks": collectives.all_gather_if_any("x" * rank * (rank == 1), "", group),
         "untouched": torch.equal(x, inputs(rank)),
     }
     return found
@@ -58,6 +60,8 @@ def test_every_collective() -> None:
         assert torch.equal(found["broadcast"], parts[2])
         assert torch.equal(found["fp8"], torch.cat(parts).to(torch.float8_e4m3fn).float())
         assert [item["rank"] for item in found["object"]] == [0, 1, 2]
+        assert found["silent"] == ["", "", ""]
+        assert found["one speaks"] == ["", "x", ""]
         assert found["untouched"], "a collective changed its input"
 
 
