@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from data_tools.cli import run_tool
+from megatron_fp4.data.checks import check_vocabulary
 from megatron_fp4.data.ledger import last_start, ledger, reopen
 from megatron_fp4.data.source import open_source
 from megatron_fp4.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,6 +22,7 @@ def show(ids: list[int], tokenizer: Tokenizer | None, limit: int) -> str:
 
 def document(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
     source = open_source("inspect", args.paths)
+    check_vocabulary([source], None, tokenizer.fingerprint if tokenizer else None)
     if not 0 <= args.document < source.num_documents:
         raise ValueError(f"document {args.document} is not in 0..{source.num_documents - 1}")
     shard, local = source.locate(args.document)
@@ -34,6 +36,8 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
     if args.sample < 0:
         raise ValueError(f"sample {args.sample}: ids begin with 0")
     loader = reopen(last_start(args.run))
+    sources = [stream.source for stream in loader.streams.values()]
+    check_vocabulary(sources, None, tokenizer.fingerprint if tokenizer else None)
     index = loader.plan.index_of(args.sample)
     if loader.plan.id_of(index) != args.sample:
         raise ValueError(f"sample {args.sample} was skipped (data.skip has {loader.plan.skip})")

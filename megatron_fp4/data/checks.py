@@ -19,8 +19,8 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int | None, tokenize
         for fingerprint in source.tokenizers:
             if tokenizer_fingerprint is not None and fingerprint != tokenizer_fingerprint:
                 raise ValueError(
-                    f"data source {source.name!r} was tokenized with tokenizer {fingerprint}, but the run uses "
-                    f"{tokenizer_fingerprint}; set data.tokenizer to the same model file, or tokenize again"
+                    f"data source {source.name!r} was tokenized with tokenizer {fingerprint}, but "
+                    f"{tokenizer_fingerprint} is used here; name the same model file, or tokenize again"
                 )
         highest = source.max_token_id
         if vocab_size is not None and highest is not None and highest >= vocab_size:

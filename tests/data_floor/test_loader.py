@@ -152,7 +152,7 @@ def test_order_settings_of_the_checkpoint(config, field, value):
 def test_tokenizer_and_vocabulary_are_checked_against_the_manifest(tmp_path):
     config = DataConfig([SourceConfig("web", [write_set(tmp_path / "set", [[[5, 9, 3, 1, 2]]])])], seq_length=2)
     assert loader_of(config, vocab_size=10, tokenizer_fingerprint="tok").batch(0, 1).tokens.shape == (1, 2)
-    with pytest.raises(ValueError, match="with tokenizer tok, but the run uses other"):
+    with pytest.raises(ValueError, match="with tokenizer tok, but other is used here"):
         loader_of(config, tokenizer_fingerprint="other")
     with pytest.raises(ValueError, match="token id 9, but the model's vocabulary is 9; it must be at least 10"):
         loader_of(config, vocab_size=9)

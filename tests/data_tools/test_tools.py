@@ -10,6 +10,7 @@ from megatron_fp4.data.config import DataConfig, SourceConfig
 from megatron_fp4.data.ledger import LedgerWriter, step_hash
 from megatron_fp4.data.manifest import BLOCK_BYTES, PROGRESS, read_manifest
 from megatron_fp4.data.source import open_source
+from megatron_fp4.data.tokenizer import load_tokenizer
 from tests.data_floor.toy import loader_of, numbered, write_set, write_shard
 
 
@@ -81,6 +82,16 @@ def test_verify_plain_megatron_shard(tmp_path, capsys):
     code, out, _ = run(capsys, "verify", prefix)
     assert code == 0
     assert "no manifest: no checksums" in out
+
+
+def test_inspect_refuses_another_tokenizer(shards, tmp_path, model, capsys):
+    mine = load_tokenizer(model).fingerprint
+    expected = f"was tokenized with tokenizer tok, but {mine} is used here"
+    assert expected in run(capsys, "inspect", shards, "--document", 4, "--tokenizer", model)[2]
+    LedgerWriter(
+        tmp_path, loader_of(DataConfig([SourceConfig("web", [shards], 0)], seq_length=4)), step=0, first_sample=0
+    )
+    assert expected in run(capsys, "inspect", "--run", tmp_path, "--sample", 1, "--tokenizer", model)[2]
 
 
 def test_inspect_document(shards, capsys):
