@@ -28,7 +28,7 @@ import numpy as np
 from data_tools import make_corpus, train_tokenizer
 from data_tools import tokenize as ours
 from megatron_fp4.data.config import DataConfig, SourceConfig
-from megatron_fp4.data.shard import ShardWriter
+from megatron_fp4.data.shards.shard import ShardWriter
 
 _MODEL = []  # the worker's tokenizer in Megatron's design
 
@@ -100,8 +100,8 @@ def tokenization(folder: Path, workers: int, repeat: int) -> None:
 _INDEX = """
 import time, tracemalloc
 import numpy as np
-from megatron_fp4.data.epoch_index import build_index
-from megatron_fp4.data.permute import digest
+from megatron_fp4.data.order.epoch_index import build_index
+from megatron_fp4.data.order.permute import digest
 lengths = np.random.default_rng(0).integers(1, 4000, {documents}, dtype=np.int64)
 tracemalloc.start()
 began = time.process_time()
@@ -129,7 +129,7 @@ def index(documents: int, repeat: int) -> None:
 
 def consumption(run: Path) -> float:
     """Median tokens per second of a run's steps."""
-    from megatron_fp4.train.metrics import read_metrics
+    from megatron_fp4.train.telemetry.metrics import read_metrics
 
     rates = [record["tokens_per_second"] for record in read_metrics(run) if "tokens_per_second" in record]
     if not rates:

@@ -8,7 +8,7 @@ One idea: each question gets the measurement that a small machine can answer. Ti
 that does the same global batch in the same run (more ranks than cores: expect above 1). Pipeline bubbles are measured
 with stages that sleep instead of computing, so that cores do not matter and only the schedule does; beside them stand
 the formula of the literature and what the schedule's own order of actions allows ("order"). Bytes are counted at
-torch.distributed in a real step, and printed beside the formula of models/traffic.py.
+torch.distributed in a real step, and printed beside the formula of planning/traffic.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from megatron_fp4.cli.pipeline_cost import PipelineShape
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.bootstrap import Process, exit_process
 from megatron_fp4.comm.local import run_local
@@ -33,19 +32,20 @@ from megatron_fp4.comm.mesh import Overlap, ParallelConfig, ParallelMesh, build_
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.memory import MemorySettings
 from megatron_fp4.models.partition import split_stages
-from megatron_fp4.models.traffic import bytes_sent
 from megatron_fp4.optim import bucket_comm
 from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, WgradSwitch
 from megatron_fp4.pipeline.order import bubble, pipeline_order, simulate
 from megatron_fp4.pipeline.schedules import SCHEDULES, stages_of_rank, stages_per_rank
+from megatron_fp4.planning.idle import PipelineShape
+from megatron_fp4.planning.memory import MemorySettings
+from megatron_fp4.planning.traffic import bytes_sent
 from megatron_fp4.precision import EmulatedBackend, WgradQueue
 from megatron_fp4.precision.config import PrecisionConfig
 from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.proofs.layouts import Layout, parse_layouts
+from megatron_fp4.proofs.parity import Case, synthetic_inputs
 from megatron_fp4.train.config import RunConfig, TrainConfig
-from megatron_fp4.train.layouts import Layout, parse_layouts
-from megatron_fp4.train.parity import Case, synthetic_inputs
 from megatron_fp4.train.trainable import Trainable, build_trainable
 
 MODEL = ModelConfig(num_layers=8, hidden=256, ffn_hidden=1024, num_heads=8, num_kv_heads=4, vocab_size=4096)

@@ -13,8 +13,8 @@ from data_tools.cli import run_tool
 from megatron_fp4.data.checks import check_enough_data
 from megatron_fp4.data.config import DataConfig, config_from_dict
 from megatron_fp4.data.loader import open_streams
-from megatron_fp4.data.plan import Plan
-from megatron_fp4.data.samples import SampleStream
+from megatron_fp4.data.order.plan import Plan
+from megatron_fp4.data.order.samples import SampleStream
 
 
 def plan_rows(plan: Plan, streams: dict[str, SampleStream], total_samples: int) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from data_tools.documents import Position
 from data_tools.shard_set import SplitWriter, finished, remove_sets
-from megatron_fp4.data.manifest import read_manifest
-from megatron_fp4.data.source import Source, open_source
+from megatron_fp4.data.shards.documents import Source, open_source
+from megatron_fp4.data.shards.manifest import read_manifest
 
 _DOCUMENTS_AT_ONCE = 1024
 

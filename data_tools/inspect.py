@@ -9,8 +9,8 @@ from pathlib import Path
 from data_tools.cli import run_tool
 from megatron_fp4.data.checks import check_vocabulary
 from megatron_fp4.data.ledger import last_start, ledger, reopen
-from megatron_fp4.data.source import open_source
-from megatron_fp4.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_fp4.data.shards.documents import open_source
+from megatron_fp4.data.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def show(ids: list[int], tokenizer: Tokenizer | None, limit: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_tools.cli import run_tool
 from data_tools.inspect import show
 from megatron_fp4.data.ledger import ledger, read_step, reopen, replay
-from megatron_fp4.data.tokenizer import load_tokenizer
+from megatron_fp4.data.text.tokenizer import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:

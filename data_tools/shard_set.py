@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.documents import Position
-from megatron_fp4.data.manifest import MANIFEST, PROGRESS, FileDigest, commit, digest_file, write_json
-from megatron_fp4.data.shard import ShardWriter
+from megatron_fp4.data.shards.manifest import MANIFEST, PROGRESS, FileDigest, commit, digest_file, write_json
+from megatron_fp4.data.shards.shard import ShardWriter
 
 
 class SplitWriter:

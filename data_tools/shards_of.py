@@ -6,7 +6,7 @@ import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_fp4.data.manifest import read_manifest
+from megatron_fp4.data.shards.manifest import read_manifest
 
 
 class Listed(NamedTuple):

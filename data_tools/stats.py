@@ -9,7 +9,7 @@ import numpy as np
 
 from data_tools.cli import run_tool
 from data_tools.shards_of import list_shards
-from megatron_fp4.data.shard import Shard
+from megatron_fp4.data.shards.shard import Shard
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,8 +24,8 @@ from data_tools.policies import Policies, Report, add_policy_arguments, policies
 from data_tools.pool import ordered_map
 from data_tools.progress import ProgressBar
 from data_tools.shard_set import SplitWriter, finished, remove_sets
-from megatron_fp4.data.shard import token_dtype
-from megatron_fp4.data.tokenizer import Tokenizer, eos_of, load_tokenizer
+from megatron_fp4.data.shards.shard import token_dtype
+from megatron_fp4.data.text.tokenizer import Tokenizer, eos_of, load_tokenizer
 
 
 class Encoded(NamedTuple):

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     policies = policies_of(args)
     from data_tools.documents import expand_inputs
-    from megatron_fp4.data.tokenizer import describe_tokenizer, load_tokenizer
+    from megatron_fp4.data.text.tokenizer import describe_tokenizer, load_tokenizer
 
     started, report = time.monotonic(), Report()
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from data_tools.cli import run_tool
 from data_tools.shards_of import Listed, list_shards
-from megatron_fp4.data.manifest import BLOCK_BYTES, digest_file
-from megatron_fp4.data.shard import Shard
-from megatron_fp4.data.tokenizer import load_tokenizer
+from megatron_fp4.data.shards.manifest import BLOCK_BYTES, digest_file
+from megatron_fp4.data.shards.shard import Shard
+from megatron_fp4.data.text.tokenizer import load_tokenizer
 
 _TOKENS_AT_ONCE = 1 << 22
 

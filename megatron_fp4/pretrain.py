@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from megatron_fp4.checkpoint.lock import STALE_SECONDS, RunLocked, lock_run_directory
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config, to_yaml
 from megatron_fp4.comm.bootstrap import (
     Launch,
@@ -31,17 +30,19 @@ from megatron_fp4.comm.bootstrap import (
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import describe
-from megatron_fp4.data.tokenizer import describe_tokenizer
+from megatron_fp4.data.text.tokenizer import describe_tokenizer
 from megatron_fp4.precision import table as precision_table
+from megatron_fp4.storage.lock import STALE_SECONDS, RunLocked
 from megatron_fp4.train.build import Prepared, Run, build, check_machine, eager_reason, open_data, prepare
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.console import Console
-from megatron_fp4.train.metrics import Metrics
+from megatron_fp4.train.faults.signals import EXIT_CONFIG, StopRequest
+from megatron_fp4.train.faults.watchdog import Watchdog
+from megatron_fp4.train.job import lock_run_directory
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.plain import plain
-from megatron_fp4.train.signals import EXIT_CONFIG, StopRequest
+from megatron_fp4.train.telemetry.console import Console
+from megatron_fp4.train.telemetry.metrics import Metrics
 from megatron_fp4.train.trainer import Trainer
-from megatron_fp4.train.watchdog import Watchdog
 
 SILENT_SECONDS = 10.0
 INDEX_SECONDS = 3600.0

@@ -36,7 +36,7 @@ from megatron_fp4.checkpoint.files import (
     write_manifest,
     write_temporary,
 )
-from megatron_fp4.checkpoint.owner import Owner
+from megatron_fp4.storage.owner import Owner
 
 WATCH_SECONDS = 0.005
 

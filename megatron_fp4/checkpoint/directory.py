@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint.files import MANIFEST
-from megatron_fp4.checkpoint.owner import Owner
+from megatron_fp4.storage.owner import Owner
 
 LATEST = "latest"
 STATE = "state.json"

@@ -22,7 +22,7 @@ from megatron_fp4.checkpoint.box import Box, Boxes, BoxLoadPlanner
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import STATE, latest_step, read_state, step_name
 from megatron_fp4.checkpoint.files import problem_of, read_manifest
-from megatron_fp4.checkpoint.saver import SaveStatus
+from megatron_fp4.checkpoint.save import SaveStatus
 from megatron_fp4.checkpoint.store import CheckpointStore
 from megatron_fp4.comm.mesh import Group
 

@@ -9,10 +9,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_fp4.checkpoint import commit
-from megatron_fp4.checkpoint.async_writer import SaveInProgress
 from megatron_fp4.checkpoint.box import Boxes
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.sweep import retain, sweep_failed
+from megatron_fp4.checkpoint.write import SaveInProgress
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_fp4.checkpoint.agree import MAX_LISTED, gather_to_first
 from megatron_fp4.checkpoint.box import Box, Boxes, BoxSavePlanner
 from megatron_fp4.comm import collectives
+from megatron_fp4.comm.agree import MAX_LISTED, gather_to_first
 from megatron_fp4.comm.mesh import Group
 
 

@@ -18,15 +18,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.checkpoint.agree import from_first
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import complete_steps, latest_step
-from megatron_fp4.checkpoint.loader import Loader
-from megatron_fp4.checkpoint.owner import Owner
-from megatron_fp4.checkpoint.saver import Saver, SaveReport
+from megatron_fp4.checkpoint.load import Loader
+from megatron_fp4.checkpoint.save import Saver, SaveReport
 from megatron_fp4.checkpoint.state import Shard
 from megatron_fp4.checkpoint.sweep import sweep
+from megatron_fp4.comm.agree import from_first
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.storage.owner import Owner
 
 log = logging.getLogger(__name__)
 

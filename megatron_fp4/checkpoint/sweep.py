@@ -15,8 +15,8 @@ from pathlib import Path
 
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import LATEST, complete_steps, passing, passing_name, read_state, step_name
-from megatron_fp4.checkpoint.owner import Owner
 from megatron_fp4.checkpoint.retention import Saved, steps_to_delete
+from megatron_fp4.storage.owner import Owner
 
 log = logging.getLogger(__name__)
 

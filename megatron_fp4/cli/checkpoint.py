@@ -24,8 +24,8 @@ from omegaconf import OmegaConf
 
 from megatron_fp4.checkpoint import inspect
 from megatron_fp4.cli.schema import build, twin
+from megatron_fp4.interop.families import to_transformers, transformers_config
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.convert import to_transformers, transformers_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
-from megatron_fp4.cli.gemm_probe import Probe, distinct_probes, probe_tensors
-from megatron_fp4.cli.shard_probe import build_shards, typical_ranks
 from megatron_fp4.comm.bootstrap import choose_device
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import formats, random_hadamard
 from megatron_fp4.precision.backends import Copy, Prepared, Source, copies_of
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
-from megatron_fp4.precision.compare import BLOCK, decoded, first_mismatch, reference_parts, te_parts
 from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.spec import AmaxScope, LinearPrecision, Operand, Rounding, ScaleOrder
+from megatron_fp4.proofs.gemms import Probe, distinct_probes, probe_tensors
+from megatron_fp4.proofs.operands import BLOCK, decoded, first_mismatch, reference_parts, te_parts
+from megatron_fp4.proofs.shards import build_shards, typical_ranks
 from megatron_fp4.train.build import prepare
 
 ORDERS = {ScaleOrder.te: "amax_b * (S_enc * (1/6))", ScaleOrder.paper: "(amax_b / 6) * S_enc"}

@@ -18,9 +18,9 @@ from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.build import open_data
+from megatron_fp4.train.engine import LocalEngine, TokenLoss
 from megatron_fp4.train.evaluate import evaluate
-from megatron_fp4.train.restore import open_trained
-from megatron_fp4.train.step import LocalEngine, TokenLoss
+from megatron_fp4.train.open import open_trained
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.restore import open_trained
+from megatron_fp4.train.open import open_trained
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -20,14 +20,15 @@ import torch
 
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
 from megatron_fp4.cli.crosscheck import cross_check
-from megatron_fp4.cli.gemm_probe import distinct_probes, run_probe
-from megatron_fp4.cli.host_probe import Check, check_disk, check_links, check_memory
-from megatron_fp4.cli.shard_probe import Shard, build_shards, typical_ranks
 from megatron_fp4.comm.bootstrap import Launch, Process, exit_process, read_launch, start_process, stop_process
 from megatron_fp4.comm.collectives import all_gather_object
+from megatron_fp4.planning.report import run_plan
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.table import summary
+from megatron_fp4.proofs.gemms import distinct_probes, run_probe
+from megatron_fp4.proofs.machine import Check, check_disk, check_links, check_memory
+from megatron_fp4.proofs.shards import Shard, build_shards, typical_ranks
 from megatron_fp4.train.build import Prepared, make_backend, open_data, prepare
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.requirements import check_kernels
@@ -82,7 +83,8 @@ def run_checks(config: RunConfig, launch: Launch, process: Process) -> list[Chec
             ranks = typical_ranks(config.parallel, world_size) if alone else [launch.rank]
             if shards := check_model(checks, prepared, backend, process.device, world_size, ranks):
                 checks += check_gemms(prepared, shards, backend, process.device)
-        checks += [check_disk(prepared.config), check_memory(prepared.config, world_size, process.device)]
+        needed = run_plan(prepared.config, world_size)["memory_per_rank"]["largest"]
+        checks += [check_disk(prepared.config), check_memory(needed, process.device)]
     return checks + check_links(process)
 
 

@@ -21,11 +21,11 @@ from megatron_fp4.comm.bootstrap import Launch, start_process
 from megatron_fp4.comm.mesh import ParallelConfig
 from megatron_fp4.precision.config import PrecisionConfig
 from megatron_fp4.train.build import build, prepare
-from megatron_fp4.train.bundle import REPORT
 from megatron_fp4.train.config import LoggingConfig, Resume, RunConfig, SpikeConfig
-from megatron_fp4.train.console import Console
-from megatron_fp4.train.metrics import Metrics, read_metrics
-from megatron_fp4.train.signals import StopRequest
+from megatron_fp4.train.faults.bundle import REPORT
+from megatron_fp4.train.faults.signals import StopRequest
+from megatron_fp4.train.telemetry.console import Console
+from megatron_fp4.train.telemetry.metrics import Metrics, read_metrics
 from megatron_fp4.train.trainer import Trainer
 
 

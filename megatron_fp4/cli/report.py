@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.cli.report_html import write_html
-from megatron_fp4.train.metrics import read_metrics
+from megatron_fp4.cli.render.html import write_html
+from megatron_fp4.train.telemetry.metrics import read_metrics
 
 Series = dict[int, dict[str, Any]]
 

@@ -1,7 +1,7 @@
 """`megatron-fp4 verify-parallel experiment=quickstart --layouts "tp2 pp2 dp2, tp4, pp4:zbv"`: does a layout compute the
 numbers of one process?
 
-A small model with every feature of the configured one (train/shrink.py) is trained for five steps on synthetic tokens,
+A small model with every feature of the configured one (proofs/shrink.py) is trained for five steps on synthetic tokens,
 by one process and by each layout on local gloo processes; loss, every gradient, the gradient norm and every parameter
 are compared. Exit code 0 if all agree, 1 if one does not, 2 if something cannot be run.
 """
@@ -20,12 +20,12 @@ from megatron_fp4.comm.local import run_local
 from megatron_fp4.comm.mesh import Overlap, ParallelConfig
 from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.pipeline.schedules import schedule_rule
+from megatron_fp4.proofs.distance import Comparison, compare, worst
+from megatron_fp4.proofs.layouts import Layout, parse_layouts
+from megatron_fp4.proofs.parity import Case, Record, run_cases
+from megatron_fp4.proofs.shrink import shrink
+from megatron_fp4.proofs.verdict import TOLERANCES, find_failures, likely_cause
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.layouts import Layout, parse_layouts
-from megatron_fp4.train.parity import Case, Record, run_cases
-from megatron_fp4.train.parity_compare import Comparison, compare, worst
-from megatron_fp4.train.parity_report import TOLERANCES, find_failures, likely_cause
-from megatron_fp4.train.shrink import shrink
 
 DEFAULT_LAYOUTS = "tp2, cp2, dp2, pp2, tp2 pp2 dp2"
 HEADER = f"{'layout':<26} {'case':<7} {'loss':>8} {'norm':>8} {'grads':>8} {'step 1':>8} {'step n':>8}  result"

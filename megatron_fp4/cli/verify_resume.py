@@ -1,6 +1,6 @@
 """`megatron-fp4 verify-resume experiment=quickstart --layout tp2 --others "dp2, pp2"`: does a killed run go on exactly?
 
-A small model with every feature of the configured one (train/shrink.py) is trained on synthetic tokens: once without
+A small model with every feature of the configured one (proofs/shrink.py) is trained on synthetic tokens: once without
 a stop; once it saves, goes on, and is killed by SIGKILL in mid-step. The checkpoint is then loaded by new processes at
 the same layout and at others. At the same layout every loss, parameter and moment must be equal bit for bit; at
 another one the difference must stay within what sums in another order explain. Exit code 0 if so, 1 if not, 2 if
@@ -20,10 +20,10 @@ from pathlib import Path
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.local import kill_local, run_local
 from megatron_fp4.data.ramp import steps_from
-from megatron_fp4.train.layouts import Layout, parse_layout, parse_layouts
-from megatron_fp4.train.parity import Case
-from megatron_fp4.train.resume_check import Distance, Report, Stretch, distance, run_stretch
-from megatron_fp4.train.shrink import shrink
+from megatron_fp4.proofs.layouts import Layout, parse_layout, parse_layouts
+from megatron_fp4.proofs.parity import Case
+from megatron_fp4.proofs.resume import Distance, Report, Stretch, distance, run_stretch
+from megatron_fp4.proofs.shrink import shrink
 
 OTHER_LOSS, OTHER_STATE = 1e-6, 1e-4
 """Largest relative difference at another layout, in FP32 compute without quantization; measured: 1e-7 each. With

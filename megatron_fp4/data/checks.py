@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_fp4.data.config import DataConfig
-from megatron_fp4.data.source import Source
+from megatron_fp4.data.shards.documents import Source
 
 if TYPE_CHECKING:
-    from megatron_fp4.data.plan import Plan
-    from megatron_fp4.data.samples import SampleStream
+    from megatron_fp4.data.order.plan import Plan
+    from megatron_fp4.data.order.samples import SampleStream
 
 
 def check_vocabulary(sources: Sequence[Source], vocab_size: int | None, tokenizer_fingerprint: str | None) -> None:

@@ -14,9 +14,9 @@ import torch
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.checks import check_vocabulary
 from megatron_fp4.data.config import DataConfig
+from megatron_fp4.data.order.samples import SampleStream
 from megatron_fp4.data.pack import Rows
-from megatron_fp4.data.samples import SampleStream
-from megatron_fp4.data.source import open_source
+from megatron_fp4.data.shards.documents import open_source
 
 
 class EvalLoader:

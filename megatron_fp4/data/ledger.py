@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_fp4.data.append import AppendFile
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.config import config_from_dict
 from megatron_fp4.data.loader import Loader, open_streams
-from megatron_fp4.data.plan import Plan
+from megatron_fp4.data.order.plan import Plan
+from megatron_fp4.storage.append import AppendFile
 
 LEDGER = "ledger.jsonl"
 _MODULUS = 1 << 63

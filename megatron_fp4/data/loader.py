@@ -17,11 +17,11 @@ import torch
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.checks import check_enough_data, check_state, check_vocabulary, out_of_data
 from megatron_fp4.data.config import DataConfig
-from megatron_fp4.data.epoch_index import IndexCache
+from megatron_fp4.data.order.epoch_index import IndexCache
+from megatron_fp4.data.order.plan import Plan
+from megatron_fp4.data.order.samples import Piece, SampleStream
 from megatron_fp4.data.pack import Rows
-from megatron_fp4.data.plan import Plan
-from megatron_fp4.data.samples import Piece, SampleStream
-from megatron_fp4.data.source import Source, open_source
+from megatron_fp4.data.shards.documents import Source, open_source
 
 STATE_VERSION = 1
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megatron_fp4.data.batch import Batch
-from megatron_fp4.data.samples import Piece, SampleStream
+from megatron_fp4.data.order.samples import Piece, SampleStream
 
 
 class Rows:

@@ -85,7 +85,7 @@ def choose_cross_entropy(impl: LossImpl, vocab_size: int, tp: Group, smoothing: 
     """The implementation that `model.loss_impl` names. Raises ValueError with the remedy if it cannot be used."""
     if impl is LossImpl.te:
         assert not smoothing, "refused by train.requirements"
-        from megatron_fp4.layers.loss_te import make_te_cross_entropy
+        from megatron_fp4.layers.fused.loss import make_te_cross_entropy
 
         return make_te_cross_entropy(vocab_size, tp)
     first, _ = vocab_range(vocab_size, tp)

@@ -48,11 +48,11 @@ class RMSNorm(nn.Module):
 def fused_norm(impl: NormImpl, weight: nn.Parameter, eps: float) -> Callable[[Tensor], Tensor] | None:
     """The module that `impl` names, on `weight [D]`; None for torch's own function."""
     if impl is NormImpl.te:
-        from megatron_fp4.layers.norm_te import make_te_norm
+        from megatron_fp4.layers.fused.norm_te import make_te_norm
 
         return make_te_norm(weight, eps)
     if impl is NormImpl.apex:
-        from megatron_fp4.layers.norm_apex import make_apex_norm
+        from megatron_fp4.layers.fused.norm_apex import make_apex_norm
 
         return make_apex_norm(weight, eps)
     return None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_fp4.layers.attention import Attention
 from megatron_fp4.layers.dropout import Dropout
-from megatron_fp4.layers.mamba2 import Mamba2
+from megatron_fp4.layers.mamba.mixer import Mamba2
 from megatron_fp4.layers.mlp import MLP, Activation
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.layers.wiring import Tokens, Wiring

@@ -12,7 +12,7 @@ annotations.)
 from dataclasses import dataclass
 
 from megatron_fp4.layers.loss import LossImpl
-from megatron_fp4.layers.mamba_kernels import MambaKernel
+from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.norm import NormImpl
 

@@ -137,7 +137,7 @@ def count_flops(config: ModelConfig, seq_length: int, *, causal: bool = True) ->
 
     causal: count the (seq_length + 1) / 2 keys that a token attends to on average; otherwise all of them, which is what
     a kernel without causal skipping, and torch's counter, see. Documents kept apart attend to fewer; that depends on
-    the data and is left out. The scan is the one of layers/ssd.py: its chunks are dense.
+    the data and is left out. The scan is the one of layers/mamba/ssd.py: its chunks are dense.
     """
     linears = {info.name: 2.0 * info.in_features * info.out_features for info in model_linears(config)}
     keys = (seq_length + 1) / 2 if causal else seq_length

@@ -17,7 +17,7 @@ from megatron_fp4.precision.spec import (
     WgradOutput,
     nvfp4_paper,
 )
-from megatron_fp4.precision.te_recipe import te_recipe
+from megatron_fp4.precision.te.recipe import te_recipe
 
 __all__ = [
     "AmaxScope",

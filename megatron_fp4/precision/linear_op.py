@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
+from megatron_fp4.precision.backends.padded import padded, padded_index
 from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.precision.padding import padded, padded_index
 from megatron_fp4.precision.spec import LinearPrecision, WgradOutput
 
 

@@ -21,7 +21,7 @@ from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.data.evaluation import EvalLoader, build_eval_loader
 from megatron_fp4.data.loader import Loader, build_loader
-from megatron_fp4.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_fp4.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.models.partition import split_stages
@@ -36,15 +36,15 @@ from megatron_fp4.precision.backends.transformer_engine import TransformerEngine
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.te_versions import check_te_linear
+from megatron_fp4.precision.te.versions import check_te_linear
 from megatron_fp4.train.config import NonFinite, RunConfig
-from megatron_fp4.train.observe import Observers
+from megatron_fp4.train.engine import Engine
+from megatron_fp4.train.faults.rollback_record import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.requirements import check_choices, check_kernels
-from megatron_fp4.train.resume import find_resume, settle_differences
-from megatron_fp4.train.rollback_record import RollbackRecord, recall
-from megatron_fp4.train.step import Engine
+from megatron_fp4.train.resume.find import find_resume, settle_differences
+from megatron_fp4.train.telemetry.probes import Observers
 from megatron_fp4.train.trainable import build_trainable
 
 

@@ -39,7 +39,7 @@ class WandbMode(Enum):
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """What a loss far above the running mean leads to: a ladder, off by default (train/spikes.py).
+    """What a loss far above the running mean leads to: a ladder, off by default (train/faults/spikes.py).
 
     ratio: a loss above ratio * mean is a spike; z_score: one more than so many standard deviations above the mean (0 =
     rule off, each). window_steps: of the running mean. min_steps: no judgement before so many losses are known.
@@ -83,7 +83,7 @@ class TrainConfig:
     total_tokens: length of the run, rounded down to whole steps (`RunConfig.run_tokens`).
     stop_after_steps: stop (and save) at that step without changing any schedule; 0 = run to the end.
     exit_after_seconds: save and exit for requeue after so much wall clock; 0 = never.
-    hang_timeout_seconds: a rank that is longer in one phase of a step ends the job (train/watchdog.py); above the
+    hang_timeout_seconds: a rank that is longer in one phase of a step ends the job (faults/watchdog.py); above the
     slowest phase, the first step with its compilation included; 0 = never.
     """
 

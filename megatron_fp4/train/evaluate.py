@@ -17,8 +17,8 @@ from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.inputs import make_inputs
-from megatron_fp4.train.step import Engine
 
 
 def assign(model: nn.Module, table: PrecisionTable) -> None:

@@ -27,8 +27,8 @@ from megatron_fp4.precision.config import ComputeDtype
 from megatron_fp4.precision.linear_op import WgradQueue
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.engine import Engine, LocalEngine, TokenLoss
 from megatron_fp4.train.evaluate import assign
-from megatron_fp4.train.step import Engine, LocalEngine, TokenLoss
 
 
 @dataclass

@@ -24,21 +24,21 @@ from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.optim import StepReport, learning_rate
 from megatron_fp4.precision import table as precision_table
 from megatron_fp4.precision.backends import NonFiniteEvent
+from megatron_fp4.train.agreement import StepMessage, exchange
 from megatron_fp4.train.build import Run
-from megatron_fp4.train.console import Console
-from megatron_fp4.train.data_changes import DataChanges
 from megatron_fp4.train.evaluate import assign, evaluate
-from megatron_fp4.train.exchange import StepMessage, exchange
+from megatron_fp4.train.faults.guard import SpikeGuard
+from megatron_fp4.train.faults.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
+from megatron_fp4.train.faults.spikes import RollBack
 from megatron_fp4.train.inputs import make_inputs
-from megatron_fp4.train.metrics import Metrics
-from megatron_fp4.train.norms import parameter_norm
 from megatron_fp4.train.progress import Progress, TrainingDiverged, what_was_not_finite
-from megatron_fp4.train.saving import Saves, meta_of
-from megatron_fp4.train.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
-from megatron_fp4.train.spike_guard import SpikeGuard
-from megatron_fp4.train.spikes import RollBack
-from megatron_fp4.train.stragglers import describe, is_due, straggler_metrics
-from megatron_fp4.train.throughput import Throughput
+from megatron_fp4.train.resume.saving import Saves, meta_of
+from megatron_fp4.train.telemetry.console import Console
+from megatron_fp4.train.telemetry.data_phases import DataChanges
+from megatron_fp4.train.telemetry.metrics import Metrics
+from megatron_fp4.train.telemetry.norms import parameter_norm
+from megatron_fp4.train.telemetry.stragglers import describe, is_due, straggler_metrics
+from megatron_fp4.train.telemetry.throughput import Throughput
 
 __all__ = ["Trainer", "TrainingDiverged"]
 

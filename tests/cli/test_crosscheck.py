@@ -12,7 +12,7 @@ import torch
 from megatron_fp4.cli import crosscheck
 from megatron_fp4.numerics import quantize_nvfp4, random_hadamard
 from tests.helpers.tiny_run import tiny_run
-from tests.precision import te_double
+from tests.precision.te import te_double
 
 
 def said(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str, expect: int) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_fp4.cli import env
 from megatron_fp4.cli.main import COMMANDS
-from tests.precision import te_double
+from tests.precision.te import te_double
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,17 +13,17 @@ import torch
 
 from megatron_fp4.cli import preflight
 from megatron_fp4.cli.compose import compose_config, to_run_config
-from megatron_fp4.cli.gemm_probe import distinct_probes
-from megatron_fp4.cli.host_probe import check_links
-from megatron_fp4.cli.shard_probe import Shard, build_shards, typical_ranks
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.local import run_local
 from megatron_fp4.layers.attention import Attention
 from megatron_fp4.models.count import by_kind, model_parameters
 from megatron_fp4.precision import EmulatedBackend
+from megatron_fp4.proofs.gemms import distinct_probes
+from megatron_fp4.proofs.machine import check_links
+from megatron_fp4.proofs.shards import Shard, build_shards, typical_ranks
 from megatron_fp4.train.build import Prepared, prepare
 from tests.helpers.tiny_run import tiny_run
-from tests.precision import te_double
+from tests.precision.te import te_double
 
 
 def said(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str, expect: int) -> str:

@@ -14,9 +14,9 @@ import torch
 
 from data_tools.train_tokenizer import train
 from megatron_fp4 import pretrain
-from megatron_fp4.train.signals import EXIT_CONFIG
+from megatron_fp4.train.faults.signals import EXIT_CONFIG
 from tests.helpers.tiny_run import TinyRun, tiny_run
-from tests.precision import te_double
+from tests.precision.te import te_double
 
 
 def refused(capsys: pytest.CaptureFixture[str], run: TinyRun, *overrides: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_fp4.cli.verify_parallel import main
-from tests.train import planted
+from tests.helpers import planted
 
 TIED = ["model=gpt_tiny", "model.vocab_size=100", "model.tied_embeddings=true", "precision=bf16", "--steps", "2"]
 SMALL = ["model=gpt_tiny", "model.vocab_size=100", "--steps", "2", "--layouts"]

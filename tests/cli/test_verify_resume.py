@@ -8,8 +8,8 @@ from megatron_fp4.cli import verify_resume
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.mesh import ParallelConfig
 from megatron_fp4.optim import Zero1AdamW
-from megatron_fp4.train.parity import Case
-from megatron_fp4.train.resume_check import Report, Stretch, run_stretch
+from megatron_fp4.proofs.parity import Case
+from megatron_fp4.proofs.resume import Report, Stretch, run_stretch
 
 TINY = ["model=gpt_tiny", "model.num_layers=2", "--layout", "dp2", "--others", "dp1", "--steps", "2"]
 

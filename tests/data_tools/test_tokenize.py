@@ -12,9 +12,9 @@ import pytest
 
 from data_tools.cli import main as tools
 from data_tools.tokenize import main
-from megatron_fp4.data.manifest import MANIFEST, PROGRESS, read_manifest
-from megatron_fp4.data.source import open_source
-from megatron_fp4.data.tokenizer import load_tokenizer
+from megatron_fp4.data.shards.documents import open_source
+from megatron_fp4.data.shards.manifest import MANIFEST, PROGRESS, read_manifest
+from megatron_fp4.data.text.tokenizer import load_tokenizer
 from tests.data_tools.conftest import text_of
 
 

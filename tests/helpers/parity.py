@@ -11,8 +11,8 @@ from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.precision import nvfp4_paper
 from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig, Rule
 from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.proofs.parity import Case
 from megatron_fp4.train.config import RunConfig, TrainConfig
-from megatron_fp4.train.parity import Case
 
 MODEL: dict[str, Any] = {
     "num_layers": 4,

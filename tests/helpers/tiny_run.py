@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_fp4.checkpoint.inspect import list_tensors, read_tensors, resolve
-from megatron_fp4.data.shard import ShardWriter, token_dtype
+from megatron_fp4.data.shards.shard import ShardWriter, token_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 96

@@ -18,7 +18,7 @@ from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.pipeline.schedules import stages_per_rank
 from megatron_fp4.precision import EmulatedBackend
 from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig, Rule
-from megatron_fp4.train.parity import Case, Record, run_case
+from megatron_fp4.proofs.parity import Case, Record, run_case
 from tests.helpers.parity import parity_case
 
 RECIPES = sorted(path.stem for path in Path("configs/precision").glob("*.yaml"))

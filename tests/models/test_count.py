@@ -156,7 +156,7 @@ def test_flops_equal_torchs_counter(seq_length: int, tied: bool) -> None:
     assert counter.get_total_flops() == pytest.approx(flops.forward * 2 * seq_length, rel=1e-12)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*args).sum().backward()
-    executed = flops.training + flops.scan  # Mamba computes its scan again in the backward pass (layers/mamba2.py)
+    executed = flops.training + flops.scan  # Mamba computes its scan again in the backward pass (layers/mamba/mixer.py)
     assert counter.get_total_flops() == pytest.approx(executed * 2 * seq_length, rel=1e-12)
 
 

@@ -16,8 +16,8 @@ from megatron_fp4.data.ramp import BatchRampConfig
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.precision import EmulatedBackend, WgradQueue, linear_op
-from megatron_fp4.train.parity import Case, Record, run_case, synthetic_inputs
-from megatron_fp4.train.parity_compare import compare, worst
+from megatron_fp4.proofs.distance import compare, worst
+from megatron_fp4.proofs.parity import Case, Record, run_case, synthetic_inputs
 from megatron_fp4.train.trainable import build_trainable
 from tests.helpers.parity import parity_case
 

@@ -18,7 +18,7 @@ from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.precision import EmulatedBackend, Format, LinearPrecision, Operand
 from megatron_fp4.precision.backends import Copy, Source
 from megatron_fp4.precision.ledger import GemmLedger, Product, differences
-from megatron_fp4.train.parity import Case, synthetic_inputs
+from megatron_fp4.proofs.parity import Case, synthetic_inputs
 from megatron_fp4.train.trainable import Trainable, build_trainable
 from tests.helpers.parity import HYBRID, parity_case
 

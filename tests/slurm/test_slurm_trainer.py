@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.slurm.cluster import Cluster, Job
-from tests.train.test_resume import losses
+from tests.train.resume.test_resume import losses
 
 pytestmark = pytest.mark.slurm
 
@@ -18,7 +18,7 @@ PAUSE = {"TEST_FAULT": "pause,0,12,data"}
 
 
 def submit(cluster: Cluster, run: TinyRun, variables: dict[str, str] | None = None) -> Job:
-    return cluster.submit(list(run.overrides), module="tests.train.faulty", variables=variables)
+    return cluster.submit(list(run.overrides), module="tests.train.faults.faulty", variables=variables)
 
 
 def test_requeue_resumes_to_the_same_losses(cluster: Cluster, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_fp4.cli.compose import compose_config, to_run_config, to_yaml
 from megatron_fp4.comm.bootstrap import Launch, Process
 from megatron_fp4.train.build import build, prepare
-from megatron_fp4.train.console import Console
-from megatron_fp4.train.metrics import Metrics
-from megatron_fp4.train.signals import StopRequest
+from megatron_fp4.train.faults.signals import StopRequest
+from megatron_fp4.train.telemetry.console import Console
+from megatron_fp4.train.telemetry.metrics import Metrics
 from megatron_fp4.train.trainer import Trainer
 from tests.helpers.distributed import world_group
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_fp4.data.ledger import read_step, reopen, replay
-from megatron_fp4.train.metrics import read_metrics
+from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import Recorder, falsify_loss, make_trainer, masters
 

@@ -8,19 +8,19 @@ import torch
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.layers.loss import LossImpl
-from megatron_fp4.layers.mamba_kernels import MambaKernel
+from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.norm import NormImpl, RMSNorm
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim.config import Impl
 from megatron_fp4.precision import EmulatedBackend
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
-from megatron_fp4.train.parity import synthetic_inputs
+from megatron_fp4.proofs.parity import synthetic_inputs
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.requirements import by_torch
-from megatron_fp4.train.resume import settle_differences
+from megatron_fp4.train.resume.find import settle_differences
 from megatron_fp4.train.trainable import build_trainable
 from tests.helpers.parity import parity_case
-from tests.layers import fused_standins
+from tests.layers.fused import fused_standins
 
 
 def train(norm_impl: NormImpl, loss_impl: LossImpl) -> tuple[list[float], list[str], set[str]]:

@@ -13,7 +13,7 @@ from megatron_fp4.data.ledger import read_step, reopen
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.metrics import read_metrics
+from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import VOCABULARY, TinyRun, write_toy_shard
 
 STEPS = 10

@@ -24,11 +24,11 @@ from megatron_fp4.models.count import count_flops
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train import trainer as trainer_module
 from megatron_fp4.train.config import RunConfig, TrainConfig
-from megatron_fp4.train.console import Console
-from megatron_fp4.train.gpus import GPUS, find_gpu
-from megatron_fp4.train.metrics import read_metrics
 from megatron_fp4.train.phases import STEP_PHASES, Phases
-from megatron_fp4.train.throughput import Throughput
+from megatron_fp4.train.telemetry.console import Console
+from megatron_fp4.train.telemetry.metrics import read_metrics
+from megatron_fp4.train.telemetry.peaks import GPUS, find_gpu
+from megatron_fp4.train.telemetry.throughput import Throughput
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import ROOT, tiny_run
 from tests.train.in_process import falsify_loss, make_trainer, masters

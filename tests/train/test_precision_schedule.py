@@ -13,7 +13,7 @@ import torch
 from megatron_fp4 import pretrain
 from megatron_fp4.precision.ledger import GemmMismatch
 from megatron_fp4.train import trainer
-from megatron_fp4.train.metrics import read_metrics
+from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
 
 STEP_TOKENS = 4 * 32

@@ -44,7 +44,7 @@ from megatron_fp4.precision.spec import (
     Rounding,
     Signs,
 )
-from megatron_fp4.precision.te_versions import (
+from megatron_fp4.precision.te.versions import (
     FAST_MATH,
     OPTIONAL_SYMBOLS,
     PACKAGE,

@@ -1,0 +1,1 @@
+"""Facts of other rooms as text and pages; nothing is computed here."""

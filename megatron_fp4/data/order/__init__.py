@@ -1,0 +1,1 @@
+"""The order of samples: sample number -> (source, document, offset), a pure function of seed and blend."""

@@ -1,0 +1,101 @@
+"""The order of a source's documents in one epoch, and its cache on disk.
+
+One idea: two int64 arrays, `order` (document numbers as they are read) and `starts` (token position of each in the
+epoch), say everything; they follow from (lengths, key) alone, so a cached file is right if its fingerprint is right.
+The file is built once per machine: under a lock, to a name of its own, flushed, then renamed. The lock only saves
+work: two nodes that share a folder without working locks both build and one renames over the other, same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_fp4.data.order.permute import permute
+from megatron_fp4.data.shards.documents import Source
+from megatron_fp4.data.shards.shard import map_file
+
+_MAGIC = b"MEGAEPO1"  # change it when the meaning of the arrays or of `permute` changes
+_HEADER_BYTES = 48  # magic 8 | fingerprint 32 | number of documents 8
+
+
+@dataclass(frozen=True, eq=False)
+class EpochIndex:
+    order: NDArray[np.int64]  # [documents]
+    starts: NDArray[np.int64]  # [documents + 1]; starts[-1] = tokens of the epoch
+
+
+def build_index(lengths: NDArray[np.int64], key: bytes | None) -> EpochIndex:
+    """Index of documents with `lengths` [documents] in the order that `key` names; None keeps the stored order."""
+    order = np.arange(len(lengths), dtype=np.int64)
+    if key is not None:
+        order = permute(key, len(lengths), order)
+    starts = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths[order], out=starts[1:])
+    return EpochIndex(order, starts)
+
+
+class IndexCache:
+    """Epoch indexes in a folder, memory-mapped, shared by the processes of a machine. `built` counts own builds."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"data.index_cache: {error}; name a folder that can be made, or '' for none") from None
+        self.built = 0
+
+    def get(self, source: Source, key: bytes | None) -> EpochIndex:
+        content = f"{source.fingerprint} {source.num_documents} {source.num_tokens}".encode()
+        fingerprint = hashlib.blake2b(content + (key or b"stored order"), digest_size=32).digest()
+        path = self.folder / f"{source.name.replace('/', '_')}-{fingerprint.hex()[:24]}.epoch"
+        found = _read(path, fingerprint, source.num_documents)
+        if found is not None:
+            return found
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _read(path, fingerprint, source.num_documents)  # another process may have built it meanwhile
+            if found is None:
+                _write(path, fingerprint, build_index(source.lengths, key))
+                self.built += 1
+                found = _read(path, fingerprint, source.num_documents)
+        if found is None:
+            raise OSError(f"index cache {path} was written but does not read back; is the disk of {self.folder} full?")
+        return found
+
+
+def _write(path: Path, fingerprint: bytes, index: EpochIndex) -> None:
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_MAGIC + fingerprint + len(index.order).to_bytes(8, "little"))
+            file.write(np.ascontiguousarray(index.order, "<i8").data)
+            file.write(np.ascontiguousarray(index.starts, "<i8").data)
+            file.write(_MAGIC)  # a torn write of a file system that renames early lacks this
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path, fingerprint: bytes, documents: int) -> EpochIndex | None:
+    """The cached index, or None if the file is missing, stale or incomplete (it is then built again)."""
+    try:
+        view = map_file(path)
+    except FileNotFoundError:
+        return None
+    size = _HEADER_BYTES + 8 * documents + 8 * (documents + 1) + len(_MAGIC)
+    header = _MAGIC + fingerprint + documents.to_bytes(8, "little")
+    if len(view) != size or view[:_HEADER_BYTES] != header or view[-len(_MAGIC) :] != _MAGIC:
+        return None
+    order = np.frombuffer(view, "<i8", documents, _HEADER_BYTES)
+    return EpochIndex(order, np.frombuffer(view, "<i8", documents + 1, _HEADER_BYTES + 8 * documents))

@@ -1,0 +1,1 @@
+"""Shards on disk: bytes -> documents of token ids. Free of torch, for the workers that tokenize."""

@@ -1,0 +1,132 @@
+"""A source: shards opened as one numbered list of documents, with a fingerprint of its content.
+
+One idea: a source is what its bytes are, not where they lie. The fingerprint is made of the shards' checksums
+(from the manifest) or, for plain Megatron shards, of the sizes and sampled blocks of both files, so a moved data set
+is the same and a changed one is not. Not here: order (samples.py).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_fp4.data.shards.manifest import read_manifest
+from megatron_fp4.data.shards.shard import Shard, map_file
+
+_SAMPLED_BLOCKS, _SAMPLED_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class DocumentPlace:
+    """Where a document of a source is stored."""
+
+    shard: str
+    document: int  # number inside the shard
+
+
+class Source:
+    """The documents of several shards in order.
+
+    Attributes: `lengths` int64 [num_documents]; `tokenizers` fingerprints that the manifests name (empty for plain
+    Megatron shards); `max_token_id` of the manifests, or None where there is none.
+    """
+
+    def __init__(self, name: str, shards: Sequence[Shard], fingerprint: str, manifests: Sequence[dict[str, Any]] = ()):
+        self.name = name
+        self.shards = list(shards)
+        self.fingerprint = fingerprint
+        self.tokenizers = sorted({m["tokenizer"]["fingerprint"] for m in manifests if m["tokenizer"]})
+        known = [int(m["max_token_id"]) for m in manifests]
+        self.max_token_id = max(known) if known else None
+        self._first = np.zeros(len(self.shards) + 1, np.int64)  # number of each shard's first document
+        np.cumsum([shard.num_documents for shard in self.shards], out=self._first[1:])
+        self.num_documents = int(self._first[-1])
+        self.num_tokens = sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        parts = [shard.document_lengths() for shard in self.shards]
+        return np.concatenate(parts, dtype=np.int64) if parts else np.zeros(0, np.int64)
+
+    def locate(self, document: int) -> tuple[Shard, int]:
+        number = int(np.searchsorted(self._first, document, side="right")) - 1
+        return self.shards[number], document - int(self._first[number])
+
+    def place(self, document: int) -> DocumentPlace:
+        shard, local = self.locate(document)
+        return DocumentPlace(str(shard.prefix), local)
+
+    def read(self, document: int, offset: int, length: int) -> NDArray:
+        """Tokens offset..offset+length of a document, a view in the stored dtype."""
+        shard, local = self.locate(document)
+        start = shard.start_of(local) + offset
+        return shard.tokens[start : start + length]
+
+
+def open_source(name: str, paths: Sequence[str]) -> Source:
+    """Open shard-set directories, prefixes and globs of prefixes as one source, in the given order."""
+    shards: list[Shard] = []
+    manifests: list[dict[str, Any]] = []
+    content = hashlib.blake2b(digest_size=16)
+    if not paths:
+        raise ValueError(f"data source {name!r} has no paths")
+    for path in paths:
+        if Path(path).is_dir():
+            manifest = read_manifest(path)
+            manifests.append(manifest)
+            for entry in manifest["shards"]:
+                shards.append(_open_listed(Path(path), entry))
+                content.update(entry["files"]["bin"]["sha256"].encode() + entry["files"]["idx"]["sha256"].encode())
+            continue
+        for prefix in _prefixes(name, path):
+            shards.append(Shard(prefix))
+            content.update(_sampled_digest(shards[-1]))
+    return Source(name, shards, content.hexdigest(), manifests)
+
+
+def _open_listed(folder: Path, entry: dict[str, Any]) -> Shard:
+    for end in ("bin", "idx"):
+        path, expected = folder / f"{entry['name']}.{end}", entry["files"][end]["bytes"]
+        if not path.is_file():
+            raise FileNotFoundError(f"shard file {path} is listed in the manifest but does not exist; copy it again")
+        actual = path.stat().st_size
+        if actual != expected:
+            raise ValueError(
+                f"shard {path}: the manifest says {expected} bytes, the file has {actual}; it differs from byte offset "
+                f"{min(actual, expected)} on. Copy the file again, or tokenize again."
+            )
+    shard = Shard(folder / entry["name"])
+    if (shard.num_documents, shard.num_tokens) != (entry["num_documents"], entry["num_tokens"]):
+        raise ValueError(
+            f"shard {shard.prefix}: the manifest says {entry['num_documents']} documents and {entry['num_tokens']} "
+            f"tokens, the .idx says {shard.num_documents} and {shard.num_tokens}"
+        )
+    return shard
+
+
+def _prefixes(name: str, path: str) -> list[str]:
+    bare = path.removesuffix(".bin").removesuffix(".idx")
+    if not glob.has_magic(bare):
+        return [bare]
+    found = sorted(match.removesuffix(".idx") for match in glob.glob(f"{bare}.idx"))
+    if not found:
+        raise FileNotFoundError(f"data source {name!r}: no shard matches {bare}.idx")
+    return found
+
+
+def _sampled_digest(shard: Shard) -> bytes:
+    content = hashlib.blake2b(digest_size=16)
+    for path in (shard.idx_path, shard.bin_path):
+        data = map_file(path)
+        content.update(len(data).to_bytes(8, "little"))
+        for start in range(0, len(data), max(_SAMPLED_BYTES, len(data) // _SAMPLED_BLOCKS)):
+            content.update(data[start : start + _SAMPLED_BYTES])
+        content.update(data[-_SAMPLED_BYTES:])
+    return content.digest()

@@ -1,0 +1,1 @@
+"""Mamba-2: the mixer, its scan, its convolution, and how both cross context-parallel ranks."""

@@ -1,0 +1,199 @@
+"""The Mamba-2 mixer (arXiv 2405.21060), as the paper's hybrid models use it.
+
+    z | x | B | C | dt = in_proj(u)         x | B | C = silu(causal_conv(x | B | C))
+    y = SSD(x, softplus(dt + dt_bias), -exp(A_log), B, C) + D x
+    out_proj(group_rms_norm(y * silu(z)))
+
+One idea: only the two projections are GEMMs with a precision; everything between them is in FP32 and belongs to one
+head or one group, so tensor parallelism is a matter of holding fewer of them. The weights of the projections are never
+handed to a fused kernel.
+
+Letters as in ssd.py; W = channels of a fused tensor on this rank, I = H * P.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_fp4.comm.rect import Placement, Segment, split_evenly
+from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_fp4.layers.mamba.context_parallel import carry_states, in_pieces, previous_tokens
+from megatron_fp4.layers.mamba.convolution import causal_conv
+from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
+from megatron_fp4.layers.mamba.ssd import document_starts, ssd_scan
+from megatron_fp4.layers.parameter import Initializer, constant_init, make_parameter, sharded_vector, uniform_init
+from megatron_fp4.layers.wiring import Tokens, Wiring, widen
+from megatron_fp4.numerics.random import key_of, uniform
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+"""Range of the initial step sizes softplus(dt_bias), log-uniform (Mamba-2's defaults; reference/paper.md 5.2)."""
+
+
+class MambaSizes(Protocol):
+    """What the mixer reads of a model's configuration (models.config.ModelConfig)."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def mamba_num_heads(self) -> int: ...
+    @property
+    def mamba_head_dim(self) -> int: ...
+    @property
+    def mamba_num_groups(self) -> int: ...
+    @property
+    def mamba_state(self) -> int: ...
+    @property
+    def mamba_conv(self) -> int: ...
+    @property
+    def mamba_chunk(self) -> int: ...
+
+
+class Mamba2(nn.Module):
+    """x_TD `[T/tp, D]` -> `[T/tp, D]`.
+
+    Heads and groups are sharded over tp, the sequence over cp. keep_documents_apart: state and convolution begin anew
+    with every document. kernel: who computes convolution and scan. Raises ValueError if the groups do not divide by tp,
+    or if the kernel cannot be used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: MambaSizes,
+        wiring: Wiring,
+        *,
+        keep_documents_apart: bool,
+        std: float,
+        out_std: float,
+        kernel: MambaKernel = MambaKernel.torch,
+    ) -> None:
+        super().__init__()
+        if config.mamba_conv < 2:
+            raise ValueError(f"model.mamba_conv = {config.mamba_conv}; the convolution needs at least 2 taps")
+        self._wiring, self._keep_documents_apart = wiring, keep_documents_apart
+        self._chunk = config.mamba_chunk
+        self._groups = split_evenly(config.mamba_num_groups, wiring.tp, what="model.mamba_num_groups")
+        self._heads = split_evenly(config.mamba_num_heads, wiring.tp, what="model.mamba_num_heads")
+        self._fused = FusedMamba(wiring.device, wiring.cp.size) if kernel is MambaKernel.mamba_ssm else None
+        inner = config.mamba_num_heads * config.mamba_head_dim
+        states = config.mamba_num_groups * config.mamba_state
+        conv_parts = {"x": inner, "B": states, "C": states}
+        outputs = {"z": inner, **conv_parts, "dt": config.mamba_num_heads}
+        self._inner = inner // wiring.tp.size
+        self._conv_rows = [size // wiring.tp.size for size in conv_parts.values()]
+        self.in_proj = ColumnParallelLinear(f"{name}.in_proj", config.hidden, outputs, wiring, std=std)
+        self.conv_weight = _conv_parameter(name, "weight", conv_parts, config.mamba_conv, wiring)
+        self.conv_bias = _conv_parameter(name, "bias", conv_parts, config.mamba_conv, wiring)
+        self.A_log = _sharded_vector(f"{name}.A_log", config.mamba_num_heads, a_log_init, wiring)
+        self.dt_bias = _sharded_vector(f"{name}.dt_bias", config.mamba_num_heads, dt_bias_init, wiring)
+        self.D = _sharded_vector(f"{name}.D", config.mamba_num_heads, constant_init(1.0), wiring)
+        self.norm = GatedGroupRMSNorm(f"{name}.norm", inner, config.mamba_num_groups, wiring, eps=config.norm_eps)
+        self.out_proj = RowParallelLinear(f"{name}.out_proj", inner, config.hidden, wiring, std=out_std)
+
+    def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
+        projected_TW = widen(self.in_proj(x_TD, tokens))
+        gated_TI = checkpoint(self._mix, projected_TW, tokens, use_reentrant=False, preserve_rng_state=False)
+        return self.out_proj(gated_TI.to(x_TD.dtype), tokens)
+
+    def _mix(self, projected_TW: Tensor, tokens: Tokens) -> Tensor:
+        """Everything between the projections, `[T, inner / tp]`.
+
+        Computed again in the backward pass, as attention kernels do: the decays between all pairs of tokens of a chunk
+        alone would be `4 * H * Q` bytes a token.
+        """
+        B, S = tokens.positions.shape
+        pieces = in_pieces(projected_TW.view(B, S, -1), self._wiring.cp)
+        z, xBC, dt = pieces.split([self._inner, sum(self._conv_rows), self._heads], dim=-1)
+        work = torch.promote_types(dt.dtype, torch.float32)
+        dt_BSH = F.softplus(dt.to(work) + self.dt_bias.to(work))
+        y_BSHP = self._recur(xBC, dt_BSH, -self.A_log.to(work).exp(), tokens)
+        return self.norm(y_BSHP.flatten(2), z).view(B * S, self._inner)
+
+    def _recur(self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, tokens: Tokens) -> Tensor:
+        """Convolution, state-space recurrence and skip: y_BSHP, FP32."""
+        cp, chunk = self._wiring.cp, self._chunk
+        documents = in_pieces(tokens.documents, cp) if self._keep_documents_apart else None
+        if self._fused is not None:
+            x, B, C = self._heads_of(self._fused.conv(xBC_BSW, self.conv_weight, self.conv_bias, documents))
+            y = self._fused.scan(x, dt_BSH, A_H, B, C, chunk=chunk, documents_BS=documents)
+        else:
+            reach = self.conv_weight.shape[1] - 1
+            before, starts = previous_tokens(xBC_BSW, reach, cp), None
+            if documents is not None:
+                earlier = previous_tokens(documents, reach, cp)
+                starts = document_starts(documents, earlier[:, -1])
+                documents = torch.cat([earlier, documents], dim=1)
+            x, B, C = self._heads_of(causal_conv(xBC_BSW, before, self.conv_weight, self.conv_bias, documents))
+            carry = functools.partial(carry_states, cp=cp) if cp.size > 1 else None
+            y, _ = ssd_scan(x, dt_BSH, A_H, B, C, chunk=chunk, starts_BS=starts, initial=carry)
+        return y + self.D.to(y.dtype)[:, None] * x
+
+    def _heads_of(self, xBC_BSW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_BSHP, B_BSGN and C_BSGN."""
+        x, B, C = xBC_BSW.split(self._conv_rows, dim=-1)
+        return (
+            x.unflatten(-1, (self._heads, -1)),
+            B.unflatten(-1, (self._groups, -1)),
+            C.unflatten(-1, (self._groups, -1)),
+        )
+
+
+class GatedGroupRMSNorm(nn.Module):
+    """`rms_norm(y * silu(z)) * weight` with the mean square over each group of channels; FP32 inside.
+
+    y, z: `[..., inner / tp]`; result in `z.dtype`. Whole groups are on one rank, so the weight is sharded with them.
+    """
+
+    def __init__(self, name: str, inner: int, num_groups: int, wiring: Wiring, *, eps: float) -> None:
+        super().__init__()
+        self._groups, self._eps = num_groups // wiring.tp.size, eps
+        self.weight = _sharded_vector(f"{name}.weight", inner, constant_init(1.0), wiring)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        gated = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self._groups, -1))
+        normed = F.rms_norm(gated, (gated.shape[-1],), eps=self._eps).flatten(-2)
+        return (normed * self.weight.to(normed.dtype)).to(z.dtype)
+
+
+def _conv_parameter(name: str, kind: str, parts: dict[str, int], num_taps: int, wiring: Wiring) -> nn.Parameter:
+    """This rank's rows of x, B and C, each a logical tensor `<name>.conv.<part>.<kind>`: `[rows, taps]` or `[rows]`."""
+    columns = (num_taps,) if kind == "weight" else ()
+    segments: list[Segment] = []
+    start = 0
+    for part, size in parts.items():
+        rows = split_evenly(size, wiring.tp, what=f"{name}.conv.{part}")
+        offset = (wiring.tp.rank * rows, *(0 for _ in columns))
+        segments.append(Segment(f"{name}.conv.{part}.{kind}", start, start + rows, (size, *columns), offset))
+        start += rows
+    bound = 1.0 / math.sqrt(num_taps)  # torch's default for a depthwise conv1d, weight and bias alike
+    placement = Placement(tuple(segments), decay=kind == "weight")
+    return make_parameter((start, *columns), placement, uniform_init(-bound, bound), wiring.dtype, wiring.device)
+
+
+def _sharded_vector(name: str, size: int, initializer: Initializer, wiring: Wiring) -> nn.Parameter:
+    """This rank's even share of a 1-D parameter."""
+    local = split_evenly(size, wiring.tp, what=name)
+    placement = sharded_vector(name, size, wiring.tp.rank * local, (wiring.tp.rank + 1) * local)
+    return make_parameter((local,), placement, initializer, wiring.dtype, wiring.device)
+
+
+def a_log_init(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """log(1 + h) for head h of the whole layer."""
+    return (segment.row_index(device) + 1).float().log()
+
+
+def dt_bias_init(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Inverse softplus of a step size drawn log-uniformly."""
+    heads = segment.row_index(device)
+    draw = uniform(key_of(seed, "init", segment.name), heads, torch.zeros_like(heads[:1]))[:, 0]
+    step = (math.log(DT_MIN) + draw * (math.log(DT_MAX) - math.log(DT_MIN))).exp().clamp(min=DT_FLOOR)
+    return step + torch.log(-torch.expm1(-step))

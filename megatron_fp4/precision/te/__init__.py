@@ -1,0 +1,1 @@
+"""Transformer Engine's own vocabulary: recipes, versions, its reference quantizer."""

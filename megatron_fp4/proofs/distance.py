@@ -1,0 +1,139 @@
+"""The records of a layout against those of one process: the difference of every logical tensor.
+
+One idea: a difference is relative to the size of the whole logical tensor (for parameters: of its change since the
+start), so that zero means bitwise equal and one means unrelated, whatever the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.proofs.parity import Box, Record
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one rectangle is from the reference. error: root mean square of the difference over that of the whole
+    reference tensor (for parameters: of its change since the start). ratio: best factor between the two, and
+    unexplained: the error that remains after it. Both are for diagnosis.
+    """
+
+    name: str
+    error: float
+    ratio: float = 1.0
+    unexplained: float = 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Errors of one layout in one case; relative ones, 0 = bitwise equal. The lists hold the worst part of each tensor,
+    from the output of the model to its input (the order of the backward pass).
+    """
+
+    initial: list[Difference]
+    losses: list[float]
+    norms: list[float]
+    norm_ratio: float
+    grads: list[Difference]
+    masters: dict[int, list[Difference]]
+    replicas: list[str]
+    """Parameters of which some rank holds other bits than the owner."""
+
+    @property
+    def loss_error(self) -> float:
+        return max(self.losses)
+
+    @property
+    def norm_error(self) -> float:
+        return max(self.norms)
+
+
+def worst(differences: Iterable[Difference]) -> float:
+    return max((difference.error for difference in differences), default=0.0)
+
+
+def compare(reference: Record, records: Sequence[Record]) -> Comparison:
+    """The ranks of a layout against one process."""
+    start = assemble(reference.masters[0])
+    steps = sorted(reference.masters)
+    losses = [sum(parts) for parts in zip(*(record.losses for record in records), strict=True)]
+    masters: dict[int, list[Difference]] = {}
+    for step in steps[1:]:
+        ours = [box for record in records for box in record.masters[step]]
+        masters[step] = _differences(assemble(reference.masters[step]), ours, start)
+    finals = assemble(box for record in records for box in record.masters[steps[-1]])
+    return Comparison(
+        initial=_differences(start, [box for record in records for box in record.masters[0]]),
+        losses=[_relative(ours, theirs) for ours, theirs in zip(losses, reference.losses, strict=True)],
+        norms=[
+            max(_relative(record.norms[step], norm) for record in records) for step, norm in enumerate(reference.norms)
+        ],
+        norm_ratio=records[0].norms[0] / reference.norms[0],
+        grads=_differences(assemble(reference.grads), [box for record in records for box in record.grads]),
+        masters=masters,
+        replicas=_stray_replicas(finals, [box for record in records for box in record.live]),
+    )
+
+
+def _relative(ours: float, theirs: float) -> float:
+    return abs(ours - theirs) / max(abs(theirs), 1e-30) if ours == ours else float("inf")
+
+
+def assemble(boxes: Iterable[Box]) -> dict[str, Tensor]:
+    """Logical tensors from rectangles. Raises AssertionError if a tensor is not covered."""
+    wholes: dict[str, Tensor] = {}
+    covered: dict[str, Tensor] = {}
+    for box in boxes:
+        if box.name not in wholes:
+            wholes[box.name] = torch.zeros(box.global_shape)
+            covered[box.name] = torch.zeros(box.global_shape, dtype=torch.bool)
+        box.slice_of(wholes[box.name]).copy_(box.values)
+        box.slice_of(covered[box.name]).fill_(True)
+    missing = [name for name, mask in covered.items() if not bool(mask.all())]
+    assert not missing, f"no rank holds some rows of {missing}"
+    return wholes
+
+
+def _differences(
+    reference: dict[str, Tensor], boxes: Sequence[Box], start: dict[str, Tensor] | None = None
+) -> list[Difference]:
+    """The worst rectangle of each tensor; every tensor of the reference must be there."""
+    absent = sorted(set(reference) - {box.name for box in boxes})
+    unknown = sorted({box.name for box in boxes} - set(reference))
+    assert not absent + unknown, f"tensors differ: absent {absent}, unknown {unknown}"
+    found: dict[str, Difference] = {}
+    for box in boxes:
+        difference = _difference(box, reference[box.name], None if start is None else start[box.name])
+        if box.name not in found or difference.error > found[box.name].error:
+            found[box.name] = difference
+    return [found[name] for name in sorted(found, key=_model_order, reverse=True)]
+
+
+def _model_order(name: str) -> tuple[int, int, str]:
+    first, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    return ({"embedding": 0, "blocks": 1}.get(first, 2), int(number) if number.isdigit() else 0, name)
+
+
+def _difference(box: Box, whole: Tensor, start: Tensor | None) -> Difference:
+    ours, theirs = box.values.double(), box.slice_of(whole).double()
+    scale = (whole.double() if start is None else whole.double() - start.double()).square().mean().sqrt()
+    scale = scale.clamp(min=1e-30)
+    error = float((ours - theirs).square().mean().sqrt() / scale)
+    if error == 0.0:
+        return Difference(box.name, 0.0)
+    ratio = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-60))
+    rest = float((ours - ratio * theirs).square().mean().sqrt() / scale)
+    return Difference(box.name, error if error == error else float("inf"), ratio, rest)
+
+
+def _stray_replicas(masters: dict[str, Tensor], live: Sequence[Box]) -> list[str]:
+    """Names of live parameters that are not the owner's master weights, rounded."""
+    stray = {
+        box.name for box in live if not torch.equal(box.slice_of(masters[box.name]).to(box.values.dtype), box.values)
+    }
+    return sorted(stray, key=_model_order)

@@ -1,0 +1,123 @@
+"""Is a killed and resumed run the run that was never stopped? For a small model, on synthetic tokens.
+
+One idea: the same function runs from the newest checkpoint (or from the start) to a step, saves on the way, and reports
+losses and all optimizer state as rectangles of logical tensors. Called without and with an end by SIGKILL, and at
+other layouts, its reports must be equal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore
+from megatron_fp4.checkpoint.directory import latest_step
+from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.mesh import ParallelConfig, build_mesh
+from megatron_fp4.precision.backends.emulated import EmulatedBackend
+from megatron_fp4.proofs.distance import assemble
+from megatron_fp4.proofs.parity import Box, Case, synthetic_inputs
+from megatron_fp4.train.trainable import build_trainable
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What to run: to `last_step` (from the newest checkpoint under `root`, if there is one), saving after `save_step`.
+
+    mark: a file that the first rank makes when it begins `mark_step`, for whoever wants to kill it then ("" = none).
+    """
+
+    root: str
+    save_step: int
+    last_step: int
+    mark: str = ""
+    mark_step: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Of one rank. began: steps that were done when it started. losses: its parts, per step made. state: after the last
+    step, boxes named "<kind>/<name>".
+    """
+
+    began: int
+    losses: dict[int, float]
+    state: list[Box]
+
+
+def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch: Stretch) -> Report:
+    """Collective over the world."""
+    mesh = build_mesh(parallel, process.world)
+    config = replace(case.config, parallel=parallel)
+    trainable = build_trainable(config, case.table, EmulatedBackend(compile=False), mesh, process.device)
+    optimizer, engine = trainable.optimizer, trainable.engine
+    store = CheckpointStore(stretch.root, process.world, CheckpointConfig())
+    began = 0
+    if store.latest() is not None:
+        meta = store.load(None, optimizer.state_shards())
+        began, optimizer.step_count = meta["step"], meta["optimizer_steps"]
+        optimizer.after_load()
+    losses: dict[int, float] = {}
+    for step in range(began, stretch.last_step):
+        if process.world.rank == 0 and stretch.mark and step + 1 == stretch.mark_step:
+            while latest_step(store.root) is None:  # the save is asynchronous; the other ranks wait in a collective
+                time.sleep(0.02)
+            Path(stretch.mark).touch()
+        trainable.clock.step = step
+        inputs, num_targets = synthetic_inputs(case, mesh, step, process.device)
+        optimizer.zero_grad()
+        microbatches = inputs.split(config.train.micro_batch)
+        loss = engine.train(microbatches, 1.0 / num_targets, optimizer.begin_last_microbatch)
+        optimizer.finish_grads()
+        losses[step + 1] = loss.item() if engine.reports_loss and mesh.tp.rank == 0 else 0.0
+        optimizer.step(config.optim.lr, config.optim.clip_norm)
+        if step + 1 == stretch.save_step:
+            store.save(step + 1, optimizer.state_shards(), {"optimizer_steps": optimizer.step_count})
+    store.close()
+    state = [
+        Box(f"{kind}/{shard.name}", shard.global_shape, shard.offset, shard.tensors[kind].clone())
+        for shard in optimizer.state_shards()
+        for kind in KINDS
+    ]
+    return Report(began, losses, state)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Largest relative differences between two runs: of a loss, and of a tensor (root mean square, by kind: of the
+    difference over that of the tensor). 0 means equal bit for bit. tensor: the worst one.
+    """
+
+    loss: float
+    tensors: dict[str, float]
+    worst: str
+
+    @property
+    def equal(self) -> bool:
+        return self.loss == 0.0 and not any(self.tensors.values())
+
+
+def distance(reference: Sequence[Report], resumed: Sequence[Report]) -> Distance:
+    """The steps that `resumed` made, and the state after the last."""
+    losses = [total_losses(reports) for reports in (reference, resumed)]
+    loss = max(abs(losses[0][step] - value) / abs(losses[0][step]) for step, value in losses[1].items())
+    expected, actual = (assemble(box for report in reports for box in report.state) for reports in (reference, resumed))
+    assert expected.keys() == actual.keys(), f"tensors differ: {sorted(expected.keys() ^ actual.keys())[:5]}"
+    tensors, worst = dict.fromkeys(KINDS, 0.0), ("", 0.0)
+    for name, whole in expected.items():
+        if whole.equal(actual[name]):
+            continue
+        difference = (whole.double() - actual[name].double()).square().mean().sqrt()
+        error = float(difference / whole.double().square().mean().sqrt().clamp(min=1e-30))
+        kind = name.split("/", 1)[0]
+        tensors[kind] = max(tensors[kind], error if error == error else float("inf"))
+        worst = max(worst, (name, error), key=lambda pair: pair[1])
+    return Distance(loss, tensors, worst[0])
+
+
+def total_losses(reports: Sequence[Report]) -> dict[int, float]:
+    return {step: sum(report.losses[step] for report in reports) for step in reports[0].losses}

@@ -1,0 +1,199 @@
+"""A small model with every structural feature of a large one, for checks on a laptop.
+
+One idea: a parallel layout can go wrong per kind of block, per precision of a linear and per feature (grouped heads,
+tied embeddings, gating, documents, dropout), not per size. So kinds are kept and sizes go down:
+
+    blocks      one of each (letter, precision of its linears) at least, then as many as the layouts have stages, spread
+                evenly over the model and in its order; their precision is that of the block they stand for
+    heads       kv heads: one per tensor-parallel rank, at least two if the model has several; query heads: the model's
+                ratio, at most 2; Mamba-2 heads and groups: as many as a rank's shape must be a multiple of
+    widths      the smallest that every recipe and every layout divide
+    vocabulary  101, which no tensor-parallel size divides, unless the head is quantized
+    tokens      samples of 64 tokens or more; microbatches of one sample; a global batch that suits every layout
+    batch ramp  if there is one: two steps of that batch, one of twice and one of three times it, then four times
+    learning    the rate is constant, at most 1e-4: larger steps amplify rounding, not bugs
+    kernels     torch's, whatever the run uses: the layouts are tried on CPUs
+    overlap     `auto` is on, as on GPUs; buckets are small enough that several leave during a backward
+
+Kept as they are: activation, rotary base, tied embeddings, dropout, norm, initialisation, precision recipes (of the
+first phase), the rest of the optimizer, document handling, recompute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_fp4.data.ramp import BatchRampConfig, batch_sizes
+from megatron_fp4.models.block import LinearInfo, model_linears
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.layout import check_model_layout
+from megatron_fp4.optim import OptimConfig, Overlap
+from megatron_fp4.pipeline.schedules import check_pipeline
+from megatron_fp4.precision.config import ComputeDtype
+from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.precision.spec import AmaxScope, LinearPrecision, Operand
+from megatron_fp4.precision.table import PrecisionTable, Row
+from megatron_fp4.proofs.layouts import Layout
+from megatron_fp4.proofs.parity import Case
+from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.requirements import by_torch
+
+MAX_GLOBAL_BATCH = 64
+MAX_LR = 1e-4
+SMALL_BUCKET_MIB = 0.25  # the small model fills several
+DEFAULT_VOCABULARY = 101
+
+
+@dataclass(frozen=True)
+class _Divisors:
+    """What sizes must divide by: unit by the recipes, tp and cp by the layouts."""
+
+    unit: int
+    tp: int
+    cp: int
+
+
+def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
+    """The cases `fp32`, `bf16` and, if anything is quantized, `recipe` (SR, amax over whole tensors, FP32 compute).
+
+    Raises ValueError if no small global batch suits all layouts, or the model cannot be laid out in one of them.
+    """
+    config = by_torch(config)
+    full = replace(config.model, vocab_size=config.model.vocab_size or DEFAULT_VOCABULARY)
+    table = PrecisionPlan(config.precision, model_linears(full)).table()
+    divisors = _divisors(table, layouts)
+    picked = _pick_blocks(full, table, max(4, *(layout.num_stages for layout in layouts)))
+    quantized_head = table["head"].quantized
+    model = _small_model(full, picked, divisors, quantized_head=quantized_head)
+    small = replace(
+        config,
+        model=model,
+        optim=_small_optim(config.optim),
+        data=replace(config.data, seq_length=_seq_length(divisors)),
+        train=_small_train(config.train, layouts),
+    )
+    rows = _small_table(table, picked, model_linears(model))
+    high = PrecisionTable(tuple(replace(row, precision=LinearPrecision()) for row in rows))
+    for layout in layouts:
+        tokens = small.data.seq_length // layout.parallel.cp
+        check_model_layout(model, layout.parallel, seq_length=small.data.seq_length, tokens=tokens)
+    cases = [_case("fp32", small, high, ComputeDtype.fp32), _case("bf16", small, high, ComputeDtype.bf16)]
+    if table.num_quantized_gemms:
+        recipe = PrecisionTable(tuple(replace(row, precision=_over_whole_tensors(row.precision)) for row in rows))
+        cases.append(_case("recipe", small, recipe, ComputeDtype.fp32))
+    return cases
+
+
+def _small_optim(optim: OptimConfig) -> OptimConfig:
+    def on(setting: Overlap) -> Overlap:
+        return Overlap.always if setting is Overlap.auto else setting
+
+    reduce, gather = on(optim.overlap_reduce), on(optim.overlap_gather)
+    small = replace(optim, overlap_reduce=reduce, overlap_gather=gather, bucket_mib=SMALL_BUCKET_MIB)
+    return replace(small, lr=min(optim.lr, MAX_LR), min_lr=0.0)
+
+
+def _case(name: str, config: RunConfig, table: PrecisionTable, dtype: ComputeDtype) -> Case:
+    return Case(name, replace(config, precision=replace(config.precision, compute_dtype=dtype)), table)
+
+
+def _operands(precision: LinearPrecision) -> list[Operand]:
+    return [operand for gemm in (precision.fprop, precision.dgrad, precision.wgrad) for operand in (gemm.a, gemm.b)]
+
+
+def _divisors(table: PrecisionTable, layouts: Sequence[Layout]) -> _Divisors:
+    unit = 16
+    for row in table.rows:
+        for operand in _operands(row.precision):
+            unit = math.lcm(unit, operand.contraction_multiple, operand.tile[0] if operand.tile else 1)
+    tp = math.lcm(*(layout.parallel.tp for layout in layouts))
+    cp = math.lcm(*(layout.parallel.cp for layout in layouts))
+    return _Divisors(unit, tp, cp)
+
+
+def _pick_blocks(model: ModelConfig, table: PrecisionTable, count: int) -> list[int]:
+    """Blocks of the large model that the small one has, in order; a small large model repeats blocks."""
+    kinds: dict[tuple[object, ...], int] = {}
+    for index, letter in enumerate(model.blocks):
+        mine = tuple(row.precision for row in table.rows if row.name.startswith(f"blocks.{index}."))
+        kinds.setdefault((letter, mine), index)
+    picked = list(kinds.values())
+    total = len(model.blocks)
+    evenly = [round((number + 0.5) * total / count - 0.5) for number in range(count)]
+    missing = [index for index in evenly if index not in picked]
+    picked += missing[: max(0, count - len(picked))]
+    repeats = [index % total for index in range(max(0, count - len(picked)))]
+    return sorted(picked + repeats)
+
+
+def _small_model(full: ModelConfig, picked: list[int], by: _Divisors, *, quantized_head: bool) -> ModelConfig:
+    unit, tp = by.unit, by.tp
+    kv_heads = math.lcm(tp, 2) if full.num_kv_heads > 1 else tp
+    groups = math.lcm(tp, 2) if full.mamba_num_groups > 1 else tp
+    return replace(
+        full,
+        num_layers=len(picked),
+        pattern="".join(full.blocks[index] for index in picked),
+        hidden=max(64, unit),
+        ffn_hidden=max(32, unit) * tp,
+        num_kv_heads=kv_heads,
+        num_heads=kv_heads * min(2, full.num_heads // full.num_kv_heads),
+        head_dim=unit,
+        vocab_size=unit * tp * 2 if quantized_head else max(DEFAULT_VOCABULARY, tp),
+        mamba_num_heads=math.lcm(unit * tp, groups) if full.mamba_num_heads else 0,
+        mamba_head_dim=4,
+        mamba_num_groups=groups if full.mamba_num_heads else full.mamba_num_groups,
+        mamba_state=unit,
+        mamba_chunk=16,
+    )
+
+
+def _seq_length(by: _Divisors) -> int:
+    """At least 64. Chunks of a zig-zag shard hold whole quantization blocks, so that Wgrad's blocks are those of one
+    process, and tensor-parallel ranks hold equal numbers of tokens."""
+    step = math.lcm(2 * by.cp * by.unit, by.cp * by.tp)
+    return step * -(-64 // step)
+
+
+def _small_train(full: TrainConfig, layouts: Sequence[Layout]) -> TrainConfig:
+    """The smallest batches, from 4 samples on, that every layout accepts."""
+    step = math.lcm(*(layout.parallel.dp for layout in layouts))
+    for batch in range(step, MAX_GLOBAL_BATCH + 1, step):
+        ramp, largest = BatchRampConfig(), batch
+        if full.batch_ramp.ramp_samples:
+            ramp, largest = BatchRampConfig(batch, batch, 6 * batch), 4 * batch
+        sizes = batch_sizes(ramp, largest)
+        if batch >= 4 and all(_suits(layout, size) for layout in layouts for size in sizes):
+            return replace(full, micro_batch=1, global_batch=largest, batch_ramp=ramp)
+    names = ", ".join(layout.name for layout in layouts)
+    raise ValueError(f"no global batch up to {MAX_GLOBAL_BATCH} suits all of {names}; check them in several calls")
+
+
+def _suits(layout: Layout, batch: int) -> bool:
+    try:
+        check_pipeline(layout.parallel, batch // layout.parallel.dp)
+    except ValueError:
+        return False
+    return True
+
+
+def _small_table(table: PrecisionTable, picked: list[int], linears: Sequence[LinearInfo]) -> tuple[Row, ...]:
+    rows = {row.name: row for row in table.rows}
+    found = []
+    for info in linears:
+        name = info.name
+        if info.block is not None:
+            name = name.replace(f"blocks.{info.block}.", f"blocks.{picked[info.block]}.", 1)
+        found.append(replace(rows[name], name=info.name))
+    return tuple(found)
+
+
+def _over_whole_tensors(precision: LinearPrecision) -> LinearPrecision:
+    """The same recipe with every `amax_scope=shard` widened to the logical tensor."""
+
+    def widen(operand: Operand) -> Operand:
+        return replace(operand, amax_scope=AmaxScope.tensor) if operand.amax_scope is AmaxScope.shard else operand
+
+    return precision.with_operands(widen)

@@ -1,0 +1,126 @@
+"""What is needed to look at a bad step later: a directory `<run>/spikes/step_<n>`.
+
+report.json       step, loss, running mean, action; every sample with its documents
+norms.json        parameter and gradient norm of every logical tensor
+quantization.txt  errors of every quantized operand of every linear, as in <run>/quantization/ (if any is quantized)
+config.yaml       of the run
+checkpoints/      the newest checkpoint before the step: hard links, which cost nothing and outlive its retention
+replay.sh         one line that runs from there to the bad step again in the run's precision, and one for BF16
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fp4.checkpoint.directory import step_name
+from megatron_fp4.precision.statistics import report_table
+from megatron_fp4.train.build import Run
+from megatron_fp4.train.faults.rollback import checkpoint_before
+from megatron_fp4.train.faults.spikes import Judgement
+from megatron_fp4.train.telemetry.norms import norms_by_tensor
+from megatron_fp4.train.telemetry.quantization import Report
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.json"
+SPIKES = "spikes"
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """first_sample: consumed before the step. first_spike: first step of the spikes in a row. again: makes forward and
+    backward of the step once more.
+    """
+
+    step: int
+    first_sample: int
+    first_spike: int
+    again: Callable[[], object]
+
+
+def write_bundle(run: Run, judgement: Judgement, bad: BadStep) -> Path:
+    """Collective; rank 0 writes. Trouble with the disk is logged and does not end the run. The step's gradients are
+    gone afterwards.
+    """
+    directory = Path(run.config.train.run_dir) / SPIKES / f"step_{bad.step:08}"
+    norms = norms_by_tensor(run.engine.stages, run.optimizer, run.mesh.world)
+    checkpoint = checkpoint_before(run, bad.first_spike)
+    statistics = _measure(run, bad)
+    if run.mesh.is_main:
+        report = {
+            "step": bad.step,
+            "action": judgement.action.name,
+            "loss": judgement.loss,
+            "mean": judgement.mean,
+            "deviation": judgement.deviation,
+            "consumed_samples": bad.first_sample,
+            "checkpoint": checkpoint,
+            "samples": samples_of(run, bad.first_sample),
+        }
+        try:
+            _write(run, directory, report, norms, statistics, checkpoint)
+        except OSError as error:
+            log.warning("%s is not complete: %s", directory, error)
+    return directory
+
+
+def _measure(run: Run, bad: BadStep) -> Report:
+    """Quantization statistics of the step; what its second backward adds to the gradients is never used."""
+    run.optimizer.zero_grad()
+    run.clock.weights_version += 1  # else the weights' operands would be taken from the first time, unseen
+    statistics = run.observers.measure(bad.step, bad.again)
+    if run.watch:
+        run.watch.take()  # seen and told the first time
+    return statistics
+
+
+def samples_of(run: Run, first_sample: int) -> list[dict[str, Any]]:
+    """The global batch: id, source and documents of every sample."""
+    origins = run.loader.origins(first_sample, run.config.train.batch_at(first_sample))
+    return [
+        {"sample_id": origin.sample_id, "source": origin.source, "pieces": run.loader.describe(origin)}
+        for origin in origins
+    ]
+
+
+def replay_command(directory: Path) -> str:
+    return f"megatron-fp4 replay '{directory.resolve()}'"
+
+
+def _write(
+    run: Run,
+    directory: Path,
+    report: dict[str, Any],
+    norms: dict[str, Any],
+    statistics: Report,
+    checkpoint: int | None,
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    (directory / "norms.json").write_text(json.dumps(norms, indent=1) + "\n")
+    if statistics:
+        (directory / "quantization.txt").write_text(report_table(statistics.items()) + "\n")
+    command = replay_command(directory)
+    (directory / "replay.sh").write_text(f"{command}\n{command} --precision bf16\n")
+    stored = Path(run.config.train.run_dir) / "config.yaml"
+    if stored.exists():
+        shutil.copy(stored, directory / stored.name)
+    if checkpoint is not None:
+        target = directory / "checkpoints" / step_name(checkpoint)
+        if not target.exists():
+            shutil.copytree(run.store.root / step_name(checkpoint), target, copy_function=_link)
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+    return target

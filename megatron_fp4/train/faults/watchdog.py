@@ -1,0 +1,170 @@
+"""Ends a job in which a rank hangs, from start-up to the last file, and says which rank, where, and why.
+
+One idea: a rank that waits for others stands in a collective, the late rank does not. A thread of each rank looks at
+how long the main thread has been in its phase. After half the time-out it posts step, phase and place on a board that
+needs no collective; after the whole time-out all ranks read the board, the late one prints the stack of its main
+thread, the first one the summary, and all end with EXIT_HUNG.
+
+Before the ranks have met there is no board: a rank that hangs then prints its own stack and ends.
+
+A main thread that hangs in native code and keeps Python's lock stops this thread too. Then `faulthandler`, whose timer
+is not re-armed, prints all stacks and ends the process, from C. A process that does not run at all (stopped by a
+signal, dead node) is named by the others: it is the one that posted nothing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import linecache
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from dataclasses import asdict, dataclass
+from types import FrameType
+
+from megatron_fp4.comm.board import NoticeBoard
+from megatron_fp4.comm.bootstrap import exit_process
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.train.faults.signals import EXIT_HUNG
+from megatron_fp4.train.phases import Phases, Position
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a rank says that does not get on. collective: in which it waits, "" if in none. place: file, line, function
+    of the innermost Python frame.
+    """
+
+    step: int
+    phase: str
+    collective: str
+    place: str
+    host: str
+
+    def __str__(self) -> str:
+        where = f"waiting in the collective {self.collective}" if self.collective else f"at {self.place}"
+        return f"step {self.step}, phase {self.phase}, {where} (host {self.host})"
+
+
+class Watchdog:
+    """Watches the calling thread while used in a `with`. timeout_seconds: longest time in one phase; 0 = no watch.
+
+    rank: of this process in the world. extra_seconds: what a phase may take on top, by name.
+    """
+
+    def __init__(
+        self, phases: Phases, rank: int, timeout_seconds: float, extra_seconds: dict[str, float] | None = None
+    ) -> None:
+        self._phases, self._rank, self._timeout = phases, rank, timeout_seconds
+        self._extra = extra_seconds or {}
+        self._poll = min(5.0, timeout_seconds / 10)
+        self._watched = threading.get_ident()
+        self._world: Group | None = None
+        self._board: NoticeBoard | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def meet(self, world: Group) -> None:
+        """The ranks of `world` have met: from here on they tell each other where they are."""
+        if self._timeout:
+            self._world, self._board = world, NoticeBoard(world, "watchdog")
+
+    def __enter__(self) -> Watchdog:
+        if self._timeout:
+            self._phases.beat()
+            self._arm(self._phases.position)
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join(timeout=10.0)
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._poll):
+            position = self._phases.position
+            self._arm(position)
+            late = time.monotonic() - position.since - self._extra.get(position.phase, 0.0)
+            try:
+                if self._board is not None:
+                    self._board.post(self._notice(position) if late > self._timeout / 2 else "")
+                if late > self._timeout:
+                    self._end(position)
+            except RuntimeError as error:  # the store is gone: its rank is dead, and the others are about to end
+                if late > self._timeout:
+                    self._say(f"rank {self._rank} {self._describe(position)}; the others are not reached: {error}")
+                    exit_process(EXIT_HUNG)
+
+    def _arm(self, position: Position) -> None:
+        """What comes from C if this thread does not come back here; after everything that it would do by itself."""
+        longest = self._timeout + self._extra.get(position.phase, 0.0)
+        faulthandler.dump_traceback_later(longest + 5 * self._poll, exit=True, file=sys.__stderr__ or 2)
+
+    def _describe(self, position: Position) -> Notice:
+        collective, place = where(sys._current_frames()[self._watched])
+        return Notice(position.step, position.phase, collective, place, socket.gethostname())
+
+    def _notice(self, position: Position) -> str:
+        return json.dumps(asdict(self._describe(position)))
+
+    def _end(self, position: Position) -> None:
+        time.sleep(2 * self._poll)  # until the others have posted
+        if self._phases.position.since != position.since:
+            return  # it goes on after all
+        notices, late = self._notices(position)
+        if self._rank in late:
+            stack = "".join(traceback.format_stack(sys._current_frames()[self._watched]))
+            self._say(f"stack of the main thread of rank {self._rank}:\n{stack}")
+        if self._board is None or self._board.claim():  # who ends first: a later one may end as its victim, unheard
+            self._say(summary(notices, late, self._timeout))
+        time.sleep(self._poll)  # nobody leaves before the others have read the board, which one of them may hold
+        exit_process(EXIT_HUNG)
+
+    def _notices(self, position: Position) -> tuple[dict[int, Notice], list[int]]:
+        """What all ranks say, and which are late; before they have met, only this one."""
+        if self._board is None or self._world is None:
+            return {self._rank: self._describe(position)}, [self._rank]
+        notices = {rank: Notice(**json.loads(text)) for rank, text in self._board.read().items()}
+        return notices, late_ranks(notices, self._world.size)
+
+    def _say(self, text: str) -> None:
+        print(f"watchdog: {text}", file=sys.stderr, flush=True)
+
+
+def where(frame: FrameType) -> tuple[str, str]:
+    """(collective or "", place) of the innermost Python frame of a thread."""
+    name, line = frame.f_code.co_filename, linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    place = f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
+    if "torch/distributed/" in name:
+        return frame.f_code.co_name, place
+    return (line, place) if line.endswith(".wait()") else ("", place)  # of a collective that was started earlier
+
+
+def late_ranks(notices: dict[int, Notice], size: int) -> list[int]:
+    """The ranks for which the others wait: who is in no collective, at the earliest step; else who says nothing; else
+    (all wait for each other, so they differ in what they wait for) those at the earliest step.
+    """
+    busy = {rank: notice.step for rank, notice in notices.items() if not notice.collective}
+    silent = [rank for rank in range(size) if rank not in notices]
+    if silent and not busy:
+        return silent
+    steps = busy or {rank: notice.step for rank, notice in notices.items()}
+    return [rank for rank, step in steps.items() if step == min(steps.values())]
+
+
+def summary(notices: dict[int, Notice], late: list[int], timeout_seconds: float) -> str:
+    """For the log: the late ranks one by one, the others counted by where they are."""
+    lines = [f"no progress for {timeout_seconds:g} s (train.hang_timeout_seconds); the job ends"]
+    for rank in late:
+        what = f"hangs: {notices[rank]}" if rank in notices else "gives no sign of life (stopped, or its node is gone)"
+        lines.append(f"  rank {rank} {what}")
+    others = Counter(str(notice) for rank, notice in notices.items() if rank not in late)
+    lines += [f"  {count} other rank(s): {text}" for text, count in others.most_common(20)]
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""When the state of a run goes to the disk, and what goes there beside the tensors."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import megatron_fp4
+from megatron_fp4.checkpoint import SaveFailed, SaveReport, SaveStatus
+from megatron_fp4.train.build import Run
+from megatron_fp4.train.plain import plain
+from megatron_fp4.train.progress import Progress
+from megatron_fp4.train.telemetry.console import Console
+from megatron_fp4.train.telemetry.metrics import Metrics
+
+
+class Saves:
+    """Saves each step at most once, and tells the outcome. last_step: the step of the newest save, -1 before any."""
+
+    def __init__(self, run: Run, metrics: Metrics, console: Console) -> None:
+        self._run, self._metrics, self._console = run, metrics, console
+        self.last_step = run.resumed["step"] if run.resumed else -1
+        self._newest: SaveReport | None = None
+
+    def save(self, progress: Progress, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
+        """Begin to save unless this step is saved already. score: held-out loss of this step, if known. Collective."""
+        if self.last_step == progress.step:
+            return
+        run = self._run
+        tokens = progress.consumed_samples * run.config.data.seq_length
+        report = run.store.save(progress.step, run.optimizer.state_shards(), meta(), tokens=tokens, score=score)
+        self.last_step = progress.step
+        self._tell(report)
+
+    def poll(self) -> None:
+        """Tell what has ended meanwhile; no communication."""
+        for report in self._run.store.poll():
+            self._tell(report)
+
+    def finish(self, progress: Progress, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
+        """Save the last state and wait until it is on disk; once more if that fails. Collective. Raises SaveFailed."""
+        store = self._run.store
+        for _ in range(2):
+            self.save(progress, meta, score)
+            self._tell(store.close())
+            if self._newest is None or self._newest.status is not SaveStatus.failed:
+                return
+            self.last_step = -1
+        assert self._newest is not None
+        raise SaveFailed(
+            f"the state after step {progress.step}, the last one, was not saved: {self._newest.error}; the newest"
+            f" checkpoint is that of step {store.latest()}. Start the same command again when there is room"
+        )
+
+    def _tell(self, report: SaveReport | None) -> None:
+        if report is None:
+            return
+        self._newest = report
+        text = f"checkpoint {report.step}: {report.status.name}"
+        if report.error:
+            text += f", {report.error}"
+        self._console.say(f"{text} (blocked {report.blocking_seconds:.2f} s, {report.seconds:.2f} s in all)")
+        if report.status is not SaveStatus.writing:
+            values = {"blocking_seconds": report.blocking_seconds, "seconds": report.seconds}
+            values["failed"] = float(report.status is SaveStatus.failed)
+            self._metrics.write(report.step, {f"save/{key}": value for key, value in values.items()})
+
+
+def meta_of(run: Run, progress: Progress, precision_phase: int, wandb_id: str) -> dict[str, Any]:
+    """All that a resume needs beside the tensors, as plain JSON values."""
+    return {
+        "consumed_samples": progress.consumed_samples,
+        "skipped": progress.skipped,
+        "skipped_steps": progress.skipped_steps,
+        "optimizer_steps": run.optimizer.step_count,
+        "data": run.loader.state_dict(progress.consumed_samples),
+        "precision": {name: list(formats) for name, formats in run.plan.table(precision_phase).formats().items()},
+        "config": plain(run.config),
+        "versions": versions(),
+        "git": git_state() if run.mesh.is_main else None,  # the main rank's is stored
+        "wandb_id": wandb_id,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    found = {
+        "megatron_fp4": megatron_fp4.__version__,
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    with suppress(metadata.PackageNotFoundError):
+        found["transformer_engine"] = metadata.version("transformer-engine")
+    return found
+
+
+@functools.cache
+def git_state() -> str | None:
+    """Commit of the checkout that this package runs from, as `git describe` says it ("...-dirty" with changes on top);
+    None where it is no checkout, or there is no git.
+    """
+    root = Path(megatron_fp4.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # also the repository around a virtual environment is not this package's
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,52 @@
+"""How fast a step was, against what the hardware can do.
+
+One idea: model FLOPs per token are arithmetic (models/count.py), so throughput is tokens per second times a constant,
+and utilization is its ratio to a peak: of BF16, and of the mix of rates at which the GEMMs of the present precision
+could run. Peaks and their sources are in train/telemetry/peaks.py; on other devices there is no utilization.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_fp4.models.count import count_flops
+from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.phases import Phases
+from megatron_fp4.train.telemetry.peaks import Gpu, find_gpu
+from megatron_fp4.train.telemetry.rates import flops_by_rate
+
+
+class Throughput:
+    """Of one job; the numbers are per device. gpu: None where the peak is not known."""
+
+    def __init__(self, config: RunConfig, num_devices: int, device: torch.device) -> None:
+        self.gpu: Gpu | None = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._flops = count_flops(config.model, config.data.seq_length)
+        self._num_devices = num_devices
+
+    def metrics(self, phases: Phases, table: PrecisionTable, tokens: int) -> dict[str, float]:
+        """Of the last step, of `tokens` tokens. tflops: of the model (no recomputation), per device. mfu, mfu_mixed: 0
+        to 1.
+        """
+        seconds, tokens_per_device = phases.step_seconds(), tokens / self._num_devices
+        flops_per_second = self._flops.training * tokens_per_device / seconds
+        found = {
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": phases.seconds("data"),
+            "tflops": flops_per_second / 1e12,
+        }
+        if self.gpu:
+            gpu = self.gpu
+            at_peak = sum(value / gpu.rate(rate) for rate, value in flops_by_rate(self._flops, table).items())
+            found["mfu"] = flops_per_second / gpu.rate("bf16")
+            found["mfu_mixed"] = at_peak * tokens_per_device / seconds
+        return found
+
+    def describe(self) -> str:
+        """The peaks and their source, for the start of a log."""
+        if self.gpu is None:
+            return f"model FLOPs per token: {self._flops.training:.4g}; no peak is known for this device, so no MFU"
+        peaks = ", ".join(f"{rate} {value:g}" for rate, value in self.gpu.tflops.items())
+        return f"MFU against {self.gpu.name}: {peaks} TFLOP/s dense ({self.gpu.source})"

@@ -1,0 +1,69 @@
+import multiprocessing
+
+import numpy as np
+import pytest
+
+from megatron_fp4.data.order.epoch_index import IndexCache, build_index
+from megatron_fp4.data.order.permute import digest
+from megatron_fp4.data.shards.documents import open_source
+from tests.data.order.index_process import KEY, open_index
+from tests.data.toy import numbered, write_shard
+
+
+@pytest.fixture
+def source(tmp_path):
+    return open_source("web", [write_shard(tmp_path / "s", numbered([3, 1, 4, 1, 5, 9, 2, 6]))])
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".lock"))
+
+
+def test_cached_index_equals_the_built_one(source, tmp_path):
+    cache = IndexCache(tmp_path / "cache")
+    expected = build_index(source.lengths, KEY)
+    for _ in range(2):
+        found = cache.get(source, KEY)
+        assert np.array_equal(found.order, expected.order)
+        assert np.array_equal(found.starts, expected.starts)
+    assert cache.built == 1
+    assert len(files(tmp_path / "cache")) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncate", "torn", "foreign"])
+def test_half_written_or_stale_files_are_built_again(source, tmp_path, damage):
+    cache = IndexCache(tmp_path / "cache")
+    good = cache.get(source, KEY).order.copy()
+    path = next(p for p in (tmp_path / "cache").iterdir() if p.suffix == ".epoch")
+    data = path.read_bytes()
+    path.unlink()  # the mapping above keeps the old file alive
+    changed = {"truncate": data[:-20], "torn": data[:-8] + bytes(8), "foreign": data[:8] + bytes(32) + data[40:]}
+    path.write_bytes(changed[damage])
+    assert np.array_equal(cache.get(source, KEY).order, good)
+    assert cache.built == 2
+
+
+def test_other_content_is_another_file(source, tmp_path):
+    cache = IndexCache(tmp_path / "cache")
+    cache.get(source, KEY)
+    cache.get(open_source("web", [write_shard(tmp_path / "t", numbered([3, 1, 4, 1, 5, 9, 2, 7]))]), KEY)
+    cache.get(source, digest("other epoch"))
+    assert (cache.built, len(files(tmp_path / "cache"))) == (3, 3)
+
+
+def test_four_processes_on_two_nodes_start_at_once(tmp_path):
+    """Each node (a cache folder of its own) builds once; all four see the same order; no temporary file is left."""
+    prefix = write_shard(tmp_path / "s", numbered([2] * 5000))
+    context = multiprocessing.get_context("spawn")
+    barrier, out = context.Barrier(4), context.Queue()
+    folders = [str(tmp_path / f"node{n % 2}") for n in range(4)]
+    processes = [context.Process(target=open_index, args=(prefix, folder, barrier, out)) for folder in folders]
+    for process in processes:
+        process.start()
+    results = [out.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    for node in set(folders):
+        assert sum(built for folder, _, built in results if folder == node) == 1
+        assert len(files(tmp_path / node.rsplit("/", 1)[1])) == 1
+    assert all(order == results[0][1] for _, order, _ in results)

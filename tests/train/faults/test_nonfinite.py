@@ -1,0 +1,93 @@
+"""NaN or Inf on one rank: the step is skipped on all ranks, no state changes, and the message says where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.comm.bootstrap import Launch, Process
+from megatron_fp4.train.build import build, prepare
+from megatron_fp4.train.faults.signals import StopRequest
+from megatron_fp4.train.telemetry.console import Console
+from megatron_fp4.train.telemetry.metrics import Metrics
+from megatron_fp4.train.trainer import Trainer, TrainingDiverged
+from tests.helpers.distributed import run_distributed, world_group
+from tests.helpers.tiny_run import tiny_run
+
+
+class Recorder(Console):
+    """A console that keeps what was said."""
+
+    def __init__(self) -> None:
+        super().__init__(enabled=False, interval_steps=1)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def train_with_a_nan(
+    rank: int, world_size: int, overrides: list[str], bad_steps: list[int]
+) -> tuple[list[str], dict[str, Any], bool]:
+    """Train; on the last rank the block output is NaN in `bad_steps`. Returns what was said, the state, and
+    whether the run gave up."""
+    config = to_run_config(compose_config(overrides))
+    process = Process(Launch(rank, world_size), world_group(rank, world_size), torch.device("cpu"))
+    run = build(prepare(config, world_size), process)
+    console = Recorder()
+    trainer = Trainer(run, Metrics(), console, StopRequest(), "id")
+
+    def poison(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        bad = rank == world_size - 1 and trainer.progress.step + 1 in bad_steps
+        return out * float("nan") if bad else out
+
+    run.engine.stages[0].blocks["0"].register_forward_hook(poison)  # type: ignore[union-attr]
+    diverged = False
+    try:
+        trainer.fit()
+    except TrainingDiverged:
+        diverged = True
+    shards = run.optimizer.state_shards()
+    state = {f"{kind}/{shard.name}": tensor for shard in shards for kind, tensor in shard.tensors.items()}
+    return console.said, state, diverged
+
+
+def overrides_for(tmp_path: Path, *more: str) -> list[str]:
+    rules = "precision.rules=[{match: head, use: bf16}, {match: '*', use: nvfp4}]"
+    return list(tiny_run(tmp_path, "optim.overlap_reduce=always", rules, *more).overrides)
+
+
+def test_a_nan_on_one_rank_skips_the_step_everywhere(tmp_path: Path) -> None:
+    steps = "train.stop_after_steps=3"
+    bad = run_distributed(
+        train_with_a_nan, 2, overrides_for(tmp_path, steps, "train.run_dir=" + str(tmp_path / "a")), [3]
+    )
+    two = "train.stop_after_steps=2"
+    good = run_distributed(
+        train_with_a_nan, 2, overrides_for(tmp_path, two, "train.run_dir=" + str(tmp_path / "b")), []
+    )
+    for rank in range(2):
+        said, state, _ = bad[rank]
+        message = next(text for text in said if "skipped on all ranks" in text)
+        assert "step 3" in message
+        assert "blocks.1.attention.qkv (x, rank 1)" in message, "the first tensor and the rank must be named"
+        assert "samples [" in message
+        for name, tensor in good[rank][1].items():
+            assert torch.equal(state[name], tensor), f"rank {rank}: {name} changed in a skipped step"
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    overrides = overrides_for(tmp_path, "train.max_skipped_steps=2", "train.stop_after_steps=9")
+    said, _, diverged = train_with_a_nan(0, 1, overrides, [2, 4, 5])
+    assert diverged
+    assert sum("skipped on all ranks" in text for text in said) == 3, "a good step between resets the count"
+
+
+def test_stop_policy_names_the_tensor(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"blocks\.1\.attention\.qkv: operand x"):
+        train_with_a_nan(0, 1, overrides_for(tmp_path, "train.nonfinite=stop", "train.stop_after_steps=2"), [1])

@@ -1,0 +1,74 @@
+"""The settings table of a resume, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_fp4.train.resume.differences import ABSENT, Policy, Rule, check, differences, table
+
+SAVED = {
+    "model": {"hidden": 64, "heads": 4},
+    "optim": {"lr": 1e-3, "betas": [0.9, 0.95]},
+    "data": {"paths": ["a", "b"], "seed": 1},
+    "precision": {"recipe": "x"},
+    "logging": {"every": 1},
+}
+
+
+def changed(**groups: dict) -> dict:
+    return {name: {**values, **groups.get(name, {})} for name, values in SAVED.items()}
+
+
+def test_nothing_differs() -> None:
+    same = changed(optim={"betas": (0.9, 0.95), "lr": 0.001}, logging={"every": 5})
+    assert differences(SAVED, same) == [], "a tuple is a list after JSON, and logging is not compared"
+
+
+@pytest.mark.parametrize(
+    ("groups", "key", "policy", "refused"),
+    [
+        ({"model": {"hidden": 128}}, "model.hidden", Policy.refuse, True),
+        ({"optim": {"lr": 2e-3}}, "optim.lr", Policy.note, False),
+        ({"data": {"paths": ["b", "a"]}}, "data.paths", Policy.ask, True),
+        ({"precision": {"recipe": "y"}}, "precision.recipe", Policy.note, False),
+        ({"model": {"new_option": False}}, "model.new_option", Policy.ask, True),
+        ({"optim": {"lr": True}}, "optim.lr", Policy.note, False),
+    ],
+)
+def test_policy_per_kind(groups: dict, key: str, policy: Policy, refused: bool) -> None:
+    [found] = differences(SAVED, changed(**groups))
+    assert (found.key, found.policy, found.refused) == (key, policy, refused)
+    assert found.used == ("refused" if refused else found.configured)
+
+
+def test_allowing_answers_ask_but_not_refuse() -> None:
+    found = differences(SAVED, changed(data={"seed": 2}, model={"heads": 8}), allow=["data.*", "model.*"])
+    assert {one.key: one.refused for one in found} == {"data.seed": False, "model.heads": True}
+    with pytest.raises(ValueError, match=r"1 settings differ(.|\n)*model\.heads") as error:
+        check(found, "train.resume_allow=[...]")
+    assert "data.seed" not in str(error.value)
+
+
+def test_refusal_names_the_remedy() -> None:
+    found = differences(SAVED, changed(data={"seed": 2}))
+    with pytest.raises(ValueError, match=r"can be allowed with train\.resume_allow=\[data\.seed\]"):
+        check(found, "train.resume_allow=[data.seed]")
+    check([one for one in found if not one.refused], "")
+
+
+def test_first_fitting_rule_decides_and_one_side_may_lack_a_key() -> None:
+    rules = [Rule("model.heads", Policy.note, "may change"), Rule("model.*", Policy.refuse, "")]
+    assert not differences(SAVED, changed(model={"heads": 8}), rules)[0].refused
+    without = {**SAVED, "precision": {}}
+    gone = {one.key: one for one in differences(SAVED, without)}
+    assert gone["precision.recipe"].configured == ABSENT
+
+
+def test_table_has_all_columns_aligned() -> None:
+    found = differences(SAVED, changed(optim={"lr": 2e-3}, data={"paths": ["c" * 100]}))
+    lines = table(found).splitlines()
+    assert lines[0].split() == ["setting", "checkpoint", "config", "used"]
+    assert len(lines) == 3
+    assert lines[1].index("refused") == lines[0].index("used"), "the columns do not line up"
+    assert "0.001" in lines[2]
+    assert "the config's value is used" in lines[2]

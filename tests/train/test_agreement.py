@@ -1,0 +1,33 @@
+"""The message at the end of a step: what all ranks agree on, and that peers were fed the same tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_fp4.train.agreement import StepMessage, TokensDifferError, exchange
+from tests.helpers.distributed import mesh_for, run_distributed
+
+CPU = torch.device("cpu")
+
+
+def messages(rank: int, world_size: int) -> list[tuple[float, bool, int] | str]:
+    """tp 2, dp 2: an agreement; then rank 1, second of the first pair, is fed other tokens."""
+    mesh = mesh_for(rank, world_size, tp=2, dp=2)
+    found: list[tuple[float, bool, int] | str] = []
+    for strayed in (False, True):
+        tokens = 1000 + mesh.dp.rank + 7 * (strayed and rank == 1)
+        try:
+            agreement = exchange(StepMessage(0.1 * (rank + 1), rank == 2, tokens), mesh, CPU)
+            found.append((agreement.loss, agreement.stop, agreement.tokens_hash))
+        except TokensDifferError as error:
+            found.append(str(error))
+    return found
+
+
+def test_all_ranks_agree_and_all_see_a_peer_that_was_fed_other_tokens() -> None:
+    ranks = run_distributed(messages, 4)
+    for agreement, error in ranks:
+        assert agreement == ranks[0][0], "the ranks come to different conclusions"
+        assert abs(agreement[0] - 1.0) < 1e-12, "a rank's loss is lost, or counted twice"
+        assert agreement[1], "a request to stop on one rank is not seen by all"
+        assert error.startswith("data shard 0: 1 of its 2 ranks were fed other tokens"), error
