@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.rect import split_evenly
 from megatron_fp4.layers.context_parallel import context_parallel_attention
+from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.recompute import run_core
 from megatron_fp4.layers.rope import apply_rope, rope_angles
-from megatron_fp4.layers.wiring import Tokens, Wiring, widen
 
 
 class Attention(nn.Module):
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        wiring: Wiring,
+        context: LayerContext,
         *,
         rope_base: float,
         keep_documents_apart: bool,
@@ -43,15 +43,15 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute_core = False
-        self._wiring = wiring
+        self._context = context
         self._head_dim = head_dim
-        self._heads = split_evenly(num_heads, wiring.tp, what="num_heads")
-        self._kv_heads = split_evenly(num_kv_heads, wiring.tp, what="num_kv_heads")
+        self._heads = split_evenly(num_heads, context.tp, what="num_heads")
+        self._kv_heads = split_evenly(num_kv_heads, context.tp, what="num_kv_heads")
         self._rope_base = rope_base
         self._keep_documents_apart = keep_documents_apart
         outputs = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
-        self.qkv = ColumnParallelLinear(f"{name}.qkv", hidden, outputs, wiring, std=std)
-        self.out = RowParallelLinear(f"{name}.out", num_heads * head_dim, hidden, wiring, std=out_std)
+        self.qkv = ColumnParallelLinear(f"{name}.qkv", hidden, outputs, context, std=std)
+        self.out = RowParallelLinear(f"{name}.out", num_heads * head_dim, hidden, context, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         return self.out(run_core(self._core, self.qkv(x_TD, tokens), tokens, again=self.recompute_core), tokens)
@@ -68,9 +68,9 @@ class Attention(nn.Module):
         return self._mix(widen(q), widen(k), widen(v), tokens).reshape(B * S, -1).to(qkv_TN.dtype)
 
     def _mix(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
-        if self._wiring.cp.size > 1:
+        if self._context.cp.size > 1:
             documents = tokens.documents if self._keep_documents_apart else None
-            return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, documents, self._wiring.cp)
+            return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, documents, self._context.cp)
         mask = document_mask(tokens.documents, tokens.documents) if self._keep_documents_apart else None
         if mask is not None:
             S = mask.shape[-1]

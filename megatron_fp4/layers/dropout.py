@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_fp4.layers.wiring import Tokens, Wiring
+from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.numerics.random import key_of, uniform
 
 
 class Dropout(nn.Module):
     """Drop elements of x_TD `[T/tp, D]` with probability `p` and scale the rest by 1 / (1 - p), in training mode."""
 
-    def __init__(self, name: str, p: float, wiring: Wiring) -> None:
+    def __init__(self, name: str, p: float, context: LayerContext) -> None:
         super().__init__()
-        self._name, self._p, self._wiring = name, p, wiring
+        self._name, self._p, self._context = name, p, context
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         if self._p == 0.0 or not self.training:
             return x_TD
-        clock = self._wiring.clock
+        clock = self._context.clock
         columns = torch.arange(x_TD.shape[-1], device=x_TD.device)
-        draw = uniform(key_of(clock.seed, clock.step, self._name), tokens.my_rows(self._wiring.tp), columns)
+        draw = uniform(key_of(clock.seed, clock.step, self._name), tokens.my_rows(self._context.tp), columns)
         return x_TD * (draw >= self._p).to(x_TD.dtype) / (1.0 - self._p)

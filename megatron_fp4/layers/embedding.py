@@ -13,8 +13,8 @@ from megatron_fp4.comm.autograd import reduce_scatter_rows
 from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.parameter import make_parameter, normal_init
-from megatron_fp4.layers.wiring import Wiring
 
 
 def vocab_range(vocab_size: int, tp: Group) -> tuple[int, int]:
@@ -27,23 +27,23 @@ def vocab_range(vocab_size: int, tp: Group) -> tuple[int, int]:
 
 
 def vocab_table(
-    name: str, vocab_size: int, hidden: int, wiring: Wiring, *, std: float, writes: bool = True
+    name: str, vocab_size: int, hidden: int, context: LayerContext, *, std: float, writes: bool = True
 ) -> nn.Parameter:
     """The rows of a `[vocab_size, hidden]` table that this rank holds."""
-    first, stop = vocab_range(vocab_size, wiring.tp)
+    first, stop = vocab_range(vocab_size, context.tp)
     segment = Segment(name, 0, stop - first, (vocab_size, hidden), (first, 0))
     placement = Placement((segment,), writes=writes)
-    return make_parameter((stop - first, hidden), placement, normal_init(std), wiring.dtype, wiring.device)
+    return make_parameter((stop - first, hidden), placement, normal_init(std), context.dtype, context.device)
 
 
 class VocabParallelEmbedding(nn.Module):
     """Token ids `[B, S] -> x_TD [T/tp, D]`: each rank looks up its rows, the sums are scattered over rows."""
 
-    def __init__(self, name: str, vocab_size: int, hidden: int, wiring: Wiring, *, std: float) -> None:
+    def __init__(self, name: str, vocab_size: int, hidden: int, context: LayerContext, *, std: float) -> None:
         super().__init__()
-        self._tp = wiring.tp
-        self._first, self._stop = vocab_range(vocab_size, wiring.tp)
-        self.weight = vocab_table(f"{name}.weight", vocab_size, hidden, wiring, std=std)
+        self._tp = context.tp
+        self._first, self._stop = vocab_range(vocab_size, context.tp)
+        self.weight = vocab_table(f"{name}.weight", vocab_size, hidden, context, std=std)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         ids_T = ids_BS.reshape(-1)

@@ -8,8 +8,8 @@ One idea: the GEMM function knows no layout and the collective knows no format. 
 `LinearSite`: over which ranks each operand is spread (for its largest magnitude) and which logical rows and columns
 this rank holds (for the address of its rounding noise).
 
-With `wiring.overlap` the backward pass of a column-parallel linear computes Wgrad while dx travels: Wgrad is put into a
-queue of that one call, and the backward of the gather empties it between the start and the end of its reduce-scatter.
+With `context.overlap` the backward pass of a column-parallel linear computes Wgrad while dx travels: Wgrad is put into
+a queue of that one call, and the backward of the gather empties it between the start and the end of its reduce-scatter.
 The same GEMMs run in the same order, so no bit changes. Nothing else of a pair of linears can be hidden without cutting
 a GEMM into pieces: a gather comes right before the GEMM that needs it, a scatter right after the one that makes it. The
 gathered x is kept for Wgrad, not gathered a second time.
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from megatron_fp4.comm.autograd import gather_rows, reduce_scatter_rows
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Placement, Segment, split_evenly
+from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.parameter import make_parameter, normal_init
-from megatron_fp4.layers.wiring import Tokens, Wiring, widen
 from megatron_fp4.precision.linear_op import LinearSite, WeightCache, WgradQueue, quantized_linear
 from megatron_fp4.precision.spec import LinearPrecision
 
@@ -39,11 +39,11 @@ class ParallelLinear(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, wiring: Wiring, site: LinearSite) -> None:
+    def __init__(self, context: LayerContext, site: LinearSite) -> None:
         super().__init__()
         self.site = site
         self.precision = LinearPrecision()
-        self._wiring = wiring
+        self._context = context
         self._cache = WeightCache()
 
     @property
@@ -53,15 +53,15 @@ class ParallelLinear(nn.Module):
 
     def gemm(self, x_TK: Tensor, tokens: Tokens, queue: WgradQueue) -> Tensor:
         """`[T, K_local] -> [T, N_local]` in the layer's precision."""
-        wiring = self._wiring
+        context = self._context
         return quantized_linear(
             x_TK,
             self.weight,
             rows=tokens.rows,
             site=self.site,
             precision=self.precision,
-            backend=wiring.backend,
-            clock=wiring.clock,
+            backend=context.backend,
+            clock=context.clock,
             cache=self._cache,
             queue=queue,
         )
@@ -75,8 +75,10 @@ class ColumnParallelLinear(ParallelLinear):
     separate tensors (`<name>.q.weight`) in checkpoints. Raises ValueError if a part does not divide by tp.
     """
 
-    def __init__(self, name: str, in_features: int, outputs: Mapping[str, int], wiring: Wiring, *, std: float) -> None:
-        tp = wiring.tp
+    def __init__(
+        self, name: str, in_features: int, outputs: Mapping[str, int], context: LayerContext, *, std: float
+    ) -> None:
+        tp = context.tp
         segments: list[Segment] = []
         n_index: list[Tensor] = []
         first_row = first_logical = 0
@@ -86,24 +88,26 @@ class ColumnParallelLinear(ParallelLinear):
             offset = tp.rank * rows
             shape = (out_features, in_features)
             segments.append(Segment(f"{label}.weight", first_row, first_row + rows, shape, (offset, 0)))
-            n_index.append(torch.arange(rows, device=wiring.device) + first_logical + offset)
+            n_index.append(torch.arange(rows, device=context.device) + first_logical + offset)
             first_row += rows
             first_logical += out_features
         site = LinearSite(
             name=name,
-            x_group=wiring.cp,
+            x_group=context.cp,
             w_group=tp,
-            dy_group=wiring.tp_cp,
+            dy_group=context.tp_cp,
             n_index=torch.cat(n_index),
-            k_index=torch.arange(in_features, device=wiring.device),
+            k_index=torch.arange(in_features, device=context.device),
         )
-        super().__init__(wiring, site)
+        super().__init__(context, site)
         placement = Placement(tuple(segments))
-        self.weight = make_parameter((first_row, in_features), placement, normal_init(std), wiring.dtype, wiring.device)
+        self.weight = make_parameter(
+            (first_row, in_features), placement, normal_init(std), context.dtype, context.device
+        )
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        tp, queue = self._wiring.tp, self._wiring.queue
-        if not self._wiring.overlap or queue.enabled or not x_TD.requires_grad:  # without dx nothing would travel
+        tp, queue = self._context.tp, self._context.queue
+        if not self._context.overlap or queue.enabled or not x_TD.requires_grad:  # without dx nothing would travel
             return self.gemm(gather_rows(widen(x_TD), tp), tokens, queue).to(x_TD.dtype)
         beside = WgradQueue(enabled=True)
         return self.gemm(gather_rows(widen(x_TD), tp, beside.drain), tokens, beside).to(x_TD.dtype)
@@ -112,26 +116,26 @@ class ColumnParallelLinear(ParallelLinear):
 class RowParallelLinear(ParallelLinear):
     """Input features sharded over tp: `x [T, K/tp] -> y [T/tp, N]`. Raises ValueError if K does not divide by tp."""
 
-    def __init__(self, name: str, in_features: int, out_features: int, wiring: Wiring, *, std: float) -> None:
-        tp = wiring.tp
+    def __init__(self, name: str, in_features: int, out_features: int, context: LayerContext, *, std: float) -> None:
+        tp = context.tp
         columns = split_evenly(in_features, tp, what=f"{name} input features")
         offset = tp.rank * columns
         site = LinearSite(
             name=name,
-            x_group=wiring.tp_cp,
+            x_group=context.tp_cp,
             w_group=tp,
-            dy_group=wiring.cp,
-            n_index=torch.arange(out_features, device=wiring.device),
-            k_index=torch.arange(columns, device=wiring.device) + offset,
+            dy_group=context.cp,
+            n_index=torch.arange(out_features, device=context.device),
+            k_index=torch.arange(columns, device=context.device) + offset,
         )
-        super().__init__(wiring, site)
+        super().__init__(context, site)
         segment = Segment(f"{name}.weight", 0, out_features, (out_features, in_features), (0, offset))
         self.weight = make_parameter(
-            (out_features, columns), Placement((segment,)), normal_init(std), wiring.dtype, wiring.device
+            (out_features, columns), Placement((segment,)), normal_init(std), context.dtype, context.device
         )
 
     def forward(self, x_TK: Tensor, tokens: Tokens) -> Tensor:
-        return reduce_scatter_rows(self.gemm(widen(x_TK), tokens, self._wiring.queue), self._wiring.tp).to(x_TK.dtype)
+        return reduce_scatter_rows(self.gemm(widen(x_TK), tokens, self._context.queue), self._context.tp).to(x_TK.dtype)
 
 
 def linears_of(model: nn.Module) -> dict[str, ParallelLinear]:

@@ -7,9 +7,9 @@ from enum import Enum
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.recompute import run_core
-from megatron_fp4.layers.wiring import Tokens, Wiring
 
 
 class Activation(Enum):
@@ -30,7 +30,7 @@ class MLP(nn.Module):
         hidden: int,
         ffn_hidden: int,
         activation: Activation,
-        wiring: Wiring,
+        context: LayerContext,
         *,
         std: float,
         out_std: float,
@@ -40,8 +40,8 @@ class MLP(nn.Module):
         self.recompute_core = False
         gated = activation is Activation.swiglu
         outputs = {"gate": ffn_hidden, "up": ffn_hidden} if gated else {"": ffn_hidden}
-        self.up = ColumnParallelLinear(f"{name}.{'gate_up' if gated else 'up'}", hidden, outputs, wiring, std=std)
-        self.down = RowParallelLinear(f"{name}.down", ffn_hidden, hidden, wiring, std=out_std)
+        self.up = ColumnParallelLinear(f"{name}.{'gate_up' if gated else 'up'}", hidden, outputs, context, std=std)
+        self.down = RowParallelLinear(f"{name}.down", ffn_hidden, hidden, context, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         h_TF = run_core(self._activate, self.up(x_TD, tokens), again=self.recompute_core)

@@ -13,8 +13,8 @@ from enum import Enum
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.parameter import constant_init, make_parameter, replicated_vector
-from megatron_fp4.layers.wiring import Wiring
 
 
 class NormImpl(Enum):
@@ -31,11 +31,13 @@ class RMSNorm(nn.Module):
     Raises ValueError with the remedy if the package of `impl` cannot be used.
     """
 
-    def __init__(self, name: str, hidden: int, wiring: Wiring, *, eps: float, impl: NormImpl = NormImpl.torch) -> None:
+    def __init__(
+        self, name: str, hidden: int, context: LayerContext, *, eps: float, impl: NormImpl = NormImpl.torch
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = make_parameter(
-            (hidden,), replicated_vector(f"{name}.weight", hidden), constant_init(1.0), wiring.dtype, wiring.device
+            (hidden,), replicated_vector(f"{name}.weight", hidden), constant_init(1.0), context.dtype, context.device
         )
         self._fused = fused_norm(impl, self.weight, eps)
 

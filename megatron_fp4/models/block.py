@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from megatron_fp4.layers.attention import Attention
 from megatron_fp4.layers.dropout import Dropout
+from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.mamba.mixer import Mamba2
 from megatron_fp4.layers.mlp import MLP, Activation
 from megatron_fp4.layers.norm import RMSNorm
-from megatron_fp4.layers.wiring import Tokens, Wiring
 from megatron_fp4.models.config import ModelConfig
 
 MIXERS = {"T": ("attention", "mlp"), "M": ("mamba",), "*": ("attention",), "-": ("mlp",)}
 
 
-def make_mixer(kind: str, name: str, config: ModelConfig, wiring: Wiring, *, keep_documents_apart: bool) -> nn.Module:
+def make_mixer(
+    kind: str, name: str, config: ModelConfig, context: LayerContext, *, keep_documents_apart: bool
+) -> nn.Module:
     """The mixer `kind` (attention, mlp or mamba) with the logical name `name`."""
     std, out_std = config.init_std, config.residual_std
     if kind == "attention":
@@ -30,37 +32,37 @@ def make_mixer(kind: str, name: str, config: ModelConfig, wiring: Wiring, *, kee
             config.num_heads,
             config.num_kv_heads,
             config.attention_head_dim,
-            wiring,
+            context,
             rope_base=config.rope_base,
             keep_documents_apart=keep_documents_apart,
             std=std,
             out_std=out_std,
         )
     if kind == "mlp":
-        return MLP(name, config.hidden, config.ffn_hidden, config.activation, wiring, std=std, out_std=out_std)
+        return MLP(name, config.hidden, config.ffn_hidden, config.activation, context, std=std, out_std=out_std)
     kernel = config.mamba_kernel
     return Mamba2(
-        name, config, wiring, keep_documents_apart=keep_documents_apart, std=std, out_std=out_std, kernel=kernel
+        name, config, context, keep_documents_apart=keep_documents_apart, std=std, out_std=out_std, kernel=kernel
     )
 
 
-def make_norm(name: str, config: ModelConfig, wiring: Wiring) -> RMSNorm:
+def make_norm(name: str, config: ModelConfig, context: LayerContext) -> RMSNorm:
     """The norm `name` of the model's hidden size, computed as `model.norm_impl` says."""
-    return RMSNorm(name, config.hidden, wiring, eps=config.norm_eps, impl=config.norm_impl)
+    return RMSNorm(name, config.hidden, context, eps=config.norm_eps, impl=config.norm_impl)
 
 
 class Block(nn.Module):
     """Block `index` of the model: x_TD `[T/tp, D]` -> `[T/tp, D]`."""
 
-    def __init__(self, index: int, config: ModelConfig, wiring: Wiring, *, keep_documents_apart: bool) -> None:
+    def __init__(self, index: int, config: ModelConfig, context: LayerContext, *, keep_documents_apart: bool) -> None:
         super().__init__()
         self.kinds = MIXERS[config.blocks[index]]
         for kind in self.kinds:
             name = f"blocks.{index}.{kind}"
-            mixer = make_mixer(kind, name, config, wiring, keep_documents_apart=keep_documents_apart)
-            self.add_module(f"{kind}_norm", make_norm(f"{name}_norm", config, wiring))
+            mixer = make_mixer(kind, name, config, context, keep_documents_apart=keep_documents_apart)
+            self.add_module(f"{kind}_norm", make_norm(f"{name}_norm", config, context))
             self.add_module(kind, mixer)
-            self.add_module(f"{kind}_dropout", Dropout(f"{name}_dropout", config.dropout, wiring))
+            self.add_module(f"{kind}_dropout", Dropout(f"{name}_dropout", config.dropout, context))
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         for kind in self.kinds:

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.attention import Attention
 from megatron_fp4.layers.embedding import VocabParallelEmbedding, vocab_range, vocab_table
+from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import ColumnParallelLinear, ParallelLinear
 from megatron_fp4.layers.mlp import MLP
-from megatron_fp4.layers.wiring import Tokens, Wiring
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.precision.linear_op import LinearSite
@@ -55,17 +55,17 @@ class VocabParallelHead(ParallelLinear):
 
     forward = ColumnParallelLinear.forward
 
-    def __init__(self, vocab_size: int, hidden: int, weight: nn.Parameter, wiring: Wiring) -> None:
-        first, stop = vocab_range(vocab_size, wiring.tp)
+    def __init__(self, vocab_size: int, hidden: int, weight: nn.Parameter, context: LayerContext) -> None:
+        first, stop = vocab_range(vocab_size, context.tp)
         site = LinearSite(
             name="head",
-            x_group=wiring.cp,
-            w_group=wiring.tp,
-            dy_group=wiring.tp_cp,
-            n_index=torch.arange(first, stop, device=wiring.device),
-            k_index=torch.arange(hidden, device=wiring.device),
+            x_group=context.cp,
+            w_group=context.tp,
+            dy_group=context.tp_cp,
+            n_index=torch.arange(first, stop, device=context.device),
+            k_index=torch.arange(hidden, device=context.device),
         )
-        super().__init__(wiring, site)
+        super().__init__(context, site)
         self.weight = weight
 
 
@@ -79,7 +79,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        wiring: Wiring,
+        context: LayerContext,
         stage: StageRange,
         *,
         keep_documents_apart: bool = False,
@@ -91,10 +91,10 @@ class Decoder(nn.Module):
         self.config, self.stage, self.recompute = config, stage, recompute
         size, hidden, std = config.vocab_size, config.hidden, config.init_std
         if stage.has_embedding:
-            self.embedding = VocabParallelEmbedding("embedding", size, hidden, wiring, std=std)
+            self.embedding = VocabParallelEmbedding("embedding", size, hidden, context, std=std)
         self.blocks = nn.ModuleDict(
             {
-                str(index): Block(index, config, wiring, keep_documents_apart=keep_documents_apart)
+                str(index): Block(index, config, context, keep_documents_apart=keep_documents_apart)
                 for index in range(stage.first, stage.stop)
             }
         )
@@ -103,16 +103,16 @@ class Decoder(nn.Module):
                 if isinstance(mixer, Attention | MLP):
                     mixer.recompute_core = True
         if stage.has_head:
-            self.final_norm = make_norm("final_norm", config, wiring)
+            self.final_norm = make_norm("final_norm", config, context)
             if config.tied_embeddings and stage.has_embedding:
                 weight = self.embedding.weight
             elif config.tied_embeddings and shared_table is not None:
                 weight = shared_table
             elif config.tied_embeddings:
-                weight = vocab_table("embedding.weight", size, hidden, wiring, std=std, writes=False)
+                weight = vocab_table("embedding.weight", size, hidden, context, std=std, writes=False)
             else:
-                weight = vocab_table("head.weight", size, hidden, wiring, std=std)
-            self.head = VocabParallelHead(size, hidden, weight, wiring)
+                weight = vocab_table("head.weight", size, hidden, context, std=std)
+            self.head = VocabParallelHead(size, hidden, weight, context)
         if config.tied_embeddings and tied_group is not None and tied_group.size > 1:
             for module in (getattr(self, "embedding", None), getattr(self, "head", None)):
                 if module is not None:

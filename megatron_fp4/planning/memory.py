@@ -4,7 +4,7 @@ One idea: what a rank keeps is a sum over parameters (state) and over mixers (te
 each with a known number of bytes per token; on top comes the largest thing that is alive only for a moment. The
 formulas follow the layers line by line and are tested against tensors counted in real steps.
 
-Letters as in layers/wiring.py; T = tokens of a microbatch on a context-parallel rank. Not here: the allocator's
+Letters as in layers/layer_context.py; T = tokens of a microbatch on a context-parallel rank. Not here: the allocator's
 fragmentation, CUDA's and NCCL's own memory (a few GB), and what other stages do.
 """
 

@@ -26,7 +26,7 @@ class ComputeDtype(Enum):
     """Type of weights, activations and of every GEMM that is not quantized.
 
     fp32 is the proof mode: values in FP32, sums in FP64 rounded once, so that no order of summation, and therefore no
-    parallel layout, shows in the numbers (layers.wiring.widen).
+    parallel layout, shows in the numbers (layers.layer_context.widen).
     """
 
     bf16 = "bf16"

@@ -176,7 +176,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _narrow(x: Tensor) -> Tensor:
-    """FP64 is the type of sums in FP32 compute (layers.wiring.widen); the values themselves are FP32."""
+    """FP64 is the type of sums in FP32 compute (layers.layer_context.widen); the values themselves are FP32."""
     return x.float() if x.dtype == torch.float64 else x
 
 

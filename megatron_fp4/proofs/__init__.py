@@ -1,1 +1,1 @@
-"""Does it compute what it should? Layouts, resumes, operands, GEMMs and machines, proved on a whole trainer (floor 7)."""
+"""Does it compute what it should? Layouts, resumes, operands, GEMMs, machines, proved on a whole trainer (floor 7)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh
-from megatron_fp4.layers.wiring import Wiring
+from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.models.decoder import Decoder, whole_model
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.train.build import Prepared, make_backend, prepare
@@ -66,9 +66,9 @@ def open_trained(config: RunConfig, step: int | None = None) -> tuple[Prepared, 
     backend = make_backend(replace(config.precision, compile=False))
     dtype = config.precision.compute_dtype.torch_dtype
     clock = StepClock(config.train.seed)
-    wiring = Wiring.of(ParallelMesh.single_process(), backend, clock, dtype, torch.device("cpu"))
+    context = LayerContext.of(ParallelMesh.single_process(), backend, clock, dtype, torch.device("cpu"))
     stage = whole_model(config.model)
-    model = Decoder(config.model, wiring, stage, keep_documents_apart=config.data.reset_documents).eval()
+    model = Decoder(config.model, context, stage, keep_documents_apart=config.data.reset_documents).eval()
     assign(model, prepared.plan.evaluation_table())
     load_weights(
         model,

@@ -14,8 +14,8 @@ from torch import nn
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh, build_ends_group
 from megatron_fp4.layers.embedding import vocab_range
+from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.parameter import initialize_parameters
-from megatron_fp4.layers.wiring import Wiring
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.models.partition import split_stages
 from megatron_fp4.optim import Zero1AdamW
@@ -48,10 +48,10 @@ def build_trainable(
     dtype = config.precision.compute_dtype.torch_dtype
     numbers = stages_of_rank(mesh.pp.rank, config.parallel)
     overlap = mesh.tp.size > 1 and config.parallel.overlap_tensor.enabled(device.type)
-    wirings = [Wiring.of(mesh, backend, clock, dtype, device, overlap=overlap) for _ in numbers]
+    contexts = [LayerContext.of(mesh, backend, clock, dtype, device, overlap=overlap) for _ in numbers]
     tied = config.model.tied_embeddings and not schedule_rule(config.parallel.schedule).v_shaped
     tied_group = build_ends_group(config.parallel, mesh.world) if tied and config.parallel.pp > 1 else None
-    stages = _make_stages(config, numbers, wirings, tied_group)
+    stages = _make_stages(config, numbers, contexts, tied_group)
     for stage in stages:
         initialize_parameters(stage, config.train.seed)
         assign(stage, table)
@@ -68,7 +68,7 @@ def build_trainable(
         return Trainable(clock, LocalEngine(stages[0], loss), optimizer)
     engine = PipelineEngine(
         stages,
-        [_switch(wiring.queue) for wiring in wirings],
+        [_switch(context.queue) for context in contexts],
         loss,
         _shapes(config, mesh),
         config.parallel,
@@ -82,21 +82,21 @@ def draw_stages(config: RunConfig, backend: Backend, mesh: ParallelMesh, device:
     """The stages of one rank, built but not filled. Not collective: the mesh may be drawn, the device `meta`."""
     numbers = stages_of_rank(mesh.pp.rank, config.parallel)
     clock, dtype = StepClock(config.train.seed), config.precision.compute_dtype.torch_dtype
-    return _make_stages(config, numbers, [Wiring.of(mesh, backend, clock, dtype, device) for _ in numbers], None)
+    return _make_stages(config, numbers, [LayerContext.of(mesh, backend, clock, dtype, device) for _ in numbers], None)
 
 
 def _make_stages(
-    config: RunConfig, numbers: list[int], wirings: list[Wiring], tied_group: Group | None
+    config: RunConfig, numbers: list[int], contexts: list[LayerContext], tied_group: Group | None
 ) -> list[Decoder]:
     parallel = config.parallel
     ranges = split_stages(config.model, parallel.pp * stages_per_rank(parallel), parallel.stage_split)
     stages: list[Decoder] = []
-    for number, wiring in zip(numbers, wirings, strict=True):
+    for number, context in zip(numbers, contexts, strict=True):
         first = stages[0] if stages else None
         stages.append(
             Decoder(
                 config.model,
-                wiring,
+                context,
                 ranges[number],
                 keep_documents_apart=config.data.reset_documents,
                 recompute=config.train.recompute,

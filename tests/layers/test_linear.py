@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.parameter import initialize_parameters
-from megatron_fp4.layers.wiring import Tokens, Wiring
 from megatron_fp4.precision import EmulatedBackend, nvfp4_paper
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.spec import LinearPrecision
@@ -23,9 +23,9 @@ RECIPES = {"high": LinearPrecision(), "nvfp4": nvfp4_paper()}
 
 def run(mesh: ParallelMesh, precision: LinearPrecision, dtype: torch.dtype) -> dict[str, Any]:
     """My rows of y and dx, and the rectangles of dw that my weights are: name -> [(offset, values)]."""
-    wiring = Wiring.of(mesh, EmulatedBackend(), StepClock(0), dtype, torch.device("cpu"))
-    up = ColumnParallelLinear("up", D, {"gate": F, "": F}, wiring, std=0.1)
-    down = RowParallelLinear("down", F, D, wiring, std=0.1)
+    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), dtype, torch.device("cpu"))
+    up = ColumnParallelLinear("up", D, {"gate": F, "": F}, context, std=0.1)
+    down = RowParallelLinear("down", F, D, context, std=0.1)
     initialize_parameters(nn.ModuleList([up, down]), 0)
     random = torch.Generator().manual_seed(3)
     x, dy = (torch.randn(T, D, generator=random).to(dtype).chunk(mesh.tp.size)[mesh.tp.rank] for _ in "xy")

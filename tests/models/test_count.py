@@ -12,10 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.parameter import initialize_parameters
-from megatron_fp4.layers.wiring import Wiring
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import (
     by_kind,
@@ -57,8 +57,10 @@ def load(name: str) -> ModelConfig:
 
 
 def make_decoder(config: ModelConfig, device: str, dtype: torch.dtype = torch.float32) -> Decoder:
-    wiring = Wiring.of(ParallelMesh.single_process(), EmulatedBackend(), StepClock(0), dtype, torch.device(device))
-    return Decoder(config, wiring, whole_model(config))
+    context = LayerContext.of(
+        ParallelMesh.single_process(), EmulatedBackend(), StepClock(0), dtype, torch.device(device)
+    )
+    return Decoder(config, context, whole_model(config))
 
 
 def logical_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
@@ -134,8 +136,8 @@ def test_local_sizes_are_those_of_the_modules(name: str) -> None:
     config = replace(load(name), vocab_size=131073)
     tp = Group("tp", tuple(range(8)), 0, object())  # type: ignore[arg-type]
     mesh = replace(ParallelMesh.single_process(), tp=tp, tp_cp=tp)
-    wiring = Wiring.of(mesh, EmulatedBackend(), StepClock(0), torch.bfloat16, torch.device("meta"))
-    model = Decoder(config, wiring, whole_model(config))
+    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), torch.bfloat16, torch.device("meta"))
+    model = Decoder(config, context, whole_model(config))
     assert sum(by_kind(model_parameters(config), tp=8).values()) == sum(p.numel() for p in model.parameters())
 
 

@@ -13,9 +13,9 @@ from megatron_fp4.cli.render.plan import render
 from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.ramp import BatchRampConfig
+from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.parameter import initialize_parameters
-from megatron_fp4.layers.wiring import Wiring
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import count_flops
@@ -54,7 +54,7 @@ PAPER = PrecisionConfig(
 def measured_peak(config: ModelConfig, batch: int, length: int, *, recompute: bool, quantized: bool) -> int:
     """Peak of live bytes over two real steps, state included."""
     clock, mesh = StepClock(0), ParallelMesh.single_process()
-    wiring = Wiring.of(mesh, EmulatedBackend(), clock, torch.bfloat16, torch.device("cpu"))
+    context = LayerContext.of(mesh, EmulatedBackend(), clock, torch.bfloat16, torch.device("cpu"))
     tokens = torch.arange(batch * length).view(batch, length)
     columns = torch.arange(length).expand(batch, -1)
     vocabulary = config.vocab_size
@@ -65,7 +65,7 @@ def measured_peak(config: ModelConfig, batch: int, length: int, *, recompute: bo
 
     with LiveBytes() as live:
         mode = Recompute.full if recompute else Recompute.none
-        model = Decoder(config, wiring, whole_model(config), recompute=mode)
+        model = Decoder(config, context, whole_model(config), recompute=mode)
         initialize_parameters(model, 0)
         for linear in linears_of(model).values():
             linear.precision = nvfp4_paper() if quantized and linear.name != "head" else linear.precision

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_fp4.comm.rect import Placement, Segment, split_evenly
+from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.mamba.context_parallel import carry_states, in_pieces, previous_tokens
 from megatron_fp4.layers.mamba.convolution import causal_conv
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.layers.mamba.ssd import document_starts, ssd_scan
 from megatron_fp4.layers.parameter import Initializer, constant_init, make_parameter, sharded_vector, uniform_init
-from megatron_fp4.layers.wiring import Tokens, Wiring, widen
 from megatron_fp4.numerics.random import key_of, uniform
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
@@ -69,7 +69,7 @@ class Mamba2(nn.Module):
         self,
         name: str,
         config: MambaSizes,
-        wiring: Wiring,
+        context: LayerContext,
         *,
         keep_documents_apart: bool,
         std: float,
@@ -79,25 +79,25 @@ class Mamba2(nn.Module):
         super().__init__()
         if config.mamba_conv < 2:
             raise ValueError(f"model.mamba_conv = {config.mamba_conv}; the convolution needs at least 2 taps")
-        self._wiring, self._keep_documents_apart = wiring, keep_documents_apart
+        self._context, self._keep_documents_apart = context, keep_documents_apart
         self._chunk = config.mamba_chunk
-        self._groups = split_evenly(config.mamba_num_groups, wiring.tp, what="model.mamba_num_groups")
-        self._heads = split_evenly(config.mamba_num_heads, wiring.tp, what="model.mamba_num_heads")
-        self._fused = FusedMamba(wiring.device, wiring.cp.size) if kernel is MambaKernel.mamba_ssm else None
+        self._groups = split_evenly(config.mamba_num_groups, context.tp, what="model.mamba_num_groups")
+        self._heads = split_evenly(config.mamba_num_heads, context.tp, what="model.mamba_num_heads")
+        self._fused = FusedMamba(context.device, context.cp.size) if kernel is MambaKernel.mamba_ssm else None
         inner = config.mamba_num_heads * config.mamba_head_dim
         states = config.mamba_num_groups * config.mamba_state
         conv_parts = {"x": inner, "B": states, "C": states}
         outputs = {"z": inner, **conv_parts, "dt": config.mamba_num_heads}
-        self._inner = inner // wiring.tp.size
-        self._conv_rows = [size // wiring.tp.size for size in conv_parts.values()]
-        self.in_proj = ColumnParallelLinear(f"{name}.in_proj", config.hidden, outputs, wiring, std=std)
-        self.conv_weight = _conv_parameter(name, "weight", conv_parts, config.mamba_conv, wiring)
-        self.conv_bias = _conv_parameter(name, "bias", conv_parts, config.mamba_conv, wiring)
-        self.A_log = _sharded_vector(f"{name}.A_log", config.mamba_num_heads, a_log_init, wiring)
-        self.dt_bias = _sharded_vector(f"{name}.dt_bias", config.mamba_num_heads, dt_bias_init, wiring)
-        self.D = _sharded_vector(f"{name}.D", config.mamba_num_heads, constant_init(1.0), wiring)
-        self.norm = GatedGroupRMSNorm(f"{name}.norm", inner, config.mamba_num_groups, wiring, eps=config.norm_eps)
-        self.out_proj = RowParallelLinear(f"{name}.out_proj", inner, config.hidden, wiring, std=out_std)
+        self._inner = inner // context.tp.size
+        self._conv_rows = [size // context.tp.size for size in conv_parts.values()]
+        self.in_proj = ColumnParallelLinear(f"{name}.in_proj", config.hidden, outputs, context, std=std)
+        self.conv_weight = _conv_parameter(name, "weight", conv_parts, config.mamba_conv, context)
+        self.conv_bias = _conv_parameter(name, "bias", conv_parts, config.mamba_conv, context)
+        self.A_log = _sharded_vector(f"{name}.A_log", config.mamba_num_heads, a_log_init, context)
+        self.dt_bias = _sharded_vector(f"{name}.dt_bias", config.mamba_num_heads, dt_bias_init, context)
+        self.D = _sharded_vector(f"{name}.D", config.mamba_num_heads, constant_init(1.0), context)
+        self.norm = GatedGroupRMSNorm(f"{name}.norm", inner, config.mamba_num_groups, context, eps=config.norm_eps)
+        self.out_proj = RowParallelLinear(f"{name}.out_proj", inner, config.hidden, context, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         projected_TW = widen(self.in_proj(x_TD, tokens))
@@ -111,7 +111,7 @@ class Mamba2(nn.Module):
         alone would be `4 * H * Q` bytes a token.
         """
         B, S = tokens.positions.shape
-        pieces = in_pieces(projected_TW.view(B, S, -1), self._wiring.cp)
+        pieces = in_pieces(projected_TW.view(B, S, -1), self._context.cp)
         z, xBC, dt = pieces.split([self._inner, sum(self._conv_rows), self._heads], dim=-1)
         work = torch.promote_types(dt.dtype, torch.float32)
         dt_BSH = F.softplus(dt.to(work) + self.dt_bias.to(work))
@@ -120,7 +120,7 @@ class Mamba2(nn.Module):
 
     def _recur(self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, tokens: Tokens) -> Tensor:
         """Convolution, state-space recurrence and skip: y_BSHP, FP32."""
-        cp, chunk = self._wiring.cp, self._chunk
+        cp, chunk = self._context.cp, self._chunk
         documents = in_pieces(tokens.documents, cp) if self._keep_documents_apart else None
         if self._fused is not None:
             x, B, C = self._heads_of(self._fused.conv(xBC_BSW, self.conv_weight, self.conv_bias, documents))
@@ -153,10 +153,10 @@ class GatedGroupRMSNorm(nn.Module):
     y, z: `[..., inner / tp]`; result in `z.dtype`. Whole groups are on one rank, so the weight is sharded with them.
     """
 
-    def __init__(self, name: str, inner: int, num_groups: int, wiring: Wiring, *, eps: float) -> None:
+    def __init__(self, name: str, inner: int, num_groups: int, context: LayerContext, *, eps: float) -> None:
         super().__init__()
-        self._groups, self._eps = num_groups // wiring.tp.size, eps
-        self.weight = _sharded_vector(f"{name}.weight", inner, constant_init(1.0), wiring)
+        self._groups, self._eps = num_groups // context.tp.size, eps
+        self.weight = _sharded_vector(f"{name}.weight", inner, constant_init(1.0), context)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         gated = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self._groups, -1))
@@ -164,26 +164,26 @@ class GatedGroupRMSNorm(nn.Module):
         return (normed * self.weight.to(normed.dtype)).to(z.dtype)
 
 
-def _conv_parameter(name: str, kind: str, parts: dict[str, int], num_taps: int, wiring: Wiring) -> nn.Parameter:
+def _conv_parameter(name: str, kind: str, parts: dict[str, int], num_taps: int, context: LayerContext) -> nn.Parameter:
     """This rank's rows of x, B and C, each a logical tensor `<name>.conv.<part>.<kind>`: `[rows, taps]` or `[rows]`."""
     columns = (num_taps,) if kind == "weight" else ()
     segments: list[Segment] = []
     start = 0
     for part, size in parts.items():
-        rows = split_evenly(size, wiring.tp, what=f"{name}.conv.{part}")
-        offset = (wiring.tp.rank * rows, *(0 for _ in columns))
+        rows = split_evenly(size, context.tp, what=f"{name}.conv.{part}")
+        offset = (context.tp.rank * rows, *(0 for _ in columns))
         segments.append(Segment(f"{name}.conv.{part}.{kind}", start, start + rows, (size, *columns), offset))
         start += rows
     bound = 1.0 / math.sqrt(num_taps)  # torch's default for a depthwise conv1d, weight and bias alike
     placement = Placement(tuple(segments), decay=kind == "weight")
-    return make_parameter((start, *columns), placement, uniform_init(-bound, bound), wiring.dtype, wiring.device)
+    return make_parameter((start, *columns), placement, uniform_init(-bound, bound), context.dtype, context.device)
 
 
-def _sharded_vector(name: str, size: int, initializer: Initializer, wiring: Wiring) -> nn.Parameter:
+def _sharded_vector(name: str, size: int, initializer: Initializer, context: LayerContext) -> nn.Parameter:
     """This rank's even share of a 1-D parameter."""
-    local = split_evenly(size, wiring.tp, what=name)
-    placement = sharded_vector(name, size, wiring.tp.rank * local, (wiring.tp.rank + 1) * local)
-    return make_parameter((local,), placement, initializer, wiring.dtype, wiring.device)
+    local = split_evenly(size, context.tp, what=name)
+    placement = sharded_vector(name, size, context.tp.rank * local, (context.tp.rank + 1) * local)
+    return make_parameter((local,), placement, initializer, context.dtype, context.device)
 
 
 def a_log_init(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ travels. `ssd_scan` does that; `ssd_recurrence` is the definition, slow, and wha
 
 Not here: projections, convolution, softplus of dt, the skip D x and the gate (see mamba2.py).
 
-Shape letters beyond those of wiring.py:
+Shape letters beyond those of layer_context.py:
     H heads, P head dim, G groups of heads that share B and C, R = H / G heads of a group, N state,
     Q tokens of a chunk, K chunks of the sequence.
 Everything is computed in FP32 (FP64 for FP64 inputs): the decays are differences of long sums, and the state is a sum

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.loss import IGNORE, LossImpl, choose_cross_entropy
 from megatron_fp4.layers.norm import NormImpl, RMSNorm
 from megatron_fp4.layers.parameter import initialize_parameters
-from megatron_fp4.layers.wiring import Wiring
 from megatron_fp4.precision import EmulatedBackend
 from megatron_fp4.precision.clock import StepClock
 from tests.helpers.distributed import run_distributed, world_group
@@ -23,8 +23,8 @@ HIDDEN, TOKENS, VOCABULARY = 48, 10, 32
 
 def norm(impl: NormImpl) -> RMSNorm:
     backend, clock = EmulatedBackend(), StepClock(seed=1)
-    wiring = Wiring.of(ParallelMesh.single_process(), backend, clock, torch.bfloat16, torch.device("cpu"))
-    return RMSNorm("some_norm", HIDDEN, wiring, eps=1e-3, impl=impl)
+    context = LayerContext.of(ParallelMesh.single_process(), backend, clock, torch.bfloat16, torch.device("cpu"))
+    return RMSNorm("some_norm", HIDDEN, context, eps=1e-3, impl=impl)
 
 
 def through(module: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:

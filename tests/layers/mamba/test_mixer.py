@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.layers.context_parallel import zigzag_index
+from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.mamba.convolution import causal_conv
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.layers.mamba.mixer import Mamba2
 from megatron_fp4.layers.mamba.ssd import document_starts, ssd_scan
 from megatron_fp4.layers.parameter import initialize_parameters
-from megatron_fp4.layers.wiring import Tokens, Wiring
 from megatron_fp4.precision import EmulatedBackend, StepClock, nvfp4_paper
 from tests.helpers.distributed import mesh_for, run_distributed
 
@@ -41,8 +41,8 @@ class Sizes:
 
 
 def make_mixer(mesh: ParallelMesh, sizes: Sizes = Sizes(), *, packed: bool = True, **options: Any) -> Mamba2:
-    wiring = Wiring.of(mesh, EmulatedBackend(), StepClock(seed=3), torch.float32, torch.device("cpu"))
-    mixer = Mamba2("blocks.0.mamba", sizes, wiring, keep_documents_apart=packed, std=0.2, out_std=0.2, **options)
+    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(seed=3), torch.float32, torch.device("cpu"))
+    mixer = Mamba2("blocks.0.mamba", sizes, context, keep_documents_apart=packed, std=0.2, out_std=0.2, **options)
     initialize_parameters(mixer, seed=3)
     return mixer
 

@@ -1,6 +1,6 @@
 """What every layer of one model shares, and what travels with the activations.
 
-One idea: nothing is looked up. `Wiring` is handed to constructors; `Tokens` is handed to `forward` beside the
+One idea: nothing is looked up. `LayerContext` is handed to constructors; `Tokens` is handed to `forward` beside the
 activations, so that a recomputed or pipelined layer sees exactly the addresses and positions of its own microbatch.
 
 Shape letters of the whole floor:
@@ -27,7 +27,7 @@ from megatron_fp4.precision.linear_op import WgradQueue
 
 
 @dataclass(frozen=True)
-class Wiring:
+class LayerContext:
     """Handed to every layer at construction.
 
     dtype: of weights and activations (the compute dtype, BF16 or FP32). queue: weight gradients deferred by zero-bubble
@@ -53,8 +53,8 @@ class Wiring:
         device: torch.device,
         *,
         overlap: bool = False,
-    ) -> Wiring:
-        return Wiring(mesh.tp, mesh.cp, mesh.tp_cp, backend, clock, WgradQueue(), dtype, device, overlap)
+    ) -> LayerContext:
+        return LayerContext(mesh.tp, mesh.cp, mesh.tp_cp, backend, clock, WgradQueue(), dtype, device, overlap)
 
 
 def widen(x: Tensor) -> Tensor:
