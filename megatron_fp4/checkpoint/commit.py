@@ -28,9 +28,9 @@ from torch.utils.serialization import config as serialization_config
 
 from megatron_fp4.checkpoint.box import Boxes, BoxSavePlanner
 from megatron_fp4.checkpoint.directory import LATEST, STATE, passing_name, step_name
-from megatron_fp4.checkpoint.files import (
+from megatron_fp4.checkpoint.write import HashingFileSystem
+from megatron_fp4.storage.durable import (
     FileRecord,
-    HashingFileSystem,
     fsync_directory,
     write_durably,
     write_manifest,

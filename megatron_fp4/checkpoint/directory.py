@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.checkpoint.files import MANIFEST
+from megatron_fp4.storage.durable import MANIFEST
 from megatron_fp4.storage.owner import Owner
 
 LATEST = "latest"

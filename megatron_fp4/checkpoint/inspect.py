@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_fp4.checkpoint.box import Box, Boxes, BoxLoadPlanner
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import STATE, latest_step, read_state, step_name
-from megatron_fp4.checkpoint.files import problem_of, read_manifest
 from megatron_fp4.checkpoint.save import SaveStatus
 from megatron_fp4.checkpoint.store import CheckpointStore
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.storage.durable import problem_of, read_manifest
 
 
 @dataclass(frozen=True)

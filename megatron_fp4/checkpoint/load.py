@@ -16,11 +16,11 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_fp4.checkpoint.box import Boxes, BoxLoadPlanner
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
 from megatron_fp4.checkpoint.directory import complete_steps, load_order, present_steps, read_state, step_name
-from megatron_fp4.checkpoint.files import problem_of, read_manifest, share_of
 from megatron_fp4.checkpoint.state import Shard, boxes_of, check_matches
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.agree import agreed, from_first, shared_error
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.storage.durable import problem_of, read_manifest, share_of
 
 log = logging.getLogger(__name__)
 

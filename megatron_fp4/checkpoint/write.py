@@ -11,14 +11,20 @@ Host memory is flat: the copy's buffers are used again by every save.
 
 from __future__ import annotations
 
+import io
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megatron_fp4.checkpoint.box import Box, Boxes
+from megatron_fp4.storage.durable import FileRecord, HashingFile
 
 GRACE_SECONDS = 1.0
 HAND_OVER_SECONDS = 0.002
@@ -55,6 +61,31 @@ class Staging:
         if buffer is not None and buffer.shape == data.shape and buffer.dtype == data.dtype:
             return buffer
         return torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+
+
+class HashingFileSystem(FileSystem):
+    """DCP's file system; `records` has an entry for every file written through it, by file name."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, FileRecord] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        assert mode == "wb", mode
+        stream = HashingFile(path)
+        try:
+            yield stream
+            self.records[Path(path).name] = stream.record()
+        except RuntimeError as error:
+            # torch.save closes its archive even so, and that second failure would hide "No space left on device"
+            raise stream.error or error from None
+        finally:
+            with suppress(OSError):  # what was written and synced is closed already; the rest is lost anyway
+                stream.close()
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
 
 
 class SaveInProgress:

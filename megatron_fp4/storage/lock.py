@@ -3,7 +3,7 @@
 One idea: a lock file says who holds it (host, pid, start time); its modification time is a heartbeat. A holder on this
 host is looked up in the kernel. One on another host (slurm requeued the job elsewhere) is watched: a heartbeat says
 that it lives, and when the last one is old by the file system's own clock it is gone. Looking and taking happen under a
-short `fcntl` lock, so that two launches cannot both take over; where the file system has none, creation with O_EXCL
+short file lock, so that two launches cannot both take over; where the file system has none, creation with O_EXCL
 still keeps one of them out.
 
 Held by rank 0 for the whole job. It does not guard reading, and containers that share a host name but not their
@@ -32,6 +32,18 @@ STALE_SECONDS = 180.0
 """Some heartbeats more than a file system may hide from another host (NFS: attributes up to 60 s old)."""
 LOCK = "run.lock"
 GUARD = ".run.lock.guard"
+
+
+@contextmanager
+def exclusively(path: str | os.PathLike[str]) -> Generator[None, None, None]:
+    """Hold the lock of the file `path`, made if need be, against other processes; waits for it.
+
+    A file system without locks lets everybody in: what is done here must then be wasteful at worst.
+    """
+    with open(path, "a") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class RunLocked(RuntimeError):
@@ -130,11 +142,10 @@ class RunLock:
     @contextmanager
     def _guarded(self) -> Generator[float, None, None]:
         """The critical section; yields the file system's clock, which all hosts share."""
-        with open(self.directory / GUARD, "a") as guard:
-            with suppress(OSError):  # no fcntl locks here: see the module's docstring
-                fcntl.lockf(guard, fcntl.LOCK_EX)
-            os.utime(self.directory / GUARD)
-            yield os.fstat(guard.fileno()).st_mtime
+        guard = self.directory / GUARD
+        with exclusively(guard):
+            os.utime(guard)
+            yield guard.stat().st_mtime
 
     def _create(self) -> None:
         me = Owner.me()

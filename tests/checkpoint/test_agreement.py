@@ -15,11 +15,11 @@ import pytest
 import torch.multiprocessing as mp
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, commit
-from megatron_fp4.checkpoint.files import HashingFile
 from megatron_fp4.checkpoint.write import Staging
 from megatron_fp4.comm.bootstrap import Launch, start_process
 from megatron_fp4.comm.local import free_port
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.storage.durable import HashingFile
 from megatron_fp4.storage.lock import RunLocked
 from megatron_fp4.train.job import lock_run_directory
 from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards

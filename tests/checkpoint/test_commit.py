@@ -22,9 +22,9 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, commit, inspect
 from megatron_fp4.checkpoint.directory import latest_step, load_order, step_name
-from megatron_fp4.checkpoint.files import HashingFile
 from megatron_fp4.checkpoint.sweep import STALE_SECONDS
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.storage.durable import HashingFile
 from megatron_fp4.storage.owner import Owner
 from tests.checkpoint.synthetic import FakeShard
 

@@ -13,10 +13,10 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, SaveStatus, commit
 from megatron_fp4.checkpoint.directory import complete_steps, present_steps
-from megatron_fp4.checkpoint.files import HashingFile
 from megatron_fp4.checkpoint.state import boxes_of
 from megatron_fp4.checkpoint.write import GRACE_SECONDS, SaveInProgress, Staging
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.storage.durable import HashingFile
 from tests.checkpoint.synthetic import FakeShard, Layout, shards_of, wrong_shards
 
 ONE = Layout()

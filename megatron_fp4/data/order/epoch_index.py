@@ -8,10 +8,7 @@ work: two nodes that share a folder without working locks both build and one ren
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +18,8 @@ from numpy.typing import NDArray
 from megatron_fp4.data.order.permute import permute
 from megatron_fp4.data.shards.documents import Source
 from megatron_fp4.data.shards.shard import map_file
+from megatron_fp4.storage.durable import write_durably
+from megatron_fp4.storage.lock import exclusively
 
 _MAGIC = b"MEGAEPO1"  # change it when the meaning of the arrays or of `permute` changes
 _HEADER_BYTES = 48  # magic 8 | fingerprint 32 | number of documents 8
@@ -60,8 +59,7 @@ class IndexCache:
         found = _read(path, fingerprint, source.num_documents)
         if found is not None:
             return found
-        with open(f"{path}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with exclusively(f"{path}.lock"):
             found = _read(path, fingerprint, source.num_documents)  # another process may have built it meanwhile
             if found is None:
                 _write(path, fingerprint, build_index(source.lengths, key))
@@ -73,18 +71,9 @@ class IndexCache:
 
 
 def _write(path: Path, fingerprint: bytes, index: EpochIndex) -> None:
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(_MAGIC + fingerprint + len(index.order).to_bytes(8, "little"))
-            file.write(np.ascontiguousarray(index.order, "<i8").data)
-            file.write(np.ascontiguousarray(index.starts, "<i8").data)
-            file.write(_MAGIC)  # a torn write of a file system that renames early lacks this
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    header = _MAGIC + fingerprint + len(index.order).to_bytes(8, "little")
+    order, starts = (np.ascontiguousarray(array, "<i8").data for array in (index.order, index.starts))
+    write_durably(path, header, order, starts, _MAGIC)  # the end: a file system that renames early may tear the file
 
 
 def _read(path: Path, fingerprint: bytes, documents: int) -> EpochIndex | None:

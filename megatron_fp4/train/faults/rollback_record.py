@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.checkpoint.files import fsync_directory, write_durably
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.storage.durable import fsync_directory, write_durably
 
 log = logging.getLogger(__name__)
 RECORD = "rollback.json"

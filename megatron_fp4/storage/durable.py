@@ -1,7 +1,9 @@
-"""Durable, checked files: hash while writing, manifest, fsync of files and directories.
+"""Durable, checked files: hashed while they are written, fsynced before they get their name, listed in a manifest.
 
-One idea: what is promised to be on disk was fsynced, and what was written is known by size and xxh3-64 hash before it
-is read back, so damage is told from the file's name alone. DCP itself stores no checksums (zeroed bytes load silently).
+What is promised to be on disk was fsynced, and what was written is known by size and xxh3-64 hash before it is read
+back; so a damaged file is told by its name, with the expected and the actual value.
+
+Not here: which files make a checkpoint (checkpoint/directory.py), and the bytes of tensors (checkpoint/write.py).
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ import io
 import json
 import os
 import time
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from torch.distributed.checkpoint.filesystem import FileSystem
+
+from megatron_fp4.storage.owner import Owner
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -33,7 +36,7 @@ class FileRecord:
 
 
 class HashingFile(io.RawIOBase):
-    """A binary file that hashes what is written to it; sequential writes only."""
+    """A binary file that hashes what is written to it; sequential writes only. `error` is the first that it met."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
@@ -75,37 +78,17 @@ class HashingFile(io.RawIOBase):
         return FileRecord(self._num_bytes, self._hash.hexdigest())
 
 
-class HashingFileSystem(FileSystem):
-    """DCP's file system; `records` has an entry for every file written through it, by file name."""
+def write_temporary(path: Path, *parts: Any) -> tuple[Path, FileRecord]:
+    """Write and fsync `parts` (objects with a buffer, one after the other) beside `path`, to be renamed to it.
 
-    def __init__(self) -> None:
-        self.records: dict[str, FileRecord] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        assert mode == "wb", mode
-        stream = HashingFile(path)
-        try:
-            yield stream
-            self.records[Path(path).name] = stream.record()
-        except RuntimeError as error:
-            # torch.save closes its archive even so, and that second failure would hide "No space left on device"
-            raise stream.error or error from None
-        finally:
-            with suppress(OSError):  # what was written and synced is closed already; the rest is lost anyway
-                stream.close()
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        super().rename(path, new_path)
-        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
-
-
-def write_temporary(path: Path, data: bytes) -> tuple[Path, FileRecord]:
-    """Write and fsync `data` beside `path`, to be renamed to it: what needs disk space is done before what does not."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    What needs disk space is thus done before what does not. The name is this process's own, also on a shared folder.
+    Raises OSError, and leaves no file then.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{Owner.me().tag}")
     stream = HashingFile(temporary)
     try:
-        stream.write(data)
+        for part in parts:
+            stream.write(part)
         os.fsync(stream.fileno())
     except BaseException:
         with suppress(OSError):
@@ -117,9 +100,9 @@ def write_temporary(path: Path, data: bytes) -> tuple[Path, FileRecord]:
     return temporary, stream.record()
 
 
-def write_durably(path: Path, data: bytes) -> FileRecord:
+def write_durably(path: Path, *parts: Any) -> FileRecord:
     """Create or replace `path` in one step: readers see the old content or the new one, also after a power cut."""
-    temporary, record = write_temporary(path, data)
+    temporary, record = write_temporary(path, *parts)
     os.replace(temporary, path)
     return record
 
@@ -134,7 +117,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def write_manifest(directory: Path, step: int, files: Mapping[str, FileRecord]) -> None:
-    """The list of all files of a checkpoint; its presence under the final name is what makes it complete."""
+    """List all files of a checkpoint; the list's presence under the final name is what makes it complete."""
     body = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -180,10 +163,11 @@ def problem_of(directory: Path, name: str, expected: FileRecord) -> str | None:
 
 def share_of(files: Mapping[str, FileRecord], rank: int, size: int) -> list[str]:
     """The files that rank `rank` of `size` verifies: largest first, each to the rank with the fewest bytes so far."""
-    loads, mine = [0] * size, []
+    bytes_of_rank = [0] * size
+    names = []
     for name in sorted(files, key=lambda name: (-files[name].num_bytes, name)):
-        target = loads.index(min(loads))
-        loads[target] += files[name].num_bytes + 1
+        target = bytes_of_rank.index(min(bytes_of_rank))
+        bytes_of_rank[target] += files[name].num_bytes + 1
         if target == rank:
-            mine.append(name)
-    return mine
+            names.append(name)
+    return names
