@@ -81,8 +81,8 @@ def prepare(process: Process, parallel: ParallelConfig) -> Ready:
         optimizer = trainable.optimizer
         optimizer.zero_grad()
         trainable.engine.train(inputs.split(1), 1.0 / num_targets, optimizer.begin_last_microbatch)
-        optimizer.finish_grads()
-        optimizer.step(1e-4, 1.0)
+        norm = optimizer.finish_grads()
+        optimizer.step(norm, lr=1e-4, max_norm=1.0)
 
     return Ready(trainable, mesh, step)
 

@@ -151,8 +151,8 @@ def zero1(model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: 
         optimizer.zero_grad()
         optimizer.begin_last_microbatch()
         model(tokens, targets).backward()
-        optimizer.finish_grads()
-        optimizer.step(1e-3, max_norm=1.0)
+        norm = optimizer.finish_grads()
+        optimizer.step(norm, lr=1e-3, max_norm=1.0)
 
     return Contender(step, optimizer.wait_parameters)
 

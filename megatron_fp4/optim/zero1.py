@@ -3,8 +3,8 @@
 One idea: a bucket is summed, updated and gathered by flat ranges, and every range is a list of rectangles.
 
     backward      main_grad += gradient (FP32)                                     every rank, all rows
-    finish_grads  reduce-scatter: my rows of the sum over dp x cp                   (tied copies and tp partials before)
-    step          global norm -> clip -> AdamW on my rows -> all-gather parameters  (in the parameters' dtype)
+    finish_grads  reduce-scatter: my rows of the sum over dp x cp -> global norm    (tied copies and tp partials before)
+    step          clip -> AdamW on my rows -> all-gather parameters                 (in the parameters' dtype)
 
 The loss is normalised by the caller; nothing is divided here. A step whose gradient norm is not finite changes no state
 on any rank. The update itself is in `adam.py`, files and formats are the checkpoint's.
@@ -12,6 +12,7 @@ on any rank. The update itself is in `adam.py`, files and formats are the checkp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -84,7 +85,6 @@ class Zero1AdamW:
         self._owned = self._find_owned()
         self._adamw = choose_adamw(self._update_groups(), config)
         self._beside_forward = False
-        self._norm: float | None = None
         self._finished = False
 
     # -- one step, in order ---------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Zero1AdamW:
     def zero_grad(self) -> None:
         """Clear all gradients; begins a step."""
         self._grads.zero()
-        self._norm, self._finished = None, False
+        self._finished = False
 
     def begin_last_microbatch(self) -> None:
         """The backward that follows completes the gradients, so full buckets may be sent during it.
@@ -106,28 +106,28 @@ class Zero1AdamW:
         """Make this step's gradients not finite, so that every rank skips it; before `finish_grads`."""
         self._grads.spoil()
 
-    def finish_grads(self) -> None:
-        """Complete the sums over all ranks. Collective over tp, tied stages and dp x cp."""
+    def finish_grads(self) -> float:
+        """Complete the sums over all ranks; returns the global norm of the gradients, before clipping.
+
+        The norm is rounded to FP32 and the same on every rank. Collective over the world, once a step.
+        """
         assert not self._finished, "finish_grads was called twice in one step"
         self._grads.finish()
         for part, total in zip(self._grad_parts, self._summed_parts(), strict=True):
             if part is not total:
                 part.copy_(total)
         self._finished = True
-
-    def grad_norm(self) -> float:
-        """Norm of the summed gradients of the whole model, before clipping. Collective over the world, once a step."""
-        assert self._finished, "finish_grads comes first"
-        if self._norm is None:
-            counted = [each.grad for each in self._owned if self._is_owner(each.run)]
-            self._norm = global_norm(counted, self._mesh.world, self._device)
-        return self._norm
+        counted = [each.grad for each in self._owned if self._is_owner(each.run)]
+        return global_norm(counted, self._mesh.world, self._device)
 
     @torch.no_grad()
-    def step(self, lr: float, max_norm: float) -> StepReport:
-        """Clip to `max_norm` (0 = off), update my rows, refresh the parameters. Skipped if the norm is not finite."""
-        norm = self.grad_norm()
-        if not torch.isfinite(torch.tensor(norm)):
+    def step(self, norm: float, *, lr: float, max_norm: float) -> StepReport:
+        """Clip to `max_norm` (0 = off), update my rows, refresh the parameters. Skipped if the norm is not finite.
+
+        norm: what `finish_grads` returned.
+        """
+        assert self._finished, "finish_grads comes first"
+        if not math.isfinite(norm):
             return StepReport(lr, norm, 0.0, skipped=True, nonfinite=self._nonfinite_names())
         factor = clip_factor(norm, max_norm)
         if factor < 1.0:

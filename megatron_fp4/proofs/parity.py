@@ -86,12 +86,12 @@ def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: Paral
         optimizer.zero_grad()
         microbatches = inputs.split(config.train.micro_batch)
         loss = engine.train(microbatches, 1.0 / num_targets, optimizer.begin_last_microbatch)
-        optimizer.finish_grads()
+        norm = optimizer.finish_grads()
         losses.append(loss.item() if engine.reports_loss and mesh.tp.rank == 0 else 0.0)
-        norms.append(optimizer.grad_norm())
+        norms.append(norm)
         if step == 0:
             grads = _grads(trainable)
-        optimizer.step(config.optim.lr, config.optim.clip_norm)
+        optimizer.step(norm, lr=config.optim.lr, max_norm=config.optim.clip_norm)
         if step in (0, case.num_steps - 1):
             masters[step + 1] = _masters(trainable)
     optimizer.wait_parameters()

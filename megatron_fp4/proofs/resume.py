@@ -72,9 +72,9 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
         optimizer.zero_grad()
         microbatches = inputs.split(config.train.micro_batch)
         loss = engine.train(microbatches, 1.0 / num_targets, optimizer.begin_last_microbatch)
-        optimizer.finish_grads()
+        norm = optimizer.finish_grads()
         losses[step + 1] = loss.item() if engine.reports_loss and mesh.tp.rank == 0 else 0.0
-        optimizer.step(config.optim.lr, config.optim.clip_norm)
+        optimizer.step(norm, lr=config.optim.lr, max_norm=config.optim.clip_norm)
         if step + 1 == stretch.save_step:
             store.save(step + 1, optimizer.state_shards(), {"optimizer_steps": optimizer.step_count})
     store.close()

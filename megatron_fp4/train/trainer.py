@@ -137,14 +137,15 @@ class Trainer:
         events = run.watch.take() if run.watch else []
         if events:
             run.optimizer.spoil_grads()
-        run.optimizer.finish_grads()
+        norm = run.optimizer.finish_grads()
         enter("agree")
         counts = run.mesh.tp.rank == 0 and run.engine.reports_loss
         message = StepMessage(loss.item() if counts else 0.0, bool(self._stop.reason), step_hash(batch))
         agreed = exchange(message, run.mesh, run.device)
-        run.optimizer.grad_norm()
         enter("update")
-        report = self._update(agreed.loss, num_samples, lambda: run.engine.train(microbatches, scale, lambda: None))
+        report = self._update(
+            agreed.loss, norm, num_samples, lambda: run.engine.train(microbatches, scale, lambda: None)
+        )
         enter("log")
         if self._ledger:
             done = self.progress
@@ -155,15 +156,14 @@ class Trainer:
         self._log(agreed.loss, report, num_samples)
         return agreed.stop
 
-    def _update(self, loss: float, num_samples: int, again: Callable[[], Tensor]) -> StepReport:
+    def _update(self, loss: float, norm: float, num_samples: int, again: Callable[[], Tensor]) -> StepReport:
         """The optimizer step, unless the loss is a spike: then no state changes. again: see `SpikeGuard.passes`."""
         optimizer, config = self.run.optimizer, self.config
         tokens = (self.progress.consumed_samples + num_samples) * config.data.seq_length
         lr = learning_rate(config.optim, tokens, config.run_tokens)
-        norm = optimizer.grad_norm()
         if not self._guard.passes(loss, self.progress, again):
             return StepReport(lr, norm, 0.0, skipped=True)
-        return optimizer.step(lr, config.optim.clip_norm)
+        return optimizer.step(norm, lr=lr, max_norm=config.optim.clip_norm)
 
     def _num_targets(self, batch: Batch) -> float:
         """Target tokens of the whole global batch."""

@@ -136,8 +136,8 @@ def train(
             if part == mine[-1]:
                 optimizer.begin_last_microbatch()
             model.backward(step, part, sequence_parallel)
-        optimizer.finish_grads()
-        norms.append(optimizer.step(1e-2 / (step + 1), max_norm).grad_norm)
+        norm = optimizer.finish_grads()
+        norms.append(optimizer.step(norm, lr=1e-2 / (step + 1), max_norm=max_norm).grad_norm)
     shards = [
         (s.name, s.global_shape, s.offset, {kind: t.clone() for kind, t in s.tensors.items()}, s.writes)
         for s in optimizer.state_shards()

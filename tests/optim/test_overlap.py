@@ -46,8 +46,8 @@ def train(mesh: ParallelMesh, config: OptimConfig, dtype: torch.dtype, microbatc
                 optimizer.begin_last_microbatch()
             loss.backward()
         sent_early.append(len(optimizer._grads._pending))
-        optimizer.finish_grads()
-        assert not optimizer.step(1e-2, max_norm=1.0).skipped
+        norm = optimizer.finish_grads()
+        assert not optimizer.step(norm, lr=1e-2, max_norm=1.0).skipped
     optimizer.wait_parameters()
     model.sent_early = sent_early  # type: ignore[assignment]
     return model
@@ -66,8 +66,8 @@ def poisoned_step(mesh: ParallelMesh) -> tuple[bool, tuple[str, ...], bool, floa
         if poison and mesh.dp.rank == 1:
             model.down.main_grad[3, 2] = math.nan  # type: ignore[operator]
             model.down.grad_ready()  # its bucket has left already
-        optimizer.finish_grads()
-        report = optimizer.step(1e-2, max_norm=1.0)
+        norm = optimizer.finish_grads()
+        report = optimizer.step(norm, lr=1e-2, max_norm=1.0)
     shards = optimizer.state_shards()
     same = all(torch.equal(old[k], s.tensors[k]) for old, s in zip(before, shards, strict=True) for k in old)
     same &= all(torch.equal(old, new) for old, new in zip(weights, model.parameters(), strict=True))
@@ -160,6 +160,6 @@ def train_like_two_ranks() -> list[torch.Tensor]:
         optimizer.zero_grad()
         for part in range(MICROBATCHES):
             (model(tokens_of(step, part), skip_twice=skips(step, part % 2)) / 48).backward()
-        optimizer.finish_grads()
-        optimizer.step(1e-2, max_norm=1.0)
+        norm = optimizer.finish_grads()
+        optimizer.step(norm, lr=1e-2, max_norm=1.0)
     return [parameter.detach() for parameter in model.parameters()]

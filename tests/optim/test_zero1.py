@@ -39,8 +39,8 @@ def test_equals_torch_adamw_bit_for_bit() -> None:
             gradient = exact_gradient(name, shape, step, 0)
             contribute(ours[name], gradient)
             theirs[name].grad = gradient.clone()
-        optimizer.finish_grads()
-        report = optimizer.step(lr, max_norm=0.0)
+        norm = optimizer.finish_grads()
+        report = optimizer.step(norm, lr=lr, max_norm=0.0)
         for group in reference.param_groups:
             group["lr"] = lr
         reference.step()
@@ -55,8 +55,8 @@ def test_clipping_scales_the_gradients_that_adam_sees() -> None:
     optimizer.zero_grad()
     for name, shape in SHAPES.items():
         contribute(ours[name], exact_gradient(name, shape, 0, 0))
-    optimizer.finish_grads()
-    report = optimizer.step(1e-3, max_norm=2.0)
+    norm = optimizer.finish_grads()
+    report = optimizer.step(norm, lr=1e-3, max_norm=2.0)
     norm = torch.cat([exact_gradient(n, s, 0, 0).flatten() for n, s in SHAPES.items()]).norm()
     assert report.grad_norm == pytest.approx(float(norm), rel=1e-6)
     assert report.clip_factor == pytest.approx(2.0 / float(norm), rel=1e-5)
@@ -100,8 +100,8 @@ def test_bf16_parameters_follow_fp32_masters() -> None:
         optimizer.zero_grad()
         for name, shape in SHAPES.items():
             contribute(parameters[name], torch.ones(shape))
-        optimizer.finish_grads()
-        assert not optimizer.step(1e-4, max_norm=0.0).skipped, step
+        norm = optimizer.finish_grads()
+        assert not optimizer.step(norm, lr=1e-4, max_norm=0.0).skipped, step
     masters = {shard.name: shard.tensors["master"] for shard in optimizer.state_shards()}
     name = "head.weight"
     assert parameters[name].dtype == torch.bfloat16
@@ -119,15 +119,15 @@ def test_nonfinite_gradient_skips_the_step_and_is_named(bad: float) -> None:
     )
     for name, shape in SHAPES.items():
         contribute(parameters[name], exact_gradient(name, shape, 0, 0))
-    optimizer.finish_grads()
-    optimizer.step(1e-3, max_norm=1.0)
+    norm = optimizer.finish_grads()
+    optimizer.step(norm, lr=1e-3, max_norm=1.0)
     saved = copy.deepcopy([shard.tensors for shard in optimizer.state_shards()])
     weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     optimizer.zero_grad()
     parameters["blocks.0.attention.qkv.weight"].main_grad[50, 3] = bad  # row 2 of k
     parameters["blocks.1.norm.weight"].main_grad[8] = -bad
-    optimizer.finish_grads()
-    report = optimizer.step(1e-3, max_norm=1.0)
+    norm = optimizer.finish_grads()
+    report = optimizer.step(norm, lr=1e-3, max_norm=1.0)
     assert report.skipped
     assert report.nonfinite == ("blocks.0.attention.k.weight", "blocks.1.norm.weight"), "wrong rows are blamed"
     assert optimizer.step_count == 1, "a skipped step counts in the bias correction"
@@ -174,8 +174,8 @@ def test_rows_that_are_still_being_sent_are_not_updated() -> None:
     optimizer._params._pending[0] = Gather()  # type: ignore[assignment]
     update = optimizer._adamw.update
     optimizer._adamw.update = lambda *args: (log.append("updated"), update(*args))  # type: ignore[method-assign,assignment]
-    optimizer.finish_grads()
-    optimizer.step(1e-3, max_norm=0.0)
+    norm = optimizer.finish_grads()
+    optimizer.step(norm, lr=1e-3, max_norm=0.0)
     assert log == ["arrived", "updated"]
     optimizer._params._pending[0] = Gather()  # type: ignore[assignment]
     optimizer.state_shards()  # whoever loads state writes into it
@@ -188,8 +188,8 @@ def test_restored_state_continues_bit_for_bit() -> None:
             optimizer.zero_grad()
             for name, shape in SHAPES.items():
                 contribute(parameters[name], exact_gradient(name, shape, step, 0))
-            optimizer.finish_grads()
-            optimizer.step(1e-2, max_norm=1.0)
+            norm = optimizer.finish_grads()
+            optimizer.step(norm, lr=1e-2, max_norm=1.0)
 
     whole, restored = make_parameters(torch.bfloat16), make_parameters(torch.bfloat16, seed=9)
     first = optimizer_of(whole)
@@ -218,8 +218,8 @@ def test_overlap_on_with_one_rank() -> None:
             optimizer.begin_last_microbatch()
             loss = model(tokens_of(step, 0))
             loss.backward()
-            optimizer.finish_grads()
-            optimizer.step(1e-2, max_norm=1.0)
+            norm = optimizer.finish_grads()
+            optimizer.step(norm, lr=1e-2, max_norm=1.0)
             losses.append(float(loss.detach()))
     assert losses[:3] == losses[3:]
     assert losses[0] != losses[2]
@@ -229,7 +229,7 @@ def test_calls_out_of_order_are_caught() -> None:
     optimizer = optimizer_of(make_parameters())
     optimizer.zero_grad()
     with pytest.raises(AssertionError, match="finish_grads comes first"):
-        optimizer.step(1e-3, 0.0)
+        optimizer.step(1.0, lr=1e-3, max_norm=0.0)
     optimizer.finish_grads()
     with pytest.raises(AssertionError, match="twice"):
         optimizer.finish_grads()
@@ -245,6 +245,5 @@ def test_replica_that_is_owned_elsewhere_is_not_counted() -> None:
     optimizer.zero_grad()
     parameters["head.weight"].main_grad.fill_(100.0)
     parameters["blocks.1.norm.weight"].main_grad[0] = 3.0
-    optimizer.finish_grads()
-    assert optimizer.grad_norm() == 3.0, "the second copy of a tied weight enters the norm"
+    assert optimizer.finish_grads() == 3.0, "the second copy of a tied weight enters the norm"
     assert {shard.name for shard in optimizer.state_shards() if not shard.writes} == {"head.weight"}

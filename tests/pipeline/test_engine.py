@@ -154,8 +154,8 @@ def evaluate_between_steps(process: Process, case: Case, layout: ParallelConfig)
     values = [trainable.engine.evaluate(microbatches[1])]
     trainable.optimizer.zero_grad()
     values.append(trainable.engine.train(microbatches, 1.0 / count, trainable.optimizer.begin_last_microbatch))
-    trainable.optimizer.finish_grads()
-    trainable.optimizer.step(1e-2, 0.0)
+    norm = trainable.optimizer.finish_grads()
+    trainable.optimizer.step(norm, lr=1e-2, max_norm=0.0)
     short = type(inputs)(*(tensor[:1, :16].contiguous() for tensor in inputs))
     values.append(trainable.engine.evaluate(short))
     reports = trainable.engine.reports_loss

@@ -75,8 +75,8 @@ def measured_peak(config: ModelConfig, batch: int, length: int, *, recompute: bo
         for _ in range(2):
             optimizer.zero_grad()
             engine.train([inputs], 1.0, optimizer.begin_last_microbatch)
-            optimizer.finish_grads()
-            optimizer.step(1e-4, 1.0)
+            norm = optimizer.finish_grads()
+            optimizer.step(norm, lr=1e-4, max_norm=1.0)
     return live.peak
 
 

@@ -34,9 +34,9 @@ def train(norm_impl: NormImpl, loss_impl: LossImpl) -> tuple[list[float], list[s
         inputs, num_targets = synthetic_inputs(case, mesh, step, device)
         optimizer.zero_grad()
         loss = trainable.engine.train(inputs.split(1), 1.0 / num_targets, optimizer.begin_last_microbatch)
-        optimizer.finish_grads()
-        numbers += [loss.item(), optimizer.grad_norm()]
-        optimizer.step(1e-3, 1.0)
+        norm = optimizer.finish_grads()
+        numbers += [loss.item(), norm]
+        optimizer.step(norm, lr=1e-3, max_norm=1.0)
     (model,) = trainable.engine.stages
     kinds = {type(module._fused).__name__ for module in model.modules() if isinstance(module, RMSNorm)}
     return numbers, [shard.name for shard in optimizer.state_shards()], kinds

@@ -105,10 +105,10 @@ def train(backend: Backend, mesh: ParallelMesh, parallel: ParallelConfig) -> tup
         optimizer.zero_grad()
         microbatches = inputs.split(config.train.micro_batch)
         loss = trainable.engine.train(microbatches, 1.0 / num_targets, optimizer.begin_last_microbatch)
-        optimizer.finish_grads()
+        norm = optimizer.finish_grads()
         losses.append(loss.item() if trainable.engine.reports_loss else 0.0)
-        norms.append(optimizer.grad_norm())
-        optimizer.step(1e-3, 1.0)
+        norms.append(norm)
+        optimizer.step(norm, lr=1e-3, max_norm=1.0)
     optimizer.wait_parameters()
     return losses, norms
 
