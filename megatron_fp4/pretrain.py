@@ -32,14 +32,17 @@ from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.text.tokenizer import describe_tokenizer
 from megatron_fp4.precision import table as precision_table
+from megatron_fp4.precision.backends.choose import eager_reason
 from megatron_fp4.storage.lock import STALE_SECONDS, RunLocked
-from megatron_fp4.train.build import Prepared, Run, build, check_machine, eager_reason, open_data, prepare
+from megatron_fp4.train.build import Run, build
+from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.signals import EXIT_CONFIG, StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
 from megatron_fp4.train.job import lock_run_directory
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.plain import plain
+from megatron_fp4.train.requirements import check_machine
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
 from megatron_fp4.train.trainer import Trainer
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _watchdog(config, phases, launch) as watchdog:
         phases.enter("prepare")
         try:
-            prepared = prepare(config, launch.world_size)
+            checked = check_config(config, launch.world_size)
         except (ConfigError, ValueError) as error:
             return _refuse(error, main_rank=launch.rank == 0)
         except FileNotFoundError as error:
@@ -91,11 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         phases.enter("index")
         try:
             device = choose_device(config.train.device, launch.local_rank)
-            open_data(prepared, dp_rank=0)
-            check_machine(prepared.config, device)
+            open_data(checked, dp_rank=0)
+            check_machine(checked.config, device)
         except (ValueError, FileNotFoundError) as error:
             return _refuse_here(error, launch)
-        return _train(prepared, tree, launch, phases, watchdog)
+        return _train(checked, tree, launch, phases, watchdog)
 
 
 def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
@@ -140,8 +143,8 @@ def _refuse_here(error: Exception, launch: Launch) -> int:
     return _refuse(ValueError(f"on {socket.gethostname()}: {error}") if local else error, main_rank=speaks)
 
 
-def _train(prepared: Prepared, tree: DictConfig, launch: Launch, phases: Phases, watchdog: Watchdog) -> int:
-    config = prepared.config
+def _train(checked: CheckedConfig, tree: DictConfig, launch: Launch, phases: Phases, watchdog: Watchdog) -> int:
+    config = checked.config
     stop = StopRequest(config.train.exit_after_seconds)
     stop.install()
     parallel = config.parallel
@@ -162,13 +165,13 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch, phases: Phases,
         try:
             phases.enter("lock")
             lock = lock_run_directory(config.train.run_dir, process.world, on_lost=lambda: exit_process(1))
-            run = build(prepared, process, phases)
+            run = build(checked, process, phases)
         except (ValueError, RunLocked) as error:  # what only a started job can see: the run directory, a checkpoint
             return _refuse(error, main_rank=main_rank)
         phases.enter("announce")
         wandb_id = run.resumed["wandb_id"] if run.resumed else uuid.uuid4().hex[:12]
         wandb_id = broadcast_object(wandb_id, process.world)
-        _announce(run, prepared, tree, console)
+        _announce(run, checked, tree, console)
         metrics = _open_metrics(run, wandb_id) if main_rank else Metrics()
         try:
             return Trainer(run, metrics, console, stop, wandb_id).fit()
@@ -181,21 +184,21 @@ def _train(prepared: Prepared, tree: DictConfig, launch: Launch, phases: Phases,
         stop_process(process)
 
 
-def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) -> None:
+def _announce(run: Run, checked: CheckedConfig, tree: DictConfig, console: Console) -> None:
     """Say what will run, and store it in the run directory."""
     config = run.config
     console.say(to_yaml(tree))
     console.say(describe(config.parallel, run.mesh.world.size))
     if reason := eager_reason(config.precision):
         console.say(f"precision.compile is on, but {reason}: the quantizer runs eagerly (same numbers, slower)")
-    if prepared.tokenizer:
-        console.say(describe_tokenizer(prepared.tokenizer, config.model.vocab_size))
-    table = prepared.plan.describe()
+    if checked.tokenizer:
+        console.say(describe_tokenizer(checked.tokenizer, config.model.vocab_size))
+    table = checked.plan.describe()
     console.say(table)
-    accumulation = config.train.gradient_accumulation(prepared.dp, config.train.global_batch)
+    accumulation = config.train.gradient_accumulation(checked.dp, config.train.global_batch)
     console.say(
         f"global batch {config.train.global_batch} = micro batch {config.train.micro_batch} * accumulation"
-        f" {accumulation} * dp {prepared.dp}; {config.tokens_per_step:,} tokens a step, {config.total_steps:,} steps"
+        f" {accumulation} * dp {checked.dp}; {config.tokens_per_step:,} tokens a step, {config.total_steps:,} steps"
     )
     stages = config.stages()
     if len(stages) > 1:
@@ -209,7 +212,7 @@ def _announce(run: Run, prepared: Prepared, tree: DictConfig, console: Console) 
         console.say(f"settings that differ from the checkpoint's:\n{run.changes}")
     if run.resumed:
         consumed_tokens = run.resumed["consumed_samples"] * config.data.seq_length
-        now = prepared.plan.table(prepared.plan.phase_at(consumed_tokens))
+        now = checked.plan.table(checked.plan.phase_at(consumed_tokens))
         changes = precision_table.format_difference(run.resumed["precision"], now)
         if changes:
             console.say("precision differs from the checkpoint's:\n" + "\n".join(changes))

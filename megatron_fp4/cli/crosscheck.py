@@ -29,7 +29,7 @@ from megatron_fp4.precision.spec import AmaxScope, LinearPrecision, Operand, Rou
 from megatron_fp4.proofs.gemms import Probe, distinct_probes, probe_tensors
 from megatron_fp4.proofs.operands import BLOCK, decoded, first_mismatch, reference_parts, te_parts
 from megatron_fp4.proofs.shards import build_shards, typical_ranks
-from megatron_fp4.train.build import prepare
+from megatron_fp4.train.checked import check_config
 
 ORDERS = {ScaleOrder.te: "amax_b * (S_enc * (1/6))", ScaleOrder.paper: "(amax_b / 6) * S_enc"}
 MAX_BIAS = 0.01
@@ -59,18 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = to_run_config(compose_config(arguments))
         world_size = config.parallel.smallest_world
-        prepared = prepare(config, world_size)
+        checked = check_config(config, world_size)
         backend = TransformerEngineBackend(replace(config.precision, backend=BackendName.transformer_engine))
         device = choose_device(config.train.device, 0)
         ranks = typical_ranks(config.parallel, world_size)
-        shards = build_shards(prepared, backend, device, world_size=world_size, ranks=ranks)
+        shards = build_shards(checked, backend, device, world_size=world_size, ranks=ranks)
     except (ConfigError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     order = backend.api.features.scale_order
     print(f"Transformer Engine {backend.api.version}, block scale = {ORDERS[order]}, on {device}")
     wrong = 0
-    for probe in distinct_probes(prepared, shards, device):
+    for probe in distinct_probes(checked, shards, device):
         if probe.precision.quantized:
             print(probe)
             for finding in cross_check(probe, backend, device):

@@ -17,7 +17,7 @@ import torch
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.train.build import open_data
+from megatron_fp4.train.checked import open_data
 from megatron_fp4.train.engine import LocalEngine, TokenLoss
 from megatron_fp4.train.evaluate import evaluate
 from megatron_fp4.train.open import open_trained
@@ -32,13 +32,13 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     mesh, device = ParallelMesh.single_process(), torch.device("cpu")
     try:
-        prepared, model = open_trained(load_run_config(args.run), args.step)
-        _, loaders = open_data(prepared, dp_rank=0)
+        checked, model = open_trained(load_run_config(args.run), args.step)
+        _, loaders = open_data(checked, dp_rank=0)
         if not loaders:
             raise ValueError("the run has no held-out set (data.evaluation)")
-        engine = LocalEngine(model, TokenLoss(prepared.config.model.vocab_size, mesh.tp))
+        engine = LocalEngine(model, TokenLoss(checked.config.model.vocab_size, mesh.tp))
         for precision in args.precision or ["bf16", "same"]:
-            plan = PrecisionPlan(replace(prepared.config.precision, evaluation=precision), prepared.linears)
+            plan = PrecisionPlan(replace(checked.config.precision, evaluation=precision), checked.linears)
             for loader in loaders:
                 loss = evaluate(engine, loader, plan.evaluation_table(), mesh, device)
                 print(f"{args.run.name}: {loader.name} loss {loss:.4f} computed in {precision}", flush=True)

@@ -44,10 +44,10 @@ class Generator:
     """A trained model in one process."""
 
     def __init__(self, config: RunConfig, step: int | None) -> None:
-        prepared, self.model = open_trained(config, step)
-        if prepared.tokenizer is None:
+        checked, self.model = open_trained(config, step)
+        if checked.tokenizer is None:
             raise ValueError("the run has no data.tokenizer, so text cannot be turned into tokens")
-        self.tokenizer = prepared.tokenizer
+        self.tokenizer = checked.tokenizer
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> torch.Tensor:

@@ -24,12 +24,13 @@ from megatron_fp4.comm.bootstrap import Launch, Process, exit_process, read_laun
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.planning.report import run_plan
 from megatron_fp4.precision.backends import Backend
+from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.table import summary
 from megatron_fp4.proofs.gemms import distinct_probes, run_probe
 from megatron_fp4.proofs.machine import Check, check_disk, check_links, check_memory
 from megatron_fp4.proofs.shards import Shard, build_shards, typical_ranks
-from megatron_fp4.train.build import Prepared, make_backend, open_data, prepare
+from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.requirements import check_kernels
 
@@ -73,27 +74,32 @@ def run_checks(config: RunConfig, launch: Launch, process: Process) -> list[Chec
     alone = launch.world_size == 1  # then it stands for every rank of the layout whose shard differs
     world_size = config.parallel.smallest_world if alone else launch.world_size
     checks: list[Check] = []
-    prepared = _attempt(checks, "configuration", lambda: prepare(config, world_size), "accepted")
-    if prepared is not None:
-        _attempt(checks, "data", lambda: open_data(prepared, dp_rank=0), "tokenizer and shards can be read")
+    checked = _attempt(checks, "configuration", lambda: check_config(config, world_size), "accepted")
+    if checked is not None:
+        _attempt(checks, "data", lambda: open_data(checked, dp_rank=0), "tokenizer and shards can be read")
         backend = _attempt(checks, "backend", lambda: make_backend(config.precision), config.precision.backend.name)
-        _attempt(checks, "kernels", lambda: check_kernels(prepared.config, process.device), _kernels(config))
+        _attempt(checks, "kernels", lambda: check_kernels(checked.config, process.device), _kernels(config))
         if backend is not None:
-            checks.append(Check("precision", True, summary(prepared.plan.table())))
+            checks.append(Check("precision", True, summary(checked.plan.table())))
             ranks = typical_ranks(config.parallel, world_size) if alone else [launch.rank]
-            if shards := check_model(checks, prepared, backend, process.device, world_size, ranks):
-                checks += check_gemms(prepared, shards, backend, process.device)
-        needed = run_plan(prepared.config, world_size)["memory_per_rank"]["largest"]
-        checks += [check_disk(prepared.config), check_memory(needed, process.device)]
+            if shards := check_model(checks, checked, backend, process.device, world_size, ranks):
+                checks += check_gemms(checked, shards, backend, process.device)
+        needed = run_plan(checked.config, world_size)["memory_per_rank"]["largest"]
+        checks += [check_disk(checked.config), check_memory(needed, process.device)]
     return checks + check_links(process)
 
 
 def check_model(
-    checks: list[Check], prepared: Prepared, backend: Backend, device: torch.device, world_size: int, ranks: list[int]
+    checks: list[Check],
+    checked: CheckedConfig,
+    backend: Backend,
+    device: torch.device,
+    world_size: int,
+    ranks: list[int],
 ) -> list[Shard]:
     """Append the check that builds the shards of `ranks`, and return what was built."""
     try:
-        shards = build_shards(prepared, backend, device, world_size=world_size, ranks=ranks)
+        shards = build_shards(checked, backend, device, world_size=world_size, ranks=ranks)
     except Exception as error:  # a constructor may fail in any way, out of memory included
         checks.append(Check("model", False, f"the shards cannot be built: {type(error).__name__}: {error}"))
         return []
@@ -126,10 +132,10 @@ def _attempt(checks: list[Check], name: str, make: Callable[[], T], good: str) -
     return made
 
 
-def check_gemms(prepared: Prepared, shards: Sequence[Shard], backend: Backend, device: torch.device) -> list[Check]:
+def check_gemms(checked: CheckedConfig, shards: Sequence[Shard], backend: Backend, device: torch.device) -> list[Check]:
     """One forward and backward pass per distinct local shape and precision; Transformer Engine also code by code."""
-    dtype = prepared.config.precision.compute_dtype.torch_dtype
-    probes = distinct_probes(prepared, shards, device)
+    dtype = checked.config.precision.compute_dtype.torch_dtype
+    probes = distinct_probes(checked, shards, device)
     wrong: list[str] = []
     for probe in probes:
         try:

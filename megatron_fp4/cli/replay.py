@@ -20,7 +20,8 @@ from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.comm.bootstrap import Launch, start_process
 from megatron_fp4.comm.mesh import ParallelConfig
 from megatron_fp4.precision.config import PrecisionConfig
-from megatron_fp4.train.build import build, prepare
+from megatron_fp4.train.build import build
+from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.config import LoggingConfig, Resume, RunConfig, SpikeConfig
 from megatron_fp4.train.faults.bundle import REPORT
 from megatron_fp4.train.faults.signals import StopRequest
@@ -72,7 +73,7 @@ def replayed(config: RunConfig, precision: str, folder: str, step: int) -> RunCo
 def replay(config: RunConfig) -> dict[int, float]:
     """Losses by step."""
     run_dir = Path(config.train.run_dir)
-    run = build(prepare(config, 1), start_process(config.train.device, launch=Launch()))
+    run = build(check_config(config, 1), start_process(config.train.device, launch=Launch()))
     metrics = Metrics.open(config.logging, run_dir, resume_step=0, wandb_id="replay", settings={})
     Trainer(run, metrics, Console(enabled=False, interval_steps=1), StopRequest(), "replay").fit()
     metrics.close()

@@ -1,8 +1,8 @@
 """What a run will need and how long it will take: the report behind `megatron-fp4 plan`, without a GPU.
 
-One idea: the configuration goes through the same checks as a real run (train.build.prepare), and everything else is
-arithmetic over the model's lists of parameters and linears, and over the pipeline's order of actions. The report is a
-dictionary of plain values.
+One idea: the configuration goes through the same checks as a real run (train.checked.check_config), and everything else
+is arithmetic over the model's lists of parameters and linears, and over the pipeline's order of actions. The report is
+a dictionary of plain values.
 
 Not here: measured speed; times come from peak rates (time.py).
 """
@@ -27,7 +27,7 @@ from megatron_fp4.planning.traffic import bytes_sent
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
 from megatron_fp4.precision.table import PrecisionTable, summary
-from megatron_fp4.train.build import Prepared, prepare
+from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.telemetry.peaks import GPUS, Gpu
 
@@ -54,30 +54,30 @@ def run_plan(
     if schedule and parallel.pp == 1:
         raise ValueError("--schedule has no effect with parallel.pp = 1; remove it, or set parallel.pp")
     num_gpus = num_gpus or parallel.smallest_world
-    prepared = prepare(config, num_gpus)
-    config, table = prepared.config, prepared.plan.table()
+    checked = check_config(config, num_gpus)
+    config, table = checked.config, checked.plan.table()
     chunks = stages_per_rank(parallel)
-    microbatches = config.train.gradient_accumulation(prepared.dp, config.train.global_batch)
+    microbatches = config.train.gradient_accumulation(checked.dp, config.train.global_batch)
     shape = PipelineShape(parallel.schedule, parallel.pp, microbatches, chunks)
     stages = split_stages(config.model, parallel.pp * chunks, parallel.stage_split)
-    settings = _memory_settings(prepared, table)
+    settings = _memory_settings(checked, table)
     flops = count_flops(config.model, config.data.seq_length)
     costs = _rank_costs(config, stages)
     order = pipeline_order(parallel, microbatches)
     timeline = simulate(order) if schedule else []
-    ramp = ramp_section(prepared)
+    ramp = ramp_section(checked)
     slowdowns = [(stage["from_tokens"], imbalance(costs) / (1.0 - stage["bubble"])) for stage in ramp]
     return {
-        "run": _run_section(prepared, num_gpus, microbatches),
+        "run": _run_section(checked, num_gpus, microbatches),
         "batch_ramp": ramp if len(ramp) > 1 else [],
         "parameters": _parameter_section(config.model, table),
-        "precision": _precision_section(prepared, flops),
+        "precision": _precision_section(checked, flops),
         "flops": flops_section(config, flops, table),
         "pipeline": _pipeline_section(shape, stages, costs, ramp[-1]["bubble"], timeline),
-        "time": time_section(prepared, flops, GPUS[gpu], num_gpus, efficiency, slowdowns),
+        "time": time_section(checked, flops, GPUS[gpu], num_gpus, efficiency, slowdowns),
         "memory_per_rank": _memory_section(config, stages, settings, order, GPUS[gpu]),
         "bytes_sent_per_step": _traffic_section(config, stages, settings, microbatches),
-        "warnings": _warnings(prepared, table, settings.tokens),
+        "warnings": _warnings(checked, table, settings.tokens),
     }
 
 
@@ -89,14 +89,14 @@ def _rank_costs(config: RunConfig, stages: Sequence[StageRange]) -> list[float]:
     return [sum(sum(costs[chunk.first : chunk.stop]) for chunk in mine) for mine in chunks]
 
 
-def _memory_settings(prepared: Prepared, table: PrecisionTable) -> MemorySettings:
-    config = prepared.config
+def _memory_settings(checked: CheckedConfig, table: PrecisionTable) -> MemorySettings:
+    config = checked.config
     dtype_bytes = config.precision.compute_dtype.torch_dtype.itemsize
     copies = {row.name: weight_copy_bytes(row.precision, config.precision, dtype_bytes) for row in table.rows}
     return MemorySettings(
         tp=config.parallel.tp,
         cp=config.parallel.cp,
-        dp=prepared.dp,
+        dp=checked.dp,
         micro_batch=config.train.micro_batch,
         seq_length=config.data.seq_length,
         recompute=config.train.recompute is Recompute.full,
@@ -104,7 +104,7 @@ def _memory_settings(prepared: Prepared, table: PrecisionTable) -> MemorySetting
         keep_documents_apart=config.data.reset_documents,
         emulated=config.precision.backend is not BackendName.transformer_engine,
         weight_copies=copies,
-        num_microbatches=config.train.gradient_accumulation(prepared.dp, config.train.global_batch),
+        num_microbatches=config.train.gradient_accumulation(checked.dp, config.train.global_batch),
     )
 
 
@@ -123,14 +123,14 @@ def weight_copy_bytes(precision: LinearPrecision, config: PrecisionConfig, compu
     return stored(fprop) + stored(dgrad)
 
 
-def _run_section(prepared: Prepared, num_gpus: int, microbatches: int) -> dict[str, Any]:
-    config, parallel = prepared.config, prepared.config.parallel
+def _run_section(checked: CheckedConfig, num_gpus: int, microbatches: int) -> dict[str, Any]:
+    config, parallel = checked.config, checked.config.parallel
     return {
         "gpus": num_gpus,
         "tp": parallel.tp,
         "pp": parallel.pp,
         "cp": parallel.cp,
-        "dp": prepared.dp,
+        "dp": checked.dp,
         "seq_length": config.data.seq_length,
         "micro_batch": config.train.micro_batch,
         "microbatches_per_step": microbatches,
@@ -150,10 +150,10 @@ def _parameter_section(model: ModelConfig, table: PrecisionTable) -> dict[str, A
     return {"total": total, "by_kind": kinds, "quantized": quantized, "quantized_share": quantized / total}
 
 
-def _precision_section(prepared: Prepared, flops: Flops) -> list[dict[str, Any]]:
+def _precision_section(checked: CheckedConfig, flops: Flops) -> list[dict[str, Any]]:
     """One entry per phase of the run."""
     phases = []
-    for start, table in prepared.plan.phases:
+    for start, table in checked.plan.phases:
         gemms = {name: tuple(f != Format.bf16.name for f in fmt) for name, fmt in table.formats().items()}
         share = flops.quantized_share(gemms)  # type: ignore[arg-type]
         phases.append({"from_tokens": start, "summary": summary(table), "quantized_share_of_flops": share})
@@ -206,6 +206,6 @@ def _traffic_section(
     ]
 
 
-def _warnings(prepared: Prepared, table: PrecisionTable, tokens: int) -> list[dict[str, str]]:
-    tp = prepared.config.parallel.tp
-    return alignment_warnings(prepared.linears, table, tp=tp, tokens=tokens)
+def _warnings(checked: CheckedConfig, table: PrecisionTable, tokens: int) -> list[dict[str, str]]:
+    tp = checked.config.parallel.tp
+    return alignment_warnings(checked.linears, table, tp=tp, tokens=tokens)

@@ -14,7 +14,7 @@ from megatron_fp4.models.count import Flops
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.pipeline.order import bubble, pipeline_order, simulate
 from megatron_fp4.precision.table import PrecisionTable, gemm_formats
-from megatron_fp4.train.build import Prepared
+from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.telemetry.peaks import Gpu
 from megatron_fp4.train.telemetry.rates import RATES, flops_by_rate, rate_of
@@ -51,12 +51,12 @@ def flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dic
     }
 
 
-def ramp_section(prepared: Prepared) -> list[dict[str, Any]]:
+def ramp_section(checked: CheckedConfig) -> list[dict[str, Any]]:
     """One entry per size of a step; one in all without a batch-size ramp. bubble: idle part by the order of actions."""
-    config, parallel = prepared.config, prepared.config.parallel
+    config, parallel = checked.config, checked.config.parallel
     entries = []
     for stage in config.stages():
-        microbatches = config.train.gradient_accumulation(prepared.dp, stage.size)
+        microbatches = config.train.gradient_accumulation(checked.dp, stage.size)
         entry = {"from_tokens": stage.first * config.data.seq_length, "samples": stage.size, "steps": stage.num_steps}
         idle = bubble(simulate(pipeline_order(parallel, microbatches))) if parallel.pp > 1 else 0.0
         entries.append({**entry, "microbatches": microbatches, "bubble": idle})
@@ -74,7 +74,7 @@ def _integral(a: Sequence[tuple[int, float]], b: Sequence[tuple[int, float]], en
 
 
 def time_section(
-    prepared: Prepared,
+    checked: CheckedConfig,
     flops: Flops,
     gpu: Gpu,
     num_gpus: int,
@@ -87,7 +87,7 @@ def time_section(
     efficiency: assumed part of the peak rates. slowdowns: factors for idle time and unequal stages, with the token from
     which each holds (batch-size ramp).
     """
-    config, plan = prepared.config, prepared.plan
+    config, plan = checked.config, checked.plan
     per_token = []
     for start, table in plan.phases:
         again = _computed_again(flops, table, config.train.recompute)

@@ -22,7 +22,7 @@ from megatron_fp4.precision.linear_op import LinearSite, WeightCache, quantized_
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import gemm_formats
 from megatron_fp4.proofs.shards import Shard
-from megatron_fp4.train.build import Prepared
+from megatron_fp4.train.checked import CheckedConfig
 
 MAX_CPU_TOKENS = 256
 """Rows of x on a CPU, where real kernels are not at stake and the weights' sizes are."""
@@ -45,14 +45,14 @@ class Probe:
         return f"{self.names[0]}{more}, weight {self.shape[0]}x{self.shape[1]}, {self.tokens} tokens, {formats}"
 
 
-def distinct_probes(prepared: Prepared, shards: Sequence[Shard], device: torch.device) -> list[Probe]:
+def distinct_probes(checked: CheckedConfig, shards: Sequence[Shard], device: torch.device) -> list[Probe]:
     """Of all phases of the run and of all given shards, in the order of the model."""
-    config = prepared.config
+    config = checked.config
     tokens = config.train.micro_batch * config.data.seq_length // config.parallel.cp
     if device.type == "cpu":
         tokens = min(tokens, MAX_CPU_TOKENS)
     found: dict[tuple[tuple[int, int], LinearPrecision], list[str]] = {}
-    for (_, table), shard in itertools.product(prepared.plan.phases, shards):
+    for (_, table), shard in itertools.product(checked.plan.phases, shards):
         for name, shape in shard.shapes.items():
             names = found.setdefault((shape, table[name]), [])
             if name not in names:

@@ -16,7 +16,7 @@ from torch import nn
 from megatron_fp4.comm.mesh import ParallelConfig, draw_mesh, rank_grid
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.precision.backends import Backend
-from megatron_fp4.train.build import Prepared
+from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.trainable import draw_stages
 
 
@@ -36,15 +36,15 @@ def typical_ranks(parallel: ParallelConfig, world_size: int) -> list[int]:
 
 
 def build_shards(
-    prepared: Prepared, backend: Backend, device: torch.device, *, world_size: int, ranks: Sequence[int]
+    checked: CheckedConfig, backend: Backend, device: torch.device, *, world_size: int, ranks: Sequence[int]
 ) -> list[Shard]:
     """Build the shard of each rank, one after the other. Raises whatever a constructor raises."""
     place = device if device.type == "cuda" else torch.device("meta")
-    return [_build(prepared, backend, place, world_size, rank) for rank in ranks]
+    return [_build(checked, backend, place, world_size, rank) for rank in ranks]
 
 
-def _build(prepared: Prepared, backend: Backend, place: torch.device, world_size: int, rank: int) -> Shard:
-    config = prepared.config
+def _build(checked: CheckedConfig, backend: Backend, place: torch.device, world_size: int, rank: int) -> Shard:
+    config = checked.config
     stages = nn.ModuleList(draw_stages(config, backend, draw_mesh(config.parallel, world_size, rank), place))
     shapes = {name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in linears_of(stages).items()}
     return Shard(rank, shapes, sum(parameter.numel() for parameter in stages.parameters()))

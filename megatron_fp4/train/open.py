@@ -16,8 +16,9 @@ from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.models.decoder import Decoder, whole_model
+from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.train.build import Prepared, make_backend, prepare
+from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.evaluate import assign
 from megatron_fp4.train.requirements import by_torch
@@ -54,25 +55,25 @@ def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = No
     return meta
 
 
-def open_trained(config: RunConfig, step: int | None = None) -> tuple[Prepared, Decoder]:
+def open_trained(config: RunConfig, step: int | None = None) -> tuple[CheckedConfig, Decoder]:
     """The trained model of a run in this process, on its CPU, in the run's evaluation precision.
 
     step: None for the newest checkpoint.
 
     Raises ValueError or FileNotFoundError where run, data or checkpoint are not there.
     """
-    prepared = prepare(replace(by_torch(config), parallel=ParallelConfig()), world_size=1)
-    config = prepared.config
+    checked = check_config(replace(by_torch(config), parallel=ParallelConfig()), world_size=1)
+    config = checked.config
     backend = make_backend(replace(config.precision, compile=False))
     dtype = config.precision.compute_dtype.torch_dtype
     clock = StepClock(config.train.seed)
     context = LayerContext.of(ParallelMesh.single_process(), backend, clock, dtype, torch.device("cpu"))
     stage = whole_model(config.model)
     model = Decoder(config.model, context, stage, keep_documents_apart=config.data.reset_documents).eval()
-    assign(model, prepared.plan.evaluation_table())
+    assign(model, checked.plan.evaluation_table())
     load_weights(
         model,
         CheckpointStore(Path(config.train.run_dir) / "checkpoints", Group.single("world"), config.checkpoint),
         step,
     )
-    return prepared, model
+    return checked, model

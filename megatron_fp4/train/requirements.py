@@ -2,11 +2,12 @@
 
 One idea: the check is the smallest instance. The backend, the optimizer, a norm and a loss are made as the run will
 make them, on one small tensor, so a missing package, a version without a feature or a GPU of another kind says at start
-what it would have said in `build`. What needs no machine (`check_choices`) is refused in `prepare`, also by `plan`.
+what it would have said in `build`. What needs no machine (`check_choices`) is refused by `plan` too.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from megatron_fp4.layers.norm import NormImpl, fused_norm
 from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.config import Impl
 from megatron_fp4.optim.groups import UpdateGroup
+from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.backends.native_fp8 import REMEDY
 from megatron_fp4.precision.config import BackendName, ComputeDtype
 from megatron_fp4.train.config import RunConfig
@@ -38,6 +40,16 @@ def check_choices(config: RunConfig) -> None:
                     f"{name}={impl} with precision.compute_dtype=fp32, the proof mode, whose sums are made in FP64 and"
                     f" rounded once: its kernel does not; set {name}=torch, or precision.compute_dtype=bf16"
                 )
+
+
+def check_machine(config: RunConfig, device: torch.device) -> None:
+    """What else can be refused before the ranks meet: packages, their versions, this rank's GPU. Makes nothing lasting.
+
+    Raises ValueError with the remedy.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        make_backend(config.precision)
+        check_kernels(config, device)
 
 
 def check_kernels(config: RunConfig, device: torch.device) -> None:

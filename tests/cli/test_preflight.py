@@ -21,7 +21,7 @@ from megatron_fp4.precision import EmulatedBackend
 from megatron_fp4.proofs.gemms import distinct_probes
 from megatron_fp4.proofs.machine import check_links
 from megatron_fp4.proofs.shards import Shard, build_shards, typical_ranks
-from megatron_fp4.train.build import Prepared, prepare
+from megatron_fp4.train.checked import CheckedConfig, check_config
 from tests.helpers.tiny_run import tiny_run
 from tests.precision.te import te_double
 
@@ -144,17 +144,17 @@ def test_clocks_and_links_of_two_ranks() -> None:
         assert "over 2 ranks" in mine[1][2]
 
 
-def shards_of(folder: Path, *overrides: str) -> tuple[Prepared, list[Shard]]:
+def shards_of(folder: Path, *overrides: str) -> tuple[CheckedConfig, list[Shard]]:
     config = to_run_config(compose_config(tiny_run(folder, *overrides).overrides))
     world_size = config.parallel.smallest_world
-    prepared, ranks = prepare(config, world_size), typical_ranks(config.parallel, world_size)
+    checked, ranks = check_config(config, world_size), typical_ranks(config.parallel, world_size)
     backend, device = EmulatedBackend(), torch.device("cpu")
-    return prepared, build_shards(prepared, backend, device, world_size=world_size, ranks=ranks)
+    return checked, build_shards(checked, backend, device, world_size=world_size, ranks=ranks)
 
 
 def test_distinct_shapes_are_tried_once(tmp_path: Path) -> None:
-    prepared, shards = shards_of(tmp_path, "model.num_layers=8")
-    probes = distinct_probes(prepared, shards, torch.device("cpu"))
+    checked, shards = shards_of(tmp_path, "model.num_layers=8")
+    probes = distinct_probes(checked, shards, torch.device("cpu"))
     keys = {(probe.shape, probe.precision) for probe in probes}
     assert len(keys) == len(probes) < 12, "a deep model would be probed layer by layer"
     assert sum(len(probe.names) for probe in probes) == 8 * 4 + 1, "a linear is in no probe"
@@ -162,16 +162,16 @@ def test_distinct_shapes_are_tried_once(tmp_path: Path) -> None:
 
 def test_shapes_are_those_of_the_built_shards(tmp_path: Path) -> None:
     layout = ("parallel.tp=2", "parallel.pp=2", "model.vocab_size=97", "model.num_layers=4", "train.global_batch=8")
-    prepared, shards = shards_of(tmp_path, *layout)
+    checked, shards = shards_of(tmp_path, *layout)
     assert [shard.rank for shard in shards] == [0, 1, 2, 3], "first and last tensor-parallel rank of both stages"
     first, last = shards[0], shards[-1]
     assert "head" not in first.shapes
     assert "blocks.0.mlp.up" not in last.shapes
-    hidden = prepared.config.model.hidden
-    probes = distinct_probes(prepared, shards, torch.device("cpu"))
+    hidden = checked.config.model.hidden
+    probes = distinct_probes(checked, shards, torch.device("cpu"))
     heads = {probe.shape for probe in probes if "head" in probe.names}
     assert heads == {(49, hidden), (48, hidden)}, "an uneven vocabulary has two local shapes"
-    whole = sum(by_kind(model_parameters(prepared.config.model)).values())
+    whole = sum(by_kind(model_parameters(checked.config.model)).values())
     assert whole < sum(shard.num_parameters for shard in shards) < whole * 1.05, "only norms are on both ranks"
 
 
@@ -185,9 +185,9 @@ def test_a_large_shard_is_built_without_memory(tmp_path: Path, model: str, layer
         "parallel.tp=4",
         "parallel.pp=2",
     )
-    prepared, shards = shards_of(tmp_path, *sizes, *layout)
+    checked, shards = shards_of(tmp_path, *sizes, *layout)
     for shard in shards:
-        for info in prepared.linears:
+        for info in checked.linears:
             if info.name in shard.shapes:
                 assert shard.shapes[info.name] == info.local_shape(4), f"the planner has another shape of {info.name}"
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_fp4.cli.compose import compose_config, to_run_config, to_yaml
 from megatron_fp4.comm.bootstrap import Launch, Process
-from megatron_fp4.train.build import build, prepare
+from megatron_fp4.train.build import build
+from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.faults.signals import StopRequest
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
@@ -32,7 +33,7 @@ def make_trainer(overrides: Sequence[str], rank: int = 0, world_size: int = 1) -
     tree = compose_config(overrides)
     config = to_run_config(tree)
     process = Process(Launch(rank, world_size), world_group(rank, world_size), torch.device("cpu"))
-    run = build(prepare(config, world_size), process)
+    run = build(check_config(config, world_size), process)
     metrics, run_dir = Metrics(), Path(config.train.run_dir)
     if rank == 0:
         (run_dir / "config.yaml").write_text(to_yaml(tree))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.bootstrap import Launch, Process
-from megatron_fp4.train.build import build, prepare
+from megatron_fp4.train.build import build
+from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.faults.signals import StopRequest
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
@@ -38,7 +39,7 @@ def train_with_a_nan(
     whether the run gave up."""
     config = to_run_config(compose_config(overrides))
     process = Process(Launch(rank, world_size), world_group(rank, world_size), torch.device("cpu"))
-    run = build(prepare(config, world_size), process)
+    run = build(check_config(config, world_size), process)
     console = Recorder()
     trainer = Trainer(run, Metrics(), console, StopRequest(), "id")
 

@@ -1,0 +1,47 @@
+"""The backend that a configuration names, and the shapes that it refuses before anything is built.
+
+Not here: what the machine must have for it (each backend's constructor says that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_fp4.precision.backends import Backend, NonFiniteWatch
+from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_obstacle
+from megatron_fp4.precision.backends.native_fp8 import NativeFp8Backend
+from megatron_fp4.precision.backends.reference import ReferenceBackend
+from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
+from megatron_fp4.precision.config import BackendName, PrecisionConfig
+from megatron_fp4.precision.plan import Linear, PrecisionPlan
+from megatron_fp4.precision.te.versions import check_te_linear
+
+
+def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> Backend:
+    """The backend that `precision.backend` names. watch: records NaN and Inf instead of raising."""
+    if config.backend is BackendName.reference:
+        return ReferenceBackend(watch)
+    if config.backend is BackendName.emulated:
+        return EmulatedBackend(config.compile and not eager_reason(config), watch)
+    if config.backend is BackendName.native_fp8:
+        return NativeFp8Backend(config, watch)
+    return TransformerEngineBackend(config, watch)
+
+
+def eager_reason(config: PrecisionConfig) -> str:
+    """Why the emulated backend runs eagerly although `precision.compile` is on; empty if it does not. Same numbers."""
+    on_cpu = not torch.cuda.is_available()
+    return compile_obstacle() if config.compile and config.backend is BackendName.emulated and on_cpu else ""
+
+
+def check_backend_shapes(plan: PrecisionPlan, linears: Sequence[Linear], *, tp: int, tokens: int) -> None:
+    """Raises ValueError for a local shape that the backend's kernels do not take, in any phase of the plan.
+
+    tp: tensor-parallel size. tokens: rows of one microbatch on a rank.
+    """
+    if plan.config.backend is BackendName.transformer_engine:
+        for _, table in plan.phases:
+            for info in linears:
+                check_te_linear(info.name, table[info.name], info.local_shape(tp), tokens)

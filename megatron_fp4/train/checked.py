@@ -1,0 +1,122 @@
+"""A configuration that was checked in one process: arithmetic of the layout, precision plan, tokenizer, shards.
+
+Everything that can be refused without the other ranks is refused here, so a bad setting ends a job before any process
+group exists. `megatron-fp4 plan` passes the same checks as a run.
+
+Not here: what depends on this rank's machine (requirements.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_fp4.data.evaluation import EvalLoader, build_eval_loader
+from megatron_fp4.data.loader import Loader, build_loader
+from megatron_fp4.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_fp4.models.block import LinearInfo, model_linears
+from megatron_fp4.models.layout import check_model_layout
+from megatron_fp4.models.partition import split_stages
+from megatron_fp4.optim.lr import check_schedule, decay_tokens
+from megatron_fp4.pipeline.schedules import check_pipeline
+from megatron_fp4.precision.backends.choose import check_backend_shapes
+from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.requirements import check_choices
+
+
+@dataclass(frozen=True)
+class CheckedConfig:
+    """What is known before the ranks meet. config: the run's, with the size of the vocabulary filled in."""
+
+    config: RunConfig
+    linears: list[LinearInfo]
+    plan: PrecisionPlan
+    dp: int
+    tokenizer: Tokenizer | None
+
+
+def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
+    """Check the whole configuration in one process. Raises ValueError (or FileNotFoundError) with the remedy."""
+    dp = config.parallel.resolve_dp(world_size)
+    config.check_timeouts(world_size)
+    config.check_evaluations()
+    num_stages = _check_batches(config, dp)
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    config = _with_vocabulary(config, tokenizer)
+    check_choices(config)
+    tokens = config.train.micro_batch * config.data.seq_length // config.parallel.cp
+    check_model_layout(config.model, config.parallel, seq_length=config.data.seq_length, tokens=tokens)
+    split_stages(config.model, num_stages, config.parallel.stage_split)
+    linears = model_linears(config.model)
+    return CheckedConfig(config, linears, _make_plan(config, linears, tokens), dp, tokenizer)
+
+
+def _check_batches(config: RunConfig, dp: int) -> int:
+    """Stages of the pipeline, after every size of a step was checked against layout and schedule."""
+    num_stages, sizes = 0, config.train.batch_sizes
+    for samples in sizes:
+        try:
+            num_stages = check_pipeline(config.parallel, config.train.gradient_accumulation(dp, samples))
+        except ValueError as error:
+            if len(sizes) == 1:
+                raise
+            raise ValueError(f"train.batch_ramp, steps of {samples} samples: {error}") from None
+    return num_stages
+
+
+def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer | None) -> RunConfig:
+    """The configuration with the tokenizer's vocabulary where `model.vocab_size` is 0."""
+    if config.model.vocab_size == 0:
+        if tokenizer is None:
+            raise ValueError("model.vocab_size is 0 (take it from the tokenizer), but data.tokenizer is not set")
+        return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+    if tokenizer is not None and config.model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} of the tokenizer"
+            f" {config.data.tokenizer}; set model.vocab_size to 0 (the tokenizer's), or to as many or more"
+        )
+    return config
+
+
+def _make_plan(config: RunConfig, linears: list[LinearInfo], tokens: int) -> PrecisionPlan:
+    """The precision of every linear in every phase, with all local shapes checked. tokens: of a microbatch per rank."""
+    total, tp = config.run_tokens, config.parallel.tp
+    check_schedule(config.optim, total)
+    decay_start = total - decay_tokens(config.optim, total)
+    plan = PrecisionPlan(config.precision, linears, total_tokens=total, decay_start=decay_start)
+    plan.check_shapes(linears, tp=tp, tokens=tokens)
+    check_backend_shapes(plan, linears, tp=tp, tokens=tokens)
+    if config.train.statistics_interval_steps and not any(table.num_quantized_gemms for _, table in plan.phases):
+        raise ValueError(
+            f"train.statistics_interval_steps = {config.train.statistics_interval_steps} would have no effect: the"
+            " precision rules quantize no GEMM; set it to 0"
+        )
+    return plan
+
+
+def open_data(
+    checked: CheckedConfig, dp_rank: int, state: dict[str, Any] | None = None, skip: Sequence[list[int]] = ()
+) -> tuple[Loader, list[EvalLoader]]:
+    """The training and evaluation loaders of one data-parallel rank. state: the loader's, of a checkpoint. skip: sample
+    ranges that are not read, beside those of the configuration.
+    """
+    config, tokenizer = checked.config, checked.tokenizer
+    fingerprint = tokenizer.fingerprint if tokenizer else None
+    vocab_size = config.model.vocab_size
+    share: dict[str, Any] = {"micro_batch": config.train.micro_batch, "dp_rank": dp_rank, "dp_size": checked.dp}
+    loader = build_loader(
+        replace(config.data, skip=[*config.data.skip, *skip]),
+        global_batch=config.train.global_batch,
+        total_samples=config.run_samples,
+        vocab_size=vocab_size,
+        tokenizer_fingerprint=fingerprint,
+        state=state,
+        **share,
+    )
+    evaluations = [
+        build_eval_loader(config.data, item.name, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint, **share)
+        for item in config.data.evaluation
+    ]
+    return loader, evaluations
