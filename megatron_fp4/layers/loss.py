@@ -1,14 +1,14 @@
 """Vocabulary-parallel cross-entropy.
 
-One idea: the softmax needs two numbers from the other ranks per token, the largest logit and then (sum of exponentials,
+The softmax needs two numbers from the other ranks per token, the largest logit and then (sum of exponentials,
 logit of the label), so the logits themselves never travel. Exponentials are in FP32 whatever the logits are, their sum
 in FP64, so that the number of shards does not show in it.
+
+Not here: Transformer Engine's kernels, and the choice between them (fused/loss.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from enum import Enum
 from typing import Any
 
 import torch
@@ -16,20 +16,9 @@ from torch import Tensor
 
 from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.layers.embedding import vocab_range
 
 IGNORE = -100
 """Label of a position that is no target."""
-
-CrossEntropy = Callable[[Tensor, Tensor], Tensor]
-"""(logits_TV `[T, V_local]`, labels_T int64 `[T]` of global ids) -> loss of each token in nats, FP32 `[T]`."""
-
-
-class LossImpl(Enum):
-    """Who computes the cross-entropy of vocabulary-parallel logits."""
-
-    torch = "torch"
-    te = "te"  # transformer_engine.pytorch.cross_entropy: Triton kernels, CUDA, equal vocabulary parts
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -79,20 +68,3 @@ def vocab_parallel_cross_entropy(
     """
     loss_T: Tensor = _VocabParallelCrossEntropy.apply(logits_TV, labels_T, first, vocab_size, smoothing, group)
     return loss_T
-
-
-def choose_cross_entropy(impl: LossImpl, vocab_size: int, tp: Group, smoothing: float = 0.0) -> CrossEntropy:
-    """The implementation that `model.loss_impl` names. Raises ValueError with the remedy if it cannot be used."""
-    if impl is LossImpl.te:
-        assert not smoothing, "refused by train.requirements"
-        from megatron_fp4.layers.fused.loss import make_te_cross_entropy
-
-        return make_te_cross_entropy(vocab_size, tp)
-    first, _ = vocab_range(vocab_size, tp)
-
-    def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-        return vocab_parallel_cross_entropy(
-            logits_TV, labels_T, first=first, vocab_size=vocab_size, group=tp, smoothing=smoothing
-        )
-
-    return cross_entropy

@@ -11,10 +11,10 @@ annotations.)
 
 from dataclasses import dataclass
 
-from megatron_fp4.layers.loss import LossImpl
+from megatron_fp4.layers.fused.loss import LossImpl
+from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
-from megatron_fp4.layers.norm import NormImpl
 
 BLOCK_LETTERS = "TM*-"
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_fp4.layers.loss import LossImpl
+from megatron_fp4.layers.fused.loss import LossImpl
+from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.mlp import Activation
-from megatron_fp4.layers.norm import NormImpl
 from megatron_fp4.models.block import MIXERS, LinearInfo, block_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import stage_parameters

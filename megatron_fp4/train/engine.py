@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.layers.loss import LossImpl, choose_cross_entropy
+from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.train.inputs import Inputs
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.layers.loss import LossImpl, choose_cross_entropy
+from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
+from megatron_fp4.layers.fused.norm import NormImpl, fused_norm
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
-from megatron_fp4.layers.norm import NormImpl, fused_norm
 from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.config import Impl
 from megatron_fp4.optim.groups import UpdateGroup

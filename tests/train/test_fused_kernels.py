@@ -7,9 +7,10 @@ import torch
 
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.layers.loss import LossImpl
+from megatron_fp4.layers.fused.loss import LossImpl
+from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.mamba.kernels import MambaKernel
-from megatron_fp4.layers.norm import NormImpl, RMSNorm
+from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim.config import Impl
 from megatron_fp4.precision import EmulatedBackend

@@ -1,21 +1,45 @@
-"""Cross-entropy by `transformer_engine.pytorch.cross_entropy.parallel_cross_entropy` (Triton, CUDA)."""
+"""Which cross-entropy a run computes: ours (layers/loss.py), or Transformer Engine's Triton kernels."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from enum import Enum
 
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.layers.loss import IGNORE, CrossEntropy
+from megatron_fp4.layers.embedding import vocab_range
+from megatron_fp4.layers.loss import IGNORE, vocab_parallel_cross_entropy
+
+CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+"""(logits_TV `[T, V_local]`, labels_T int64 `[T]` of global ids) -> loss of each token in nats, FP32 `[T]`."""
 
 
-def make_te_cross_entropy(vocab_size: int, tp: Group) -> CrossEntropy:
-    """Loss of logits_TV `[T, V/tp]` and labels_T int64 `[T]` (global ids), FP32 `[T]`; 0 where the label is IGNORE.
+class LossImpl(Enum):
+    """Who computes the cross-entropy of vocabulary-parallel logits."""
 
-    Up to 2.16 at least, the function writes the gradient over the logits. Raises ValueError with the remedy if the
-    package cannot be used.
-    """
+    torch = "torch"
+    te = "te"  # transformer_engine.pytorch.cross_entropy: Triton kernels, CUDA, equal vocabulary parts
+
+
+def choose_cross_entropy(impl: LossImpl, vocab_size: int, tp: Group, smoothing: float = 0.0) -> CrossEntropy:
+    """The implementation that `model.loss_impl` names. Raises ValueError with the remedy if it cannot be used."""
+    if impl is LossImpl.te:
+        assert not smoothing, "refused by train.requirements"
+        return _te_cross_entropy(vocab_size, tp)
+    first, _ = vocab_range(vocab_size, tp)
+
+    def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+        return vocab_parallel_cross_entropy(
+            logits_TV, labels_T, first=first, vocab_size=vocab_size, group=tp, smoothing=smoothing
+        )
+
+    return cross_entropy
+
+
+def _te_cross_entropy(vocab_size: int, tp: Group) -> CrossEntropy:
+    """0 where the label is IGNORE. Up to 2.16 at least, Transformer Engine writes the gradient over the logits."""
     # It takes a rank's first row to be rank * (its own number of rows); models.layout has refused other splits.
     assert vocab_size % tp.size == 0, f"{vocab_size} rows on {tp.size} ranks"
     try:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
+from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.layer_context import LayerContext
-from megatron_fp4.layers.loss import IGNORE, LossImpl, choose_cross_entropy
-from megatron_fp4.layers.norm import NormImpl, RMSNorm
+from megatron_fp4.layers.loss import IGNORE
+from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.precision import EmulatedBackend
 from megatron_fp4.precision.clock import StepClock

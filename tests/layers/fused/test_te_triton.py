@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fp4.layers.loss import IGNORE, LossImpl, choose_cross_entropy
+from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
+from megatron_fp4.layers.loss import IGNORE
 from tests.helpers.distributed import run_distributed, world_group
 from tests.precision.te.te_wheels import WHEELS, wheel
 
