@@ -5,7 +5,8 @@ in an order that depends on the buffer position, and add BF16 in BF16 hop by hop
 gloo, a sum is an all-to-all followed by a local FP32 sum in rank order (which was also measured to be faster). On NCCL
 the native reductions are used: they are consistent across ranks.
 
-All functions return their input untouched for a group of one rank, and never modify it otherwise.
+All functions return their input untouched for a group of one rank, and never modify it otherwise. Over a drawn group
+nothing travels: the result has its shape and no values.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.mesh import DrawnGroup, Group
 
 # torch 2.13 renamed these two and warns on the old names; this is the one place that knows.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -28,6 +29,13 @@ warnings.filterwarnings("ignore", message=".*barrier.*device under current conte
 
 def _is_gloo(group: Group) -> bool:
     return dist.get_backend(group.process_group) == "gloo"
+
+
+def _is_drawn(group: Group, x: Tensor) -> bool:
+    if not isinstance(group, DrawnGroup):
+        return False
+    assert x.is_meta, f"{tuple(x.shape)} on {x.device} cannot travel over {group.name}, which is only drawn"
+    return True
 
 
 def even_counts(num_rows: int, size: int) -> list[int]:
@@ -55,6 +63,9 @@ def all_to_all_rows(
         meanwhile()
         return x
     received = x.new_empty((sum(recv_counts), *x.shape[1:]))
+    if _is_drawn(group, x):
+        meanwhile()
+        return received
     work = dist.all_to_all_single(
         received, x.contiguous(), list(recv_counts), list(send_counts), group=group.process_group, async_op=True
     )
@@ -78,6 +89,9 @@ def reduce_scatter_rows(
         assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows over {group.size} ranks"
         row_counts = [x.shape[0] // group.size] * group.size
     mine = row_counts[group.rank]
+    if _is_drawn(group, x):
+        meanwhile()
+        return x.new_empty((mine, *x.shape[1:]))
     if not _is_gloo(group) and len(set(row_counts)) == 1:
         out = x.new_empty((mine, *x.shape[1:]))
         work = _reduce_scatter(out, x.contiguous(), group=group.process_group, async_op=True)
@@ -103,6 +117,8 @@ def all_gather_rows(x: Tensor, group: Group, row_counts: Sequence[int] | None = 
     """Concatenate `x` of all ranks along dim 0. row_counts: rows of each rank where they differ."""
     if group.size == 1:
         return x
+    if _is_drawn(group, x):
+        return x.new_empty((sum(row_counts) if row_counts else x.shape[0] * group.size, *x.shape[1:]))
     if row_counts is None or len(set(row_counts)) == 1:
         out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
         _all_gather(_as_bytes(out), _as_bytes(x.contiguous()), group=group.process_group)
@@ -126,6 +142,8 @@ def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
     """Sum over the group: FP32, in rank order, the same bits on every rank; `x.dtype`, new tensor."""
     if group.size == 1:
         return x
+    if _is_drawn(group, x):
+        return torch.empty_like(x)
     if not _is_gloo(group):
         out = x.clone()
         dist.all_reduce(out, group=group.process_group)
@@ -141,6 +159,8 @@ def all_reduce_max(x: Tensor, group: Group) -> Tensor:
     """Maximum over the group; NaN on any rank gives NaN on all (gloo's own MAX would drop it on some)."""
     if group.size == 1:
         return x
+    if _is_drawn(group, x):
+        return torch.empty_like(x)
     if not _is_gloo(group):
         out = x.clone()
         dist.all_reduce(out, op=dist.ReduceOp.MAX, group=group.process_group)

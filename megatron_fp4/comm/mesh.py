@@ -62,7 +62,7 @@ class Group:
 
 
 class DrawnGroup(Group):
-    """A group of a layout that does not run: sizes and ranks, to build with. Nothing can be sent over it."""
+    """A group of a layout that does not run: sizes and ranks, to build with. Its collectives pass on shapes only."""
 
     def __post_init__(self) -> None:
         assert self.process_group is None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from megatron_fp4.comm import autograd, collectives
-from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.mesh import DrawnGroup, Group
 from tests.helpers.distributed import run_distributed, world_group
 
 WORLD = 3
@@ -93,3 +94,28 @@ def test_a_group_of_one_returns_its_input() -> None:
     assert collectives.all_reduce_sum(x, group) is x
     assert collectives.reduce_scatter_rows(x, group) is x
     assert autograd.gather_rows(x, group) is x
+
+
+def test_a_drawn_group_passes_on_shapes_only() -> None:
+    """Each result has the shape and type that a rank of a real group gets; values have nowhere to come from."""
+    group, x = DrawnGroup("drawn", (4, 5, 6), 1), torch.empty(7, 5, dtype=torch.bfloat16, device="meta")
+    on_the_way: list[str] = []
+
+    def while_sending() -> None:
+        on_the_way.append("called")
+
+    shapes = {
+        "sum": collectives.all_reduce_sum(x, group),
+        "max": collectives.all_reduce_max(x, group),
+        "gather": collectives.all_gather_rows(x, group),
+        "uneven gather": collectives.all_gather_rows(x, group, [3, 7, 2]),
+        "scatter": collectives.reduce_scatter_rows(x, group, [3, 2, 2], while_sending),
+        "exchange": collectives.all_to_all_rows(x, group, [3, 2, 2], [2, 2, 2], while_sending),
+    }
+    rows = {"sum": 7, "max": 7, "gather": 21, "uneven gather": 12, "scatter": 2, "exchange": 6}
+    assert {name: (*result.shape, result.dtype) for name, result in shapes.items()} == {
+        name: (count, 5, torch.bfloat16) for name, count in rows.items()
+    }
+    assert len(on_the_way) == 2
+    with pytest.raises(AssertionError, match="which is only drawn"):
+        collectives.all_reduce_sum(torch.zeros(3), group)
