@@ -25,7 +25,8 @@ from megatron_fp4.precision.backends import Copy, Prepared, Source, copies_of
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import BackendName
-from megatron_fp4.precision.spec import AmaxScope, LinearPrecision, Operand, Rounding, ScaleOrder
+from megatron_fp4.precision.operand import AmaxScope, Operand, Rounding, ScaleOrder
+from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.proofs.gemms import Probe, distinct_probes, probe_tensors
 from megatron_fp4.proofs.operands import BLOCK, decoded, first_mismatch, reference_parts, te_parts
 from megatron_fp4.proofs.shards import build_shards, typical_ranks

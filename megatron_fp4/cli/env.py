@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_fp4 import __version__
 from megatron_fp4.comm.bootstrap import environment, read_launch
 from megatron_fp4.precision.backends.transformer_engine import load_api
-from megatron_fp4.precision.spec import Format
+from megatron_fp4.precision.operand import Format
 from megatron_fp4.precision.te.versions import check_capability
 
 PACKAGES = ("numpy", "hydra-core", "transformer-engine", "apex", "triton", "wandb", "sentencepiece", "tokenizers")

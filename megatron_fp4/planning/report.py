@@ -25,7 +25,8 @@ from megatron_fp4.planning.memory import MemorySettings, rank_memory
 from megatron_fp4.planning.time import flops_section, ramp_section, time_section
 from megatron_fp4.planning.traffic import bytes_sent
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
-from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
+from megatron_fp4.precision.operand import Format, Operand
+from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable, summary
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
@@ -110,7 +111,7 @@ def _memory_settings(checked: CheckedConfig, table: PrecisionTable) -> MemorySet
 
 def weight_copy_bytes(precision: LinearPrecision, config: PrecisionConfig, compute_bytes: int) -> float:
     """Bytes per element of the quantized copies of a weight for Fprop and Dgrad that a backend keeps."""
-    fprop, dgrad = precision.fprop.b, precision.dgrad.b
+    fprop, dgrad = precision.fprop.w, precision.dgrad.w
     emulated = config.backend in (BackendName.emulated, BackendName.reference)
 
     def stored(operand: Operand) -> float:

@@ -4,27 +4,19 @@ from megatron_fp4.precision.backends import Backend, NonFiniteError
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.linear_op import LinearSite, WeightCache, WgradQueue, quantized_linear
-from megatron_fp4.precision.spec import (
-    AmaxScope,
-    Format,
-    FourOverSix,
-    Gemm,
-    LinearPrecision,
-    Operand,
-    Rounding,
-    ScaleOrder,
-    Signs,
-    WgradOutput,
-    nvfp4_paper,
-)
+from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding, ScaleOrder, Signs
+from megatron_fp4.precision.recipes import nvfp4_paper, uniform
+from megatron_fp4.precision.spec import Dgrad, Fprop, Gemm, LinearPrecision, Wgrad, WgradOutput
 from megatron_fp4.precision.te.recipe import te_recipe
 
 __all__ = [
     "AmaxScope",
     "Backend",
+    "Dgrad",
     "EmulatedBackend",
     "Format",
     "FourOverSix",
+    "Fprop",
     "Gemm",
     "LinearPrecision",
     "LinearSite",
@@ -35,9 +27,11 @@ __all__ = [
     "Signs",
     "StepClock",
     "WeightCache",
+    "Wgrad",
     "WgradOutput",
     "WgradQueue",
     "nvfp4_paper",
     "quantized_linear",
     "te_recipe",
+    "uniform",
 ]

@@ -17,24 +17,20 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
-from megatron_fp4.precision.config import GEMMS
-from megatron_fp4.precision.spec import LinearPrecision, Operand
-
-ROLES = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
-"""Which tensors a GEMM multiplies, as (a, b)."""
+from megatron_fp4.precision.operand import Operand
+from megatron_fp4.precision.spec import LinearPrecision
 
 
 class Product(NamedTuple):
-    """One kind of GEMM of one linear. roles: the tensors multiplied; a, b: how each was quantized."""
+    """One kind of GEMM of one linear. tensors: what was multiplied; operands: how each was quantized."""
 
     name: str
     gemm: str
-    roles: tuple[str, str]
-    a: Operand
-    b: Operand
+    tensors: tuple[str, str]
+    operands: tuple[Operand, Operand]
 
     def __str__(self) -> str:
-        return f"{self.name} {self.gemm} ({' * '.join(self.roles)}) in {_words(self.a)} * {_words(self.b)}"
+        return f"{self.name} {self.gemm} ({' * '.join(self.tensors)}) in {' * '.join(map(_words, self.operands))}"
 
 
 class GemmMismatch(RuntimeError):
@@ -46,7 +42,7 @@ class _Tag:
     """Meaning of an operand that passed through the ledger. inner: its meaning to the wrapped backend."""
 
     name: str
-    role: str
+    tensor: str
     copy: Copy
     inner: Any
 
@@ -76,8 +72,8 @@ class GemmLedger:
         assert isinstance(right, _Tag), "an operand that another backend made"
         if self.recording:
             name, gemm = _joined(left.name, right.name), _joined(left.copy.gemm, right.copy.gemm)
-            roles = (left.role, right.role)
-            self._counts[Product(name, gemm, roles, left.copy.operand, right.copy.operand)] += 1
+            operands = (left.copy.operand, right.copy.operand)
+            self._counts[Product(name, gemm, (left.tensor, right.tensor), operands)] += 1
         return self.inner.matmul(
             replace(a, meaning=left.inner),
             replace(b, meaning=right.inner),
@@ -93,8 +89,7 @@ class GemmLedger:
 
 def expected_products(name: str, precision: LinearPrecision) -> list[Product]:
     """The three GEMMs of a linear: each happens once per microbatch."""
-    gemms = [(gemm, getattr(precision, gemm)) for gemm in GEMMS]
-    return [Product(name, gemm, ROLES[gemm], value.a, value.b) for gemm, value in gemms]
+    return [Product(name, gemm.name, gemm.tensors, gemm.operands) for gemm in precision.gemms]
 
 
 def differences(

@@ -106,7 +106,7 @@ class _Call:
 
     def weights(self, weight: Tensor) -> tuple[Prepared, Prepared]:
         """Fprop and Dgrad copies of the weight, from the cache if it holds this version."""
-        fprop, dgrad = self.precision.fprop.b, self.precision.dgrad.b
+        fprop, dgrad = self.precision.fprop.w, self.precision.dgrad.w
         if self.clock.weights_version != self.weights_version:
             raise RuntimeError(
                 f"{self.site.name}: the weights changed (version {self.weights_version} -> "
@@ -145,9 +145,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, call: _Call) -> Tensor:
         """Fprop: y [T, N] = x [T, K] @ w [N, K].T."""
-        copies = [Copy("fprop", call.precision.fprop.a, along=1)]
+        copies = [Copy("fprop", call.precision.fprop.x, along=1)]
         if ctx.needs_input_grad[1]:
-            copies.append(Copy("wgrad", call.precision.wgrad.b, along=0, deferred=True))
+            copies.append(Copy("wgrad", call.precision.wgrad.x, along=0, deferred=True))
         prepared = call.quantize("x", _narrow(x.detach()).contiguous(), copies)
         ctx.call, ctx.weight = call, weight
         ctx.wgrad_x = None
@@ -162,9 +162,9 @@ class _Linear(torch.autograd.Function):
         call: _Call = ctx.call
         dy = grads[0].contiguous()
         need_dx, need_dw, _ = ctx.needs_input_grad
-        copies = [Copy("dgrad", call.precision.dgrad.a, along=1)] if need_dx else []
+        copies = [Copy("dgrad", call.precision.dgrad.dy, along=1)] if need_dx else []
         if need_dw:
-            copies.append(Copy("wgrad", call.precision.wgrad.a, along=0, deferred=True))
+            copies.append(Copy("wgrad", call.precision.wgrad.dy, along=0, deferred=True))
         prepared = list(call.quantize("dy", _narrow(dy), copies))
         dx = dw = None
         if need_dx:

@@ -180,7 +180,7 @@ def _check_linear(info: Linear, precision: LinearPrecision, tp: int, tokens: int
         gemm: Gemm = getattr(precision, gemm_name)
         if gemm.pad:
             continue
-        for operand in (gemm.a, gemm.b):
+        for operand in gemm.operands:
             sizes = [(size, operand.contraction_multiple, what) for size in contracted]
             if operand.tile and operand.tile[0] > 1:
                 sizes += [(size, operand.tile[0], "output features per rank") for size in parts.values()]

@@ -1,61 +1,18 @@
 """What a GEMM is: the value that says, per GEMM and per operand, in which format numbers are multiplied.
 
-One idea: precision is a frozen value that sits on a linear layer. Nothing here computes; whatever has no meaning is
-refused at construction, with the reason. (No `from __future__ import annotations`: omegaconf reads the annotations.)
+Precision is a frozen value that sits on a linear layer; each operand is called by its tensor (x, w, dy). Nothing here
+computes. (No `from __future__ import annotations`: omegaconf reads the annotations.)
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Self
+from typing import Any, ClassVar, Self
 
+from megatron_fp4.precision.operand import Operand
 
-class Format(Enum):
-    """Number format of an operand. `bf16` stands for "not quantized": the compute dtype, BF16 or FP32."""
-
-    bf16 = "bf16"
-    nvfp4 = "nvfp4"  # E2M1, E4M3 scale per 16, FP32 scale per tensor (paper section 2)
-    mxfp4 = "mxfp4"  # E2M1, power-of-two scale per 32, rounded up (paper section 2)
-    mxfp8 = "mxfp8"  # E4M3, power-of-two scale per 32, rounded up
-    fp8_block = "fp8_block"  # E4M3, power-of-two scale per 1x128 or 128x128: the paper's FP8 baseline
-
-
-class Rounding(Enum):
-    rne = "rne"  # to nearest, ties to even
-    sr = "sr"  # stochastic, as Transformer Engine does it: block maxima above 6 are clipped, a bias of about 1%
-    sr_headroom = "sr_headroom"  # stochastic with the block scale enlarged by 17/16, so that nothing is clipped
-
-
-class Signs(Enum):
-    """Random signs in front of the Hadamard transform."""
-
-    none = "none"
-    fixed = "fixed"  # one vector for all layers and steps (paper section 4.2)
-    per_step = "per_step"  # a new vector per layer and step
-
-
-class ScaleOrder(Enum):
-    """Order of the multiplications in the block scale of nvfp4; E4M3 ties fall differently."""
-
-    te = "te"  # amax_b * (S_enc * (1/6)), Transformer Engine 2.14 and later
-    paper = "paper"  # (amax_b / 6) * S_enc, the paper's appendix B and Transformer Engine up to 2.13
-
-
-class AmaxScope(Enum):
-    """Over what the FP32 scale of nvfp4 is taken."""
-
-    tensor = "tensor"  # the logical tensor: equal numbers in any parallel layout
-    shard = "shard"  # the part on this rank (what Transformer Engine does for weights)
-    row = "row"  # each row of the local operand (one scale per token or output feature)
-
-
-class FourOverSix(Enum):
-    """Choose per block between the scale that maps its maximum to 6 and one that maps it to 4 (arXiv 2512.02010)."""
-
-    off = "off"
-    mae = "mae"  # keep the one with the smaller sum of absolute errors
-    mse = "mse"  # keep the one with the smaller sum of squared errors
+TENSOR_DIMS = {"x": ("T", "K"), "w": ("N", "K"), "dy": ("T", "N")}
+"""Tokens, output features and input features: the shape of each tensor of a linear layer."""
 
 
 class WgradOutput(Enum):
@@ -65,178 +22,120 @@ class WgradOutput(Enum):
     compute = "compute"  # rounded once to the compute dtype: cheaper on CPUs, not what the paper does
 
 
-TILES: dict[Format, tuple[tuple[int, int], ...]] = {
-    Format.bf16: (),
-    Format.nvfp4: ((1, 16), (16, 16)),
-    Format.mxfp4: ((1, 32),),
-    Format.mxfp8: ((1, 32),),
-    Format.fp8_block: ((1, 128), (128, 128)),
-}
-RHT_SIZES = (0, 4, 16, 32, 64, 128)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """How one operand of one GEMM is quantized. The tile is (rows, elements along the contraction) per block scale.
-
-    tile: None is the 1-D tile of the format. rht_size: length of the random Hadamard transform along the contraction,
-    0 for none. noise_bits: random bits per element of stochastic rounding (8, as Transformer Engine; or 20).
-    four_over_six_bound: largest block scale before the factor 1.5 (256 leaves room for it below 448).
-    Raises ValueError for every combination in which a setting would have no meaning.
-    """
-
-    format: Format = Format.bf16
-    tile: tuple[int, int] | None = None
-    rounding: Rounding = Rounding.rne
-    noise_bits: int = 8
-    rht_size: int = 0
-    rht_signs: Signs = Signs.fixed
-    scale_order: ScaleOrder = ScaleOrder.te
-    amax_scope: AmaxScope = AmaxScope.tensor
-    four_over_six: FourOverSix = FourOverSix.off
-    four_over_six_bound: int = 256
-
-    def __post_init__(self) -> None:
-        if self.tile is not None:
-            object.__setattr__(self, "tile", tuple(self.tile))  # a YAML list
-        elif self.quantized:
-            object.__setattr__(self, "tile", TILES[self.format][0])
-        for reason in _objections(self):
-            raise ValueError(f"operand with format={self.format.name}: {reason}")
-
-    @property
-    def quantized(self) -> bool:
-        return self.format is not Format.bf16
-
-    @property
-    def stochastic(self) -> bool:
-        return self.rounding is not Rounding.rne
-
-    @property
-    def transposes(self) -> bool:
-        """Whether a tensor and its transpose get the same codes, so that one copy serves both directions."""
-        square = self.tile is not None and self.tile[0] == self.tile[1]
-        return square and self.rht_size == 0 and not self.stochastic
-
-    @property
-    def contraction_multiple(self) -> int:
-        """The contracted dimension of the local operand must be a multiple of this."""
-        return max(self.tile[1] if self.tile else 1, self.rht_size, 1)
-
-
-def _objections(operand: Operand) -> list[str]:
-    """Reasons why the combination has no meaning (empty if it has one)."""
-    defaults = {f.name: f.default for f in dataclasses.fields(Operand)}
-    changed = {name for name, value in defaults.items() if getattr(operand, name) != value} - {"format", "tile"}
-    found = []
-    if operand.format is Format.bf16:
-        if changed or operand.tile is not None:
-            names = ", ".join(sorted(changed | ({"tile"} if operand.tile else set())))
-            found.append(f"nothing is quantized, so {names} would have no effect; leave them out or choose a format")
-        return found
-    if operand.tile not in TILES[operand.format]:
-        allowed = " or ".join(f"{rows}x{cols}" for rows, cols in TILES[operand.format])
-        found.append(f"tile {operand.tile} does not exist in this format; use {allowed}")
-    if operand.rht_size not in RHT_SIZES:
-        found.append(f"rht_size={operand.rht_size}; use one of {RHT_SIZES}")
-    if operand.rht_size == 0 and "rht_signs" in changed:
-        found.append(f"rht_signs={operand.rht_signs.name} without a transform (rht_size=0)")
-    if operand.noise_bits not in (8, 20):
-        found.append(f"noise_bits={operand.noise_bits}; use 8 (as Transformer Engine) or 20")
-    if not operand.stochastic and "noise_bits" in changed:
-        found.append("noise_bits with nearest-even rounding, which draws no noise")
-    if operand.four_over_six is FourOverSix.off and "four_over_six_bound" in changed:
-        found.append("four_over_six_bound while four_over_six is off")
-    if operand.four_over_six_bound not in (256, 448):
-        found.append(f"four_over_six_bound={operand.four_over_six_bound}; use 256 or 448")
-    if operand.format in (Format.mxfp8, Format.fp8_block) and operand.stochastic:
-        found.append("stochastic rounding is defined for E2M1 codes only; FP8 recipes round to nearest")
-    if operand.format is not Format.nvfp4:
-        only = changed & {"scale_order", "amax_scope", "four_over_six", "four_over_six_bound"}
-        if only:
-            found.append(f"{', '.join(sorted(only))} need(s) the two-level scales of nvfp4")
-        if operand.rounding is Rounding.sr_headroom:
-            found.append("sr_headroom: its scales are rounded up, so nothing is clipped and plain sr has no bias")
-        return found
-    if operand.amax_scope is AmaxScope.row and operand.tile == (16, 16):
-        found.append("amax_scope=row gives every row its own scale, but a 16x16 tile shares one among 16 rows")
-    if operand.four_over_six is not FourOverSix.off and "scale_order" in changed:
-        found.append("scale_order with four_over_six, which has one order, (amax_b / 6) * S_enc")
-    if operand.four_over_six is not FourOverSix.off and operand.rounding is Rounding.sr_headroom:
-        found.append("sr_headroom with four_over_six: the choice between the scales already sets the headroom")
-    return found
-
-
 @dataclass(frozen=True)
 class Gemm:
-    """The two operands of one GEMM. pad: where the tiles do not divide the shapes, write zeros behind the tensors.
+    """What Fprop, Dgrad and Wgrad share: two operands, each called by its tensor, and the padding of both.
 
+    tensors: names of the two operands, in the order of the product. contracted: the dimension that they share, of
+    `TENSOR_DIMS`. pad: where the tiles do not divide the shapes, write zeros behind the tensors.
     Raises ValueError if only one operand is transformed, or differently, and for padding where nothing is quantized.
     """
 
-    a: Operand = field(default_factory=Operand)
-    b: Operand = field(default_factory=Operand)
-    pad: bool = False
+    name: ClassVar[str]
+    tensors: ClassVar[tuple[str, str]]
+    contracted: ClassVar[str]
+    pad: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.pad and not self.quantized:
             raise ValueError("pad: true on a GEMM in bf16, which takes any shape, would have no effect; leave it out")
-        if (self.a.rht_size, self.a.rht_signs) != (self.b.rht_size, self.b.rht_signs):
+        first, second = self.operands
+        if (first.rht_size, first.rht_signs) != (second.rht_size, second.rht_signs):
+            sizes = (
+                f"{tensor} has size {operand.rht_size} with {operand.rht_signs.name} signs"
+                for tensor, operand in zip(self.tensors, self.operands, strict=True)
+            )
             raise ValueError(
-                f"the Hadamard transforms of the two operands must be equal to cancel in the product: a has size "
-                f"{self.a.rht_size} with {self.a.rht_signs.name} signs, b has {self.b.rht_size} with "
-                f"{self.b.rht_signs.name}"
+                f"{self.name}: the Hadamard transforms of the two operands must be equal to cancel in the product:"
+                f" {', '.join(sizes)}"
             )
 
     @property
+    def operands(self) -> tuple[Operand, Operand]:
+        """The two operands, for code that does not care which tensor is which."""
+        first, second = (getattr(self, tensor) for tensor in self.tensors)
+        return first, second
+
+    @property
     def quantized(self) -> bool:
-        return self.a.quantized or self.b.quantized
+        return any(operand.quantized for operand in self.operands)
+
+    def with_operands(self, change: Callable[[Operand], Operand]) -> Self:
+        """The same GEMM with `change` applied to both operands."""
+        changed: dict[str, Any] = {
+            tensor: change(operand) for tensor, operand in zip(self.tensors, self.operands, strict=True)
+        }
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Fprop(Gemm):
+    """y = x wᵀ, from x [T, K] and w [N, K], contracted over K."""
+
+    name: ClassVar[str] = "fprop"
+    tensors: ClassVar[tuple[str, str]] = ("x", "w")
+    contracted: ClassVar[str] = "K"
+    x: Operand = field(default_factory=Operand)
+    w: Operand = field(default_factory=Operand)
+
+
+@dataclass(frozen=True)
+class Dgrad(Gemm):
+    """dx = dy w, from dy [T, N] and w, transposed to [K, N], contracted over N."""
+
+    name: ClassVar[str] = "dgrad"
+    tensors: ClassVar[tuple[str, str]] = ("dy", "w")
+    contracted: ClassVar[str] = "N"
+    dy: Operand = field(default_factory=Operand)
+    w: Operand = field(default_factory=Operand)
+
+
+@dataclass(frozen=True)
+class Wgrad(Gemm):
+    """dw = dyᵀ x, from dy, transposed to [N, T], and x, transposed to [K, T], contracted over T."""
+
+    name: ClassVar[str] = "wgrad"
+    tensors: ClassVar[tuple[str, str]] = ("dy", "x")
+    contracted: ClassVar[str] = "T"
+    dy: Operand = field(default_factory=Operand)
+    x: Operand = field(default_factory=Operand)
 
 
 @dataclass(frozen=True)
 class LinearPrecision:
-    """Precision of the three GEMMs of a linear layer; the default is high precision in all three.
+    """Precision of the three GEMMs of a linear layer; the default is high precision in all three."""
 
-    fprop: a = x [T, K], b = w [N, K].   dgrad: a = dy [T, N], b = w.T [K, N].   wgrad: a = dy.T [N, T], b = x.T [K, T].
-    """
-
-    fprop: Gemm = field(default_factory=Gemm)
-    dgrad: Gemm = field(default_factory=Gemm)
-    wgrad: Gemm = field(default_factory=Gemm)
+    fprop: Fprop = field(default_factory=Fprop)
+    dgrad: Dgrad = field(default_factory=Dgrad)
+    wgrad: Wgrad = field(default_factory=Wgrad)
     wgrad_output: WgradOutput = WgradOutput.fp32
 
     @property
+    def gemms(self) -> tuple[Fprop, Dgrad, Wgrad]:
+        return self.fprop, self.dgrad, self.wgrad
+
+    @property
     def quantized(self) -> bool:
-        return self.fprop.quantized or self.dgrad.quantized or self.wgrad.quantized
+        return any(gemm.quantized for gemm in self.gemms)
 
     def with_operands(self, change: Callable[[Operand], Operand]) -> Self:
         """The same GEMMs with `change` applied to each of the six operands."""
-        gemms = {name: getattr(self, name) for name in ("fprop", "dgrad", "wgrad")}
-        changed = {name: replace(gemm, a=change(gemm.a), b=change(gemm.b)) for name, gemm in gemms.items()}
-        return replace(self, **changed)
+        fprop, dgrad, wgrad = self.gemms
+        return replace(
+            self,
+            fprop=fprop.with_operands(change),
+            dgrad=dgrad.with_operands(change),
+            wgrad=wgrad.with_operands(change),
+        )
 
     @property
     def padding(self) -> tuple[int, int, int]:
         """Multiples to which GEMMs with `pad` extend T, N and K (1: as they are); all are powers of two."""
-        multiples = [1, 1, 1]
-        for gemm, contracted, a_rows, b_rows in ((self.fprop, 2, 0, 1), (self.dgrad, 1, 0, 2), (self.wgrad, 0, 1, 2)):
-            for operand, rows in ((gemm.a, a_rows), (gemm.b, b_rows)):
+        multiples = {"T": 1, "N": 1, "K": 1}
+        for gemm in self.gemms:
+            for tensor, operand in zip(gemm.tensors, gemm.operands, strict=True):
                 if gemm.pad and operand.tile is not None:
-                    multiples[contracted] = max(multiples[contracted], operand.contraction_multiple)
-                    multiples[rows] = max(multiples[rows], operand.tile[0])
-        return multiples[0], multiples[1], multiples[2]
-
-
-def nvfp4_paper(*, rht: bool = True, stochastic: bool = True, square_weights: bool = True) -> LinearPrecision:
-    """The paper's recipe (section 4): 16x16 weights; stochastic gradients; Hadamard transform in Wgrad only."""
-    rht_size = 16 if rht else 0
-    gradient = Rounding.sr if stochastic else Rounding.rne
-    weight = Operand(Format.nvfp4, tile=(16, 16) if square_weights else (1, 16))
-    return LinearPrecision(
-        fprop=Gemm(Operand(Format.nvfp4), weight),
-        dgrad=Gemm(Operand(Format.nvfp4, rounding=gradient), weight),
-        wgrad=Gemm(
-            Operand(Format.nvfp4, rounding=gradient, rht_size=rht_size),
-            Operand(Format.nvfp4, rht_size=rht_size),
-        ),
-    )
+                    for dim in TENSOR_DIMS[tensor]:
+                        tile = operand.contraction_multiple if dim == gemm.contracted else operand.tile[0]
+                        multiples[dim] = max(multiples[dim], tile)
+        return multiples["T"], multiples["N"], multiples["K"]

@@ -18,7 +18,8 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.hadamard import hadamard
 from megatron_fp4.precision.backends import Copy, Source, signs_for
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
-from megatron_fp4.precision.spec import Format, LinearPrecision, Operand
+from megatron_fp4.precision.operand import Format, Operand
+from megatron_fp4.precision.spec import LinearPrecision
 
 HISTOGRAM_EDGES = (0.0, 2.0**-6, 2.0**-3, 1.0, 8.0, 64.0, 448.0)
 
@@ -77,13 +78,13 @@ def linear_report(
     x `[T, K]`, weight `[N, K]`, dy `[T, N]` (None leaves the gradients out).
     """
     operands = {
-        "fprop.x": (x, precision.fprop.a, 1),
-        "fprop.w": (weight, precision.fprop.b, 1),
-        "dgrad.w": (weight, precision.dgrad.b, 0),
-        "wgrad.x": (x, precision.wgrad.b, 0),
+        "fprop.x": (x, precision.fprop.x, 1),
+        "fprop.w": (weight, precision.fprop.w, 1),
+        "dgrad.w": (weight, precision.dgrad.w, 0),
+        "wgrad.x": (x, precision.wgrad.x, 0),
     }
     if dy is not None:
-        operands |= {"dgrad.dy": (dy, precision.dgrad.a, 1), "wgrad.dy": (dy, precision.wgrad.a, 0)}
+        operands |= {"dgrad.dy": (dy, precision.dgrad.dy, 1), "wgrad.dy": (dy, precision.wgrad.dy, 0)}
     return {
         f"{name}/{role}": quantization_stats(tensor.detach(), operand, along=along, step=step)
         for role, (tensor, operand, along) in operands.items()

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_fp4.precision.spec import Format, Gemm, LinearPrecision
+from megatron_fp4.precision.operand import Format
+from megatron_fp4.precision.spec import Gemm, LinearPrecision
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class PrecisionTable:
 
 
 def gemm_format(gemm: Gemm) -> str:
-    """`nvfp4`, `bf16`, or `a/b` where the operands differ."""
-    a, b = gemm.a.format.name, gemm.b.format.name
-    return a if a == b else f"{a}/{b}"
+    """`nvfp4`, `bf16`, or `mxfp8/nvfp4` where the operands differ."""
+    first, second = (operand.format.name for operand in gemm.operands)
+    return first if first == second else f"{first}/{second}"
 
 
 def gemm_formats(precision: LinearPrecision) -> tuple[str, str, str]:

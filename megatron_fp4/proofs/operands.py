@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_fp4.numerics import formats
 from megatron_fp4.precision.backends import Copy, Prepared
 from megatron_fp4.precision.backends.transformer_engine import stored
-from megatron_fp4.precision.spec import Format
+from megatron_fp4.precision.operand import Format
 
 BLOCK = {Format.nvfp4: 16, Format.mxfp8: 32}
 """Formats that can be compared, and the elements per block scale."""

@@ -32,8 +32,9 @@ from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.optim import OptimConfig, Overlap
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.config import ComputeDtype
+from megatron_fp4.precision.operand import AmaxScope, Operand
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.spec import AmaxScope, LinearPrecision, Operand
+from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable, Row
 from megatron_fp4.proofs.layouts import Layout
 from megatron_fp4.proofs.parity import Case
@@ -100,7 +101,7 @@ def _case(name: str, config: RunConfig, table: PrecisionTable, dtype: ComputeDty
 
 
 def _operands(precision: LinearPrecision) -> list[Operand]:
-    return [operand for gemm in (precision.fprop, precision.dgrad, precision.wgrad) for operand in (gemm.a, gemm.b)]
+    return [operand for gemm in precision.gemms for operand in gemm.operands]
 
 
 def _divisors(table: PrecisionTable, layouts: Sequence[Layout]) -> _Divisors:

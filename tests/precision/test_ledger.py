@@ -72,7 +72,7 @@ def test_the_projections_of_mamba_are_quantized() -> None:
     model.step()
     counts = Counter[tuple[str, str, str]]()
     for product, number in model.ledger.take().items():
-        counts[product.name, product.gemm, product.a.format.name] += number
+        counts[product.name, product.gemm, product.operands[0].format.name] += number
     for linear in ("blocks.0.mamba.in_proj", "blocks.0.mamba.out_proj"):
         assert [counts[linear, gemm, "nvfp4"] for gemm in ("fprop", "dgrad", "wgrad")] == [4, 4, 4]
     assert counts["head", "fprop", "bf16"] == 4
@@ -127,8 +127,8 @@ def test_a_precision_that_was_not_assigned_is_found() -> None:
 
 def test_a_rounding_that_is_not_the_tables_is_found() -> None:
     """Formats alone would not show it."""
-    four = Operand(Format.nvfp4)
-    product = Product("head", "dgrad", ("dy", "w"), four, Operand(Format.nvfp4, tile=(16, 16)))
+    operands = (Operand(Format.nvfp4), Operand(Format.nvfp4, tile=(16, 16)))
+    product = Product("head", "dgrad", ("dy", "w"), operands)
     precision = LinearPrecision(dgrad=parity_case().table["blocks.0.attention.qkv"].dgrad)
     found = differences(Counter({product: 1}), {"head": precision}, num_microbatches=1)
     assert "head dgrad (dy * w) in nvfp4 * nvfp4 16x16: executed 1 times, not in the table" in found

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.precision import (
+    Dgrad,
     EmulatedBackend,
     Format,
-    Gemm,
+    Fprop,
     LinearPrecision,
     LinearSite,
     NonFiniteError,
@@ -108,7 +109,7 @@ def test_quantized_gradients_are_near_the_exact_ones(recipe: LinearPrecision, dt
 def test_mixed_formats_in_one_gemm() -> None:
     """Any operand may stay in high precision; then only the other one's global scale counts."""
     x, w, dy = tensors()
-    half = LinearPrecision(fprop=Gemm(Operand(Format.nvfp4), Operand()), dgrad=Gemm(Operand(), Operand(Format.mxfp8)))
+    half = LinearPrecision(Fprop(x=Operand(Format.nvfp4)), Dgrad(w=Operand(Format.mxfp8)))
     y, dx, _ = Linear(w, half).run(x, dy)
     assert ((y.double() - x.double() @ w.double().T).norm() / y.double().norm()).item() < 0.12
     assert ((dx.double() - dy.double() @ w.double()).norm() / dx.double().norm()).item() < 0.05

@@ -9,8 +9,10 @@ import pytest
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.precision.config import PrecisionConfig, Rule, Switch
+from megatron_fp4.precision.operand import Format, Operand
 from megatron_fp4.precision.plan import PrecisionPlan, matches, selected_blocks
-from megatron_fp4.precision.spec import Format, LinearPrecision, Operand, nvfp4_paper
+from megatron_fp4.precision.recipes import nvfp4_paper
+from megatron_fp4.precision.spec import Fprop, LinearPrecision
 from megatron_fp4.precision.table import describe, difference, format_difference, summary
 
 MODEL = ModelConfig(num_layers=6, pattern="M-M*M-", vocab_size=96, mamba_num_heads=16, mamba_head_dim=16)
@@ -232,6 +234,6 @@ def test_the_difference_to_a_checkpoint() -> None:
 
 def test_a_gemm_of_two_formats_shows_both() -> None:
     mixed = nvfp4_paper(rht=False)
-    half = LinearPrecision(type(mixed.fprop)(Operand(Format.mxfp8), Operand(Format.mxfp4)), mixed.dgrad, mixed.wgrad)
+    half = LinearPrecision(Fprop(Operand(Format.mxfp8), Operand(Format.mxfp4)), mixed.dgrad, mixed.wgrad)
     config = PrecisionConfig(recipes={"half": half}, rules=[Rule("*", use="half")])
     assert PrecisionPlan(config, LINEARS).table().formats()["head"] == ("mxfp8/mxfp4", "nvfp4", "nvfp4")

@@ -10,12 +10,12 @@ from megatron_fp4.precision import (
     AmaxScope,
     Format,
     FourOverSix,
-    Gemm,
     LinearPrecision,
     Operand,
     Rounding,
     ScaleOrder,
     Signs,
+    Wgrad,
     nvfp4_paper,
 )
 
@@ -51,7 +51,7 @@ def test_a_setting_without_effect_is_refused(settings: dict[str, Any], reason: s
 def test_one_sided_transform_is_refused() -> None:
     """A transform on one operand only would multiply the product by a Hadamard matrix."""
     with pytest.raises(ValueError, match="cancel in the product"):
-        Gemm(Operand(Format.nvfp4, rht_size=16), Operand(Format.nvfp4))
+        Wgrad(Operand(Format.nvfp4, rht_size=16), Operand(Format.nvfp4))
 
 
 def test_yaml_lists_and_hashing() -> None:
@@ -65,10 +65,10 @@ def test_yaml_lists_and_hashing() -> None:
 def test_the_paper_recipe() -> None:
     """Section 4 of the paper: which tensor gets which treatment."""
     recipe = nvfp4_paper()
-    assert recipe.fprop.b == recipe.dgrad.b == Operand(Format.nvfp4, tile=(16, 16))
-    assert recipe.fprop.a == Operand(Format.nvfp4)
-    assert recipe.dgrad.a == Operand(Format.nvfp4, rounding=Rounding.sr)
-    assert recipe.wgrad.a == Operand(Format.nvfp4, rounding=Rounding.sr, rht_size=16)
-    assert recipe.wgrad.b == Operand(Format.nvfp4, rht_size=16)
+    assert recipe.fprop.w == recipe.dgrad.w == Operand(Format.nvfp4, tile=(16, 16))
+    assert recipe.fprop.x == Operand(Format.nvfp4)
+    assert recipe.dgrad.dy == Operand(Format.nvfp4, rounding=Rounding.sr)
+    assert recipe.wgrad.dy == Operand(Format.nvfp4, rounding=Rounding.sr, rht_size=16)
+    assert recipe.wgrad.x == Operand(Format.nvfp4, rht_size=16)
     assert not LinearPrecision().quantized
     assert recipe.quantized

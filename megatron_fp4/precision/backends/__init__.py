@@ -23,7 +23,8 @@ from megatron_fp4.comm.collectives import all_reduce_max
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.hadamard import fixed_signs, signs_from_key
 from megatron_fp4.numerics.random import key_of
-from megatron_fp4.precision.spec import AmaxScope, FourOverSix, LinearPrecision, Operand, Rounding, Signs
+from megatron_fp4.precision.operand import AmaxScope, FourOverSix, Operand, Rounding, Signs
+from megatron_fp4.precision.spec import LinearPrecision
 
 
 class NonFiniteError(FloatingPointError):
@@ -113,9 +114,9 @@ def copies_of(precision: LinearPrecision) -> dict[str, tuple[Copy, Copy]]:
     """The copies of x, w and dy that the linear op asks for."""
     fprop, dgrad, wgrad = precision.fprop, precision.dgrad, precision.wgrad
     return {
-        "x": (Copy("fprop", fprop.a, along=1), Copy("wgrad", wgrad.b, along=0)),
-        "w": (Copy("fprop", fprop.b, along=1), Copy("dgrad", dgrad.b, along=0)),
-        "dy": (Copy("dgrad", dgrad.a, along=1), Copy("wgrad", wgrad.a, along=0)),
+        "x": (Copy("fprop", fprop.x, along=1), Copy("wgrad", wgrad.x, along=0)),
+        "w": (Copy("fprop", fprop.w, along=1), Copy("dgrad", dgrad.w, along=0)),
+        "dy": (Copy("dgrad", dgrad.dy, along=1), Copy("wgrad", wgrad.dy, along=0)),
     }
 
 

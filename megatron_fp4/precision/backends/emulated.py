@@ -31,7 +31,7 @@ from megatron_fp4.precision.backends import (
     signs_for,
 )
 from megatron_fp4.precision.backends.product import Scale, scaled_matmul, widens
-from megatron_fp4.precision.spec import AmaxScope, Format, Operand, Rounding
+from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
 
 
 @dataclass(frozen=True, eq=False)

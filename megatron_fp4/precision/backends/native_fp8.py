@@ -21,7 +21,8 @@ from megatron_fp4.numerics.rounding import E4M3_MAX
 from megatron_fp4.precision.backends import Copy, NonFiniteWatch, Prepared, Source, check_shape, reduce_and_check
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig
-from megatron_fp4.precision.spec import Format, Gemm
+from megatron_fp4.precision.operand import Format
+from megatron_fp4.precision.spec import Gemm
 
 Tile = tuple[int, int]
 RECIPES = {(1, 128): ScalingType.BlockWise1x128, (128, 128): ScalingType.BlockWise128x128}
@@ -132,11 +133,12 @@ def _check_recipes(config: PrecisionConfig) -> None:
 
 
 def _objection(gemm: Gemm) -> str:
-    formats = {gemm.a.format, gemm.b.format}
+    first, second = gemm.operands
+    formats = {first.format, second.format}
     if formats != {Format.fp8_block}:
         names = " and ".join(sorted(fmt.name for fmt in formats))
         return f"operands in {names}, but only GEMMs of two fp8_block operands run on its tensor cores"
-    if gemm.a.tile == gemm.b.tile == (128, 128):
+    if first.tile == second.tile == (128, 128):
         return "two operands in 128x128 tiles, which scaled_mm does not take; use 1x128 tiles for one of them"
     return ""
 

@@ -26,7 +26,7 @@ from megatron_fp4.precision.backends import (
     scale_bound,
     signs_for,
 )
-from megatron_fp4.precision.spec import AmaxScope, Format, Operand, Rounding
+from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
 
 
 @dataclass(frozen=True)

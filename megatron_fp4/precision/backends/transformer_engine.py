@@ -35,15 +35,8 @@ from megatron_fp4.precision.backends import (
 )
 from megatron_fp4.precision.backends.emulated import scaled_matmul
 from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig
-from megatron_fp4.precision.spec import (
-    AmaxScope,
-    Format,
-    FourOverSix,
-    LinearPrecision,
-    Operand,
-    Rounding,
-    Signs,
-)
+from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding, Signs
+from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.te.versions import (
     FAST_MATH,
     OPTIONAL_SYMBOLS,
@@ -257,7 +250,7 @@ def stored(prepared: Prepared) -> dict[str, Tensor]:
 
 def _formats(recipes: Mapping[str, LinearPrecision]) -> set[Format]:
     gemms = [getattr(recipe, gemm) for recipe in recipes.values() for gemm in GEMMS]
-    return {operand.format for gemm in gemms for operand in (gemm.a, gemm.b) if operand.quantized}
+    return {operand.format for gemm in gemms for operand in gemm.operands if operand.quantized}
 
 
 def _calls(copies: Sequence[Copy]) -> list[tuple[Copy | None, Copy | None]]:

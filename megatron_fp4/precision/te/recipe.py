@@ -20,17 +20,10 @@ from typing import Any
 
 from megatron_fp4.precision.backends.transformer_engine import Api, load_api, make_quantizer
 from megatron_fp4.precision.config import GEMMS, ComputeDtype
+from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.spec import (
-    AmaxScope,
-    Format,
-    Gemm,
-    LinearPrecision,
-    Operand,
-    Rounding,
-    WgradOutput,
-    nvfp4_paper,
-)
+from megatron_fp4.precision.recipes import nvfp4_paper
+from megatron_fp4.precision.spec import Gemm, LinearPrecision, WgradOutput
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.precision.te.reference import reference_objections, with_reference
 from megatron_fp4.precision.te.versions import TENSORS, check_recipe, directions, one_quantizer
@@ -148,10 +141,10 @@ def _module_objections(precision: LinearPrecision, unsharded: bool) -> Iterator[
     """What a module decides, and a recipe cannot change."""
     for name in GEMMS:
         gemm: Gemm = getattr(precision, name)
-        for label, operand in (("a", gemm.a), ("b", gemm.b)):
+        for tensor, operand in zip(gemm.tensors, gemm.operands, strict=True):
             if operand.format is Format.nvfp4 and operand.amax_scope is AmaxScope.tensor and not unsharded:
                 yield (
-                    f"{name}.{label} has amax_scope tensor, but Transformer Engine's modules set the amax groups"
+                    f"{name}.{tensor} has amax_scope tensor, but Transformer Engine's modules set the amax groups"
                     f" themselves and never reduce over the ranks that split a weight or a context; set amax_scope:"
                     f" shard (precision=nvfp4_shard), or, where tp = 1 and cp = 1, call te_recipe(plan, unsharded=True)"
                 )
@@ -179,9 +172,9 @@ def _check_directions(name: str, precision: LinearPrecision, api: Api) -> None:
 def _block_scaling_fields(precision: LinearPrecision) -> dict[str, Any] | None:
     """The fields of an `NVFP4BlockScaling` that computes this, None if none does."""
     fields = {
-        "disable_rht": not precision.wgrad.a.rht_size,
-        "disable_stochastic_rounding": precision.dgrad.a.rounding is not Rounding.sr,
-        "disable_2d_quantization": precision.fprop.b.tile != (16, 16),
+        "disable_rht": not precision.wgrad.x.rht_size,
+        "disable_stochastic_rounding": precision.dgrad.dy.rounding is not Rounding.sr,
+        "disable_2d_quantization": precision.fprop.w.tile != (16, 16),
     }
     same = nvfp4_paper(
         rht=not fields["disable_rht"],

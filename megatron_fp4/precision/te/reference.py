@@ -13,14 +13,15 @@ from typing import Any
 
 from megatron_fp4.precision.backends.transformer_engine import Api
 from megatron_fp4.precision.config import GEMMS
-from megatron_fp4.precision.spec import Format, LinearPrecision
+from megatron_fp4.precision.operand import Format
+from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.te.versions import TENSORS, directions, one_quantizer
 
 
 def reference_objections(precision: LinearPrecision) -> Iterator[str]:
     """What the reference cannot compute."""
     for name in GEMMS:
-        for operand in (getattr(precision, name).a, getattr(precision, name).b):
+        for operand in getattr(precision, name).operands:
             if operand.format not in (Format.nvfp4, Format.bf16):
                 yield f"{name} in {operand.format.name}, but the reference quantizer covers nvfp4 only"
             if operand.stochastic:

@@ -15,17 +15,8 @@ from typing import Any
 
 from megatron_fp4.precision.backends import copies_of
 from megatron_fp4.precision.config import GEMMS
-from megatron_fp4.precision.spec import (
-    AmaxScope,
-    Format,
-    FourOverSix,
-    Gemm,
-    LinearPrecision,
-    Operand,
-    Rounding,
-    ScaleOrder,
-    Signs,
-)
+from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding, ScaleOrder, Signs
+from megatron_fp4.precision.spec import Gemm, LinearPrecision
 
 MINIMUM = (2, 9)
 FULL = (2, 19)
@@ -126,7 +117,7 @@ TENSORS = ("input", "weight", "grad_output")
 def directions(precision: LinearPrecision, tensor: str) -> tuple[Operand, Operand]:
     """(row-wise, column-wise) operands of one of `TENSORS`."""
     fprop, dgrad, wgrad = precision.fprop, precision.dgrad, precision.wgrad
-    return {"input": (fprop.a, wgrad.b), "weight": (fprop.b, dgrad.b), "grad_output": (dgrad.a, wgrad.a)}[tensor]
+    return {"input": (fprop.x, wgrad.x), "weight": (fprop.w, dgrad.w), "grad_output": (dgrad.dy, wgrad.dy)}[tensor]
 
 
 def one_quantizer(row: Operand, column: Operand) -> bool:
@@ -153,7 +144,7 @@ def check_recipe(name: str, precision: LinearPrecision, version: str, features: 
         gemm: Gemm = getattr(precision, gemm_name)
         for reason in _gemm_objections(gemm_name, gemm):
             raise _refusal(name, gemm_name, reason, version)
-        for operand in (gemm.a, gemm.b):
+        for operand in gemm.operands:
             for reason in _operand_objections(operand, features):
                 raise _refusal(name, gemm_name, reason, version)
 
@@ -166,14 +157,15 @@ def _refusal(name: str, gemm_name: str, reason: str, version: str) -> ValueError
 
 
 def _gemm_objections(gemm_name: str, gemm: Gemm) -> Iterator[str]:
-    if gemm.a.format is not gemm.b.format:
+    first, second = gemm.operands
+    if first.format is not second.format:
         yield (
-            f"operands in {gemm.a.format.name} and {gemm.b.format.name}, but its GEMMs take two operands of one format;"
+            f"operands in {first.format.name} and {second.format.name}, but its GEMMs take two operands of one format;"
             f" give both the same"
         )
-    if gemm.a.tile == gemm.b.tile == (128, 128):
+    if first.tile == second.tile == (128, 128):
         yield "two operands in 128x128 tiles, which its FP8 GEMM does not take; use 1x128 tiles for activations"
-    if gemm.a.rht_size and gemm_name != "wgrad":  # trap 8
+    if first.rht_size and gemm_name != "wgrad":  # trap 8
         yield "a Hadamard transform, which it applies in wgrad only (to column-wise copies); use rht_size: 0"
 
 

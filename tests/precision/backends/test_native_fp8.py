@@ -19,15 +19,17 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.planning.report import weight_copy_bytes
 from megatron_fp4.precision import (
+    Dgrad,
     EmulatedBackend,
     Format,
-    Gemm,
+    Fprop,
     LinearPrecision,
     LinearSite,
     NonFiniteError,
     Operand,
     StepClock,
     WeightCache,
+    Wgrad,
     nvfp4_paper,
     quantized_linear,
 )
@@ -36,7 +38,7 @@ from megatron_fp4.precision.backends.native_fp8 import NativeFp8Backend
 from megatron_fp4.precision.config import BackendName, ComputeDtype, PrecisionConfig
 
 ROW, SQUARE = Operand(Format.fp8_block), Operand(Format.fp8_block, tile=(128, 128))
-PAPER = LinearPrecision(fprop=Gemm(ROW, SQUARE), dgrad=Gemm(ROW, SQUARE), wgrad=Gemm(ROW, ROW))
+PAPER = LinearPrecision(fprop=Fprop(ROW, SQUARE), dgrad=Dgrad(ROW, SQUARE), wgrad=Wgrad(ROW, ROW))
 SHAPES = [(256, 384, 640), (128, 128, 128), (384, 128, 512)]  # T, N, K: blocks of K 5 (padded to 8), 1 and 4
 
 
@@ -175,8 +177,8 @@ def test_sizes_that_tensor_cores_refuse(hopper: pytest.MonkeyPatch) -> None:
     ("settings", "reason"),
     [
         (config(nvfp4_paper()), "recipe r, fprop: operands in nvfp4, but only GEMMs of two fp8_block operands"),
-        (config(LinearPrecision(fprop=Gemm(ROW, Operand()))), "operands in bf16 and fp8_block"),
-        (config(LinearPrecision(wgrad=Gemm(SQUARE, SQUARE))), "recipe r, wgrad: two operands in 128x128 tiles"),
+        (config(LinearPrecision(fprop=Fprop(ROW, Operand()))), "operands in bf16 and fp8_block"),
+        (config(LinearPrecision(wgrad=Wgrad(SQUARE, SQUARE))), "recipe r, wgrad: two operands in 128x128 tiles"),
         (config(LinearPrecision()), "has no effect"),
         (config(PAPER, compute_dtype=ComputeDtype.fp32), "proof mode"),
     ],
@@ -214,6 +216,6 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_planner_counts_codes_of_both_directions() -> None:
-    row_weights = LinearPrecision(fprop=Gemm(ROW, ROW), dgrad=Gemm(ROW, ROW))
+    row_weights = LinearPrecision(fprop=Fprop(ROW, ROW), dgrad=Dgrad(ROW, ROW))
     for backend, expected in ((BackendName.native_fp8, 2.0), (BackendName.emulated, 4.0)):
         assert weight_copy_bytes(row_weights, config(row_weights, backend=backend), 2) == expected

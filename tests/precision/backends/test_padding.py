@@ -15,15 +15,17 @@ from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.precision import (
+    Dgrad,
     EmulatedBackend,
     Format,
-    Gemm,
+    Fprop,
     LinearPrecision,
     LinearSite,
     Operand,
     Rounding,
     StepClock,
     WeightCache,
+    Wgrad,
     nvfp4_paper,
     quantized_linear,
 )
@@ -32,21 +34,20 @@ from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule
 from megatron_fp4.precision.plan import PrecisionPlan
 
 T, N, K = 40, 72, 100
-FP8 = Gemm(Operand(Format.fp8_block), Operand(Format.fp8_block, tile=(128, 128)))
-MXFP4 = Gemm(Operand(Format.mxfp4, rounding=Rounding.sr), Operand(Format.mxfp4))
+FP8, FP8_SQUARE = Operand(Format.fp8_block), Operand(Format.fp8_block, tile=(128, 128))
+MXFP4, MXFP4_SR = Operand(Format.mxfp4), Operand(Format.mxfp4, rounding=Rounding.sr)
 
 
 def with_pad(precision: LinearPrecision) -> LinearPrecision:
-    gemms = {name: getattr(precision, name) for name in ("fprop", "dgrad", "wgrad")}
-    return replace(precision, **{name: replace(gemm, pad=gemm.quantized) for name, gemm in gemms.items()})
+    return replace(precision, **{gemm.name: replace(gemm, pad=gemm.quantized) for gemm in precision.gemms})
 
 
 RECIPES = {
     "paper": (nvfp4_paper(), (16, 16, 16)),
     "one-dimensional": (nvfp4_paper(square_weights=False), (16, 16, 16)),
     "rht without sr": (nvfp4_paper(stochastic=False), (16, 16, 16)),
-    "fp8": (LinearPrecision(FP8, FP8, Gemm(Operand(Format.fp8_block), Operand(Format.fp8_block))), (128, 128, 128)),
-    "mxfp4": (LinearPrecision(MXFP4, MXFP4, MXFP4), (32, 32, 32)),
+    "fp8": (LinearPrecision(Fprop(FP8, FP8_SQUARE), Dgrad(FP8, FP8_SQUARE), Wgrad(FP8, FP8)), (128, 128, 128)),
+    "mxfp4": (LinearPrecision(Fprop(MXFP4_SR, MXFP4), Dgrad(MXFP4_SR, MXFP4), Wgrad(MXFP4_SR, MXFP4)), (32, 32, 32)),
     "fprop only": (LinearPrecision(fprop=nvfp4_paper().fprop), (1, 16, 16)),
 }
 
@@ -110,7 +111,7 @@ def test_without_padding_the_shape_is_refused() -> None:
 
 def test_padding_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no effect"):
-        Gemm(pad=True)
+        Fprop(pad=True)
 
 
 def test_the_plan_takes_any_shape_then() -> None:

@@ -19,8 +19,8 @@ from megatron_fp4.precision import Operand, nvfp4_paper, te_recipe
 from megatron_fp4.precision.backends import Copy
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend, _calls
 from megatron_fp4.precision.config import PrecisionConfig, Rule
+from megatron_fp4.precision.operand import Format, FourOverSix, Rounding, Signs
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.spec import Format, FourOverSix, Rounding, Signs
 from megatron_fp4.precision.te.versions import TENSORS, directions, one_quantizer
 from tests.helpers.parity import MODEL
 

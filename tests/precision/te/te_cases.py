@@ -20,15 +20,17 @@ from megatron_fp4.precision import (
     AmaxScope,
     Format,
     FourOverSix,
-    Gemm,
+    Fprop,
     LinearPrecision,
     LinearSite,
     Operand,
     Signs,
     StepClock,
     WeightCache,
+    Wgrad,
     nvfp4_paper,
     quantized_linear,
+    uniform,
 )
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.config import HIGH, PrecisionConfig, Rule, Switch
@@ -36,12 +38,7 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.table import PrecisionTable
 
 PAPER = nvfp4_paper(stochastic=False)
-SHARD = LinearPrecision(
-    *[
-        Gemm(replace(gemm.a, amax_scope=AmaxScope.shard), replace(gemm.b, amax_scope=AmaxScope.shard))
-        for gemm in (PAPER.fprop, PAPER.dgrad, PAPER.wgrad)
-    ]
-)
+SHARD = PAPER.with_operands(lambda operand: replace(operand, amax_scope=AmaxScope.shard))
 BF16 = LinearPrecision()
 OTHER = "other"
 TENSOR_PARALLEL, RANKS = "tensor_parallel", 2
@@ -83,8 +80,7 @@ def uneven(z: Tensor) -> Tensor:
 
 
 def _four_over_six(mode: FourOverSix, bound: int = 256) -> LinearPrecision:
-    gemm = Gemm(*[Operand(Format.nvfp4, four_over_six=mode, four_over_six_bound=bound)] * 2)
-    return LinearPrecision(gemm, gemm, gemm)
+    return uniform(Operand(Format.nvfp4, four_over_six=mode, four_over_six_bound=bound))
 
 
 CASES = {
@@ -94,15 +90,15 @@ CASES = {
     "weights_1d": Case(32, (Layer(64, 96, nvfp4_paper(stochastic=False, square_weights=False)),)),
     "no_signs": Case(
         32,
-        (Layer(32, 64, replace(PAPER, wgrad=Gemm(*[Operand(Format.nvfp4, rht_size=16, rht_signs=Signs.none)] * 2))),),
+        (Layer(32, 64, replace(PAPER, wgrad=Wgrad(*[Operand(Format.nvfp4, rht_size=16, rht_signs=Signs.none)] * 2))),),
     ),
     "heavy_tailed": Case(64, (Layer(64, 96), Layer(32, 64)), heavy_tailed),
     "sparse": Case(64, (Layer(64, 96),), sparse),
     "bf16_forward": Case(
-        32, (Layer(64, 32, replace(PAPER, fprop=Gemm())), Layer(32, 64, replace(PAPER, fprop=Gemm())))
+        32, (Layer(64, 32, replace(PAPER, fprop=Fprop())), Layer(32, 64, replace(PAPER, fprop=Fprop())))
     ),
     "bf16_backward": Case(32, (Layer(32, 64, LinearPrecision(PAPER.fprop)),)),
-    "bf16_wgrad": Case(32, (Layer(32, 64, replace(PAPER, wgrad=Gemm())),)),
+    "bf16_wgrad": Case(32, (Layer(32, 64, replace(PAPER, wgrad=Wgrad())),)),
     TENSOR_PARALLEL: Case(64, (Layer(128, 64, SHARD), Layer(64, 128, SHARD)), uneven),
     "four_over_six_mae": Case(32, (Layer(32, 64, _four_over_six(FourOverSix.mae)),)),
     "four_over_six_mse_448": Case(32, (Layer(32, 64, _four_over_six(FourOverSix.mse, 448)),)),

@@ -16,17 +16,20 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.precision import (
     AmaxScope,
+    Dgrad,
     EmulatedBackend,
     Format,
     FourOverSix,
-    Gemm,
+    Fprop,
     LinearPrecision,
     NonFiniteError,
     Operand,
     Rounding,
     ScaleOrder,
     Signs,
+    Wgrad,
     nvfp4_paper,
+    uniform,
 )
 from megatron_fp4.precision.backends import Copy, NonFiniteWatch, Prepared, Source
 from megatron_fp4.precision.backends.reference import ReferenceBackend
@@ -63,9 +66,9 @@ def source(x: Tensor, operand: str = "x") -> Source:
 def copies(precision: LinearPrecision) -> dict[str, tuple[Copy, Copy]]:
     """What linear_op asks of each tensor."""
     return {
-        "x": (Copy("fprop", precision.fprop.a, 1), Copy("wgrad", precision.wgrad.b, 0, deferred=True)),
-        "w": (Copy("fprop", precision.fprop.b, 1), Copy("dgrad", precision.dgrad.b, 0)),
-        "dy": (Copy("dgrad", precision.dgrad.a, 1), Copy("wgrad", precision.wgrad.a, 0, deferred=True)),
+        "x": (Copy("fprop", precision.fprop.x, 1), Copy("wgrad", precision.wgrad.x, 0, deferred=True)),
+        "w": (Copy("fprop", precision.fprop.w, 1), Copy("dgrad", precision.dgrad.w, 0)),
+        "dy": (Copy("dgrad", precision.dgrad.dy, 1), Copy("wgrad", precision.wgrad.dy, 0, deferred=True)),
     }
 
 
@@ -89,7 +92,7 @@ def test_the_double_has_the_signatures_of_the_real_one() -> None:
         RNE,
         nvfp4_paper(stochastic=False, rht=False),
         nvfp4_paper(stochastic=False, square_weights=False),
-        replace(RNE, wgrad=Gemm(*[Operand(Format.nvfp4, rht_size=16, rht_signs=Signs.none)] * 2)),
+        replace(RNE, wgrad=Wgrad(*[Operand(Format.nvfp4, rht_size=16, rht_signs=Signs.none)] * 2)),
     ],
     ids=["paper", "no_rht", "1d_weights", "no_signs"],
 )
@@ -106,7 +109,7 @@ def test_operands_equal_the_reference_backend(monkeypatch: pytest.MonkeyPatch, p
 def test_four_over_six_equals_the_reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     te_double.install(monkeypatch)
     operand = Operand(Format.nvfp4, four_over_six=FourOverSix.mse)
-    precision = LinearPrecision(*[Gemm(operand, operand)] * 3)
+    precision = uniform(operand)
     theirs, ours = (
         prepare(TransformerEngineBackend(config(precision)), precision),
         prepare(ReferenceBackend(), precision),
@@ -173,7 +176,7 @@ def test_saved_tensors_can_be_put_back(te: TransformerEngineBackend) -> None:
 def test_directions_of_different_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paper's appendix D: forward BF16, backward NVFP4, without TE's Hybrid quantizers (trap 13)."""
     te_double.install(monkeypatch)
-    precision = replace(RNE, fprop=Gemm())
+    precision = replace(RNE, fprop=Fprop())
     te = TransformerEngineBackend(config(precision))
     made, ours = prepare(te, precision), prepare(EmulatedBackend(), precision)
     y = te.matmul(made["x"][0], made["w"][0], out_dtype=torch.bfloat16)
@@ -202,8 +205,7 @@ def test_the_amax_group_is_that_of_the_source(te: TransformerEngineBackend, monk
 
 def test_mxfp8_copies_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     te_double.install(monkeypatch)
-    mxfp8 = Gemm(Operand(Format.mxfp8), Operand(Format.mxfp8))
-    precision = LinearPrecision(mxfp8, mxfp8, mxfp8)
+    precision = uniform(Operand(Format.mxfp8))
     te = TransformerEngineBackend(config(precision))
     theirs, ours, emulated = prepare(te, precision), prepare(ReferenceBackend(), precision), EmulatedBackend()
     for name, wanted in copies(precision).items():
@@ -255,12 +257,12 @@ X = Operand(Format.nvfp4)
 RHT = Operand(Format.nvfp4, rht_size=16)
 
 
-def fprop(a: Operand, b: Operand = W) -> LinearPrecision:
-    return LinearPrecision(fprop=Gemm(a, b))
+def fprop(x: Operand, w: Operand = W) -> LinearPrecision:
+    return LinearPrecision(fprop=Fprop(x, w))
 
 
 def wgrad(operand: Operand) -> LinearPrecision:
-    return LinearPrecision(wgrad=Gemm(operand, operand))
+    return LinearPrecision(wgrad=Wgrad(operand, operand))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +283,7 @@ def wgrad(operand: Operand) -> LinearPrecision:
         (fprop(replace(X, four_over_six=FourOverSix.mae, rounding=Rounding.sr)), "four_over_six with"),
         (fprop(*[Operand(Format.fp8_block, tile=(128, 128))] * 2), "128x128"),
         (
-            LinearPrecision(dgrad=Gemm(X, replace(W, four_over_six=FourOverSix.mae))),
+            LinearPrecision(dgrad=Dgrad(X, replace(W, four_over_six=FourOverSix.mae))),
             "column-wise copy alone",
         ),
     ],

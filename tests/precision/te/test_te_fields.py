@@ -20,9 +20,10 @@ from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.precision import (
     AmaxScope,
+    Dgrad,
     Format,
     FourOverSix,
-    Gemm,
+    Fprop,
     LinearPrecision,
     LinearSite,
     Operand,
@@ -31,6 +32,7 @@ from megatron_fp4.precision import (
     Signs,
     StepClock,
     WeightCache,
+    Wgrad,
     WgradOutput,
     nvfp4_paper,
     quantized_linear,
@@ -146,7 +148,8 @@ def pairs(base: Operand, changed: Operand) -> Iterator[tuple[LinearPrecision, Li
     alone = different.isdisjoint({"format", "rht_size", "rht_signs"})
     for gemm in ("wgrad",) if changed.rht_size else GEMMS:
         for a, b in ((changed, base), (base, changed)) if alone else ((changed, changed),):
-            yield LinearPrecision(**{gemm: Gemm(base, base)}), LinearPrecision(**{gemm: Gemm(a, b)})
+            cls = {"fprop": Fprop, "dgrad": Dgrad, "wgrad": Wgrad}[gemm]
+            yield LinearPrecision(**{gemm: cls(base, base)}), LinearPrecision(**{gemm: cls(a, b)})
 
 
 def test_no_field_is_forgotten() -> None:
@@ -181,7 +184,7 @@ def test_compute_dtype() -> None:
 
 def test_wgrad_output(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"wgrad_output compute.*fuse_wgrad_accumulation=True"):
-        by_recipe(LinearPrecision(Gemm(FP4, FP4), wgrad_output=WgradOutput.compute))
+        by_recipe(LinearPrecision(Fprop(FP4, FP4), wgrad_output=WgradOutput.compute))
     te_double.install(monkeypatch)
     precision = nvfp4_paper(stochastic=False)
     grads = []

@@ -11,7 +11,17 @@ import pytest
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.precision import Format, Gemm, LinearPrecision, Operand, ScaleOrder, nvfp4_paper, te_recipe
+from megatron_fp4.precision import (
+    Format,
+    Fprop,
+    LinearPrecision,
+    Operand,
+    ScaleOrder,
+    Wgrad,
+    nvfp4_paper,
+    te_recipe,
+    uniform,
+)
 from megatron_fp4.precision.config import PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.te.recipe import NOT_FROM_ENVIRONMENT
@@ -94,15 +104,14 @@ def test_factory_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_directions_of_different_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     te_double.install(monkeypatch, NVFP4Quantizer=Recording)
-    forward_bf16 = replace(nvfp4_paper(), fprop=Gemm())
+    forward_bf16 = replace(nvfp4_paper(), fprop=Fprop())
     factory = whole(plan(Rule("*", use="r"), r=forward_bf16)).qfactory
     made = factory(role("input"))
     assert isinstance(made, te_double.HybridQuantizer)
     assert isinstance(made.rowwise_quantizer, te_double.IdentityQuantizer)
     assert made.columnwise_quantizer.settings["with_rht"]
     assert factory(role("input")) is not made, "sub-quantizers must not be shared between modules"
-    fp8 = Gemm(Operand(Format.mxfp8), Operand(Format.mxfp8))
-    factory = whole(plan(Rule("*", use="r"), r=LinearPrecision(fp8, fp8, fp8))).qfactory
+    factory = whole(plan(Rule("*", use="r"), r=uniform(Operand(Format.mxfp8)))).qfactory
     assert isinstance(factory(role("weight")), te_double.MXFP8Quantizer)
 
 
@@ -110,23 +119,22 @@ def test_old_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     def old(operand: Operand) -> Operand:
         return replace(operand, scale_order=ScaleOrder.paper)
 
-    paper = nvfp4_paper()
-    gemms = [Gemm(old(g.a), old(g.b)) for g in (paper.fprop, paper.dgrad, paper.wgrad)]
+    paper = nvfp4_paper().with_operands(old)
     te_double.install(monkeypatch, "2.9.0", **OLD, NVFP4Quantizer=Recording)
-    factory = whole(plan(Rule("*", use="r"), r=LinearPrecision(*gemms))).qfactory
+    factory = whole(plan(Rule("*", use="r"), r=paper)).qfactory
     assert factory("linear_grad_output").settings["stochastic_rounding"]
     assert factory("linear_output") is None
     with pytest.raises(ValueError, match=r"no module names.*install"):
-        whole(plan(Rule("head"), Rule("*", use="r"), r=LinearPrecision(*gemms)))
+        whole(plan(Rule("head"), Rule("*", use="r"), r=paper))
     with pytest.raises(ValueError, match=r"input is quantized differently.*2\.9\.0 cannot.*install"):
-        whole(plan(Rule("*", use="r"), r=LinearPrecision(Gemm(), *gemms[1:])))
+        whole(plan(Rule("*", use="r"), r=replace(paper, fprop=Fprop())))
 
 
 def test_the_amax_groups_are_the_modules_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """amax_scope tensor would have no effect there: tp ranks of a weight would take their own scales."""
     te_double.install(monkeypatch)
     uniform = plan(Rule("*", use="r"), r=nvfp4_paper())
-    with pytest.raises(ValueError, match=r"fprop.a has amax_scope tensor.*set amax_scope: shard.*unsharded=True"):
+    with pytest.raises(ValueError, match=r"fprop.x has amax_scope tensor.*set amax_scope: shard.*unsharded=True"):
         te_recipe(uniform)
     config = to_run_config(compose_config(["precision=nvfp4_shard", "model=gpt_tiny"]))
     sharded = PrecisionPlan(config.precision, model_linears(config.model))
@@ -145,11 +153,11 @@ def test_reference_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(q.with_rht, q.quant_tile_shape) for q in (x, w)] == [(True, (1, 16)), (False, (16, 16))]
     with pytest.raises(ValueError, match=r"dgrad with rounding sr.*use rne"):
         whole(plan(Rule("*", use="r"), r=nvfp4_paper()), reference=True)
-    fp8 = Gemm(Operand(Format.mxfp8), Operand(Format.mxfp8))
+    fp8 = Fprop(Operand(Format.mxfp8), Operand(Format.mxfp8))
     with pytest.raises(ValueError, match=r"fprop in mxfp8.*covers nvfp4 only"):
         whole(plan(Rule("*", use="r"), r=LinearPrecision(fp8)), reference=True)
     with pytest.raises(ValueError, match=r"its input is quantized differently.*half of a HybridQuantizer"):
-        whole(plan(Rule("*", use="r"), r=replace(nearest, wgrad=Gemm())), reference=True)
+        whole(plan(Rule("*", use="r"), r=replace(nearest, wgrad=Wgrad())), reference=True)
     te_double.install(monkeypatch, NVFP4QuantizerRef=None)
     with pytest.raises(ValueError, match=r"needs the reference quantizer of Transformer Engine 2\.19"):
         whole(plan(Rule("*", use="r"), r=nearest), reference=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.local import run_local
 from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
-from megatron_fp4.precision import AmaxScope, EmulatedBackend, Gemm, LinearPrecision, Operand, nvfp4_paper
+from megatron_fp4.precision import AmaxScope, EmulatedBackend, LinearPrecision, Operand, nvfp4_paper
 from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
@@ -36,8 +36,7 @@ def of_shards(precision: LinearPrecision) -> LinearPrecision:
     def operand(value: Operand) -> Operand:
         return replace(value, amax_scope=AmaxScope.shard)
 
-    gemms = (Gemm(operand(g.a), operand(g.b)) for g in (precision.fprop, precision.dgrad, precision.wgrad))
-    return LinearPrecision(*gemms)
+    return precision.with_operands(operand)
 
 
 PRECISION = PrecisionConfig(

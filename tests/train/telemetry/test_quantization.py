@@ -71,7 +71,7 @@ def source(name: str, rows: int = 16) -> Source:
 
 def test_only_the_first_microbatch_is_measured() -> None:
     probe = StatisticsProbe(EmulatedBackend())
-    copies = [Copy("fprop", nvfp4_paper().fprop.a, along=1)]
+    copies = [Copy("fprop", nvfp4_paper().fprop.x, along=1)]
     probe.quantize(torch.full((16, 32), 8.0), source("head"), copies)
     assert probe.take() == {}, "not recording"
     probe.recording = True

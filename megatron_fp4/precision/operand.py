@@ -1,0 +1,158 @@
+"""How one operand of a GEMM is quantized: a value.
+
+Nothing here computes; whatever has no meaning is refused at construction, with the reason.
+(No `from __future__ import annotations`: omegaconf reads the annotations.)
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Format(Enum):
+    """Number format of an operand. `bf16` stands for "not quantized": the compute dtype, BF16 or FP32."""
+
+    bf16 = "bf16"
+    nvfp4 = "nvfp4"  # E2M1, E4M3 scale per 16, FP32 scale per tensor (paper section 2)
+    mxfp4 = "mxfp4"  # E2M1, power-of-two scale per 32, rounded up (paper section 2)
+    mxfp8 = "mxfp8"  # E4M3, power-of-two scale per 32, rounded up
+    fp8_block = "fp8_block"  # E4M3, power-of-two scale per 1x128 or 128x128: the paper's FP8 baseline
+
+
+class Rounding(Enum):
+    rne = "rne"  # to nearest, ties to even
+    sr = "sr"  # stochastic, as Transformer Engine does it: block maxima above 6 are clipped, a bias of about 1%
+    sr_headroom = "sr_headroom"  # stochastic with the block scale enlarged by 17/16, so that nothing is clipped
+
+
+class Signs(Enum):
+    """Random signs in front of the Hadamard transform."""
+
+    none = "none"
+    fixed = "fixed"  # one vector for all layers and steps (paper section 4.2)
+    per_step = "per_step"  # a new vector per layer and step
+
+
+class ScaleOrder(Enum):
+    """Order of the multiplications in the block scale of nvfp4; E4M3 ties fall differently."""
+
+    te = "te"  # amax_b * (S_enc * (1/6)), Transformer Engine 2.14 and later
+    paper = "paper"  # (amax_b / 6) * S_enc, the paper's appendix B and Transformer Engine up to 2.13
+
+
+class AmaxScope(Enum):
+    """Over what the FP32 scale of nvfp4 is taken."""
+
+    tensor = "tensor"  # the logical tensor: equal numbers in any parallel layout
+    shard = "shard"  # the part on this rank (what Transformer Engine does for weights)
+    row = "row"  # each row of the local operand (one scale per token or output feature)
+
+
+class FourOverSix(Enum):
+    """Choose per block between the scale that maps its maximum to 6 and one that maps it to 4 (arXiv 2512.02010)."""
+
+    off = "off"
+    mae = "mae"  # keep the one with the smaller sum of absolute errors
+    mse = "mse"  # keep the one with the smaller sum of squared errors
+
+
+TILES: dict[Format, tuple[tuple[int, int], ...]] = {
+    Format.bf16: (),
+    Format.nvfp4: ((1, 16), (16, 16)),
+    Format.mxfp4: ((1, 32),),
+    Format.mxfp8: ((1, 32),),
+    Format.fp8_block: ((1, 128), (128, 128)),
+}
+RHT_SIZES = (0, 4, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand of one GEMM is quantized. The tile is (rows, elements along the contraction) per block scale.
+
+    tile: None is the 1-D tile of the format. rht_size: length of the random Hadamard transform along the contraction,
+    0 for none. noise_bits: random bits per element of stochastic rounding (8, as Transformer Engine; or 20).
+    four_over_six_bound: largest block scale before the factor 1.5 (256 leaves room for it below 448).
+    Raises ValueError for every combination in which a setting would have no meaning.
+    """
+
+    format: Format = Format.bf16
+    tile: tuple[int, int] | None = None
+    rounding: Rounding = Rounding.rne
+    noise_bits: int = 8
+    rht_size: int = 0
+    rht_signs: Signs = Signs.fixed
+    scale_order: ScaleOrder = ScaleOrder.te
+    amax_scope: AmaxScope = AmaxScope.tensor
+    four_over_six: FourOverSix = FourOverSix.off
+    four_over_six_bound: int = 256
+
+    def __post_init__(self) -> None:
+        if self.tile is not None:
+            object.__setattr__(self, "tile", tuple(self.tile))  # a YAML list
+        elif self.quantized:
+            object.__setattr__(self, "tile", TILES[self.format][0])
+        for reason in _objections(self):
+            raise ValueError(f"operand with format={self.format.name}: {reason}")
+
+    @property
+    def quantized(self) -> bool:
+        return self.format is not Format.bf16
+
+    @property
+    def stochastic(self) -> bool:
+        return self.rounding is not Rounding.rne
+
+    @property
+    def transposes(self) -> bool:
+        """Whether a tensor and its transpose get the same codes, so that one copy serves both directions."""
+        square = self.tile is not None and self.tile[0] == self.tile[1]
+        return square and self.rht_size == 0 and not self.stochastic
+
+    @property
+    def contraction_multiple(self) -> int:
+        """The contracted dimension of the local operand must be a multiple of this."""
+        return max(self.tile[1] if self.tile else 1, self.rht_size, 1)
+
+
+def _objections(operand: Operand) -> list[str]:
+    """Reasons why the combination has no meaning (empty if it has one)."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Operand)}
+    changed = {name for name, value in defaults.items() if getattr(operand, name) != value} - {"format", "tile"}
+    found = []
+    if operand.format is Format.bf16:
+        if changed or operand.tile is not None:
+            names = ", ".join(sorted(changed | ({"tile"} if operand.tile else set())))
+            found.append(f"nothing is quantized, so {names} would have no effect; leave them out or choose a format")
+        return found
+    if operand.tile not in TILES[operand.format]:
+        allowed = " or ".join(f"{rows}x{cols}" for rows, cols in TILES[operand.format])
+        found.append(f"tile {operand.tile} does not exist in this format; use {allowed}")
+    if operand.rht_size not in RHT_SIZES:
+        found.append(f"rht_size={operand.rht_size}; use one of {RHT_SIZES}")
+    if operand.rht_size == 0 and "rht_signs" in changed:
+        found.append(f"rht_signs={operand.rht_signs.name} without a transform (rht_size=0)")
+    if operand.noise_bits not in (8, 20):
+        found.append(f"noise_bits={operand.noise_bits}; use 8 (as Transformer Engine) or 20")
+    if not operand.stochastic and "noise_bits" in changed:
+        found.append("noise_bits with nearest-even rounding, which draws no noise")
+    if operand.four_over_six is FourOverSix.off and "four_over_six_bound" in changed:
+        found.append("four_over_six_bound while four_over_six is off")
+    if operand.four_over_six_bound not in (256, 448):
+        found.append(f"four_over_six_bound={operand.four_over_six_bound}; use 256 or 448")
+    if operand.format in (Format.mxfp8, Format.fp8_block) and operand.stochastic:
+        found.append("stochastic rounding is defined for E2M1 codes only; FP8 recipes round to nearest")
+    if operand.format is not Format.nvfp4:
+        only = changed & {"scale_order", "amax_scope", "four_over_six", "four_over_six_bound"}
+        if only:
+            found.append(f"{', '.join(sorted(only))} need(s) the two-level scales of nvfp4")
+        if operand.rounding is Rounding.sr_headroom:
+            found.append("sr_headroom: its scales are rounded up, so nothing is clipped and plain sr has no bias")
+        return found
+    if operand.amax_scope is AmaxScope.row and operand.tile == (16, 16):
+        found.append("amax_scope=row gives every row its own scale, but a 16x16 tile shares one among 16 rows")
+    if operand.four_over_six is not FourOverSix.off and "scale_order" in changed:
+        found.append("scale_order with four_over_six, which has one order, (amax_b / 6) * S_enc")
+    if operand.four_over_six is not FourOverSix.off and operand.rounding is Rounding.sr_headroom:
+        found.append("sr_headroom with four_over_six: the choice between the scales already sets the headroom")
+    return found
