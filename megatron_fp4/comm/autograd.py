@@ -1,13 +1,13 @@
 """Collectives with their gradients: the forward/backward pairs of tensor and sequence parallelism.
 
-    gather_rows            forward all-gather rows       backward reduce-scatter rows (FP32 sum in rank order)
-    reduce_scatter_rows    forward reduce-scatter rows   backward all-gather rows
-    scatter_rows           forward keep my rows          backward all-gather rows
-    copy_to_group          forward identity              backward all-reduce
-    reduce_from_group      forward all-reduce            backward identity
+    gather_rows          forward all-gather rows       backward reduce-scatter rows
+    scatter_sum_rows     forward reduce-scatter rows   backward all-gather rows
+    scatter_rows         forward keep my rows          backward all-gather rows
+    copy_to_group        forward identity              backward all-reduce
+    reduce_from_group    forward all-reduce            backward identity
 
 Rows are tokens. The names say what happens to the activation; the sequence-parallel pair is the first two lines.
-No layout is known here beyond "rows, over this group".
+No layout is known here beyond "rows, over this group"; how sums are made is in collectives.py.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ from megatron_fp4.comm.mesh import Group
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, meanwhile: Callable[[], None]) -> Tensor:
-        ctx.group, ctx.meanwhile = group, meanwhile
+    def forward(ctx: Any, x: Tensor, group: Group, while_sending: Callable[[], None]) -> Tensor:
+        ctx.group, ctx.while_sending = group, while_sending
         return collectives.all_gather_rows(x, group)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return collectives.reduce_scatter_rows(dy, ctx.group, meanwhile=ctx.meanwhile), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (dy,) = grads
+        return collectives.reduce_scatter_rows(dy, ctx.group, while_sending=ctx.while_sending), None, None
 
 
-class _ReduceScatterRows(torch.autograd.Function):
+class _ScatterSumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return collectives.reduce_scatter_rows(x, group)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
         return collectives.all_gather_rows(dy, ctx.group), None
 
 
@@ -51,7 +53,8 @@ class _ScatterRows(torch.autograd.Function):
         return x.chunk(group.size)[group.rank].contiguous()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
         return collectives.all_gather_rows(dy, ctx.group), None
 
 
@@ -62,7 +65,8 @@ class _CopyToGroup(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
         return collectives.all_reduce_sum(dy, ctx.group), None
 
 
@@ -72,21 +76,22 @@ class _ReduceFromGroup(torch.autograd.Function):
         return collectives.all_reduce_sum(x, group)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (dy,) = grads
         return dy, None
 
 
-def gather_rows(x: Tensor, group: Group, meanwhile: Callable[[], None] = lambda: None) -> Tensor:
+def gather_rows(x: Tensor, group: Group, while_sending: Callable[[], None] = lambda: None) -> Tensor:
     """`[T/n, ...] -> [T, ...]`; the gradients of all ranks are summed, each rank keeps its rows.
 
-    meanwhile: called in the backward pass while the gradients travel (never in a group of one rank).
+    while_sending: called in the backward pass while the gradients travel (never in a group of one rank).
     """
-    return x if group.size == 1 else _GatherRows.apply(x, group, meanwhile)
+    return x if group.size == 1 else _GatherRows.apply(x, group, while_sending)
 
 
-def reduce_scatter_rows(x: Tensor, group: Group) -> Tensor:
+def scatter_sum_rows(x: Tensor, group: Group) -> Tensor:
     """Partial sums `[T, ...] -> [T/n, ...]`."""
-    return x if group.size == 1 else _ReduceScatterRows.apply(x, group)
+    return x if group.size == 1 else _ScatterSumRows.apply(x, group)
 
 
 def scatter_rows(x: Tensor, group: Group) -> Tensor:

@@ -1,7 +1,7 @@
 """Start and stop of one process of a job: the only reader of the launcher's environment.
 
-One idea: rank, world size and rendezvous address are read here once, from torchrun (RANK, WORLD_SIZE, ...) or from
-slurm's srun (SLURM_PROCID, ...), and become a `Group` and a device. Nothing else in the package reads the environment.
+Rank, world size and rendezvous address are read here once, from torchrun (RANK, WORLD_SIZE, ...) or from slurm's srun
+(SLURM_PROCID, ...), and become a `Group` and a device. Nothing else in the package reads the environment.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Collectives over explicit groups, without autograd.
 
-One idea: a sum must not depend on where an element lies in a buffer or which rank reads it. gloo's own reductions add
-in an order that depends on the buffer position, and add BF16 in BF16 hop by hop, so replicas drift apart; here, on
-gloo, a sum is an all-to-all followed by a local FP32 sum in rank order (which was also measured to be faster). On NCCL
-the native reductions are used: they are consistent across ranks.
+A sum must not depend on where an element lies in a buffer or which rank reads it. gloo's own reductions add in an order
+that depends on the buffer position, and add BF16 in BF16 hop by hop, so replicas drift apart; here, on gloo, a sum is
+an all-to-all followed by a local FP32 sum in rank order (which was also measured to be faster). On NCCL the native
+reductions are used: they are consistent across ranks, but add in an order and a precision of NCCL's own.
 
 All functions return their input untouched for a group of one rank, and never modify it otherwise. Over a drawn group
-nothing travels: the result has its shape and no values.
+nothing travels: the result has its shape and no values. Not here: gradients (autograd.py), and the optimizer's
+collectives that are finished later (optim/bucket_comm.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 warnings.filterwarnings("ignore", message=".*barrier.*device under current context.*")
 
 
-def _is_gloo(group: Group) -> bool:
+def uses_gloo(group: Group) -> bool:
+    """Whether a group of at least two ranks talks over gloo; else it is NCCL."""
     return dist.get_backend(group.process_group) == "gloo"
 
 
@@ -53,53 +55,56 @@ def all_to_all_rows(
     group: Group,
     send_counts: Sequence[int],
     recv_counts: Sequence[int],
-    meanwhile: Callable[[], None] = _nothing,
+    while_sending: Callable[[], None] = _nothing,
 ) -> Tensor:
     """Send `send_counts[r]` consecutive rows of `x` to each rank r; returns the received rows in rank order.
 
-    meanwhile: called once the rows are on their way.
+    while_sending: called once the rows are on their way.
     """
     if group.size == 1:
-        meanwhile()
+        while_sending()
         return x
     received = x.new_empty((sum(recv_counts), *x.shape[1:]))
     if _is_drawn(group, x):
-        meanwhile()
+        while_sending()
         return received
     work = dist.all_to_all_single(
         received, x.contiguous(), list(recv_counts), list(send_counts), group=group.process_group, async_op=True
     )
-    meanwhile()
+    while_sending()
     work.wait()
     return received
 
 
 def reduce_scatter_rows(
-    x: Tensor, group: Group, row_counts: Sequence[int] | None = None, meanwhile: Callable[[], None] = _nothing
+    x: Tensor, group: Group, row_counts: Sequence[int] | None = None, while_sending: Callable[[], None] = _nothing
 ) -> Tensor:
-    """Sum `x [R, ...]` over the group in FP32, in rank order; returns this rank's rows, in `x.dtype`.
+    """Sum `x [R, ...]` over the group; returns this rank's rows of the sum, in `x.dtype`.
 
-    row_counts: rows that each rank receives (default: an even split, which must be exact). meanwhile: called once the
-    rows are on their way; it may not write `x`.
+    In FP32 and in rank order on gloo, and on NCCL where ranks receive different numbers of rows. Equal numbers of rows
+    on NCCL are summed by its own reduce-scatter, in `x.dtype` and in NCCL's order.
+
+    row_counts: rows that each rank receives (default: equal numbers, into which R must divide). while_sending: called
+    once the rows are on their way; it may not write `x`.
     """
     if group.size == 1:
-        meanwhile()
+        while_sending()
         return x
     if row_counts is None:
         assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows over {group.size} ranks"
         row_counts = [x.shape[0] // group.size] * group.size
-    mine = row_counts[group.rank]
+    num_rows, uneven = row_counts[group.rank], len(set(row_counts)) > 1
     if _is_drawn(group, x):
-        meanwhile()
-        return x.new_empty((mine, *x.shape[1:]))
-    if not _is_gloo(group) and len(set(row_counts)) == 1:
-        out = x.new_empty((mine, *x.shape[1:]))
-        work = _reduce_scatter(out, x.contiguous(), group=group.process_group, async_op=True)
-        meanwhile()
-        work.wait()
-        return out
-    parts = all_to_all_rows(x, group, row_counts, [mine] * group.size, meanwhile)
-    return ordered_sum(parts.view(group.size, mine, *x.shape[1:])).to(x.dtype)
+        while_sending()
+        return x.new_empty((num_rows, *x.shape[1:]))
+    if uses_gloo(group) or uneven:
+        parts = all_to_all_rows(x, group, row_counts, [num_rows] * group.size, while_sending)
+        return ordered_sum(parts.view(group.size, num_rows, *x.shape[1:])).to(x.dtype)
+    total = x.new_empty((num_rows, *x.shape[1:]))
+    work = _reduce_scatter(total, x.contiguous(), group=group.process_group, async_op=True)
+    while_sending()
+    work.wait()
+    return total
 
 
 def ordered_sum(parts: Tensor) -> Tensor:
@@ -124,9 +129,9 @@ def all_gather_rows(x: Tensor, group: Group, row_counts: Sequence[int] | None = 
         _all_gather(_as_bytes(out), _as_bytes(x.contiguous()), group=group.process_group)
         return out
     assert x.shape[0] == row_counts[group.rank], f"{x.shape[0]} rows, {row_counts[group.rank]} announced"
-    if _is_gloo(group):
-        repeated = x.contiguous().expand(group.size, *x.shape).reshape(-1, *x.shape[1:])
-        return all_to_all_rows(repeated, group, [x.shape[0]] * group.size, row_counts)
+    if uses_gloo(group):  # its all-gather takes equal parts only, its all-to-all any: send the same rows to every rank
+        copy_per_rank = x.contiguous().expand(group.size, *x.shape).reshape(-1, *x.shape[1:])
+        return all_to_all_rows(copy_per_rank, group, [x.shape[0]] * group.size, row_counts)
     padded = x.new_zeros((max(row_counts), *x.shape[1:]))
     padded[: x.shape[0]] = x
     rows = all_gather_rows(padded, group).view(group.size, max(row_counts), *x.shape[1:])
@@ -139,15 +144,15 @@ def _as_bytes(x: Tensor) -> Tensor:
 
 
 def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
-    """Sum over the group: FP32, in rank order, the same bits on every rank; `x.dtype`, new tensor."""
+    """Sum over the group, the same bits on every rank; `x.dtype`, new tensor. FP32 in rank order, on NCCL its own."""
     if group.size == 1:
         return x
     if _is_drawn(group, x):
         return torch.empty_like(x)
-    if not _is_gloo(group):
-        out = x.clone()
-        dist.all_reduce(out, group=group.process_group)
-        return out
+    if not uses_gloo(group):
+        total = x.clone()
+        dist.all_reduce(total, group=group.process_group)
+        return total
     if x.numel() <= 4096:  # one message is cheaper than two
         return ordered_sum(all_gather_rows(x.reshape(1, -1), group)).to(x.dtype).view(x.shape)
     flat = x.reshape(-1)
@@ -161,11 +166,11 @@ def all_reduce_max(x: Tensor, group: Group) -> Tensor:
         return x
     if _is_drawn(group, x):
         return torch.empty_like(x)
-    if not _is_gloo(group):
-        out = x.clone()
-        dist.all_reduce(out, op=dist.ReduceOp.MAX, group=group.process_group)
-        return out
-    return all_gather_rows(x.reshape(1, -1), group).amax(0).view(x.shape)
+    if uses_gloo(group):
+        return all_gather_rows(x.reshape(1, -1), group).amax(0).view(x.shape)
+    largest = x.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group.process_group)
+    return largest
 
 
 def broadcast(x: Tensor, group: Group, source: int = 0) -> Tensor:
@@ -178,6 +183,7 @@ def broadcast(x: Tensor, group: Group, source: int = 0) -> Tensor:
 
 
 def barrier(group: Group) -> None:
+    """Return when every rank of the group has called this."""
     if group.size > 1:
         dist.barrier(group=group.process_group)
 
@@ -191,11 +197,11 @@ def all_gather_object(value: Any, group: Group) -> list[Any]:
     return values
 
 
-def all_gather_if_any(value: Any, silence: Any, group: Group) -> list[Any]:
-    """As `all_gather_object`, but one message of a byte is all where the value of every rank equals `silence`."""
-    device = torch.device("cpu") if group.size == 1 or _is_gloo(group) else torch.device("cuda")
-    if not all_reduce_max(torch.tensor([value != silence], dtype=torch.uint8, device=device), group).item():
-        return [silence] * group.size
+def all_gather_if_any(value: Any, nothing: Any, group: Group) -> list[Any]:
+    """Like `all_gather_object`, but costs one message of a byte where the value of every rank equals `nothing`."""
+    device = torch.device("cpu") if group.size == 1 or uses_gloo(group) else torch.device("cuda")
+    if not all_reduce_max(torch.tensor([value != nothing], dtype=torch.uint8, device=device), group).item():
+        return [nothing] * group.size
     return all_gather_object(value, group)
 
 
@@ -203,6 +209,6 @@ def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
     """The picklable value of group rank `source`."""
     if group.size == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=group.ranks[source], group=group.process_group)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=group.ranks[source], group=group.process_group)
+    return values[0]

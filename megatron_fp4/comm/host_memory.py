@@ -1,9 +1,9 @@
 """How the C library hands out host memory: keep what a step frees for the next one.
 
-One idea: glibc gives every block above 32 MiB (less, until it has seen larger ones) fresh pages from the kernel and
+glibc gives every block above 32 MiB (less, until it has seen larger ones) fresh pages from the kernel and
 returns them when it is freed. A training step on a CPU frees and takes the same tensors again and again, and the page
 faults then cost more than the arithmetic: quantizing 32 MiB of BF16 was measured to take four times as long. This file
-raises the two thresholds. It does not pool, and it limits nothing: the process keeps its largest size so far.
+raises the two thresholds. Not here: pooling, and limits; the process keeps its largest size so far.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Run a function on several gloo processes of this machine and hand their results back.
 
-One idea: a layout of eight ranks can be checked on a laptop. The processes are forked from a server that has imported
-torch once, so that eight of them start in about the time of one.
+A layout of eight ranks can be checked on a laptop: the processes are forked from a server that has imported torch once,
+so that eight of them start in about the time of one.
 
-This is for checks, tests and benchmarks; training is started by a launcher.
+For checks, tests and benchmarks. Not here: training, which a launcher starts (bootstrap.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from megatron_fp4.comm.bootstrap import Launch, Process, start_process, stop_pro
 
 
 def free_port() -> int:
+    """A TCP port on this host that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

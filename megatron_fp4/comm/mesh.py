@@ -1,7 +1,7 @@
 """The mesh of ranks, and the groups cut from it.
 
-One idea: all groups come from one grid `arange(world).view(pp, dp, cp, tp)`. Tensor parallelism is innermost, so that
-its many small collectives stay inside a node; pipeline stages are outermost:
+All groups come from one grid `arange(world).view(pp, dp, cp, tp)`. Tensor parallelism is innermost, so that its many
+small collectives stay inside a node; pipeline stages are outermost:
 
     rank = ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank
 
@@ -180,11 +180,11 @@ def draw_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMes
     Raises ValueError when the sizes do not multiply to the world size.
     """
     grid = rank_grid(config, world_size)
-    found = {}
+    groups = {}
     for name, axes in GROUPS.items():
         ranks = next(row for row in _rows(grid, axes) if rank in row)
-        found[name] = DrawnGroup(name, tuple(ranks), ranks.index(rank))
-    return ParallelMesh(**found, world=DrawnGroup("world", tuple(range(world_size)), rank))
+        groups[name] = DrawnGroup(name, tuple(ranks), ranks.index(rank))
+    return ParallelMesh(**groups, world=DrawnGroup("world", tuple(range(world_size)), rank))
 
 
 def build_ends_group(config: ParallelConfig, world: Group) -> Group:
@@ -194,13 +194,13 @@ def build_ends_group(config: ParallelConfig, world: Group) -> Group:
     """
     grid = rank_grid(config, world.size)
     timeout = timedelta(seconds=config.timeout_seconds)
-    mine = Group.single("ends", world.rank)
+    own_group = Group.single("ends", world.rank)
     for ranks in grid[[0, -1]].flatten(1).T.tolist() if config.pp > 1 else []:
         whole = len(ranks) == world.size
         process_group = world.process_group if whole else dist.new_group(ranks, timeout=timeout)
         if world.rank in ranks:
-            mine = Group("ends", tuple(ranks), ranks.index(world.rank), process_group)
-    return mine
+            own_group = Group("ends", tuple(ranks), ranks.index(world.rank), process_group)
+    return own_group
 
 
 def _cut_group(grid: torch.Tensor, name: str, axes: Sequence[str], world: Group, timeout: timedelta) -> Group:
@@ -210,13 +210,13 @@ def _cut_group(grid: torch.Tensor, name: str, axes: Sequence[str], world: Group,
         return Group.single(name, world.rank)
     if len(rows) == 1:  # the whole world: no second process group for the same ranks
         return Group(name, tuple(rows[0]), rows[0].index(world.rank), world.process_group)
-    mine: Group | None = None
+    own_group: Group | None = None
     for ranks in rows:
         process_group = dist.new_group(ranks, timeout=timeout)
         if world.rank in ranks:
-            mine = Group(name, tuple(ranks), ranks.index(world.rank), process_group)
-    assert mine is not None
-    return mine
+            own_group = Group(name, tuple(ranks), ranks.index(world.rank), process_group)
+    assert own_group is not None
+    return own_group
 
 
 def _rows(grid: torch.Tensor, axes: Sequence[str]) -> list[list[int]]:
@@ -224,7 +224,8 @@ def _rows(grid: torch.Tensor, axes: Sequence[str]) -> list[list[int]]:
     kept = [AXES.index(axis) for axis in axes]
     others = [d for d in range(len(AXES)) if d not in kept]
     size = math.prod(grid.shape[d] for d in kept)
-    return grid.permute(*others, *kept).reshape(-1, size).tolist()  # type: ignore[no-any-return]
+    rows: list[list[int]] = grid.permute(*others, *kept).reshape(-1, size).tolist()
+    return rows
 
 
 def describe(config: ParallelConfig, world_size: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fp4.comm.autograd import reduce_scatter_rows
+from megatron_fp4.comm.autograd import scatter_sum_rows
 from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Placement, Segment
@@ -52,4 +52,4 @@ class VocabParallelEmbedding(nn.Module):
         mine_T = (ids_T >= self._first) & (ids_T < self._stop)
         local_T = (ids_T - self._first).clamp(0, self._stop - self._first - 1)
         x_TD = F.embedding(local_T, self.weight).masked_fill(~mine_T[:, None], 0.0)
-        return reduce_scatter_rows(x_TD, self._tp)
+        return scatter_sum_rows(x_TD, self._tp)

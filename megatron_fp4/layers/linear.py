@@ -25,7 +25,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from megatron_fp4.comm.autograd import gather_rows, reduce_scatter_rows
+from megatron_fp4.comm.autograd import gather_rows, scatter_sum_rows
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Placement, Segment, split_evenly
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
@@ -135,7 +135,7 @@ class RowParallelLinear(ParallelLinear):
         )
 
     def forward(self, x_TK: Tensor, tokens: Tokens) -> Tensor:
-        return reduce_scatter_rows(self.gemm(widen(x_TK), tokens, self._context.queue), self._context.tp).to(x_TK.dtype)
+        return scatter_sum_rows(self.gemm(widen(x_TK), tokens, self._context.queue), self._context.tp).to(x_TK.dtype)
 
 
 def linears_of(model: nn.Module) -> dict[str, ParallelLinear]:

@@ -18,12 +18,9 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_fp4.comm.collectives import uses_gloo
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.optim.layout import Bucket
-
-
-def _is_gloo(group: Group) -> bool:
-    return dist.get_backend(group.process_group) == "gloo"
 
 
 def _others(group: Group) -> list[int]:
@@ -51,7 +48,7 @@ class PendingSum:
     def __init__(self, flat: Tensor, bucket: Bucket, group: Group) -> None:
         low, high = bucket.bounds(group.rank)
         self._part, self._rank = flat[low:high], group.rank
-        self._ordered = bucket.kind.deferred or not bucket.even or _is_gloo(group)
+        self._ordered = bucket.kind.deferred or not bucket.even or uses_gloo(group)
         if self._ordered:
             parts = flat.split(bucket.parts)
             self._received = flat.new_empty(group.size - 1, high - low)
@@ -83,7 +80,7 @@ class PendingGather:
 
     def __init__(self, flat: Tensor, bucket: Bucket, group: Group) -> None:
         low, high = bucket.bounds(group.rank)
-        if bucket.even and not _is_gloo(group):
+        if bucket.even and not uses_gloo(group):
             pg = group.process_group
             self._works = [dist.all_gather_single(flat, flat[low:high], group=pg, async_op=True)]
             return

@@ -69,7 +69,7 @@ def test_every_collective() -> None:
 def _gradients(rank: int, world_size: int) -> dict[str, Tensor]:
     group = world_group(rank, world_size)
     found = {}
-    for name, rows in (("gather_rows", 2), ("reduce_scatter_rows", 6), ("scatter_rows", 6), ("copy_to_group", 2)):
+    for name, rows in (("gather_rows", 2), ("scatter_sum_rows", 6), ("scatter_rows", 6), ("copy_to_group", 2)):
         x = torch.ones(rows, 1, requires_grad=True)
         y = getattr(autograd, name)(x, group)
         weight = torch.arange(1.0, len(y) + 1).view(-1, 1) * (rank + 1)
@@ -84,7 +84,7 @@ def test_gradients_are_the_adjoint_collectives() -> None:
         rows = torch.arange(1.0, 7.0)
         assert torch.equal(found["gather_rows"], 6 * rows[2 * rank : 2 * rank + 2]), "gradients must be summed"
         per_rank = torch.cat([torch.arange(1.0, 3.0) * (r + 1) for r in range(WORLD)])
-        assert torch.equal(found["reduce_scatter_rows"], per_rank)
+        assert torch.equal(found["scatter_sum_rows"], per_rank)
         assert torch.equal(found["scatter_rows"], per_rank)
         assert torch.equal(found["copy_to_group"], 6 * torch.arange(1.0, 3.0))
 

@@ -53,8 +53,8 @@ def unsummed_gradient_norm(process: Process, cases: list[Case], parallel: Parall
 def gather_without_gradient_sum(process: Process, cases: list[Case], parallel: ParallelConfig) -> list[Record]:
     """The backward of a sequence-parallel gather keeps this rank's rows instead of summing those of all."""
 
-    def keeps(x: Tensor, group: Group, *meanwhile: Any) -> Tensor:
-        whole = right(x, group, *meanwhile)
+    def keeps(x: Tensor, group: Group, *while_sending: Any) -> Tensor:
+        whole = right(x, group, *while_sending)
         parts = enumerate(whole.detach().chunk(group.size))
         return torch.cat([x if rank == group.rank else part for rank, part in parts])
 

@@ -56,14 +56,14 @@ class Log:
 
         EmulatedBackend.matmul = matmul  # type: ignore[method-assign]
 
-    def scatter(self, x: torch.Tensor, group: Any, row_counts: Any = None, meanwhile: Any = None) -> torch.Tensor:
+    def scatter(self, x: torch.Tensor, group: Any, row_counts: Any = None, while_sending: Any = None) -> torch.Tensor:
         def during() -> None:
             self.beside.append(0)
             self._travelling = True
-            meanwhile()
+            while_sending()
             self._travelling = False
 
-        return self._scatter(x, group, row_counts, *([during] if meanwhile else []))
+        return self._scatter(x, group, row_counts, *([during] if while_sending else []))
 
     def stop(self) -> None:
         collectives.reduce_scatter_rows, EmulatedBackend.matmul = self._scatter, self._matmul  # type: ignore

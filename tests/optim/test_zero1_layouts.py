@@ -46,10 +46,10 @@ def all_layouts(rank: int, world_size: int) -> bytes:
             mesh = mesh_for(rank, world_size, **axes)
             for variant, options in VARIANTS.items():
                 outcomes[layout, variant] = train(mesh, **options)  # type: ignore[arg-type]
-            native = bucket_comm_module._is_gloo
-            bucket_comm_module._is_gloo = lambda group: False  # the collectives that NCCL gets
+            native = bucket_comm_module.uses_gloo
+            bucket_comm_module.uses_gloo = lambda group: False  # the collectives that NCCL gets
             outcomes[layout, "native collectives"] = train(mesh, SMALL)
-            bucket_comm_module._is_gloo = native
+            bucket_comm_module.uses_gloo = native
             if "pp" in axes:
                 outcomes[layout, "20 steps"] = train(mesh, SMALL, dtype=torch.bfloat16, num_steps=20)
     return packed(outcomes)
