@@ -32,7 +32,7 @@ def plan_rows(plan: Plan, streams: dict[str, SampleStream], total_samples: int) 
                     "source": name,
                     "weight": weight / sum(segment.weights),
                     "tokens": (after[name] - segment.cursors[name]) * stream.seq_length,
-                    "epochs": after[name] * stream.seq_length / stream.source.num_tokens,
+                    "epochs": after[name] * stream.seq_length / stream.documents.num_tokens,
                 }
             )
     return rows

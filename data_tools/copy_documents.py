@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_tools.documents import Position
 from data_tools.shard_set import SplitWriter, finished, remove_sets
-from megatron_fp4.data.shards.documents import Source, open_source
+from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 from megatron_fp4.data.shards.manifest import read_manifest
 
 _DOCUMENTS_AT_ONCE = 1024
@@ -29,7 +29,7 @@ def copy_documents(
     args: argparse.Namespace, folders: dict[str, Path], choose: Callable[[NDArray], str], options: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Copy every document of `args.paths` to the split that `choose(tokens)` names. Returns the manifests."""
-    source = open_source("copy", args.paths)
+    source = open_documents("copy", args.paths)
     if not source.num_documents or args.shard_tokens < 1:
         raise ValueError(
             f"{source.num_documents} documents in {args.paths}, --shard-tokens {args.shard_tokens}: need >= 1"
@@ -55,13 +55,12 @@ def copy_documents(
         return writer.finish(facts)
 
 
-def _documents(source: Source, first: int, last: int) -> Iterator[NDArray]:
+def _documents(source: ShardedDocuments, first: int, last: int) -> Iterator[NDArray]:
     for number in range(first, last):
-        shard, local = source.locate(number)
-        yield shard.document(local)
+        yield source.document(number)
 
 
-def _common_facts(paths: list[str], source: Source) -> dict[str, Any]:
+def _common_facts(paths: list[str], source: ShardedDocuments) -> dict[str, Any]:
     """Tokenizer and special-token policy of the inputs; ValueError if they do not agree."""
     if len(source.tokenizers) > 1:
         raise ValueError(f"the inputs were written with different tokenizers: {source.tokenizers}")

@@ -1,6 +1,6 @@
 """Files of documents -> texts, in bounded memory: JSONL, plain text (each also .gz or .zst) and Parquet.
 
-One idea: reading is split in two. `read_batches` cuts a file into batches of raw records (about `batch_bytes` each,
+Reading is split in two. `read_batches` cuts a file into batches of raw records (about `batch_bytes` each,
 never more than one record over) with the position after them; it is cheap and runs in one process. `texts_of` turns
 raw records into texts and counts every record that is not one; it is the dear part and runs in the workers.
 A batch's borders depend on the input alone, so any number of workers, or a resumed run, gives the same result.

@@ -9,7 +9,7 @@ from pathlib import Path
 from data_tools.cli import run_tool
 from megatron_fp4.data.checks import check_vocabulary
 from megatron_fp4.data.ledger import last_start, ledger, reopen
-from megatron_fp4.data.shards.documents import open_source
+from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -21,13 +21,13 @@ def show(ids: list[int], tokenizer: Tokenizer | None, limit: int) -> str:
 
 
 def document(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
-    source = open_source("inspect", args.paths)
-    check_vocabulary([source], None, tokenizer.fingerprint if tokenizer else None)
-    if not 0 <= args.document < source.num_documents:
-        raise ValueError(f"document {args.document} is not in 0..{source.num_documents - 1}")
-    shard, local = source.locate(args.document)
-    ids = shard.document(local).tolist()
-    print(f"document {args.document}: document {local} of {shard.prefix}, {len(ids)} tokens")
+    documents = open_documents("inspect", args.paths)
+    check_vocabulary([documents], None, tokenizer.fingerprint if tokenizer else None)
+    if not 0 <= args.document < documents.num_documents:
+        raise ValueError(f"document {args.document} is not in 0..{documents.num_documents - 1}")
+    ids = documents.document(args.document).tolist()
+    place = documents.place(args.document)
+    print(f"document {args.document}: document {place.document} of {place.shard}, {len(ids)} tokens")
     print(show(ids, tokenizer, args.limit))
 
 
@@ -35,9 +35,7 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
     """`--sample` is a sample id of the run's order, as batches and the ledger name them."""
     if args.sample < 0:
         raise ValueError(f"sample {args.sample}: ids begin with 0")
-    loader = reopen(last_start(args.run))
-    sources = [stream.source for stream in loader.streams.values()]
-    check_vocabulary(sources, None, tokenizer.fingerprint if tokenizer else None)
+    loader = reopen(last_start(args.run), tokenizer.fingerprint if tokenizer else None)
     index = loader.plan.index_of(args.sample)
     if loader.plan.id_of(index) != args.sample:
         raise ValueError(f"sample {args.sample} was skipped (data.skip has {loader.plan.skip})")

@@ -1,6 +1,6 @@
 """An ordered map over processes that holds a bounded number of items, notices a dead worker, and leaves no orphan.
 
-One idea: each worker process hangs on a pipe of its own, served by one thread of the parent (send an item, wait for
+Each worker process hangs on a pipe of its own, served by one thread of the parent (send an item, wait for
 its result). If a worker dies the parent reads end-of-file, if the parent dies the worker does.
 `multiprocessing.Pool.imap` reads its whole input ahead and hangs when a worker is killed; `ProcessPoolExecutor` can
 hang too when it happens while an item larger than a pipe's buffer is on its way (cpython issue 94777).

@@ -1,6 +1,6 @@
 """Several shard sets (train, held-out) written side by side from one ordered stream, so that a kill costs little.
 
-One idea: all splits roll to their next shard at the same batch of input, and then one small progress file is
+All splits roll to their next shard at the same batch of input, and then one small progress file is
 replaced: finished shards, counters, input position. A restart drops what the progress does not list and goes on from
 its position; shard borders depend on the input only, so the result is the same bytes as without the kill.
 

@@ -1,6 +1,6 @@
 """Decompressed bytes of a .zst file, of one or several frames, that knows a truncated file from a whole one.
 
-One idea: zstandard's own `stream_reader` ends quietly where the input ends, so a file cut at the end of a record would
+Zstandard's own `stream_reader` ends quietly where the input ends, so a file cut at the end of a record would
 lose the rest without a word; a decompression object knows whether its frame has ended.
 """
 

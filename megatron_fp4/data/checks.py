@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_fp4.data.config import DataConfig
-from megatron_fp4.data.shards.documents import Source
+from megatron_fp4.data.documents import Documents
+from megatron_fp4.data.shards.documents import ShardedDocuments
 
 if TYPE_CHECKING:
     from megatron_fp4.data.order.plan import Plan
     from megatron_fp4.data.order.samples import SampleStream
 
 
-def check_vocabulary(sources: Sequence[Source], vocab_size: int | None, tokenizer_fingerprint: str | None) -> None:
+def check_vocabulary(
+    sources: Sequence[ShardedDocuments], vocab_size: int | None, tokenizer_fingerprint: str | None
+) -> None:
     """The shards' tokenizer is the one in use, and every stored id has a row in the embedding."""
     for source in sources:
         for fingerprint in source.tokenizers:
@@ -30,7 +33,7 @@ def check_vocabulary(sources: Sequence[Source], vocab_size: int | None, tokenize
             )
 
 
-def check_state(state: dict[str, Any], version: int, config: DataConfig, sources: dict[str, Source]) -> None:
+def check_state(state: dict[str, Any], version: int, config: DataConfig, sources: dict[str, Documents]) -> None:
     """A checkpoint's data state fits this config and these files (by content, wherever they lie)."""
     for name, expected, actual in (
         ("state version", version, state["version"]),
@@ -43,11 +46,11 @@ def check_state(state: dict[str, Any], version: int, config: DataConfig, sources
                 "change under it. Use the checkpoint's value, or start the data anew without its state."
             )
     for name, saved in state["sources"].items():
-        source = sources.get(name)
-        if source is not None and source.fingerprint != saved["fingerprint"]:
+        documents = sources.get(name)
+        if documents is not None and documents.fingerprint != saved["fingerprint"]:
             raise ValueError(
                 f"data source {name!r} changed since the checkpoint: its content was {saved['fingerprint']}, now it is "
-                f"{source.fingerprint}. Restore the shards, or add the new ones as a source of another name."
+                f"{documents.fingerprint}. Restore the shards, or add the new ones as a source of another name."
             )
 
 

@@ -1,6 +1,6 @@
 """Held-out sets: stored order, every token a target exactly once, the same batches at every call.
 
-One idea: an evaluation set is a one-epoch stream that is not shuffled; its last sample is padded and its missing rows
+An evaluation set is a one-epoch stream that is not shuffled; its last sample is padded and its missing rows
 are whole padding (loss_mask False, sample id -1), so no token is dropped and every rank gets the same number of rows.
 """
 
@@ -16,7 +16,7 @@ from megatron_fp4.data.checks import check_vocabulary
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.order.samples import SampleStream
 from megatron_fp4.data.pack import Rows
-from megatron_fp4.data.shards.documents import open_source
+from megatron_fp4.data.shards.documents import open_documents
 
 
 class EvalLoader:
@@ -43,8 +43,11 @@ class EvalLoader:
         self.num_samples = -(-self.num_targets // stream.seq_length)
         self.num_batches = -(-self.num_samples // (micro_batch * dp_size))
         self._stream = stream
-        self._micro_batch, self._dp_rank, self._dp_size = micro_batch, dp_rank, dp_size
-        self._reset_documents, self._pad_id = reset_documents, pad_id
+        self._micro_batch = micro_batch
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        self._reset_documents = reset_documents
+        self._pad_id = pad_id
 
     def __len__(self) -> int:
         return self.num_batches
@@ -78,16 +81,16 @@ def build_eval_loader(
     tokenizer_fingerprint: str | None = None,
 ) -> EvalLoader:
     """Open the evaluation set `name` of the config. ValueError names the sets there are."""
-    found = [item for item in config.evaluation if item.name == name]
-    if not found:
+    settings = next((item for item in config.evaluation if item.name == name), None)
+    if settings is None:
         raise ValueError(f"no evaluation set {name!r}; data.evaluation has {[e.name for e in config.evaluation]}")
-    source = open_source(name, found[0].paths)
-    check_vocabulary([source], vocab_size, tokenizer_fingerprint)
-    stream = SampleStream(source, seq_length=config.seq_length, seed=config.seed, shuffle=False)
-    tokens = min(source.num_tokens, found[0].max_tokens or source.num_tokens)
+    documents = open_documents(name, settings.paths)
+    check_vocabulary([documents], vocab_size, tokenizer_fingerprint)
+    stream = SampleStream(documents, seq_length=config.seq_length, seed=config.seed, shuffle=False)
+    tokens = min(documents.num_tokens, settings.max_tokens or documents.num_tokens)
     if tokens < 2:
         raise ValueError(
-            f"evaluation set {name!r} has no target: {source.num_tokens} token(s), max_tokens={found[0].max_tokens} "
+            f"evaluation set {name!r} has no target: {documents.num_tokens} token(s), max_tokens={settings.max_tokens} "
             "(the first token is never one); give a set of at least 2 tokens"
         )
     return EvalLoader(

@@ -1,6 +1,6 @@
 """Which documents did step N see? Recomputed from the plan, and proved by a hash that the run logged.
 
-One idea: the answer is a pure function of (config, plan, step's samples), so nothing big is logged: one line per step
+The answer is a pure function of (config, plan, step's samples), so nothing big is logged: one line per step
 with a 63-bit hash of the step's tokens. A hash adds up over samples (modulo 2^63), so each data-parallel rank hashes
 its own rows and the sum is the same for every layout.
 
@@ -53,8 +53,9 @@ class LedgerWriter:
     def __init__(self, run_folder: str | Path, loader: Loader, *, step: int, first_sample: int) -> None:
         self._path = Path(run_folder) / LEDGER
         self._drop_half_line()
-        self._lines, self._plan = AppendFile(self._path), loader.plan
-        fingerprints = {name: stream.source.fingerprint for name, stream in loader.streams.items()}
+        self._lines = AppendFile(self._path)
+        self._plan = loader.plan
+        fingerprints = {name: stream.documents.fingerprint for name, stream in loader.streams.items()}
         start = {"step": step, "first_sample": first_sample, "config": _absolute(dataclasses.asdict(loader.config))}
         self._lines.add({**start, "plan": loader.plan.to_json(), "sources": fingerprints})
 
@@ -94,19 +95,19 @@ class LoggedStep(NamedTuple):
 def read_step(run_folder: str | Path, step: int) -> LoggedStep:
     """The line of `step` that counts: the last one, unless a later restart began at or before it."""
     start: dict[str, Any] = {}
-    found: LoggedStep | None = None
+    logged: LoggedStep | None = None
     last = -1
     for line in _lines(run_folder):
         if "config" in line:
             start, last = line, line["step"] - 1
-            found = None if found is not None and line["step"] <= step else found
+            logged = None if logged is not None and line["step"] <= step else logged
             continue
         last = line["step"]
         if line["step"] == step:
-            found = LoggedStep(step, line["first_sample"], line["num_samples"], line["hash"], start)
-    if found is None:
+            logged = LoggedStep(step, line["first_sample"], line["num_samples"], line["hash"], start)
+    if logged is None:
         raise ValueError(f"{Path(run_folder) / LEDGER} has no step {step}; its last step is {last}")
-    return found
+    return logged
 
 
 def _lines(run_folder: str | Path) -> Iterator[dict[str, Any]]:
@@ -127,16 +128,19 @@ def last_start(run_folder: str | Path) -> dict[str, Any]:
     return starts[-1]
 
 
-def reopen(start: dict[str, Any]) -> Loader:
-    """A loader that gives whole steps (data parallel 1). ValueError if a source changed since the run."""
+def reopen(start: dict[str, Any], tokenizer_fingerprint: str | None = None) -> Loader:
+    """A loader that gives whole steps (data parallel 1).
+
+    Raises ValueError if a source changed since the run, or was made with another tokenizer than the one named.
+    """
     config = config_from_dict(start["config"])
-    streams = open_streams(config)
+    streams = open_streams(config, tokenizer_fingerprint=tokenizer_fingerprint)
     for name, stream in streams.items():
         saved = start["sources"].get(name)
-        if saved != stream.source.fingerprint:
+        if saved != stream.documents.fingerprint:
             raise ValueError(
                 f"data source {name!r} changed since the run: its content was {saved}, now it is "
-                f"{stream.source.fingerprint}; the ledger cannot be recomputed from other data"
+                f"{stream.documents.fingerprint}; the ledger cannot be recomputed from other data"
             )
     return Loader(config, streams, Plan.from_json(start["plan"]), micro_batch=1, dp_rank=0, dp_size=1)
 
@@ -156,4 +160,6 @@ def replay(loader: Loader, logged: LoggedStep) -> Batch:
 def ledger(loader: Loader, first_sample: int, num_samples: int) -> list[dict[str, Any]]:
     """One row per piece of each sample of a step: sample_id, source, epoch, shard, document, offset, length."""
     origins = loader.origins(first_sample, num_samples)
-    return [{"sample_id": origin.sample_id, **piece} for origin in origins for piece in loader.describe(origin)]
+    return [
+        {"sample_id": origin.sample_id, **piece._asdict()} for origin in origins for piece in loader.describe(origin)
+    ]

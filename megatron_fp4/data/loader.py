@@ -1,6 +1,6 @@
 """Batches by number: `batch(first_sample, num_samples)` is a pure function, so a loader has no position to lose.
 
-One idea: what to deliver is decided by the plan (global order), by the streams (source order) and by the trainer (how
+What to deliver is decided by the plan (global order), by the streams (source order) and by the trainer (how
 many samples a step takes); data-parallel rank, micro-batch size and batch-size ramp only decide who gets which rows.
 Resuming is remembering one number of consumed samples, plus the plan in case blends were changed on the way.
 
@@ -21,7 +21,7 @@ from megatron_fp4.data.order.epoch_index import IndexCache
 from megatron_fp4.data.order.plan import Plan
 from megatron_fp4.data.order.samples import Piece, SampleStream
 from megatron_fp4.data.pack import Rows
-from megatron_fp4.data.shards.documents import Source, open_source
+from megatron_fp4.data.shards.documents import open_documents
 
 STATE_VERSION = 1
 
@@ -31,8 +31,19 @@ class SampleOrigin(NamedTuple):
 
     sample_id: int
     source: str
-    source_sample: int
+    source_sample: int  # number in the source's own order
     pieces: list[Piece]
+
+
+class PieceOrigin(NamedTuple):
+    """Where a piece of a sample is stored: `length` tokens from token `offset` of a document of a shard."""
+
+    source: str
+    epoch: int
+    shard: str
+    document: int  # number inside the shard
+    offset: int
+    length: int
 
 
 class Loader:
@@ -85,15 +96,13 @@ class Loader:
         """What every sample of a step is made of, in global order, all data-parallel ranks (the audit ledger)."""
         return self._origins(self.plan.ids(first_sample, num_samples))
 
-    def describe(self, origin: SampleOrigin) -> list[dict[str, Any]]:
-        """The pieces of a sample with shard names: source, epoch, shard, document, offset, length."""
-        source = self.streams[origin.source].source
-        out = []
-        for piece in origin.pieces:
-            place = source.place(piece.document)
-            out.append({"source": origin.source, "epoch": piece.epoch, "shard": place.shard})
-            out[-1] |= {"document": place.document, "offset": piece.offset, "length": piece.length}
-        return out
+    def describe(self, origin: SampleOrigin) -> list[PieceOrigin]:
+        """The pieces of a sample with the names of their shards."""
+        documents = self.streams[origin.source].documents
+        return [
+            PieceOrigin(origin.source, piece.epoch, *documents.place(piece.document), piece.offset, piece.length)
+            for piece in origin.pieces
+        ]
 
     def state_dict(self, consumed_samples: int) -> dict[str, Any]:
         """Small and JSON-able: all that a resume needs beside the config. Same on every rank."""
@@ -105,13 +114,13 @@ class Loader:
             "seed": self.config.seed,
             "plan": self.plan.to_json(),
             "sources": {
-                name: {"fingerprint": stream.source.fingerprint, "cursor": cursors.get(name, 0)}
+                name: {"fingerprint": stream.documents.fingerprint, "cursor": cursors.get(name, 0)}
                 for name, stream in self.streams.items()
             },
         }
 
     def _origins(self, ids: np.ndarray) -> list[SampleOrigin]:
-        out = []
+        origins = []
         for sample_id, (name, number) in zip(ids.tolist(), self.plan.locate(ids), strict=True):
             if name not in self.streams:
                 raise ValueError(f"sample {sample_id} comes from source {name!r}, which the config no longer lists")
@@ -119,8 +128,8 @@ class Loader:
             epochs = next(s.max_epochs for s in self.config.sources if s.name == name)
             if epochs and number >= stream.available(epochs):
                 raise out_of_data(name, number + 1, stream.available(epochs), epochs, f"sample {sample_id}")
-            out.append(SampleOrigin(sample_id, name, number, stream.pieces(number)))
-        return out
+            origins.append(SampleOrigin(sample_id, name, number, stream.pieces(number)))
+        return origins
 
     def _check_ids(self, rows: Rows, ids: np.ndarray, vocab_size: int) -> None:
         wrong = (rows.tokens >= vocab_size) | (rows.tokens < 0)
@@ -132,20 +141,27 @@ class Loader:
         piece = self.describe(origin)[int(np.searchsorted(ends, column, side="right"))]
         raise ValueError(
             f"token id {int(rows.tokens[row, column])} is beyond the vocabulary of {vocab_size}: sample {ids[row]}, "
-            f"source {origin.source!r}, shard {piece['shard']}, document {piece['document']}. The shard was written "
+            f"source {origin.source!r}, shard {piece.shard}, document {piece.document}. The shard was written "
             "with another tokenizer or is damaged (data_tools.verify tells)."
         )
 
 
-def open_streams(config: DataConfig) -> dict[str, SampleStream]:
-    """Open every source of the config; indexes go to `config.index_cache` if it is set."""
+def open_streams(
+    config: DataConfig, *, vocab_size: int | None = None, tokenizer_fingerprint: str | None = None
+) -> dict[str, SampleStream]:
+    """Open every source of the config; indexes go to `config.index_cache` if it is set.
+
+    Raises ValueError for shards of another tokenizer than `tokenizer_fingerprint`, or with ids that `vocab_size` rows
+    of an embedding do not have.
+    """
     if not config.sources:
         raise ValueError("data.sources is empty: name at least one source of token shards")
     cache = IndexCache(config.index_cache) if config.index_cache else None
-    sources: list[Source] = [open_source(source.name, source.paths) for source in config.sources]
+    opened = [open_documents(source.name, source.paths) for source in config.sources]
+    check_vocabulary(opened, vocab_size, tokenizer_fingerprint)
     return {
-        source.name: SampleStream(source, seq_length=config.seq_length, seed=config.seed, cache=cache)
-        for source in sources
+        documents.name: SampleStream(documents, seq_length=config.seq_length, seed=config.seed, cache=cache)
+        for documents in opened
     }
 
 
@@ -164,8 +180,8 @@ def build_loader(
     """Open the sources and refuse, with both values named, whatever would go wrong later.
 
     total_samples: samples of the whole run; refused if a source would run out within its permitted epochs.
-    vocab_size: rows of the model's embedding. tokenizer_fingerprint: of the tokenizer in use.
-    state: of `Loader.state_dict`; a changed blend or skip list then takes effect from its consumed samples on.
+    vocab_size: rows of the model's embedding. tokenizer_fingerprint: the tokenizer's in use.
+    state: what `Loader.state_dict` gave; a changed blend or skip list then takes effect from its consumed samples on.
     """
     group = micro_batch * dp_size
     if micro_batch < 1 or global_batch < 1 or global_batch % group:
@@ -173,12 +189,11 @@ def build_loader(
             f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x data parallel {dp_size} "
             f"= {group}"
         )
-    streams = open_streams(config)
-    check_vocabulary([s.source for s in streams.values()], vocab_size, tokenizer_fingerprint)
+    streams = open_streams(config, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint)
     sizes = {name: stream.available(1) for name, stream in streams.items()}
     plan = Plan.from_config(config.phases, sizes, config.seq_length, config.skip)
     if state is not None:
-        check_state(state, STATE_VERSION, config, {name: s.source for name, s in streams.items()})
+        check_state(state, STATE_VERSION, config, {name: s.documents for name, s in streams.items()})
         past = Plan.from_json(state["plan"])
         plan = past.continued(plan, past.id_of(state["consumed_samples"]))
     if total_samples is not None:

@@ -1,6 +1,6 @@
 """Rows of a batch: token pieces in, every field of `Batch` out. Shared by training and evaluation.
 
-One idea: a sample is S + 1 tokens; inputs are the first S, labels the last S. A position is a target unless it is
+A sample is S + 1 tokens; inputs are the first S, labels the last S. A position is a target unless it is
 padding or, with document reset on, its label is the first token of another document. Decided by position: an EOS that
 is also the padding id is a target wherever it is real.
 """

@@ -1,6 +1,6 @@
 """Batches made ahead by one thread, so that the trainer waits only when the data is slower than the step.
 
-One idea: a batch is a pure function of (first sample, number of samples), so the thread needs only the list of steps
+A batch is a pure function of (first sample, number of samples), so the thread needs only the list of steps
 to come; throwing prefetched batches away (a resume, a change of ramp) costs time and nothing else. A stall is not
 hidden: `data_wait_seconds` is how long `next` had to wait for the batch it returned.
 """

@@ -1,6 +1,6 @@
 """Batch-size ramp: how many samples a step takes, as arithmetic on the samples consumed before it.
 
-One idea: the global sample order does not know the batch size, so the size of a step is a function of the number of
+The global sample order does not know the batch size, so the size of a step is a function of the number of
 consumed samples, like the learning rate. A resume, a rollback or a batch size changed on the way needs no other state.
 """
 

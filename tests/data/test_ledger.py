@@ -59,7 +59,7 @@ def test_recomputed_and_replayed(config, tmp_path, monkeypatch):
     assert {row["sample_id"] for row in rows} == {12, 13, 14, 15}
     assert all(sum(r["length"] for r in rows if r["sample_id"] == i) == 9 for i in range(12, 16))
     row = rows[0]
-    shard = again.streams[row["source"]].source.shards[0]
+    shard = again.streams[row["source"]].documents.shards[0]
     ids = shard.document(row["document"])[row["offset"] : row["offset"] + row["length"]]
     assert ids.tolist() == loader.batch(12, 4).tokens[0].tolist()[: row["length"]]
 

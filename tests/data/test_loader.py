@@ -210,7 +210,7 @@ def test_a_hundred_shards(tmp_path):
     for n in range(100):
         write_shard(tmp_path / f"s_{n:03d}", [list(range(50))] * 20)
     config = DataConfig([SourceConfig("web", [str(tmp_path / "s_*")])], seq_length=64)
-    assert len(loader_of(config).streams["web"].source.shards) == 100
+    assert len(loader_of(config).streams["web"].documents.shards) == 100
     assert loader_of(config).batch(0, 4).tokens.shape == (4, 64)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from data_tools.cli import main as tools
 from data_tools.tokenize import main
-from megatron_fp4.data.shards.documents import open_source
+from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.shards.manifest import MANIFEST, PROGRESS, read_manifest
 from megatron_fp4.data.text.tokenizer import load_tokenizer
 from tests.data_tools.conftest import text_of
@@ -30,11 +30,10 @@ def contents(folder):
 
 
 def documents_of(folder, tokenizer):
-    source = open_source("x", [str(folder)])
+    source = open_documents("x", [str(folder)])
     found = []
     for number in range(source.num_documents):
-        shard, local = source.locate(number)
-        ids = shard.document(local)
+        ids = source.document(number)
         assert ids[-1] == tokenizer.special.eos
         assert (ids[:-1] != tokenizer.special.eos).all()
         found.append(tokenizer.decode(ids[:-1].tolist()))
@@ -51,7 +50,7 @@ def test_documents_come_back_in_order_with_one_eos(corpus, model, tmp_path, caps
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     assert documents_of(tmp_path / "o", load_tokenizer(model)) == texts
     manifest = read_manifest(tmp_path / "o")
-    source = open_source("x", [str(tmp_path / "o")])
+    source = open_documents("x", [str(tmp_path / "o")])
     assert manifest["tokenizer"]["fingerprint"] == load_tokenizer(model).fingerprint
     assert manifest["max_token_id"] == max(int(s.tokens.max()) for s in source.shards)
     assert manifest["counters"]["documents"] == 16000

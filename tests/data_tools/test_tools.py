@@ -8,14 +8,14 @@ from data_tools.cli import TOOLS, main
 from data_tools.shard_set import SplitWriter
 from megatron_fp4.data.config import DataConfig, SourceConfig
 from megatron_fp4.data.ledger import LedgerWriter, step_hash
-from megatron_fp4.data.shards.documents import open_source
+from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.shards.manifest import BLOCK_BYTES, PROGRESS, read_manifest
 from megatron_fp4.data.text.tokenizer import load_tokenizer
 from tests.data.toy import loader_of, numbered, write_set, write_shard
 
 
 def documents_of(*paths):
-    source = open_source("x", [str(path) for path in paths])
+    source = open_documents("x", [str(path) for path in paths])
     return [source.read(n, 0, int(length)).tolist() for n, length in enumerate(source.lengths)]
 
 

@@ -1,6 +1,6 @@
 """Mixing sources so that the mixture is right at every prefix, not only on average.
 
-One idea: with weights w_k that sum to 1, sample m of source k (m = 1, 2, ...) must fall into the window of places
+With weights w_k that sum to 1, sample m of source k (m = 1, 2, ...) must fall into the window of places
 (m-1)/w_k .. m/w_k. Serving, at every place, the open window that closes first always meets all windows when the
 weights sum to 1 (a proportionate-fair schedule on one machine), so after any n samples source k was taken
 floor(n * w_k) or ceil(n * w_k) times. Greedy "largest error first" does not promise that with many sources.
@@ -78,8 +78,9 @@ class Schedule:
             return
         want = min(self.period, max(places, 2 * have, 1024))
         sources, ranks = np.empty(want - have, np.int32), np.empty(want - have, np.int64)
-        weights, period, taken = self.weights.tolist(), self.period, self._taken
+        weights, period = self.weights.tolist(), self.period
         waiting, ready = self._waiting, self._open
+        taken = self._taken
         for place in range(have, want):
             while waiting and waiting[0][0] <= place:
                 k = heapq.heappop(waiting)[1]

@@ -1,6 +1,6 @@
 """The order of a source's documents in one epoch, and its cache on disk.
 
-One idea: two int64 arrays, `order` (document numbers as they are read) and `starts` (token position of each in the
+Two int64 arrays, `order` (document numbers as they are read) and `starts` (token position of each in the
 epoch), say everything; they follow from (lengths, key) alone, so a cached file is right if its fingerprint is right.
 The file is built once per machine: under a lock, to a name of its own, flushed, then renamed. The lock only saves
 work: two nodes that share a folder without working locks both build and one renames over the other, same bytes.
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_fp4.data.documents import Documents
 from megatron_fp4.data.order.permute import permute
-from megatron_fp4.data.shards.documents import Source
 from megatron_fp4.data.shards.shard import map_file
 from megatron_fp4.storage.durable import write_durably
 from megatron_fp4.storage.lock import exclusively
@@ -52,22 +52,22 @@ class IndexCache:
             raise ValueError(f"data.index_cache: {error}; name a folder that can be made, or '' for none") from None
         self.built = 0
 
-    def get(self, source: Source, key: bytes | None) -> EpochIndex:
-        content = f"{source.fingerprint} {source.num_documents} {source.num_tokens}".encode()
+    def get(self, documents: Documents, key: bytes | None) -> EpochIndex:
+        content = f"{documents.fingerprint} {documents.num_documents} {documents.num_tokens}".encode()
         fingerprint = hashlib.blake2b(content + (key or b"stored order"), digest_size=32).digest()
-        path = self.folder / f"{source.name.replace('/', '_')}-{fingerprint.hex()[:24]}.epoch"
-        found = _read(path, fingerprint, source.num_documents)
-        if found is not None:
-            return found
+        path = self.folder / f"{documents.name.replace('/', '_')}-{fingerprint.hex()[:24]}.epoch"
+        cached = _read(path, fingerprint, documents.num_documents)
+        if cached is not None:
+            return cached
         with exclusively(f"{path}.lock"):
-            found = _read(path, fingerprint, source.num_documents)  # another process may have built it meanwhile
-            if found is None:
-                _write(path, fingerprint, build_index(source.lengths, key))
+            cached = _read(path, fingerprint, documents.num_documents)  # another process may have built it by now
+            if cached is None:
+                _write(path, fingerprint, build_index(documents.lengths, key))
                 self.built += 1
-                found = _read(path, fingerprint, source.num_documents)
-        if found is None:
+                cached = _read(path, fingerprint, documents.num_documents)
+        if cached is None:
             raise OSError(f"index cache {path} was written but does not read back; is the disk of {self.folder} full?")
-        return found
+        return cached
 
 
 def _write(path: Path, fingerprint: bytes, index: EpochIndex) -> None:

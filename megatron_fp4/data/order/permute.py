@@ -1,6 +1,6 @@
 """Shuffling without a table: a keyed bijection of range(size), evaluated only where it is asked for.
 
-One idea: multiply-add and xor-shift are both invertible modulo 2^bits, so a few keyed rounds of them permute
+Multiply-add and xor-shift are both invertible modulo 2^bits, so a few keyed rounds of them permute
 range(2^bits); values that land outside range(size) are sent round again until they land inside (cycle walking).
 Integer arithmetic only, so the order of a run does not depend on a NumPy version (`numpy.random.Generator` gives no
 such promise) and a billion samples need no memory. It is a shuffle, not a cipher.

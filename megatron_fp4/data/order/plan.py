@@ -1,6 +1,6 @@
 """Which source gives sample n, for the whole run: phases, blends, what was read before, what is skipped.
 
-One idea: the run is a list of segments; a segment is (first sample id, integer weights, cursor of every source at its
+The run is a list of segments; a segment is (first sample id, integer weights, cursor of every source at its
 beginning). A phase boundary or a blend changed at a restart starts a segment whose cursors are what the past consumed,
 so nothing is repeated and nothing is lost, whatever the new weights are. The plan is small and JSON-able: it goes
 into the checkpoint and into the ledger, and it alone explains the order.
@@ -124,7 +124,7 @@ class Plan:
         return out
 
     def id_of(self, index: int) -> int:
-        """Of delivered sample `index`."""
+        """The id of delivered sample `index`."""
         return int(self.ids(index, 1)[0])
 
     def index_of(self, sample_id: int) -> int:

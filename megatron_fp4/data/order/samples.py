@@ -1,6 +1,6 @@
 """From a source to its endless, shuffled sequence of samples.
 
-One idea: epoch after epoch, each a fresh permutation of the documents, is ONE stream of tokens; sample slot i is the
+Epoch after epoch, each a fresh permutation of the documents, is ONE stream of tokens; sample slot i is the
 S + 1 tokens from i * S on. Neighbouring slots share one token (the last label of one is the first input of the next),
 so in every epoch every token is a target exactly once. Left over are only the very first token of the stream (nothing
 precedes it) and, at the end of the last permitted epoch, the tail that fills no sample: (epochs * T - 1) mod S tokens.
@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_fp4.data.documents import Documents
 from megatron_fp4.data.order.epoch_index import EpochIndex, IndexCache, build_index
 from megatron_fp4.data.order.permute import digest, permute
-from megatron_fp4.data.shards.documents import Source
 
 _KEPT_EPOCHS = 4
 
@@ -45,16 +45,16 @@ class SampleStream:
 
     def __init__(
         self,
-        source: Source,
+        documents: Documents,
         *,
         seq_length: int,
         seed: int,
         cache: IndexCache | None = None,
         shuffle: bool = True,
     ) -> None:
-        if source.num_tokens == 0:
-            raise ValueError(f"data source {source.name!r} has no tokens in {source.num_documents} documents")
-        self.source = source
+        if documents.num_tokens == 0:
+            raise ValueError(f"data source {documents.name!r} has no tokens in {documents.num_documents} documents")
+        self.documents = documents
         self.seq_length = seq_length
         self.seed = seed
         self.shuffle = shuffle
@@ -63,29 +63,29 @@ class SampleStream:
 
     def available(self, epochs: int) -> int:
         """Samples that need no token beyond the first `epochs` epochs."""
-        return max(0, (epochs * self.source.num_tokens - 1) // self.seq_length)
+        return max(0, (epochs * self.documents.num_tokens - 1) // self.seq_length)
 
     def slot(self, index: int) -> int:
         """Slot (position in the stream / S) of the `index`-th sample delivered."""
-        tokens, length = self.source.num_tokens, self.seq_length
+        tokens, length = self.documents.num_tokens, self.seq_length
         epoch = index * length // tokens
         first = -(-epoch * tokens // length)  # first slot that starts in this epoch: ceil(epoch * T / S)
         count = -(-(epoch + 1) * tokens // length) - first
         place = index - first
         if self.shuffle and place < count - 1:
-            key = digest(self.seed, "samples", self.source.name, epoch)
+            key = digest(self.seed, "samples", self.documents.name, epoch)
             place = int(permute(key, count - 1, np.array([place]))[0])
         return first + place
 
     def pieces(self, index: int, num_tokens: int | None = None) -> list[Piece]:
         """The documents that make up a sample, in order; their lengths sum to S + 1 (or to `num_tokens`)."""
         left = self.seq_length + 1 if num_tokens is None else num_tokens
-        epoch, place = divmod(self.slot(index) * self.seq_length, self.source.num_tokens)
+        epoch, place = divmod(self.slot(index) * self.seq_length, self.documents.num_tokens)
         out: list[Piece] = []
         while left:
             table = self._epoch(epoch)
             at = int(np.searchsorted(table.starts, place, side="right")) - 1
-            while left and place < self.source.num_tokens:
+            while left and place < self.documents.num_tokens:
                 begin, end = int(table.starts[at]), int(table.starts[at + 1])
                 take = min(end - place, left)
                 if take:  # an empty document has no tokens to give
@@ -98,16 +98,16 @@ class SampleStream:
         """Copy the pieces' token ids to out [sum of lengths]."""
         at = 0
         for piece in pieces:
-            out[at : at + piece.length] = self.source.read(piece.document, piece.offset, piece.length)
+            out[at : at + piece.length] = self.documents.read(piece.document, piece.offset, piece.length)
             at += piece.length
 
     def _epoch(self, epoch: int) -> EpochIndex:
         if epoch in self._epochs:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
-        key = digest(self.seed, "documents", self.source.name, epoch) if self.shuffle else None
+        key = digest(self.seed, "documents", self.documents.name, epoch) if self.shuffle else None
         cache = self._cache
-        table = build_index(self.source.lengths, key) if cache is None else cache.get(self.source, key)
+        table = build_index(self.documents.lengths, key) if cache is None else cache.get(self.documents, key)
         self._epochs[epoch] = table
         while len(self._epochs) > _KEPT_EPOCHS:
             self._epochs.popitem(last=False)

@@ -1,8 +1,10 @@
-"""A source: shards opened as one numbered list of documents, with a fingerprint of its content.
+"""Shards opened as one numbered list of documents, with a fingerprint of its content.
 
-One idea: a source is what its bytes are, not where they lie. The fingerprint is made of the shards' checksums
-(from the manifest) or, for plain Megatron shards, of the sizes and sampled blocks of both files, so a moved data set
-is the same and a changed one is not. Not here: order (samples.py).
+A source is what its bytes are, not where they lie. The fingerprint is made of the shards' checksums (from the manifest)
+or, for plain Megatron shards, of the sizes and sampled blocks of both files, so a moved data set is the same and a
+changed one is not.
+
+Not here: order (data/order/samples.py), what the order needs of a source (data/documents.py).
 """
 
 from __future__ import annotations
@@ -10,32 +12,24 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_fp4.data.documents import DocumentPlace
 from megatron_fp4.data.shards.manifest import read_manifest
 from megatron_fp4.data.shards.shard import Shard, map_file
 
 _SAMPLED_BLOCKS, _SAMPLED_BYTES = 64, 4096
 
 
-@dataclass(frozen=True)
-class DocumentPlace:
-    """Where a document of a source is stored."""
+class ShardedDocuments:
+    """The documents of several shards in order; a `Documents` (data/documents.py).
 
-    shard: str
-    document: int  # number inside the shard
-
-
-class Source:
-    """The documents of several shards in order.
-
-    Attributes: `lengths` int64 [num_documents]; `tokenizers` fingerprints that the manifests name (empty for plain
-    Megatron shards); `max_token_id` of the manifests, or None where there is none.
+    `tokenizers` are the fingerprints that the manifests name (none for plain Megatron shards), `max_token_id` is the
+    largest id that they name, or None without a manifest.
     """
 
     def __init__(self, name: str, shards: Sequence[Shard], fingerprint: str, manifests: Sequence[dict[str, Any]] = ()):
@@ -55,22 +49,28 @@ class Source:
         parts = [shard.document_lengths() for shard in self.shards]
         return np.concatenate(parts, dtype=np.int64) if parts else np.zeros(0, np.int64)
 
-    def locate(self, document: int) -> tuple[Shard, int]:
-        number = int(np.searchsorted(self._first, document, side="right")) - 1
-        return self.shards[number], document - int(self._first[number])
-
     def place(self, document: int) -> DocumentPlace:
-        shard, local = self.locate(document)
+        shard, local = self._shard_of(document)
         return DocumentPlace(str(shard.prefix), local)
 
     def read(self, document: int, offset: int, length: int) -> NDArray:
-        """Tokens offset..offset+length of a document, a view in the stored dtype."""
-        shard, local = self.locate(document)
+        """Token ids [offset, offset + length) of a document, a view in the stored dtype."""
+        shard, local = self._shard_of(document)
         start = shard.start_of(local) + offset
         return shard.tokens[start : start + length]
 
+    def document(self, number: int) -> NDArray:
+        """Token ids of a whole document, a view in the stored dtype."""
+        shard, local = self._shard_of(number)
+        return shard.document(local)
 
-def open_source(name: str, paths: Sequence[str]) -> Source:
+    def _shard_of(self, document: int) -> tuple[Shard, int]:
+        """The shard that holds the document, and the document's number inside it."""
+        number = int(np.searchsorted(self._first, document, side="right")) - 1
+        return self.shards[number], document - int(self._first[number])
+
+
+def open_documents(name: str, paths: Sequence[str]) -> ShardedDocuments:
     """Open shard-set directories, prefixes and globs of prefixes as one source, in the given order."""
     shards: list[Shard] = []
     manifests: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ def open_source(name: str, paths: Sequence[str]) -> Source:
         for prefix in _prefixes(name, path):
             shards.append(Shard(prefix))
             content.update(_sampled_digest(shards[-1]))
-    return Source(name, shards, content.hexdigest(), manifests)
+    return ShardedDocuments(name, shards, content.hexdigest(), manifests)
 
 
 def _open_listed(folder: Path, entry: dict[str, Any]) -> Shard:
@@ -115,10 +115,10 @@ def _prefixes(name: str, path: str) -> list[str]:
     bare = path.removesuffix(".bin").removesuffix(".idx")
     if not glob.has_magic(bare):
         return [bare]
-    found = sorted(match.removesuffix(".idx") for match in glob.glob(f"{bare}.idx"))
-    if not found:
+    prefixes = sorted(match.removesuffix(".idx") for match in glob.glob(f"{bare}.idx"))
+    if not prefixes:
         raise FileNotFoundError(f"data source {name!r}: no shard matches {bare}.idx")
-    return found
+    return prefixes
 
 
 def _sampled_digest(shard: Shard) -> bytes:

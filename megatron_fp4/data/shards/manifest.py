@@ -1,6 +1,6 @@
 """A shard set: a folder of shards and the manifest.json that commits it.
 
-One idea: the manifest is written last and atomically, so a folder with one is complete, and a folder without one is
+The manifest is written last and atomically, so a folder with one is complete, and a folder without one is
 not a shard set. It holds what a reader must be able to refuse by: counts, dtype, the tokenizer's fingerprint, the
 largest id, and checksums (sha256 per file, and a digest per block so that damage has an offset).
 

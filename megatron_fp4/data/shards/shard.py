@@ -1,6 +1,6 @@
 """One shard: a pair of files in Megatron's format, `<prefix>.bin` (token ids) and `<prefix>.idx` (where documents are).
 
-One idea: the .idx is a header and three arrays, so both files are memory-mapped and nothing is parsed.
+The .idx is a header and three arrays, so both files are memory-mapped and nothing is parsed.
 
     .idx = b"MMIDIDX\\0\\0" | u64 version = 1 | u8 dtype code | u64 sequences | u64 documents + 1
          | i32 length of each sequence, in tokens | i64 byte offset of each sequence in .bin
@@ -8,7 +8,7 @@ One idea: the .idx is a header and three arrays, so both files are memory-mapped
 
 Byte-compatible with Megatron-LM both ways (megatron/core/datasets/indexed_dataset.py). A Megatron document may be
 several sequences (sentence splitting); they are contiguous in .bin, so a document here is one run of tokens.
-All offsets are int64. Not here: checksums (manifest.py), order (samples.py).
+All offsets are int64. Not here: checksums (manifest.py), order (data/order/samples.py).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Shard:
         return int(self._pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
 
     def start_of(self, index: int) -> int:
-        """Token at which document `index` begins; of `num_documents`, where the last one ends."""
+        """Token at which document `index` begins; for `num_documents`, where the last one ends."""
         sequence = int(self._documents[index])
         if sequence == self.num_sequences:
             return self.num_tokens

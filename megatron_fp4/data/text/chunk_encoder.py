@@ -1,6 +1,6 @@
 """Sentencepiece BPE, exactly, at several times its speed: encode each distinct chunk of text once.
 
-One idea: BPE only ever joins neighbours whose concatenation is a piece. Where no piece of the vocabulary spans a kind
+BPE only ever joins neighbours whose concatenation is a piece. Where no piece of the vocabulary spans a kind
 of place (say, between a letter and a comma), nothing is ever joined across such a place, so the encoding of a text is
 the concatenation of the encodings of its chunks, and a dictionary of chunks replaces nearly all the work. Whether a
 place is a border depends on the two characters beside it only, so looking at the pieces is a proof, not a guess.

@@ -1,6 +1,6 @@
 """Text <-> ids behind one small interface: sentencepiece, Hugging Face tokenizer.json, tiktoken vocabularies.
 
-One idea: a tokenizer is identified by the content of its file (sha256, `fingerprint`); the shards' manifest holds it,
+A tokenizer is identified by the content of its file (sha256, `fingerprint`); the shards' manifest holds it,
 and a run refuses shards of another. No special token is ever added by `encode`: who writes shards appends EOS.
 The libraries behind it are imported on use; a missing one is a ValueError that says what to install.
 """

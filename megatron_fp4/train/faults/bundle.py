@@ -85,7 +85,11 @@ def samples_of(run: Run, first_sample: int) -> list[dict[str, Any]]:
     """The global batch: id, source and documents of every sample."""
     origins = run.loader.origins(first_sample, run.config.train.batch_at(first_sample))
     return [
-        {"sample_id": origin.sample_id, "source": origin.source, "pieces": run.loader.describe(origin)}
+        {
+            "sample_id": origin.sample_id,
+            "source": origin.source,
+            "pieces": [piece._asdict() for piece in run.loader.describe(origin)],
+        }
         for origin in origins
     ]
 

@@ -4,14 +4,14 @@ from typing import Any
 
 from megatron_fp4.data.order.epoch_index import IndexCache
 from megatron_fp4.data.order.permute import digest
-from megatron_fp4.data.shards.documents import open_source
+from megatron_fp4.data.shards.documents import open_documents
 
 KEY = digest("k")
 
 
 def open_index(prefix: str, folder: str, barrier: Any, out: Any) -> None:
     cache = IndexCache(folder)
-    source = open_source("web", [prefix])
+    source = open_documents("web", [prefix])
     barrier.wait()
     order = cache.get(source, KEY).order.tolist()
     out.put((folder, order, cache.built))

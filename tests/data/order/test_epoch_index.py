@@ -5,14 +5,14 @@ import pytest
 
 from megatron_fp4.data.order.epoch_index import IndexCache, build_index
 from megatron_fp4.data.order.permute import digest
-from megatron_fp4.data.shards.documents import open_source
+from megatron_fp4.data.shards.documents import open_documents
 from tests.data.order.index_process import KEY, open_index
 from tests.data.toy import numbered, write_shard
 
 
 @pytest.fixture
 def source(tmp_path):
-    return open_source("web", [write_shard(tmp_path / "s", numbered([3, 1, 4, 1, 5, 9, 2, 6]))])
+    return open_documents("web", [write_shard(tmp_path / "s", numbered([3, 1, 4, 1, 5, 9, 2, 6]))])
 
 
 def files(folder):
@@ -46,7 +46,7 @@ def test_half_written_or_stale_files_are_built_again(source, tmp_path, damage):
 def test_other_content_is_another_file(source, tmp_path):
     cache = IndexCache(tmp_path / "cache")
     cache.get(source, KEY)
-    cache.get(open_source("web", [write_shard(tmp_path / "t", numbered([3, 1, 4, 1, 5, 9, 2, 7]))]), KEY)
+    cache.get(open_documents("web", [write_shard(tmp_path / "t", numbered([3, 1, 4, 1, 5, 9, 2, 7]))]), KEY)
     cache.get(source, digest("other epoch"))
     assert (cache.built, len(files(tmp_path / "cache"))) == (3, 3)
 

@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fp4.data.order.samples import SampleStream
-from megatron_fp4.data.shards.documents import Source, open_source
+from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 from megatron_fp4.data.shards.shard import Shard
 from tests.data.toy import numbered, write_shard
 
 
 def stream_of(tmp_path, lengths, seq_length, seed=7, **options):
     prefix = write_shard(tmp_path / "s", numbered(lengths))
-    return SampleStream(open_source("web", [prefix]), seq_length=seq_length, seed=seed, **options)
+    return SampleStream(open_documents("web", [prefix]), seq_length=seq_length, seed=seed, **options)
 
 
 def ids_of(stream, index):
@@ -82,7 +82,7 @@ def test_one_document_and_fewer_tokens_than_a_sample(tmp_path):
 def test_empty_documents_give_nothing(tmp_path):
     """An empty first, middle and last document."""
     prefix = write_shard(tmp_path / "s", [[], [1, 2], [], [3, 4, 5], []])
-    stream = SampleStream(open_source("web", [prefix]), seq_length=2, seed=0)
+    stream = SampleStream(open_documents("web", [prefix]), seq_length=2, seed=0)
     assert sum(targets(stream, range(stream.available(1))).values()) == 4
     assert all(piece.length for i in range(2) for piece in stream.pieces(i))
 
@@ -90,7 +90,7 @@ def test_empty_documents_give_nothing(tmp_path):
 def test_no_tokens_is_refused(tmp_path):
     prefix = write_shard(tmp_path / "s", [[], []])
     with pytest.raises(ValueError, match="'web' has no tokens in 2 documents"):
-        SampleStream(open_source("web", [prefix]), seq_length=2, seed=0)
+        SampleStream(open_documents("web", [prefix]), seq_length=2, seed=0)
 
 
 def test_stored_order_when_not_shuffled(tmp_path):
@@ -98,7 +98,7 @@ def test_stored_order_when_not_shuffled(tmp_path):
     assert [ids_of(stream, i).tolist() for i in range(3)] == [[1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [9, 10, 11, 12, 13]]
 
 
-class FakeSource(Source):
+class FakeSource(ShardedDocuments):
     """Lengths without files: more than 2^31 tokens per document."""
 
     def __init__(self, lengths):
@@ -146,9 +146,9 @@ def test_fuzz_samples_tile_the_stream(lengths, seq_length, seed):
 def test_shards_are_one_list_of_documents(tmp_path):
     whole = numbered([2, 3, 4, 5])
     a, b = write_shard(tmp_path / "p_0", whole[:1]), write_shard(tmp_path / "p_1", whole[1:])
-    source = open_source("web", [str(tmp_path / "p_*")])
+    source = open_documents("web", [str(tmp_path / "p_*")])
     assert [shard.prefix.name for shard in source.shards] == ["p_0", "p_1"]
     assert [source.read(d, 1, 1).tolist() for d in range(4)] == [[2], [4], [7], [11]]
     assert source.place(3).document == 2
-    assert source.fingerprint == open_source("other name", [a, b]).fingerprint
+    assert source.fingerprint == open_documents("other name", [a, b]).fingerprint
     assert isinstance(source.shards[0], Shard)

@@ -4,13 +4,13 @@ import resource
 
 import pytest
 
-from megatron_fp4.data.shards.documents import open_source
+from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.shards.manifest import BLOCK_BYTES, MANIFEST, PROGRESS, FileDigest, digest_file, read_manifest
 from tests.data.toy import write_set, write_shard
 
 
 def test_set_opens_with_its_facts(tmp_path):
-    source = open_source("web", [write_set(tmp_path / "set", [[[1, 2], [3]], [[9]]])])
+    source = open_documents("web", [write_set(tmp_path / "set", [[[1, 2], [3]], [[9]]])])
     assert (source.num_documents, source.num_tokens, source.max_token_id) == (3, 4, 9)
     assert source.tokenizers == ["tok"]
     assert source.place(2).shard.endswith("shard_00001")
@@ -19,10 +19,10 @@ def test_set_opens_with_its_facts(tmp_path):
 def test_uncommitted_and_foreign_folders(tmp_path):
     write_shard(tmp_path / "shard_00000", [[1]])
     with pytest.raises(ValueError, match=r"has no manifest\.json, so it is not a shard set"):
-        open_source("web", [str(tmp_path)])
+        open_documents("web", [str(tmp_path)])
     (tmp_path / PROGRESS).write_text("{}")
     with pytest.raises(ValueError, match=r"is not committed.*run the same data_tools\.tokenize command again"):
-        open_source("web", [str(tmp_path)])
+        open_documents("web", [str(tmp_path)])
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         read_manifest(tmp_path)
@@ -35,10 +35,10 @@ def test_manifest_and_files_disagree(tmp_path):
     folder = write_set(tmp_path / "set", [[[1, 2, 3]]])
     os.truncate(tmp_path / "set" / "shard_00000.bin", 4)
     with pytest.raises(ValueError, match=r"shard_00000\.bin: the manifest says 6 bytes, the file has 4.*offset 4"):
-        open_source("web", [folder])
+        open_documents("web", [folder])
     (tmp_path / "set" / "shard_00000.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard_00000\.bin is listed in the manifest but does not exist"):
-        open_source("web", [folder])
+        open_documents("web", [folder])
 
 
 def test_idx_of_another_shard(tmp_path):
@@ -47,20 +47,20 @@ def test_idx_of_another_shard(tmp_path):
     write_shard(tmp_path / "other", [[1], [2, 3]])
     os.replace(tmp_path / "other.idx", tmp_path / "set" / "shard_00000.idx")
     with pytest.raises(ValueError, match=r"8 bytes|6 bytes"):
-        open_source("web", [folder])
+        open_documents("web", [folder])
 
 
 def test_globs_and_missing_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match="no shard matches"):
-        open_source("web", [str(tmp_path / "a_*")])
+        open_documents("web", [str(tmp_path / "a_*")])
     with pytest.raises(ValueError, match="has no paths"):
-        open_source("web", [])
+        open_documents("web", [])
 
 
 def test_fingerprint_is_content(tmp_path):
-    a = open_source("a", [write_set(tmp_path / "x", [[[1, 2, 3]]])]).fingerprint
-    assert open_source("b", [write_set(tmp_path / "y", [[[1, 2, 3]]])]).fingerprint == a
-    assert open_source("a", [write_set(tmp_path / "z", [[[1, 2, 4]]])]).fingerprint != a
+    a = open_documents("a", [write_set(tmp_path / "x", [[[1, 2, 3]]])]).fingerprint
+    assert open_documents("b", [write_set(tmp_path / "y", [[[1, 2, 3]]])]).fingerprint == a
+    assert open_documents("a", [write_set(tmp_path / "z", [[[1, 2, 4]]])]).fingerprint != a
 
 
 def test_too_many_open_files_says_what_to_do(tmp_path):
@@ -69,7 +69,7 @@ def test_too_many_open_files_says_what_to_do(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
     try:
         with pytest.raises(ValueError, match=r"too many open files at .*ulimit -n"):
-            open_source("web", prefixes)
+            open_documents("web", prefixes)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
