@@ -27,8 +27,9 @@ from torch.distributed.pipelining import PipelineStage
 
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.bootstrap import Process, exit_process
+from megatron_fp4.comm.config import Overlap, ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import Overlap, ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
@@ -45,7 +46,8 @@ from megatron_fp4.precision.config import PrecisionConfig
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.proofs.layouts import Layout, parse_layouts
 from megatron_fp4.proofs.parity import Case, synthetic_inputs
-from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.sections import TrainConfig
 from megatron_fp4.train.trainable import Trainable, build_trainable
 
 MODEL = ModelConfig(num_layers=8, hidden=256, ffn_hidden=1024, num_heads=8, num_kv_heads=4, vocab_size=4096)

@@ -30,7 +30,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_fp4.comm.bootstrap import Launch, exit_process, start_process
-from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.comm.rect import Placement, Segment
 from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
 

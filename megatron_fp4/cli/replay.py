@@ -18,13 +18,14 @@ from pathlib import Path
 
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.comm.bootstrap import Launch, start_process
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.precision.config import PrecisionConfig
 from megatron_fp4.train.build import build
 from megatron_fp4.train.checked import check_config
-from megatron_fp4.train.config import LoggingConfig, Resume, RunConfig, SpikeConfig
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.bundle import REPORT
 from megatron_fp4.train.faults.signals import StopRequest
+from megatron_fp4.train.sections import LoggingConfig, Resume, SpikeConfig
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics, read_metrics
 from megatron_fp4.train.trainer import Trainer

@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.comm.config import Overlap, ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import Overlap, ParallelConfig
 from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.proofs.distance import Comparison, compare, worst

@@ -17,10 +17,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import Enum
 
 import torch
 import torch.distributed as dist
+
+from megatron_fp4.comm.config import ParallelConfig
 
 AXES = ("pp", "dp", "cp", "tp")  # outermost first
 GROUPS = {
@@ -67,69 +68,6 @@ class DrawnGroup(Group):
     def __post_init__(self) -> None:
         assert self.process_group is None
         assert 0 <= self.rank < len(self.ranks)
-
-
-class Overlap(Enum):
-    """Whether communication runs beside computation; `auto`: on CUDA. (`on` and `off` would be booleans in YAML.)"""
-
-    auto = "auto"
-    always = "always"
-    never = "never"
-
-    def enabled(self, device_type: str) -> bool:
-        return self is Overlap.always or (self is Overlap.auto and device_type == "cuda")
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """Sizes of the four axes. `dp = 0` means: as many as the world size leaves.
-
-    schedule: order of the microbatches in a pipeline, a name of pipeline.schedules. virtual_stages: stages per pipeline
-    rank, 0 for what the schedule needs. stage_split: `cost`, or blocks per stage such as `9,8,8,7`. overlap_tensor:
-    send the input gradient of a column-parallel linear while its weight gradient is computed; it changes no bit.
-    timeout_seconds: of a collective. init_timeout_seconds: for all ranks to meet at the start.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    dp: int = 0
-    schedule: str = "1f1b"
-    virtual_stages: int = 0
-    stage_split: str = "cost"
-    overlap_tensor: Overlap = Overlap.auto
-    timeout_seconds: float = 600.0
-    init_timeout_seconds: float = 180.0
-
-    def __post_init__(self) -> None:
-        for axis in ("tp", "pp", "cp"):
-            if getattr(self, axis) < 1:
-                raise ValueError(f"parallel.{axis} = {getattr(self, axis)}, must be at least 1")
-        if self.dp < 0:
-            raise ValueError(f"parallel.dp = {self.dp}, must be positive, or 0 for 'what the world size leaves'")
-        if self.overlap_tensor is Overlap.always and self.tp == 1:
-            raise ValueError(
-                "parallel.overlap_tensor = always has no effect with parallel.tp = 1; leave it at auto, or set"
-                " parallel.tp"
-            )
-
-    @property
-    def smallest_world(self) -> int:
-        """Ranks of this layout, with one data-parallel copy where `dp` is left open."""
-        return self.tp * self.pp * self.cp * max(1, self.dp)
-
-    def resolve_dp(self, world_size: int) -> int:
-        """The data-parallel size for `world_size` ranks. Raises ValueError with the equation if it does not fit."""
-        model = self.tp * self.pp * self.cp
-        dp = self.dp or world_size // model
-        if dp < 1 or model * dp != world_size:
-            asked = self.dp if self.dp else "?"
-            raise ValueError(
-                f"layout does not fit the world size: tp * pp * cp * dp = {self.tp} * {self.pp} * {self.cp} * {asked}"
-                f" must equal {world_size} ranks; start {model * max(self.dp, 1)} ranks, or change the sizes so that"
-                f" their product is {world_size}"
-            )
-        return dp
 
 
 @dataclass(frozen=True)

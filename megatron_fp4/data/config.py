@@ -1,29 +1,38 @@
 """What a run reads, as values: sources, phases, evaluation sets. No behaviour except refusals of impossible values.
 
-Read by omegaconf: plain frozen dataclasses, no unions, no Literal; `to_object` turns tuples into lists.
+Read by omegaconf: no unions, no Literal; `to_object` turns tuples into lists.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from megatron_fp4.settings import Count, Size, check_bounds
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One stream of documents, shuffled anew each epoch."""
 
-    name: str = ""  # unique; the shuffle depends on it, and phases refer to it
-    # Each entry: a shard-set directory (has manifest.json), a Megatron prefix, or a glob of prefixes.
+    name: str = ""
+    """Unique name, which phases refer to; the shuffle depends on it."""
     paths: list[str] = field(default_factory=list)
-    max_epochs: int = 1  # how often the source may be read; 0 = no limit
+    """Shard-set directories (with a manifest.json), Megatron prefixes, or globs of prefixes."""
+    max_epochs: Count = 1
+    """How often the source may be read; 0 = without limit."""
 
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """A blend and how long it holds. `weights` by source name, any positive scale; empty = by size."""
+    """A blend of the sources and how long it holds."""
 
     name: str = ""
-    tokens: int = 0  # length of this phase; 0 = to the end of the run (the last phase only)
+    """What the log, the ledger and the data plan call the phase."""
+    tokens: Count = 0
+    """Length of the phase; 0 = to the end of the run, for the last phase only."""
     weights: dict[str, float] = field(default_factory=dict)
+    """Share of each source by its name, on any positive scale; empty = by size."""
 
 
 @dataclass(frozen=True)
@@ -31,39 +40,50 @@ class EvaluationConfig:
     """A held-out set, read in stored order, every token a target once, the last sample padded and masked."""
 
     name: str = ""
+    """Unique name, under which the loss is logged: eval/NAME/loss."""
     paths: list[str] = field(default_factory=list)
-    max_tokens: int = 0  # of the set's beginning; 0 = all
+    """Shard-set directories (with a manifest.json), Megatron prefixes, or globs of prefixes."""
+    max_tokens: Count = 0
+    """Tokens of the set's beginning that are read; 0 = all."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The data of a run, in which order it is read, and as what samples."""
+
     sources: list[SourceConfig] = field(default_factory=list)
-    phases: list[PhaseConfig] = field(default_factory=list)  # empty = one phase, by size
-    seq_length: int = 2048  # tokens per sample S; a sample is S + 1 consecutive tokens of a source's stream
+    """What the run is trained on."""
+    phases: list[PhaseConfig] = field(default_factory=list)
+    """Blends of the sources, one after the other; empty = one phase, by size."""
+    seq_length: Size = 2048
+    """Tokens of a sample, S; it is S + 1 consecutive tokens of a source's stream, as inputs and shifted by one as
+    targets."""
     seed: int = 1234
-    tokenizer: str = ""  # .model (sentencepiece), .json (Hugging Face tokenizers) or .tiktoken
-    reset_documents: bool = False  # True: attention and state end at document boundaries, labels never cross them
+    """Seed of the order of documents and samples."""
+    tokenizer: str = ""
+    """File of the tokenizer: .model (sentencepiece), .json (Hugging Face tokenizers) or .tiktoken; empty = none, and
+    model.vocab_size is set."""
+    reset_documents: bool = False
+    """End attention, positions and Mamba-2 states at document boundaries, which no label crosses then."""
     evaluation: list[EvaluationConfig] = field(default_factory=list)
-    skip: list[list[int]] = field(default_factory=list)  # [[a, b], ...]: sample ids a <= id < b are never delivered
-    index_cache: str = ""  # folder for epoch indexes, shared by the processes of a machine; empty = in memory
-    prefetch_batches: int = 2  # batches made ahead by a thread; 0 = none
+    """Held-out sets, which train.eval_interval_steps evaluates; the first one scores checkpoints."""
+    skip: list[list[int]] = field(default_factory=list)
+    """Spans [first, end) of sample ids that are never delivered, such as [[120000, 120512]]."""
+    index_cache: str = ""
+    """Folder of the epoch indices, shared by the processes of a machine; empty = in memory."""
+    prefetch_batches: Count = 2
+    """Batches that a thread makes ahead; 0 = no thread."""
 
     def __post_init__(self) -> None:
-        if self.seq_length < 1:
-            raise ValueError(f"data.seq_length={self.seq_length} must be at least 1")
-        if self.prefetch_batches < 0:
-            raise ValueError(f"data.prefetch_batches={self.prefetch_batches} must be 0 (no thread) or more")
+        check_bounds(self, "data")
         _check_names("data.sources", [source.name for source in self.sources])
         _check_names("data.evaluation", [item.name for item in self.evaluation])
-        for number, source in enumerate(self.sources):
-            if source.max_epochs < 0:
-                raise ValueError(f"data.sources[{number}].max_epochs={source.max_epochs} must be 0 (no limit) or more")
-        for number, item in enumerate(self.evaluation):
-            if item.max_tokens < 0:
-                raise ValueError(f"data.evaluation[{number}].max_tokens={item.max_tokens} must be 0 (all) or more")
-        for number, phase in enumerate(self.phases):
-            if phase.tokens < 0 or (phase.tokens == 0 and number + 1 < len(self.phases)):
-                raise ValueError(f"data.phases[{number}].tokens={phase.tokens}: only the last phase may be open (0)")
+        for name in ("sources", "phases", "evaluation"):
+            for number, part in enumerate(getattr(self, name)):
+                check_bounds(part, f"data.{name}[{number}]")
+        for number, phase in enumerate(self.phases[:-1]):
+            if phase.tokens == 0:
+                raise ValueError(f"data.phases[{number}].tokens = 0: only the last phase may be open (0)")
         for span in self.skip:
             if len(span) != 2 or not 0 <= span[0] < span[1]:
                 raise ValueError(f"data.skip has {list(span)}; each entry is [first, end) with 0 <= first < end")
@@ -90,11 +110,11 @@ def _check_keys(kind: Any, value: Any) -> None:
     unknown = sorted(set(value) - set(known))
     if unknown:
         raise ValueError(f"{kind.__name__} has no {unknown}; its keys are {known}")
-    for name, found in value.items():
+    for name, given in value.items():
         wanted = type(getattr(kind(), name))
-        if type(found) is not wanted:
+        if type(given) is not wanted:
             hint = "; YAML reads 5e6 as text and 5.0e+6 as a fraction: write 5_000_000" if wanted is int else ""
-            raise ValueError(f"{kind.__name__}.{name}={found!r} must be of type {wanted.__name__}{hint}")
+            raise ValueError(f"{kind.__name__}.{name}={given!r} must be of type {wanted.__name__}{hint}")
 
 
 def _check_names(field_name: str, names: list[str]) -> None:

@@ -10,17 +10,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_fp4.settings import Count
+
 
 @dataclass(frozen=True)
 class BatchRampConfig:
-    """From `start_samples`, one `increment_samples` more at equal intervals of consumed samples, up to the global batch
-    at `ramp_samples`; 0 = off. As Megatron's --rampup-batch-size: a step that begins before an interval ends still has
-    the interval's size.
+    """Smaller steps at the beginning: more at equal intervals of consumed samples, up to the global batch.
+
+    As Megatron's --rampup-batch-size: a step that begins before an interval ends still has the interval's size.
     """
 
-    start_samples: int = 0
-    increment_samples: int = 0
-    ramp_samples: int = 0
+    start_samples: Count = 0
+    """Samples of the first steps."""
+    increment_samples: Count = 0
+    """Samples that are added at each interval; a whole number of them leads to train.global_batch."""
+    ramp_samples: Count = 0
+    """Consumed samples from which a step takes the global batch; 0 = no ramp."""
 
 
 class BatchStage(NamedTuple):

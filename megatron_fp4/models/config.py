@@ -1,20 +1,23 @@
 """The architecture of a model as a value.
 
-One idea: a model is a pattern of blocks, one letter a block, as NVIDIA writes its hybrids:
+A model is a pattern of blocks, one letter a block, as NVIDIA writes its hybrids:
 
     T   transformer block: attention, then MLP, each with its own norm and residual (the classical GPT layer)
     M   Mamba-2        *   attention        -   MLP            (one mixer per block, as in Nemotron-H)
 
-An empty pattern means `num_layers` transformer blocks. (No `from __future__ import annotations`: omegaconf reads the
-annotations.)
+An empty pattern means `num_layers` transformer blocks.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_fp4.layers.fused.loss import LossImpl
 from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.settings import Bound, Size, check_bounds
 
 BLOCK_LETTERS = "TM*-"
 
@@ -23,43 +26,59 @@ BLOCK_LETTERS = "TM*-"
 class ModelConfig:
     """Sizes and choices of one model. Raises ValueError for sizes that contradict each other."""
 
-    num_layers: int = 4
+    num_layers: Size = 4
+    """Number of blocks."""
     pattern: str = ""
+    """One letter a block: T transformer, M Mamba-2, * attention, - MLP; empty = num_layers transformer blocks."""
     hidden: int = 256
+    """Width of the residual stream."""
     ffn_hidden: int = 1024
+    """Width inside an MLP; with swiglu, of each of its two halves."""
     num_heads: int = 4
+    """Query heads of an attention."""
     num_kv_heads: int = 2
+    """Key and value heads of an attention; a divisor of num_heads."""
     head_dim: int = 0
-    """0: hidden / num_heads."""
+    """Width of an attention head; 0 = hidden / num_heads."""
     vocab_size: int = 0
-    """0: the vocabulary of the tokenizer."""
+    """Tokens of the vocabulary, and rows of embedding and head; 0 = the vocabulary of data.tokenizer."""
     activation: Activation = Activation.squared_relu
+    """Nonlinearity of the MLPs."""
     rope_base: float = 10000.0
-    """0: no position embedding."""
+    """Base of the rotary position embedding; 0 = no position embedding."""
     tied_embeddings: bool = False
+    """Use the embedding's weight for the head too."""
     norm_eps: float = 1e-5
-    dropout: float = 0.0
+    """What RMSNorm adds to the mean square, so that nothing is divided by 0."""
+    dropout: Annotated[float, Bound(least=0, below=1)] = 0.0
+    """Probability with which training zeroes an element that a mixer or MLP adds to the residual stream; 0 = off."""
     init_std: float = 0.02
+    """Standard deviation of initial weights."""
     scale_residual_init: bool = True
-    """Weights that write into the residual stream start smaller by sqrt(number of residual additions)."""
+    """Start weights that write into the residual stream smaller, by sqrt(number of residual additions)."""
     mamba_num_heads: int = 0
+    """Heads of a Mamba-2 mixer; a multiple of mamba_num_groups, needed where the pattern has an M."""
     mamba_head_dim: int = 64
+    """Width of a Mamba-2 head; the mixer is mamba_num_heads times as wide."""
     mamba_num_groups: int = 1
+    """Groups of Mamba-2 heads that share B and C."""
     mamba_state: int = 128
+    """Size of a Mamba-2 head's state, per element of its width."""
     mamba_conv: int = 4
+    """Tokens that the causal convolution of a Mamba-2 mixer sees."""
     mamba_chunk: int = 128
+    """Tokens that the Mamba-2 scan computes as one matrix product; it changes cost and last bits, not the model."""
     mamba_kernel: MambaKernel = MambaKernel.torch
-    """mamba_ssm: the CUDA kernels of mamba-ssm and causal-conv1d, if installed. Projections never enter them."""
+    """Who computes convolution and scan of Mamba-2; projections never enter it."""
     norm_impl: NormImpl = NormImpl.torch
-    """te, apex: the fused RMSNorm of Transformer Engine or Apex, if installed (CUDA, BF16)."""
+    """Who computes RMSNorm."""
     loss_impl: LossImpl = LossImpl.torch
-    """te: the fused cross-entropy of Transformer Engine, if installed (CUDA, BF16, tp divides the vocabulary)."""
+    """Who computes the cross-entropy."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "model")
         if self.pattern:
             self._check_pattern()
-        if self.num_layers < 1:
-            raise ValueError(f"model.num_layers = {self.num_layers}, must be at least 1")
         if not self.head_dim and self.hidden % self.num_heads:
             raise ValueError(
                 f"model.hidden = {self.hidden} is not divisible by model.num_heads = {self.num_heads};"
@@ -71,8 +90,6 @@ class ModelConfig:
             )
         if self.rope_base and self.attention_head_dim % 2:
             raise ValueError(f"rotary embedding needs an even head_dim, got {self.attention_head_dim}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"model.dropout = {self.dropout}, must be in [0, 1)")
         if "M" in self.blocks:
             self._check_mamba()
 

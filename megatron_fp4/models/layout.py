@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.layers.fused.loss import LossImpl
 from megatron_fp4.models.config import ModelConfig
 

@@ -3,7 +3,7 @@
 This floor knows parameters, their placements and groups of ranks. It does not know how a layer computed a gradient.
 """
 
-from megatron_fp4.comm.mesh import Overlap
+from megatron_fp4.comm.config import Overlap
 from megatron_fp4.optim.config import DecayStyle, Impl, OptimConfig, Schedule
 from megatron_fp4.optim.lr import check_schedule, learning_rate
 from megatron_fp4.optim.state import StateShard, StepReport

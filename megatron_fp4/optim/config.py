@@ -1,13 +1,16 @@
-"""What a user can set about the optimizer and its schedule.
+"""What a user can set about the optimizer and its schedule, as values.
 
-One idea: values only, checked with their numbers when they are made. Enum members are in lower case because omegaconf
-matches them by name. No `from __future__ import annotations` here: omegaconf reads the annotations.
+Members of enums are in lower case because omegaconf matches them by name.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
-from megatron_fp4.comm.mesh import Overlap
+from megatron_fp4.comm.config import Overlap
+from megatron_fp4.settings import Bound, Count, check_bounds
 
 
 class Schedule(Enum):
@@ -37,51 +40,47 @@ class Impl(Enum):
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its learning rate as a function of consumed tokens, clipping, and how gradients travel.
+    """AdamW, its learning rate as a function of consumed tokens, clipping, and how gradients travel."""
 
-    lr: peak learning rate; min_lr: the rate at the last token. warmup_tokens: linear from 0 to `lr`.
-    decay_fraction: part of all tokens that `wsd` decays over. clip_norm: maximum global gradient norm, 0 = off.
-    bucket_mib: FP32 gradient bytes per collective, in MiB. Raise it when dp is in the hundreds, so that every rank's
-    part of a bucket stays above about 1 MiB.
-    """
-
-    lr: float = 3e-4
-    min_lr: float = 0.0
+    lr: Annotated[float, Bound(above=0)] = 3e-4
+    """Peak learning rate, which the warm-up ends at."""
+    min_lr: Annotated[float, Bound(least=0)] = 0.0
+    """Learning rate at the last token; at most lr, and without effect in a constant schedule."""
     schedule: Schedule = Schedule.wsd
-    warmup_tokens: int = 0
-    decay_fraction: float = 0.2
+    """Shape of the learning rate after the warm-up."""
+    warmup_tokens: Count = 0
+    """Consumed tokens over which the learning rate rises from 0 to lr, in a straight line."""
+    decay_fraction: Annotated[float, Bound(least=0, most=1)] = 0.2
+    """Part of the run's tokens, the last one, over which schedule wsd decays."""
     decay_style: DecayStyle = DecayStyle.linear
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    """Shape of the decay of schedule wsd."""
+    beta1: Annotated[float, Bound(least=0, below=1)] = 0.9
+    """Decay of the mean of the gradients, per step."""
+    beta2: Annotated[float, Bound(least=0, below=1)] = 0.95
+    """Decay of the mean of the squared gradients, per step."""
+    eps: Annotated[float, Bound(above=0)] = 1e-8
+    """What is added to the root of the mean square, so that nothing is divided by 0."""
+    weight_decay: Annotated[float, Bound(least=0)] = 0.1
+    """Part of a weight that a step takes away, times the learning rate; norms, biases and state-space scalars have
+    none; 0 = off."""
+    clip_norm: Annotated[float, Bound(least=0)] = 1.0
+    """Largest norm of all gradients together; a larger one is scaled down to it; 0 = off."""
     impl: Impl = Impl.torch
-    bucket_mib: float = 128.0
+    """Who computes the update."""
+    bucket_mib: Annotated[float, Bound(above=0)] = 128.0
+    """FP32 gradients that are reduced in one collective, in MiB; more where dp is in the hundreds, so that a rank's
+    part of a bucket stays above 1 MiB."""
     overlap_reduce: Overlap = Overlap.auto
+    """Reduce full buckets of gradients while the backward pass of the last microbatch goes on."""
     overlap_gather: Overlap = Overlap.auto
+    """Gather updated parameters while the next forward pass begins."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr = {self.lr}, must be positive")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"optim.min_lr = {self.min_lr}, must lie between 0 and optim.lr = {self.lr}")
+        check_bounds(self, "optim")
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr = {self.min_lr}, must not be above optim.lr = {self.lr}")
         if self.schedule is Schedule.constant and self.min_lr:
             raise ValueError(
                 f"optim.min_lr = {self.min_lr} has no effect with optim.schedule=constant; set optim.min_lr=0, or"
                 " choose schedule wsd or cosine"
             )
-        if self.warmup_tokens < 0:
-            raise ValueError(f"optim.warmup_tokens = {self.warmup_tokens}, must not be negative")
-        if not 0 <= self.decay_fraction <= 1:
-            raise ValueError(f"optim.decay_fraction = {self.decay_fraction}, must lie between 0 and 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} = {getattr(self, name)}, must be at least 0 and below 1")
-        if not self.eps > 0:
-            raise ValueError(f"optim.eps = {self.eps}, must be positive")
-        for name in ("weight_decay", "clip_norm"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optim.{name} = {getattr(self, name)}, must not be negative (0 turns it off)")
-        if not self.bucket_mib > 0:
-            raise ValueError(f"optim.bucket_mib = {self.bucket_mib}, must be positive")

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from megatron_fp4.comm.mesh import Group, ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.pipeline.schedules import rank_of_stage, schedule_rule, stages_of_rank, stages_per_rank
 
 Module = TypeVar("Module", bound=nn.Module)

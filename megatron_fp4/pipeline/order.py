@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.pipeline.schedules import check_pipeline, schedule_rule, stages_of_rank
 
 KINDS = {"FORWARD": ("F", 1), "FULL_BACKWARD": ("B", 2), "BACKWARD_INPUT": ("B", 1), "BACKWARD_WEIGHT": ("W", 1)}

@@ -28,7 +28,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
-from megatron_fp4.comm.mesh import Overlap, ParallelConfig
+from megatron_fp4.comm.config import Overlap, ParallelConfig
 
 Fits = Callable[[int, int], bool]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.pipeline.schedules import stages_per_rank
 
 _AXIS = re.compile(r"(tp|pp|cp|dp)([1-9]\d*)(?:v([1-9]\d*))?")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.precision.backends.emulated import EmulatedBackend

@@ -15,7 +15,8 @@ from pathlib import Path
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore
 from megatron_fp4.checkpoint.directory import latest_step
 from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.mesh import ParallelConfig, build_mesh
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import build_mesh
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.proofs.distance import assemble
 from megatron_fp4.proofs.parity import Box, Case, synthetic_inputs

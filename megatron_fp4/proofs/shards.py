@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megatron_fp4.comm.mesh import ParallelConfig, draw_mesh, rank_grid
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import draw_mesh, rank_grid
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.train.checked import CheckedConfig

@@ -38,8 +38,9 @@ from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable, Row
 from megatron_fp4.proofs.layouts import Layout
 from megatron_fp4.proofs.parity import Case
-from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.requirements import by_torch
+from megatron_fp4.train.sections import TrainConfig
 
 MAX_GLOBAL_BATCH = 64
 MAX_LR = 1e-4

@@ -19,12 +19,13 @@ from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.checked import CheckedConfig, open_data
-from megatron_fp4.train.config import NonFinite, RunConfig
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.faults.rollback_record import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.plain import plain
 from megatron_fp4.train.resume.find import find_resume, settle_differences
+from megatron_fp4.train.sections import NonFinite
 from megatron_fp4.train.telemetry.probes import Observers
 from megatron_fp4.train.trainable import build_trainable
 

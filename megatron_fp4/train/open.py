@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.checkpoint import CheckpointStore
-from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.models.decoder import Decoder, whole_model
 from megatron_fp4.precision.backends.choose import make_backend

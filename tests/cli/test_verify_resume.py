@@ -6,7 +6,7 @@ import pytest
 
 from megatron_fp4.cli import verify_resume
 from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.optim import Zero1AdamW
 from megatron_fp4.proofs.parity import Case
 from megatron_fp4.proofs.resume import Report, Stretch, run_stretch

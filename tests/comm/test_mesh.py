@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh, describe, rank_grid
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import Group, ParallelMesh, describe, rank_grid
 from megatron_fp4.comm.rect import Placement, Segment, split_evenly
 from tests.helpers.distributed import mesh_for, run_distributed
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.comm.mesh import Group, ParallelMesh, build_mesh
 
 
 def _call(process: Process, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:

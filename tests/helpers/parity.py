@@ -12,7 +12,8 @@ from megatron_fp4.precision import nvfp4_paper
 from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig, Rule
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.proofs.parity import Case
-from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.sections import TrainConfig
 
 MODEL: dict[str, Any] = {
     "num_layers": 4,

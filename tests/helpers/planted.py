@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.mesh import Group, ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers import linear
 from megatron_fp4.optim import clip, grad_buffer
 from megatron_fp4.precision import backends

@@ -12,8 +12,9 @@ import torch
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.config import Overlap, ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import Overlap, ParallelConfig, build_mesh
+from megatron_fp4.comm.mesh import build_mesh
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.pipeline.schedules import stages_per_rank
 from megatron_fp4.precision import EmulatedBackend

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import ParallelConfig, build_mesh
+from megatron_fp4.comm.mesh import build_mesh
 from megatron_fp4.data.ramp import BatchRampConfig
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.pipeline.schedules import schedule_rule

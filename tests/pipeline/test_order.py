@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.pipeline.order import Work, bubble, duration, in_flight, pipeline_order, simulate
 from megatron_fp4.pipeline.schedules import SCHEDULES, schedule_rule, stages_of_rank, stages_per_rank
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.pipeline.schedules import SCHEDULES, check_pipeline, stages_of_rank, stages_per_rank
 
 

@@ -10,7 +10,8 @@ import torch
 
 from megatron_fp4.cli.plan import main
 from megatron_fp4.cli.render.plan import render
-from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.ramp import BatchRampConfig
 from megatron_fp4.layers.layer_context import LayerContext
@@ -31,9 +32,10 @@ from megatron_fp4.planning.traffic import bytes_sent
 from megatron_fp4.precision import EmulatedBackend, StepClock, nvfp4_paper
 from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.plan import base_table
-from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import LocalEngine, TokenLoss
 from megatron_fp4.train.inputs import Inputs
+from megatron_fp4.train.sections import TrainConfig
 from megatron_fp4.train.telemetry.peaks import GPUS
 from megatron_fp4.train.telemetry.rates import flops_by_rate
 from tests.helpers.live_memory import LiveBytes

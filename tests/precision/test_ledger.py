@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import Group, ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.comm.mesh import Group, ParallelMesh, build_mesh
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.precision import EmulatedBackend, Format, LinearPrecision, Operand

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import ParallelConfig
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim import Overlap

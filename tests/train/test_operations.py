@@ -18,13 +18,14 @@ from megatron_fp4.checkpoint import CheckpointConfig
 from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.checkpoint.inspect import resolve
 from megatron_fp4.cli.compose import compose_config, to_run_config
-from megatron_fp4.comm.mesh import ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.count import count_flops
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train import trainer as trainer_module
-from megatron_fp4.train.config import RunConfig, TrainConfig
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.phases import STEP_PHASES, Phases
+from megatron_fp4.train.sections import TrainConfig
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from megatron_fp4.train.telemetry.peaks import GPUS, find_gpu

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from megatron_fp4.train.config import SpikeConfig
+from megatron_fp4.train.sections import SpikeConfig
 
 
 class Action(Enum):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_fp4.checkpoint import CheckpointStore
-from megatron_fp4.train.config import Resume
 from megatron_fp4.train.resume.differences import DEFAULT_RULES, Policy, Rule, check, differences, table
+from megatron_fp4.train.sections import Resume
 
 RULES = (
     Rule("train.run_dir", Policy.ignore, ""),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_fp4.storage.append import AppendFile
-from megatron_fp4.train.config import LoggingConfig, WandbMode
+from megatron_fp4.train.sections import LoggingConfig, WandbMode
 from megatron_fp4.train.telemetry.sinks import BackgroundSink, Sink
 
 METRICS_FILE = "metrics.jsonl"

@@ -19,7 +19,7 @@ from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.ledger import GemmLedger, GemmMismatch, differences
 from megatron_fp4.precision.table import PrecisionTable
-from megatron_fp4.train.config import TrainConfig
+from megatron_fp4.train.sections import TrainConfig
 from megatron_fp4.train.telemetry import quantization as statistics
 from megatron_fp4.train.telemetry.metrics import Metrics
 

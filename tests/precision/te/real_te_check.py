@@ -32,7 +32,8 @@ from tests.precision import te_cases, te_on_cpu
 te_on_cpu.patch_cuda()
 
 from megatron_fp4.cli import crosscheck, preflight  # noqa: E402
-from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh  # noqa: E402
+from megatron_fp4.comm.config import ParallelConfig  # noqa: E402
+from megatron_fp4.comm.mesh import ParallelMesh  # noqa: E402
 from megatron_fp4.precision import EmulatedBackend, te_recipe  # noqa: E402
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend, load_api  # noqa: E402
 from megatron_fp4.precision.config import Switch  # noqa: E402

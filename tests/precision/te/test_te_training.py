@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import ParallelConfig, ParallelMesh, build_mesh
+from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.precision import AmaxScope, EmulatedBackend, LinearPrecision, Operand, nvfp4_paper
 from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
 from megatron_fp4.precision.backends.reference import ReferenceBackend

@@ -17,7 +17,7 @@ from megatron_fp4.checkpoint import SaveFailed, commit
 from megatron_fp4.data.ledger import read_step
 from megatron_fp4.storage import append
 from megatron_fp4.storage.lock import RunLock
-from megatron_fp4.train.config import LoggingConfig, WandbMode
+from megatron_fp4.train.sections import LoggingConfig, WandbMode
 from megatron_fp4.train.telemetry import sinks as background_sink
 from megatron_fp4.train.telemetry.metrics import WandbSink, read_metrics
 from tests.helpers.tiny_run import tiny_run

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron_fp4.data.ledger import read_step
-from megatron_fp4.train.config import SpikeConfig
 from megatron_fp4.train.faults.spikes import Action, SpikeLadder
+from megatron_fp4.train.sections import SpikeConfig
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from megatron_fp4.train.trainer import Trainer, TrainingDiverged
 from tests.helpers.distributed import run_distributed
