@@ -2,12 +2,13 @@
 
 One idea: pure functions of a tensor and an `Operand`. They quantize a copy with the emulated backend and compare; they
 change nothing and are called by whoever monitors (every N steps), per linear and per operand. They use no collectives:
-the statistics are those of the local part, with a scale from the local amax.
+the statistics are those of the local part, with a scale from the local amax. `StatisticsProbe` calls them for every
+tensor on its way to a GEMM; the backend that it wraps gets the same calls as ever, so no number of a run changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, log10
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.hadamard import hadamard
-from megatron_fp4.precision.backends import Copy, Source, signs_for
+from megatron_fp4.precision.backends import Backend, Copy, NonFiniteError, Prepared, Source, signs_for
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
 from megatron_fp4.precision.operand import Format, Operand
 from megatron_fp4.precision.spec import LinearPrecision
@@ -103,6 +104,54 @@ def report_table(stats: Iterable[tuple[str, QuantizationStats]]) -> str:
         numbers = f"{s.snr_db:7.2f} {s.relative_mse:9.5f} {s.underflow:9.4%} {s.saturation:9.4%} {s.amax:10.4g}"
         lines.append(f"{name:48s} {numbers} " + " ".join(f"{share:11.2%}" for share in s.scale_histogram))
     return "\n".join(line.rstrip() for line in lines)
+
+
+Report = dict[str, QuantizationStats]
+"""`blocks.3.mlp.up/fprop.x` -> statistics."""
+
+
+class StatisticsProbe:
+    """A `Backend` that measures the tensors which pass to the backend `inner`, while `recording`."""
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+        self.recording = False
+        self.report: Report = {}
+        """What was measured since the last `take`."""
+        self._seen: set[tuple[str, str]] = set()
+
+    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+        """See `Backend.quantize`."""
+        if self.recording:
+            self._measure(x, source, copies)
+        return self.inner.quantize(x, source, copies)
+
+    def matmul(
+        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+    ) -> Tensor:
+        """See `Backend.matmul`."""
+        return self.inner.matmul(a, b, out_dtype=out_dtype, accumulate_into=accumulate_into)
+
+    def take(self) -> Report:
+        """What was measured since the last call."""
+        report, self.report, self._seen = self.report, {}, set()
+        return report
+
+    def _measure(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> None:
+        if (source.name, source.operand) in self._seen:  # a later microbatch, or recomputation
+            return
+        self._seen.add((source.name, source.operand))
+        known = set()
+        for copy in copies:
+            operand = copy.operand
+            if not operand.quantized or (operand.transposes and operand in known):  # the same codes, transposed
+                continue
+            known.add(operand)
+            try:
+                stats = quantization_stats(x.detach(), operand, along=copy.along, step=source.step)
+            except NonFiniteError:  # the run's own rule for NaN and Inf decides what happens
+                continue
+            self.report[f"{source.name}/{copy.gemm}.{source.operand}"] = stats
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint.directory import step_name
-from megatron_fp4.precision.statistics import report_table
+from megatron_fp4.precision.statistics import Report, report_table
 from megatron_fp4.train.build import Run
 from megatron_fp4.train.faults.rollback import checkpoint_before
 from megatron_fp4.train.faults.spikes import Judgement
 from megatron_fp4.train.telemetry.norms import norms_by_tensor
-from megatron_fp4.train.telemetry.quantization import Report
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.ledger import GemmLedger, GemmMismatch, differences
+from megatron_fp4.precision.statistics import Report, StatisticsProbe
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.sections import TrainConfig
 from megatron_fp4.train.telemetry import quantization as statistics
@@ -34,11 +35,11 @@ class Observers:
 
     def __init__(self, config: TrainConfig, backend: Backend, mesh: ParallelMesh) -> None:
         self._config, self._mesh = config, mesh
-        self._probe: statistics.StatisticsProbe | None = None
+        self._probe: StatisticsProbe | None = None
         self._ledger: GemmLedger | None = None
         self._checked: PrecisionTable | None = None
         if config.statistics_interval_steps or config.spikes.enabled:
-            backend = self._probe = statistics.StatisticsProbe(backend)
+            backend = self._probe = StatisticsProbe(backend)
         if config.check_gemms:
             backend = self._ledger = GemmLedger(backend)
         self.backend = backend
@@ -70,7 +71,7 @@ class Observers:
         if report and self._mesh.is_main:
             statistics.write(report, step, Path(self._config.run_dir), metrics)
 
-    def measure(self, step: int, again: Callable[[], object]) -> statistics.Report:
+    def measure(self, step: int, again: Callable[[], object]) -> Report:
         """Statistics of a step that turned out to be bad. again: makes its forward and backward once more, which is not
         needed on a step that was due. Empty where nothing is quantized. Collective over the world.
         """

@@ -13,8 +13,8 @@ from megatron_fp4 import pretrain
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.precision import EmulatedBackend, Format, Operand, nvfp4_paper
 from megatron_fp4.precision.backends import Copy, NonFiniteWatch, Source
+from megatron_fp4.precision.statistics import StatisticsProbe
 from megatron_fp4.train.telemetry.metrics import read_metrics
-from megatron_fp4.train.telemetry.quantization import StatisticsProbe
 from tests.helpers.tiny_run import TinyRun, tiny_run
 
 
