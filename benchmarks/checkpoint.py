@@ -120,7 +120,7 @@ def compare(world: Group, directory: Path, size: str, turns: int) -> list[str]:
         copy.append(time.perf_counter() - began)
         collectives.barrier(world)
         began = time.perf_counter()
-        stores["sync"].load(turn, shards)
+        stores["sync"].load(stores["sync"].choose(turn), shards)
         load.append(time.perf_counter() - began)
         collectives.barrier(world)
         if world.rank == 0:

@@ -19,6 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+
 from megatron_fp4.storage.durable import MANIFEST
 from megatron_fp4.storage.owner import Owner
 
@@ -90,3 +93,11 @@ def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{path} is damaged: not a JSON object")
     return state
+
+
+def read_metadata(directory: str | os.PathLike[str]) -> Metadata:
+    """DCP's description of the stored tensors. Raises ValueError naming the file if it cannot be read."""
+    try:
+        return FileSystemReader(directory).read_metadata()
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise ValueError(f"{Path(directory) / '.metadata'} cannot be read ({type(error).__name__}: {error})") from error

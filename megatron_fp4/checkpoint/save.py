@@ -26,7 +26,7 @@ from megatron_fp4.checkpoint.state import Shard, boxes_of, encode_meta, layout_s
 from megatron_fp4.checkpoint.sweep import remove_checkpoint
 from megatron_fp4.checkpoint.write import SaveInProgress, Staging
 from megatron_fp4.comm import collectives
-from megatron_fp4.comm.agree import joined
+from megatron_fp4.comm.agree import errors_by_rank
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage.owner import Owner
 
@@ -136,7 +136,7 @@ class Saver:
         said = collectives.all_gather_if_any(mine, SILENCE, self.group)
         try:
             self._conclude([one.previous for one in said])
-            if error := joined([one.refused for one in said]):
+            if error := errors_by_rank([one.refused for one in said]):
                 raise ValueError(error)
             if any(one.replan for one in said):  # a run plans once
                 self._signature = None
@@ -146,7 +146,7 @@ class Saver:
             if self.group.rank == 0 and no_directory is None:
                 directory.rmdir()
             raise
-        return state, state_json, joined([one.no_directory for one in said])
+        return state, state_json, errors_by_rank([one.no_directory for one in said])
 
     def _checked(self, shards: Sequence[Shard], small: dict[str, Any]) -> tuple[dict[str, Boxes], bytes, str | None]:
         """State and JSON, or what is wrong with them."""
@@ -209,7 +209,7 @@ class Saver:
         self.running = self._local = None
         # What rank 0 says is what happened. The cause is told by those who did not merely give up after another.
         causes = [None if error and error.startswith(commit.GivenUp.__name__) else error for error in errors]
-        report = self._report(save, (joined(causes) or joined(errors)) if errors[0] else None)
+        report = self._report(save, (errors_by_rank(causes) or errors_by_rank(errors)) if errors[0] else None)
         if not self._told:
             self._untold.append(report)
         return self._count(report)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_fp4.checkpoint.box import Box, Boxes, BoxSavePlanner
 from megatron_fp4.comm import collectives
-from megatron_fp4.comm.agree import MAX_LISTED, gather_to_first
+from megatron_fp4.comm.agree import MAX_LISTED, gather_to_rank0
 from megatron_fp4.comm.mesh import Group
 
 
@@ -76,7 +76,7 @@ def make_plan(state: dict[str, Boxes], group: Group) -> tuple[SavePlan, Metadata
     Raises ValueError on all ranks if the written rectangles overlap or do not cover a logical tensor.
     """
     plan = BoxSavePlanner(state).create_local_plan()
-    plans = gather_to_first(plan, group)
+    plans = gather_to_rank0(plan, group)
     metadata, error = None, None
     if group.rank == 0:
         try:
@@ -122,7 +122,7 @@ def check_matches(state: Mapping[str, Boxes], metadata: Metadata | None, group: 
     Only the kinds that are asked for count: an evaluation that asks for "master" need not name the moments.
     Raises one ValueError on all ranks, listing missing and unexpected names and wrong shapes.
     """
-    wanted_per_rank = gather_to_first({key: boxes.global_shape for key, boxes in state.items()}, group)
+    wanted_per_rank = gather_to_rank0({key: boxes.global_shape for key, boxes in state.items()}, group)
     error = None
     if group.rank == 0:
         assert metadata is not None

@@ -4,7 +4,8 @@
     store.save(step, optimizer.state_shards(), meta, tokens=tokens)      # all ranks
     for report in store.poll(): log(report)                              # every step, no communication
     if store.latest() is not None:
-        meta = store.load(None, optimizer.state_shards())                # all ranks
+        chosen = store.choose()                                          # all ranks; the files are hashed here, once
+        store.load(chosen, optimizer.state_shards())                     # all ranks; `meta` comes back as chosen.meta
     store.close()                                                        # before the process groups go
 
 One idea: everything but `poll` is collective over the group, and leaves all ranks with the same answer or error.
@@ -20,11 +21,11 @@ from typing import Any
 
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import complete_steps, latest_step
-from megatron_fp4.checkpoint.load import Loader
+from megatron_fp4.checkpoint.load import CheckpointReader, Verified
 from megatron_fp4.checkpoint.save import Saver, SaveReport
 from megatron_fp4.checkpoint.state import Shard
 from megatron_fp4.checkpoint.sweep import sweep
-from megatron_fp4.comm.agree import from_first
+from megatron_fp4.comm.agree import decided_by_rank0
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage.owner import Owner
 
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 class CheckpointStore:
     """The checkpoints under `root`, a directory that all ranks of `group` (the world) see.
 
-    beat: called after each file that a load has read, for whoever wants to know that it gets on.
+    beat: called after each file that was checked and before tensors are read, for whoever watches that it gets on.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class CheckpointStore:
         if group.rank == 0:
             for name in sweep(self.root):
                 log.warning("removed %s, left by a run that ended while writing it", self.root / name)
-        owner = from_first(Owner.me, group)  # and nobody goes on before rank 0 has swept
+        owner = decided_by_rank0(Owner.me, group)  # and nobody goes on before rank 0 has swept
         self.saver = Saver(self.root, group, config, owner)
-        self.loader = Loader(self.root, group, config, beat)
+        self._reader = CheckpointReader(self.root, group, config, beat)
 
     def save(
         self,
@@ -83,28 +84,29 @@ class CheckpointStore:
         """`wait`, to be called before the process groups are destroyed."""
         return self.saver.wait()
 
-    def load(self, step: int | None, shards: Sequence[Shard]) -> dict[str, Any]:
-        """Fill the shards' tensors in place from checkpoint `step` (None: the newest intact one, by `on_corrupt`).
+    def choose(self, step: int | None = None) -> Verified:
+        """Checkpoint `step`, or the newest intact one, its files verified. Needs no model.
 
-        Replicas are filled too. Kinds of tensors that no shard has are not read. Returns `meta` with "step".
-        Raises FileNotFoundError if there is none, CorruptCheckpoint, or ValueError listing names and shapes that
-        differ. After CorruptCheckpoint the tensors' contents are undefined.
+        Raises FileNotFoundError if there is none, CorruptCheckpoint where damage does not lead to an earlier one.
         """
         self.saver.settle()
-        return self.loader.load(step, shards)
+        return self._reader.choose(step)
 
-    def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """`meta` of the checkpoint that `load` would take, with "step"; needs no model. Raises as `load` does."""
-        self.saver.settle()
-        return self.loader.read_meta(step)
+    def load(self, chosen: Verified, shards: Sequence[Shard]) -> None:
+        """Fill the shards' tensors in place. Replicas are filled too; kinds that no shard has are not read.
+
+        Raises ValueError listing names and shapes that differ; CorruptCheckpoint if a file can no longer be read, after
+        which the tensors' contents are undefined.
+        """
+        self._reader.load(chosen, shards)
 
     def latest(self) -> int | None:
         """The step that a resume tries first, or None if there is no checkpoint."""
-        return from_first(lambda: latest_step(self.root), self.group)
+        return decided_by_rank0(lambda: latest_step(self.root), self.group)
 
     def complete_steps(self) -> list[int]:
         """Ascending."""
-        return from_first(lambda: complete_steps(self.root), self.group)
+        return decided_by_rank0(lambda: complete_steps(self.root), self.group)
 
     def discard_after(self, step: int) -> None:
         """After a rollback to `step`: delete the checkpoints above it and make it `latest`. Raises OSError."""

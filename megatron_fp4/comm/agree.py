@@ -26,12 +26,24 @@ def agreed(make: Callable[[], T], group: Group) -> T:
     return cast(T, value)
 
 
-def from_first(read: Callable[[], T], group: Group) -> T:
-    """Rank 0 looks at the file system and the others believe it: clients of a shared one may see it differently."""
-    return collectives.broadcast_object(read() if group.rank == 0 else None, group)
+def decided_by_rank0(decide: Callable[[], T], group: Group, refusal: type[Exception] = ValueError) -> T:
+    """`decide()` of rank 0, on all ranks; a `refusal` that it raises is raised on all.
+
+    Rank 0 looks at the file system and the others believe it: clients of a shared one may see it differently.
+    """
+    value, error = None, None
+    if group.rank == 0:
+        try:
+            value = decide()
+        except refusal as caught:
+            error = str(caught)
+    value, error = collectives.broadcast_object((value, error), group)
+    if error is not None:
+        raise refusal(error)
+    return cast(T, value)
 
 
-def gather_to_first(value: Any, group: Group) -> list[Any]:
+def gather_to_rank0(value: Any, group: Group) -> list[Any]:
     """The value of every rank on rank 0, an empty list elsewhere: plans of all ranks are needed in one place only."""
     if group.size == 1:
         return [value]
@@ -42,10 +54,10 @@ def gather_to_first(value: Any, group: Group) -> list[Any]:
 
 def shared_error(error: str | None, group: Group) -> str | None:
     """Every rank's errors as one text, the same on all; None if there are none."""
-    return joined(collectives.all_gather_object(error, group))
+    return errors_by_rank(collectives.all_gather_object(error, group))
 
 
-def joined(errors: Sequence[str | None]) -> str | None:
-    """Errors by rank as one text, or None."""
-    told = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error]
-    return "; ".join(told[:MAX_LISTED]) or None
+def errors_by_rank(errors: Sequence[str | None]) -> str | None:
+    """One text that names each rank that has an error, or None."""
+    texts = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error]
+    return "; ".join(texts[:MAX_LISTED]) or None

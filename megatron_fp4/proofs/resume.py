@@ -59,8 +59,9 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
     store = CheckpointStore(stretch.root, process.world, CheckpointConfig())
     began = 0
     if store.latest() is not None:
-        meta = store.load(None, optimizer.state_shards())
-        began, optimizer.step_count = meta["step"], meta["optimizer_steps"]
+        chosen = store.choose()
+        store.load(chosen, optimizer.state_shards())
+        began, optimizer.step_count = chosen.step, chosen.meta["optimizer_steps"]
         optimizer.after_load()
     losses: dict[int, float] = {}
     for step in range(began, stretch.last_step):

@@ -66,7 +66,8 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint, phases.beat)
     phases.enter("verify_checkpoint")
-    resumed = find_resume(config.train.resume, store)
+    chosen = find_resume(config.train.resume, store)
+    resumed = chosen.meta if chosen else None
     phases.enter("build")
     changes = settle_differences(resumed["config"], plain(config), config.train.resume_allow) if resumed else ""
     remembered = recall(run_dir, resumed, process.world)
@@ -76,10 +77,10 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
     observers = Observers(config.train, make_backend(config.precision, watch), mesh)
     trainable = build_trainable(config, checked.plan.table(), observers.backend, mesh, process.device)
     optimizer = trainable.optimizer
-    if resumed:
+    if chosen:
         phases.enter("load_checkpoint")
-        store.load(resumed["step"], optimizer.state_shards())
-        optimizer.step_count = resumed["optimizer_steps"]
+        store.load(chosen, optimizer.state_shards())
+        optimizer.step_count = chosen.meta["optimizer_steps"]
         optimizer.after_load()
     return Run(
         config=config,

@@ -50,10 +50,11 @@ def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = No
             master = torch.empty(rows.shape, dtype=torch.float32, device=parameter.device)
             shards.append(_Weights(segment.name, segment.global_shape, segment.global_offset, {"master": master}))
             targets.append((rows, master))
-    meta = store.load(step, shards)
+    chosen = store.choose(step)
+    store.load(chosen, shards)
     for rows, master in targets:
         rows.copy_(master)
-    return meta
+    return chosen.meta
 
 
 def open_trained(config: RunConfig, step: int | None = None) -> tuple[CheckedConfig, Decoder]:

@@ -79,7 +79,7 @@ def scenarios(rank: int, world_size: int, root: str) -> dict[str, Any]:
         again = store.save(3, shards_of(TWO, rank, filled=True, version=3), {})
         again = store.wait() or again
         shards = shards_of(TWO, rank, filled=False)
-        store.load(None, shards)
+        store.load(store.choose(), shards)
         wrong = wrong_shards(shards, TWO, rank, version=3)
         files = sorted(os.listdir(Path(root, name)))
         seen[name] = (report.status.value, report.error, left, again.status.value, wrong, files, seconds)
@@ -108,7 +108,9 @@ def refusals(root: Path, world: Group) -> dict[str, Any]:
         told["mkdir"] = refused(lambda: store.save(3, shards, {}), SaveFailed)
     if world.rank == 0:  # a file that rank 1 wrote
         os.truncate(root / "step_00000002" / "__1_0.distcp", 100)
-    told["fallback"] = store.load(None, shards)["step"]
+    chosen = store.choose()
+    store.load(chosen, shards)
+    told["fallback"] = chosen.step
     lock = lock_run_directory(root, world)
     told["locked"] = refused(lambda: lock_run_directory(root, world), RunLocked)
     lock.release()
@@ -176,5 +178,5 @@ def test_sigkill_of_one_rank_during_a_save_ends_all_and_leaves_the_old_one(tmp_p
     store = CheckpointStore(tmp_path, Group.single("world"), CheckpointConfig())
     assert store.complete_steps() == [1]
     one = shards_of(Layout(), 0, filled=False)
-    store.load(None, one)
+    store.load(store.choose(), one)
     assert wrong_shards(one, Layout(), 0, version=1) == []

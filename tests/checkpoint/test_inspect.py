@@ -79,7 +79,7 @@ def test_extract_loads_as_any_checkpoint_does(tmp_path: Path) -> None:
     shards = shards_of(Layout(tp=2), 1, filled=False, kinds=("master",))
     rest = shards_of(Layout(tp=2), 0, filled=False, kinds=("master",))
     store = CheckpointStore(tmp_path / "masters", Group.single("world"), CheckpointConfig())
-    store.load(None, [*shards, *rest])
+    store.load(store.choose(), [*shards, *rest])
     assert all(torch.isfinite(shard.tensors["master"]).all() for shard in shards)
     with pytest.raises(ValueError, match="no tensors of the kinds"):
         inspect.extract(path, tmp_path / "no", kinds=("nothing",))

@@ -40,9 +40,10 @@ def cross_all_layouts(rank: int, world_size: int, root: str) -> list[str]:
                 continue
             shards = shards_of(layout, rank, filled=False, kinds=KINDS)
             store = CheckpointStore(Path(root, str(number)), groups[layout.world_size], CheckpointConfig())
-            meta = store.load(None, shards)
+            chosen = store.choose()
+            store.load(chosen, shards)
             wrong += [f"{saver} -> {layout}: {name}" for name in wrong_shards(shards, layout, rank)]
-            wrong += [] if meta == {"step": 7, **META} else [f"{saver} -> {layout}: {meta}"]
+            wrong += [] if chosen.meta == {"step": 7, **META} else [f"{saver} -> {layout}: {chosen.meta}"]
         dist.barrier()
     return wrong
 

@@ -11,15 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, CorruptCheckpoint, OnCorrupt
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, CorruptCheckpoint, OnCorrupt, Verified, load
 from megatron_fp4.comm.mesh import Group
-from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards
+from megatron_fp4.storage.durable import FileRecord, problem_of, read_manifest
+from tests.checkpoint.synthetic import FakeShard, Layout, shards_of, wrong_shards
 
 ONE = Layout()
 
 
 def open_store(root: Path, **settings: object) -> CheckpointStore:
     return CheckpointStore(root, Group.single("world"), CheckpointConfig(**{"asynchronous": False, **settings}))  # type: ignore[arg-type]
+
+
+def load_newest(store: CheckpointStore, shards: list[FakeShard]) -> Verified:
+    chosen = store.choose()
+    store.load(chosen, shards)
+    return chosen
 
 
 @pytest.fixture
@@ -64,32 +71,54 @@ def test_damage_is_refused_by_name_and_the_previous_one_taken(
     inflict(root / "step_00000020")
     shards = shards_of(ONE, 0, filled=False)
     with caplog.at_level(logging.WARNING):
-        meta = open_store(root).load(None, shards)
-    assert meta == {"step": 10, "tokens": 10}, f"{damage}: the damaged checkpoint was taken"
+        chosen = load_newest(open_store(root), shards)
+    assert chosen.meta == {"step": 10, "tokens": 10}, f"{damage}: the damaged checkpoint was taken"
     assert wrong_shards(shards, ONE, 0, version=10) == [], "tensors of two checkpoints were mixed"
     assert "step_00000020 is refused, trying the previous one" in caplog.text
     with pytest.raises(CorruptCheckpoint, match=message):
-        open_store(root, on_corrupt=OnCorrupt.fail).load(None, shards)
+        open_store(root, on_corrupt=OnCorrupt.fail).choose()
     with pytest.raises(CorruptCheckpoint, match=message):
-        open_store(root).load(20, shards)  # asked for by number: never silently another one
+        open_store(root).choose(20)  # asked for by number: never silently another one
 
 
 def test_without_hashes_an_unreadable_file_is_still_refused(root: Path) -> None:
     truncate(root / "step_00000020" / ".metadata")
-    assert open_store(root, verify=False).load(None, shards_of(ONE, 0, filled=False))["step"] == 10
+    assert load_newest(open_store(root, verify=False), shards_of(ONE, 0, filled=False)).step == 10
+
+
+def test_a_resume_hashes_every_file_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def count(directory: Path, name: str, expected: FileRecord) -> str | None:
+        hashed.append(name)
+        return problem_of(directory, name, expected)
+
+    monkeypatch.setattr(load, "problem_of", count)
+    store = open_store(root)
+    chosen = store.choose()  # the small state decides first what is built
+    store.load(chosen, shards_of(ONE, 0, filled=False))
+    assert sorted(hashed) == sorted(read_manifest(root / "step_00000020")), "every byte of a large state is read again"
+
+
+def test_a_file_that_is_lost_between_choice_and_load(root: Path) -> None:
+    store = open_store(root)
+    chosen = store.choose()
+    truncate(chosen.directory / "__0_0.distcp")
+    with pytest.raises(CorruptCheckpoint, match="step_00000020 is refused"):
+        store.load(chosen, shards_of(ONE, 0, filled=False))
 
 
 def test_nothing_intact_and_nothing_there(root: Path, tmp_path: Path) -> None:
     for step in (10, 20):
         truncate(root / f"step_000000{step}" / "__0_0.distcp")
     with pytest.raises(CorruptCheckpoint, match=r"no intact checkpoint under .*tried \[20, 10\]"):
-        open_store(root).load(None, [])
+        open_store(root).choose()
     empty = open_store(tmp_path / "new")
     assert empty.latest() is None
     with pytest.raises(FileNotFoundError, match="no checkpoint under"):
-        empty.load(None, [])
+        empty.choose()
     with pytest.raises(FileNotFoundError, match=r"step_00000030 under .*complete ones: \[10, 20\]"):
-        open_store(root).load(30, [])
+        open_store(root).choose(30)
 
 
 def test_a_directory_without_manifest_is_no_checkpoint(root: Path) -> None:
@@ -102,7 +131,7 @@ def test_a_directory_without_manifest_is_no_checkpoint(root: Path) -> None:
 
 def test_lost_latest_is_found_again(root: Path) -> None:
     (root / "latest").unlink()
-    assert open_store(root).load(None, shards_of(ONE, 0, filled=False))["step"] == 20
+    assert load_newest(open_store(root), shards_of(ONE, 0, filled=False)).step == 20
     (root / "latest").write_text("step_0000")
     assert open_store(root).latest() == 20
 
@@ -115,7 +144,7 @@ def test_rollback(root: Path) -> None:
     assert store.latest() == 10, "after a rollback a resume must not take the abandoned checkpoints"
     store.save(20, shards_of(ONE, 0, filled=True, version=21), {})
     shards = shards_of(ONE, 0, filled=False)
-    store.load(None, shards)
+    store.load(store.choose(), shards)
     assert wrong_shards(shards, ONE, 0, version=21) == []
 
 
@@ -123,7 +152,7 @@ def test_the_same_step_again_replaces(root: Path) -> None:
     store = open_store(root)
     store.save(20, shards_of(ONE, 0, filled=True, version=99), {"tokens": 99})
     shards = shards_of(ONE, 0, filled=False)
-    assert store.load(None, shards)["tokens"] == 99
+    assert load_newest(store, shards).meta["tokens"] == 99
     assert wrong_shards(shards, ONE, 0, version=99) == []
     assert sorted(os.listdir(root)) == ["latest", "step_00000010", "step_00000020"], "the replaced one was left behind"
 

@@ -36,7 +36,9 @@ def roll_back(
             f"loss spikes since step {first_step}, and no checkpoint before it to roll back to; set"
             " train.save_interval_steps, or start anew with a lower optim.lr or other data (data.skip)"
         )
-    meta = run.store.load(target, run.optimizer.state_shards())
+    chosen = run.store.choose(target)
+    run.store.load(chosen, run.optimizer.state_shards())
+    meta = chosen.meta
     run.optimizer.step_count = meta["optimizer_steps"]
     run.optimizer.after_load()
     plan = run.loader.plan

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_fp4.checkpoint import CheckpointStore
+from megatron_fp4.checkpoint import CheckpointStore, Verified
 from megatron_fp4.train.resume.differences import DEFAULT_RULES, Policy, Rule, check, differences, table
 from megatron_fp4.train.sections import Resume
 
@@ -33,8 +33,8 @@ RULES = (
 )
 
 
-def find_resume(policy: Resume, store: CheckpointStore) -> dict[str, Any] | None:
-    """Small state of the newest intact checkpoint, or None. Raises ValueError where the policy forbids."""
+def find_resume(policy: Resume, store: CheckpointStore) -> Verified | None:
+    """The newest intact checkpoint, or None. Raises ValueError where the policy forbids."""
     newest = store.latest()
     if policy is Resume.never and newest is not None:
         raise ValueError(
@@ -43,7 +43,7 @@ def find_resume(policy: Resume, store: CheckpointStore) -> dict[str, Any] | None
         )
     if policy is Resume.required and newest is None:
         raise ValueError(f"train.resume=required, but there is no complete checkpoint under {store.root}")
-    return store.read_meta() if newest is not None else None
+    return store.choose() if newest is not None else None
 
 
 def settle_differences(saved: dict[str, Any], configured: dict[str, Any], allow: Sequence[str]) -> str:
