@@ -14,25 +14,21 @@ from torch import Tensor
 from benchmarks.peers import peers
 from benchmarks.timing import CLOCKS, paired_seconds, print_table
 from megatron_fp4.comm.host_memory import keep_freed_memory
-from megatron_fp4.numerics import formats, fused, key_of, quantize_nvfp4, stages
+from megatron_fp4.numerics import formats, key_of, quantize_nvfp4
+from megatron_fp4.numerics.fused import Passes
 from megatron_fp4.numerics.hadamard import fixed_signs
-from megatron_fp4.numerics.random import column_words, row_words
+from megatron_fp4.numerics.stages import Noise
 
 
-def ours(kernels: fused.Kernels, x: Tensor, *, along: int = 1, rht: bool = False, noise: bool = False) -> Tensor:
+def ours(passes: Passes, x: Tensor, *, along: int = 1, rht: bool = False, noise: bool = False) -> Tensor:
     """amax pass, scales, and the operand: everything that the emulated backend does to one copy."""
     if rht:
-        x = kernels.hadamard(x, 16, fixed_signs(16, x.device), along)
+        x = passes.hadamard(x, 16, fixed_signs(16, x.device), along)
     tile = (1, 16) if along == 1 else (16, 1)
-    largest = kernels.block_amax(x, tile)
-    words = None
-    if noise:
-        key = key_of("benchmark")
-        rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
-        words = (*row_words(key, rows), column_words(key, cols))
-    return kernels.two_level_operand(
-        x, kernels.run(stages.largest_of, largest), words, tile=tile, along=along, largest=largest
-    )
+    maxima = passes.block_maxima(x, tile)
+    scales = passes.two_level_scales(maxima, passes.amax(maxima))
+    rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
+    return passes.rounded(x, scales, tile=tile, noise=Noise.at(key_of("benchmark"), rows, cols) if noise else None)
 
 
 def decoded(codes: Tensor) -> Tensor:
@@ -56,7 +52,7 @@ def main() -> None:
     keep_freed_memory()  # as a training run does
     x = torch.randn(args.rows, args.cols, device=args.device).bfloat16()
     target = torch.empty_like(x)
-    compiled, eager = fused.Kernels(compile=True), fused.Kernels(compile=False)
+    compiled, eager = Passes(compile=True), Passes(compile=False)
     candidates: dict[str, Callable[[], object]] = {
         "copy into an existing tensor": lambda: target.copy_(x),
         "copy into a new tensor": x.clone,

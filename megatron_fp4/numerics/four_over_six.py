@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import rounding
-from megatron_fp4.numerics.stages import block_encode
+from megatron_fp4.numerics.stages import BlockScales, block_encode
 
 
-def candidates(largest: Tensor, encode: Tensor, decode: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """E4M3 scales of the two and their 1 / (scale * S_dec), FP32, of the shape of the block maxima `largest`."""
+def candidates(largest: Tensor, encode: Tensor, decode: Tensor) -> tuple[BlockScales, BlockScales]:
+    """E4M3 scales that map the block maxima `largest` to 6 and to 4, and their 1 / (scale * S_dec)."""
     target = (largest.to(torch.float32) / torch.full_like(largest, 6.0, dtype=torch.float32)) * encode
     to_six, to_four = rounding.round_e4m3(target), rounding.round_e4m3(target * 1.5)
-    return to_six, to_four, block_encode(to_six, decode), block_encode(to_four, decode)
+    return BlockScales(to_six, block_encode(to_six, decode)), BlockScales(to_four, block_encode(to_four, decode))
 
 
 def errors(

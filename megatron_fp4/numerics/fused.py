@@ -1,178 +1,180 @@
-"""Quantize-dequantize in few passes: the kernels that the emulated backend runs, eager or compiled.
+"""Quantize-dequantize in few passes: how the emulated backend makes an operand, on any device, eager or compiled.
 
-One idea: the operand of an emulated GEMM is `code * block_scale` without the global scale, which BF16 holds exactly (at
-most 6 significant bits). These functions go from the high-precision tensor to that operand without making codes. A tile
-is given in *storage* order (rows, columns of the tensor as it lies in memory), so a copy that is contracted along its
-rows needs no transposition. What a kernel computes is in `stages` and `four_over_six`.
+The operand of an emulated GEMM is `code * block_scale` without the global scale, which BF16 holds exactly (at most 6
+significant bits). Codes are never made. A tensor `x [R, C]` becomes one like this:
+
+    hadamard        x                    -> x, transformed along the contraction (where the recipe asks for it)
+    block_maxima    x                    -> max |x| of each tile `[R/r, C/c]`
+    ..._scales      block maxima, amax   -> scale and multiplier of each tile
+    rounded         x, scales, noise     -> code * scale, in x's shape
+
+A tile is given in *storage* order (rows, columns of the tensor as it lies in memory), so a copy that is contracted
+along its rows needs no transposition: its tiles are 16x1.
+
+Not here: the arithmetic of a pass (`stages`, `four_over_six`), and compiling it (`compiled`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import four_over_six as over
 from megatron_fp4.numerics import rounding, stages
+from megatron_fp4.numerics.compiled import StageRunner
 from megatron_fp4.numerics.hadamard import hadamard_lanes
-from megatron_fp4.numerics.stages import Words
+from megatron_fp4.numerics.stages import BlockScales, Noise
 
-# Triton divides approximately and contracts multiply-adds: on CUDA these stages stay eager. They are small (per block).
-_DIVIDING = (stages.nvfp4_scales, stages.power_scales, over.candidates, over.errors)
+Tile = tuple[int, int]
 
 
-class Kernels:
-    """The stages above, run eagerly or each compiled once, at its first use. Results are equal, bit for bit.
-
-    Compiled kernels are made for symbolic sizes, so that a model with many shapes compiles about a dozen of them; they
-    are cached on disk by inductor, and ranks that compile at once are kept apart by its file locks.
-    """
+class Passes:
+    """The passes over a tensor. compile: run each as a compiled kernel; results are equal, bit for bit."""
 
     def __init__(self, compile: bool) -> None:
-        self.compile = compile
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-
-    def run(self, stage: Callable[..., Any], *args: Any) -> Any:
-        """`stage(*args)`. Arguments that are not tensors select the kernel; they are constants in it."""
-        if not self.compile or (stage in _DIVIDING and args[0].is_cuda):
-            return stage(*args)
-        constants = tuple((i, arg) for i, arg in enumerate(args) if not isinstance(arg, Tensor))
-        ranks = tuple((arg.dim(), arg.dtype, arg.device.type) for arg in args if isinstance(arg, Tensor))
-        compiled = self._compiled.get((stage, constants, ranks))
-        if compiled is None:
-            compiled = self._compiled[stage, constants, ranks] = _compile(stage, dict(constants), len(args))
-        return compiled(*(arg for arg in args if isinstance(arg, Tensor)))
-
-    def block_amax(self, x: Tensor, tile: tuple[int, int]) -> Tensor:
-        """max |x| per tile, `[R/r, C/c]`, in x's dtype."""
-        rows, cols = x.shape[0] // tile[0], x.shape[1] // tile[1]
-        largest = x
-        if tile[0] > 1:
-            largest = self.run(stages.max_of_column_lanes, x, tile[0])
-        if tile[1] > 1:
-            largest = self.run(stages.max_of_row_lanes, largest.view(-1), tile[1])
-        return largest.view(rows, cols)
+        self._run = StageRunner(compile)
 
     def hadamard(self, x: Tensor, size: int, signs: Tensor | None, dim: int) -> Tensor:
         """See `hadamard.hadamard`."""
         signs = torch.ones(size, device=x.device) if signs is None else signs
         shape = (x.shape[0] // size, size, x.shape[1]) if dim == 0 else (x.numel() // size, size)
-        return self.run(hadamard_lanes, x.view(shape), signs, size).view(x.shape)
+        return self._run(hadamard_lanes, grouped=x.view(shape), signs=signs, size=size).view(x.shape)
 
-    def apply(
-        self,
-        x: Tensor,
-        scales: tuple[Tensor, Tensor],
-        tile: tuple[int, int],
-        element: str,
-        words: Words | None,
-        noise_bits: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """code * scale in x's shape. scales: (scale, multiplier) `[R/r, C/c]`. element: "e2m1" or "e4m3"."""
-        shape, lanes = x.shape, tile[0]
-        if tile[0] == 1:
-            x, lanes = x.view(-1), tile[1]
-            scale, multiplier = (part.view(-1, 1) for part in scales)
-        else:
-            if tile[1] > 1:
-                scales = (scales[0].repeat_interleave(tile[1], 1), scales[1].repeat_interleave(tile[1], 1))
-            scale, multiplier = (part[:, None] for part in scales)
-        if element == "e4m3":
-            return self.run(stages.apply_e4m3, x, scale, multiplier, lanes, dtype).view(shape)
-        if words is None:
-            return self.run(stages.apply_e2m1, x, scale, multiplier, lanes, dtype).view(shape)
-        noise = self.run(stages.noise_bytes if noise_bits == 8 else stages.noise_words, *words).view(x.shape)
-        unit = 2.0**-noise_bits
-        return self.run(stages.apply_e2m1_stochastic, x, scale, multiplier, noise, unit, lanes, dtype).view(shape)
+    def block_maxima(self, x: Tensor, tile: Tile) -> Tensor:
+        """max |x| per tile, `[R/r, C/c]`, in x's dtype; NaN propagates."""
+        rows, cols = x.shape[0] // tile[0], x.shape[1] // tile[1]
+        maxima = x
+        if tile[0] > 1:
+            maxima = self._run(stages.max_of_column_lanes, x=x, lanes=tile[0])
+        if tile[1] > 1:
+            maxima = self._run(stages.max_of_row_lanes, x=maxima.view(-1), lanes=tile[1])
+        return maxima.view(rows, cols)
 
-    def two_level_operand(
+    def amax(self, block_maxima: Tensor) -> Tensor:
+        """The largest of the block maxima, an FP32 scalar; NaN propagates."""
+        return self._run(stages.largest_of, block_maxima=block_maxima)
+
+    def two_level_scales(
         self,
-        x: Tensor,
+        block_maxima: Tensor,
         amax: Tensor,
-        words: Words | None = None,
         *,
-        tile: tuple[int, int] = (1, 16),
-        along: int = 1,
-        largest: Tensor | None = None,
         scale_order: str = "te",
         headroom: bool = False,
-        noise_bits: int = 8,
-        four_over_six: str = "off",
         bound: float = rounding.E4M3_MAX,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """NVFP4 operand `code * block_scale` of `x [R, C]`, in x's shape; dtype: BF16 or FP32 (exact in both).
+    ) -> BlockScales:
+        """E4M3 scales of NVFP4 below the FP32 scale that `amax` gives.
 
-        amax: FP32 global amax, a scalar, or `[R, 1]` or `[1, C]` for one scale per row of the operand. along: the
-        dimension that is contracted. largest: `block_amax(x, tile)` if it is at hand. bound: largest block scale.
+        amax: FP32, a scalar, or `[R, 1]` or `[1, C]` for one global scale per row of the operand. scale_order: "te" or
+        "paper". headroom: enlarge the block scales by 17/16. bound: the largest block scale.
         """
-        largest = self.block_amax(x, tile) if largest is None else largest
-        encode, decode = stages.encode_scale(amax, rounding.E2M1_MAX * bound)
-        if amax.dim() == 0:
-            encode, decode = encode.view(1, 1), decode.view(1, 1)
-        if four_over_six == "off":
-            scales = self.run(stages.nvfp4_scales, largest, encode, decode, scale_order, headroom)
-        else:
-            aimed = rounding.E2M1_MAX * bound
-            scales = self._four_over_six(x, amax, largest, encode, decode, tile, along, aimed, four_over_six)
-        return self.apply(x, scales, tile, "e2m1", words, noise_bits, dtype or x.dtype)
+        encode, decode = stages.encode_scale(_broadcastable(amax), rounding.E2M1_MAX * bound)
+        return self._run(
+            stages.nvfp4_scales,
+            largest=block_maxima,
+            encode=encode,
+            decode=decode,
+            scale_order=scale_order,
+            headroom=headroom,
+        )
 
-    def _four_over_six(
+    def four_over_six_scales(
+        self, x: Tensor, block_maxima: Tensor, amax: Tensor, *, tile: Tile, along: int, bound: float, measure: str
+    ) -> BlockScales:
+        """As `two_level_scales`, but of each tile the better one of two candidates, which map its maximum to 6 or 4.
+
+        along: the dimension of x that is contracted. measure: "mae" or "mse".
+        """
+        encode, decode = stages.encode_scale(_broadcastable(amax), rounding.E2M1_MAX * bound)
+        to_six, to_four = self._run(over.candidates, largest=block_maxima, encode=encode, decode=decode)
+        error_of_six, error_of_four = (
+            self._errors(x, scales, amax, tile=tile, along=along, largest=rounding.E2M1_MAX * bound, measure=measure)
+            for scales in (to_six, to_four)
+        )
+        better = error_of_four < error_of_six
+        return BlockScales(
+            torch.where(better, to_four.scale, to_six.scale), torch.where(better, to_four.multiplier, to_six.multiplier)
+        )
+
+    def _errors(
+        self, x: Tensor, scales: BlockScales, amax: Tensor, *, tile: Tile, along: int, largest: float, measure: str
+    ) -> Tensor:
+        """Error per tile `[R/r, C/c]`, summed in Transformer Engine's order: along each line, then over the lines.
+
+        A line is the part of a tile that is contracted together. largest: the value that the global scale maps amax to.
+        """
+        across = 1 - along
+        lanes, lines = tile[along], tile[across]
+        scale, multiplier = (part if lines == 1 else part.repeat_interleave(lines, across) for part in scales)
+        shape = scale.shape  # one entry per line
+
+        def beside_lanes(part: Tensor) -> Tensor:
+            return part.reshape(-1, 1) if along == 1 else part[:, None]
+
+        error = self._run(
+            over.errors,
+            x=x.view(-1) if along == 1 else x,
+            scale=beside_lanes(scale),
+            multiplier=beside_lanes(multiplier),
+            amax=amax if amax.dim() == 0 else beside_lanes(amax.expand(shape)),
+            largest=largest,
+            measure=measure,
+            lanes=lanes,
+        )
+        per_line = self._run(over.sum_along_lines, error=error, lanes=lanes).view(shape)
+        return over.sum_of_lines(per_line.unflatten(across, (-1, lines)), across + 1).squeeze(across + 1)
+
+    def power_of_two_scales(self, block_maxima: Tensor, element: str) -> BlockScales:
+        """Power-of-two scales (mxfp4, mxfp8, fp8_block), rounded up. element: "e2m1" or "e4m3"."""
+        element_max = rounding.E2M1_MAX if element == "e2m1" else rounding.E4M3_MAX
+        return self._run(stages.power_scales, largest=block_maxima, element_max=element_max)
+
+    def rounded(
         self,
         x: Tensor,
-        amax: Tensor,
-        largest: Tensor,
-        encode: Tensor,
-        decode: Tensor,
-        tile: tuple[int, int],
-        along: int,
-        aimed: float,
-        measure: str,
-    ) -> tuple[Tensor, Tensor]:
-        """As `stages.nvfp4_scales`, of the better candidate of each tile."""
-        to_six, to_four, *multipliers = self.run(over.candidates, largest, encode, decode)
-        lines, other, lanes = (x.view(-1) if along == 1 else x), 1 - along, tile[along]
-        errors = []
-        for scale, multiplier in zip((to_six, to_four), multipliers, strict=True):
-            spread = [t.repeat_interleave(tile[other], other) if tile[other] > 1 else t for t in (scale, multiplier)]
-            shape = spread[0].shape  # one entry per line
-            per_line = [*spread, amax if amax.dim() == 0 else amax.expand(shape)]
-            flat = [(t.reshape(-1, 1) if along == 1 else t[:, None]) if t.dim() else t for t in per_line]
-            error = self.run(over.errors, lines, *flat, aimed, measure, lanes)
-            sums = self.run(over.sum_along_lines, error, lanes).view(shape)
-            errors.append(over.sum_of_lines(sums.unflatten(other, (-1, tile[other])), other + 1).squeeze(other + 1))
-        better = errors[1] < errors[0]
-        return torch.where(better, to_four, to_six), torch.where(better, multipliers[1], multipliers[0])
-
-    def power_of_two_operand(
-        self,
-        x: Tensor,
-        words: Words | None = None,
+        scales: BlockScales,
         *,
-        tile: tuple[int, int],
-        element: str,
-        largest: Tensor | None = None,
-        noise_bits: int = 8,
+        tile: Tile,
+        element: str = "e2m1",
+        noise: Noise | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Operand of the formats with one power-of-two scale per block (mxfp4, mxfp8, fp8_block), in x's shape."""
-        element_max = rounding.E2M1_MAX if element == "e2m1" else rounding.E4M3_MAX
-        largest = self.block_amax(x, tile) if largest is None else largest
-        scales = self.run(stages.power_scales, largest, element_max)
-        return self.apply(x, scales, tile, element, words, noise_bits, dtype or x.dtype)
+        """`code * scale` of every element, in x's shape; noise: for stochastic rounding, of e2m1 only.
+
+        dtype: of the result, by default x's; BF16 and FP32 hold it exactly.
+        """
+        dtype = dtype or x.dtype
+        if tile[0] == 1:  # a block lies in one piece in memory
+            lines, lanes = x.view(-1), tile[1]
+            scale, multiplier = (part.view(-1, 1) for part in scales)
+        else:  # a block spans rows; each of its columns is a block by itself, with the same scale
+            lines, lanes = x, tile[0]
+            wide = tile[1] > 1
+            scale, multiplier = (part.repeat_interleave(tile[1], 1) if wide else part for part in scales)
+            scale, multiplier = scale[:, None], multiplier[:, None]
+        if element == "e4m3":
+            result = self._run(stages.apply_e4m3, x=lines, scale=scale, multiplier=multiplier, lanes=lanes, dtype=dtype)
+        elif noise is None:
+            result = self._run(stages.apply_e2m1, x=lines, scale=scale, multiplier=multiplier, lanes=lanes, dtype=dtype)
+        else:
+            result = self._run(
+                stages.apply_e2m1_stochastic,
+                x=lines,
+                scale=scale,
+                multiplier=multiplier,
+                noise=self._random(noise).view(lines.shape),
+                noise_unit=2.0**-noise.bits,
+                lanes=lanes,
+                dtype=dtype,
+            )
+        return result.view(x.shape)
+
+    def _random(self, noise: Noise) -> Tensor:
+        """The random integers of all elements, `[R, C]`."""
+        words = stages.noise_bytes if noise.bits == 8 else stages.noise_words
+        return self._run(words, row_a=noise.row_a, row_b=noise.row_b, column=noise.column)
 
 
-def _compile(stage: Callable[..., Any], constants: dict[int, Any], count: int) -> Callable[..., Any]:
-    """`stage` as a compiled function of its tensor arguments."""
-
-    def call(*tensors: Tensor) -> Any:
-        rest = iter(tensors)
-        return stage(*(constants[i] if i in constants else next(rest) for i in range(count)))
-
-    # isolated: all kernels share the code of `call`, and dynamo counts recompilations per code object
-    return torch.compile(  # type: ignore[no-any-return, call-overload]
-        call, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True
-    )
+def _broadcastable(amax: Tensor) -> Tensor:
+    """`[1, 1]` instead of a scalar, so that one compiled kernel serves both kinds of global scale."""
+    return amax.view(1, 1) if amax.dim() == 0 else amax

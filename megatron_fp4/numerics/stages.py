@@ -1,4 +1,4 @@
-"""The stages of quantize-dequantize, as functions of tensors that `fused.Kernels` runs eagerly or compiles.
+"""The stages of quantize-dequantize, as functions of tensors that `fused.Passes` runs eagerly or compiles.
 
 They are separate on purpose: one big kernel was measured to be slower than four small ones (inductor recomputes scales
 per element and spills registers).
@@ -14,15 +14,36 @@ The arithmetic is explained in docs/numerics.md and spelled out readably in `blo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import rounding
-from megatron_fp4.numerics.random import combine
+from megatron_fp4.numerics.random import column_words, combine, row_words
 
 HEADROOM = 17.0 / 16.0  # E4M3 rounds a scale down by at most 1/17 of it
-Words = tuple[Tensor, Tensor, Tensor]  # int32 [R], [R], [C]: random.row_words and random.column_words
+
+
+class BlockScales(NamedTuple):
+    """How each tile is rounded, FP32 `[R/r, C/c]`: x * multiplier is in code units, code * scale is the operand."""
+
+    scale: Tensor
+    multiplier: Tensor
+
+
+class Noise(NamedTuple):
+    """The random bits of a tensor `[R, C]`, by their address: int32 `[R]`, `[R]`, `[C]`. bits: per element, 8 or 20."""
+
+    row_a: Tensor
+    row_b: Tensor
+    column: Tensor
+    bits: int
+
+    @staticmethod
+    def at(key: int, rows: Tensor, cols: Tensor, bits: int = 8) -> Noise:
+        """Those of the elements with the global indices rows `[R]` and cols `[C]`, int64; key: see `random.key_of`."""
+        return Noise(*row_words(key, rows), column_words(key, cols), bits)
 
 
 def encode_scale(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
@@ -61,10 +82,8 @@ def largest_of(block_maxima: Tensor) -> Tensor:
     return block_maxima.to(torch.float32).amax()
 
 
-def nvfp4_scales(
-    largest: Tensor, encode: Tensor, decode: Tensor, scale_order: str, headroom: bool
-) -> tuple[Tensor, Tensor]:
-    """E4M3 block scale and 1 / (scale * S_dec), FP32, of the block maxima's shape. encode, decode: broadcastable."""
+def nvfp4_scales(largest: Tensor, encode: Tensor, decode: Tensor, scale_order: str, headroom: bool) -> BlockScales:
+    """E4M3 block scale and 1 / (scale * S_dec) of the block maxima `largest`. encode, decode: broadcastable."""
     if scale_order == "te":
         target = largest.to(torch.float32) * (encode * (1.0 / 6.0))
     else:
@@ -72,7 +91,7 @@ def nvfp4_scales(
     if headroom:
         target = target * HEADROOM
     scale = rounding.round_e4m3(target)
-    return scale, block_encode(scale, decode)
+    return BlockScales(scale, block_encode(scale, decode))
 
 
 def block_encode(scale: Tensor, decode: Tensor) -> Tensor:
@@ -81,11 +100,11 @@ def block_encode(scale: Tensor, decode: Tensor) -> Tensor:
     return (torch.ones_like(product) / product).clamp(max=rounding.FLT_MAX)
 
 
-def power_scales(largest: Tensor, element_max: float) -> tuple[Tensor, Tensor]:
+def power_scales(largest: Tensor, element_max: float) -> BlockScales:
     """Power-of-two block scale, rounded up so that no element saturates (paper section 2), and its exact inverse."""
     largest = largest.to(torch.float32)
     scale = rounding.power_of_two_at_least(largest / torch.full_like(largest, element_max))
-    return scale, rounding.power_of_two_inverse(scale)
+    return BlockScales(scale, rounding.power_of_two_inverse(scale))
 
 
 def noise_bytes(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_fp4.numerics import fused, key_of, quantize_nvfp4, quantize_power_of_two, random_bits
-from megatron_fp4.numerics.random import column_words, row_words
+from megatron_fp4.numerics import key_of, quantize_nvfp4, quantize_power_of_two, random_bits
+from megatron_fp4.numerics.fused import Passes
+from megatron_fp4.numerics.stages import Noise
 
 KEY = key_of(3, "noise")
-KERNELS = fused.Kernels(compile=False)
+PASSES = Passes(compile=False)
 
 
 def tensor(kind: str, dtype: torch.dtype, shape: tuple[int, int] = (128, 256)) -> Tensor:
@@ -28,12 +29,31 @@ def tensor(kind: str, dtype: torch.dtype, shape: tuple[int, int] = (128, 256)) -
     return x.to(dtype)
 
 
-def noise(shape: tuple[int, int], bits: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """The words for the fused form, and the FP32 noise for the spelled-out form, of the same addresses."""
+def noise(shape: tuple[int, int], bits: int) -> tuple[Noise, Tensor]:
+    """The noise for the fused form, and in FP32 for the spelled-out form, of the same addresses."""
     rows, cols = torch.arange(shape[0]) + 1000, torch.arange(shape[1]) + 7
     word = random_bits(KEY, rows, cols)
     value = ((word >> (32 - bits)) & ((1 << bits) - 1)).float() / 2**bits
-    return (*row_words(KEY, rows), column_words(KEY, cols)), value
+    return Noise.at(KEY, rows, cols, bits), value
+
+
+def two_level(
+    x: Tensor,
+    amax: Tensor,
+    *,
+    tile: tuple[int, int],
+    along: int,
+    noise: Noise | None = None,
+    four_over_six: str = "off",
+    **options: Any,
+) -> Tensor:
+    """The passes that lead to an NVFP4 operand, in x's shape."""
+    maxima = PASSES.block_maxima(x, tile)
+    if four_over_six == "off":
+        scales = PASSES.two_level_scales(maxima, amax, **options)
+    else:
+        scales = PASSES.four_over_six_scales(x, maxima, amax, tile=tile, along=along, measure=four_over_six, **options)
+    return PASSES.rounded(x, scales, tile=tile, noise=noise)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -55,16 +75,16 @@ def test_fused_equals_codes_times_scales(
 ) -> None:
     """Both orientations. A difference: the arithmetic rounding is not the rounding by decision points."""
     x = tensor(kind, dtype)
-    words, value = noise(tuple(x.shape), bits) if bits else (None, None)
+    addressed, value = noise(tuple(x.shape), bits) if bits else (None, None)
     amax = x.abs().amax().float()
     expected = quantize_nvfp4(x, tile=tile, noise=value, **options).operand(dtype)
-    got = KERNELS.two_level_operand(x, amax, words, tile=tile, along=1, noise_bits=bits or 8, **options)
+    got = two_level(x, amax, tile=tile, along=1, noise=addressed, **options)
     assert torch.equal(got, expected), "contracted along the columns"
     expected = quantize_nvfp4(
         x.T.contiguous(), tile=tile, noise=None if value is None else value.T.contiguous(), **options
     ).operand(dtype)
     storage_tile = (tile[1], tile[0])
-    got = KERNELS.two_level_operand(x, amax, words, tile=storage_tile, along=0, noise_bits=bits or 8, **options)
+    got = two_level(x, amax, tile=storage_tile, along=0, noise=addressed, **options)
     assert torch.equal(got.T, expected), "contracted along the rows"
 
 
@@ -76,9 +96,10 @@ def test_fused_equals_codes_times_scales(
 def test_fused_power_of_two_formats(element: str, tile: tuple[int, int], bits: int, kind: str) -> None:
     """A difference: the E8M0 scale made from exponent bits is not the smallest power of two that is large enough."""
     x = tensor(kind, torch.bfloat16)
-    words, value = noise(tuple(x.shape), bits) if bits else (None, None)
+    addressed, value = noise(tuple(x.shape), bits) if bits else (None, None)
     expected = quantize_power_of_two(x, element=element, tile=tile, noise=value).operand()
-    assert torch.equal(KERNELS.power_of_two_operand(x, words, tile=tile, element=element), expected)
+    scales = PASSES.power_of_two_scales(PASSES.block_maxima(x, tile), element)
+    assert torch.equal(PASSES.rounded(x, scales, tile=tile, element=element, noise=addressed), expected)
 
 
 @pytest.mark.parametrize("scope_dim", [0, 1])
@@ -88,7 +109,7 @@ def test_fused_row_scales(scope_dim: int) -> None:
     oriented = x if scope_dim == 1 else x.T.contiguous()
     expected = quantize_nvfp4(oriented, amax=oriented.abs().amax(1, keepdim=True).float()).operand()
     tile = (1, 16) if scope_dim == 1 else (16, 1)
-    got = KERNELS.two_level_operand(x, x.abs().amax(scope_dim, keepdim=True).float(), None, tile=tile, along=scope_dim)
+    got = two_level(x, x.abs().amax(scope_dim, keepdim=True).float(), tile=tile, along=scope_dim)
     assert torch.equal(got if scope_dim == 1 else got.T, expected)
 
 
@@ -120,4 +141,4 @@ def test_square_tiles_have_one_set_of_codes_for_both_directions(seed: int) -> No
     direct = quantize_nvfp4(w, tile=(16, 16)).operand()
     transposed = quantize_nvfp4(w.T.contiguous(), tile=(16, 16)).operand()
     assert torch.equal(direct, transposed.T)
-    assert torch.equal(KERNELS.two_level_operand(w, w.abs().amax().float(), None, tile=(16, 16), along=1), direct)
+    assert torch.equal(two_level(w, w.abs().amax().float(), tile=(16, 16), along=1), direct)

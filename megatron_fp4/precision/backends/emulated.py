@@ -12,13 +12,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_fp4.numerics import fused, stages
-from megatron_fp4.numerics.random import column_words, row_words
+from megatron_fp4.numerics.fused import Passes
+from megatron_fp4.numerics.stages import BlockScales, Noise
 from megatron_fp4.precision.backends import (
     Copy,
     NonFiniteWatch,
@@ -30,8 +30,8 @@ from megatron_fp4.precision.backends import (
     scale_bound,
     signs_for,
 )
-from megatron_fp4.precision.backends.product import Scale, scaled_matmul, widens
-from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
+from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul, widens
+from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,13 @@ def compile_obstacle(torch_path: str = torch.__file__) -> str:
     return ""
 
 
+class _Blocks(NamedTuple):
+    """A tensor as its copy sees it, transformed where the copy asks for it, with max |x| of each tile."""
+
+    x: Tensor
+    maxima: Tensor
+
+
 class EmulatedBackend:
     """Quantize-dequantize in a few fused passes, and GEMMs in the compute dtype.
 
@@ -66,7 +73,7 @@ class EmulatedBackend:
     """
 
     def __init__(self, compile: bool = False, watch: NonFiniteWatch | None = None) -> None:
-        self.kernels = fused.Kernels(compile)
+        self.passes = Passes(compile)
         self._watch = watch
 
     def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
@@ -74,23 +81,28 @@ class EmulatedBackend:
         for copy in copies:
             check_shape(x, source, copy)
         scaled = [copy for copy in copies if copy.operand.quantized]
-        measured = [self._measure(x, source, copy) for copy in scaled]
-        amaxes = reduce_and_check([amax for amax, _ in measured], source, scaled, self._watch)
-        found = {copy: (amax, kept) for copy, amax, (_, kept) in zip(scaled, amaxes, measured, strict=True)}
-        made: dict[Operand, Tensor] = {}
+        blocks: dict[Copy, _Blocks] = {}
+        local = []
+        for copy in scaled:
+            measured = self._blocks(x, source, copy)
+            local.append(self._amax(measured, copy))
+            if not copy.deferred:
+                blocks[copy] = measured
+        amaxes = dict(zip(scaled, reduce_and_check(local, source, scaled, self._watch), strict=True))
+        values: dict[Operand, Tensor] = {}
         prepared = []
         for copy in copies:
-            if not copy.operand.quantized:
+            operand = copy.operand
+            if not operand.quantized:
                 prepared.append(Prepared((x,), _Ready(copy.along)))
-                continue
-            amax, kept = found[copy]
-            if copy.deferred:
-                prepared.append(Prepared((x, amax), _Deferred(source, copy)))
-                continue
-            values = made.get(copy.operand) if copy.operand.transposes else None
-            if values is None:  # otherwise the transposed codes are the codes of the transpose
-                values = made[copy.operand] = self._values(x, amax, source, copy, x.dtype, kept)
-            prepared.append(_ready(values, amax, copy))
+            elif copy.deferred:
+                prepared.append(Prepared((x, amaxes[copy]), _Deferred(source, copy)))
+            else:
+                if (
+                    operand not in values or not operand.transposes
+                ):  # the codes of the transpose are the transposed ones
+                    values[operand] = self._values(blocks[copy], amaxes[copy], source, copy, x.dtype)
+                prepared.append(_ready(values[operand], amaxes[copy], copy))
         return tuple(prepared)
 
     def matmul(
@@ -101,67 +113,71 @@ class EmulatedBackend:
         wide = widens(a.tensors[0].device, out_dtype)
         left, left_scale = self._operand(a, torch.float32 if wide else a.tensors[0].dtype)
         right, right_scale = self._operand(b, torch.float32 if wide else b.tensors[0].dtype)
-        return scaled_matmul(left, right, left_scale, right_scale, out_dtype, accumulate_into)
-
-    def _measure(self, x: Tensor, source: Source, copy: Copy) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The local amax of a copy, and (transformed x, block maxima) to go on with unless it is deferred."""
-        x = self._transformed(x, source, copy)
-        largest = self.kernels.block_amax(x, _storage_tile(copy))
-        if copy.operand.amax_scope is AmaxScope.row:
-            amax = largest.amax(copy.along, keepdim=True).to(torch.float32)
-        else:
-            amax = self.kernels.run(stages.largest_of, largest)
-        return amax, None if copy.deferred else (x, largest)
-
-    def _transformed(self, x: Tensor, source: Source, copy: Copy) -> Tensor:
-        size = copy.operand.rht_size
-        if size == 0:
-            return x
-        return self.kernels.hadamard(x, size, signs_for(source, copy.operand, x.device), copy.along)
-
-    def _values(
-        self,
-        x: Tensor,
-        amax: Tensor,
-        source: Source,
-        copy: Copy,
-        dtype: torch.dtype,
-        kept: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """code * block_scale in x's shape. kept: what `_measure` has already made."""
-        operand, tile = copy.operand, _storage_tile(copy)
-        if kept is None:
-            x = self._transformed(x, source, copy)
-            kept = x, self.kernels.block_amax(x, tile)
-        x, largest = kept
-        words = None
-        if operand.stochastic:
-            key = noise_key(source, copy)
-            words = (*row_words(key, source.rows), column_words(key, source.cols))
-        common: dict[str, Any] = {"tile": tile, "largest": largest, "noise_bits": operand.noise_bits, "dtype": dtype}
-        if operand.format is not Format.nvfp4:
-            element = "e2m1" if operand.format is Format.mxfp4 else "e4m3"
-            return self.kernels.power_of_two_operand(x, words, element=element, **common)
-        return self.kernels.two_level_operand(
-            x,
-            amax,
-            words,
-            along=copy.along,
-            scale_order=operand.scale_order.name,
-            headroom=operand.rounding is Rounding.sr_headroom,
-            four_over_six=operand.four_over_six.name,
-            bound=scale_bound(operand),
-            **common,
+        return scaled_matmul(
+            left,
+            right,
+            a_scale=left_scale,
+            b_scale=right_scale,
+            out_dtype=out_dtype,
+            accumulate_into=accumulate_into,
         )
 
-    def _operand(self, prepared: Prepared, dtype: torch.dtype) -> tuple[Tensor, Scale | None]:
+    def _blocks(self, x: Tensor, source: Source, copy: Copy) -> _Blocks:
+        size = copy.operand.rht_size
+        if size:
+            x = self.passes.hadamard(x, size, signs_for(source, copy.operand, x.device), copy.along)
+        return _Blocks(x, self.passes.block_maxima(x, _storage_tile(copy)))
+
+    def _amax(self, blocks: _Blocks, copy: Copy) -> Tensor:
+        """The local amax of a copy, an FP32 scalar or one per row of the operand."""
+        if copy.operand.amax_scope is AmaxScope.row:
+            return blocks.maxima.amax(copy.along, keepdim=True).to(torch.float32)
+        return self.passes.amax(blocks.maxima)
+
+    def _values(self, blocks: _Blocks, amax: Tensor, source: Source, copy: Copy, dtype: torch.dtype) -> Tensor:
+        """code * block_scale in x's shape."""
+        operand = copy.operand
+        noise = None
+        if operand.stochastic:
+            noise = Noise.at(noise_key(source, copy), source.rows, source.cols, operand.noise_bits)
+        element = "e2m1" if operand.format in (Format.nvfp4, Format.mxfp4) else "e4m3"
+        scales = self._scales(blocks, amax, copy, element)
+        return self.passes.rounded(
+            blocks.x, scales, tile=_storage_tile(copy), element=element, noise=noise, dtype=dtype
+        )
+
+    def _scales(self, blocks: _Blocks, amax: Tensor, copy: Copy, element: str) -> BlockScales:
+        operand = copy.operand
+        if operand.format is not Format.nvfp4:
+            return self.passes.power_of_two_scales(blocks.maxima, element)
+        if operand.four_over_six is FourOverSix.off:
+            return self.passes.two_level_scales(
+                blocks.maxima,
+                amax,
+                scale_order=operand.scale_order.name,
+                headroom=operand.rounding is Rounding.sr_headroom,
+                bound=scale_bound(operand),
+            )
+        return self.passes.four_over_six_scales(
+            *blocks,
+            amax,
+            tile=_storage_tile(copy),
+            along=copy.along,
+            bound=scale_bound(operand),
+            measure=operand.four_over_six.name,
+        )
+
+    def _operand(self, prepared: Prepared, dtype: torch.dtype) -> tuple[Tensor, GlobalScale | None]:
         """The operand as `[M, K]`, and its global scale."""
         meaning = prepared.meaning
         if isinstance(meaning, _Deferred):
             x, amax = prepared.tensors
-            prepared = _ready(self._values(x, amax, meaning.source, meaning.copy, dtype), amax, meaning.copy)
+            values = self._values(
+                self._blocks(x, meaning.source, meaning.copy), amax, meaning.source, meaning.copy, dtype
+            )
+            prepared = _ready(values, amax, meaning.copy)
         values, *amaxes = prepared.tensors
-        scale = (amaxes[0], prepared.meaning.divisor) if amaxes else None
+        scale = GlobalScale(amaxes[0], prepared.meaning.divisor) if amaxes else None
         return (values if prepared.meaning.along == 1 else values.T), scale
 
 

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
-from megatron_fp4.numerics import stages
-from megatron_fp4.numerics.rounding import E4M3_MAX
+from megatron_fp4.numerics.stages import BlockScales
 from megatron_fp4.precision.backends import Copy, NonFiniteWatch, Prepared, Source, check_shape, reduce_and_check
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig
@@ -55,11 +54,11 @@ class NativeFp8Backend:
         for copy in quantized:
             check_shape(x, source, copy)
             _check_multiple(x, source, copy)
-        kernels = self._emulated.kernels
-        maxima = {tile: kernels.block_amax(x, tile) for tile in map(_stored_tile, quantized)}
-        amaxes = [kernels.run(stages.largest_of, maxima[_stored_tile(copy)]) for copy in quantized]
+        passes = self._emulated.passes
+        maxima = {tile: passes.block_maxima(x, tile) for tile in map(_stored_tile, quantized)}
+        amaxes = [passes.amax(maxima[_stored_tile(copy)]) for copy in quantized]
         reduce_and_check(amaxes, source, quantized, self._watch)
-        made = {tile: self._codes(x, largest, tile) for tile, largest in maxima.items()}
+        made = {tile: self._codes(x, block_maxima, tile) for tile, block_maxima in maxima.items()}
         return tuple(
             _oriented(*made[_stored_tile(copy)], copy)
             if copy.operand.quantized
@@ -78,12 +77,12 @@ class NativeFp8Backend:
         out = scaled_mm(left, right.T, left_scale, recipes[0], right_scale, recipes[1], output_dtype=out_dtype)
         return out if accumulate_into is None else accumulate_into.add_(out)
 
-    def _codes(self, x: Tensor, largest: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """(codes in x's shape, scale of each tile), from the emulated backend's own stages."""
-        kernels = self._emulated.kernels
-        scale, inverse = kernels.run(stages.power_scales, largest, E4M3_MAX)
-        whole = (torch.ones_like(scale), inverse)  # code * 1
-        return kernels.apply(x, whole, tile, "e4m3", None, 8, torch.float8_e4m3fn), scale
+    def _codes(self, x: Tensor, block_maxima: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """(codes in x's shape, scale of each tile), from the emulated backend's own passes."""
+        passes = self._emulated.passes
+        scale, multiplier = passes.power_of_two_scales(block_maxima, "e4m3")
+        one = BlockScales(torch.ones_like(scale), multiplier)  # code * 1
+        return passes.rounded(x, one, tile=tile, element="e4m3", dtype=torch.float8_e4m3fn), scale
 
 
 def _stored_tile(copy: Copy) -> Tile:

@@ -1,70 +1,116 @@
 """The product of two emulated operands: accumulated in FP32, scaled in FP32, rounded once.
 
-One idea: the operands hold few significant bits, so every type at least as wide as BF16 multiplies them exactly; which
-GEMM is called is a question of speed and of the last rounding. CPUs have no GEMM from BF16 to FP32, so operands are
-widened for an FP32 result. On a CPU without BF16 instructions they are widened always: torch's BF16 GEMM is several
-times slower there, and it applies alpha before the sum. The kind of CPU decides, never a timing, so a machine repeats
-its own numbers.
+The operands hold few significant bits, so every type at least as wide as BF16 multiplies them exactly; which GEMM is
+called is a question of speed and of the last rounding. Each kind of device has one function here. The kind of CPU
+decides, never a timing, so a machine repeats its own numbers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Scale = tuple[Tensor, float]  # a global scale is amax / divisor
 
+class GlobalScale(NamedTuple):
+    """The FP32 scale of an operand `[M, K]`: amax / divisor. amax: a scalar, or one per row (M elements)."""
 
-@cache
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for BF16 products: AVX512-BF16, AMX, or those of ARMv8.6."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def widens(device: torch.device, out_dtype: torch.dtype) -> bool:
-    """Whether BF16 operands are multiplied as FP32 for a result of this type."""
-    if device.type != "cpu":
-        return False
-    return out_dtype == torch.float32 or (out_dtype == torch.bfloat16 and not cpu_multiplies_bf16())
+    amax: Tensor
+    divisor: float
 
 
 def scaled_matmul(
     a: Tensor,
     b: Tensor,
-    a_scale: Scale | None,
-    b_scale: Scale | None,
+    *,
     out_dtype: torch.dtype,
-    accumulate_into: Tensor | None,
+    a_scale: GlobalScale | None = None,
+    b_scale: GlobalScale | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> Tensor:
-    """`alpha * (a @ b.T)` with alpha = amax_a * amax_b / (divisor_a * divisor_b), in FP32, before the rounding."""
-    scalars = [scale for scale in (a_scale, b_scale) if scale is not None and scale[0].numel() == 1]
-    alpha = None
-    if scalars:
-        alpha, divisor = scalars[0][0].reshape(()), scalars[0][1]
-        if len(scalars) == 2:
-            alpha, divisor = alpha * scalars[1][0].reshape(()), divisor * scalars[1][1]
-        alpha = alpha / torch.full_like(alpha, divisor)
-    if out_dtype == torch.float64:  # sums of the proof mode: the operands are exact in FP64 as well
-        a, b = a.double(), b.double()
-    per_row = len(scalars) < sum(scale is not None for scale in (a_scale, b_scale))
-    if a.device.type == "cpu" and out_dtype == torch.bfloat16 and not per_row and cpu_multiplies_bf16():
-        # oneDNN applies alpha to the FP32 accumulator. (The FP32 GEMM of MKL applies it earlier: other sums.)
-        out = torch.addmm(a.new_empty(1, 1), a, b.T, beta=0, alpha=1.0 if alpha is None else alpha.item())
-    else:
-        out = torch.mm(a, b.T) if out_dtype == torch.float64 else _matmul_fp32(a, b)
-        for scale, shape in ((a_scale, (-1, 1)), (b_scale, (1, -1))):
-            if scale is not None and scale[0].numel() > 1:
-                out = out * (scale[0].view(shape) / scale[1])
-        out = out if alpha is None else out.mul_(alpha)
-        out = out.to(out_dtype)
+    """`(a_scale * a [M, K]) @ (b_scale * b [N, K]).T`, `[M, N]` in `out_dtype`; None: an operand without global scale.
+
+    out_dtype: BF16, FP32, or FP64 (for the proof mode, whose sums are in FP64; operands are exact there as well).
+    accumulate_into: a tensor to which the product is added in place; it is then also the result.
+    """
+    multiply = {"cpu": multiply_on_cpu, "cuda": multiply_on_cuda}.get(a.device.type, multiply_widened)
+    out = multiply(a, b, Factors.of(a_scale, b_scale), out_dtype)
     return out if accumulate_into is None else accumulate_into.add_(out)
 
 
-def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T in FP32. CUDA has a GEMM from BF16 to FP32; elsewhere the operands are widened, which is exact."""
-    if a.device.type == "cuda" and a.dtype == torch.bfloat16:
-        return torch.mm(a, b.T, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float().T)
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """What the sums `[M, N]` are multiplied with, FP32: alpha, a scalar; rows `[M, 1]`; columns `[1, N]`."""
+
+    alpha: Tensor | None
+    rows: Tensor | None
+    columns: Tensor | None
+
+    @staticmethod
+    def of(a_scale: GlobalScale | None, b_scale: GlobalScale | None) -> Factors:
+        """Two scalars make one alpha, amax_a * amax_b / (divisor_a * divisor_b), as hardware gets it."""
+        alpha, divisor = None, 1.0
+        rows = columns = None
+        for scale in (a_scale, b_scale):
+            if scale is None:
+                continue
+            if scale.amax.numel() == 1:
+                amax = scale.amax.reshape(())
+                alpha, divisor = amax if alpha is None else alpha * amax, divisor * scale.divisor
+            elif scale is a_scale:
+                rows = scale.amax.view(-1, 1) / scale.divisor
+            else:
+                columns = scale.amax.view(1, -1) / scale.divisor
+        # a division of tensors: PyTorch divides by a number as it likes
+        return Factors(None if alpha is None else alpha / torch.full_like(alpha, divisor), rows, columns)
+
+    def apply(self, sums: Tensor) -> Tensor:
+        """`sums` scaled, perhaps in place, in their own type."""
+        for factor in (self.rows, self.columns):
+            if factor is not None:
+                sums = sums * factor
+        return sums if self.alpha is None else sums.mul_(self.alpha)
+
+
+def multiply_on_cpu(a: Tensor, b: Tensor, factors: Factors, out_dtype: torch.dtype) -> Tensor:
+    """BF16 operands for a BF16 result are multiplied as they are, on CPUs that can; all others are widened."""
+    native = a.dtype == b.dtype == out_dtype == torch.bfloat16 and cpu_multiplies_bf16()
+    if not native or factors.rows is not None or factors.columns is not None:
+        return multiply_widened(a, b, factors, out_dtype)
+    # oneDNN applies alpha to the FP32 accumulator. (The FP32 GEMM of MKL applies it earlier: other sums.)
+    alpha = 1.0 if factors.alpha is None else factors.alpha.item()
+    return torch.addmm(a.new_empty(1, 1), a, b.T, beta=0, alpha=alpha)
+
+
+def multiply_on_cuda(a: Tensor, b: Tensor, factors: Factors, out_dtype: torch.dtype) -> Tensor:
+    """CUDA has a GEMM from BF16 to FP32."""
+    if a.dtype != torch.bfloat16 or out_dtype == torch.float64:
+        return multiply_widened(a, b, factors, out_dtype)
+    return factors.apply(torch.mm(a, b.T, out_dtype=torch.float32)).to(out_dtype)
+
+
+def multiply_widened(a: Tensor, b: Tensor, factors: Factors, out_dtype: torch.dtype) -> Tensor:
+    """On any device: operands widened, which is exact, to FP32, or to FP64 for a result of that type."""
+    wide = torch.float64 if out_dtype == torch.float64 else torch.float32
+    return factors.apply(torch.mm(a.to(wide), b.to(wide).T)).to(out_dtype)
+
+
+def widens(device: torch.device, out_dtype: torch.dtype) -> bool:
+    """Whether BF16 operands are multiplied as FP32 for a result of this type: they may as well be made in FP32.
+
+    CPUs have no GEMM from BF16 to FP32. One without BF16 instructions widens always: torch's BF16 GEMM is several times
+    slower there, and applies alpha before the sum.
+    """
+    if device.type != "cpu":
+        return False
+    return out_dtype == torch.float32 or (out_dtype == torch.bfloat16 and not cpu_multiplies_bf16())
+
+
+@cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for BF16 products: AVX512-BF16, AMX, or those of ARMv8.6."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

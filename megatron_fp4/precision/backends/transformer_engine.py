@@ -182,7 +182,7 @@ class TransformerEngineBackend:
         """See `Backend.matmul`. The accumulation into a tensor of the output's type happens inside the GEMM."""
         if isinstance(a.meaning, _High) and isinstance(b.meaning, _High):
             left, right = _oriented(a), _oriented(b)
-            return scaled_matmul(left, right, None, None, out_dtype, accumulate_into)
+            return scaled_matmul(left, right, out_dtype=out_dtype, accumulate_into=accumulate_into)
         # TE computes B @ A.T of its arguments; N: the operand is contracted along the rows of its source
         layout = ("T" if b.meaning.along == 1 else "N") + ("N" if a.meaning.along == 1 else "T")
         settings: dict[str, Any] = {

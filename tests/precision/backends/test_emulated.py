@@ -21,7 +21,7 @@ from megatron_fp4.precision import (
     Signs,
 )
 from megatron_fp4.precision.backends import Copy, Prepared, Source, product
-from megatron_fp4.precision.backends.product import scaled_matmul
+from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
 
 N4 = Format.nvfp4
@@ -118,7 +118,8 @@ def test_alpha_is_applied_before_the_only_rounding(
     gen = torch.Generator().manual_seed(2)
     a, b = (torch.randint(-12, 13, (256, 512), generator=gen).bfloat16() for _ in range(2))
     amax_a, amax_b = torch.tensor(3.1415927), torch.tensor(0.2718282)
-    got = scaled_matmul(a, b, (amax_a, 2688.0), (amax_b, 2688.0), out_dtype, None)
+    scales = {"a_scale": GlobalScale(amax_a, 2688.0), "b_scale": GlobalScale(amax_b, 2688.0)}
+    got = scaled_matmul(a, b, **scales, out_dtype=out_dtype)
     alpha = (amax_a * amax_b) / torch.tensor(2688.0**2)
     expected = ((a.double() @ b.double().T) * alpha.double()).to(out_dtype)
     wrong = (got != expected).sum().item()
@@ -137,7 +138,7 @@ def test_bf16_results_come_from_the_gemm_that_the_cpu_is_good_at(native: bool, m
             torch, name, lambda *args, call=call, **kw: seen.append(args[-1].dtype) or call(*args, **kw)
         )
     a = torch.ones(16, 16, dtype=torch.bfloat16)
-    assert scaled_matmul(a, a, None, None, torch.bfloat16, None).dtype == torch.bfloat16
+    assert scaled_matmul(a, a, out_dtype=torch.bfloat16).dtype == torch.bfloat16
     assert seen == [torch.bfloat16 if native else torch.float32]
 
 

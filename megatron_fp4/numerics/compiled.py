@@ -1,0 +1,58 @@
+"""Running a stage: eagerly, or compiled by torch once, at its first use. Results are equal, bit for bit.
+
+Compiled kernels are made for symbolic sizes, so that a model with many shapes compiles about a dozen of them; they are
+cached on disk by inductor, and ranks that compile at once are kept apart by its file locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.numerics import four_over_six, stages
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+EAGER_ON_CUDA = (stages.nvfp4_scales, stages.power_scales, four_over_six.candidates, four_over_six.errors)
+"""Triton divides approximately and contracts multiply-adds. These stages divide, and are small (per block)."""
+
+
+class StageRunner:
+    """Calls a stage with arguments by name. Those that are no tensors select the kernel; they are constants in it."""
+
+    def __init__(self, compile: bool) -> None:
+        self._compile = compile
+        self._kernels: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(
+        self, stage: Callable[Arguments, Result], *args: Arguments.args, **arguments: Arguments.kwargs
+    ) -> Result:
+        """`stage(**arguments)`."""
+        assert not args, "arguments are given by name"
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        if not self._compile or (stage in EAGER_ON_CUDA and any(tensor.is_cuda for tensor in tensors.values())):
+            return stage(*args, **arguments)
+        constants = {name: value for name, value in arguments.items() if name not in tensors}
+        kinds = tuple((name, tensor.dim(), tensor.dtype, tensor.device.type) for name, tensor in tensors.items())
+        key = (stage, kinds, tuple(constants.items()))
+        if key not in self._kernels:
+            self._kernels[key] = _compiled(stage, constants)
+        result: Result = self._kernels[key](**tensors)
+        return result
+
+
+def _compiled(stage: Callable[..., Any], constants: dict[str, Any]) -> Callable[..., Any]:
+    """`stage` as a compiled function of its tensors."""
+
+    def kernel(**tensors: Tensor) -> Any:
+        return stage(**tensors, **constants)
+
+    # isolated: all kernels share the code of `kernel`, and dynamo counts recompilations per code object
+    compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]  # torch's stub has no isolate_recompiles
+        kernel, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True
+    )
+    return compiled
