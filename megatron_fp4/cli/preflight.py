@@ -1,10 +1,10 @@
 """`megatron-fp4 preflight experiment=quickstart parallel.tp=2`: will this run work on these machines?
 
-One idea: everything that can be tried before thousands of GPUs start is tried with the run's own code: the
-configuration, tokenizer and shards are opened, a rank's part of the model is built (shard_probe.py), every distinct
-GEMM of it is computed forward and backward, Transformer Engine's operands are compared with the emulation, and disk,
-memory, clocks and links are measured. What a library says about its own abilities is not asked. Under torchrun or srun,
-all ranks take part.
+Everything that can be tried before thousands of GPUs start is tried with the run's own code: the configuration,
+tokenizer and shards are opened, a rank's part of the model is built (proofs/shards.py), every distinct GEMM of it is
+computed forward and backward (gemms.py), Transformer Engine's operands are compared with the emulation (operands.py),
+and disk, memory, clocks and links are measured (machine.py). What a library says about its own abilities is not asked.
+Under torchrun or srun, all ranks take part.
 
 Not here: the speed of training, and anything that needs all layers at once (pretrain with train.stop_after_steps=1
 does that). Exit codes: 0 all checks passed, 1 one failed, 2 the command itself is wrong.
@@ -13,28 +13,21 @@ does that). Exit codes: 0 all checks passed, 1 one failed, 2 the command itself 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
-
-import torch
+from collections.abc import Sequence
 
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
-from megatron_fp4.cli.crosscheck import cross_check
 from megatron_fp4.comm.bootstrap import Launch, Process, exit_process, read_launch, start_process, stop_process
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.planning.report import run_plan
-from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.backends.choose import make_backend
-from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.table import summary
-from megatron_fp4.proofs.gemms import distinct_probes, run_probe
-from megatron_fp4.proofs.machine import Check, check_disk, check_links, check_memory
-from megatron_fp4.proofs.shards import Shard, build_shards, typical_ranks
-from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
+from megatron_fp4.proofs.checks import CheckResult, attempt
+from megatron_fp4.proofs.gemms import check_gemms
+from megatron_fp4.proofs.machine import check_disk, check_links, check_memory
+from megatron_fp4.proofs.shards import check_model, distinct_linears, typical_ranks
+from megatron_fp4.train.checked import check_config, open_data
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.requirements import check_kernels
-
-T = TypeVar("T")
 
 HELP = """usage: preflight [experiment=NAME] [key=value ...]
 
@@ -59,61 +52,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        checks = run_checks(config, launch, process)
-        everything = all_gather_object(checks, process.world)
+        results = run_checks(config, launch, process)
+        all_results = all_gather_object(results, process.world)
     finally:
         stop_process(process)
-    failed = [(rank, check) for rank, mine in enumerate(everything) for check in mine if check.ok is False]
+    failed = [(rank, result) for rank, of_rank in enumerate(all_results) for result in of_rank if result.ok is False]
     if process.world.rank == 0:
-        _report(checks, failed, process)
+        _print_results(results, failed, process)
     return 1 if failed else 0
 
 
-def run_checks(config: RunConfig, launch: Launch, process: Process) -> list[Check]:
+def run_checks(config: RunConfig, launch: Launch, process: Process) -> list[CheckResult]:
     """All checks of this rank, in order. What later ones need and an earlier one refused is left out."""
     alone = launch.world_size == 1  # then it stands for every rank of the layout whose shard differs
     world_size = config.parallel.smallest_world if alone else launch.world_size
-    checks: list[Check] = []
-    checked = _attempt(checks, "configuration", lambda: check_config(config, world_size), "accepted")
+    device, results = process.device, list[CheckResult]()
+    checked = attempt(results, "configuration", lambda: check_config(config, world_size), "accepted")
     if checked is not None:
-        _attempt(checks, "data", lambda: open_data(checked, dp_rank=0), "tokenizer and shards can be read")
-        backend = _attempt(checks, "backend", lambda: make_backend(config.precision), config.precision.backend.name)
-        _attempt(checks, "kernels", lambda: check_kernels(checked.config, process.device), _kernels(config))
+        attempt(results, "data", lambda: open_data(checked, dp_rank=0), "tokenizer and shards can be read")
+        backend = attempt(results, "backend", lambda: make_backend(config.precision), config.precision.backend.name)
+        attempt(results, "kernels", lambda: check_kernels(checked.config, device), _kernels(config))
         if backend is not None:
-            checks.append(Check("precision", True, summary(checked.plan.table())))
+            results.append(CheckResult("precision", True, summary(checked.plan.table())))
             ranks = typical_ranks(config.parallel, world_size) if alone else [launch.rank]
-            if shards := check_model(checks, checked, backend, process.device, world_size, ranks):
-                checks += check_gemms(checked, shards, backend, process.device)
+            shards = check_model(results, checked, backend, device, world_size=world_size, ranks=ranks)
+            dtype = config.precision.compute_dtype.torch_dtype
+            if shards:
+                results += check_gemms(distinct_linears(checked, shards, device), backend, device, dtype)
         needed = run_plan(checked.config, world_size)["memory_per_rank"]["largest"]
-        checks += [check_disk(checked.config), check_memory(needed, process.device)]
-    return checks + check_links(process)
-
-
-def check_model(
-    checks: list[Check],
-    checked: CheckedConfig,
-    backend: Backend,
-    device: torch.device,
-    world_size: int,
-    ranks: list[int],
-) -> list[Shard]:
-    """Append the check that builds the shards of `ranks`, and return what was built."""
-    try:
-        shards = build_shards(checked, backend, device, world_size=world_size, ranks=ranks)
-    except Exception as error:  # a constructor may fail in any way, out of memory included
-        checks.append(Check("model", False, f"the shards cannot be built: {type(error).__name__}: {error}"))
-        return []
-    largest = max(shards, key=lambda shard: shard.num_parameters)
-    where = "on this GPU" if device.type == "cuda" else "without memory (no GPU)"
-    checks.append(
-        Check(
-            "model",
-            True,
-            f"{len(shards)} shard(s) of {world_size} rank(s) built {where}, the largest (rank {largest.rank}) with"
-            f" {largest.num_parameters:,} parameters and {len(largest.shapes)} linears",
-        )
-    )
-    return shards
+        results += [check_disk(checked.config), check_memory(needed, device)]
+    return results + check_links(process)
 
 
 def _kernels(config: RunConfig) -> str:
@@ -121,46 +89,14 @@ def _kernels(config: RunConfig) -> str:
     return f"optimizer by {config.optim.impl.name}, norm by {model.norm_impl.name}, loss by {model.loss_impl.name}"
 
 
-def _attempt(checks: list[Check], name: str, make: Callable[[], T], good: str) -> T | None:
-    """Append a check that passes if `make` does not refuse; returns what it made."""
-    try:
-        made = make()
-    except (ValueError, OSError) as error:
-        checks.append(Check(name, False, str(error)))
-        return None
-    checks.append(Check(name, True, good))
-    return made
-
-
-def check_gemms(checked: CheckedConfig, shards: Sequence[Shard], backend: Backend, device: torch.device) -> list[Check]:
-    """One forward and backward pass per distinct local shape and precision; Transformer Engine also code by code."""
-    dtype = checked.config.precision.compute_dtype.torch_dtype
-    probes = distinct_probes(checked, shards, device)
-    wrong: list[str] = []
-    for probe in probes:
-        try:
-            wrong += run_probe(probe, backend, device, dtype)
-            if isinstance(backend, TransformerEngineBackend):
-                wrong += [f"{probe}: {found}" for found in cross_check(probe, backend, device) if found.wrong]
-        except Exception as error:  # a kernel may fail in any way; the point is to say for which linear
-            wrong.append(f"{probe}: {type(error).__name__}: {error}")
-    kinds = f"{len(probes)} distinct local shapes and precisions"
-    if wrong:
-        return [Check("gemms", False, text) for text in wrong]
-    where = "compared with FP32 products" + (
-        " and code by code with the emulation" if isinstance(backend, TransformerEngineBackend) else ""
-    )
-    return [Check("gemms", True, f"{kinds}: forward and backward finite, not zero, {where} ({device.type})")]
-
-
-def _report(checks: Sequence[Check], failed: Sequence[tuple[int, Check]], process: Process) -> None:
-    for check in checks:
-        word = {True: "ok", False: "FAILED", None: "note"}[check.ok]
-        print(f"{word:<7} {check.name:<14} {check.text}")
-    for rank, check in failed:
+def _print_results(results: Sequence[CheckResult], failed: Sequence[tuple[int, CheckResult]], process: Process) -> None:
+    for result in results:
+        word = {True: "ok", False: "FAILED", None: "note"}[result.ok]
+        print(f"{word:<7} {result.name:<14} {result.text}")
+    for rank, result in failed:
         if rank:
-            print(f"FAILED  {check.name:<14} rank {rank}: {check.text}")
-    names = ", ".join(dict.fromkeys(check.name for _, check in failed))
+            print(f"FAILED  {result.name:<14} rank {rank}: {result.text}")
+    names = ", ".join(dict.fromkeys(result.name for _, result in failed))
     if process.device.type == "cpu":
         print("note    device         no GPU was used: kernels, GPU memory and NCCL were not checked")
     print(f"verdict: {f'do not start this run ({names})' if failed else 'this run can start'}")

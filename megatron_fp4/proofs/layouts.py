@@ -1,13 +1,13 @@
 """Parallel layouts as text: `tp2 pp2 dp2`, `pp4:zbv`, `tp2 pp2v3:interleaved_1f1b`.
 
-One idea: a layout is written as it is spoken. Axes that are not named have size 1; what follows the colon is the
+A layout is written as it is spoken. Axes that are not named have size 1; what follows the colon is the
 pipeline schedule, and `v3` after the pipeline size means three stages per rank.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.pipeline.schedules import stages_per_rank
@@ -33,7 +33,7 @@ class Layout:
 
 
 def parse_layouts(text: str) -> list[Layout]:
-    """Layouts separated by commas. Raises ValueError for what is none."""
+    """Layouts separated by commas. Raises ValueError for text that is no layout."""
     parts = [" ".join(part.split()) for part in text.split(",")]
     if not all(parts):
         raise ValueError(f"layouts {text!r}: empty entry; write for example 'tp2 pp2 dp2, pp4:zbv'")
@@ -41,20 +41,22 @@ def parse_layouts(text: str) -> list[Layout]:
 
 
 def parse_layout(text: str) -> Layout:
+    """One layout. Raises ValueError for text that is none, or whose stages do not suit its schedule."""
     axes, _, schedule = text.partition(":")
-    sizes: dict[str, int] = {"dp": 1}
-    seen: set[str] = set()
+    sizes: dict[str, int] = {}
+    virtual_stages = 0
     for word in axes.split():
         match = _AXIS.fullmatch(word)
-        if match is None or match[1] in seen or (match[3] and match[1] != "pp"):
+        if match is None or match[1] in sizes or (match[3] and match[1] != "pp"):
             raise ValueError(
                 f"layout {text!r}: {word!r} is not an axis, or names one twice; write for example 'tp2 pp2 dp2',"
                 " 'cp2 dp2', 'pp4:zbv' or 'pp2v3:interleaved_1f1b'"
             )
-        seen.add(match[1])
         sizes[match[1]] = int(match[2])
-        if match[3]:
-            sizes["virtual_stages"] = int(match[3])
-    layout = Layout(text, ParallelConfig(**sizes, **({"schedule": schedule.strip()} if schedule else {})))  # type: ignore[arg-type]
-    stages_per_rank(layout.parallel)
-    return layout
+        virtual_stages = int(match[3]) if match[3] else virtual_stages
+    tp, pp, cp, dp = (sizes.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
+    parallel = ParallelConfig(tp, pp, cp, dp, virtual_stages=virtual_stages)
+    if schedule:
+        parallel = replace(parallel, schedule=schedule.strip())
+    stages_per_rank(parallel)
+    return Layout(text, parallel)

@@ -1,6 +1,6 @@
 """A small model with every structural feature of a large one, for checks on a laptop.
 
-One idea: a parallel layout can go wrong per kind of block, per precision of a linear and per feature (grouped heads,
+A parallel layout can go wrong per kind of block, per precision of a linear and per feature (grouped heads,
 tied embeddings, gating, documents, dropout), not per size. So kinds are kept and sizes go down:
 
     blocks      one of each (letter, precision of its linears) at least, then as many as the layouts have stages, spread
@@ -67,8 +67,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
     table = PrecisionPlan(config.precision, model_linears(full)).table()
     divisors = _divisors(table, layouts)
     picked = _pick_blocks(full, table, max(4, *(layout.num_stages for layout in layouts)))
-    quantized_head = table["head"].quantized
-    model = _small_model(full, picked, divisors, quantized_head=quantized_head)
+    model = _small_model(full, picked, divisors, quantized_head=table["head"].quantized)
     small = replace(
         config,
         model=model,
@@ -119,8 +118,8 @@ def _pick_blocks(model: ModelConfig, table: PrecisionTable, count: int) -> list[
     """Blocks of the large model that the small one has, in order; a small large model repeats blocks."""
     kinds: dict[tuple[object, ...], int] = {}
     for index, letter in enumerate(model.blocks):
-        mine = tuple(row.precision for row in table.rows if row.name.startswith(f"blocks.{index}."))
-        kinds.setdefault((letter, mine), index)
+        precisions = tuple(row.precision for row in table.rows if row.name.startswith(f"blocks.{index}."))
+        kinds.setdefault((letter, precisions), index)
     picked = list(kinds.values())
     total = len(model.blocks)
     evenly = [round((number + 0.5) * total / count - 0.5) for number in range(count)]
@@ -183,13 +182,13 @@ def _suits(layout: Layout, batch: int) -> bool:
 
 def _small_table(table: PrecisionTable, picked: list[int], linears: Sequence[LinearInfo]) -> tuple[Row, ...]:
     rows = {row.name: row for row in table.rows}
-    found = []
+    small_rows = []
     for info in linears:
         name = info.name
         if info.block is not None:
             name = name.replace(f"blocks.{info.block}.", f"blocks.{picked[info.block]}.", 1)
-        found.append(replace(rows[name], name=info.name))
-    return tuple(found)
+        small_rows.append(replace(rows[name], name=info.name))
+    return tuple(small_rows)
 
 
 def _over_whole_tensors(precision: LinearPrecision) -> LinearPrecision:

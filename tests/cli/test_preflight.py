@@ -18,9 +18,8 @@ from megatron_fp4.comm.local import run_local
 from megatron_fp4.layers.attention import Attention
 from megatron_fp4.models.count import by_kind, model_parameters
 from megatron_fp4.precision import EmulatedBackend
-from megatron_fp4.proofs.gemms import distinct_probes
 from megatron_fp4.proofs.machine import check_links
-from megatron_fp4.proofs.shards import Shard, build_shards, typical_ranks
+from megatron_fp4.proofs.shards import ModelShard, build_shards, distinct_linears, typical_ranks
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from tests.helpers.tiny_run import tiny_run
 from tests.precision.te import te_double
@@ -144,7 +143,7 @@ def test_clocks_and_links_of_two_ranks() -> None:
         assert "over 2 ranks" in mine[1][2]
 
 
-def shards_of(folder: Path, *overrides: str) -> tuple[CheckedConfig, list[Shard]]:
+def shards_of(folder: Path, *overrides: str) -> tuple[CheckedConfig, list[ModelShard]]:
     config = to_run_config(compose_config(tiny_run(folder, *overrides).overrides))
     world_size = config.parallel.smallest_world
     checked, ranks = check_config(config, world_size), typical_ranks(config.parallel, world_size)
@@ -154,10 +153,10 @@ def shards_of(folder: Path, *overrides: str) -> tuple[CheckedConfig, list[Shard]
 
 def test_distinct_shapes_are_tried_once(tmp_path: Path) -> None:
     checked, shards = shards_of(tmp_path, "model.num_layers=8")
-    probes = distinct_probes(checked, shards, torch.device("cpu"))
-    keys = {(probe.shape, probe.precision) for probe in probes}
-    assert len(keys) == len(probes) < 12, "a deep model would be probed layer by layer"
-    assert sum(len(probe.names) for probe in probes) == 8 * 4 + 1, "a linear is in no probe"
+    linears = distinct_linears(checked, shards, torch.device("cpu"))
+    keys = {(linear.shape, linear.precision) for linear in linears}
+    assert len(keys) == len(linears) < 12, "a deep model would be probed layer by layer"
+    assert sum(len(linear.names) for linear in linears) == 8 * 4 + 1, "a linear is in no probe"
 
 
 def test_shapes_are_those_of_the_built_shards(tmp_path: Path) -> None:
@@ -168,8 +167,8 @@ def test_shapes_are_those_of_the_built_shards(tmp_path: Path) -> None:
     assert "head" not in first.shapes
     assert "blocks.0.mlp.up" not in last.shapes
     hidden = checked.config.model.hidden
-    probes = distinct_probes(checked, shards, torch.device("cpu"))
-    heads = {probe.shape for probe in probes if "head" in probe.names}
+    linears = distinct_linears(checked, shards, torch.device("cpu"))
+    heads = {linear.shape for linear in linears if "head" in linear.names}
     assert heads == {(49, hidden), (48, hidden)}, "an uneven vocabulary has two local shapes"
     whole = sum(by_kind(model_parameters(checked.config.model)).values())
     assert whole < sum(shard.num_parameters for shard in shards) < whole * 1.05, "only norms are on both ranks"
