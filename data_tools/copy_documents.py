@@ -42,9 +42,9 @@ def copy_documents(
     job = {"content": source.fingerprint, "shard_tokens": args.shard_tokens, **options}
     if args.restart:
         remove_sets(args.output, folders)
-    made = finished(args.output, folders, job)
-    if made is not None:
-        return made
+    manifests = finished(args.output, folders, job)
+    if manifests is not None:
+        return manifests
     dtype = max((shard.dtype for shard in source.shards), key=lambda d: np.iinfo(d).max)
     with SplitWriter(args.output, folders, dtype, job) as writer:
         for first in range(writer.position.offset, source.num_documents, _DOCUMENTS_AT_ONCE):
@@ -76,8 +76,8 @@ def unit_hash(tokens: NDArray) -> float:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") / 2**64
 
 
-def report(made: dict[str, dict[str, Any]], folders: dict[str, Path]) -> None:
-    for name, manifest in made.items():
+def report(manifests: dict[str, dict[str, Any]], folders: dict[str, Path]) -> None:
+    for name, manifest in manifests.items():
         print(
             f"{manifest['num_documents']:12,d} documents {manifest['num_tokens']:14,d} tokens "
             f"{len(manifest['shards'])} shard(s) -> {folders[name]}"

@@ -56,14 +56,14 @@ def expand_inputs(patterns: Sequence[str]) -> list[Path]:
     """Files of the globs, each glob's sorted; ValueError for one without a match or with an unknown ending."""
     files: list[Path] = []
     for pattern in patterns:
-        found = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
-        if not found and Path(pattern).is_file():
-            found = [Path(pattern)]  # a name that only looks like a pattern
-        if not found:
+        matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+        if not matches and Path(pattern).is_file():
+            matches = [Path(pattern)]  # a name that only looks like a pattern
+        if not matches:
             raise ValueError(f"no input file matches {pattern!r}")
-        for path in found:
+        for path in matches:
             kind_of(path)
-        files += found
+        files += matches
     return list(dict.fromkeys(files))
 
 

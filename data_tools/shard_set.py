@@ -91,9 +91,9 @@ class SplitWriter:
         """Close the last shards, commit every split, remove the progress file. Returns the manifests."""
         self._roll()
         facts = {**facts, "dtype": str(self.dtype), "counters": dict(self.counters), "job": self.job}
-        made = {name: commit(folder, self.shards[name], **facts) for name, folder in self.folders.items()}
+        manifests = {name: commit(folder, self.shards[name], **facts) for name, folder in self.folders.items()}
         self._progress.unlink()
-        return made
+        return manifests
 
     def _roll(self) -> None:
         for name, (writer, digest) in self._open.items():
@@ -150,10 +150,10 @@ def _shard_files(folder: Path) -> list[Path]:
 
 def _refuse_full(folders: Iterable[Path]) -> None:
     for folder in folders:
-        found = [path.name for path in (folder / MANIFEST, *_shard_files(folder)) if path.exists()]
-        if found:
+        files = [path.name for path in (folder / MANIFEST, *_shard_files(folder)) if path.exists()]
+        if files:
             raise ValueError(
-                f"{folder} already holds {found[0]} of another job; choose another --output, or --restart to delete it"
+                f"{folder} already holds {files[0]} of another job; choose another --output, or --restart to delete it"
             )
 
 
@@ -161,11 +161,11 @@ def finished(root: Path, folders: dict[str, Path], job: dict[str, Any]) -> dict[
     """The manifests, if this job was done before; None if it was not begun or not finished. ValueError for another."""
     if (root / PROGRESS).exists() or not all((folder / MANIFEST).exists() for folder in folders.values()):
         return None
-    made = {name: json.loads((folder / MANIFEST).read_text()) for name, folder in folders.items()}
-    for name, manifest in made.items():
+    manifests = {name: json.loads((folder / MANIFEST).read_text()) for name, folder in folders.items()}
+    for name, manifest in manifests.items():
         check_same_job(manifest.get("job", {}), job, str(folders[name]))
     print(f"already complete: {root}")
-    return made
+    return manifests
 
 
 def check_same_job(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:

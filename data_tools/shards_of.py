@@ -16,15 +16,15 @@ class Listed(NamedTuple):
 
 def list_shards(paths: list[str]) -> list[Listed]:
     """Shard-set directories, prefixes (with or without .bin/.idx) and globs. ValueError if one names nothing."""
-    found: list[Listed] = []
+    listed: list[Listed] = []
     for path in paths:
         if Path(path).is_dir():
             entries = read_manifest(path)["shards"]
-            found += [Listed(Path(path) / entry["name"], entry) for entry in entries]
+            listed += [Listed(Path(path) / entry["name"], entry) for entry in entries]
             continue
         bare = path.removesuffix(".bin").removesuffix(".idx")
         matches = sorted(glob.glob(f"{bare}.idx")) if glob.has_magic(bare) else [f"{bare}.idx"]
         if not matches:
             raise ValueError(f"no shard matches {bare}.idx")
-        found += [Listed(Path(match.removesuffix(".idx")), None) for match in matches]
-    return found
+        listed += [Listed(Path(match.removesuffix(".idx")), None) for match in matches]
+    return listed

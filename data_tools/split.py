@@ -15,10 +15,10 @@ def parse_parts(texts: list[str]) -> dict[str, float]:
     """['train=0.98', 'test=0.02'] -> shares that sum to 1."""
     parts: dict[str, float] = {}
     for text in texts:
-        found = re.fullmatch(r"([\w.-]*\w)=(\d*\.?\d+)", text)
-        if found is None or found[1] in parts:
+        part = re.fullmatch(r"([\w.-]*\w)=(\d*\.?\d+)", text)
+        if part is None or part[1] in parts:
             raise ValueError(f"part {text!r} must look like name=share, for example heldout=0.02, each name once")
-        parts[found[1]] = float(found[2])
+        parts[part[1]] = float(part[2])
     if not sum(parts.values()) > 0:
         raise ValueError(f"the shares {parts} must not all be zero")
     total = sum(parts.values())

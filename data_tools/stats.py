@@ -9,7 +9,7 @@ import numpy as np
 
 from data_tools.cli import run_tool
 from data_tools.shards_of import list_shards
-from megatron_fp4.data.shards.shard import Shard
+from megatron_fp4.data.shards.shard import TokenShard
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'documents':>12} {'tokens':>16} {'dtype':>7}  shard")
     every = []
     for listed in list_shards(args.paths):
-        shard = Shard(listed.prefix)
+        shard = TokenShard(listed.prefix)
         every.append(shard.document_lengths())
         print(f"{shard.num_documents:12,d} {shard.num_tokens:16,d} {shard.dtype!s:>7}  {shard.prefix}")
     lengths = np.concatenate([np.zeros(0, np.int64), *every])

@@ -88,9 +88,9 @@ def tokenize(args: argparse.Namespace, policies: Policies) -> dict[str, dict[str
     job = _job(args, files, tokenizer, policies)
     if args.restart:
         remove_sets(args.output, folders)
-    made = finished(args.output, folders, job)
-    if made is not None:
-        return made
+    manifests = finished(args.output, folders, job)
+    if manifests is not None:
+        return manifests
     with SplitWriter(args.output, folders, token_dtype(tokenizer.vocab_size), job) as writer:
         if any(writer.position):
             print(f"resuming at file {writer.position.file}, offset {writer.position.offset}")
@@ -165,13 +165,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policies]:
 
 def main(argv: list[str] | None = None) -> int:
     args, policies = parse(argv)
-    made = tokenize(args, policies)
-    for name, manifest in made.items():
+    manifests = tokenize(args, policies)
+    for name, manifest in manifests.items():
         print(
             f"{name:8} {manifest['num_documents']:10,d} documents {manifest['num_tokens']:14,d} tokens "
             f"{len(manifest['shards'])} shard(s) of {manifest['dtype']}"
         )
-    print_counts(next(iter(made.values()))["counters"])
+    print_counts(next(iter(manifests.values()))["counters"])
     return 0
 
 

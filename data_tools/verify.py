@@ -10,7 +10,7 @@ from typing import Any
 from data_tools.cli import run_tool
 from data_tools.shards_of import Listed, list_shards
 from megatron_fp4.data.shards.manifest import BLOCK_BYTES, digest_file
-from megatron_fp4.data.shards.shard import Shard
+from megatron_fp4.data.shards.shard import TokenShard
 from megatron_fp4.data.text.tokenizer import load_tokenizer
 
 _TOKENS_AT_ONCE = 1 << 22
@@ -18,16 +18,16 @@ _TOKENS_AT_ONCE = 1 << 22
 
 def problems_of(listed: Listed, vocab_size: int | None) -> list[str]:
     """Everything wrong with one shard, each line naming file, place, expected and actual."""
-    found: list[str] = []
+    problems: list[str] = []
     if listed.entry is not None:
         for end in ("bin", "idx"):
-            found += _checksum_problems(Path(f"{listed.prefix}.{end}"), listed.entry["files"][end])
+            problems += _checksum_problems(Path(f"{listed.prefix}.{end}"), listed.entry["files"][end])
     try:
-        shard = Shard(listed.prefix)
+        shard = TokenShard(listed.prefix)
         shard.check_index()
     except (ValueError, FileNotFoundError) as error:
-        return [*found, str(error)]
-    return found + _token_problems(shard, listed.entry, vocab_size)
+        return [*problems, str(error)]
+    return problems + _token_problems(shard, listed.entry, vocab_size)
 
 
 def _checksum_problems(path: Path, expected: dict[str, Any]) -> list[str]:
@@ -46,7 +46,7 @@ def _checksum_problems(path: Path, expected: dict[str, Any]) -> list[str]:
     ]
 
 
-def _token_problems(shard: Shard, entry: dict[str, Any] | None, vocab_size: int | None) -> list[str]:
+def _token_problems(shard: TokenShard, entry: dict[str, Any] | None, vocab_size: int | None) -> list[str]:
     highest, lowest, at = -1, 0, 0
     for start in range(0, shard.num_tokens, _TOKENS_AT_ONCE):
         part = shard.tokens[start : start + _TOKENS_AT_ONCE]

@@ -44,7 +44,7 @@ def _rounded(parts: list[int]) -> tuple[int, ...]:
     return tuple(floors)
 
 
-class Schedule:
+class BlendSchedule:
     """The order of sources under integer weights; computed once, as far as it was asked for.
 
     `counts(n)` and `locate(places)` are pure functions of the weights.

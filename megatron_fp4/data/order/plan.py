@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_fp4.data.config import PhaseConfig
-from megatron_fp4.data.order.blend import Schedule, integer_weights
+from megatron_fp4.data.order.blend import BlendSchedule, integer_weights
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Segment:
     sources: tuple[str, ...]
     weights: tuple[int, ...]
     cursors: dict[str, int]
-    schedule: Schedule = field(compare=False, repr=False, default=None)  # type: ignore[assignment]
+    schedule: BlendSchedule = field(compare=False, repr=False, default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", Schedule(self.weights))
+        object.__setattr__(self, "schedule", BlendSchedule(self.weights))
 
     def cursors_at(self, sample: int) -> dict[str, int]:
         """Consumed samples of every source after samples first .. sample-1 of this segment."""

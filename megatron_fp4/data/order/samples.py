@@ -90,7 +90,8 @@ class SampleStream:
                 take = min(end - place, left)
                 if take:  # an empty document has no tokens to give
                     out.append(Piece(epoch, int(table.order[at]), place - begin, take))
-                place, left, at = place + take, left - take, at + 1
+                place, left = place + take, left - take
+                at += 1
             epoch, place = epoch + 1, 0
         return out
 

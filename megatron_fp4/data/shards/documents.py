@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_fp4.data.documents import DocumentPlace
 from megatron_fp4.data.shards.manifest import read_manifest
-from megatron_fp4.data.shards.shard import Shard, map_file
+from megatron_fp4.data.shards.shard import TokenShard, map_file
 
 _SAMPLED_BLOCKS, _SAMPLED_BYTES = 64, 4096
 
@@ -32,7 +32,9 @@ class ShardedDocuments:
     largest id that they name, or None without a manifest.
     """
 
-    def __init__(self, name: str, shards: Sequence[Shard], fingerprint: str, manifests: Sequence[dict[str, Any]] = ()):
+    def __init__(
+        self, name: str, shards: Sequence[TokenShard], fingerprint: str, manifests: Sequence[dict[str, Any]] = ()
+    ):
         self.name = name
         self.shards = list(shards)
         self.fingerprint = fingerprint
@@ -64,7 +66,7 @@ class ShardedDocuments:
         shard, local = self._shard_of(number)
         return shard.document(local)
 
-    def _shard_of(self, document: int) -> tuple[Shard, int]:
+    def _shard_of(self, document: int) -> tuple[TokenShard, int]:
         """The shard that holds the document, and the document's number inside it."""
         number = int(np.searchsorted(self._first, document, side="right")) - 1
         return self.shards[number], document - int(self._first[number])
@@ -72,7 +74,7 @@ class ShardedDocuments:
 
 def open_documents(name: str, paths: Sequence[str]) -> ShardedDocuments:
     """Open shard-set directories, prefixes and globs of prefixes as one source, in the given order."""
-    shards: list[Shard] = []
+    shards: list[TokenShard] = []
     manifests: list[dict[str, Any]] = []
     content = hashlib.blake2b(digest_size=16)
     if not paths:
@@ -86,12 +88,12 @@ def open_documents(name: str, paths: Sequence[str]) -> ShardedDocuments:
                 content.update(entry["files"]["bin"]["sha256"].encode() + entry["files"]["idx"]["sha256"].encode())
             continue
         for prefix in _prefixes(name, path):
-            shards.append(Shard(prefix))
+            shards.append(TokenShard(prefix))
             content.update(_sampled_digest(shards[-1]))
     return ShardedDocuments(name, shards, content.hexdigest(), manifests)
 
 
-def _open_listed(folder: Path, entry: dict[str, Any]) -> Shard:
+def _open_listed(folder: Path, entry: dict[str, Any]) -> TokenShard:
     for end in ("bin", "idx"):
         path, expected = folder / f"{entry['name']}.{end}", entry["files"][end]["bytes"]
         if not path.is_file():
@@ -102,7 +104,7 @@ def _open_listed(folder: Path, entry: dict[str, Any]) -> Shard:
                 f"shard {path}: the manifest says {expected} bytes, the file has {actual}; it differs from byte offset "
                 f"{min(actual, expected)} on. Copy the file again, or tokenize again."
             )
-    shard = Shard(folder / entry["name"])
+    shard = TokenShard(folder / entry["name"])
     if (shard.num_documents, shard.num_tokens) != (entry["num_documents"], entry["num_tokens"]):
         raise ValueError(
             f"shard {shard.prefix}: the manifest says {entry['num_documents']} documents and {entry['num_tokens']} "
@@ -121,7 +123,7 @@ def _prefixes(name: str, path: str) -> list[str]:
     return prefixes
 
 
-def _sampled_digest(shard: Shard) -> bytes:
+def _sampled_digest(shard: TokenShard) -> bytes:
     content = hashlib.blake2b(digest_size=16)
     for path in (shard.idx_path, shard.bin_path):
         data = map_file(path)

@@ -57,7 +57,7 @@ def map_file(path: Path) -> memoryview:
         raise ValueError(f"too many open files at {path}: raise the limit (ulimit -n), or merge shards") from None
 
 
-class Shard:
+class TokenShard:
     """A memory-mapped shard. `prefix` is the path without .bin/.idx.
 
     `tokens` is flat [num_tokens] of the stored dtype; nothing of the size of the index is ever copied to memory.
@@ -192,7 +192,8 @@ class ShardWriter:
         if len(lengths) and int(lengths.max()) > MAX_DOCUMENT_TOKENS:
             raise ValueError(f"a document of {int(lengths.max())} tokens exceeds the format's {MAX_DOCUMENT_TOKENS}")
         if len(tokens):
-            low, high, limit = int(tokens.min()), int(tokens.max()), np.iinfo(self.dtype).max
+            low, high = int(tokens.min()), int(tokens.max())
+            limit = np.iinfo(self.dtype).max
             if low < 0 or high > limit:
                 raise ValueError(f"token ids {low}..{high} do not fit {self.dtype} (0..{limit})")
             self.max_token_id = max(self.max_token_id, high)

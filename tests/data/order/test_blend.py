@@ -3,12 +3,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_fp4.data.order.blend import MAX_PERIOD, Schedule, integer_weights
+from megatron_fp4.data.order.blend import MAX_PERIOD, BlendSchedule, integer_weights
 
 
 def prefix_error(weights, number):
     """Largest |taken - fair share| of any source at any prefix."""
-    sources, _ = Schedule(weights).locate(np.arange(number))
+    sources, _ = BlendSchedule(weights).locate(np.arange(number))
     taken = np.cumsum(sources[:, None] == np.arange(len(weights)), axis=0)
     fair = np.arange(1, number + 1)[:, None] * np.array(weights) / sum(weights)
     return np.abs(taken - fair).max()
@@ -30,7 +30,7 @@ def test_exact_at_every_prefix_for_any_weights(weights):
 
 
 def test_ranks_count_up_and_counts_agree():
-    schedule = Schedule((3, 2, 5))
+    schedule = BlendSchedule((3, 2, 5))
     places = np.arange(57)
     sources, ranks = schedule.locate(places)
     for k in range(3):
@@ -40,7 +40,7 @@ def test_ranks_count_up_and_counts_agree():
 
 
 def test_is_a_pure_function_however_it_is_asked():
-    a, b = Schedule((7, 11, 13)), Schedule((7, 11, 13))
+    a, b = BlendSchedule((7, 11, 13)), BlendSchedule((7, 11, 13))
     late = a.locate(np.array([10**12 + 5, 3]))
     b.locate(np.arange(5))
     again = b.locate(np.array([10**12 + 5, 3]))
@@ -48,7 +48,7 @@ def test_is_a_pure_function_however_it_is_asked():
 
 
 def test_zero_weight_is_never_taken_and_tiny_weight_is():
-    sources, _ = Schedule(integer_weights([0.0, 1e-6, 1.0])).locate(np.arange(1_000_001))
+    sources, _ = BlendSchedule(integer_weights([0.0, 1e-6, 1.0])).locate(np.arange(1_000_001))
     assert np.bincount(sources, minlength=3).tolist() == [0, 1, 1_000_000]
 
 

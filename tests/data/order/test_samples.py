@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_fp4.data.order.samples import SampleStream
 from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
-from megatron_fp4.data.shards.shard import Shard
+from megatron_fp4.data.shards.shard import TokenShard
 from tests.data.toy import numbered, write_shard
 
 
@@ -151,4 +151,4 @@ def test_shards_are_one_list_of_documents(tmp_path):
     assert [source.read(d, 1, 1).tolist() for d in range(4)] == [[2], [4], [7], [11]]
     assert source.place(3).document == 2
     assert source.fingerprint == open_documents("other name", [a, b]).fingerprint
-    assert isinstance(source.shards[0], Shard)
+    assert isinstance(source.shards[0], TokenShard)

@@ -3,7 +3,7 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_fp4.data.shards.shard import HEADER, Shard, ShardWriter, token_dtype
+from megatron_fp4.data.shards.shard import HEADER, ShardWriter, TokenShard, token_dtype
 from tests.data.toy import write_shard
 
 
@@ -19,7 +19,7 @@ def test_bytes_are_megatrons(tmp_path):
 @pytest.mark.parametrize("dtype", ["<u2", "<i4", "<i8", "u1"])
 def test_round_trip(tmp_path, dtype):
     documents = [[], [5], [1, 2, 3], [], [9] * 50]
-    shard = Shard(write_shard(tmp_path / "s", documents, dtype))
+    shard = TokenShard(write_shard(tmp_path / "s", documents, dtype))
     assert [shard.document(d).tolist() for d in range(5)] == documents
     assert (shard.num_documents, shard.num_tokens, shard.dtype) == (5, 54, np.dtype(dtype))
     shard.check_index()
@@ -38,7 +38,7 @@ def test_megatron_core_reads_ours_and_we_read_theirs(tmp_path):
     builder.add_document(torch.tensor([1, 2, 3, 4]), [1, 3])  # two sentences, one document
     builder.add_document(torch.tensor([5]), [1])
     builder.finalize(str(tmp_path / "theirs.idx"))
-    ours = Shard(tmp_path / "theirs")
+    ours = TokenShard(tmp_path / "theirs")
     assert [ours.document(d).tolist() for d in range(2)] == [[1, 2, 3, 4], [5]]
     assert (ours.num_sequences, ours.num_documents) == (3, 2)
 
@@ -48,7 +48,7 @@ def test_truncated_bin_names_file_offset_and_both_sizes(tmp_path):
     data = (tmp_path / "s.bin").read_bytes()
     (tmp_path / "s.bin").write_bytes(data[:-2])
     with pytest.raises(ValueError, match=r"s\.bin.* 6 bytes .*has 4 bytes.*offset 4"):
-        Shard(prefix)
+        TokenShard(prefix)
 
 
 def test_truncated_idx(tmp_path):
@@ -56,13 +56,13 @@ def test_truncated_idx(tmp_path):
     data = (tmp_path / "s.idx").read_bytes()
     (tmp_path / "s.idx").write_bytes(data[:-3])
     with pytest.raises(ValueError, match=r"s\.idx: 59 bytes.*needs 62"):
-        Shard(prefix)
+        TokenShard(prefix)
     (tmp_path / "s.idx").write_bytes(data[:10])
     with pytest.raises(ValueError, match="shorter than the 34-byte header"):
-        Shard(prefix)
+        TokenShard(prefix)
     (tmp_path / "s.idx").write_bytes(b"NOTMEGATR" + data[9:])
     with pytest.raises(ValueError, match="starts with"):
-        Shard(prefix)
+        TokenShard(prefix)
 
 
 def test_check_index_names_the_first_bad_entry(tmp_path):
@@ -71,12 +71,12 @@ def test_check_index_names_the_first_bad_entry(tmp_path):
     data[HEADER.size + 3 * 4 + 8] += 2  # byte offset of sequence 1
     (tmp_path / "s.idx").write_bytes(data)
     with pytest.raises(ValueError, match="byte offset of sequence 1 is 6, expected 4"):
-        Shard(prefix).check_index()
+        TokenShard(prefix).check_index()
 
 
 def test_missing_shard(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.idx does not exist"):
-        Shard(tmp_path / "nothing")
+        TokenShard(tmp_path / "nothing")
 
 
 def test_beyond_two_to_the_32_bytes(tmp_path):
@@ -90,7 +90,7 @@ def test_beyond_two_to_the_32_bytes(tmp_path):
         file.truncate(3 * length * 2)
         file.seek(2 * length * 2)
         file.write(np.array([11, 12], "<u2").tobytes())
-    shard = Shard(tmp_path / "big")
+    shard = TokenShard(tmp_path / "big")
     assert [shard.start_of(d) for d in range(4)] == [0, length, 2 * length, 3 * length]
     assert shard.document(2)[:2].tolist() == [11, 12]
 
@@ -108,7 +108,7 @@ def test_more_than_two_to_the_31_documents(tmp_path):
             file.seek(end - last.nbytes)
             file.write(last.tobytes())
     (tmp_path / "many.bin").write_bytes(np.arange(5, dtype="<u2").tobytes())
-    shard = Shard(tmp_path / "many")
+    shard = TokenShard(tmp_path / "many")
     assert shard.num_documents == number
     assert shard.document(number - 2).tolist() == [0, 1, 2]
     assert shard.document(number - 1).tolist() == [3, 4]
