@@ -33,6 +33,7 @@ from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.text.tokenizer import describe_tokenizer
 from megatron_fp4.precision import table as precision_table
 from megatron_fp4.precision.backends.choose import eager_reason
+from megatron_fp4.settings import to_json_values
 from megatron_fp4.storage.lock import STALE_SECONDS, RunLocked
 from megatron_fp4.train.build import Run, build
 from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
@@ -41,7 +42,6 @@ from megatron_fp4.train.faults.signals import EXIT_CONFIG, StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
 from megatron_fp4.train.job import lock_run_directory
 from megatron_fp4.train.phases import Phases
-from megatron_fp4.train.plain import plain
 from megatron_fp4.train.requirements import check_machine
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
@@ -223,7 +223,7 @@ def _announce(run: Run, checked: CheckedConfig, tree: DictConfig, console: Conso
 
 
 def _open_metrics(run: Run, wandb_id: str) -> Metrics:
-    settings = plain(run.config)
+    settings = to_json_values(run.config)
     step = run.resumed["step"] if run.resumed else 0
     run_dir = Path(run.config.train.run_dir)
     return Metrics.open(run.config.logging, run_dir, resume_step=step, wandb_id=wandb_id, settings=settings)

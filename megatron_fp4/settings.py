@@ -148,6 +148,17 @@ def sections(cls: type, key: str = "") -> Iterator[Section]:
             yield from sections(inner, f"{key}.{setting.name}{suffix}".lstrip("."))
 
 
+def to_json_values(value: Any) -> Any:
+    """Settings as checkpoints and loggers store them: dataclasses as dictionaries, enums by name, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json_values(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): to_json_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json_values(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
+
+
 @cache
 def member_comments(enum: type[Enum]) -> dict[str, str]:
     """Member of an enum -> the comment behind it."""

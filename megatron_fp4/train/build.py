@@ -18,13 +18,14 @@ from megatron_fp4.precision.backends import NonFiniteWatch
 from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.checked import CheckedConfig, open_data
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.faults.rollback_record import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
-from megatron_fp4.train.plain import plain
-from megatron_fp4.train.resume.find import find_resume, settle_differences
+from megatron_fp4.train.resume.differences import changes_on_resume
+from megatron_fp4.train.resume.find import find_resume
 from megatron_fp4.train.sections import NonFinite
 from megatron_fp4.train.telemetry.probes import Observers
 from megatron_fp4.train.trainable import build_trainable
@@ -69,7 +70,7 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
     chosen = find_resume(config.train.resume, store)
     resumed = chosen.meta if chosen else None
     phases.enter("build")
-    changes = settle_differences(resumed["config"], plain(config), config.train.resume_allow) if resumed else ""
+    changes = changes_on_resume(resumed["config"], to_json_values(config), config.train.resume_allow) if resumed else ""
     remembered = recall(run_dir, resumed, process.world)
     skip = remembered.skip if remembered else []
     loader, evaluations = open_data(checked, mesh.dp.rank, resumed["data"] if resumed else None, skip)

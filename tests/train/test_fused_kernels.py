@@ -16,9 +16,9 @@ from megatron_fp4.optim.config import Impl
 from megatron_fp4.precision import EmulatedBackend
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.proofs.parity import synthetic_inputs
-from megatron_fp4.train.plain import plain
+from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.requirements import by_torch
-from megatron_fp4.train.resume.find import settle_differences
+from megatron_fp4.train.resume.differences import changes_on_resume
 from megatron_fp4.train.trainable import build_trainable
 from tests.helpers.parity import parity_case
 from tests.layers.fused import fused_standins
@@ -64,9 +64,11 @@ def test_a_command_on_a_cpu_computes_by_torch() -> None:
 
 
 def test_a_resumed_run_may_choose_others() -> None:
-    saved = plain(to_run_config(compose_config([])))
-    chosen = plain(to_run_config(compose_config(["model.norm_impl=te", "model.loss_impl=te", "optim.impl=te"])))
-    table = settle_differences(saved, chosen, [])
+    saved = to_json_values(to_run_config(compose_config([])))
+    chosen = to_json_values(
+        to_run_config(compose_config(["model.norm_impl=te", "model.loss_impl=te", "optim.impl=te"]))
+    )
+    table = changes_on_resume(saved, chosen, [])
     assert "model.norm_impl" in table
     older = {name: value for name, value in saved["model"].items() if not name.endswith("_impl")}
-    settle_differences({**saved, "model": older}, saved, [])  # a checkpoint from before these settings existed
+    changes_on_resume({**saved, "model": older}, saved, [])  # a checkpoint from before these settings existed

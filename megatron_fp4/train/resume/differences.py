@@ -1,8 +1,8 @@
 """What changed between the checkpoint's settings and this run's, and whether that may be.
 
-One idea: settings are two nested dicts of plain values; rules, by glob over dotted keys, say what a difference means.
-The result is a table "checkpoint / config / used" for the log, and a refusal where a rule says so. Pure functions:
-the caller reads the settings and logs the table.
+Settings are two nested dictionaries of JSON values; rules, by glob over dotted keys, say what a difference means. The
+architecture must be the same; data and seeds only change when named in `train.resume_allow`; the rest takes effect and
+stands in a table. Pure functions: the caller reads the settings and logs the table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
+
+from megatron_fp4.settings import to_json_values
 
 ABSENT = "(absent)"
 MAX_CELL = 44
@@ -27,29 +29,44 @@ class Policy(Enum):
 
 
 @dataclass(frozen=True)
-class Rule:
+class ResumeRule:
     """keys: a glob over dotted keys ("model.*"). reason: ends the line in the table."""
 
     keys: str
     policy: Policy
-    reason: str
+    reason: str = ""
 
 
-DEFAULT_RULES = (
-    Rule("logging.*", Policy.ignore, ""),
-    Rule("checkpoint.*", Policy.ignore, ""),
-    Rule("model.*", Policy.refuse, "architecture: the tensors would not fit"),
-    Rule("data.*", Policy.ask, "data: the sample order would not go on"),
-    Rule("*seed", Policy.ask, "randomness would not go on"),
-    Rule("precision.*", Policy.note, "precision may change: tensors are stored without it"),
-    Rule("parallel.*", Policy.note, "layout may change: tensors are stored without it"),
-    Rule("*", Policy.note, "the config's value is used from here on"),
+RULES = (
+    ResumeRule("train.run_dir", Policy.ignore),
+    ResumeRule("train.resume*", Policy.ignore),
+    ResumeRule("train.*interval_steps", Policy.ignore),
+    ResumeRule("train.check_gemms", Policy.ignore),
+    ResumeRule("train.stop_after_steps", Policy.ignore),
+    ResumeRule("train.exit_after_seconds", Policy.ignore),
+    ResumeRule("train.hang_timeout_seconds", Policy.ignore),
+    ResumeRule("data.prefetch_batches", Policy.ignore),
+    ResumeRule("data.index_cache", Policy.ignore),
+    ResumeRule("logging.*", Policy.ignore),
+    ResumeRule("checkpoint.*", Policy.ignore),
+    ResumeRule("model.*_impl", Policy.note, "who computes it: the same tensors, other last bits"),
+    ResumeRule("model.mamba_kernel", Policy.note, "who computes it: the same tensors, other last bits"),
+    ResumeRule("model.*", Policy.refuse, "architecture: the tensors would not fit"),
+    ResumeRule("data.tokenizer", Policy.note, "where it lies; its content is checked against the shards"),
+    ResumeRule("data.sources*.paths*", Policy.note, "where the shards lie; their content is checked"),
+    ResumeRule("data.evaluation*", Policy.note, "other held-out sets: curves are not comparable"),
+    ResumeRule("data.*", Policy.ask, "data: the sample order would not go on"),
+    ResumeRule("*seed", Policy.ask, "randomness would not go on"),
+    ResumeRule("precision.*", Policy.note, "precision may change: tensors are stored without it"),
+    ResumeRule("parallel.*", Policy.note, "layout may change: tensors are stored without it"),
+    ResumeRule("*", Policy.note, "the config's value is used from here on"),
 )
+"""The first whose glob fits decides."""
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One setting that differs. used: the value that this run takes, "refused" if none."""
+class SettingDifference:
+    """One setting that differs."""
 
     key: str
     saved: Any
@@ -60,29 +77,40 @@ class Difference:
 
     @property
     def used(self) -> Any:
+        """The value that this run takes, "refused" if none."""
         return "refused" if self.refused else self.configured
 
 
-def differences(
+def changes_on_resume(saved: Mapping[str, Any], configured: Mapping[str, Any], allow: Sequence[str]) -> str:
+    """The table of settings that changed since the checkpoint, "" if none. Raises ValueError for what may not change.
+
+    allow: `train.resume_allow`.
+    """
+    changes = compare_settings(saved, configured, allow=allow)
+    refuse_forbidden(changes, 'train.resume_allow=["data.*"] (globs of settings)')
+    return as_table(changes) if changes else ""
+
+
+def compare_settings(
     saved: Mapping[str, Any],
     configured: Mapping[str, Any],
-    rules: Sequence[Rule] = DEFAULT_RULES,
+    rules: Sequence[ResumeRule] = RULES,
     allow: Sequence[str] = (),
-) -> list[Difference]:
-    """Every setting that differs, by key. The first rule whose glob fits decides; no rule: `note`.
+) -> list[SettingDifference]:
+    """Every setting that differs, by key.
 
     allow: globs of keys whose `ask` is answered. A setting that one side does not have at all (another version of the
     program) is asked about where it would be refused, because only a person can know that its default changes nothing.
     """
     left, right = dict(_leaves(saved)), dict(_leaves(configured))
-    found = []
+    differences = []
     for key in sorted(left.keys() | right.keys()):
         old, new = left.get(key, ABSENT), right.get(key, ABSENT)
         if type(old) is type(new) is float and old != old and new != new:
             continue
         if old == new and (isinstance(old, bool) == isinstance(new, bool)):
             continue
-        rule = next((one for one in rules if fnmatchcase(key, one.keys)), Rule("*", Policy.note, ""))
+        rule = rule_of(key, rules)
         policy = rule.policy
         if policy is Policy.ignore:
             continue
@@ -90,19 +118,24 @@ def differences(
             policy = Policy.ask
         allowed = any(fnmatchcase(key, glob) for glob in allow)
         refused = policy is Policy.refuse or (policy is Policy.ask and not allowed)
-        found.append(Difference(key, old, new, policy, refused, rule.reason))
-    return found
+        differences.append(SettingDifference(key, old, new, policy, refused, rule.reason))
+    return differences
 
 
-def check(found: Sequence[Difference], remedy: str) -> None:
+def rule_of(key: str, rules: Sequence[ResumeRule] = RULES) -> ResumeRule:
+    """What happens when the setting `key` differs: the first rule that fits, else `note`."""
+    return next((rule for rule in rules if fnmatchcase(key, rule.keys)), ResumeRule("*", Policy.note))
+
+
+def refuse_forbidden(differences: Sequence[SettingDifference], remedy: str) -> None:
     """Raise ValueError with the table of what is refused, if anything is.
 
     remedy: how the user allows a key here, e.g. "train.resume_allow=[data.*]".
     """
-    refused = [one for one in found if one.refused]
+    refused = [one for one in differences if one.refused]
     if not refused:
         return
-    lines = [f"resume refused, {len(refused)} settings differ from the checkpoint's:", table(refused)]
+    lines = [f"resume refused, {len(refused)} settings differ from the checkpoint's:", as_table(refused)]
     if any(one.policy is Policy.refuse for one in refused):
         lines.append("settings marked 'refuse' must be as in the checkpoint; or start a new run")
     if any(one.policy is Policy.ask for one in refused):
@@ -110,12 +143,12 @@ def check(found: Sequence[Difference], remedy: str) -> None:
     raise ValueError("\n".join(lines))
 
 
-def table(found: Sequence[Difference]) -> str:
+def as_table(differences: Sequence[SettingDifference]) -> str:
     """Text with the columns setting, checkpoint, config, used, and why."""
     header = ("setting", "checkpoint", "config", "used", "")
     rows = [
         (one.key, *map(_cell, (one.saved, one.configured, one.used)), f"{one.policy.value}: {one.reason}")
-        for one in found
+        for one in differences
     ]
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(4)]
     lines = [
@@ -130,13 +163,7 @@ def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+            yield f"{prefix}{name}", to_json_values(value)
 
 
 def _cell(value: Any) -> str:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import platform
-import subprocess
 from collections.abc import Callable
-from contextlib import suppress
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-import megatron_fp4
 from megatron_fp4.checkpoint import SaveFailed, SaveReport, SaveStatus
+from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.build import Run
-from megatron_fp4.train.plain import plain
 from megatron_fp4.train.progress import Progress
+from megatron_fp4.train.resume.provenance import git_state, versions
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
 
@@ -84,37 +75,8 @@ def meta_of(run: Run, progress: Progress, precision_phase: int, wandb_id: str) -
         "optimizer_steps": run.optimizer.step_count,
         "data": run.loader.state_dict(progress.consumed_samples),
         "precision": {name: list(formats) for name, formats in run.plan.table(precision_phase).formats().items()},
-        "config": plain(run.config),
+        "config": to_json_values(run.config),
         "versions": versions(),
         "git": git_state() if run.mesh.is_main else None,  # the main rank's is stored
         "wandb_id": wandb_id,
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    found = {
-        "megatron_fp4": megatron_fp4.__version__,
-        "torch": str(torch.__version__),
-        "cuda": str(torch.version.cuda),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-    with suppress(metadata.PackageNotFoundError):
-        found["transformer_engine"] = metadata.version("transformer-engine")
-    return found
-
-
-@functools.cache
-def git_state() -> str | None:
-    """Commit of the checkout that this package runs from, as `git describe` says it ("...-dirty" with changes on top);
-    None where it is no checkout, or there is no git.
-    """
-    root = Path(megatron_fp4.__file__).resolve().parents[1]
-    if not (root / ".git").exists():  # also the repository around a virtual environment is not this package's
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_fp4.train.resume.differences import ABSENT, Policy, Rule, check, differences, table
+from megatron_fp4.train.resume.differences import (
+    ABSENT,
+    Policy,
+    ResumeRule,
+    as_table,
+    compare_settings,
+    refuse_forbidden,
+)
 
 SAVED = {
     "model": {"hidden": 64, "heads": 4},
@@ -21,7 +28,7 @@ def changed(**groups: dict) -> dict:
 
 def test_nothing_differs() -> None:
     same = changed(optim={"betas": (0.9, 0.95), "lr": 0.001}, logging={"every": 5})
-    assert differences(SAVED, same) == [], "a tuple is a list after JSON, and logging is not compared"
+    assert compare_settings(SAVED, same) == [], "a tuple is a list after JSON, and logging is not compared"
 
 
 @pytest.mark.parametrize(
@@ -36,37 +43,37 @@ def test_nothing_differs() -> None:
     ],
 )
 def test_policy_per_kind(groups: dict, key: str, policy: Policy, refused: bool) -> None:
-    [found] = differences(SAVED, changed(**groups))
-    assert (found.key, found.policy, found.refused) == (key, policy, refused)
-    assert found.used == ("refused" if refused else found.configured)
+    [difference] = compare_settings(SAVED, changed(**groups))
+    assert (difference.key, difference.policy, difference.refused) == (key, policy, refused)
+    assert difference.used == ("refused" if refused else difference.configured)
 
 
 def test_allowing_answers_ask_but_not_refuse() -> None:
-    found = differences(SAVED, changed(data={"seed": 2}, model={"heads": 8}), allow=["data.*", "model.*"])
-    assert {one.key: one.refused for one in found} == {"data.seed": False, "model.heads": True}
+    changes = compare_settings(SAVED, changed(data={"seed": 2}, model={"heads": 8}), allow=["data.*", "model.*"])
+    assert {one.key: one.refused for one in changes} == {"data.seed": False, "model.heads": True}
     with pytest.raises(ValueError, match=r"1 settings differ(.|\n)*model\.heads") as error:
-        check(found, "train.resume_allow=[...]")
+        refuse_forbidden(changes, "train.resume_allow=[...]")
     assert "data.seed" not in str(error.value)
 
 
 def test_refusal_names_the_remedy() -> None:
-    found = differences(SAVED, changed(data={"seed": 2}))
+    changes = compare_settings(SAVED, changed(data={"seed": 2}))
     with pytest.raises(ValueError, match=r"can be allowed with train\.resume_allow=\[data\.seed\]"):
-        check(found, "train.resume_allow=[data.seed]")
-    check([one for one in found if not one.refused], "")
+        refuse_forbidden(changes, "train.resume_allow=[data.seed]")
+    refuse_forbidden([one for one in changes if not one.refused], "")
 
 
 def test_first_fitting_rule_decides_and_one_side_may_lack_a_key() -> None:
-    rules = [Rule("model.heads", Policy.note, "may change"), Rule("model.*", Policy.refuse, "")]
-    assert not differences(SAVED, changed(model={"heads": 8}), rules)[0].refused
+    rules = [ResumeRule("model.heads", Policy.note, "may change"), ResumeRule("model.*", Policy.refuse, "")]
+    assert not compare_settings(SAVED, changed(model={"heads": 8}), rules)[0].refused
     without = {**SAVED, "precision": {}}
-    gone = {one.key: one for one in differences(SAVED, without)}
+    gone = {one.key: one for one in compare_settings(SAVED, without)}
     assert gone["precision.recipe"].configured == ABSENT
 
 
 def test_table_has_all_columns_aligned() -> None:
-    found = differences(SAVED, changed(optim={"lr": 2e-3}, data={"paths": ["c" * 100]}))
-    lines = table(found).splitlines()
+    changes = compare_settings(SAVED, changed(optim={"lr": 2e-3}, data={"paths": ["c" * 100]}))
+    lines = as_table(changes).splitlines()
     assert lines[0].split() == ["setting", "checkpoint", "config", "used"]
     assert len(lines) == 3
     assert lines[1].index("refused") == lines[0].index("used"), "the columns do not line up"
