@@ -213,7 +213,7 @@ def _announce(run: Run, checked: CheckedConfig, tree: DictConfig, console: Conso
     if run.resumed:
         consumed_tokens = run.resumed["consumed_samples"] * config.data.seq_length
         now = checked.plan.table(checked.plan.phase_at(consumed_tokens))
-        changes = precision_table.format_difference(run.resumed["precision"], now)
+        changes = precision_table.difference_to_stored(run.resumed["precision"], now)
         if changes:
             console.say("precision differs from the checkpoint's:\n" + "\n".join(changes))
     if run.mesh.is_main:

@@ -51,6 +51,12 @@ class ParallelLinear(nn.Module):
         """Logical name, the same on every rank: `blocks.3.mlp.up`."""
         return self.site.name
 
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer: its name, the features on this rank, and its precision."""
+        rows, columns = self.weight.shape
+        here = " on this rank" if self._context.tp.size > 1 else ""
+        return f"{self.name}, {columns} -> {rows}{here}, {self.precision}"
+
     def gemm(self, x_TK: Tensor, tokens: Tokens, queue: WgradQueue) -> Tensor:
         """`[T, K_local] -> [T, N_local]` in the layer's precision."""
         context = self._context

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
 from megatron_fp4.precision.operand import Operand
-from megatron_fp4.precision.spec import LinearPrecision
+from megatron_fp4.precision.spec import LinearPrecision, operands_text
 
 
 class Product(NamedTuple):
@@ -30,7 +30,7 @@ class Product(NamedTuple):
     operands: tuple[Operand, Operand]
 
     def __str__(self) -> str:
-        return f"{self.name} {self.gemm} ({' * '.join(self.tensors)}) in {' * '.join(map(_words, self.operands))}"
+        return f"{self.name} {self.gemm} {operands_text(self.tensors, self.operands)}"
 
 
 class GemmMismatch(RuntimeError):
@@ -119,15 +119,3 @@ def differences(
 def _joined(a: str, b: str) -> str:
     """One name, or both where a GEMM mixes operands of two linears or two GEMMs."""
     return a if a == b else f"{a} with {b}"
-
-
-def _words(operand: Operand) -> str:
-    """Format, and what is not the format's default."""
-    parts = [operand.format.name]
-    if operand.tile is not None and operand.tile[0] > 1:
-        parts.append(f"{operand.tile[0]}x{operand.tile[1]}")
-    if operand.stochastic:
-        parts.append(operand.rounding.name)
-    if operand.rht_size:
-        parts.append(f"rht{operand.rht_size}")
-    return " ".join(parts)

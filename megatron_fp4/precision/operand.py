@@ -95,6 +95,21 @@ class Operand:
         for reason in _objections(self):
             raise ValueError(f"operand with format={self.format.name}: {reason}")
 
+    def __str__(self) -> str:
+        """`nvfp4 sr rht16`: the format and every setting that is not that format's default, so no two print alike."""
+        parts = [self.format.name]
+        if self.tile is not None and self.tile != TILES[self.format][0]:
+            parts.append(f"{self.tile[0]}x{self.tile[1]}")
+        if self.stochastic:
+            parts.append(self.rounding.name)
+        if self.rht_size:
+            parts.append(f"rht{self.rht_size}")
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            if setting.name not in ("format", "tile", "rounding", "rht_size") and value != setting.default:
+                parts.append(f"{setting.name}={value.name if isinstance(value, Enum) else value}")
+        return " ".join(parts)
+
     @property
     def quantized(self) -> bool:
         return self.format is not Format.bf16

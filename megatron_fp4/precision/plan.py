@@ -70,9 +70,8 @@ def base_table(config: PrecisionConfig, linears: Sequence[Linear]) -> PrecisionT
                 f"precision {label} matches no linear that an earlier rule has not taken; remove it, or mend its"
                 f" pattern (a name looks like {linears[0].name!r}; the model has {num_blocks} blocks)"
             )
-        names = tuple(getattr(rule, gemm) or rule.use for gemm in GEMMS)
-        precision = _combine(config, names)
-        rows.update({name: Row(name, precision, (names[0], names[1], names[2]), label) for name in mine})
+        precision = _combine(config, [getattr(rule, gemm) or rule.use for gemm in GEMMS])
+        rows.update({name: Row(name, precision, label) for name in mine})
     missing = [info.name for info in linears if info.name not in rows]
     if missing:
         raise ValueError(f"no precision rule matches {', '.join(missing)}; end the rules with a rule for '*'")
@@ -115,13 +114,12 @@ class PrecisionPlan:
         rows, changed = [], False
         for row in table.rows:
             if matches(switch.match, row.name):
-                names = [switch.use if g in switch.gemms else old for g, old in zip(GEMMS, row.recipes, strict=True)]
                 gemms = {g: getattr(recipe if g in switch.gemms else row.precision, g) for g in GEMMS}
                 wgrad_output = (recipe if "wgrad" in switch.gemms else row.precision).wgrad_output
                 precision = LinearPrecision(**gemms, wgrad_output=wgrad_output)
                 if precision != row.precision:
                     changed = True
-                    row = Row(row.name, precision, (names[0], names[1], names[2]), f"{row.reason}; {label}")
+                    row = Row(row.name, precision, f"{row.reason}; {label}")
             rows.append(row)
         if not changed:
             what = f"match {switch.match!r}, use {switch.use}"
@@ -140,15 +138,15 @@ class PrecisionPlan:
         if self.config.evaluation == "same":
             return self.table(phase)
         recipe = self.config.recipe(self.config.evaluation)
-        names = (self.config.evaluation,) * 3
-        return PrecisionTable(tuple(Row(row.name, recipe, names, "evaluation") for row in self.table(phase).rows))
+        return PrecisionTable(tuple(Row(row.name, recipe, "evaluation") for row in self.table(phase).rows))
 
     def describe(self) -> str:
-        """The table at the start, and what changes at each switch."""
-        text = describe(self.table())
+        """The table at the start, the recipes in words, and what changes at each switch."""
+        lines = [describe(self.table())]
+        lines += [f"recipe {name}: {recipe}" for name, recipe in self.config.recipes.items()]
         for (_, before), (start, after) in itertools.pairwise(self.phases):
-            text += "\n" + "\n".join([f"from {start:,} consumed tokens on:", *difference(before, after)])
-        return text
+            lines += [f"from {start:,} consumed tokens on:", *difference(before.texts(), after.texts())]
+        return "\n".join(lines)
 
     def check_shapes(self, linears: Sequence[Linear], *, tp: int, tokens: int) -> None:
         """Raises ValueError, before anything is built, for a local shape that a quantized GEMM cannot take.

@@ -22,6 +22,11 @@ class WgradOutput(Enum):
     compute = "compute"  # rounded once to the compute dtype: cheaper on CPUs, not what the paper does
 
 
+def operands_text(tensors: tuple[str, str], operands: tuple[Operand, Operand]) -> str:
+    """`dy nvfp4 sr, w nvfp4 16x16`."""
+    return ", ".join(f"{tensor} {operand}" for tensor, operand in zip(tensors, operands, strict=True))
+
+
 @dataclass(frozen=True)
 class Gemm:
     """What Fprop, Dgrad and Wgrad share: two operands, each called by its tensor, and the padding of both.
@@ -41,14 +46,14 @@ class Gemm:
             raise ValueError("pad: true on a GEMM in bf16, which takes any shape, would have no effect; leave it out")
         first, second = self.operands
         if (first.rht_size, first.rht_signs) != (second.rht_size, second.rht_signs):
-            sizes = (
-                f"{tensor} has size {operand.rht_size} with {operand.rht_signs.name} signs"
-                for tensor, operand in zip(self.tensors, self.operands, strict=True)
-            )
             raise ValueError(
-                f"{self.name}: the Hadamard transforms of the two operands must be equal to cancel in the product:"
-                f" {', '.join(sizes)}"
+                f"{self}: the Hadamard transforms of the two operands must be equal, in size and signs, to cancel in"
+                f" the product"
             )
+
+    def __str__(self) -> str:
+        """`dgrad dy nvfp4 sr, w nvfp4 16x16`."""
+        return f"{self.name} {operands_text(self.tensors, self.operands)}{' padded' if self.pad else ''}"
 
     @property
     def operands(self) -> tuple[Operand, Operand]:
@@ -109,6 +114,12 @@ class LinearPrecision:
     dgrad: Dgrad = field(default_factory=Dgrad)
     wgrad: Wgrad = field(default_factory=Wgrad)
     wgrad_output: WgradOutput = WgradOutput.fp32
+
+    def __str__(self) -> str:
+        """The three GEMMs in words, `bf16` for the default; two values that differ never print alike."""
+        gemms = [str(gemm) for gemm in self.gemms] if self.quantized else ["bf16"]
+        output = [] if self.wgrad_output is WgradOutput.fp32 else [f"wgrad_output={self.wgrad_output.name}"]
+        return " | ".join(gemms + output)
 
     @property
     def gemms(self) -> tuple[Fprop, Dgrad, Wgrad]:

@@ -20,7 +20,6 @@ class Row:
 
     name: str
     precision: LinearPrecision
-    recipes: tuple[str, str, str]
     reason: str
 
 
@@ -38,8 +37,12 @@ class PrecisionTable:
         return {row.name: row.precision for row in self.rows}
 
     def formats(self) -> dict[str, tuple[str, str, str]]:
-        """Name -> formats of fprop, dgrad, wgrad; what a run stores and a resume compares."""
+        """Name -> formats of fprop, dgrad, wgrad."""
         return {row.name: gemm_formats(row.precision) for row in self.rows}
+
+    def texts(self) -> dict[str, str]:
+        """Name -> precision in words; what a run stores and a resume compares."""
+        return {row.name: str(row.precision) for row in self.rows}
 
     @property
     def num_quantized_gemms(self) -> int:
@@ -119,33 +122,30 @@ def _ranges(numbers: Sequence[int]) -> str:
     return text if len(numbers) == 1 else f"{{{text}}}"
 
 
-def difference(old: PrecisionTable, new: PrecisionTable) -> list[str]:
-    """One line per group of linears whose precision differs; recipes where the formats alone do not show it."""
-    changes = []
-    for before, after in zip(old.rows, new.rows, strict=True):
-        assert before.name == after.name, "tables of two models"
-        if before.precision == after.precision:
-            continue
-        formats = [gemm_formats(row.precision) for row in (before, after)]
-        left, right = (row.recipes for row in (before, after)) if formats[0] == formats[1] else formats
-        changes.append((after.name, f"{' '.join(left)} -> {' '.join(right)}"))
-    return _joined(changes)
+def difference(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """One line per group of linears whose precision differs, of two `PrecisionTable.texts`: the GEMMs that do.
 
-
-def format_difference(stored: Mapping[str, Sequence[str]], table: PrecisionTable) -> list[str]:
-    """The same for the formats stored with a checkpoint (`PrecisionTable.formats`)."""
-    changes = []
-    for name, formats in table.formats().items():
-        before = tuple(stored.get(name, ("absent",)))
-        if before != formats:
-            changes.append((name, f"{' '.join(before)} -> {' '.join(formats)}"))
-    return _joined(changes)
-
-
-def _joined(changes: Sequence[tuple[str, str]]) -> list[str]:
-    """`blocks.{2-5}.mlp.up: nvfp4 nvfp4 nvfp4 -> bf16 nvfp4 nvfp4`: blocks that change alike on one line."""
+    `blocks.{2-5}.mlp.up: fprop x nvfp4, w nvfp4 16x16 -> fprop x bf16, w bf16`
+    """
     groups: dict[tuple[str, str], list[int | None]] = {}
-    for name, change in changes:
-        block, suffix = _split_name(name)
-        groups.setdefault((suffix, change), []).append(block)
+    for name, text in after.items():
+        if (stored := before.get(name, "absent")) != text:
+            block, suffix = _split_name(name)
+            groups.setdefault((suffix, _changed_gemms(stored, text)), []).append(block)
     return [f"{_group_name(suffix, blocks)}: {change}" for (suffix, change), blocks in groups.items()]
+
+
+def _changed_gemms(before: str, after: str) -> str:
+    left, right = before.split(" | "), after.split(" | ")
+    if len(left) == len(right):
+        changed = [number for number, gemm in enumerate(left) if gemm != right[number]]
+        left, right = ([gemms[number] for number in changed] for gemms in (left, right))
+    return f"{' | '.join(left)} -> {' | '.join(right)}"
+
+
+def difference_to_stored(stored: Mapping[str, str | Sequence[str]], table: PrecisionTable) -> list[str]:
+    """`difference` to what a checkpoint holds: texts, or, in older ones, the formats of the three GEMMs."""
+    before = {name: text if isinstance(text, str) else " ".join(text) for name, text in stored.items()}
+    after = table.texts()
+    formats = {name: " ".join(row) for name, row in table.formats().items() if isinstance(stored.get(name, ""), list)}
+    return difference(before, after | formats)

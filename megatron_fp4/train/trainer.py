@@ -177,7 +177,7 @@ class Trainer:
         if phase == old:
             return
         if old >= 0:
-            changes = precision_table.difference(plan.table(old), plan.table(phase))
+            changes = precision_table.difference(plan.table(old).texts(), plan.table(phase).texts())
             self.console.say("\n".join([f"step {self.progress.step + 1}: precision changes", *changes]))
         for stage in self.run.engine.stages:
             assign(stage, plan.table(phase))

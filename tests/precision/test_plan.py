@@ -13,7 +13,7 @@ from megatron_fp4.precision.operand import Format, Operand
 from megatron_fp4.precision.plan import PrecisionPlan, matches, selected_blocks
 from megatron_fp4.precision.recipes import nvfp4_paper
 from megatron_fp4.precision.spec import Fprop, LinearPrecision
-from megatron_fp4.precision.table import describe, difference, format_difference, summary
+from megatron_fp4.precision.table import describe, difference, difference_to_stored, summary
 
 MODEL = ModelConfig(num_layers=6, pattern="M-M*M-", vocab_size=96, mamba_num_heads=16, mamba_head_dim=16)
 LINEARS = model_linears(MODEL)
@@ -208,28 +208,43 @@ def test_the_summary_counts_gemms() -> None:
 
 def test_the_difference_names_what_changes() -> None:
     plan = plan_of(Rule("head"), ALL, switch=[FORWARD_AT_1000])
-    lines = difference(plan.table(0), plan.table(1))
-    assert "blocks.{0,2,4}.mamba.out_proj: nvfp4 nvfp4 nvfp4 -> bf16 nvfp4 nvfp4" in lines
+    start, later = plan.table(0).texts(), plan.table(1).texts()
+    lines = difference(start, later)
+    assert "blocks.{0,2,4}.mamba.out_proj: fprop x nvfp4, w nvfp4 16x16 -> fprop x bf16, w bf16" in lines
     assert not any("head" in line for line in lines), "the head stays as it was"
-    assert difference(plan.table(1), plan.table(1)) == []
+    assert difference(later, later) == []
     assert plan.describe().splitlines()[-len(lines) - 1 :] == ["from 1,000 consumed tokens on:", *lines]
 
 
-def test_the_difference_shows_recipes_of_one_format() -> None:
+def test_the_difference_shows_more_than_formats() -> None:
     """From stochastic to nearest rounding: the formats are equal, and yet the numbers change."""
     plan = plan_of(switch=[Switch(at_tokens=1000, match="*.mlp.up", gemms=["dgrad"], use="plain")])
-    assert difference(plan.table(0), plan.table(1)) == ["blocks.{1,5}.mlp.up: nvfp4 nvfp4 nvfp4 -> nvfp4 plain nvfp4"]
+    assert difference(plan.table(0).texts(), plan.table(1).texts()) == [
+        "blocks.{1,5}.mlp.up: dgrad dy nvfp4 sr, w nvfp4 16x16 -> dgrad dy nvfp4, w nvfp4 16x16"
+    ]
 
 
 def test_the_difference_to_a_checkpoint() -> None:
-    stored = {name: list(row) for name, row in formats(ALL).items()}
+    stored: dict[str, Any] = dict(plan_of().table().texts())
     table = plan_of(Rule("*.attention.*"), ALL).table()
-    assert format_difference(stored, table) == [
+    paper = stored["head"]
+    assert difference_to_stored(stored, table) == [
+        f"blocks.3.attention.qkv: {paper} -> bf16",
+        f"blocks.3.attention.out: {paper} -> bf16",
+    ]
+    del stored["head"]
+    assert f"head: absent -> {paper}" in difference_to_stored(stored, table)
+
+
+def test_the_difference_to_an_older_checkpoint() -> None:
+    """It holds formats only: those are compared, and equal ones are not reported as a change of everything."""
+    stored = {name: list(row) for name, row in formats(ALL).items()}
+    assert difference_to_stored(stored, plan_of().table()) == []
+    table = plan_of(Rule("*.attention.*"), ALL).table()
+    assert difference_to_stored(stored, table) == [
         "blocks.3.attention.qkv: nvfp4 nvfp4 nvfp4 -> bf16 bf16 bf16",
         "blocks.3.attention.out: nvfp4 nvfp4 nvfp4 -> bf16 bf16 bf16",
     ]
-    del stored["head"]
-    assert "head: absent -> nvfp4 nvfp4 nvfp4" in format_difference(stored, table)
 
 
 def test_a_gemm_of_two_formats_shows_both() -> None:

@@ -1,7 +1,10 @@
-"""Every combination of settings without a meaning is refused, and says why."""
+"""Every combination of settings without a meaning is refused, and says why; all others print differently."""
 
 from __future__ import annotations
 
+import itertools
+from contextlib import suppress
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -10,14 +13,18 @@ from megatron_fp4.precision import (
     AmaxScope,
     Format,
     FourOverSix,
+    Fprop,
     LinearPrecision,
     Operand,
     Rounding,
     ScaleOrder,
     Signs,
     Wgrad,
+    WgradOutput,
     nvfp4_paper,
+    uniform,
 )
+from megatron_fp4.precision.operand import RHT_SIZES
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rounding": Rounding.sr}, "nothing is quantized"),
@@ -72,3 +79,62 @@ def test_the_paper_recipe() -> None:
     assert recipe.wgrad.x == Operand(Format.nvfp4, rht_size=16)
     assert not LinearPrecision().quantized
     assert recipe.quantized
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+ALTERNATIVES: dict[str, list[Any]] = {
+    "format": list(Format),
+    "tile": [None, (1, 16), (16, 16), (1, 32), (1, 128), (128, 128)],
+    "rounding": list(Rounding),
+    "noise_bits": [8, 20],
+    "rht_size": list(RHT_SIZES),
+    "rht_signs": list(Signs),
+    "scale_order": list(ScaleOrder),
+    "amax_scope": list(AmaxScope),
+    "four_over_six": list(FourOverSix),
+    "four_over_six_bound": [256, 448],
+}
+
+
+def every_operand() -> set[Operand]:
+    """All that are not refused."""
+    operands = set()
+    for values in itertools.product(*ALTERNATIVES.values()):
+        with suppress(ValueError):
+            operands.add(Operand(*values))
+    return operands
+
+
+def test_the_text_of_the_paper_recipe() -> None:
+    assert str(nvfp4_paper()) == (
+        "fprop x nvfp4, w nvfp4 16x16 | dgrad dy nvfp4 sr, w nvfp4 16x16 | wgrad dy nvfp4 sr rht16, x nvfp4 rht16"
+    )
+    assert str(LinearPrecision()) == "bf16"
+    assert str(Operand(Format.nvfp4, rht_size=4, rht_signs=Signs.none)) == "nvfp4 rht4 rht_signs=none"
+    assert str(Operand(Format.fp8_block, tile=(128, 128))) == "fp8_block 128x128"
+    assert str(replace(Fprop(Operand(Format.mxfp8)), pad=True)) == "fprop x mxfp8, w bf16 padded"
+
+
+def test_two_operands_never_print_alike() -> None:
+    """Two recipes that compute differently would look the same in a table, a ledger and print(model)."""
+    assert list(ALTERNATIVES) == [field.name for field in fields(Operand)], "walk the new field too"
+    operands = every_operand()
+    assert len({str(operand) for operand in operands}) == len(operands) > 1000
+
+
+def test_two_recipes_never_print_alike() -> None:
+    """Every field of the precision of a linear, changed alone (transforms: in both operands of a GEMM)."""
+    paper, other = nvfp4_paper(), Operand(Format.nvfp4, scale_order=ScaleOrder.paper)
+    recipes = {paper, LinearPrecision(), uniform(other)}
+    for recipe in (paper, LinearPrecision()):
+        recipes |= {replace(recipe, wgrad_output=output) for output in WgradOutput}
+        for gemm in recipe.gemms:
+            changed = [replace(gemm, pad=True)] if gemm.quantized else []
+            if gemm.operands[0].rht_size == 0:
+                changed += [replace(gemm, **{tensor: other}) for tensor in gemm.tensors]
+            changed += [type(gemm)(*[replace(other, rht_size=size)] * 2) for size in RHT_SIZES]
+            recipes |= {replace(recipe, **{gemm.name: one}) for one in changed}
+    assert [field.name for field in fields(LinearPrecision)] == ["fprop", "dgrad", "wgrad", "wgrad_output"]
+    assert {field.name for gemm in paper.gemms for field in fields(gemm)} == {"pad", "x", "w", "dy"}
+    assert len({str(recipe) for recipe in recipes}) == len(recipes) > 40

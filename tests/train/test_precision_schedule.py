@@ -17,6 +17,7 @@ from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
 
 STEP_TOKENS = 4 * 32
+BACKWARD = "dgrad dy nvfp4 sr, w nvfp4 16x16 | wgrad dy nvfp4 sr rht16, x nvfp4 rht16"
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +65,10 @@ def test_a_switch_holds_from_exactly_its_step(tmp_path: Path, capfd: pytest.Capt
     expected, actual = losses(plain), losses(switched)
     assert [expected[step] == actual[step] for step in (1, 2, 3)] == [True] * 3, "the switch came early"
     assert expected[4] != actual[4], "the switch came late: Fprop of step 4 must be in BF16"
-    assert "from 384 consumed tokens on:\nblocks.0.attention.qkv: nvfp4 nvfp4 nvfp4 -> bf16 nvfp4 nvfp4" in output
+    change = "blocks.0.attention.qkv: fprop x nvfp4, w nvfp4 16x16 -> fprop x bf16, w bf16"
+    assert f"from 384 consumed tokens on:\n{change}" in output
     after = output[output.index("step 4: precision changes") :].splitlines()
-    assert after[1] == "blocks.0.attention.qkv: nvfp4 nvfp4 nvfp4 -> bf16 nvfp4 nvfp4"
+    assert after[1] == change
     assert any(line.lstrip().startswith("step      4/5") for line in after), "it is said before the step"
 
 
@@ -98,7 +100,7 @@ def test_resume_lands_in_the_right_phase(tmp_path: Path, capfd: pytest.CaptureFi
     assert_same_run(whole, pieces, range(1, 9), "a resume computes in another precision than the run without it")
     said = [stop for stop, text in outputs.items() if "precision differs from the checkpoint's" in text]
     assert said == [7], "only the resume from step 5, between two phases, starts in another precision"
-    assert "blocks.0.mlp.down: bf16 nvfp4 nvfp4 -> bf16 bf16 bf16" in outputs[7]
+    assert f"blocks.0.mlp.down: fprop x bf16, w bf16 | {BACKWARD} -> bf16" in outputs[7]
     assert "step 3: precision changes" in outputs[4], "the resume from step 1 goes through the switch at step 3"
 
 
@@ -110,7 +112,7 @@ def test_precision_may_change_on_resume_and_it_is_said(tmp_path: Path, capfd: py
     output = capfd.readouterr().out
     assert "precision.rules" in output, "the changed settings are listed"
     text = output[output.index("precision differs from the checkpoint's") :].splitlines()
-    assert text[1] == "blocks.0.attention.qkv: nvfp4 nvfp4 nvfp4 -> bf16 bf16 bf16"
+    assert text[1] == f"blocks.0.attention.qkv: fprop x nvfp4, w nvfp4 16x16 | {BACKWARD} -> bf16"
     assert len(text[1:]) >= 4, "all four linears of block 0"
 
 
@@ -142,6 +144,5 @@ def test_a_precision_that_is_not_assigned_ends_the_run(tmp_path: Path, monkeypat
     run = tiny_run(tmp_path, f"precision.switch=[{switch(2)}]", "train.check_gemms=true")
     with pytest.raises(GemmMismatch, match=r"step 2: GEMMs that are not as in the precision table") as caught:
         train(run, 3)
-    assert "blocks.0.mlp.up fprop (x * w) in nvfp4 * nvfp4 16x16: executed 2 times, not in the table" in str(
-        caught.value
-    )
+    extra = "blocks.0.mlp.up fprop x nvfp4, w nvfp4 16x16: executed 2 times, not in the table"
+    assert extra in str(caught.value)

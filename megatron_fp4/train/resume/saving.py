@@ -74,7 +74,7 @@ def meta_of(run: Run, progress: Progress, precision_phase: int, wandb_id: str) -
         "skipped_steps": progress.skipped_steps,
         "optimizer_steps": run.optimizer.step_count,
         "data": run.loader.state_dict(progress.consumed_samples),
-        "precision": {name: list(formats) for name, formats in run.plan.table(precision_phase).formats().items()},
+        "precision": run.plan.table(precision_phase).texts(),
         "config": to_json_values(run.config),
         "versions": versions(),
         "git": git_state() if run.mesh.is_main else None,  # the main rank's is stored
