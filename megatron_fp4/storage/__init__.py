@@ -1,1 +1,1 @@
-"""Files that survive what happens to disks and hosts: whole lines, owners, one launch a directory (floor 0)."""
+"""Files that survive what happens to disks and hosts: whole lines, checked files, owners, locks (floor 0)."""

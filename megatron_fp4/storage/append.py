@@ -1,7 +1,9 @@
 """Lines appended to a file, in spite of a disk that is full for a while.
 
-One idea: what the disk refuses is kept in memory, to the byte, and written before the next line. So a full disk neither
-ends a run nor tears or loses a line, as long as it has room again before the end.
+What the disk refuses is kept in memory, to the byte, and written before the next line. So a full disk neither ends a
+run nor tears or loses a line, as long as it has room again before the end.
+
+Not here: fsync. A power cut may take the last lines; what must survive one is written by durable.py.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """One launch per run directory.
 
-One idea: a lock file says who holds it (host, pid, start time); its modification time is a heartbeat. A holder on this
+A lock file says who holds it (host, pid, start time); its modification time is a heartbeat. A holder on this
 host is looked up in the kernel. One on another host (slurm requeued the job elsewhere) is watched: a heartbeat says
 that it lives, and when the last one is old by the file system's own clock it is gone. Looking and taking happen under a
-short file lock, so that two launches cannot both take over; where the file system has none, creation with O_EXCL
-still keeps one of them out.
+short lock of the file system (`exclusively`), so that two launches cannot both take over; where there is none, creation
+with O_EXCL still keeps one of them out.
 
-Held by rank 0 for the whole job. It does not guard reading, and containers that share a host name but not their
-process table must not share a run directory.
+It does not guard reading, and containers that share a host name but not their process table must not share a run
+directory. Not here: which rank takes it, and what the others are told (train/job.py).
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ class RunLocked(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """since: text for people. nonce: tells two launches of one process apart. touched: when the last heartbeat came, by
-    the file system's clock; age_seconds: since then.
+    """Who holds a lock; owner: None if the file is torn.
+
+    since: text for people. nonce: tells two launches of one process apart. touched: when the last heartbeat came, in
+    seconds of the file system's clock; age_seconds: how long ago that was.
     """
 
     owner: Owner | None
@@ -68,9 +70,11 @@ class Holder:
 
 
 class RunLock:
-    """The lock of `directory`. heartbeat_seconds: how often the holder touches it; stale_seconds: after so long
-    without a touch, a holder on another host is taken for dead. on_lost: called, by another thread, when another launch
-    has taken the lock over meanwhile (this process was frozen for long).
+    """The lock of `directory`.
+
+    heartbeat_seconds: how often the holder touches it. stale_seconds: a holder on another host that did not touch it
+    for so long is taken for dead. on_lost: called, by another thread, when another launch has taken the lock over (this
+    process was frozen for long).
     """
 
     def __init__(
@@ -100,22 +104,20 @@ class RunLock:
         self.directory.mkdir(parents=True, exist_ok=True)
         first = self._take(None)
         if first is not None:
-            log.warning(
-                "%s is held by %s; waiting up to %g s for a sign of life", self.path, first.describe(),
-                self._stale_seconds,
-            )  # fmt: skip
+            wait = f"waiting up to {self._stale_seconds:g} s for a sign of life"
+            log.warning("%s is held by %s; %s", self.path, first.describe(), wait)
         while first is not None and self._take(first) is not None:
             time.sleep(min(1.0, self._heartbeat_seconds / 4))
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
 
     def _take(self, seen: Holder | None) -> Holder | None:
-        """Take the lock; or return the holder if it is not known yet whether it lives. seen: at the first look."""
+        """Take the lock; or return the holder if it is not known yet whether it lives. seen: the one at first look."""
         with self._guarded() as now:
             holder = self._holder(now)
             if holder is not None and _may_live(holder, self._stale_seconds):
-                here = holder.owner is not None and holder.owner.host == Owner.me().host
-                if here or (seen and (holder.nonce, holder.touched) != (seen.nonce, seen.touched)):
+                on_this_host = holder.owner is not None and holder.owner.host == Owner.me().host
+                if on_this_host or (seen and (holder.nonce, holder.touched) != (seen.nonce, seen.touched)):
                     raise RunLocked(
                         f"the run directory {self.directory} is in use by {holder.describe()}; stop that launch, or"
                         f" choose another directory (if it is surely dead: remove {self.path})"

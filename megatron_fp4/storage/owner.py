@@ -1,7 +1,7 @@
 """Who made this: a process named so that another one can tell whether it still lives.
 
-One idea: (host, pid, start time). On the same host the kernel is asked; the start time tells a re-used pid. A process
-on another host cannot be asked: it lives as long as something of its keeps being touched.
+A process is (host, pid, start time). On the same host the kernel is asked; the start time tells a re-used pid. A
+process on another host cannot be asked: it lives as long as something of its keeps being touched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TAG = re.compile(r"(?P<host>.+)\.(?P<pid>\d+)\.(?P<start>\d+)")
 
 @dataclass(frozen=True)
 class Owner:
-    """start: the kernel's start time of the process in clock ticks after boot; 0 where unknown."""
+    """A process. start: see `start_of`."""
 
     host: str
     pid: int
@@ -30,16 +30,20 @@ class Owner:
 
     @property
     def tag(self) -> str:
-        """For file names."""
+        """The text form, for file names."""
         return f"{self.host}.{self.pid}.{self.start}"
 
     @staticmethod
     def from_tag(tag: str) -> Owner | None:
+        """The owner whose tag this is; None if it is no tag."""
         match = TAG.fullmatch(tag)
         return Owner(match["host"], int(match["pid"]), int(match["start"])) if match else None
 
     def lives(self, age_seconds: float, stale_seconds: float) -> bool:
-        """age_seconds: since something of the owner's was last touched; decides only for another host."""
+        """Whether the process still runs.
+
+        age_seconds: how long ago something of the owner's was last touched; decides only on another host.
+        """
         if self.host != socket.gethostname():
             return age_seconds < stale_seconds
         try:
@@ -52,7 +56,10 @@ class Owner:
 
 
 def start_of(pid: int) -> int:
-    """Field 22 of /proc/<pid>/stat, counted after the name, which may contain spaces; 0 unknown, -1 for a zombie."""
+    """The kernel's start time of a process in clock ticks after boot; 0 if unknown, -1 for a zombie.
+
+    It is field 22 of /proc/<pid>/stat (man proc_pid_stat), counted after the name, which may contain spaces.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
