@@ -2,16 +2,16 @@
 
     h_t = exp(dt_t A) h_(t-1) + dt_t x_t B_t^T          y_t = h_t C_t
 
-One idea: inside a chunk the recurrence is a masked matrix product, as in attention; between chunks only the state
-travels. `ssd_scan` does that; `ssd_recurrence` is the definition, slow, and what the scan is tested against.
-
-Not here: projections, convolution, softplus of dt, the skip D x and the gate (see mamba2.py).
+Inside a chunk the recurrence is a masked matrix product, as in attention; between chunks only the state travels.
+`ssd_scan` does that; `ssd_recurrence` is the definition, slow, and what the scan is tested against.
 
 Shape letters beyond those of layer_context.py:
     H heads, P head dim, G groups of heads that share B and C, R = H / G heads of a group, N state,
-    Q tokens of a chunk, K chunks of the sequence.
+    K chunks of the sequence, Q tokens of a chunk, J the tokens of the same chunk that a token Q looks back at.
 Everything is computed in FP32 (FP64 for FP64 inputs): the decays are differences of long sums, and the state is a sum
 over the whole sequence.
+
+Not here: projections, convolution, softplus of dt, the skip D x and the gate (mixer.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, einsum
 
 Carry = Callable[[Tensor, Tensor], Tensor]
 """(state_BHPN after the sequence had it begun with zero, survives_BH) -> the state_BHPN that it really begins with.
@@ -83,27 +83,31 @@ def ssd_scan(
     work = torch.promote_types(x_BSHP.dtype, torch.float32)
     x, dt, A, B, C = (part.to(work) for part in (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN))
     S, H, G = x.shape[1], x.shape[2], B.shape[2]
-    log_decay = _chunked(dt * A, chunk)  # [B, K, Q, H]; a padded token has dt = 0: it neither decays nor writes
-    u = _chunked(dt[..., None] * x, chunk).movedim(2, 3).unflatten(2, (G, H // G))  # [B, K, G, R, Q, P]
-    B, C = (_chunked(part, chunk).movedim(2, 3) for part in (B, C))  # [B, K, G, Q, N]
-    cumulative = log_decay.movedim(2, 3).cumsum(-1).unflatten(2, (G, H // G))  # [B, K, G, R, Q]
+    heads = (G, H // G)
+    # A padded token has dt = 0: it neither decays nor writes.
+    log_decay_BKQGR = _chunked(dt * A, chunk).unflatten(3, heads)
+    u_BKGRQP = einsum("BKQGRP->BKGRQP", _chunked(dt[..., None] * x, chunk).unflatten(3, heads))
+    B_BKQGN, C_BKQGN = _chunked(B, chunk), _chunked(C, chunk)
+    cumulative_BKGRQ = einsum("BKQGR->BKGRQ", log_decay_BKQGR).cumsum(-1)
+    # The number of documents that have begun in the chunk, for every group and head of it: [B, K, 1, 1, Q].
     runs = None if starts_BS is None else _chunked(starts_BS.to(torch.int64), chunk).cumsum(-1)[:, :, None, None]
 
-    y = _within_chunks(u, B, C, cumulative, runs)
-    # What each chunk adds to the state at its end, and what it leaves of the state before it. B and C are common to a
-    # group, so R * P is one dimension of the products.
-    to_end = cumulative[..., -1:] - cumulative
-    from_start = cumulative
+    inside_BKGRQP = _within_chunks(u_BKGRQP, B_BKQGN, C_BKQGN, cumulative_BKGRQ, runs)
+    # What each chunk adds to the state at its end, and what it leaves of the state before it.
+    to_end_BKGRQ = cumulative_BKGRQ[..., -1:] - cumulative_BKGRQ
+    from_start_BKGRQ = cumulative_BKGRQ
     if runs is not None:
-        to_end = to_end.masked_fill(runs[..., -1:] != runs, -torch.inf)
-        from_start = from_start.masked_fill(runs > 0, -torch.inf)
-    added = (u * to_end.exp()[..., None]).mT.flatten(3, 4) @ B  # [B, K, G, R * P, N]
-    survives = from_start.exp()
-    by_head = added.unflatten(3, (H // G, -1)).flatten(2, 3)
-    incoming, final = _between_chunks(by_head, survives[..., -1].flatten(2, 3), initial)
-    carried = C @ incoming.unflatten(2, (G, H // G)).flatten(3, 4).mT  # [B, K, G, Q, R * P]
-    y = y + carried.unflatten(-1, (H // G, -1)).movedim(-2, 3) * survives[..., None]
-    return y.flatten(2, 3).movedim(3, 2).flatten(1, 2)[:, :S], final
+        to_end_BKGRQ = to_end_BKGRQ.masked_fill(runs[..., -1:] != runs, -torch.inf)
+        from_start_BKGRQ = from_start_BKGRQ.masked_fill(runs > 0, -torch.inf)
+    added_BKGRPN = einsum("BKGRQP,BKQGN->BKGRPN", u_BKGRQP * to_end_BKGRQ.exp()[..., None], B_BKQGN)
+    survives_BKGRQ = from_start_BKGRQ.exp()
+    before_BKHPN, final_BHPN = _between_chunks(
+        added_BKGRPN.flatten(2, 3), survives_BKGRQ[..., -1].flatten(2, 3), initial
+    )
+    carried_BKGRQP = einsum("BKQGN,BKGRPN->BKGRQP", C_BKQGN, before_BKHPN.unflatten(2, heads))
+    y_BKGRQP = inside_BKGRQP + carried_BKGRQP * survives_BKGRQ[..., None]
+    y_BKQHP = einsum("BKGRQP->BKQGRP", y_BKGRQP).flatten(3, 4)
+    return y_BKQHP.flatten(1, 2)[:, :S], final_BHPN
 
 
 def _chunked(x: Tensor, chunk: int) -> Tensor:
@@ -114,37 +118,44 @@ def _chunked(x: Tensor, chunk: int) -> Tensor:
     return x.unflatten(1, (-1, chunk))
 
 
-def _within_chunks(u: Tensor, B: Tensor, C: Tensor, cumulative: Tensor, runs: Tensor | None) -> Tensor:
+def _within_chunks(
+    u_BKGRQP: Tensor, B_BKQGN: Tensor, C_BKQGN: Tensor, cumulative_BKGRQ: Tensor, runs: Tensor | None
+) -> Tensor:
     """Outputs from the tokens of the same chunk: `[B, K, G, R, Q, P]`.
 
-    y_i = sum over j <= i of (C_i . B_j) exp(cumulative_i - cumulative_j) u_j, for i and j between the same two starts.
+    y_q = sum over j <= q of (C_q . B_j) exp(cumulative_q - cumulative_j) u_j, for q and j between the same two starts.
     """
-    Q = u.shape[-2]
-    allowed = torch.ones(Q, Q, dtype=torch.bool, device=u.device).tril()
+    Q = u_BKGRQP.shape[-2]
+    allowed = torch.ones(Q, Q, dtype=torch.bool, device=u_BKGRQP.device).tril()
     if runs is not None:
         allowed = allowed & (runs[..., :, None] == runs[..., None, :])
     # Masked before the exponential: above the diagonal it would overflow, and infinity times zero has no gradient.
-    exponent = (cumulative[..., :, None] - cumulative[..., None, :]).masked_fill(~allowed, -torch.inf)
-    scores = (C @ B.mT)[:, :, :, None]  # shared by the heads of a group
-    return (scores * exponent.exp()) @ u
+    # In place, because this is the largest tensor of the layer.
+    decay_BKGRQJ = cumulative_BKGRQ[..., :, None] - cumulative_BKGRQ[..., None, :]
+    decay_BKGRQJ = decay_BKGRQJ.masked_fill_(~allowed, -torch.inf).exp_()
+    scores_BKGQJ = einsum("BKQGN,BKJGN->BKGQJ", C_BKQGN, B_BKQGN)  # shared by the heads of a group
+    return einsum("BKGRQJ,BKGRJP->BKGRQP", scores_BKGQJ[:, :, :, None] * decay_BKGRQJ, u_BKGRQP)
 
 
-def _between_chunks(added: Tensor, survives: Tensor, initial: Tensor | Carry | None) -> tuple[Tensor, Tensor]:
+def _between_chunks(added_BKHPN: Tensor, survives_BKH: Tensor, initial: Tensor | Carry | None) -> tuple[Tensor, Tensor]:
     """States before each chunk, `[B, K, H, P, N]`, and after the last, `[B, H, P, N]`.
 
-    added: `[B, K, H, P, N]` what each chunk writes. survives: `[B, K, H]` the part of an earlier state that it keeps.
+    added: what each chunk writes. survives: the part of an earlier state that it keeps.
     """
-    state, factor = torch.zeros_like(added[:, 0]), torch.ones_like(survives[:, 0])
+    state_BHPN, factor_BH = torch.zeros_like(added_BKHPN[:, 0]), torch.ones_like(survives_BKH[:, 0])
     states, factors = [], []
-    for number in range(added.shape[1]):
-        states.append(state)
-        factors.append(factor)
-        keeps = survives[:, number]
-        state, factor = state * keeps[..., None, None] + added[:, number], factor * keeps
-    incoming = torch.stack(states, dim=1)
+    for added_BHPN, keeps_BH in zip(added_BKHPN.unbind(1), survives_BKH.unbind(1), strict=True):
+        states.append(state_BHPN)
+        factors.append(factor_BH)
+        state_BHPN = state_BHPN * keeps_BH[..., None, None] + added_BHPN
+        factor_BH = factor_BH * keeps_BH
+    before_BKHPN = torch.stack(states, dim=1)
     if initial is None:
-        return incoming, state
-    before = initial if isinstance(initial, Tensor) else initial(state, factor)
-    before = before.to(added.dtype)
-    incoming = incoming + torch.stack(factors, dim=1)[..., None, None] * before[:, None]
-    return incoming, state + factor[..., None, None] * before
+        return before_BKHPN, state_BHPN
+    initial_BHPN = initial if isinstance(initial, Tensor) else initial(state_BHPN, factor_BH)
+    initial_BHPN = initial_BHPN.to(added_BKHPN.dtype)
+    factor_BKH = torch.stack(factors, dim=1)
+    return (
+        before_BKHPN + factor_BKH[..., None, None] * initial_BHPN[:, None],
+        state_BHPN + factor_BH[..., None, None] * initial_BHPN,
+    )
