@@ -1,6 +1,6 @@
 """Causal self-attention with grouped key-value heads, through torch's `scaled_dot_product_attention`.
 
-Heads are sharded over tp (query and key-value heads alike), the sequence over cp (see context_parallel.py). The
+Heads are sharded over tp (query and key-value heads alike), the sequence over cp (context_parallel.py). The
 projections are ordinary linears with a precision of their own; the two batched products inside stay in the compute
 dtype, as the paper keeps them (section 4.1).
 """
@@ -23,8 +23,8 @@ class Attention(nn.Module):
     """x_TD `[T/tp, D]` -> `[T/tp, D]`.
 
     rope_base: 0 for no position embedding (the hybrid models). keep_documents_apart: tokens attend only inside their
-    document; otherwise the whole sample is causal. recompute_core: may be set, see recompute.py. Raises ValueError if a
-    head count does not divide by tp.
+    document; otherwise the whole sample is causal. recompute_core: an attribute that may be set (recompute.py).
+    Raises ValueError if a head count does not divide by tp.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(f"{name}.out", num_heads * head_dim, hidden, context, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        return self.out(run_core(self._core, self.qkv(x_TD, tokens), tokens, again=self.recompute_core), tokens)
+        core_TN = run_core(self._core, self.qkv(x_TD, tokens), tokens, recompute=self.recompute_core)
+        return self.out(core_TN, tokens)
 
     def _core(self, qkv_TN: Tensor, tokens: Tokens) -> Tensor:
         """Everything between the projections, `[T, N / tp]`."""
@@ -65,9 +66,9 @@ class Attention(nn.Module):
         if self._rope_base:
             angles = rope_angles(tokens.positions, E, self._rope_base)
             q, k = apply_rope(q, angles), apply_rope(k, angles)
-        return self._mix(widen(q), widen(k), widen(v), tokens).reshape(B * S, -1).to(qkv_TN.dtype)
+        return self._attend(widen(q), widen(k), widen(v), tokens).reshape(B * S, -1).to(qkv_TN.dtype)
 
-    def _mix(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
+    def _attend(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
         if self._context.cp.size > 1:
             documents = tokens.documents if self._keep_documents_apart else None
             return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, documents, self._context.cp)

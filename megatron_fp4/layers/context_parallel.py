@@ -1,6 +1,6 @@
 """Attention over a sequence that is sharded over the context-parallel ranks.
 
-One idea: zig-zag shards. The sequence is cut into 2 * cp chunks and rank r holds chunks r and 2 * cp - 1 - r, so that
+The shards are zig-zag: the sequence is cut into 2 * cp chunks and rank r holds chunks r and 2 * cp - 1 - r, so that
 under a causal mask every rank has the same work. Keys and values are gathered (each token's K and V are small next to
 its activations with grouped heads) and put in sequence order; each of a rank's two query chunks then attends to the
 prefix that ends with it. The softmax sees its keys in the same order as on one rank.

@@ -49,7 +49,7 @@ class VocabParallelEmbedding(nn.Module):
         ids_T = ids_BS.reshape(-1)
         if self._tp.size == 1:
             return F.embedding(ids_T, self.weight)
-        mine_T = (ids_T >= self._first) & (ids_T < self._stop)
+        is_local_T = (ids_T >= self._first) & (ids_T < self._stop)
         local_T = (ids_T - self._first).clamp(0, self._stop - self._first - 1)
-        x_TD = F.embedding(local_T, self.weight).masked_fill(~mine_T[:, None], 0.0)
+        x_TD = F.embedding(local_T, self.weight).masked_fill(~is_local_T[:, None], 0.0)
         return scatter_sum_rows(x_TD, self._tp)

@@ -1,6 +1,6 @@
 """Vocabulary-parallel cross-entropy.
 
-The softmax needs two numbers from the other ranks per token, the largest logit and then (sum of exponentials,
+The softmax needs two messages from the other ranks, the largest logit of each token and then (sum of exponentials,
 logit of the label), so the logits themselves never travel. Exponentials are in FP32 whatever the logits are, their sum
 in FP64, so that the number of shards does not show in it.
 
@@ -33,29 +33,31 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx: Any, logits_TV: Tensor, labels_T: Tensor, first: int, vocab_size: int, smoothing: float, group: Group
     ) -> Tensor:
         z_TV = logits_TV.float()
-        top_T = all_reduce_max(z_TV.amax(dim=-1), group)
-        z_TV = z_TV - top_T[:, None]
-        counted_T = labels_T != IGNORE
+        largest_T = all_reduce_max(z_TV.amax(dim=-1), group)
+        z_TV = z_TV - largest_T[:, None]
+        is_target_T = labels_T != IGNORE
         local_T = labels_T - first
-        mine_T = counted_T & (local_T >= 0) & (local_T < z_TV.shape[-1])
+        is_local_T = is_target_T & (local_T >= 0) & (local_T < z_TV.shape[-1])
         index_T = local_T.clamp(0, z_TV.shape[-1] - 1)
-        picked_T = z_TV.gather(1, index_T[:, None])[:, 0].masked_fill(~mine_T, 0.0)
-        total_T = z_TV.sum(-1, dtype=torch.float64) if smoothing else torch.zeros_like(picked_T).double()
+        label_logit_T = z_TV.gather(1, index_T[:, None])[:, 0].masked_fill(~is_local_T, 0.0)
+        total_T = z_TV.sum(-1, dtype=torch.float64) if smoothing else torch.zeros_like(label_logit_T).double()
         exp_TV = z_TV.exp_()
-        parts = torch.stack([exp_TV.sum(-1, dtype=torch.float64), picked_T.double(), total_T])
+        parts = torch.stack([exp_TV.sum(-1, dtype=torch.float64), label_logit_T.double(), total_T])
         sums = all_reduce_sum(parts, group).float()
         loss_T = sums[0].log() - (1.0 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
-        ctx.save_for_backward(exp_TV.div_(sums[0][:, None]), index_T, mine_T, counted_T)
-        ctx.smoothing, ctx.vocab_size, ctx.dtype = smoothing, vocab_size, logits_TV.dtype
-        return loss_T.masked_fill(~counted_T, 0.0)
+        ctx.save_for_backward(exp_TV.div_(sums[0][:, None]), index_T, is_local_T, is_target_T)
+        ctx.smoothing = smoothing
+        ctx.vocab_size = vocab_size
+        ctx.dtype = logits_TV.dtype
+        return loss_T.masked_fill(~is_target_T, 0.0)
 
     @staticmethod
     def backward(ctx: Any, g_T: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
-        softmax_TV, index_T, mine_T, counted_T = ctx.saved_tensors
+        softmax_TV, index_T, is_local_T, is_target_T = ctx.saved_tensors
         dz_TV = softmax_TV - ctx.smoothing / ctx.vocab_size
         rows = torch.arange(dz_TV.shape[0], device=dz_TV.device)
-        dz_TV[rows, index_T] -= (1.0 - ctx.smoothing) * mine_T.float()
-        dz_TV *= (g_T * counted_T)[:, None]
+        dz_TV[rows, index_T] -= (1.0 - ctx.smoothing) * is_local_T.float()
+        dz_TV *= (g_T * is_target_T)[:, None]
         return dz_TV.to(ctx.dtype), None, None, None, None, None
 
 

@@ -13,15 +13,17 @@ from megatron_fp4.layers.recompute import run_core
 
 
 class Activation(Enum):
-    squared_relu = "squared_relu"
-    swiglu = "swiglu"
+    """What an MLP computes between its two linears."""
+
+    squared_relu = "squared_relu"  # relu(up)^2
+    swiglu = "swiglu"  # silu(gate) * up
 
 
 class MLP(nn.Module):
     """`down(act(up(x)))`: x_TD `[T/tp, D]` -> `[T/tp, D]`.
 
-    SwiGLU fuses gate and up into one column-parallel weight with two named parts. recompute_core: may be set, see
-    recompute.py.
+    SwiGLU fuses gate and up into one column-parallel weight with two named parts. recompute_core: an attribute that may
+    be set (recompute.py).
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f"{name}.down", ffn_hidden, hidden, context, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        h_TF = run_core(self._activate, self.up(x_TD, tokens), again=self.recompute_core)
+        h_TF = run_core(self._activate, self.up(x_TD, tokens), recompute=self.recompute_core)
         return self.down(h_TF, tokens)
 
     def _activate(self, h_TF: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """Mamba-2 over a sequence that is sharded over the context-parallel ranks.
 
-One idea: the recurrence is linear in the state, so every rank scans its two zig-zag chunks from a zero state, the small
-final states (H * P * N numbers a sequence, whatever its length) are gathered, and the state that enters each chunk is
-worked out from them. The convolution needs only the last few tokens of the chunk before. Each token is scanned once, on
-the rank that holds it, and no head or group count has to divide by cp.
+The recurrence is linear in the state, so every rank scans its two zig-zag chunks from a zero state, the small final
+states (H * P * N numbers a sequence, whatever its length) are gathered, and the state that enters each chunk is worked
+out from them. The convolution needs only the last few tokens of the chunk before. Each token is scanned once, on the
+rank that holds it, and no head or group count has to divide by cp.
 
 A rank's sequence is treated as `pieces` separate ones: `[B, S, ...]` is viewed as `[B * pieces, S / pieces, ...]`, two
-pieces under context parallelism and one without. The chunk order is that of context_parallel.py:
+pieces under context parallelism and one without. The order of chunks is that of layers/context_parallel.py:
 
     cp = 2:   rank 0 holds chunks 0 3,   rank 1 holds chunks 1 2
 """
@@ -29,9 +29,7 @@ def in_pieces(x_BS: Tensor, cp: Group) -> Tensor:
 def previous_tokens(pieces: Tensor, count: int, cp: Group) -> Tensor:
     """The `count` tokens before each piece, `[B * pieces, count, ...]`; zeros before the start of the sequence.
 
-    pieces: `[B * pieces, S / pieces, ...]`.
-
-    Raises ValueError if a piece is shorter than that.
+    pieces: `[B * pieces, S / pieces, ...]`. Raises ValueError if a piece is shorter than `count`.
     """
     if cp.size == 1:
         return pieces.new_zeros(pieces.shape[0], count, *pieces.shape[2:])
@@ -42,7 +40,7 @@ def previous_tokens(pieces: Tensor, count: int, cp: Group) -> Tensor:
         )
     tails = _gather_pieces(pieces[:, -count:], cp)
     before = torch.cat([torch.zeros_like(tails[:1]), tails[:-1]])
-    return _mine(before, cp)
+    return _local_pieces(before, cp)
 
 
 def carry_states(state_BHPN: Tensor, survives_BH: Tensor, cp: Group) -> Tensor:
@@ -57,7 +55,7 @@ def carry_states(state_BHPN: Tensor, survives_BH: Tensor, cp: Group) -> Tensor:
     for chunk in chunks:
         states.append(state)
         state = state * chunk[..., -1:] + chunk[..., :-1]
-    return _mine(torch.stack(states), cp).unflatten(-1, state_BHPN.shape[2:])
+    return _local_pieces(torch.stack(states), cp).unflatten(-1, state_BHPN.shape[2:])
 
 
 def _gather_pieces(pieces: Tensor, cp: Group) -> Tensor:
@@ -66,6 +64,6 @@ def _gather_pieces(pieces: Tensor, cp: Group) -> Tensor:
     return in_sequence_order(gathered.unflatten(0, (cp.size, 2)), cp)
 
 
-def _mine(chunks: Tensor, cp: Group) -> Tensor:
+def _local_pieces(chunks: Tensor, cp: Group) -> Tensor:
     """`[2 * cp, B, ...] -> [B * 2, ...]`: this rank's two chunks, as pieces."""
     return torch.stack([chunks[cp.rank], chunks[-1 - cp.rank]], dim=1).flatten(0, 1)

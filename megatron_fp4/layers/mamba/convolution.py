@@ -1,7 +1,7 @@
 """The short depthwise convolution of Mamba-2: causal, with bias and SiLU, in FP32.
 
-One idea: with four taps it is four shifted multiply-adds, and written out they can stop at the beginning of a document,
-which a convolution kernel cannot.
+With four taps it is four shifted multiply-adds, and written out they can stop at the beginning of a document, which a
+convolution kernel cannot.
 """
 
 from __future__ import annotations

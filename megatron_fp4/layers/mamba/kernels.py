@@ -1,7 +1,7 @@
 """The optional CUDA kernels of `mamba-ssm` and `causal-conv1d`, for the two parts of Mamba-2 that are no GEMM.
 
-One idea: only the convolution and the scan are handed over. `mamba-ssm` also offers one kernel for the whole mixer; it
-would multiply by the projection weights itself, in BF16, past the precision that is set on them, and is not used.
+Only the convolution and the scan are handed over. `mamba-ssm` also offers one kernel for the whole mixer; it would
+multiply by the projection weights itself, in BF16, past the precision that is set on them, and is not used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 
 class MambaKernel(Enum):
+    """Who computes convolution and scan."""
+
     torch = "torch"  # layers/mamba/ssd.py and layers/mamba/convolution.py: any device, context parallelism
     mamba_ssm = "mamba_ssm"  # the packages' Triton and CUDA kernels
 

@@ -4,11 +4,11 @@
     y = SSD(x, softplus(dt + dt_bias), -exp(A_log), B, C) + D x
     out_proj(group_rms_norm(y * silu(z)))
 
-One idea: only the two projections are GEMMs with a precision; everything between them is in FP32 and belongs to one
-head or one group, so tensor parallelism is a matter of holding fewer of them. The weights of the projections are never
-handed to a fused kernel.
+Only the two projections are GEMMs with a precision; everything between them is in FP32 and belongs to one head or one
+group, so tensor parallelism is a matter of holding fewer of them. The weights of the projections are never handed to a
+fused kernel.
 
-Letters as in ssd.py; W = channels of a fused tensor on this rank, I = H * P.
+Letters as in ssd.py, on this rank: W = channels of x | B | C, I = H * P = channels of x.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_fp4.comm.rect import Placement, Segment, split_evenly
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
@@ -30,10 +29,11 @@ from megatron_fp4.layers.mamba.convolution import causal_conv
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.layers.mamba.ssd import document_starts, ssd_scan
 from megatron_fp4.layers.parameter import Initializer, constant_init, make_parameter, sharded_vector, uniform_init
+from megatron_fp4.layers.recompute import run_core
 from megatron_fp4.numerics.random import key_of, uniform
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
-"""Range of the initial step sizes softplus(dt_bias), log-uniform (Mamba-2's defaults; reference/paper.md 5.2)."""
+"""Range of the initial step sizes softplus(dt_bias), log-uniform (the defaults of Mamba-2)."""
 
 
 class MambaSizes(Protocol):
@@ -79,17 +79,18 @@ class Mamba2(nn.Module):
         super().__init__()
         if config.mamba_conv < 2:
             raise ValueError(f"model.mamba_conv = {config.mamba_conv}; the convolution needs at least 2 taps")
-        self._context, self._keep_documents_apart = context, keep_documents_apart
-        self._chunk = config.mamba_chunk
-        self._groups = split_evenly(config.mamba_num_groups, context.tp, what="model.mamba_num_groups")
-        self._heads = split_evenly(config.mamba_num_heads, context.tp, what="model.mamba_num_heads")
-        self._fused = FusedMamba(context.device, context.cp.size) if kernel is MambaKernel.mamba_ssm else None
         inner = config.mamba_num_heads * config.mamba_head_dim
         states = config.mamba_num_groups * config.mamba_state
         conv_parts = {"x": inner, "B": states, "C": states}
         outputs = {"z": inner, **conv_parts, "dt": config.mamba_num_heads}
+        self._context = context
+        self._keep_documents_apart = keep_documents_apart
+        self._chunk = config.mamba_chunk
+        self._groups = split_evenly(config.mamba_num_groups, context.tp, what="model.mamba_num_groups")
+        self._heads = split_evenly(config.mamba_num_heads, context.tp, what="model.mamba_num_heads")
         self._inner = inner // context.tp.size
         self._conv_rows = [size // context.tp.size for size in conv_parts.values()]
+        self._fused = FusedMamba(context.device, context.cp.size) if kernel is MambaKernel.mamba_ssm else None
         self.in_proj = ColumnParallelLinear(f"{name}.in_proj", config.hidden, outputs, context, std=std)
         self.conv_weight = _conv_parameter(name, "weight", conv_parts, config.mamba_conv, context)
         self.conv_bias = _conv_parameter(name, "bias", conv_parts, config.mamba_conv, context)
@@ -101,41 +102,51 @@ class Mamba2(nn.Module):
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         projected_TW = widen(self.in_proj(x_TD, tokens))
-        gated_TI = checkpoint(self._mix, projected_TW, tokens, use_reentrant=False, preserve_rng_state=False)
+        gated_TI = run_core(self._core, projected_TW, tokens, recompute=True)
         return self.out_proj(gated_TI.to(x_TD.dtype), tokens)
 
-    def _mix(self, projected_TW: Tensor, tokens: Tokens) -> Tensor:
+    def _core(self, projected_TW: Tensor, tokens: Tokens) -> Tensor:
         """Everything between the projections, `[T, inner / tp]`.
 
-        Computed again in the backward pass, as attention kernels do: the decays between all pairs of tokens of a chunk
-        alone would be `4 * H * Q` bytes a token.
+        Always computed a second time in the backward pass, as attention kernels do: the decays between all pairs of
+        tokens of a chunk alone would be `4 * H * Q` bytes a token.
         """
         B, S = tokens.positions.shape
         pieces = in_pieces(projected_TW.view(B, S, -1), self._context.cp)
-        z, xBC, dt = pieces.split([self._inner, sum(self._conv_rows), self._heads], dim=-1)
-        work = torch.promote_types(dt.dtype, torch.float32)
-        dt_BSH = F.softplus(dt.to(work) + self.dt_bias.to(work))
-        y_BSHP = self._recur(xBC, dt_BSH, -self.A_log.to(work).exp(), tokens)
-        return self.norm(y_BSHP.flatten(2), z).view(B * S, self._inner)
+        z_BSI, xBC_BSW, dt_BSH = pieces.split([self._inner, sum(self._conv_rows), self._heads], dim=-1)
+        documents_BS = in_pieces(tokens.documents, self._context.cp) if self._keep_documents_apart else None
+        work = torch.promote_types(dt_BSH.dtype, torch.float32)
+        dt_BSH = F.softplus(dt_BSH.to(work) + self.dt_bias.to(work))
+        recur = self._recur if self._fused is None else self._recur_fused
+        x_BSHP, y_BSHP = recur(xBC_BSW, dt_BSH, -self.A_log.to(work).exp(), documents_BS)
+        y_BSHP = y_BSHP + self.D.to(y_BSHP.dtype)[:, None] * x_BSHP
+        return self.norm(y_BSHP.flatten(2), z_BSI).view(B * S, self._inner)
 
-    def _recur(self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, tokens: Tokens) -> Tensor:
-        """Convolution, state-space recurrence and skip: y_BSHP, FP32."""
-        cp, chunk = self._context.cp, self._chunk
-        documents = in_pieces(tokens.documents, cp) if self._keep_documents_apart else None
-        if self._fused is not None:
-            x, B, C = self._heads_of(self._fused.conv(xBC_BSW, self.conv_weight, self.conv_bias, documents))
-            y = self._fused.scan(x, dt_BSH, A_H, B, C, chunk=chunk, documents_BS=documents)
-        else:
-            reach = self.conv_weight.shape[1] - 1
-            before, starts = previous_tokens(xBC_BSW, reach, cp), None
-            if documents is not None:
-                earlier = previous_tokens(documents, reach, cp)
-                starts = document_starts(documents, earlier[:, -1])
-                documents = torch.cat([earlier, documents], dim=1)
-            x, B, C = self._heads_of(causal_conv(xBC_BSW, before, self.conv_weight, self.conv_bias, documents))
-            carry = functools.partial(carry_states, cp=cp) if cp.size > 1 else None
-            y, _ = ssd_scan(x, dt_BSH, A_H, B, C, chunk=chunk, starts_BS=starts, initial=carry)
-        return y + self.D.to(y.dtype)[:, None] * x
+    def _recur(
+        self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, documents_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolution and recurrence by torch: x_BSHP after the convolution, and y_BSHP in FP32."""
+        cp, reach = self._context.cp, self.conv_weight.shape[1] - 1
+        before_BJW = previous_tokens(xBC_BSW, reach, cp)
+        starts_BS = documents_BI = None
+        if documents_BS is not None:
+            before_BJ = previous_tokens(documents_BS, reach, cp)
+            starts_BS = document_starts(documents_BS, before_BJ[:, -1])
+            documents_BI = torch.cat([before_BJ, documents_BS], dim=1)
+        xBC_BSW = causal_conv(xBC_BSW, before_BJW, self.conv_weight, self.conv_bias, documents_BI)
+        x, B, C = self._heads_of(xBC_BSW)
+        carry = functools.partial(carry_states, cp=cp) if cp.size > 1 else None
+        y, _ = ssd_scan(x, dt_BSH, A_H, B, C, chunk=self._chunk, starts_BS=starts_BS, initial=carry)
+        return x, y
+
+    def _recur_fused(
+        self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, documents_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same by the kernels of mamba-ssm."""
+        assert self._fused is not None
+        xBC_BSW = self._fused.conv(xBC_BSW, self.conv_weight, self.conv_bias, documents_BS)
+        x, B, C = self._heads_of(xBC_BSW)
+        return x, self._fused.scan(x, dt_BSH, A_H, B, C, chunk=self._chunk, documents_BS=documents_BS)
 
     def _heads_of(self, xBC_BSW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_BSHP, B_BSGN and C_BSGN."""
@@ -155,7 +166,8 @@ class GatedGroupRMSNorm(nn.Module):
 
     def __init__(self, name: str, inner: int, num_groups: int, context: LayerContext, *, eps: float) -> None:
         super().__init__()
-        self._groups, self._eps = num_groups // context.tp.size, eps
+        self._groups = num_groups // context.tp.size
+        self._eps = eps
         self.weight = _sharded_vector(f"{name}.weight", inner, constant_init(1.0), context)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
