@@ -1,6 +1,8 @@
 """One block of the decoder: a pre-norm residual around each of its mixers.
 
-x <- x + dropout(mixer(norm(x)))         once for M, * and -;  attention, then MLP for T
+    x <- x + dropout(mixer(norm(x)))         once for M, * and -;  attention, then MLP for T
+
+The linears of a block are also listed here without building it, for the precision plan and for planning.
 """
 
 from __future__ import annotations
@@ -18,31 +20,37 @@ from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.config import ModelConfig
 
 MIXERS = {"T": ("attention", "mlp"), "M": ("mamba",), "*": ("attention",), "-": ("mlp",)}
+"""The kinds of mixers in a block, by its letter in `model.pattern`; also their part of logical names."""
 
 
 def make_mixer(
     kind: str, name: str, config: ModelConfig, context: LayerContext, *, keep_documents_apart: bool
-) -> nn.Module:
+) -> Attention | MLP | Mamba2:
     """The mixer `kind` (attention, mlp or mamba) with the logical name `name`."""
     std, out_std = config.init_std, config.residual_std
-    if kind == "attention":
-        return Attention(
+    if kind == "mlp":
+        return MLP(name, config.hidden, config.ffn_hidden, config.activation, context, std=std, out_std=out_std)
+    if kind == "mamba":
+        return Mamba2(
             name,
-            config.hidden,
-            config.num_heads,
-            config.num_kv_heads,
-            config.attention_head_dim,
+            config,
             context,
-            rope_base=config.rope_base,
             keep_documents_apart=keep_documents_apart,
             std=std,
             out_std=out_std,
+            kernel=config.mamba_kernel,
         )
-    if kind == "mlp":
-        return MLP(name, config.hidden, config.ffn_hidden, config.activation, context, std=std, out_std=out_std)
-    kernel = config.mamba_kernel
-    return Mamba2(
-        name, config, context, keep_documents_apart=keep_documents_apart, std=std, out_std=out_std, kernel=kernel
+    return Attention(
+        name,
+        config.hidden,
+        config.num_heads,
+        config.num_kv_heads,
+        config.attention_head_dim,
+        context,
+        rope_base=config.rope_base,
+        keep_documents_apart=keep_documents_apart,
+        std=std,
+        out_std=out_std,
     )
 
 
@@ -51,23 +59,34 @@ def make_norm(name: str, config: ModelConfig, context: LayerContext) -> RMSNorm:
     return RMSNorm(name, config.hidden, context, eps=config.norm_eps, impl=config.norm_impl)
 
 
+class Residual(nn.Module):
+    """`x + dropout(mixer(norm(x)))`: x_TD `[T/tp, D]` -> `[T/tp, D]`."""
+
+    def __init__(self, norm: RMSNorm, mixer: Attention | MLP | Mamba2, dropout: Dropout) -> None:
+        super().__init__()
+        self.norm = norm
+        self.mixer = mixer
+        self.dropout = dropout
+
+    def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
+        return x_TD + self.dropout(self.mixer(self.norm(x_TD), tokens), tokens)
+
+
 class Block(nn.Module):
     """Block `index` of the model: x_TD `[T/tp, D]` -> `[T/tp, D]`."""
 
     def __init__(self, index: int, config: ModelConfig, context: LayerContext, *, keep_documents_apart: bool) -> None:
         super().__init__()
-        self.kinds = MIXERS[config.blocks[index]]
-        for kind in self.kinds:
+        self.residuals = nn.ModuleList()
+        for kind in MIXERS[config.blocks[index]]:
             name = f"blocks.{index}.{kind}"
+            norm = make_norm(f"{name}_norm", config, context)
             mixer = make_mixer(kind, name, config, context, keep_documents_apart=keep_documents_apart)
-            self.add_module(f"{kind}_norm", make_norm(f"{name}_norm", config, context))
-            self.add_module(kind, mixer)
-            self.add_module(f"{kind}_dropout", Dropout(f"{name}_dropout", config.dropout, context))
+            self.residuals.append(Residual(norm, mixer, Dropout(f"{name}_dropout", config.dropout, context)))
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        for kind in self.kinds:
-            norm, mixer, dropout = (self.get_submodule(kind + part) for part in ("_norm", "", "_dropout"))
-            x_TD = x_TD + dropout(mixer(norm(x_TD), tokens), tokens)
+        for residual in self.residuals:
+            x_TD = residual(x_TD, tokens)
         return x_TD
 
 
@@ -98,10 +117,10 @@ class LinearInfo:
 
 def block_linears(index: int, config: ModelConfig) -> list[LinearInfo]:
     """The linears of block `index`, in the order of execution."""
-    found: list[LinearInfo] = []
+    linears: list[LinearInfo] = []
 
     def add(name: str, in_features: int, outputs: dict[str, int], *, column: bool) -> None:
-        found.append(LinearInfo(f"blocks.{index}.{name}", index, in_features, outputs, column))
+        linears.append(LinearInfo(f"blocks.{index}.{name}", index, in_features, outputs, column))
 
     D, F = config.hidden, config.ffn_hidden
     for kind in MIXERS[config.blocks[index]]:
@@ -119,10 +138,10 @@ def block_linears(index: int, config: ModelConfig) -> list[LinearInfo]:
             parts = {"z": inner, "x": inner, "B": states, "C": states, "dt": config.mamba_num_heads}
             add("mamba.in_proj", D, parts, column=True)
             add("mamba.out_proj", inner, {"": D}, column=False)
-    return found
+    return linears
 
 
 def model_linears(config: ModelConfig) -> list[LinearInfo]:
     """All linears of the model, in the order of execution, the head last."""
-    found = [info for index in range(len(config.blocks)) for info in block_linears(index, config)]
-    return [*found, LinearInfo("head", None, config.hidden, {"": config.vocab_size}, column=True)]
+    linears = [info for index in range(len(config.blocks)) for info in block_linears(index, config)]
+    return [*linears, LinearInfo("head", None, config.hidden, {"": config.vocab_size}, column=True)]
