@@ -22,29 +22,19 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.bootstrap import Launch, exit_process, start_process
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Rectangle, Shard
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 MEGA = 1e6
-
-
-@dataclass
-class Shard:
-    name: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensors: dict[str, Tensor]
-    writes: bool = True
 
 
 def logical_shapes(size: str) -> dict[str, tuple[int, int]]:
@@ -61,8 +51,8 @@ def shards_of(size: str, group: Group) -> list[Shard]:
     shards = []
     for name, (rows, columns) in logical_shapes(size).items():
         low, high = rows * group.rank // group.size, rows * (group.rank + 1) // group.size
-        tensors = {kind: torch.randn(high - low, columns) for kind in KINDS}
-        shards.append(Shard(name, (rows, columns), (low, 0), tensors))
+        where = Rectangle(name, (rows, columns), (low, 0), (high - low, columns))
+        shards.append(Shard(where, {kind: torch.randn(where.shape) for kind in KINDS}))
     return shards
 
 

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron_fp4.comm.bootstrap import Launch, exit_process, start_process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
-from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
 
 Step = Callable[[Tensor, Tensor], None]
@@ -141,8 +141,7 @@ def zero1(model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: 
         if isinstance(module, Linear):
             module.own_gradient = own_gradient
     for name, p in model.named_parameters():
-        segment = Segment(name, 0, p.shape[0], tuple(p.shape), (0,) * p.dim())
-        p.placement = Placement((segment,), decay=p.dim() > 1)  # type: ignore[attr-defined]
+        p.placement = Placement((Rectangle.whole(name, tuple(p.shape)),), decay=p.dim() > 1)  # type: ignore[attr-defined]
     bucket_mib = 4.0 if overlap is Overlap.always else 25.0  # 25 is DDP's; overlap needs several buckets
     config = OptimConfig(bucket_mib=bucket_mib, overlap_reduce=overlap, overlap_gather=overlap)
     optimizer = Zero1AdamW(model.named_parameters(), config, mesh, sequence_parallel=False)

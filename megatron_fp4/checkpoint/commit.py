@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization_config
 
-from megatron_fp4.checkpoint.box import Boxes, BoxSavePlanner
+from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor
 from megatron_fp4.checkpoint.directory import LATEST, STATE, passing_name, step_name
 from megatron_fp4.checkpoint.write import HashingFileSystem
 from megatron_fp4.storage.durable import (
@@ -68,7 +68,7 @@ class PartWriter(FileSystemWriter):
         return StorageMeta()
 
 
-def write_part(directory: Path, rank: int, plan: SavePlan, state: dict[str, Boxes]) -> Part:
+def write_part(directory: Path, rank: int, plan: SavePlan, state: dict[str, StoredTensor]) -> Part:
     """Write this rank's rectangles and, last, the mark that they are on disk."""
     writer = PartWriter(directory)
     plan = SavePlan(plan.items, storage_data=_StoragePrefix(f"__{rank}_"))
@@ -76,7 +76,7 @@ def write_part(directory: Path, rank: int, plan: SavePlan, state: dict[str, Boxe
     # For this thread only; the file is hashed as a whole.
     with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         if plan.items:
-            results = writer.write_data(plan, BoxSavePlanner(state)).wait()
+            results = writer.write_data(plan, ShardSavePlanner(state)).wait()
     fsync_directory(directory)
     part = Part(writer.fs.records, results)
     # Seen by rank 0 and removed before the commit: it must appear in one step, but need not survive a power cut.

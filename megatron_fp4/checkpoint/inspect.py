@@ -1,7 +1,7 @@
 """Look at checkpoints without a model, a job or torch.distributed: list, verify, read, average, thin out.
 
-One idea: a checkpoint is logical tensors, so one process can read any tensor whole whatever wrote it. For the same
-reason there is no conversion between layouts: every layout reads every checkpoint. What remains of "convert" is
+A checkpoint is logical tensors, so one process can read any tensor whole whatever wrote it. For the same reason there
+is no conversion between layouts: every layout reads every checkpoint. What remains of "convert" is
 `extract`: some kinds of tensors (the masters for publishing) as a checkpoint of one file.
 """
 
@@ -18,13 +18,17 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_fp4.checkpoint.box import Box, Boxes, BoxLoadPlanner
 from megatron_fp4.checkpoint.config import CheckpointConfig
+from megatron_fp4.checkpoint.dcp import ShardLoadPlanner, StoredTensor
 from megatron_fp4.checkpoint.directory import STATE, latest_step, read_state, step_name
 from megatron_fp4.checkpoint.save import SaveStatus
 from megatron_fp4.checkpoint.store import CheckpointStore
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.storage.durable import problem_of, read_manifest
+
+EVERY_CHECKPOINT = 1 << 30
+"""A `keep_last` that deletes nothing: what else is in the output directory stays."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +51,6 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@dataclass
-class WholeTensor:
-    """A shard that is all of its logical tensor."""
-
-    name: str
-    tensors: dict[str, Tensor]
-    writes: bool = True
-
-    @property
-    def global_shape(self) -> tuple[int, ...]:
-        return tuple(next(iter(self.tensors.values())).shape)
-
-    @property
-    def offset(self) -> tuple[int, ...]:
-        return (0,) * len(self.global_shape)
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -116,10 +103,12 @@ def read_tensors(directory: str | os.PathLike[str], keys: Sequence[str]) -> dict
         stored = metadata.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata)
         tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
-        state[key] = Boxes(tuple(stored.size), [Box(tensors[key], (0,) * len(stored.size))])
+        kind, name = key.split("/", 1)
+        shard = Shard(Rectangle.whole(name, tuple(stored.size)), {kind: tensors[key]})
+        state[key] = StoredTensor(kind, tuple(stored.size), [shard])
     reader = FileSystemReader(directory)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    planner = BoxLoadPlanner(state, metadata)
+    planner = ShardLoadPlanner(state, metadata)
     reader.read_data(planner.create_local_plan(), planner).wait()
     return tensors
 
@@ -181,16 +170,14 @@ def _write(
     destination = Path(output_root) / step_name(state["step"])
     if destination.exists():
         raise ValueError(f"{destination} exists already; choose another output directory")
-    shards: dict[str, WholeTensor] = {}
-    for key in shapes:
+    shards = []
+    for key, shape in shapes.items():
         kind, name = key.split("/", 1)
-        shards.setdefault(name, WholeTensor(name, {})).tensors[kind] = read(key)
-    # Other checkpoints under output_root stay: a keep_last that never deletes.
-    config = CheckpointConfig(asynchronous=False, keep_last=1 << 30)
+        shards.append(Shard(Rectangle.whole(name, shape), {kind: read(key)}))
+    config = CheckpointConfig(asynchronous=False, keep_last=EVERY_CHECKPOINT)
     store = CheckpointStore(output_root, Group.single("world"), config)
-    report = store.save(
-        state["step"], list(shards.values()), {**state["meta"], **extra}, tokens=state["tokens"], score=state["score"]
-    )
+    meta = {**state["meta"], **extra}
+    report = store.save(state["step"], shards, meta, tokens=state["tokens"], score=state["score"])
     if report.status is not SaveStatus.committed:
         raise OSError(f"the checkpoint under {output_root} was not written: {report.error}")
     return destination

@@ -16,8 +16,8 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_fp4.checkpoint.box import BoxLoadPlanner
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
+from megatron_fp4.checkpoint.dcp import ShardLoadPlanner
 from megatron_fp4.checkpoint.directory import (
     complete_steps,
     load_order,
@@ -26,10 +26,11 @@ from megatron_fp4.checkpoint.directory import (
     read_state,
     step_name,
 )
-from megatron_fp4.checkpoint.state import Shard, boxes_of, check_matches
+from megatron_fp4.checkpoint.state import check_matches, stored_tensors
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.agree import agreed, decided_by_rank0, shared_error
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import problem_of, read_manifest, share_of
 
 log = logging.getLogger(__name__)
@@ -113,13 +114,13 @@ class CheckpointReader:
 
     def load(self, chosen: Verified, shards: Sequence[Shard]) -> None:
         """See `CheckpointStore.load`."""
-        state = agreed(lambda: boxes_of(shards), self.group)
+        state = agreed(lambda: stored_tensors(shards), self.group)
         check_matches(state, chosen.metadata, self.group, str(chosen.directory))
         error = None
         try:
             reader = FileSystemReader(chosen.directory)
             reader.set_up_storage_reader(chosen.metadata, is_coordinator=False)
-            planner = BoxLoadPlanner(state, chosen.metadata)
+            planner = ShardLoadPlanner(state, chosen.metadata)
             self._beat()
             reader.read_data(planner.create_local_plan(), planner).wait()
         except Exception as caught:  # an unreadable file in spite of a good hash: the disk, or verify=False

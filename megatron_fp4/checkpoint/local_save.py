@@ -9,8 +9,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_fp4.checkpoint import commit
-from megatron_fp4.checkpoint.box import Boxes
 from megatron_fp4.checkpoint.config import CheckpointConfig
+from megatron_fp4.checkpoint.dcp import StoredTensor
 from megatron_fp4.checkpoint.sweep import retain, sweep_failed
 from megatron_fp4.checkpoint.write import SaveInProgress
 
@@ -29,7 +29,7 @@ class LocalSave:
     config: CheckpointConfig
     plan: SavePlan
     metadata: Metadata | None
-    state: dict[str, Boxes]
+    state: dict[str, StoredTensor]
     state_json: bytes
     copy_error: str | None = None
 

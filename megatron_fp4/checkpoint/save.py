@@ -18,16 +18,17 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_fp4.checkpoint import commit
-from megatron_fp4.checkpoint.box import Boxes
 from megatron_fp4.checkpoint.config import CheckpointConfig
+from megatron_fp4.checkpoint.dcp import StoredTensor
 from megatron_fp4.checkpoint.directory import passing_name, present_steps
 from megatron_fp4.checkpoint.local_save import LocalSave
-from megatron_fp4.checkpoint.state import Shard, boxes_of, encode_meta, layout_signature, make_plan
+from megatron_fp4.checkpoint.state import encode_meta, layout_signature, make_plan, stored_tensors
 from megatron_fp4.checkpoint.sweep import remove_checkpoint
 from megatron_fp4.checkpoint.write import SaveInProgress, Staging
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.agree import errors_by_rank
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.owner import Owner
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Saver:
 
     def _open(
         self, directory: Path, shards: Sequence[Shard], small: dict[str, Any]
-    ) -> tuple[dict[str, Boxes], bytes, str | None]:
+    ) -> tuple[dict[str, StoredTensor], bytes, str | None]:
         """Settle the save before and agree on this one: state, JSON of the small state, why there is no directory.
 
         Collective: one message, and the plan if a layout changed. Raises ValueError and SaveFailed on all ranks.
@@ -148,16 +149,18 @@ class Saver:
             raise
         return state, state_json, errors_by_rank([one.no_directory for one in said])
 
-    def _checked(self, shards: Sequence[Shard], small: dict[str, Any]) -> tuple[dict[str, Boxes], bytes, str | None]:
+    def _checked(
+        self, shards: Sequence[Shard], small: dict[str, Any]
+    ) -> tuple[dict[str, StoredTensor], bytes, str | None]:
         """State and JSON, or what is wrong with them."""
         try:
             if self.config.keep_every_tokens and small["tokens"] is None:
                 raise ValueError("checkpoint.keep_every_tokens is set, but save() was not told the number of tokens")
-            return boxes_of(shards), encode_meta(small), None
+            return stored_tensors(shards), encode_meta(small), None
         except ValueError as error:
             return {}, b"", str(error)
 
-    def _stage(self, state: dict[str, Boxes]) -> tuple[dict[str, Boxes], str | None]:
+    def _stage(self, state: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], str | None]:
         """What the local half writes: a copy, if the step loop goes on meanwhile. Or why there is none."""
         if not self.config.asynchronous:
             return state, None

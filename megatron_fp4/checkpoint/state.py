@@ -1,81 +1,59 @@
 """From shards to what is stored, and back in place.
 
-One idea: a stored tensor is called "<kind>/<logical name>" ("master/blocks.3.mlp.up.weight"), never by rank, stage or
-position in a list; so a checkpoint has no layout, and any ranks that together hold the rectangles can read it. Small
-state is JSON and never pickled. Strict: names and shapes of both sides must agree, and every difference is listed.
+A stored tensor is called "<kind>/<logical name>" ("master/blocks.3.mlp.up.weight"), never by rank, stage or position in
+a list; so a checkpoint has no layout, and any ranks that together hold the rectangles can read it. Small state is JSON
+and never pickled. Strict: names and shapes of both sides must agree, and every difference is listed.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_fp4.checkpoint.box import Box, Boxes, BoxSavePlanner
+from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.agree import MAX_LISTED, gather_to_rank0
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Shard
 
 
-class Shard(Protocol):
-    """One rectangle of one logical tensor on this rank: `tensors` by kind, all of the rectangle's shape."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def global_shape(self) -> tuple[int, ...]: ...
-    @property
-    def offset(self) -> tuple[int, ...]: ...
-    @property
-    def tensors(self) -> dict[str, Tensor]: ...
-    @property
-    def writes(self) -> bool: ...
-
-
-def boxes_of(shards: Iterable[Shard]) -> dict[str, Boxes]:
-    """{"<kind>/<name>": Boxes}. Raises ValueError when two shards disagree about a logical shape, or one leaves it."""
-    state: dict[str, Boxes] = {}
+def stored_tensors(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
+    """{"<kind>/<name>": StoredTensor}. Raises ValueError when two shards disagree about a logical shape."""
+    state: dict[str, StoredTensor] = {}
     for shard in shards:
         for kind, data in shard.tensors.items():
-            key = f"{kind}/{shard.name}"
-            boxes = state.setdefault(key, Boxes(tuple(shard.global_shape)))
-            if boxes.global_shape != tuple(shard.global_shape):
-                raise ValueError(f"{key}: two shards say {boxes.global_shape} and {tuple(shard.global_shape)}")
-            _check_inside(key, boxes.global_shape, tuple(shard.offset), tuple(data.shape))
+            key, shape = f"{kind}/{shard.name}", shard.where.global_shape
+            stored = state.setdefault(key, StoredTensor(kind, shape))
+            if stored.global_shape != shape:
+                raise ValueError(f"{key}: two shards say {stored.global_shape} and {shape}")
             if data.numel():
-                boxes.boxes.append(Box(data, tuple(shard.offset), shard.writes))
+                stored.shards.append(shard)
     return state
 
 
-def _check_inside(key: str, whole: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    fits = len(whole) == len(offset) == len(shape)
-    if not fits or any(low < 0 or low + n > size for low, n, size in zip(offset, shape, whole, strict=True)):
-        raise ValueError(f"{key}: a rectangle of shape {shape} at {offset} is not inside the logical shape {whole}")
-
-
-def layout_signature(state: Mapping[str, Boxes]) -> tuple[Any, ...]:
+def layout_signature(state: Mapping[str, StoredTensor]) -> tuple[Any, ...]:
     """Equal signatures of all ranks mean: the plan of the last save still holds."""
     return tuple(
         (
             key,
-            boxes.global_shape,
-            *((box.offset, tuple(box.data.shape), box.data.dtype, box.writes) for box in boxes.boxes),
+            stored.global_shape,
+            *((shard.where, stored.data(shard).dtype, shard.writes) for shard in stored.shards),
         )
-        for key, boxes in state.items()
+        for key, stored in state.items()
     )
 
 
-def make_plan(state: dict[str, Boxes], group: Group) -> tuple[SavePlan, Metadata | None]:
+def make_plan(state: dict[str, StoredTensor], group: Group) -> tuple[SavePlan, Metadata | None]:
     """My write items, and on rank 0 DCP's metadata of the whole. Collective, on the calling thread.
 
     Raises ValueError on all ranks if the written rectangles overlap or do not cover a logical tensor.
     """
-    plan = BoxSavePlanner(state).create_local_plan()
+    plan = ShardSavePlanner(state).create_local_plan()
     plans = gather_to_rank0(plan, group)
     metadata, error = None, None
     if group.rank == 0:
@@ -112,17 +90,17 @@ def _whole(plans: list[SavePlan]) -> Metadata:
                 f"{key}: the shards of all ranks hold {covered[key]} of the {shape.numel()} elements of shape"
                 f" {tuple(shape)}"
             )
-    _, metadata = BoxSavePlanner({}).create_global_plan(plans)
+    _, metadata = ShardSavePlanner({}).create_global_plan(plans)
     return metadata
 
 
-def check_matches(state: Mapping[str, Boxes], metadata: Metadata | None, group: Group, where: str) -> None:
+def check_matches(state: Mapping[str, StoredTensor], metadata: Metadata | None, group: Group, where: str) -> None:
     """Compare what all ranks ask for with what is stored (`metadata`: rank 0 suffices). Collective.
 
     Only the kinds that are asked for count: an evaluation that asks for "master" need not name the moments.
     Raises one ValueError on all ranks, listing missing and unexpected names and wrong shapes.
     """
-    wanted_per_rank = gather_to_rank0({key: boxes.global_shape for key, boxes in state.items()}, group)
+    wanted_per_rank = gather_to_rank0({key: stored.global_shape for key, stored in state.items()}, group)
     error = None
     if group.rank == 0:
         assert metadata is not None

@@ -23,10 +23,10 @@ from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import complete_steps, latest_step
 from megatron_fp4.checkpoint.load import CheckpointReader, Verified
 from megatron_fp4.checkpoint.save import Saver, SaveReport
-from megatron_fp4.checkpoint.state import Shard
 from megatron_fp4.checkpoint.sweep import sweep
 from megatron_fp4.comm.agree import decided_by_rank0
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.owner import Owner
 
 log = logging.getLogger(__name__)

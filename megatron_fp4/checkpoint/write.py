@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from megatron_fp4.checkpoint.box import Box, Boxes
+from megatron_fp4.checkpoint.dcp import StoredTensor
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import FileRecord, HashingFile
 
 GRACE_SECONDS = 1.0
@@ -32,25 +33,26 @@ HAND_OVER_SECONDS = 0.002
 
 
 class Staging:
-    """Host buffers (pinned for CUDA), one for each box that this rank writes; made anew only if the layout changes."""
+    """Host buffers (pinned for CUDA), one for each shard that this rank writes; made anew if the layout changes."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def copy(self, state: dict[str, Boxes]) -> dict[str, Boxes]:
-        """The written boxes of `state`, copied to the host; returns when the copy is complete."""
+    def copy(self, state: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """The written shards of `state`, copied to the host; returns when the copy is complete."""
         copies, buffers, on_gpu = {}, {}, False
-        for key, boxes in state.items():
+        for key, stored in state.items():
             copied = []
-            for box in boxes.boxes:
-                if not box.writes:
+            for shard in stored.shards:
+                if not shard.writes:
                     continue
-                buffer = self._buffer((key, box.offset), box.data)
-                buffer.copy_(box.data, non_blocking=True)
-                on_gpu |= box.data.is_cuda
-                buffers[key, box.offset] = buffer
-                copied.append(Box(buffer, box.offset))
-            copies[key] = Boxes(boxes.global_shape, copied)
+                data, place = stored.data(shard), (key, shard.where.offset)
+                buffer = self._buffer(place, data)
+                buffer.copy_(data, non_blocking=True)
+                on_gpu |= data.is_cuda
+                buffers[place] = buffer
+                copied.append(Shard(shard.where, {stored.kind: buffer}))
+            copies[key] = StoredTensor(stored.kind, stored.global_shape, copied)
         self._buffers = buffers
         if on_gpu:
             torch.cuda.synchronize()

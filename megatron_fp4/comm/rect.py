@@ -1,87 +1,125 @@
 """Where a local tensor lies inside a logical tensor.
 
-One idea: every shard is a rectangle of a logical tensor. A parameter says so once, when it is made; initialisation,
-the optimizer and the checkpoint read it and need no knowledge of tensor or pipeline parallelism. A fused weight
-(q|k|v, gate|up, z|x|B|C|dt) is a few named runs of rows, one rectangle each.
+Every shard is a rectangle of a logical tensor, and `Rectangle` is the only description of where. A parameter says it
+once, when it is made; initialisation, the optimizer and the checkpoint read it and need no knowledge of tensor or
+pipeline parallelism. A fused weight (q|k|v, gate|up, z|x|B|C|dt) is a few rectangles, one below the other.
 
-This file does not move data.
+    logical  q.weight [8, 3]                      local  qkv [4, 3] of tensor-parallel rank 1 of 4
+             k.weight [4, 3]                             rows 0:2 = Rectangle("q.weight", (8, 3), (2, 0), (2, 3))
+             v.weight [4, 3]                             row  2   = Rectangle("k.weight", (4, 3), (1, 0), (1, 3))
+                                                         row  3   = Rectangle("v.weight", (4, 3), (1, 0), (1, 3))
+
+Not here: moving data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Rows `[start, stop)` of a local parameter, and the rectangle of the logical tensor `name` that they are.
+class Rectangle:
+    """The elements from `offset` on, `shape` many in each dim, of the logical tensor `name` of shape `global_shape`.
 
-    `global_offset` is the position of local row `start` in the logical tensor; the rectangle's shape is
-    `(stop - start, *local.shape[1:])`.
+    It may be empty. Raises ValueError if it is not inside.
     """
 
     name: str
-    start: int
-    stop: int
     global_shape: tuple[int, ...]
-    global_offset: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"{self.name}: rows [{self.start}, {self.stop}) are empty or negative")
-        if len(self.global_shape) != len(self.global_offset):
-            raise ValueError(f"{self.name}: shape {self.global_shape} and offset {self.global_offset} differ in rank")
-        if self.global_offset[0] + self.num_rows > self.global_shape[0]:
+        fits = len(self.global_shape) == len(self.offset) == len(self.shape)
+        if not fits or any(
+            low < 0 or size < 0 or low + size > whole
+            for low, size, whole in zip(self.offset, self.shape, self.global_shape, strict=True)
+        ):
             raise ValueError(
-                f"{self.name}: rows {self.global_offset[0]}+{self.num_rows} leave the logical shape {self.global_shape}"
+                f"{self.name}: a rectangle of shape {self.shape} at {self.offset} is not inside the logical shape"
+                f" {self.global_shape}"
             )
 
-    @property
-    def num_rows(self) -> int:
-        return self.stop - self.start
+    @staticmethod
+    def whole(name: str, shape: tuple[int, ...]) -> Rectangle:
+        """All of a logical tensor."""
+        return Rectangle(name, shape, (0,) * len(shape), shape)
 
-    def row_index(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Global row number of each local row of the segment; int64 `[num_rows]`."""
-        first = self.global_offset[0]
-        return torch.arange(first, first + self.num_rows, device=device)
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Its place in the logical tensor, as an index: `logical[where.slices]`."""
+        return tuple(slice(low, low + size) for low, size in zip(self.offset, self.shape, strict=True))
+
+    def rows(self, start: int, stop: int) -> Rectangle:
+        """Rows `[start, stop)`, counted from its first one."""
+        offset = (self.offset[0] + start, *self.offset[1:])
+        return replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
+
+    def index(self, dim: int, device: torch.device | str = "cpu") -> Tensor:
+        """Position in the logical tensor along `dim`; int64 `[shape[dim]]`."""
+        return torch.arange(self.offset[dim], self.offset[dim] + self.shape[dim], device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What this rank holds of one rectangle: tensors of its shape by kind ("master", "exp_avg", ...).
+
+    writes: False on a replica, whose owner saves it. Raises ValueError for a tensor of another shape.
+    """
+
+    where: Rectangle
+    tensors: dict[str, Tensor]
+    writes: bool = True
+
+    def __post_init__(self) -> None:
+        for kind, tensor in self.tensors.items():
+            if tuple(tensor.shape) != self.where.shape:
+                raise ValueError(f"{kind}/{self.name} has shape {tuple(tensor.shape)}, its place is {self.where}")
+
+    @property
+    def name(self) -> str:
+        return self.where.name
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What every parameter of a model carries as `parameter.placement`.
+    """What the rows of a local parameter are: `rectangles`, one below the other.
 
     tp_replicated: every tensor-parallel rank holds the same values (norm weights, biases of row-parallel layers).
     decay: weight decay applies (matrices yes; norms, biases and state-space scalars no).
     writes: False on a copy whose owner is elsewhere (the head's copy of a tied embedding on another stage).
+    Raises ValueError if a rectangle has no rows or the rectangles differ in width.
     """
 
-    segments: tuple[Segment, ...]
+    rectangles: tuple[Rectangle, ...]
     tp_replicated: bool = False
     decay: bool = True
     writes: bool = True
 
     def __post_init__(self) -> None:
-        expected = 0
-        for segment in self.segments:
-            if segment.start != expected:
-                raise ValueError(
-                    f"{segment.name}: starts at row {segment.start}, the previous segment ends at {expected}"
-                )
-            expected = segment.stop
+        first = self.rectangles[0]
+        for where in self.rectangles:
+            if not where.shape or where.shape[0] == 0 or where.shape[1:] != first.shape[1:]:
+                raise ValueError(f"{where.name}: {where.shape} is empty, or does not fit below {first.shape}")
 
-    def rows_between(self, start: int, stop: int) -> Iterator[Segment]:
-        """The parts of the segments inside local rows `[start, stop)`; rows stay counted in the parameter."""
-        for segment in self.segments:
-            low, high = max(start, segment.start), min(stop, segment.stop)
+    @property
+    def num_rows(self) -> int:
+        return sum(where.shape[0] for where in self.rectangles)
+
+    def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, Rectangle]]:
+        """What local rows `[start, stop)` are (default: all): rows, counted from `start`, and their rectangle."""
+        stop, first = self.num_rows if stop is None else stop, 0
+        for where in self.rectangles:
+            low, high = max(start, first), min(stop, first + where.shape[0])
             if low < high:
-                first = segment.global_offset[0] + low - segment.start
-                offset = (first, *segment.global_offset[1:])
-                yield Segment(segment.name, low, high, segment.global_shape, offset)
+                yield slice(low - start, high - start), where.rows(low - first, high - first)
+            first += where.shape[0]
 
 
 def split_evenly(size: int, group: Group, *, what: str, multiple_of: int = 1) -> int:

@@ -143,9 +143,8 @@ def read_logical(model: nn.Module) -> dict[str, Tensor]:
     """The logical tensors of a model that one process holds whole. Raises ValueError for a part of one."""
     found: dict[str, Tensor] = {}
     for parameter in model.parameters():
-        for segment in parameter.placement.segments:  # type: ignore[attr-defined]
-            rows = parameter.detach()[segment.start : segment.stop]
-            found[segment.name] = _check(segment.name, rows, segment.global_shape)
+        for rows, where in parameter.placement.pieces():  # type: ignore[attr-defined]
+            found[where.name] = _check(where.name, parameter.detach()[rows], where.global_shape)
     return found
 
 
@@ -153,12 +152,9 @@ def read_logical(model: nn.Module) -> dict[str, Tensor]:
 def write_logical(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model, or the part of it on this rank, from whole logical tensors. Raises ValueError if one is missing."""
     for parameter in model.parameters():
-        for segment in parameter.placement.segments:  # type: ignore[attr-defined]
-            whole = _check(segment.name, tensors.get(segment.name), segment.global_shape)
-            rows = parameter[segment.start : segment.stop]
-            for dim, (offset, size) in enumerate(zip(segment.global_offset, rows.shape, strict=True)):
-                whole = whole.narrow(dim, offset, size)
-            rows.copy_(whole)
+        for rows, where in parameter.placement.pieces():  # type: ignore[attr-defined]
+            logical = _check(where.name, tensors.get(where.name), where.global_shape)
+            parameter[rows].copy_(logical[where.slices])
 
 
 def transformers_config(config: ModelConfig, *, seq_length: int) -> dict[str, Any]:

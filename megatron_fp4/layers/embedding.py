@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_fp4.comm.autograd import scatter_sum_rows
 from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.parameter import make_parameter, normal_init
 
@@ -31,8 +31,8 @@ def vocab_table(
 ) -> nn.Parameter:
     """The rows of a `[vocab_size, hidden]` table that this rank holds."""
     first, stop = vocab_range(vocab_size, context.tp)
-    segment = Segment(name, 0, stop - first, (vocab_size, hidden), (first, 0))
-    placement = Placement((segment,), writes=writes)
+    rows = Rectangle(name, (vocab_size, hidden), (first, 0), (stop - first, hidden))
+    placement = Placement((rows,), writes=writes)
     return make_parameter((stop - first, hidden), placement, normal_init(std), context.dtype, context.device)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.autograd import gather_rows, scatter_sum_rows
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.comm.rect import Placement, Segment, split_evenly
+from megatron_fp4.comm.rect import Placement, Rectangle, split_evenly
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.parameter import make_parameter, normal_init
 from megatron_fp4.precision.linear_op import LinearSite, WeightCache, WgradQueue, quantized_linear
@@ -85,7 +85,7 @@ class ColumnParallelLinear(ParallelLinear):
         self, name: str, in_features: int, outputs: Mapping[str, int], context: LayerContext, *, std: float
     ) -> None:
         tp = context.tp
-        segments: list[Segment] = []
+        rectangles: list[Rectangle] = []
         n_index: list[Tensor] = []
         first_row = first_logical = 0
         for part, out_features in outputs.items():
@@ -93,7 +93,7 @@ class ColumnParallelLinear(ParallelLinear):
             rows = split_evenly(out_features, tp, what=f"{label} output features")
             offset = tp.rank * rows
             shape = (out_features, in_features)
-            segments.append(Segment(f"{label}.weight", first_row, first_row + rows, shape, (offset, 0)))
+            rectangles.append(Rectangle(f"{label}.weight", shape, (offset, 0), (rows, in_features)))
             n_index.append(torch.arange(rows, device=context.device) + first_logical + offset)
             first_row += rows
             first_logical += out_features
@@ -106,7 +106,7 @@ class ColumnParallelLinear(ParallelLinear):
             k_index=torch.arange(in_features, device=context.device),
         )
         super().__init__(context, site)
-        placement = Placement(tuple(segments))
+        placement = Placement(tuple(rectangles))
         self.weight = make_parameter(
             (first_row, in_features), placement, normal_init(std), context.dtype, context.device
         )
@@ -135,9 +135,9 @@ class RowParallelLinear(ParallelLinear):
             k_index=torch.arange(columns, device=context.device) + offset,
         )
         super().__init__(context, site)
-        segment = Segment(f"{name}.weight", 0, out_features, (out_features, in_features), (0, offset))
+        rectangle = Rectangle(f"{name}.weight", (out_features, in_features), (0, offset), (out_features, columns))
         self.weight = make_parameter(
-            (out_features, columns), Placement((segment,)), normal_init(std), context.dtype, context.device
+            (out_features, columns), Placement((rectangle,)), normal_init(std), context.dtype, context.device
         )
 
     def forward(self, x_TK: Tensor, tokens: Tokens) -> Tensor:

@@ -1,6 +1,6 @@
 """How a parameter is made: its place in the logical tensor, and how it is filled.
 
-One idea: a parameter's initial value is a function of (seed, logical name, global index), so that every parallel layout
+A parameter's initial value is a function of (seed, logical name, global index), so that every parallel layout
 starts from the same model. Parameters are made empty, with `.placement` and `.initializer`;
 `initialize_parameters` fills all of a model.
 """
@@ -13,18 +13,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.numerics.random import key_of, normal, uniform
 
-Initializer = Callable[[int, Segment, tuple[int, ...], torch.device], Tensor]
-"""(seed, segment, shape of the rectangle, device) -> float32 values of the rectangle."""
+Initializer = Callable[[int, Rectangle, torch.device], Tensor]
+"""(seed, rectangle of the logical tensor, device) -> its values, float32."""
 
 
 def make_parameter(
     shape: tuple[int, ...], placement: Placement, initializer: Initializer, dtype: torch.dtype, device: torch.device
 ) -> nn.Parameter:
     """An empty parameter of the local `shape` that carries `.placement` and `.initializer`."""
-    assert placement.segments[-1].stop == shape[0], f"{placement.segments} do not cover {shape}"
+    assert placement.num_rows == shape[0], f"{placement.rectangles} do not cover {shape}"
     parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
     parameter.placement = placement  # type: ignore[attr-defined]
     parameter.initializer = initializer  # type: ignore[attr-defined]
@@ -33,26 +33,25 @@ def make_parameter(
 
 def replicated_vector(name: str, size: int) -> Placement:
     """Placement of a 1-D parameter that every rank holds whole."""
-    return Placement((Segment(name, 0, size, (size,), (0,)),), tp_replicated=True, decay=False)
+    return Placement((Rectangle.whole(name, (size,)),), tp_replicated=True, decay=False)
 
 
 def sharded_vector(name: str, size: int, first: int, stop: int) -> Placement:
     """Placement of elements `[first, stop)` of a 1-D logical parameter."""
-    return Placement((Segment(name, 0, stop - first, (size,), (first,)),), decay=False)
+    return Placement((Rectangle(name, (size,), (first,), (stop - first,)),), decay=False)
 
 
-def _addresses(segment: Segment, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _addresses(where: Rectangle, device: torch.device) -> tuple[Tensor, Tensor]:
     """Global (row, column) indices; the dims after the first count as one column index."""
-    columns = math.prod(shape[1:])
-    first = segment.global_offset[1] if len(segment.global_offset) > 1 else 0
-    return segment.row_index(device), torch.arange(first, first + columns, device=device)
+    first = where.offset[1] if len(where.offset) > 1 else 0
+    return where.index(0, device), torch.arange(first, first + math.prod(where.shape[1:]), device=device)
 
 
 def normal_init(std: float) -> Initializer:
     """Normal with the given standard deviation."""
 
-    def fill(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        return normal(key_of(seed, "init", segment.name), *_addresses(segment, shape, device)).view(shape) * std
+    def fill(seed: int, where: Rectangle, device: torch.device) -> Tensor:
+        return normal(key_of(seed, "init", where.name), *_addresses(where, device)).view(where.shape) * std
 
     return fill
 
@@ -60,8 +59,8 @@ def normal_init(std: float) -> Initializer:
 def uniform_init(low: float, high: float) -> Initializer:
     """Uniform in [low, high)."""
 
-    def fill(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        draw = uniform(key_of(seed, "init", segment.name), *_addresses(segment, shape, device)).view(shape)
+    def fill(seed: int, where: Rectangle, device: torch.device) -> Tensor:
+        draw = uniform(key_of(seed, "init", where.name), *_addresses(where, device)).view(where.shape)
         return low + (high - low) * draw
 
     return fill
@@ -70,8 +69,8 @@ def uniform_init(low: float, high: float) -> Initializer:
 def constant_init(value: float) -> Initializer:
     """The same value everywhere (norm weights 1, biases 0)."""
 
-    def fill(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        return torch.full(shape, value, dtype=torch.float32, device=device)
+    def fill(seed: int, where: Rectangle, device: torch.device) -> Tensor:
+        return torch.full(where.shape, value, dtype=torch.float32, device=device)
 
     return fill
 
@@ -83,7 +82,6 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
         placement = getattr(parameter, "placement", None)
         if placement is None:
             raise AssertionError(f"parameter {name} was not made by make_parameter")
-        for segment in placement.segments:
-            shape = (segment.num_rows, *parameter.shape[1:])
-            values = parameter.initializer(seed, segment, shape, parameter.device)  # type: ignore[attr-defined]
-            parameter[segment.start : segment.stop] = values.to(parameter.dtype)
+        for rows, where in placement.pieces():
+            values = parameter.initializer(seed, where, parameter.device)  # type: ignore[attr-defined]
+            parameter[rows] = values.to(parameter.dtype)

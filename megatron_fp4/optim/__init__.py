@@ -6,7 +6,7 @@ This floor knows parameters, their placements and groups of ranks. It does not k
 from megatron_fp4.comm.config import Overlap
 from megatron_fp4.optim.config import DecayStyle, Impl, OptimConfig, Schedule
 from megatron_fp4.optim.lr import check_schedule, learning_rate
-from megatron_fp4.optim.state import StateShard, StepReport
+from megatron_fp4.optim.state import StepReport
 from megatron_fp4.optim.zero1 import Zero1AdamW
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "OptimConfig",
     "Overlap",
     "Schedule",
-    "StateShard",
     "StepReport",
     "Zero1AdamW",
     "check_schedule",

@@ -174,10 +174,8 @@ def _checked_placement(name: str, parameter: nn.Parameter) -> Placement:
         raise ValueError(f"{name} does not require a gradient; frozen parameters have no optimizer state: leave it out")
     if parameter.dim() == 0 or parameter.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}; a parameter needs at least one row of elements")
-    if placement.segments[-1].stop != parameter.shape[0]:
-        raise ValueError(
-            f"{name} has {parameter.shape[0]} rows, its placement covers {placement.segments[-1].stop} of them"
-        )
+    if placement.num_rows != parameter.shape[0]:
+        raise ValueError(f"{name} has {parameter.shape[0]} rows, its placement covers {placement.num_rows} of them")
     return placement
 
 

@@ -8,24 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-
-@dataclass(frozen=True)
-class StateShard:
-    """One rectangle of the logical tensor `name`, owned by this rank.
-
-    offset: position of the rectangle in `global_shape`. tensors: "master", "exp_avg" and "exp_avg_sq", FP32, each of
-    the rectangle's shape, views into live state: filling them in place loads (then call `after_load`).
-    writes: False on a rank that holds a replica, whose owner saves it.
-    """
-
-    name: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensors: dict[str, Tensor]
-    writes: bool
-
 
 @dataclass(frozen=True)
 class StepReport:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.clip import clip_factor, global_norm
 from megatron_fp4.optim.config import OptimConfig
@@ -28,7 +29,7 @@ from megatron_fp4.optim.grad_buffer import GradBuffer
 from megatron_fp4.optim.groups import UpdateGroup, decay_of
 from megatron_fp4.optim.layout import Run, make_buckets
 from megatron_fp4.optim.param_buffer import ParamBuffer
-from megatron_fp4.optim.state import StateShard, StepReport
+from megatron_fp4.optim.state import StepReport
 
 FP32_PER_MIB = 2**18
 
@@ -42,6 +43,11 @@ class OwnedRun:
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
 
 class Zero1AdamW:
@@ -154,10 +160,15 @@ class Zero1AdamW:
         """Until every parameter has the values of the last step."""
         self._params.wait()
 
-    def state_shards(self) -> list[StateShard]:
+    def state_shards(self) -> list[Shard]:
         """The rectangles of logical tensors whose state this rank holds; their tensors are views into live state."""
         self._params.wait()
-        return [shard for owned in self._owned for shard in self._shards_of(owned)]
+        return [shard for owned in self._owned for shard in self._shards_of(owned, owned.state)]
+
+    def grad_shards(self) -> list[Shard]:
+        """The summed gradients of the rows that this rank updates, as "grad", between `finish_grads` and `step`."""
+        assert self._finished, "finish_grads comes first"
+        return [shard for owned in self._owned for shard in self._shards_of(owned, {"grad": owned.grad})]
 
     def after_load(self) -> None:
         """Parameters = masters, after the state (and `step_count`) was filled in. Collective over dp x cp."""
@@ -193,16 +204,12 @@ class Zero1AdamW:
         placement = run.slot.placement
         return placement.writes and (not placement.tp_replicated or self._mesh.tp.rank == 0)
 
-    def _shards_of(self, owned: OwnedRun) -> Iterator[StateShard]:
+    def _shards_of(self, owned: OwnedRun, flats: dict[str, Tensor]) -> Iterator[Shard]:
         run = owned.run
-        flats = {"master": owned.master, "exp_avg": owned.exp_avg, "exp_avg_sq": owned.exp_avg_sq}
         whole = {kind: flat.view(run.shape) for kind, flat in flats.items()}
-        for segment in run.slot.placement.rows_between(run.first_row, run.last_row):
-            rows = slice(segment.start - run.first_row, segment.stop - run.first_row)
+        for rows, where in run.slot.placement.pieces(run.first_row, run.last_row):
             tensors = {kind: tensor[rows] for kind, tensor in whole.items()}
-            yield StateShard(
-                segment.name, segment.global_shape, segment.global_offset, tensors, writes=self._is_owner(run)
-            )
+            yield Shard(where, tensors, writes=self._is_owner(run))
 
     def _refresh(self, wait: bool = False) -> None:
         self._params.refresh(self._masters, wait=wait or not self._beside_forward)
@@ -213,8 +220,8 @@ class Zero1AdamW:
         """Logical names with a NaN or infinite gradient anywhere. Collective; only after a non-finite norm."""
         mine = set()
         for each in self._owned:
-            run, rows = each.run, each.grad.view(each.run.shape)
-            for segment in run.slot.placement.rows_between(run.first_row, run.last_row):
-                if not bool(torch.isfinite(rows[segment.start - run.first_row : segment.stop - run.first_row]).all()):
-                    mine.add(segment.name)
+            run, grad = each.run, each.grad.view(each.run.shape)
+            for rows, where in run.slot.placement.pieces(run.first_row, run.last_row):
+                if not bool(torch.isfinite(grad[rows]).all()):
+                    mine.add(where.name)
         return tuple(sorted(set().union(*all_gather_object(mine, self._mesh.world))))

@@ -1,7 +1,7 @@
 """The records of a layout against those of one process: the difference of every logical tensor.
 
-One idea: a difference is relative to the size of the whole logical tensor (for parameters: of its change since the
-start), so that zero means bitwise equal and one means unrelated, whatever the tensor.
+A difference is relative to the size of the whole logical tensor (for parameters: of its change since the start), so
+that zero means bitwise equal and one means unrelated, whatever the tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_fp4.proofs.parity import Box, Record
+from megatron_fp4.comm.rect import Rectangle, Shard
+from megatron_fp4.proofs.parity import Record
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,25 @@ def worst(differences: Iterable[Difference]) -> float:
 
 def compare(reference: Record, records: Sequence[Record]) -> Comparison:
     """The ranks of a layout against one process."""
-    start = assemble(reference.masters[0])
-    steps = sorted(reference.masters)
+    start = assemble(reference.masters[0], "master")
     losses = [sum(parts) for parts in zip(*(record.losses for record in records), strict=True)]
-    masters: dict[int, list[Difference]] = {}
-    for step in steps[1:]:
-        ours = [box for record in records for box in record.masters[step]]
-        masters[step] = _differences(assemble(reference.masters[step]), ours, start)
-    finals = assemble(box for record in records for box in record.masters[steps[-1]])
+    masters = {step: [shard for record in records for shard in record.masters[step]] for step in reference.masters}
+    changes = {
+        step: _differences(assemble(reference.masters[step], "master"), masters[step], "master", start)
+        for step in sorted(reference.masters)[1:]
+    }
+    grads = [shard for record in records for shard in record.grads]
+    live = [shard for record in records for shard in record.live]
     return Comparison(
-        initial=_differences(start, [box for record in records for box in record.masters[0]]),
+        initial=_differences(start, masters[0], "master"),
         losses=[_relative(ours, theirs) for ours, theirs in zip(losses, reference.losses, strict=True)],
         norms=[
             max(_relative(record.norms[step], norm) for record in records) for step, norm in enumerate(reference.norms)
         ],
         norm_ratio=records[0].norms[0] / reference.norms[0],
-        grads=_differences(assemble(reference.grads), [box for record in records for box in record.grads]),
-        masters=masters,
-        replicas=_stray_replicas(finals, [box for record in records for box in record.live]),
+        grads=_differences(assemble(reference.grads, "grad"), grads, "grad"),
+        masters=changes,
+        replicas=_stray_replicas(assemble(masters[max(masters)], "master"), live),
     )
 
 
@@ -83,34 +85,36 @@ def _relative(ours: float, theirs: float) -> float:
     return abs(ours - theirs) / max(abs(theirs), 1e-30) if ours == ours else float("inf")
 
 
-def assemble(boxes: Iterable[Box]) -> dict[str, Tensor]:
-    """Logical tensors from rectangles. Raises AssertionError if a tensor is not covered."""
+def assemble(shards: Iterable[Shard], kind: str) -> dict[str, Tensor]:
+    """Logical tensors from their rectangles, FP32. Raises AssertionError if a tensor is not covered."""
     wholes: dict[str, Tensor] = {}
     covered: dict[str, Tensor] = {}
-    for box in boxes:
-        if box.name not in wholes:
-            wholes[box.name] = torch.zeros(box.global_shape)
-            covered[box.name] = torch.zeros(box.global_shape, dtype=torch.bool)
-        box.slice_of(wholes[box.name]).copy_(box.values)
-        box.slice_of(covered[box.name]).fill_(True)
+    for shard in shards:
+        where = shard.where
+        if where.name not in wholes:
+            wholes[where.name] = torch.zeros(where.global_shape)
+            covered[where.name] = torch.zeros(where.global_shape, dtype=torch.bool)
+        wholes[where.name][where.slices] = shard.tensors[kind]
+        covered[where.name][where.slices] = True
     missing = [name for name, mask in covered.items() if not bool(mask.all())]
     assert not missing, f"no rank holds some rows of {missing}"
     return wholes
 
 
 def _differences(
-    reference: dict[str, Tensor], boxes: Sequence[Box], start: dict[str, Tensor] | None = None
+    reference: dict[str, Tensor], shards: Sequence[Shard], kind: str, start: dict[str, Tensor] | None = None
 ) -> list[Difference]:
     """The worst rectangle of each tensor; every tensor of the reference must be there."""
-    absent = sorted(set(reference) - {box.name for box in boxes})
-    unknown = sorted({box.name for box in boxes} - set(reference))
+    absent = sorted(set(reference) - {shard.name for shard in shards})
+    unknown = sorted({shard.name for shard in shards} - set(reference))
     assert not absent + unknown, f"tensors differ: absent {absent}, unknown {unknown}"
-    found: dict[str, Difference] = {}
-    for box in boxes:
-        difference = _difference(box, reference[box.name], None if start is None else start[box.name])
-        if box.name not in found or difference.error > found[box.name].error:
-            found[box.name] = difference
-    return [found[name] for name in sorted(found, key=_model_order, reverse=True)]
+    largest: dict[str, Difference] = {}
+    for shard in shards:
+        initial = None if start is None else start[shard.name]
+        difference = _difference(shard.tensors[kind], shard.where, reference[shard.name], initial)
+        if shard.name not in largest or difference.error > largest[shard.name].error:
+            largest[shard.name] = difference
+    return [largest[name] for name in sorted(largest, key=_model_order, reverse=True)]
 
 
 def _model_order(name: str) -> tuple[int, int, str]:
@@ -119,21 +123,23 @@ def _model_order(name: str) -> tuple[int, int, str]:
     return ({"embedding": 0, "blocks": 1}.get(first, 2), int(number) if number.isdigit() else 0, name)
 
 
-def _difference(box: Box, whole: Tensor, start: Tensor | None) -> Difference:
-    ours, theirs = box.values.double(), box.slice_of(whole).double()
+def _difference(values: Tensor, where: Rectangle, whole: Tensor, start: Tensor | None) -> Difference:
+    ours, theirs = values.double(), whole[where.slices].double()
     scale = (whole.double() if start is None else whole.double() - start.double()).square().mean().sqrt()
     scale = scale.clamp(min=1e-30)
     error = float((ours - theirs).square().mean().sqrt() / scale)
     if error == 0.0:
-        return Difference(box.name, 0.0)
+        return Difference(where.name, 0.0)
     ratio = float((ours * theirs).sum() / theirs.square().sum().clamp(min=1e-60))
     rest = float((ours - ratio * theirs).square().mean().sqrt() / scale)
-    return Difference(box.name, error if error == error else float("inf"), ratio, rest)
+    return Difference(where.name, error if error == error else float("inf"), ratio, rest)
 
 
-def _stray_replicas(masters: dict[str, Tensor], live: Sequence[Box]) -> list[str]:
+def _stray_replicas(masters: dict[str, Tensor], live: Sequence[Shard]) -> list[str]:
     """Names of live parameters that are not the owner's master weights, rounded."""
-    stray = {
-        box.name for box in live if not torch.equal(box.slice_of(masters[box.name]).to(box.values.dtype), box.values)
-    }
+    stray = set()
+    for shard in live:
+        parameter = shard.tensors["parameter"]
+        if not torch.equal(masters[shard.name][shard.where.slices].to(parameter.dtype), parameter):
+            stray.add(shard.name)
     return sorted(stray, key=_model_order)

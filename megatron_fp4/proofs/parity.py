@@ -1,24 +1,24 @@
 """One model, several layouts: does each compute the numbers of a single process?
 
-One idea: every rank reports rectangles of logical tensors (gradients, master weights, live parameters), so a layout is
-compared with one process without knowing how it divides anything. Tokens are synthetic and the same for all layouts.
+Every rank reports rectangles of logical tensors (gradients, master weights, live parameters), so a layout is compared
+with one process without knowing how it divides anything. Tokens are synthetic and the same for all layouts.
 
-`run_cases` makes the records on the ranks; parity_compare.py compares them, parity_report.py says what a difference
-means, shrink.py makes a small model of a large one.
+`run_cases` makes the records on the ranks. Not here: comparing them (distance.py), what a difference means
+(verdict.py), and a small model of a large one (shrink.py).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
@@ -42,29 +42,19 @@ class Case:
 
 
 @dataclass(frozen=True, eq=False)
-class Box:
-    """A rectangle of the logical tensor `name`: FP32, or the compute dtype for live parameters."""
-
-    name: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    values: Tensor
-
-    def slice_of(self, whole: Tensor) -> Tensor:
-        return whole[tuple(slice(o, o + n) for o, n in zip(self.offset, self.values.shape, strict=True))]
-
-
-@dataclass(frozen=True, eq=False)
 class Record:
-    """What one rank saw. losses: its part of the sum, per step. norms: per step. grads: after the sums of step 1.
-    masters: before step 1, after step 1 and after the last. live: the parameters after the last step, all local rows.
+    """What one rank saw, as copies.
+
+    losses: its part of the sum, per step. norms: per step. grads: "grad" of the rows that it updates, after the sums of
+    step 1, FP32. masters: "master" of these rows before step 1, after step 1 and after the last, FP32. live:
+    "parameter" of all local rows after the last step, in the compute dtype.
     """
 
     losses: list[float]
     norms: list[float]
-    grads: list[Box]
-    masters: dict[int, list[Box]]
-    live: list[Box]
+    grads: list[Shard]
+    masters: dict[int, list[Shard]]
+    live: list[Shard]
 
 
 def run_cases(process: Process, cases: Sequence[Case], parallel: ParallelConfig) -> list[Record]:
@@ -79,8 +69,8 @@ def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: Paral
     optimizer, engine = trainable.optimizer, trainable.engine
     losses: list[float] = []
     norms: list[float] = []
-    grads: list[Box] = []
-    masters = {0: _masters(trainable)}
+    grads: list[Shard] = []
+    masters = {0: copies(optimizer.state_shards(), "master")}
     for step in range(case.num_steps):
         trainable.clock.step = step
         inputs, num_targets = synthetic_inputs(case, mesh, step, process.device)
@@ -91,10 +81,10 @@ def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: Paral
         losses.append(loss.item() if engine.reports_loss and mesh.tp.rank == 0 else 0.0)
         norms.append(norm)
         if step == 0:
-            grads = _grads(trainable)
+            grads = copies(optimizer.grad_shards(), "grad")
         optimizer.step(norm, lr=config.optim.lr, max_norm=config.optim.clip_norm)
         if step in (0, case.num_steps - 1):
-            masters[step + 1] = _masters(trainable)
+            masters[step + 1] = copies(optimizer.state_shards(), "master")
     optimizer.wait_parameters()
     return Record(losses, norms, grads, masters, _live(trainable))
 
@@ -116,40 +106,19 @@ def synthetic_inputs(case: Case, mesh: ParallelMesh, step: int, device: torch.de
     address = torch.arange(shape[0] * S).view(shape)
     whole = Batch(ids[:, :-1], ids[:, 1:], mask, positions, documents, address, torch.arange(shape[0]))
     rows = shape[0] // mesh.dp.size
-    mine = Batch(*(tensor[mesh.dp.rank * rows : (mesh.dp.rank + 1) * rows] for tensor in whole))
-    return make_inputs(mine, mesh.cp, device), int(mask.sum())
+    local = Batch(*(tensor[mesh.dp.rank * rows : (mesh.dp.rank + 1) * rows] for tensor in whole))
+    return make_inputs(local, mesh.cp, device), int(mask.sum())
 
 
-def _masters(trainable: Trainable) -> list[Box]:
+def copies(shards: Iterable[Shard], *kinds: str) -> list[Shard]:
+    """The tensors of these kinds, which training goes on to change, as they are now."""
+    return [Shard(shard.where, {kind: shard.tensors[kind].clone() for kind in kinds}, shard.writes) for shard in shards]
+
+
+def _live(trainable: Trainable) -> list[Shard]:
     return [
-        Box(shard.name, shard.global_shape, shard.offset, shard.tensors["master"].clone())
-        for shard in trainable.optimizer.state_shards()
-    ]
-
-
-def _live(trainable: Trainable) -> list[Box]:
-    return [
-        Box(part.name, part.global_shape, part.global_offset, parameter.detach()[part.start : part.stop].clone())
+        Shard(where, {"parameter": parameter.detach()[rows].clone()})
         for stage in trainable.engine.stages
         for parameter in stage.parameters()
-        for part in parameter.placement.segments  # type: ignore[attr-defined]
+        for rows, where in parameter.placement.pieces()  # type: ignore[attr-defined]
     ]
-
-
-def _grads(trainable: Trainable) -> list[Box]:
-    """The summed gradients of the rows that this rank owns, as the optimizer reads them: rounded to FP32. (Elsewhere
-    `main_grad` holds partial sums.)
-    """
-    places = {
-        part.name: (parameter, part)
-        for stage in trainable.engine.stages
-        for parameter in stage.parameters()
-        for part in parameter.placement.segments  # type: ignore[attr-defined]
-    }
-    boxes = []
-    for shard in trainable.optimizer.state_shards():
-        parameter, part = places[shard.name]
-        first = part.start + shard.offset[0] - part.global_offset[0]
-        rows = parameter.main_grad[first : first + shard.tensors["master"].shape[0]]  # type: ignore[attr-defined]
-        boxes.append(Box(shard.name, shard.global_shape, shard.offset, rows.to(torch.float32, copy=True)))
-    return boxes

@@ -1,7 +1,7 @@
 """Is a killed and resumed run the run that was never stopped? For a small model, on synthetic tokens.
 
-One idea: the same function runs from the newest checkpoint (or from the start) to a step, saves on the way, and reports
-losses and all optimizer state as rectangles of logical tensors. Called without and with an end by SIGKILL, and at
+The same function runs from the newest checkpoint (or from the start) to a step, saves on the way, and reports losses
+and all optimizer state as rectangles of logical tensors. Called without and with an end by SIGKILL, and at
 other layouts, its reports must be equal.
 """
 
@@ -17,9 +17,10 @@ from megatron_fp4.checkpoint.directory import latest_step
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import build_mesh
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.proofs.distance import assemble
-from megatron_fp4.proofs.parity import Box, Case, synthetic_inputs
+from megatron_fp4.proofs.parity import Case, copies, synthetic_inputs
 from megatron_fp4.train.trainable import build_trainable
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -41,13 +42,15 @@ class Stretch:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Of one rank. began: steps that were done when it started. losses: its parts, per step made. state: after the last
-    step, boxes named "<kind>/<name>".
+    """What one rank saw.
+
+    began: steps that were done when it started. losses: its parts, per step made. state: of the optimizer, after the
+    last step.
     """
 
     began: int
     losses: dict[int, float]
-    state: list[Box]
+    state: list[Shard]
 
 
 def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch: Stretch) -> Report:
@@ -80,18 +83,15 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
         if step + 1 == stretch.save_step:
             store.save(step + 1, optimizer.state_shards(), {"optimizer_steps": optimizer.step_count})
     store.close()
-    state = [
-        Box(f"{kind}/{shard.name}", shard.global_shape, shard.offset, shard.tensors[kind].clone())
-        for shard in optimizer.state_shards()
-        for kind in KINDS
-    ]
-    return Report(began, losses, state)
+    return Report(began, losses, copies(optimizer.state_shards(), *KINDS))
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Largest relative differences between two runs: of a loss, and of a tensor (root mean square, by kind: of the
-    difference over that of the tensor). 0 means equal bit for bit. tensor: the worst one.
+    """Largest relative differences between two runs; 0 means equal bit for bit.
+
+    tensors: by kind; root mean square of the difference over that of the tensor. worst: "<kind>/<name>" of the tensor
+    that differs most, "" if none does.
     """
 
     loss: float
@@ -107,18 +107,24 @@ def distance(reference: Sequence[Report], resumed: Sequence[Report]) -> Distance
     """The steps that `resumed` made, and the state after the last."""
     losses = [total_losses(reports) for reports in (reference, resumed)]
     loss = max(abs(losses[0][step] - value) / abs(losses[0][step]) for step, value in losses[1].items())
-    expected, actual = (assemble(box for report in reports for box in report.state) for reports in (reference, resumed))
+    errors = {f"{kind}/{name}": error for kind in KINDS for name, error in _errors(reference, resumed, kind).items()}
+    largest = max(errors, key=lambda key: errors[key])
+    tensors = {kind: max(error for key, error in errors.items() if key.startswith(f"{kind}/")) for kind in KINDS}
+    return Distance(loss, tensors, largest if errors[largest] else "")
+
+
+def _errors(reference: Sequence[Report], resumed: Sequence[Report], kind: str) -> dict[str, float]:
+    """Relative difference of each logical tensor; infinite where it is not finite."""
+    expected, actual = (
+        assemble((shard for report in reports for shard in report.state), kind) for reports in (reference, resumed)
+    )
     assert expected.keys() == actual.keys(), f"tensors differ: {sorted(expected.keys() ^ actual.keys())[:5]}"
-    tensors, worst = dict.fromkeys(KINDS, 0.0), ("", 0.0)
+    errors = {}
     for name, whole in expected.items():
-        if whole.equal(actual[name]):
-            continue
         difference = (whole.double() - actual[name].double()).square().mean().sqrt()
         error = float(difference / whole.double().square().mean().sqrt().clamp(min=1e-30))
-        kind = name.split("/", 1)[0]
-        tensors[kind] = max(tensors[kind], error if error == error else float("inf"))
-        worst = max(worst, (name, error), key=lambda pair: pair[1])
-    return Distance(loss, tensors, worst[0])
+        errors[name] = 0.0 if whole.equal(actual[name]) else error if error == error else float("inf")
+    return errors
 
 
 def total_losses(reports: Sequence[Report]) -> dict[int, float]:

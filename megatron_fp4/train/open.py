@@ -1,11 +1,11 @@
 """Weights of a checkpoint into a model without an optimizer: for evaluation, generation and export.
 
-One idea: a checkpoint has no layout, so a trained model of any size of job opens in one process.
+A checkpoint has no layout, so a trained model of any size of job opens in one process.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.models.decoder import Decoder, whole_model
 from megatron_fp4.precision.backends.choose import make_backend
@@ -25,35 +26,23 @@ from megatron_fp4.train.evaluate import assign
 from megatron_fp4.train.requirements import by_torch
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """A rectangle of which only the master weights are read."""
-
-    name: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensors: dict[str, Tensor]
-    writes: bool = False
-
-
 @torch.no_grad()
 def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = None) -> dict[str, Any]:
     """Fill `model` from checkpoint `step` (None: the newest intact one), at any layout; returns its small state.
 
     Masters are FP32 in the file and rounded to the parameters' dtype here, as in training.
     """
-    shards: list[_Weights] = []
+    shards: list[Shard] = []
     targets: list[tuple[Tensor, Tensor]] = []
     for parameter in model.parameters():
-        for segment in parameter.placement.segments:  # type: ignore[attr-defined, union-attr]
-            rows = parameter[segment.start : segment.stop]
-            master = torch.empty(rows.shape, dtype=torch.float32, device=parameter.device)
-            shards.append(_Weights(segment.name, segment.global_shape, segment.global_offset, {"master": master}))
-            targets.append((rows, master))
+        for rows, where in parameter.placement.pieces():  # type: ignore[attr-defined, union-attr]
+            master = torch.empty(where.shape, dtype=torch.float32, device=parameter.device)
+            shards.append(Shard(where, {"master": master}, writes=False))
+            targets.append((parameter[rows], master))
     chosen = store.choose(step)
     store.load(chosen, shards)
-    for rows, master in targets:
-        rows.copy_(master)
+    for weights, master in targets:
+        weights.copy_(master)
     return chosen.meta
 
 

@@ -14,18 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fp4.comm.rect import Rectangle, Shard
+
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 NUM_BLOCKS = 4
 VOCAB, HIDDEN, KV = 22, 12, 4
-
-
-@dataclass
-class FakeShard:
-    name: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensors: dict[str, Tensor]
-    writes: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,11 @@ def whole(kind: str, name: str, shape: tuple[int, ...], version: int = 0) -> Ten
     return torch.randn(shape, generator=generator)
 
 
+def whole_shard(name: str, tensors: dict[str, Tensor]) -> Shard:
+    """All of a logical tensor."""
+    return Shard(Rectangle.whole(name, tuple(next(iter(tensors.values())).shape)), tensors)
+
+
 def logical_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embedding": (VOCAB, HIDDEN), "final_norm": (HIDDEN,)}
     for block in range(NUM_BLOCKS):
@@ -61,26 +59,25 @@ def logical_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def shards_of(layout: Layout, rank: int, *, filled: bool, version: int = 0, kinds: Any = KINDS) -> list[FakeShard]:
+def shards_of(layout: Layout, rank: int, *, filled: bool, version: int = 0, kinds: Any = KINDS) -> list[Shard]:
     """All shards of `rank`: filled with the right values, or with NaN to be loaded."""
     tp, pp, dp = layout.place(rank)
     shapes = logical_shapes()
-    shards: list[FakeShard] = []
+    shards: list[Shard] = []
 
     def add(name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None, writes: bool = True) -> None:
         """Rows `[rows)` of the logical tensor, of which this dp rank owns an (uneven) part."""
         start, stop = rows
         size = stop - start
         low, high = start + size * dp // layout.dp, start + size * (dp + 1) // layout.dp
-        index: Any = slice(low, high)
-        offset = [low, *[0] * (len(shapes[name]) - 1)]
+        where = Rectangle.whole(name, shapes[name]).rows(low, high)
         if columns is not None:
-            index, offset[1] = (slice(low, high), slice(*columns)), columns[0]
+            where = Rectangle(name, shapes[name], (low, columns[0]), (high - low, columns[1] - columns[0]))
         tensors = {}
         for kind in kinds:
-            part = whole(kind, name, shapes[name], version)[index].clone()
+            part = whole(kind, name, shapes[name], version)[where.slices].clone()
             tensors[kind] = part if filled else torch.full_like(part, torch.nan)
-        shards.append(FakeShard(name, shapes[name], tuple(offset), tensors, writes))
+        shards.append(Shard(where, tensors, writes))
 
     def share(name: str, dim: int = 0) -> tuple[int, int]:
         size = shapes[name][dim]
@@ -100,11 +97,11 @@ def shards_of(layout: Layout, rank: int, *, filled: bool, version: int = 0, kind
     return shards
 
 
-def wrong_shards(shards: list[FakeShard], layout: Layout, rank: int, version: int = 0) -> list[str]:
+def wrong_shards(shards: list[Shard], layout: Layout, rank: int, version: int = 0) -> list[str]:
     """Names of shards that are not bitwise what they must be."""
     right = shards_of(layout, rank, filled=True, version=version)
     return [
-        f"{kind}/{have.name}@{have.offset}"
+        f"{kind}/{have.name}@{have.where.offset}"
         for have, want in zip(shards, right, strict=True)
         for kind in have.tensors
         if not torch.equal(have.tensors[kind], want.tensors[kind])

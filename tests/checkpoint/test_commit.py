@@ -24,16 +24,17 @@ from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, commit, i
 from megatron_fp4.checkpoint.directory import latest_step, load_order, step_name
 from megatron_fp4.checkpoint.sweep import STALE_SECONDS
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import HashingFile
 from megatron_fp4.storage.owner import Owner
-from tests.checkpoint.synthetic import FakeShard
+from tests.checkpoint.synthetic import whole_shard
 
 CALLS = [(os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (HashingFile, "write")]
 
 
-def tiny(version: int) -> list[FakeShard]:
+def tiny(version: int) -> list[Shard]:
     """Few tensors, because every write of a byte is a point to be killed at."""
-    return [FakeShard("w", (6, 4), (0, 0), {"master": torch.full((6, 4), float(version))})]
+    return [whole_shard("w", {"master": torch.full((6, 4), float(version))})]
 
 
 def save(root: Path, step: int, version: int, asynchronous: bool) -> None:

@@ -9,18 +9,22 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, inspect
 from megatron_fp4.comm.mesh import Group
-from tests.checkpoint.synthetic import FakeShard, Layout, logical_shapes, shards_of, whole
+from megatron_fp4.comm.rect import Rectangle, Shard
+from tests.checkpoint.synthetic import Layout, logical_shapes, shards_of, whole, whole_shard
 
 
-def save(root: Path, step: int, shards: list[FakeShard]) -> Path:
+def save(root: Path, step: int, shards: list[Shard]) -> Path:
     store = CheckpointStore(root, Group.single("world"), CheckpointConfig(asynchronous=False, keep_last=9))
     store.save(step, shards, {"tokens": step}, tokens=step, score=1.5)
     return root / f"step_{step:08d}"
 
 
-def two_pieces(value: float) -> list[FakeShard]:
+def two_pieces(value: float) -> list[Shard]:
     data = torch.full((5, 3), value)
-    return [FakeShard("w", (5, 3), (low, 0), {"master": data[low:high]}) for low, high in ((0, 2), (2, 5))]
+    return [
+        Shard(Rectangle("w", (5, 3), (low, 0), (high - low, 3)), {"master": data[low:high]})
+        for low, high in ((0, 2), (2, 5))
+    ]
 
 
 def test_list_and_read_whole(tmp_path: Path) -> None:
@@ -65,7 +69,7 @@ def test_average(tmp_path: Path) -> None:
     assert torch.equal(inspect.read_tensor(weighted, "master/w"), torch.full((5, 3), 1.25))
     with pytest.raises(ValueError, match="exists already"):
         inspect.average(paths, tmp_path / "run")
-    other = save(tmp_path / "other", 1, [FakeShard("w", (2, 3), (0, 0), {"master": torch.ones(2, 3)})])
+    other = save(tmp_path / "other", 1, [whole_shard("w", {"master": torch.ones(2, 3)})])
     with pytest.raises(ValueError, match="differ in 2 tensors"):
         inspect.average([paths[0], other], tmp_path / "no")
     with pytest.raises(ValueError, match="as many weights"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore
 from megatron_fp4.checkpoint.state import encode_meta
 from megatron_fp4.comm.mesh import Group
-from tests.checkpoint.synthetic import FakeShard, Layout, shards_of, wrong_shards
+from megatron_fp4.comm.rect import Rectangle, Shard
+from tests.checkpoint.synthetic import Layout, shards_of, whole_shard, wrong_shards
 
 ONE = Layout()
 
@@ -20,8 +22,8 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path, Group.single("world"), CheckpointConfig(asynchronous=False))
 
 
-def shard(name: str, rows: int, offset: int = 0, of: int | None = None, writes: bool = True) -> FakeShard:
-    return FakeShard(name, (of or rows, 2), (offset, 0), {"master": torch.ones(rows, 2)}, writes)
+def shard(name: str, rows: int, offset: int = 0, of: int | None = None, writes: bool = True) -> Shard:
+    return Shard(Rectangle(name, (of or rows, 2), (offset, 0), (rows, 2)), {"master": torch.ones(rows, 2)}, writes)
 
 
 def test_differences_are_listed_in_one_error(store: CheckpointStore) -> None:
@@ -44,36 +46,34 @@ def test_only_the_masters_are_loaded_for_evaluation(store: CheckpointStore) -> N
 
 
 def test_masters_load_into_another_dtype(store: CheckpointStore) -> None:
-    store.save(1, [FakeShard("w", (3, 2), (0, 0), {"master": torch.full((3, 2), 1.5)})], {})
+    store.save(1, [whole_shard("w", {"master": torch.full((3, 2), 1.5)})], {})
     target = torch.zeros(3, 2, dtype=torch.bfloat16)
-    store.load(store.choose(1), [FakeShard("w", (3, 2), (0, 0), {"master": target})])
+    store.load(store.choose(1), [whole_shard("w", {"master": target})])
     assert target.eq(1.5).all(), "export reads into bf16 without an fp32 copy of its own"
 
 
 @pytest.mark.parametrize(
     ("shards", "message"),
     [
-        ([shard("w", 2, 0, of=5), shard("w", 2, 2, of=5)], r"master/w: .* hold 8 of the 10 elements"),
-        ([shard("w", 3, 0, of=5), shard("w", 3, 2, of=5)], "overlapping"),
-        ([shard("w", 5), shard("w", 5)], "written twice.*writes=False"),
-        ([shard("w", 3, 4, of=5)], "not inside the logical shape"),
-        ([shard("w", 5), shard("w", 4, 0, of=4)], "two shards say"),
+        (lambda: [shard("w", 2, 0, of=5), shard("w", 2, 2, of=5)], r"master/w: .* hold 8 of the 10 elements"),
+        (lambda: [shard("w", 3, 0, of=5), shard("w", 3, 2, of=5)], "overlapping"),
+        (lambda: [shard("w", 5), shard("w", 5)], "written twice.*writes=False"),
+        (lambda: [shard("w", 3, 4, of=5)], "not inside the logical shape"),
+        (lambda: [shard("w", 5), shard("w", 4, 0, of=4)], "two shards say"),
     ],
 )
 def test_shards_that_are_no_partition_are_refused(
-    store: CheckpointStore, shards: list[FakeShard], message: str
+    store: CheckpointStore, shards: Callable[[], list[Shard]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        store.save(1, shards, {})
+        store.save(1, shards(), {})
     assert store.complete_steps() == [], "a refused save leaves nothing behind"
 
 
 def test_shards_as_views_of_one_buffer(store: CheckpointStore) -> None:
     """The optimizer's tensors are views into flat buffers; storing the buffer with each view would be quadratic."""
     flat = torch.arange(4096.0)
-    parts = [
-        FakeShard(f"w{i}", (32, 4), (0, 0), {"master": flat[i * 128 : i * 128 + 128].view(32, 4)}) for i in range(32)
-    ]
+    parts = [whole_shard(f"w{i}", {"master": flat[i * 128 : i * 128 + 128].view(32, 4)}) for i in range(32)]
     report = store.save(1, parts, {})
     assert report.num_bytes < 2.5 * flat.nbytes + 32 * 1500, "each view was stored with the whole buffer behind it"
     before = flat.clone()

@@ -13,11 +13,11 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, SaveStatus, commit
 from megatron_fp4.checkpoint.directory import complete_steps, present_steps
-from megatron_fp4.checkpoint.state import boxes_of
+from megatron_fp4.checkpoint.state import stored_tensors
 from megatron_fp4.checkpoint.write import GRACE_SECONDS, SaveInProgress, Staging
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage.durable import HashingFile
-from tests.checkpoint.synthetic import FakeShard, Layout, shards_of, wrong_shards
+from tests.checkpoint.synthetic import Layout, shards_of, whole_shard, wrong_shards
 
 ONE = Layout()
 
@@ -160,12 +160,13 @@ def test_interrupt_during_a_synchronous_save_is_not_swallowed() -> None:
 def test_staging_reuses_its_buffers() -> None:
     staging = Staging()
     shards = shards_of(ONE, 0, filled=True)
-    first = staging.copy(boxes_of(shards))
-    second = staging.copy(boxes_of(shards))
-    for key, boxes in first.items():
-        for a, b in zip(boxes.boxes, second[key].boxes, strict=True):
-            assert a.data.data_ptr() == b.data.data_ptr(), f"{key}: a new buffer for each save"
-    assert sum(len(boxes.boxes) for boxes in first.values()) < len(shards) * 3, "replicas must not be staged"
+    first = staging.copy(stored_tensors(shards))
+    second = staging.copy(stored_tensors(shards))
+    for key, stored in first.items():
+        for a, b in zip(stored.shards, second[key].shards, strict=True):
+            kind = stored.kind
+            assert a.tensors[kind].data_ptr() == b.tensors[kind].data_ptr(), f"{key}: a new buffer for each save"
+    assert sum(len(stored.shards) for stored in first.values()) < len(shards) * 3, "replicas must not be staged"
 
 
 def resident_bytes() -> int:
@@ -177,8 +178,7 @@ def test_host_memory_is_flat_over_20_saves(tmp_path: Path) -> None:
     mega = 1 << 20
     store = open_store(tmp_path)
     shards = [
-        FakeShard(f"w{i}", (1024, 1024), (0, 0), {kind: torch.full((1024, 1024), float(i)) for kind in ("master", "m")})
-        for i in range(4)
+        whole_shard(f"w{i}", {kind: torch.full((1024, 1024), float(i)) for kind in ("master", "m")}) for i in range(4)
     ]  # 32 MiB
     sizes = []
     for step in range(20):

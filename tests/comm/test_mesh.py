@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_fp4.comm.config import ParallelConfig
-from megatron_fp4.comm.mesh import Group, ParallelMesh, describe, rank_grid
-from megatron_fp4.comm.rect import Placement, Segment, split_evenly
+from megatron_fp4.comm.mesh import ParallelMesh, describe, rank_grid
 from tests.helpers.distributed import mesh_for, run_distributed
 
 
@@ -62,26 +61,3 @@ def test_a_single_process_needs_no_process_group() -> None:
 
 def test_the_grid_is_drawn() -> None:
     assert "stage 1, dp 1: [6 7]" in describe(ParallelConfig(tp=2, pp=2), 8)
-
-
-def test_split_evenly_names_the_numbers() -> None:
-    group = Group("tp", (0,), 0)
-    assert split_evenly(6, group, what="heads") == 6
-    with pytest.raises(ValueError, match=r"6 .* not a multiple of 4"):
-        split_evenly(6, group, what="heads", multiple_of=4)
-
-
-def test_rows_between_cuts_segments_into_rectangles() -> None:
-    placement = Placement(
-        (Segment("q", 0, 4, (8, 3), (4, 0)), Segment("k", 4, 6, (4, 3), (2, 0))),
-    )
-    parts = list(placement.rows_between(3, 5))
-    assert [(part.name, part.start, part.stop, part.global_offset) for part in parts] == [
-        ("q", 3, 4, (7, 0)),
-        ("k", 4, 5, (2, 0)),
-    ]
-
-
-def test_a_placement_with_a_hole_is_refused() -> None:
-    with pytest.raises(ValueError, match="starts at row 5"):
-        Placement((Segment("q", 0, 4, (4,), (0,)), Segment("k", 5, 6, (1,), (0,))))

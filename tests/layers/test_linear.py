@@ -42,9 +42,8 @@ def run(mesh: ParallelMesh, precision: LinearPrecision, dtype: torch.dtype) -> d
     assert x.grad is not None
     found["dx"] = [((mesh.tp.rank * len(y), 0), x.grad)]
     for linear in (up, down):
-        for part in linear.weight.placement.segments:  # type: ignore[attr-defined]
-            rows = linear.weight.main_grad[part.start : part.stop]  # type: ignore[attr-defined]
-            found[part.name] = [(part.global_offset, rows)]
+        for rows, where in linear.weight.placement.pieces():  # type: ignore[attr-defined]
+            found[where.name] = [(where.offset, linear.weight.main_grad[rows])]  # type: ignore[attr-defined]
     return found
 
 

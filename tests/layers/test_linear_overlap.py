@@ -87,8 +87,9 @@ def layout(overlap: Overlap, **axes: Any) -> ParallelConfig:
 def assert_equal(on: Record, off: Record, what: str) -> None:
     assert (on.losses, on.norms) == (off.losses, off.norms), f"{what}: other losses or norms"
     pairs = zip([*on.grads, *on.masters[STEPS], *on.live], [*off.grads, *off.masters[STEPS], *off.live], strict=True)
-    for mine, theirs in pairs:
-        assert torch.equal(mine.values, theirs.values), f"{what}: {mine.name} differs"
+    for ours, theirs in pairs:
+        for kind, tensor in ours.tensors.items():
+            assert torch.equal(tensor, theirs.tensors[kind]), f"{what}: {kind} {ours.name} differs"
 
 
 def test_overlap_changes_no_bit_in_any_recipe() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.comm.rect import Placement, Rectangle, Shard
 from megatron_fp4.optim import OptimConfig, Zero1AdamW
 from tests.optim.synthetic import contribute, exact_gradient, hash_of
 
@@ -52,19 +52,18 @@ def initial(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def make_local(logical: Logical, mesh: ParallelMesh, dtype: torch.dtype, writes: bool) -> nn.Parameter:
-    pieces, segments, start = [], [], 0
+    pieces, rectangles = [], []
     for name, shape in logical.segments.items():
         piece = cut(initial(name, shape), logical.dim, mesh)
         offset = [0] * len(shape)
         if logical.dim is not None:
             offset[logical.dim] = mesh.tp.rank * piece.shape[logical.dim]
-        segments.append(Segment(name, start, start + piece.shape[0], shape, tuple(offset)))
+        rectangles.append(Rectangle(name, shape, tuple(offset), tuple(piece.shape)))
         pieces.append(piece)
-        start += piece.shape[0]
     parameter = nn.Parameter(torch.cat(pieces).to(dtype))
     replicated = logical.dim is None
     parameter.placement = Placement(  # type: ignore[attr-defined]
-        tuple(segments), tp_replicated=replicated, decay=parameter.dim() > 1, writes=writes
+        tuple(rectangles), tp_replicated=replicated, decay=parameter.dim() > 1, writes=writes
     )
     return parameter
 
@@ -111,7 +110,7 @@ class Outcome:
     """What one rank saw: gradient norms, owned rectangles, and the parameters that it holds."""
 
     norms: list[float]
-    shards: list[tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Tensor], bool]]
+    shards: list[Shard]
     parameters: dict[str, Tensor]
     part_sizes: list[tuple[int, ...]]
 
@@ -139,8 +138,8 @@ def train(
         norm = optimizer.finish_grads()
         norms.append(optimizer.step(norm, lr=1e-2 / (step + 1), max_norm=max_norm).grad_norm)
     shards = [
-        (s.name, s.global_shape, s.offset, {kind: t.clone() for kind, t in s.tensors.items()}, s.writes)
-        for s in optimizer.state_shards()
+        Shard(shard.where, {kind: tensor.clone() for kind, tensor in shard.tensors.items()}, shard.writes)
+        for shard in optimizer.state_shards()
     ]
     parameters = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
     return Outcome(norms, shards, parameters, [bucket.parts for bucket in optimizer.buckets])
@@ -162,14 +161,12 @@ def assemble(outcomes: list[Outcome]) -> dict[str, dict[str, Tensor]]:
     whole: dict[str, dict[str, Tensor]] = {"master": {}, "exp_avg": {}, "exp_avg_sq": {}}
     written: dict[str, Tensor] = {}
     for outcome in outcomes:
-        for name, shape, offset, tensors, writes in outcome.shards:
-            if not writes:
+        for shard in outcome.shards:
+            if not shard.writes:
                 continue
-            place: tuple[Any, ...] = tuple(
-                slice(first, first + size) for first, size in zip(offset, tensors["master"].shape, strict=True)
-            )
+            name, shape, place = shard.name, shard.where.global_shape, shard.where.slices
             written.setdefault(name, torch.zeros(shape, dtype=torch.int64))[place] += 1
-            for kind, tensor in tensors.items():
+            for kind, tensor in shard.tensors.items():
                 whole[kind].setdefault(name, torch.full(shape, float("nan")))[place] = tensor
     for name, count in written.items():
         assert bool((count == 1).all()), f"{name}: some elements are saved {count.unique().tolist()} times"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.comm.rect import Placement, Rectangle
 
 SHAPES = {
     "embedding.weight": (130, 24),
@@ -21,16 +21,12 @@ QKV_ROWS = {"q": 48, "k": 24, "v": 24}
 
 
 def placement_of(name: str, shape: tuple[int, ...], **flags: bool) -> Placement:
-    """One segment, or q|k|v for the fused weight; matrices decay."""
+    """One rectangle, or q|k|v for the fused weight; matrices decay."""
     decay = len(shape) > 1
     if not name.endswith("qkv.weight"):
-        return Placement((Segment(name, 0, shape[0], shape, (0,) * len(shape)),), decay=decay, **flags)
-    segments, start = [], 0
-    for part, rows in QKV_ROWS.items():
-        part_name = name.replace("qkv", part)
-        segments.append(Segment(part_name, start, start + rows, (rows, shape[1]), (0, 0)))
-        start += rows
-    return Placement(tuple(segments), decay=decay, **flags)
+        return Placement((Rectangle.whole(name, shape),), decay=decay, **flags)
+    parts = (Rectangle.whole(name.replace("qkv", part), (rows, shape[1])) for part, rows in QKV_ROWS.items())
+    return Placement(tuple(parts), decay=decay, **flags)
 
 
 def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.comm.rect import Placement, Segment
+from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.optim.layout import ALIGN, Bucket, make_buckets
 
 
@@ -26,7 +26,7 @@ class FakeGroup(Group):
 
 def parameter(name: str, *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Parameter:
     made = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
-    made.placement = Placement((Segment(name, 0, shape[0], shape, (0,) * len(shape)),))  # type: ignore[attr-defined]
+    made.placement = Placement((Rectangle.whole(name, shape),))  # type: ignore[attr-defined]
     return made
 
 
@@ -108,7 +108,7 @@ def test_buckets_follow_backward_order_and_split_by_dtype() -> None:
 
 def test_replicated_parameters_are_deferred_when_their_gradients_are_partial() -> None:
     norm = parameter("norm", 64)
-    norm.placement = Placement(norm.placement.segments, tp_replicated=True)  # type: ignore[attr-defined, union-attr]
+    norm.placement = Placement(norm.placement.rectangles, tp_replicated=True)  # type: ignore[attr-defined, union-attr]
     named = [("w", parameter("w", 8, 64)), ("norm", norm)]
     partial = make_buckets(named, FakeGroup(2), bucket_numel=10**6, sum_replicated_over_tp=True)
     assert [bucket.kind.tp_summed for bucket in partial] == [False, True]

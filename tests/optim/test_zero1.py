@@ -137,14 +137,14 @@ def test_nonfinite_gradient_skips_the_step_and_is_named(bad: float) -> None:
     assert all(torch.equal(weights[name], parameters[name]) for name in SHAPES)
 
 
-def test_state_shards_are_the_segments_and_load_in_place() -> None:
+def test_state_shards_are_the_logical_tensors_and_load_in_place() -> None:
     parameters = make_parameters()
     optimizer = optimizer_of(parameters)
     shards = {shard.name: shard for shard in optimizer.state_shards()}
     start = 0
     for part, rows in QKV_ROWS.items():
         shard = shards[f"blocks.0.attention.{part}.weight"]
-        assert (shard.global_shape, shard.offset, shard.writes) == ((rows, 16), (0, 0), True)
+        assert (shard.where.global_shape, shard.where.offset, shard.writes) == ((rows, 16), (0, 0), True)
         whole = parameters["blocks.0.attention.qkv.weight"]
         assert torch.equal(shard.tensors["master"], whole[start : start + rows]), f"{part} shows other rows"
         start += rows
@@ -240,7 +240,7 @@ def test_calls_out_of_order_are_caught() -> None:
 def test_replica_that_is_owned_elsewhere_is_not_counted() -> None:
     parameters = make_parameters()
     placement = parameters["head.weight"].placement
-    parameters["head.weight"].placement = Placement(placement.segments, writes=False)  # type: ignore[attr-defined]
+    parameters["head.weight"].placement = Placement(placement.rectangles, writes=False)  # type: ignore[attr-defined]
     optimizer = optimizer_of(parameters)
     optimizer.zero_grad()
     parameters["head.weight"].main_grad.fill_(100.0)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fp4.comm.rect import Placement, Segment, split_evenly
+from megatron_fp4.comm.rect import Placement, Rectangle, split_evenly
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.mamba.context_parallel import carry_states, in_pieces, previous_tokens
@@ -179,16 +179,16 @@ class GatedGroupRMSNorm(nn.Module):
 def _conv_parameter(name: str, kind: str, parts: dict[str, int], num_taps: int, context: LayerContext) -> nn.Parameter:
     """This rank's rows of x, B and C, each a logical tensor `<name>.conv.<part>.<kind>`: `[rows, taps]` or `[rows]`."""
     columns = (num_taps,) if kind == "weight" else ()
-    segments: list[Segment] = []
-    start = 0
+    rectangles: list[Rectangle] = []
+    num_rows = 0
     for part, size in parts.items():
         rows = split_evenly(size, context.tp, what=f"{name}.conv.{part}")
         offset = (context.tp.rank * rows, *(0 for _ in columns))
-        segments.append(Segment(f"{name}.conv.{part}.{kind}", start, start + rows, (size, *columns), offset))
-        start += rows
+        rectangles.append(Rectangle(f"{name}.conv.{part}.{kind}", (size, *columns), offset, (rows, *columns)))
+        num_rows += rows
     bound = 1.0 / math.sqrt(num_taps)  # torch's default for a depthwise conv1d, weight and bias alike
-    placement = Placement(tuple(segments), decay=kind == "weight")
-    return make_parameter((start, *columns), placement, uniform_init(-bound, bound), context.dtype, context.device)
+    placement = Placement(tuple(rectangles), decay=kind == "weight")
+    return make_parameter((num_rows, *columns), placement, uniform_init(-bound, bound), context.dtype, context.device)
 
 
 def _sharded_vector(name: str, size: int, initializer: Initializer, context: LayerContext) -> nn.Parameter:
@@ -198,14 +198,14 @@ def _sharded_vector(name: str, size: int, initializer: Initializer, context: Lay
     return make_parameter((local,), placement, initializer, context.dtype, context.device)
 
 
-def a_log_init(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def a_log_init(seed: int, where: Rectangle, device: torch.device) -> Tensor:
     """log(1 + h) for head h of the whole layer."""
-    return (segment.row_index(device) + 1).float().log()
+    return (where.index(0, device) + 1).float().log()
 
 
-def dt_bias_init(seed: int, segment: Segment, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def dt_bias_init(seed: int, where: Rectangle, device: torch.device) -> Tensor:
     """Inverse softplus of a step size drawn log-uniformly."""
-    heads = segment.row_index(device)
-    draw = uniform(key_of(seed, "init", segment.name), heads, torch.zeros_like(heads[:1]))[:, 0]
+    heads = where.index(0, device)
+    draw = uniform(key_of(seed, "init", where.name), heads, torch.zeros_like(heads[:1]))[:, 0]
     step = (math.log(DT_MIN) + draw * (math.log(DT_MAX) - math.log(DT_MIN))).exp().clamp(min=DT_FLOOR)
     return step + torch.log(-torch.expm1(-step))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
 
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.optim import StateShard, Zero1AdamW
+from megatron_fp4.comm.rect import Shard
+from megatron_fp4.optim import Zero1AdamW
 from megatron_fp4.optim.clip import global_norm
 
 
@@ -19,38 +19,22 @@ def parameter_norm(optimizer: Zero1AdamW, world: Group, device: torch.device) ->
     return global_norm([shard.tensors["master"] for shard in optimizer.state_shards() if shard.writes], world, device)
 
 
-def norms_by_tensor(stages: Sequence[nn.Module], optimizer: Zero1AdamW, world: Group) -> dict[str, dict[str, float]]:
+def norms_by_tensor(optimizer: Zero1AdamW, world: Group) -> dict[str, dict[str, float]]:
     """{logical name: {"parameter", "gradient"}}, after `finish_grads` and before `step`. Collective; for reports."""
-    mine: dict[str, tuple[float, float]] = {}
-    for shard, grad in _owned_gradients(stages, optimizer):
-        pair = mine.get(shard.name, (0.0, 0.0))
-        squares = (_square_sum(shard.tensors["master"]), _square_sum(grad))
-        mine[shard.name] = (pair[0] + squares[0], pair[1] + squares[1])
-    found: dict[str, list[float]] = {}
-    for of_rank in all_gather_object(mine, world):
-        for name, squares in of_rank.items():
-            total = found.setdefault(name, [0.0, 0.0])
-            total[0] += squares[0]
-            total[1] += squares[1]
-    return {name: {"parameter": math.sqrt(p), "gradient": math.sqrt(g)} for name, (p, g) in sorted(found.items())}
+    parameters = _norms(optimizer.state_shards(), "master", world)
+    gradients = _norms(optimizer.grad_shards(), "grad", world)
+    return {name: {"parameter": norm, "gradient": gradients[name]} for name, norm in parameters.items()}
 
 
-def _owned_gradients(stages: Sequence[nn.Module], optimizer: Zero1AdamW) -> list[tuple[StateShard, Tensor]]:
-    """The rows that this rank updates and counts, with their summed gradients."""
-    places = {
-        part.name: (parameter, part)
-        for stage in stages
-        for parameter in stage.parameters()
-        for part in parameter.placement.segments  # type: ignore[attr-defined]
-    }
-    found = []
-    for shard in optimizer.state_shards():
+def _norms(shards: Iterable[Shard], kind: str, world: Group) -> dict[str, float]:
+    """The norm of each logical tensor, sorted by name, from the shards of all ranks. Collective."""
+    local_squares: dict[str, float] = {}
+    for shard in shards:
         if shard.writes:
-            parameter, part = places[shard.name]
-            first = part.start + shard.offset[0] - part.global_offset[0]
-            found.append((shard, parameter.main_grad[first : first + shard.tensors["master"].shape[0]]))  # type: ignore[attr-defined]
-    return found
-
-
-def _square_sum(x: Tensor) -> float:
-    return float(x.double().square().sum())
+            square = float(shard.tensors[kind].double().square().sum())
+            local_squares[shard.name] = local_squares.get(shard.name, 0.0) + square
+    squares: dict[str, float] = {}
+    for of_rank in all_gather_object(local_squares, world):
+        for name, square in of_rank.items():
+            squares[name] = squares.get(name, 0.0) + square
+    return {name: math.sqrt(square) for name, square in sorted(squares.items())}

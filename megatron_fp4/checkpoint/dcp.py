@@ -1,0 +1,85 @@
+"""The seam to torch.distributed.checkpoint (DCP): a stored tensor of which this rank holds some rectangles.
+
+DCP asks an object three things: what to write, which chunks to read, and where a chunk's memory is. `StoredTensor`
+answers them for any set of rectangles of one logical tensor; a replica (`writes=False`) answers the second and third
+only. Not here: what the tensors mean, and how they are named (state.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from megatron_fp4.comm.rect import Rectangle, Shard
+
+
+@dataclass(eq=False)
+class StoredTensor:
+    """The rectangles of one logical tensor on this rank; may be none. Of a shard's tensors, the one called `kind`."""
+
+    kind: str
+    global_shape: tuple[int, ...]
+    shards: list[Shard] = field(default_factory=list)
+
+    def data(self, shard: Shard) -> Tensor:
+        """The shard's elements; any strides."""
+        return shard.tensors[self.kind]
+
+    def size(self) -> torch.Size:
+        """The logical shape; DCP compares it with the stored one."""
+        return torch.Size(self.global_shape)
+
+    def __create_write_items__(self, fqn: str, obj: object) -> list[WriteItem]:
+        size = self.size()
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, shard.where.offset),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    _chunk(shard.where), TensorProperties.create_from_tensor(self.data(shard)), size
+                ),
+            )
+            for shard in self.shards
+            if shard.writes
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_chunk(shard.where) for shard in self.shards]
+
+
+def _chunk(where: Rectangle) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(where.offset), sizes=torch.Size(where.shape))
+
+
+class ShardSavePlanner(DefaultSavePlanner):
+    """DCP's planner over a flat dict of `StoredTensor`."""
+
+    def __init__(self, state: dict[str, StoredTensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.set_up_planner(state)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        stored: StoredTensor = self.state_dict[index.fqn]
+        return next(
+            stored.data(shard)
+            for shard in stored.shards
+            if shard.writes and torch.Size(shard.where.offset) == index.offset
+        )
+
+
+class ShardLoadPlanner(DefaultLoadPlanner):
+    """The same for reading. The chunk's number finds its shard, so two copies of one rectangle are both filled."""
+
+    def __init__(self, state: dict[str, StoredTensor], metadata: Metadata) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.state_dict, self.metadata, self.is_coordinator = state, metadata, False
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        assert index.index is not None
+        stored: StoredTensor = self.state_dict[index.fqn]
+        return stored.data(stored.shards[index.index])
