@@ -13,8 +13,9 @@ import pytest
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, CorruptCheckpoint, OnCorrupt, Verified, load
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import FileRecord, problem_of, read_manifest
-from tests.checkpoint.synthetic import FakeShard, Layout, shards_of, wrong_shards
+from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards
 
 ONE = Layout()
 
@@ -23,7 +24,7 @@ def open_store(root: Path, **settings: object) -> CheckpointStore:
     return CheckpointStore(root, Group.single("world"), CheckpointConfig(**{"asynchronous": False, **settings}))  # type: ignore[arg-type]
 
 
-def load_newest(store: CheckpointStore, shards: list[FakeShard]) -> Verified:
+def load_newest(store: CheckpointStore, shards: list[Shard]) -> Verified:
     chosen = store.choose()
     store.load(chosen, shards)
     return chosen
