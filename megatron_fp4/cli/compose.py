@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fp4.cli.schema import build, twin
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.renamed import renamed_keys, renaming_message
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -57,7 +58,12 @@ def load_run_config(run_dir: Path) -> RunConfig:
     if not stored.is_file():
         raise ConfigError(f"{run_dir} holds no config.yaml; is it the train.run_dir of a run?")
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(twin(RunConfig)), OmegaConf.load(stored))
+        settings = OmegaConf.load(stored)
+        if renamed := renamed_keys(OmegaConf.to_container(settings)):
+            raise ConfigError(
+                f"{stored}: {renaming_message(renamed)}; rename what this version of the program is to read"
+            )
+        tree = OmegaConf.merge(OmegaConf.structured(twin(RunConfig)), settings)
         tree.train.run_dir = str(run_dir)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{stored}: {_short(error)}") from None
@@ -85,6 +91,8 @@ def _check_keys(overrides: Sequence[str], directory: Path) -> None:
     schema = OmegaConf.structured(twin(RunConfig))
     for override in parsed:
         key, value = override.key_or_group, str(override.value())
+        if renamed := renamed_keys(override.value(), key):
+            raise ConfigError(renaming_message(renamed))
         if key in groups:
             options = sorted(path.stem for path in groups[key].glob("*.yaml"))
             if value not in options:
@@ -144,5 +152,7 @@ def _short(error: BaseException) -> str:
                 and not line.startswith(("object_type", "reference_type", "To append", "Set the"))
             ):
                 kept.append(line)
+            if line.startswith("full_key: "):  # in a YAML file of the user's own
+                kept += [renaming_message(keys)] if (keys := renamed_keys({}, line.removeprefix("full_key: "))) else []
         cause = cause.__cause__
     return "; ".join(kept)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_fp4.cli.compose import CONFIG_DIR, compose_config, to_run_config
+from megatron_fp4.cli.compose import CONFIG_DIR, ConfigError, compose_config, load_run_config, to_run_config, to_yaml
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.optim.lr import decay_tokens
 from megatron_fp4.precision.plan import PrecisionPlan
@@ -64,3 +65,25 @@ def test_only_the_forward_pass_switches_at_8_2t() -> None:
 def test_overrides_win_over_an_experiment() -> None:
     config = load("experiment=quickstart", "model.num_layers=4", "precision=bf16", "optim.lr=3e-4")
     assert (config.model.num_layers, config.optim.lr, config.precision.recipes) == (4, 3e-4, {})
+
+
+def test_the_stored_configuration_of_an_old_run_is_refused_with_the_new_names(tmp_path: Path) -> None:
+    stored = to_yaml(compose_config(["train.run_dir=x"])).replace("        dy:\n", "        a:\n")
+    (tmp_path / "config.yaml").write_text(stored)
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(tmp_path)
+    said = str(caught.value)
+    assert said.startswith(str(tmp_path / "config.yaml"))
+    for gemm in ("dgrad", "wgrad"):
+        old = f"precision.recipes.nvfp4.{gemm}.a"
+        assert f"{old} is now called precision.recipes.nvfp4.{gemm}.dy" in said
+
+
+def test_an_old_name_in_an_experiment_of_ones_own(tmp_path: Path) -> None:
+    directory = tmp_path / "configs"
+    shutil.copytree(CONFIG_DIR, directory)
+    (directory / "experiment/mine.yaml").write_text(
+        "# @package _global_\nprecision: {recipes: {nvfp4: {wgrad: {b: {rht_size: 4}}}}}\n"
+    )
+    with pytest.raises(ConfigError, match=r"wgrad\.b is now called precision\.recipes\.nvfp4\.wgrad\.x"):
+        compose_config(["experiment=mine"], directory)

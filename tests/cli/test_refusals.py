@@ -45,6 +45,14 @@ RAMP = [
         (["modle=gpt_tiny"], "did you mean 'model'"),
         (["model=gpt_tinny"], "did you mean 'gpt_tiny'"),
         (["precision.backend=emulate"], "emulated"),
+        (
+            ["precision.recipes.nvfp4.wgrad.b.rht_size=4"],
+            "precision.recipes.nvfp4.wgrad.b.rht_size is now called precision.recipes.nvfp4.wgrad.x.rht_size",
+        ),
+        (
+            ["precision.recipes.nvfp4={dgrad: {a: {rounding: rne}}}"],
+            "dgrad.a is now called precision.recipes.nvfp4.dgrad.dy",
+        ),
         (["optim.lr=fast"], "optim.lr"),
         (["optim.lr=-1"], "must be positive"),
         (["parallel.tp=3"], "tp * pp * cp * dp = 3 * 1 * 1"),

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from megatron_fp4.settings import to_json_values
+from megatron_fp4.train.renamed import current_name
 
 ABSENT = "(absent)"
 MAX_CELL = 44
@@ -101,8 +102,9 @@ def compare_settings(
 
     allow: globs of keys whose `ask` is answered. A setting that one side does not have at all (another version of the
     program) is asked about where it would be refused, because only a person can know that its default changes nothing.
+    Saved settings that were renamed since are compared under their present name.
     """
-    left, right = dict(_leaves(saved)), dict(_leaves(configured))
+    left, right = {current_name(key): value for key, value in _leaves(saved)}, dict(_leaves(configured))
     differences = []
     for key in sorted(left.keys() | right.keys()):
         old, new = left.get(key, ABSENT), right.get(key, ABSENT)

@@ -31,6 +31,14 @@ def test_nothing_differs() -> None:
     assert compare_settings(SAVED, same) == [], "a tuple is a list after JSON, and logging is not compared"
 
 
+def test_a_renamed_setting_is_compared_under_its_present_name() -> None:
+    """A resume from an older checkpoint would list every operand twice, as removed and as new."""
+    saved = {"precision": {"recipes": {"r": {"wgrad": {"a": {"rht_size": 16}, "b": {"rht_size": 16}}}}}}
+    now = {"precision": {"recipes": {"r": {"wgrad": {"dy": {"rht_size": 16}, "x": {"rht_size": 4}}}}}}
+    [difference] = compare_settings(saved, now)
+    assert (difference.key, difference.saved) == ("precision.recipes.r.wgrad.x.rht_size", 16)
+
+
 @pytest.mark.parametrize(
     ("groups", "key", "policy", "refused"),
     [

@@ -1,0 +1,46 @@
+"""Settings that once had another name: whoever still uses the old one is told the new one.
+
+A commit that renames a setting adds a line to `RENAMED`. Overrides and the config.yaml of an old run are then refused
+with the new name (cli/compose.py), and the settings in an old checkpoint are compared under it (resume/differences.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {
+    "precision.recipes.*.fprop.a": "precision.recipes.*.fprop.x",
+    "precision.recipes.*.fprop.b": "precision.recipes.*.fprop.w",
+    "precision.recipes.*.dgrad.a": "precision.recipes.*.dgrad.dy",
+    "precision.recipes.*.dgrad.b": "precision.recipes.*.dgrad.w",
+    "precision.recipes.*.wgrad.a": "precision.recipes.*.wgrad.dy",
+    "precision.recipes.*.wgrad.b": "precision.recipes.*.wgrad.x",
+}
+"""Old dotted key -> new one. `*` is any one part of the key; what lies under a key goes with it."""
+
+
+def current_name(key: str) -> str:
+    """The name that `key` has today: itself, unless it was renamed."""
+    parts = key.split(".")
+    for old, new in RENAMED.items():
+        pattern = old.split(".")
+        if len(parts) >= len(pattern) and all(one in ("*", part) for one, part in zip(pattern, parts, strict=False)):
+            wildcards = iter([part for one, part in zip(pattern, parts, strict=False) if one == "*"])
+            renamed = [next(wildcards) if one == "*" else one for one in new.split(".")]
+            return ".".join(renamed + parts[len(pattern) :])
+    return key
+
+
+def renamed_keys(settings: Any, prefix: str = "") -> dict[str, str]:
+    """Old key -> new key, for the keys in nested settings that were renamed. prefix: the key of `settings`."""
+    if prefix and current_name(prefix) != prefix:
+        return {prefix: current_name(prefix)}
+    keys: dict[str, str] = {}
+    for name, value in settings.items() if isinstance(settings, Mapping) else ():
+        keys |= renamed_keys(value, f"{prefix}.{name}".lstrip("."))
+    return keys
+
+
+def renaming_message(keys: Mapping[str, str]) -> str:
+    return ", ".join(f"{old} is now called {new}" for old, new in keys.items())
