@@ -27,17 +27,22 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class Bound:
-    """The numbers that a setting may be; NaN is never one of them. or_zero: 0 as well (it turns something off)."""
+    """The numbers that a setting may be; NaN is never one of them.
+
+    or_zero: 0 as well (it turns something off). only: one of these.
+    """
 
     least: float | None = None
     above: float | None = None
     most: float | None = None
     below: float | None = None
     or_zero: bool = False
+    only: tuple[float, ...] = ()
 
     def allows(self, value: float) -> bool:
         return (self.or_zero and value == 0) or (
             value == value
+            and (not self.only or value in self.only)
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
             and (self.most is None or value <= self.most)
@@ -54,6 +59,9 @@ class Bound:
             text = f"in {'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
         elif low is not None:
             text = f"at least {low:g}" if self.above is None else "positive" if low == 0 else f"above {low:g}"
+        elif self.only:
+            *others, last = (f"{value:g}" for value in self.only)
+            text = f"{', '.join(others)} or {last}"
         elif high is not None:
             text = f"at most {high:g}" if self.below is None else f"below {high:g}"
         else:
@@ -95,6 +103,11 @@ class Section:
     key: str
     cls: type
     settings: tuple[Setting, ...]
+
+    @property
+    def declared(self) -> tuple[tuple[type, str], ...]:
+        """Where its settings stand: equal for two places of one kind of section."""
+        return tuple((setting.owner, setting.name) for setting in self.settings)
 
     @property
     def about(self) -> str:

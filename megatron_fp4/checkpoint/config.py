@@ -24,9 +24,9 @@ class CheckpointConfig:
     """How a checkpoint is written, which ones stay, and what happens when one cannot be written or read."""
 
     asynchronous: bool = True
-    """Stop the step loop only for the copy to host memory, instead of until the checkpoint is complete."""
+    """Stop the step loop only for the copy to host memory; false = until the checkpoint is complete, without a copy."""
     verify: bool = True
-    """Check sizes and hashes of all files before a load."""
+    """Check sizes and hashes of all files before a load, each rank a share of them."""
     on_corrupt: OnCorrupt = OnCorrupt.previous
     """What a resume does when the newest checkpoint is torn or altered."""
     keep_last: Size = 2

@@ -14,6 +14,7 @@ COMMANDS = {
     "pretrain": ("megatron_fp4.pretrain", "train a model (under torchrun or srun for several ranks)"),
     "data": ("data_tools.cli", "text to shards, and what is in them (tokenize, inspect, verify, blend, ledger, ...)"),
     "report": ("megatron_fp4.cli.report", "loss curves and held-out losses of runs; bit-for-bit comparison"),
+    "explain": ("megatron_fp4.cli.explain", "every setting: meaning, unit, default, bounds, may a resume change it"),
     "plan": ("megatron_fp4.cli.plan", "parameters, memory, time and traffic of a run, without a GPU"),
     "verify-parallel": ("megatron_fp4.cli.verify_parallel", "prove that a layout computes the numbers of one process"),
     "preflight": ("megatron_fp4.cli.preflight", "try on these machines what a run will need, before it starts"),

@@ -24,7 +24,7 @@ BLOCK_LETTERS = "TM*-"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of one model. Raises ValueError for sizes that contradict each other."""
+    """Sizes and choices of one model; sizes that contradict each other are refused."""
 
     num_layers: Size = 4
     """Number of blocks."""

@@ -16,9 +16,11 @@ HIGH = "bf16"
 
 
 class BackendName(Enum):
-    emulated = "emulated"
-    reference = "reference"
-    transformer_engine = "transformer_engine"
+    """Who quantizes operands and multiplies them."""
+
+    emulated = "emulated"  # the same operands on any device, multiplied exactly in BF16
+    reference = "reference"  # the definition, slow
+    transformer_engine = "transformer_engine"  # NVIDIA's kernels on the tensor cores of Blackwell
     native_fp8 = "native_fp8"  # emulated, but fp8_block GEMMs on the FP8 tensor cores of a Hopper GPU
 
 
@@ -39,33 +41,38 @@ class ComputeDtype(Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """`match`: glob on the logical name of a linear (`*.mlp.*`), or a regular expression between slashes
-    (`/attention\\.(qkv|out)/`). `blocks`: "" for all linears, or blocks as a Python slice ("-8:", "2:6"), "first:2" or
-    "last:8". `use`: recipe for the three GEMMs; `fprop`, `dgrad`, `wgrad` name another one for that GEMM alone.
-    """
+    """Which linears use which recipe; the first rule that matches a linear decides."""
 
     match: str = "*"
+    """Glob on the logical name of a linear, such as *.mlp.*, or a regular expression between slashes."""
     blocks: str = ""
+    """Blocks of the model as a Python slice (-8:, 2:6), first:2 or last:8; empty = all linears, the head included."""
     use: str = HIGH
+    """Recipe of the three GEMMs; bf16 quantizes nothing."""
     fprop: str = ""
+    """Recipe of Fprop alone; empty = that of use."""
     dgrad: str = ""
+    """Recipe of Dgrad alone; empty = that of use."""
     wgrad: str = ""
+    """Recipe of Wgrad alone; empty = that of use."""
 
 
 @dataclass(frozen=True)
 class Switch:
-    """From a point of the run on, let `gemms` of the linears that `match` use the recipe `use`.
-
-    Exactly one of: `at_tokens` (consumed tokens), `at_fraction` (of all tokens), `at_decay` (start of the learning rate
-    decay).
-    """
+    """Another recipe from a point of the run on, which exactly one of at_tokens, at_fraction and at_decay names."""
 
     at_tokens: float = 0.0
+    """Consumed tokens from which the switch holds; 0 = another setting says it."""
     at_fraction: float = 0.0
+    """Part of the run's tokens after which the switch holds; 0 = another setting says it."""
     at_decay: bool = False
+    """Switch where the decay of the learning rate begins."""
     match: str = "*"
+    """Linears that switch: a glob on the logical name, or a regular expression between slashes."""
     gemms: list[str] = field(default_factory=lambda: list(GEMMS))
+    """GEMMs that switch, of fprop, dgrad and wgrad."""
     use: str = HIGH
+    """Recipe that they switch to; bf16 quantizes nothing."""
 
     def __post_init__(self) -> None:
         if (self.at_tokens > 0) + (self.at_fraction > 0) + self.at_decay != 1:
@@ -86,15 +93,22 @@ class Switch:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """recipes: by name; `bf16` is built in. evaluation: a recipe for every GEMM of an evaluation, or "same"."""
+    """In which format each GEMM of each linear multiplies, from when on, and who computes it."""
 
     backend: BackendName = BackendName.emulated
+    """Who quantizes operands and multiplies them."""
     compute_dtype: ComputeDtype = ComputeDtype.bf16
+    """Type of weights, activations and of every GEMM that is not quantized."""
     compile: bool = True
+    """Compile the emulated quantizers, where this machine has a compiler for them."""
     recipes: dict[str, LinearPrecision] = field(default_factory=dict)
+    """Recipes by name, for rules and switches; bf16, in which nothing is quantized, is built in."""
     rules: list[Rule] = field(default_factory=lambda: [Rule()])
+    """Which linears use which recipe; the first that matches decides."""
     switch: list[Switch] = field(default_factory=list)
+    """Changes of precision in the course of the run, such as BF16 for the end."""
     evaluation: str = HIGH
+    """Recipe of every GEMM in an evaluation; same = as in training."""
 
     def __post_init__(self) -> None:
         if HIGH in self.recipes:

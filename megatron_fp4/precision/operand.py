@@ -7,6 +7,9 @@ Nothing here computes; whatever has no meaning is refused at construction, with 
 import dataclasses
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
+
+from megatron_fp4.settings import Bound, bounds_of
 
 
 class Format(Enum):
@@ -68,24 +71,31 @@ RHT_SIZES = (0, 4, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Operand:
-    """How one operand of one GEMM is quantized. The tile is (rows, elements along the contraction) per block scale.
+    """How one operand of one GEMM is quantized.
 
-    tile: None is the 1-D tile of the format. rht_size: length of the random Hadamard transform along the contraction,
-    0 for none. noise_bits: random bits per element of stochastic rounding (8, as Transformer Engine; or 20).
-    four_over_six_bound: largest block scale before the factor 1.5 (256 leaves room for it below 448).
     Raises ValueError for every combination in which a setting would have no meaning.
     """
 
     format: Format = Format.bf16
+    """Number format of the codes and their scales."""
     tile: tuple[int, int] | None = None
+    """Rows and elements along the contraction that share a block scale; null = one row, as the format has it."""
     rounding: Rounding = Rounding.rne
-    noise_bits: int = 8
-    rht_size: int = 0
+    """How an element between two codes is rounded."""
+    noise_bits: Annotated[int, Bound(only=(8, 20))] = 8
+    """Random bits per element of stochastic rounding; 8 as Transformer Engine."""
+    rht_size: Annotated[int, Bound(only=RHT_SIZES)] = 0
+    """Length of the random Hadamard transform along the contraction, equal for both operands; 0 = none."""
     rht_signs: Signs = Signs.fixed
+    """Random signs in front of the Hadamard transform."""
     scale_order: ScaleOrder = ScaleOrder.te
+    """Order of the multiplications in the block scale of nvfp4."""
     amax_scope: AmaxScope = AmaxScope.tensor
+    """Over what the FP32 scale of nvfp4 is taken."""
     four_over_six: FourOverSix = FourOverSix.off
-    four_over_six_bound: int = 256
+    """Whether each block of nvfp4 may choose a scale that maps its maximum to 4 instead of 6, and by which error."""
+    four_over_six_bound: Annotated[int, Bound(only=(256, 448))] = 256
+    """Largest block scale before the factor 1.5 of four_over_six; 256 leaves room for it below 448."""
 
     def __post_init__(self) -> None:
         if self.tile is not None:
@@ -143,18 +153,15 @@ def _objections(operand: Operand) -> list[str]:
     if operand.tile not in TILES[operand.format]:
         allowed = " or ".join(f"{rows}x{cols}" for rows, cols in TILES[operand.format])
         found.append(f"tile {operand.tile} does not exist in this format; use {allowed}")
-    if operand.rht_size not in RHT_SIZES:
-        found.append(f"rht_size={operand.rht_size}; use one of {RHT_SIZES}")
+    for name, bound in bounds_of(Operand).items():
+        if not bound.allows(getattr(operand, name)):
+            found.append(f"{name}={getattr(operand, name)}; use {bound}")
     if operand.rht_size == 0 and "rht_signs" in changed:
         found.append(f"rht_signs={operand.rht_signs.name} without a transform (rht_size=0)")
-    if operand.noise_bits not in (8, 20):
-        found.append(f"noise_bits={operand.noise_bits}; use 8 (as Transformer Engine) or 20")
     if not operand.stochastic and "noise_bits" in changed:
         found.append("noise_bits with nearest-even rounding, which draws no noise")
     if operand.four_over_six is FourOverSix.off and "four_over_six_bound" in changed:
         found.append("four_over_six_bound while four_over_six is off")
-    if operand.four_over_six_bound not in (256, 448):
-        found.append(f"four_over_six_bound={operand.four_over_six_bound}; use 256 or 448")
     if operand.format in (Format.mxfp8, Format.fp8_block) and operand.stochastic:
         found.append("stochastic rounding is defined for E2M1 codes only; FP8 recipes round to nearest")
     if operand.format is not Format.nvfp4:

@@ -32,7 +32,7 @@ class Gemm:
     """What Fprop, Dgrad and Wgrad share: two operands, each called by its tensor, and the padding of both.
 
     tensors: names of the two operands, in the order of the product. contracted: the dimension that they share, of
-    `TENSOR_DIMS`. pad: where the tiles do not divide the shapes, write zeros behind the tensors.
+    `TENSOR_DIMS`.
     Raises ValueError if only one operand is transformed, or differently, and for padding where nothing is quantized.
     """
 
@@ -40,6 +40,7 @@ class Gemm:
     tensors: ClassVar[tuple[str, str]]
     contracted: ClassVar[str]
     pad: bool = field(default=False, kw_only=True)
+    """Write zeros behind the tensors where the tiles do not divide their shapes."""
 
     def __post_init__(self) -> None:
         if self.pad and not self.quantized:
@@ -114,6 +115,7 @@ class LinearPrecision:
     dgrad: Dgrad = field(default_factory=Dgrad)
     wgrad: Wgrad = field(default_factory=Wgrad)
     wgrad_output: WgradOutput = WgradOutput.fp32
+    """Type of the weight gradient as the GEMM writes it; it is accumulated in FP32 in either case."""
 
     def __str__(self) -> str:
         """The three GEMMs in words, `bf16` for the default; two values that differ never print alike."""
