@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_fp4.comm.autograd import gather_rows
 from megatron_fp4.comm.collectives import all_gather_rows
@@ -53,6 +52,8 @@ def context_parallel_attention(
 
     documents_BS: document numbers of this rank's tokens to keep documents apart, or None.
     """
+    from torch.nn.attention.bias import causal_lower_right  # here: it imports torch._dynamo, which takes seconds
+
     keys, values = _gather_sequence(k_BSGE, cp), _gather_sequence(v_BSGE, cp)
     documents = None
     if documents_BS is not None:

@@ -21,5 +21,5 @@ class Dropout(nn.Module):
             return x_TD
         clock = self._context.clock
         columns = torch.arange(x_TD.shape[-1], device=x_TD.device)
-        draw = uniform(key_of(clock.seed, clock.step, self._name), tokens.my_rows(self._context.tp), columns)
+        draw = uniform(key_of(clock.seed, clock.step, self._name), tokens.local_rows(self._context.tp), columns)
         return x_TD * (draw >= self._p).to(x_TD.dtype) / (1.0 - self._p)

@@ -1,6 +1,6 @@
 """What every layer of one model shares, and what travels with the activations.
 
-One idea: nothing is looked up. `LayerContext` is handed to constructors; `Tokens` is handed to `forward` beside the
+Nothing is looked up. `LayerContext` is handed to constructors; `Tokens` is handed to `forward` beside the
 activations, so that a recomputed or pipelined layer sees exactly the addresses and positions of its own microbatch.
 
 Shape letters of the whole floor:
@@ -79,11 +79,17 @@ class Tokens(NamedTuple):
     positions: Tensor
     documents: Tensor
 
+    @staticmethod
+    def of_one_document(num_tokens: int, device: str | torch.device = "cpu") -> Tokens:
+        """The first `num_tokens` tokens of a batch whose first sample is one document."""
+        ids = torch.arange(num_tokens, device=device).view(1, -1)
+        return Tokens(ids, ids, torch.zeros_like(ids))
+
     @property
     def rows(self) -> Tensor:
         """Addresses of the T rows of a gathered activation, int64 `[T]`."""
         return self.address.reshape(-1)
 
-    def my_rows(self, tp: Group) -> Tensor:
-        """Addresses of this rank's T/tp rows."""
+    def local_rows(self, tp: Group) -> Tensor:
+        """Addresses of the T/tp rows of this tensor-parallel rank."""
         return self.rows.chunk(tp.size)[tp.rank]

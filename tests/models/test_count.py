@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.layers import lab
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.mlp import Activation
@@ -57,10 +58,7 @@ def load(name: str) -> ModelConfig:
 
 
 def make_decoder(config: ModelConfig, device: str, dtype: torch.dtype = torch.float32) -> Decoder:
-    context = LayerContext.of(
-        ParallelMesh.single_process(), EmulatedBackend(), StepClock(0), dtype, torch.device(device)
-    )
-    return Decoder(config, context, whole_model(config))
+    return Decoder(config, lab(device=device, dtype=dtype), whole_model(config))
 
 
 def logical_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:

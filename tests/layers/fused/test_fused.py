@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.layers import lab
 from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
 from megatron_fp4.layers.fused.norm import NormImpl
-from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.loss import IGNORE
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.layers.parameter import initialize_parameters
-from megatron_fp4.precision import EmulatedBackend
-from megatron_fp4.precision.clock import StepClock
 from tests.helpers.distributed import run_distributed, world_group
 from tests.layers.fused import fused_standins
 
@@ -24,9 +22,7 @@ HIDDEN, TOKENS, VOCABULARY = 48, 10, 32
 
 
 def norm(impl: NormImpl) -> RMSNorm:
-    backend, clock = EmulatedBackend(), StepClock(seed=1)
-    context = LayerContext.of(ParallelMesh.single_process(), backend, clock, torch.bfloat16, torch.device("cpu"))
-    return RMSNorm("some_norm", HIDDEN, context, eps=1e-3, impl=impl)
+    return RMSNorm("some_norm", HIDDEN, lab(seed=1, dtype=torch.bfloat16), eps=1e-3, impl=impl)
 
 
 def through(module: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
