@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from megatron_fp4.comm.bootstrap import exit_process
 
 COMMANDS = {
-    "pretrain": ("megatron_fp4.pretrain", "train a model (under torchrun or srun for several ranks)"),
+    "pretrain": ("megatron_fp4.cli.pretrain", "train a model (under torchrun or srun for several ranks)"),
     "data": ("data_tools.cli", "text to shards, and what is in them (tokenize, inspect, verify, blend, ledger, ...)"),
     "report": ("megatron_fp4.cli.report", "loss curves and held-out losses of runs; bit-for-bit comparison"),
     "explain": ("megatron_fp4.cli.explain", "every setting: meaning, unit, default, bounds, may a resume change it"),

@@ -24,11 +24,12 @@ from megatron_fp4.train.build import build
 from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.bundle import REPORT
+from megatron_fp4.train.faults.guard import SpikeGuard
 from megatron_fp4.train.faults.signals import StopRequest
 from megatron_fp4.train.sections import LoggingConfig, Resume, SpikeConfig
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics, read_metrics
-from megatron_fp4.train.trainer import Trainer
+from megatron_fp4.train.trainer import Outputs, fit
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,8 +75,9 @@ def replayed(config: RunConfig, precision: str, folder: str, step: int) -> RunCo
 def replay(config: RunConfig) -> dict[int, float]:
     """Losses by step."""
     run_dir = Path(config.train.run_dir)
-    run = build(check_config(config, 1), start_process(config.train.device, launch=Launch()))
+    run, start = build(check_config(config, 1), start_process(config.train.device, launch=Launch()))
     metrics = Metrics.open(config.logging, run_dir, resume_step=0, wandb_id="replay", settings={})
-    Trainer(run, metrics, Console(enabled=False, interval_steps=1), StopRequest(), "replay").fit()
+    console = Console(enabled=False, interval_steps=1)
+    fit(run, start, Outputs(metrics, console, StopRequest(), SpikeGuard(run, console), "replay"))
     metrics.close()
     return {record["step"]: record["loss"] for record in read_metrics(run_dir) if "loss" in record}

@@ -6,58 +6,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
-from megatron_fp4.data.evaluation import EvalLoader
-from megatron_fp4.data.loader import Loader
-from megatron_fp4.optim import Zero1AdamW
-from megatron_fp4.precision.backends import NonFiniteWatch
-from megatron_fp4.precision.backends.choose import make_backend
-from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.comm.mesh import Group, build_mesh
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.checked import CheckedConfig, open_data
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.engine import Engine
-from megatron_fp4.train.faults.rollback_record import RollbackRecord, recall
+from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.resume.differences import changes_on_resume
 from megatron_fp4.train.resume.find import find_resume
-from megatron_fp4.train.sections import NonFinite
-from megatron_fp4.train.telemetry.probes import Observers
+from megatron_fp4.train.run import Position, Run
+from megatron_fp4.train.telemetry.probes import probed_backend
 from megatron_fp4.train.trainable import build_trainable
 
 
-@dataclass
-class Run:
-    """Everything that the trainer drives."""
+@dataclass(frozen=True)
+class Start:
+    """What a launch of a run starts from.
 
-    config: RunConfig
-    mesh: ParallelMesh
-    device: torch.device
-    clock: StepClock
-    plan: PrecisionPlan
-    engine: Engine
-    optimizer: Zero1AdamW
-    store: CheckpointStore
-    loader: Loader
-    evaluations: list[EvalLoader]
-    resumed: dict[str, Any] | None
-    """Small state of the checkpoint that this run continues from, or None."""
-    watch: NonFiniteWatch | None
-    observers: Observers
+    meta: small state of the checkpoint that it continues, None in a new run. changes: table of the settings that differ
+    from that checkpoint's, "" if none. remembered: a rollback of which that checkpoint does not know yet.
+    """
+
+    position: Position
+    meta: dict[str, Any] | None
     changes: str
-    """Table of the settings that differ from that checkpoint's."""
     remembered: RollbackRecord | None
-    """A rollback of which that checkpoint does not know yet."""
-    phases: Phases
 
 
-def build(checked: CheckedConfig, process: Process, phases: Phases | None = None) -> Run:
-    """Make the run on this rank. Collective: every rank calls it. phases: of the process, where a watchdog has them."""
+def build(checked: CheckedConfig, process: Process, phases: Phases | None = None) -> tuple[Run, Start]:
+    """Make the run on this rank. Collective: every rank calls it. phases: of the process, where a watchdog has them.
+
+    Raises ValueError for what only a started job can see: the run directory, a checkpoint.
+    """
     config = checked.config
     phases = phases or Phases(process.device)
     phases.enter("build")
@@ -68,22 +50,19 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
     store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint, phases.beat)
     phases.enter("verify_checkpoint")
     chosen = find_resume(config.train.resume, store)
-    resumed = chosen.meta if chosen else None
     phases.enter("build")
-    changes = changes_on_resume(resumed["config"], to_json_values(config), config.train.resume_allow) if resumed else ""
-    remembered = recall(run_dir, resumed, process.world)
-    skip = remembered.skip if remembered else []
-    loader, evaluations = open_data(checked, mesh.dp.rank, resumed["data"] if resumed else None, skip)
-    watch = NonFiniteWatch() if config.train.nonfinite is NonFinite.skip else None
-    observers = Observers(config.train, make_backend(config.precision, watch), mesh)
-    trainable = build_trainable(config, checked.plan.table(), observers.backend, mesh, process.device)
+    start = _find_start(config, chosen.meta if chosen else None, process.world)
+    skip = start.remembered.skip if start.remembered else []
+    loader, evaluations = open_data(checked, mesh.dp.rank, start.meta["data"] if start.meta else None, skip)
+    backend, probes = probed_backend(config)
+    trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
     if chosen:
         phases.enter("load_checkpoint")
         store.load(chosen, optimizer.state_shards())
         optimizer.step_count = chosen.meta["optimizer_steps"]
         optimizer.after_load()
-    return Run(
+    run = Run(
         config=config,
         mesh=mesh,
         device=process.device,
@@ -94,10 +73,14 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
         store=store,
         loader=loader,
         evaluations=evaluations,
-        resumed=resumed,
-        watch=watch,
-        observers=observers,
-        changes=changes,
-        remembered=remembered,
+        probes=probes,
         phases=phases,
     )
+    return run, start
+
+
+def _find_start(config: RunConfig, meta: dict[str, Any] | None, world: Group) -> Start:
+    """Collective. Raises ValueError for a setting that may not differ from the checkpoint's."""
+    changes = changes_on_resume(meta["config"], to_json_values(config), config.train.resume_allow) if meta else ""
+    position = Position.from_meta(meta) if meta else Position()
+    return Start(position, meta, changes, recall(Path(config.train.run_dir), meta, world))

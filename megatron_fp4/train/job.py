@@ -1,13 +1,146 @@
-"""A rank's life in a job: one launch at a time in a run directory."""
+"""A rank's life in a job: check, meet, lock, build, fit, leave.
+
+Whatever can be refused by one rank alone is refused before the ranks meet; the watchdog watches the whole life. The
+exit codes are those of faults/signals.py.
+
+Not here: arguments and YAML (cli/pretrain.py); the resolved settings come as text, for the log and the run directory.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import time
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 
-from megatron_fp4.comm import collectives
+import torch
+
+from megatron_fp4.comm.bootstrap import Launch, Process, choose_device, exit_process, start_process, stop_process
+from megatron_fp4.comm.collectives import broadcast_object
+from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.storage.lock import RunLock, RunLocked
+from megatron_fp4.settings import to_json_values
+from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked
+from megatron_fp4.train.build import Start, build
+from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.faults.guard import SpikeGuard
+from megatron_fp4.train.faults.signals import EXIT_CONFIG, StopRequest
+from megatron_fp4.train.faults.watchdog import Watchdog
+from megatron_fp4.train.phases import Phases
+from megatron_fp4.train.requirements import check_machine
+from megatron_fp4.train.run import Run
+from megatron_fp4.train.telemetry.announce import describe_resume, describe_run
+from megatron_fp4.train.telemetry.console import Console
+from megatron_fp4.train.telemetry.metrics import Metrics
+from megatron_fp4.train.trainer import Outputs, fit
+
+SILENT_SECONDS = 10.0
+INDEX_SECONDS = 3600.0
+"""The first start may build the indices of billions of documents; benchmarks/data.py: about ten million a second."""
+
+
+def run_rank(config: RunConfig, config_text: str, launch: Launch) -> int:
+    """Live as one rank; returns the exit code. config_text: the resolved settings as YAML."""
+    phases = Phases(torch.device("cpu"))  # the device is known when the ranks have met
+    with _watchdog(config, phases, launch) as watchdog:
+        phases.enter("prepare")
+        try:
+            checked = check_config(config, launch.world_size)
+        except ValueError as error:
+            return refuse(error, speaks=launch.rank == 0)
+        except FileNotFoundError as error:
+            return refuse_here(error, launch)
+        phases.enter("index")
+        try:
+            device = choose_device(config.train.device, launch.local_rank)
+            open_data(checked, dp_rank=0)
+            check_machine(checked.config, device)
+        except (ValueError, FileNotFoundError) as error:
+            return refuse_here(error, launch)
+        return _meet_and_train(checked, config_text, launch, phases, watchdog)
+
+
+def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
+    """The watchdog of the whole life. What has a time-out of its own, which says more, gets that on top."""
+    extra = {
+        "index": INDEX_SECONDS,
+        "rendezvous": config.parallel.init_timeout_seconds,
+        "lock": STALE_SECONDS,
+        "save": config.checkpoint.timeout_seconds,
+    }
+    return Watchdog(phases, launch.rank, config.train.hang_timeout_seconds, extra)
+
+
+def refuse(error: Exception, *, speaks: bool) -> int:
+    """Say why, on the rank that speaks. The others leave later: a launcher ends all ranks as soon as one has left."""
+    if speaks:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        time.sleep(SILENT_SECONDS)
+    return EXIT_CONFIG
+
+
+def refuse_here(error: Exception, launch: Launch) -> int:
+    """Refuse what only one node may see, or only the local ranks above its number of GPUs: the first of them speaks."""
+    speaks = launch.local_rank in (0, torch.cuda.device_count())
+    if launch.num_nodes > 1:
+        error = ValueError(f"on {socket.gethostname()}: {error}")
+    return refuse(error, speaks=speaks)
+
+
+def _meet_and_train(
+    checked: CheckedConfig, config_text: str, launch: Launch, phases: Phases, watchdog: Watchdog
+) -> int:
+    config, parallel = checked.config, checked.config.parallel
+    stop = StopRequest(config.train.exit_after_seconds)
+    stop.install()
+    phases.enter("rendezvous")
+    try:
+        process = start_process(
+            config.train.device, parallel.timeout_seconds, launch, init_timeout_seconds=parallel.init_timeout_seconds
+        )
+    except ValueError as error:
+        return refuse(error, speaks=launch.rank == 0)
+    phases.device = process.device
+    watchdog.meet(process.world)
+    if process.device.type == "cpu":
+        keep_freed_memory()
+    try:
+        return _lock_and_train(checked, config_text, process, phases, stop)
+    finally:
+        stop_process(process)
+
+
+def _lock_and_train(
+    checked: CheckedConfig, config_text: str, process: Process, phases: Phases, stop: StopRequest
+) -> int:
+    config, is_main = checked.config, process.world.rank == 0
+    phases.enter("lock")
+    try:
+        lock = lock_run_directory(config.train.run_dir, process.world, on_lost=lambda: exit_process(1))
+    except RunLocked as error:
+        return refuse(error, speaks=is_main)
+    console = Console(enabled=is_main, interval_steps=config.train.log_interval_steps)
+    try:
+        try:
+            run, start = build(checked, process, phases)
+        except ValueError as error:
+            return refuse(error, speaks=is_main)
+        phases.enter("announce")
+        _announce(run, start, checked, config_text, console)
+        outputs = _open_outputs(run, start, console, stop)
+        try:
+            return fit(run, start, outputs)
+        finally:
+            phases.enter("leave")
+            outputs.metrics.close()
+    finally:
+        lock.release()
+        console.close()
 
 
 def lock_run_directory(
@@ -21,7 +154,32 @@ def lock_run_directory(
             lock.acquire()
         except RunLocked as error:
             refusal = str(error)
-    refusal = collectives.broadcast_object(refusal, group)
+    refusal = broadcast_object(refusal, group)
     if refusal:
         raise RunLocked(refusal)
     return lock
+
+
+def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, console: Console) -> None:
+    """Say what will run, and store it in the run directory."""
+    paragraphs = [config_text, *describe_run(checked, run.mesh.world.size, run.device)]
+    if start.meta:
+        paragraphs += describe_resume(checked, start.meta, start.changes, str(start.remembered or ""))
+    for paragraph in paragraphs:
+        console.say(paragraph)
+    if run.mesh.is_main:
+        run_dir = Path(run.config.train.run_dir)
+        (run_dir / "config.yaml").write_text(config_text)
+        (run_dir / "precision.txt").write_text(checked.plan.describe() + "\n")
+
+
+def _open_outputs(run: Run, start: Start, console: Console, stop: StopRequest) -> Outputs:
+    """Collective: all ranks store the same wandb id."""
+    wandb_id = start.meta["wandb_id"] if start.meta else uuid.uuid4().hex[:12]
+    wandb_id = broadcast_object(wandb_id, run.mesh.world)
+    metrics = Metrics()
+    if run.mesh.is_main:
+        settings, run_dir = to_json_values(run.config), Path(run.config.train.run_dir)
+        step = start.position.step
+        metrics = Metrics.open(run.config.logging, run_dir, resume_step=step, wandb_id=wandb_id, settings=settings)
+    return Outputs(metrics, console, stop, SpikeGuard(run, console, start.meta, start.remembered), wandb_id)

@@ -11,21 +11,21 @@ from typing import NamedTuple
 
 import torch
 
-STEP_PHASES = ("data", "forward_backward", "reduce", "agree", "update")
+STEP_PHASES = ("data", "assign", "forward_backward", "reduce", "agree", "update")
 """In order. What lies between two steps (logging, evaluation, a save), before the first and after the last is entered
 under other names."""
 
 
-class Position(NamedTuple):
+class CurrentPhase(NamedTuple):
     """step: the one that is being made, from 1. since: time.monotonic()."""
 
     step: int
-    phase: str
+    name: str
     since: float
 
 
 class Phases:
-    """The position of this rank, and the seconds of each phase of the present step.
+    """Where this rank is, and the seconds of each phase of the present step.
 
     On CUDA kernels run behind the host: while `exact` is set, `device` is waited for at every boundary.
     """
@@ -34,26 +34,26 @@ class Phases:
         self.device = device
         self._seconds: dict[str, float] = {}
         self.exact = False
-        self.position = Position(0, "start", time.monotonic())
+        self.current = CurrentPhase(0, "start", time.monotonic())
 
     def begin(self, step: int, *, exact: bool = False) -> None:
         """A step begins; forget the seconds of the one before."""
         self.exact = exact
         self.enter("between")
         self._seconds = {}
-        self.position = self.position._replace(step=step)
+        self.current = self.current._replace(step=step)
 
     def enter(self, phase: str) -> None:
         """The next part begins here."""
         if self.exact and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now, last = time.monotonic(), self.position
-        self._seconds[last.phase] = self._seconds.get(last.phase, 0.0) + now - last.since
-        self.position = Position(last.step, phase, now)
+        now, last = time.monotonic(), self.current
+        self._seconds[last.name] = self._seconds.get(last.name, 0.0) + now - last.since
+        self.current = CurrentPhase(last.step, phase, now)
 
     def beat(self) -> None:
         """Still in the same phase, and alive: the watchdog counts from here."""
-        self.enter(self.position.phase)
+        self.enter(self.current.name)
 
     def seconds(self, phase: str) -> float:
         """Of the parts of this step that have ended."""

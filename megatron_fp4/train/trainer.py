@@ -1,254 +1,152 @@
 """The training loop: it only sequences.
 
-    take the samples -> forward and backward -> sum gradients -> agree -> step -> log -> evaluate, save
+    fetch the samples -> train_step -> log -> evaluate, save
 
-One idea: everything that a step depends on (learning rate, precision, samples, noise) is a function of the number of
-consumed samples, so the state of the loop is two integers and a resume needs nothing else.
+`fit` makes attempts until one comes to the end; an attempt is everything that counts steps, so that a rollback is a new
+one, which remembers nothing of the steps that it undoes.
+
+Not here: the step itself (step.py), and what surrounds a loop in a job (job.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from megatron_fp4.comm.collectives import all_reduce_sum
-from megatron_fp4.data.batch import Batch
-from megatron_fp4.data.ledger import LedgerWriter, step_hash
 from megatron_fp4.data.prefetch import Prefetcher
 from megatron_fp4.data.ramp import steps_from
-from megatron_fp4.optim import StepReport, learning_rate
-from megatron_fp4.precision import table as precision_table
-from megatron_fp4.precision.backends import NonFiniteEvent
-from megatron_fp4.train.agreement import StepMessage, exchange
-from megatron_fp4.train.build import Run
-from megatron_fp4.train.evaluate import assign, evaluate
-from megatron_fp4.train.faults.guard import SpikeGuard
+from megatron_fp4.train.build import Start
+from megatron_fp4.train.evaluate import evaluate
+from megatron_fp4.train.faults.guard import RollBack, SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
-from megatron_fp4.train.faults.spikes import RollBack
-from megatron_fp4.train.inputs import make_inputs
-from megatron_fp4.train.progress import Progress, TrainingDiverged, what_was_not_finite
 from megatron_fp4.train.resume.saving import Saves, meta_of
+from megatron_fp4.train.run import Position, Run, TrainingDiverged
+from megatron_fp4.train.step import train_step
 from megatron_fp4.train.telemetry.console import Console
-from megatron_fp4.train.telemetry.data_phases import DataChanges
 from megatron_fp4.train.telemetry.metrics import Metrics
-from megatron_fp4.train.telemetry.norms import parameter_norm
-from megatron_fp4.train.telemetry.stragglers import describe, is_due, straggler_metrics
-from megatron_fp4.train.telemetry.throughput import Throughput
-
-__all__ = ["Trainer", "TrainingDiverged"]
+from megatron_fp4.train.telemetry.step_log import StepLog
 
 
-class Trainer:
-    """Drives a `Run` to its last step or to a requested stop. metrics: sinks of the main rank (none elsewhere).
+@dataclass(frozen=True)
+class Outputs:
+    """What connects the loop with the world; it outlives an attempt.
 
-    The main rank writes the data ledger in the run directory.
+    metrics: sinks on the main rank, none elsewhere. wandb_id: stored in every checkpoint, for a resume.
     """
 
-    def __init__(self, run: Run, metrics: Metrics, console: Console, stop: StopRequest, wandb_id: str) -> None:
-        self.run, self.metrics, self.console, self._stop, self._wandb_id = run, metrics, console, stop, wandb_id
-        self.config = run.config
-        self.progress = Progress.of(run.resumed) if run.resumed else Progress()
-        self.phases = run.phases
-        self._precision_phase = -1
-        self._evaluated: tuple[int, float] | None = None  # step, loss on the first evaluation set
-        self._saves = Saves(run, metrics, console)
-        self._guard = SpikeGuard(run, console)
-        self._changes = DataChanges(run, console)
-        self._throughput = Throughput(self.config, run.mesh.world.size, run.device)
-        self._ledger = self._open_ledger()
+    metrics: Metrics
+    console: Console
+    stop: StopRequest
+    guard: SpikeGuard
+    wandb_id: str
 
-    def _open_ledger(self) -> LedgerWriter | None:
-        """From the next step on; what an earlier attempt wrote about it is void."""
-        step, samples = self.progress.step + 1, self.progress.consumed_samples
-        if not self.run.mesh.is_main:
-            return None
-        return LedgerWriter(self.config.train.run_dir, self.run.loader, step=step, first_sample=samples)
 
-    def fit(self) -> int:
-        """Train; returns the exit code (0 done, EXIT_REQUEUE stopped on request), with the last state saved.
+def fit(run: Run, start: Start, outputs: Outputs) -> int:
+    """Train; returns the exit code (0 done, EXIT_REQUEUE stopped on request), with the last state saved.
 
-        Raises SaveFailed if it could not be, TrainingDiverged.
-        """
-        self.console.say(self._throughput.describe())
-        stop = False
-        while self.progress.step < self._last_step and not stop:
-            try:
-                stop = self._train()
-            except RollBack as request:
-                self._roll_back(request)
-        self.phases.enter("save")
-        self._saves.finish(self.progress, self._meta, self._score())
-        if self._ledger:
-            self._ledger.close()
-        if stop:
-            reason = self._stop.reason or "another rank"
-            self.console.say(f"stopped on request ({reason}) after step {self.progress.step}")
-        return EXIT_REQUEUE if stop else EXIT_OK
+    Raises SaveFailed if it could not be, TrainingDiverged. Collective over the world.
+    """
+    position = start.position
+    while True:
+        try:
+            with Attempt(run, position, outputs) as attempt:
+                return attempt.run_to_end()
+        except RollBack as spikes:
+            run.phases.enter("save")
+            position = outputs.guard.roll_back(spikes, attempt.position)
+            outputs.metrics.rewind(position.step)
 
-    def _train(self) -> bool:
-        """Steps to the end, or until a rank asks to stop (then True)."""
-        train, done, last_step = self.config.train, self.progress, self._last_step
-        self.console.start(done.step, last_step)
-        num_steps = last_step - done.step
-        to_come = itertools.islice(steps_from(done.consumed_samples, train.batch_ramp, train.global_batch), num_steps)
-        with Prefetcher(self.run.loader, to_come, depth=self.config.data.prefetch_batches) as batches:
-            for _ in range(num_steps):
-                step = self.progress.step + 1
-                measured = is_due(step, train.straggler_interval_steps, self.run.mesh.world)
-                self.phases.begin(step, exact=measured)
-                self.phases.enter("data")
-                made = next(batches)
-                stop = self._step(made.batch, made.num_samples)
-                if measured:
-                    self._report_stragglers()
-                self._after_step()
-                if stop:
-                    return True
-        return False
 
-    # -- one step -------------------------------------------------------------------------------------------------
+class Attempt:
+    """From a position to the end of the run, a requested stop, or a rollback. Use it in a `with`.
 
-    @property
-    def _last_step(self) -> int:
-        return self.config.last_step(self.progress.step, self.progress.consumed_samples)
+    position: behind the newest step.
+    """
 
-    def _step(self, batch: Batch, num_samples: int) -> bool:
-        """One optimizer step; returns whether any rank asked to stop. Raises RollBack on all ranks.
+    def __init__(self, run: Run, position: Position, outputs: Outputs) -> None:
+        self.run = run
+        self.position = position
+        self.outputs = outputs
+        train = run.config.train
+        self._last_step = run.config.last_step(position.step, position.samples)
+        steps = steps_from(position.samples, train.batch_ramp, train.global_batch)
+        steps_to_come = itertools.islice(steps, self._last_step - position.step)
+        self._log = StepLog(run, position, outputs.metrics, outputs.console)
+        self._saves = Saves(run, position, outputs.metrics, outputs.console)
+        self._score: float | None = None
+        """Loss on the first held-out set at `position`, if it was evaluated there."""
+        self._batches = Prefetcher(run.loader, steps_to_come, depth=run.config.data.prefetch_batches)
 
-        batch: this rank's rows of the step's `num_samples` samples.
-        """
-        run, config, enter = self.run, self.config, self.phases.enter
-        enter("forward_backward")
-        self._enter_precision_phase()
-        self._changes.enter(self.progress, num_samples)
-        run.clock.step = self.progress.step
-        inputs = make_inputs(batch, run.mesh.cp, run.device)
-        run.optimizer.zero_grad()
-        microbatches = inputs.split(config.train.micro_batch)
-        scale, table = 1.0 / self._num_targets(batch), run.plan.table(self._precision_phase)
-        with run.observers.watching(self.progress.step + 1, table, run.engine.stages, len(microbatches)):
-            loss = run.engine.train(microbatches, scale, run.optimizer.begin_last_microbatch)
-        enter("reduce")
-        events = run.watch.take() if run.watch else []
-        if events:
-            run.optimizer.spoil_grads()
-        norm = run.optimizer.finish_grads()
-        enter("agree")
-        counts = run.mesh.tp.rank == 0 and run.engine.reports_loss
-        message = StepMessage(loss.item() if counts else 0.0, bool(self._stop.reason), step_hash(batch))
-        agreed = exchange(message, run.mesh, run.device)
-        enter("update")
-        report = self._update(
-            agreed.loss, norm, num_samples, lambda: run.engine.train(microbatches, scale, lambda: None)
-        )
-        enter("log")
-        if self._ledger:
-            done = self.progress
-            self._ledger.add(done.step + 1, done.consumed_samples, num_samples, agreed.tokens_hash)
-        self.progress.step += 1
-        self.progress.consumed_samples += num_samples
-        self._count(report, events, batch)
-        self._log(agreed.loss, report, num_samples)
-        return agreed.stop
+    def __enter__(self) -> Attempt:
+        return self
 
-    def _update(self, loss: float, norm: float, num_samples: int, again: Callable[[], Tensor]) -> StepReport:
-        """The optimizer step, unless the loss is a spike: then no state changes. again: see `SpikeGuard.passes`."""
-        optimizer, config = self.run.optimizer, self.config
-        tokens = (self.progress.consumed_samples + num_samples) * config.data.seq_length
-        lr = learning_rate(config.optim, tokens, config.run_tokens)
-        if not self._guard.passes(loss, self.progress, again):
-            return StepReport(lr, norm, 0.0, skipped=True)
-        return optimizer.step(norm, lr=lr, max_norm=config.optim.clip_norm)
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._batches.close()
+        self._log.close()
 
-    def _num_targets(self, batch: Batch) -> float:
-        """Target tokens of the whole global batch."""
-        count = batch.loss_mask.sum(dtype=torch.float64).view(1).to(self.run.device)
-        return max(1.0, all_reduce_sum(count, self.run.mesh.dp).item())
+    def run_to_end(self) -> int:
+        """See `fit`. Raises RollBack on all ranks."""
+        run, stop, console = self.run, self.outputs.stop, self.outputs.console
+        stopped = False
+        console.start(self.position.step, self._last_step)
+        while self.position.step < self._last_step and not stopped:
+            stopped = self._step()
+            self._after_step()
+        run.phases.enter("save")
+        self._saves.finish(self.position, self._meta, self._score)
+        if stopped:
+            console.say(f"stopped on request ({stop.reason or 'another rank'}) after step {self.position.step}")
+        return EXIT_REQUEUE if stopped else EXIT_OK
 
-    def _enter_precision_phase(self) -> None:
-        """Assign the precision of this step; a change is logged as the difference of two tables."""
-        plan, old = self.run.plan, self._precision_phase
-        phase = plan.phase_at(self.progress.consumed_samples * self.config.data.seq_length)
-        if phase == old:
-            return
-        if old >= 0:
-            changes = precision_table.difference(plan.table(old).texts(), plan.table(phase).texts())
-            self.console.say("\n".join([f"step {self.progress.step + 1}: precision changes", *changes]))
-        for stage in self.run.engine.stages:
-            assign(stage, plan.table(phase))
-        self._precision_phase = phase
+    def _step(self) -> bool:
+        """Make and tell one step; returns whether any rank asked to stop. Raises RollBack, TrainingDiverged."""
+        run, outputs, first_sample = self.run, self.outputs, self.position.samples
+        self._log.begin(self.position)
+        run.phases.enter("data")
+        batch = next(self._batches).batch
+        result = train_step(run, batch, self.position, outputs.guard, lambda: bool(outputs.stop.reason))
+        self.position = result.position
+        self._score = None
+        self._log.end(first_sample, result)
+        self._check_skipped()
+        return result.stop
 
-    def _count(self, report: StepReport, events: list[NonFiniteEvent], batch: Batch) -> None:
-        """Say what was not finite, and count. All ranks come to the same count."""
-        if report.nonfinite:
-            what = what_was_not_finite(report, events, batch, self.run.mesh.world)
-            self.console.say(f"step {self.progress.step}: update skipped on all ranks, NaN or Inf in {what}")
-        self.progress.count(report, self.config.train.max_skipped_steps)
-
-    # -- between steps --------------------------------------------------------------------------------------------
+    def _check_skipped(self) -> None:
+        """All ranks come to the same count."""
+        skipped = self.position.skipped_in_a_row
+        if skipped >= self.run.config.train.max_skipped_steps:
+            raise TrainingDiverged(
+                f"{skipped} steps in a row had gradients that were not finite, up to step {self.position.step}; start"
+                " again from the last checkpoint with a lower optim.lr, other data (data.skip) or a higher precision"
+            )
 
     def _after_step(self) -> None:
-        train, step = self.config.train, self.progress.step
-        self.run.observers.write_statistics(step, self.metrics)
-        ended = not self.config.stages(self.progress.consumed_samples)
-        if train.eval_interval_steps and (step % train.eval_interval_steps == 0 or ended):
+        """Evaluate and save where it is due; tell what became of earlier saves."""
+        config, step = self.run.config, self.position.step
+        ended = not config.stages(self.position.samples)
+        if config.train.eval_interval_steps and (step % config.train.eval_interval_steps == 0 or ended):
             self._evaluate()
-        if train.save_interval_steps and step % train.save_interval_steps == 0:
-            self._save()
+        if config.train.save_interval_steps and step % config.train.save_interval_steps == 0:
+            self.run.phases.enter("save")
+            self._saves.save(self.position, self._meta, self._score)
         self._saves.poll()
 
     def _evaluate(self) -> None:
-        run = self.run
-        self.phases.enter("evaluate")
+        run, step = self.run, self.position.step
+        run.phases.enter("evaluate")
+        table = run.plan.evaluation_table(self._log.precision_phase)
         for loader in run.evaluations:
             began = time.perf_counter()
-            table = run.plan.evaluation_table(self._precision_phase)
-            loss = evaluate(run.engine, loader, table, run.mesh, run.device, self.phases.beat)
-            if loader is run.evaluations[0]:
-                self._evaluated = self.progress.step, loss
-            self.metrics.write(self.progress.step, {f"eval/{loader.name}/loss": loss})
+            loss = evaluate(run.engine, loader, table, run.mesh, run.device, run.phases.beat)
+            if self._score is None:
+                self._score = loss
+            self.outputs.metrics.write(step, {f"eval/{loader.name}/loss": loss})
             seconds = time.perf_counter() - began
-            self.console.say(f"step {self.progress.step}: {loader.name} loss {loss:.4f} ({seconds:.1f} s)")
-
-    def _report_stragglers(self) -> None:
-        found = straggler_metrics(self.phases, self.run.mesh.world, self.run.device)
-        self.metrics.write(self.progress.step, found)
-        self.console.say(f"step {self.progress.step}: {describe(found)}")
-
-    def _log(self, loss: float, report: StepReport, num_samples: int) -> None:
-        run, table = self.run, self.run.plan.table(self._precision_phase)
-        values = {"loss": loss, "grad_norm": report.grad_norm, "lr": report.lr, "skipped": float(report.skipped)}
-        values |= self.progress.metrics(self.config.data.seq_length) | self._changes.metrics()
-        values |= self._throughput.metrics(self.phases, table, num_samples * self.config.data.seq_length)
-        if self.progress.step % max(1, self.config.train.log_interval_steps) == 0:
-            values["param_norm"] = parameter_norm(run.optimizer, run.mesh.world, run.device)
-        self.metrics.write(self.progress.step, values)
-        self.console.step(self.progress.step, values)
-
-    def _save(self) -> None:
-        self.phases.enter("save")
-        self._saves.save(self.progress, self._meta, self._score())
-
-    def _score(self) -> float | None:
-        step, loss = self._evaluated or (-1, None)
-        return loss if step == self.progress.step else None
+            self.outputs.console.say(f"step {step}: {loader.name} loss {loss:.4f} ({seconds:.1f} s)")
 
     def _meta(self) -> dict[str, Any]:
-        meta = meta_of(self.run, self.progress, self._precision_phase, self._wandb_id)
-        return {**meta, **self._guard.state_dict()}
-
-    def _roll_back(self, request: RollBack) -> None:
-        """Everything that counts steps goes back to the checkpoint's."""
-        self.phases.enter("save")
-        self.progress = self._guard.roll_back(request, self.progress)
-        self._saves.last_step, self._precision_phase = self.progress.step, -1
-        self._changes = DataChanges(self.run, self.console)
-        self.metrics.rewind(self.progress.step)
-        if self._ledger:
-            self._ledger.close()
-        self._ledger = self._open_ledger()
+        """All that a resume needs beside the tensors."""
+        meta = meta_of(self.run, self.position, self._log.precision_phase, self.outputs.wandb_id)
+        return {**meta, **self.outputs.guard.state_dict()}

@@ -12,7 +12,7 @@ import torch
 from megatron_fp4.data.ledger import read_step, reopen, replay
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
-from tests.train.in_process import Recorder, falsify_loss, make_trainer, masters
+from tests.train.in_process import RecordingConsole, falsify_loss, make_trainer, masters
 
 RAMP = (
     "train.batch_ramp.start_samples=2",
@@ -31,7 +31,7 @@ SIZES = [2, 2, 2, 4, 4, 6, 8, 8, 8, 8]
 FIRSTS = [sum(SIZES[:step]) for step in range(len(SIZES))]
 
 
-def train(run: TinyRun, *overrides: str) -> tuple[dict[int, dict[str, Any]], Recorder, dict[str, torch.Tensor]]:
+def train(run: TinyRun, *overrides: str) -> tuple[dict[int, dict[str, Any]], RecordingConsole, dict[str, torch.Tensor]]:
     trainer, console = make_trainer((*run.overrides, *overrides))
     assert trainer.fit() == 0
     records = {record["step"]: record for record in read_metrics(run.run_dir) if "loss" in record}
@@ -103,9 +103,7 @@ def test_a_rollback_inside_the_ramp_skips_the_steps_own_samples(tmp_path: Path) 
     spikes = ("train.spikes.ratio=1.5", "train.spikes.window_steps=4", "train.spikes.min_steps=2")
     run = tiny_run(tmp_path, *RAMP, *spikes, "train.spikes.max_skips=0", "train.save_interval_steps=4")
     trainer, _ = make_trainer(run.overrides)
-    falsify_loss(
-        trainer, lambda: 10.0 if trainer.progress.consumed_samples == 14 and not trainer.run.loader.plan.skip else 1.0
-    )
+    falsify_loss(trainer, lambda: 10.0 if trainer.position.samples == 14 and not trainer.run.loader.plan.skip else 1.0)
     trainer.fit()
     assert trainer.run.loader.plan.skip == [(10, 20)]
     report = json.loads((run.run_dir / "spikes" / "step_00000006" / "report.json").read_text())

@@ -43,7 +43,7 @@ def test_metrics_of_a_step(tmp_path: Path) -> None:
     norm = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in masters(trainer).values()))
     assert records[4]["param_norm"] == pytest.approx(norm, rel=1e-6)
     assert "param_norm" not in records[3], "it reads all weights: only in the steps that are logged"
-    flops = count_flops(trainer.config.model, 32).training
+    flops = count_flops(trainer.run.config.model, 32).training
     assert records[4]["tflops"] * 1e12 == pytest.approx(flops * records[4]["tokens_per_second"], rel=1e-9)
     assert records[4]["step_seconds"] >= records[4]["data_wait_seconds"] > 0
     saves = [record for record in read_metrics(run.run_dir) if "save/seconds" in record]
@@ -173,23 +173,22 @@ def test_timeouts_that_would_hide_the_culprit_are_refused(config: RunConfig, nam
         config.check_timeouts(world_size=2)
 
 
-def test_host_memory_is_flat_over_500_steps(tmp_path: Path) -> None:
+def test_host_memory_is_flat_over_500_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(
         tmp_path, "precision=bf16", "model.num_layers=1", "train.micro_batch=4", f"train.total_tokens={500 * 4 * 32}",
         "train.save_interval_steps=50", "train.log_interval_steps=100",
     )  # fmt: skip
     trainer, _ = make_trainer(run.overrides)
     seen: dict[int, int] = {}
-    right = trainer._after_step
+    right = trainer_module.Attempt._after_step
 
-    def after_step() -> None:
-        right()
-        if trainer.progress.step in (150, 500):
-            seen[trainer.progress.step] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
-                "SC_PAGE_SIZE"
-            )
+    def after_step(attempt: trainer_module.Attempt) -> None:
+        right(attempt)
+        if attempt.position.step in (150, 500):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen[attempt.position.step] = pages * os.sysconf("SC_PAGE_SIZE")
 
-    trainer._after_step = after_step  # type: ignore[method-assign]
+    monkeypatch.setattr(trainer_module.Attempt, "_after_step", after_step)
     trainer.fit()
     grown = (seen[500] - seen[150]) / 2**20
     assert grown < 24, f"{grown:.1f} MiB more after 350 steps and 7 saves: something keeps what it was given"

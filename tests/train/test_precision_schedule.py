@@ -12,7 +12,7 @@ import torch
 
 from megatron_fp4 import pretrain
 from megatron_fp4.precision.ledger import GemmMismatch
-from megatron_fp4.train import trainer
+from megatron_fp4.train import step as step_module
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
 
@@ -133,14 +133,14 @@ def test_evaluation_computes_in_its_own_precision(tmp_path: Path) -> None:
 
 def test_a_precision_that_is_not_assigned_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.check_gemms` looks at what is executed, not at what was configured."""
-    assign, calls = trainer.assign, []
+    assign, calls = step_module.assign, []
 
     def only_once(*arguments: object) -> None:
         if not calls:
             assign(*arguments)  # type: ignore[arg-type]
         calls.append(arguments)
 
-    monkeypatch.setattr(trainer, "assign", only_once)
+    monkeypatch.setattr(step_module, "assign", only_once)
     run = tiny_run(tmp_path, f"precision.switch=[{switch(2)}]", "train.check_gemms=true")
     with pytest.raises(GemmMismatch, match=r"step 2: GEMMs that are not as in the precision table") as caught:
         train(run, 3)

@@ -24,7 +24,7 @@ def other_tokens_on_one_rank(rank: int, world_size: int, overrides: list[str]) -
     trainer.run.loader.batch = batch  # type: ignore[method-assign]
     with pytest.raises(TokensDifferError) as error:
         trainer.fit()
-    return f"after step {trainer.progress.step}: {error.value}"
+    return f"after step {trainer.position.step}: {error.value}"
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp"])

@@ -21,10 +21,11 @@ from typing import Any
 
 from megatron_fp4.checkpoint.directory import step_name
 from megatron_fp4.precision.statistics import Report, report_table
-from megatron_fp4.train.build import Run
 from megatron_fp4.train.faults.rollback import checkpoint_before
 from megatron_fp4.train.faults.spikes import Judgement
+from megatron_fp4.train.run import Run
 from megatron_fp4.train.telemetry.norms import norms_by_tensor
+from megatron_fp4.train.telemetry.probes import measure
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +35,16 @@ SPIKES = "spikes"
 
 @dataclass(frozen=True)
 class BadStep:
-    """first_sample: consumed before the step. first_spike: first step of the spikes in a row. again: makes forward and
-    backward of the step once more.
+    """A step whose loss is a spike.
+
+    first_sample: number of samples consumed before it. first_spike: first step of the spikes in a row. rerun_step:
+    makes forward and backward of the step once more.
     """
 
     step: int
     first_sample: int
     first_spike: int
-    again: Callable[[], object]
+    rerun_step: Callable[[], object]
 
 
 def write_bundle(run: Run, judgement: Judgement, bad: BadStep) -> Path:
@@ -74,9 +77,9 @@ def _measure(run: Run, bad: BadStep) -> Report:
     """Quantization statistics of the step; what its second backward adds to the gradients is never used."""
     run.optimizer.zero_grad()
     run.clock.weights_version += 1  # else the weights' operands would be taken from the first time, unseen
-    statistics = run.observers.measure(bad.step, bad.again)
-    if run.watch:
-        run.watch.take()  # seen and told the first time
+    statistics = measure(run, bad.step, bad.rerun_step)
+    if run.probes.nonfinite:
+        run.probes.nonfinite.take()  # seen and told the first time
     return statistics
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.storage.append import AppendFile
-from megatron_fp4.train.build import Run
 from megatron_fp4.train.faults.bundle import BadStep, replay_command, write_bundle
-from megatron_fp4.train.faults.rollback import roll_back
-from megatron_fp4.train.faults.spikes import Action, RollBack, SpikeLadder
-from megatron_fp4.train.progress import Progress, TrainingDiverged
+from megatron_fp4.train.faults.rollback import RollbackRecord, roll_back
+from megatron_fp4.train.faults.spikes import Action, SpikeLadder
+from megatron_fp4.train.run import Position, Run, TrainingDiverged
 from megatron_fp4.train.telemetry.console import Console
 
 SPIKE_LOG = "spikes.jsonl"
@@ -19,26 +18,42 @@ SAVED = "spikes"
 """Key of the ladder's state in a checkpoint's small state."""
 
 
+class RollBack(Exception):
+    """Raised on all ranks in the step that rung 2 of the ladder ends. first_step: of the spikes in a row."""
+
+    def __init__(self, first_step: int, last_step: int) -> None:
+        super().__init__(f"loss spikes in steps {first_step} to {last_step}")
+        self.first_step = first_step
+        self.last_step = last_step
+
+
 class SpikeGuard:
-    """Asked once per step, between the agreement on the loss and the update."""
+    """Asked once per step, between the agreement on the loss and the update; one for all attempts of a launch.
 
-    def __init__(self, run: Run, console: Console) -> None:
-        self._run, self._console = run, console
-        saved = run.resumed.get(SAVED) if run.resumed else None
+    meta: small state of the checkpoint that the run continues from. remembered: a rollback of which that checkpoint
+    does not know yet.
+    """
+
+    def __init__(
+        self, run: Run, console: Console, meta: dict[str, Any] | None = None, remembered: RollbackRecord | None = None
+    ) -> None:
+        self._run = run
+        self._console = console
+        saved = meta.get(SAVED) if meta else None
         self._ladder = SpikeLadder(run.config.train.spikes, saved)
-        if run.remembered:
-            self._ladder.rolled_back(saved or {}, run.remembered.rollbacks)
+        if remembered:
+            self._ladder.rolled_back(saved or {}, remembered.rollbacks)
 
-    def passes(self, loss: float, done: Progress, again: Callable[[], object]) -> bool:
-        """Whether the step after `done` may update. Raises RollBack or TrainingDiverged on all ranks. Collective.
+    def passes(self, loss: float, position: Position, rerun_step: Callable[[], object]) -> bool:
+        """Whether the step after `position` may update. Raises RollBack or TrainingDiverged on all ranks. Collective.
 
-        again: makes forward and backward of the step once more, to look at it.
+        rerun_step: makes forward and backward of the step once more, to look at it.
         """
-        step, state = done.step + 1, self._ladder.state
+        step, state = position.step + 1, self._ladder.state
         judgement = self._ladder.judge(step, loss)
         if judgement.action is Action.go_on:
             return True
-        bad = BadStep(step, done.consumed_samples, state.first_spike, again)
+        bad = BadStep(step, position.samples, state.first_spike, rerun_step)
         directory = write_bundle(self._run, judgement, bad)
         self._log(step, judgement.action, loss=loss, mean=judgement.mean, deviation=judgement.deviation)
         self._console.say(f"step {step}: {judgement}: {judgement.action.value}; {replay_command(directory)}")
@@ -51,20 +66,25 @@ class SpikeGuard:
             )
         return False
 
-    def roll_back(self, request: RollBack, done: Progress) -> Progress:
-        """Back to a checkpoint; returns its progress. done: before the step that spiked last. Collective."""
-        consumed = done.consumed_samples + self._run.config.train.batch_at(done.consumed_samples)
+    def roll_back(self, spikes: RollBack, position: Position) -> Position:
+        """Back to the newest checkpoint before the spikes; returns its position. position: before the last spike.
+
+        Collective. Raises TrainingDiverged if there is no such checkpoint.
+        """
+        end_sample = position.samples + self._run.config.train.batch_at(position.samples)
         rollbacks = self._ladder.state.rollbacks + 1
-        meta, (first, end) = roll_back(self._run, request.first_step, consumed, rollbacks)
+        meta, skipped = roll_back(self._run, spikes.first_step, end_sample, rollbacks)
         self._ladder.rolled_back(meta.get(SAVED) or {}, rollbacks)
-        self._log(request.last_step, Action.roll_back, to_step=meta["step"], skipped_samples=[first, end])
+        ends = [skipped.start, skipped.stop]
+        self._log(spikes.last_step, Action.roll_back, to_step=meta["step"], skipped_samples=ends)
         self._console.say(
-            f"rolled back from step {request.last_step} to checkpoint {meta['step']}; samples {first} to {end - 1} are"
-            " skipped from here on"
+            f"rolled back from step {spikes.last_step} to checkpoint {meta['step']}; samples {skipped.start} to"
+            f" {skipped.stop - 1} are skipped from here on"
         )
-        return Progress.of(meta)
+        return Position.from_meta(meta)
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores: {SAVED: the ladder's state}, nothing where the ladder is off."""
         return {SAVED: self._ladder.state_dict()} if self._run.config.train.spikes.enabled else {}
 
     def _log(self, step: int, action: Action, **values: Any) -> None:

@@ -1,18 +1,74 @@
 """Back to an earlier checkpoint within a run, and past the samples that led astray.
 
-One idea: a rollback is a resume without a restart. State, counters and the window of losses come from the checkpoint;
-only the plan of the data gets one more range of samples that are never delivered, which later checkpoints carry on.
+A rollback is a resume without a restart. State, counters and the window of losses come from the checkpoint; only the
+plan of the data gets one more range of samples that are never delivered. The next checkpoint stores that plan; until
+there is one, `rollback.json` in the run directory says the same, so that a run which is killed in between goes on as
+one that was not. The file belongs to the checkpoint of its step and to earlier ones; later ones know more.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fp4.comm.collectives import broadcast_object
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.data.order.plan import Plan
-from megatron_fp4.train.build import Run
-from megatron_fp4.train.faults.rollback_record import RollbackRecord
-from megatron_fp4.train.progress import TrainingDiverged
+from megatron_fp4.storage.durable import fsync_directory, write_durably
+from megatron_fp4.train.run import Run, TrainingDiverged
+
+log = logging.getLogger(__name__)
+RECORD = "rollback.json"
+
+
+@dataclass(frozen=True)
+class RollbackRecord:
+    """Content of `rollback.json`.
+
+    step: the checkpoint to which the run went back. skip: [first, end) sample ids that are never read. rollbacks: how
+    many there were, this one included.
+    """
+
+    step: int
+    skip: list[list[int]]
+    rollbacks: int
+
+    def __str__(self) -> str:
+        ranges = ", ".join(f"{first} to {end - 1}" for first, end in self.skip)
+        return f"rollback {self.rollbacks} to checkpoint {self.step} still holds: samples {ranges} are skipped"
+
+    def write(self, run_dir: Path) -> None:
+        """Main rank. A disk that refuses it is no reason to stop: the rollback then holds unless the run is killed."""
+        try:
+            write_durably(run_dir / RECORD, (json.dumps(asdict(self)) + "\n").encode())
+            fsync_directory(run_dir)
+        except OSError as error:
+            log.warning("a kill before the next checkpoint would undo the rollback: %s: %s", run_dir / RECORD, error)
+
+
+def recall(run_dir: Path, meta: dict[str, Any] | None, world: Group) -> RollbackRecord | None:
+    """The rollback of which a checkpoint does not know yet, or None. A run that begins anew forgets it.
+
+    meta: the checkpoint's small state, None in a run that begins anew. Collective. Raises ValueError on all ranks if
+    the file is damaged.
+    """
+    text, path = "", run_dir / RECORD
+    if world.rank == 0 and path.exists():
+        if meta is None:
+            path.unlink()
+        else:
+            text = path.read_text()
+    text = broadcast_object(text, world)
+    if meta is None or not text:
+        return None
+    try:
+        record = RollbackRecord(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to go on without the rollback") from error
+    return record if meta["step"] <= record.step else None
 
 
 def checkpoint_before(run: Run, step: int) -> int | None:
@@ -21,14 +77,12 @@ def checkpoint_before(run: Run, step: int) -> int | None:
     return max((saved for saved in run.store.complete_steps() if saved < step), default=None)
 
 
-def roll_back(
-    run: Run, first_step: int, consumed_samples: int, rollbacks: int
-) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Load the newest checkpoint before `first_step` and skip what was delivered since, up to `consumed_samples`.
+def roll_back(run: Run, first_step: int, end_sample: int, rollbacks: int) -> tuple[dict[str, Any], range]:
+    """Load the newest checkpoint before `first_step` and skip what was delivered since, up to the `end_sample`th.
 
     rollbacks: of this run, this one included; recorded for the case that it is killed before its next checkpoint.
-    Returns the checkpoint's small state and the skipped sample ids [first, end). Collective. Raises TrainingDiverged if
-    there is no such checkpoint.
+    Returns the checkpoint's small state and the skipped sample ids. Collective. Raises TrainingDiverged if there is no
+    such checkpoint.
     """
     target = checkpoint_before(run, first_step)
     if target is None:
@@ -38,15 +92,13 @@ def roll_back(
         )
     chosen = run.store.choose(target)
     run.store.load(chosen, run.optimizer.state_shards())
-    meta = chosen.meta
-    run.optimizer.step_count = meta["optimizer_steps"]
+    run.optimizer.step_count = chosen.meta["optimizer_steps"]
     run.optimizer.after_load()
     plan = run.loader.plan
-    first = int(plan.ids(meta["consumed_samples"], 1)[0])
-    end = int(plan.ids(consumed_samples - 1, 1)[0]) + 1
-    run.loader.plan = Plan(plan.segments, [*plan.skip, (first, end)])
+    skipped = range(int(plan.id_of(chosen.meta["consumed_samples"])), int(plan.id_of(end_sample - 1)) + 1)
+    run.loader.plan = Plan(plan.segments, [*plan.skip, (skipped.start, skipped.stop)])
     if run.mesh.is_main:
         record = RollbackRecord(target, [list(part) for part in run.loader.plan.skip], rollbacks)
         record.write(Path(run.config.train.run_dir))
     run.store.discard_after(target)
-    return meta, (first, end)
+    return chosen.meta, skipped

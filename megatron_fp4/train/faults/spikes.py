@@ -28,14 +28,6 @@ class Action(Enum):
     abort = "abort"
 
 
-class RollBack(Exception):
-    """Raised on all ranks in the step that rung 2 ends. first_step: of the spikes in a row."""
-
-    def __init__(self, first_step: int, last_step: int) -> None:
-        super().__init__(f"loss spikes in steps {first_step} to {last_step}")
-        self.first_step, self.last_step = first_step, last_step
-
-
 @dataclass(frozen=True)
 class Judgement:
     """Of one loss. mean, deviation: of the window before it."""

@@ -30,7 +30,7 @@ from megatron_fp4.comm.board import NoticeBoard
 from megatron_fp4.comm.bootstrap import exit_process
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.train.faults.signals import EXIT_HUNG
-from megatron_fp4.train.phases import Phases, Position
+from megatron_fp4.train.phases import CurrentPhase, Phases
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._timeout:
             self._phases.beat()
-            self._arm(self._phases.position)
+            self._arm(self._phases.current)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -89,36 +89,36 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll):
-            position = self._phases.position
-            self._arm(position)
-            late = time.monotonic() - position.since - self._extra.get(position.phase, 0.0)
+            current = self._phases.current
+            self._arm(current)
+            late = time.monotonic() - current.since - self._extra.get(current.name, 0.0)
             try:
                 if self._board is not None:
-                    self._board.post(self._notice(position) if late > self._timeout / 2 else "")
+                    self._board.post(self._notice(current) if late > self._timeout / 2 else "")
                 if late > self._timeout:
-                    self._end(position)
+                    self._end(current)
             except RuntimeError as error:  # the store is gone: its rank is dead, and the others are about to end
                 if late > self._timeout:
-                    self._say(f"rank {self._rank} {self._describe(position)}; the others are not reached: {error}")
+                    self._say(f"rank {self._rank} {self._describe(current)}; the others are not reached: {error}")
                     exit_process(EXIT_HUNG)
 
-    def _arm(self, position: Position) -> None:
+    def _arm(self, current: CurrentPhase) -> None:
         """What comes from C if this thread does not come back here; after everything that it would do by itself."""
-        longest = self._timeout + self._extra.get(position.phase, 0.0)
+        longest = self._timeout + self._extra.get(current.name, 0.0)
         faulthandler.dump_traceback_later(longest + 5 * self._poll, exit=True, file=sys.__stderr__ or 2)
 
-    def _describe(self, position: Position) -> Notice:
+    def _describe(self, current: CurrentPhase) -> Notice:
         collective, place = where(sys._current_frames()[self._watched])
-        return Notice(position.step, position.phase, collective, place, socket.gethostname())
+        return Notice(current.step, current.name, collective, place, socket.gethostname())
 
-    def _notice(self, position: Position) -> str:
-        return json.dumps(asdict(self._describe(position)))
+    def _notice(self, current: CurrentPhase) -> str:
+        return json.dumps(asdict(self._describe(current)))
 
-    def _end(self, position: Position) -> None:
+    def _end(self, current: CurrentPhase) -> None:
         time.sleep(2 * self._poll)  # until the others have posted
-        if self._phases.position.since != position.since:
+        if self._phases.current.since != current.since:
             return  # it goes on after all
-        notices, late = self._notices(position)
+        notices, late = self._notices(current)
         if self._rank in late:
             stack = "".join(traceback.format_stack(sys._current_frames()[self._watched]))
             self._say(f"stack of the main thread of rank {self._rank}:\n{stack}")
@@ -127,10 +127,10 @@ class Watchdog:
         time.sleep(self._poll)  # nobody leaves before the others have read the board, which one of them may hold
         exit_process(EXIT_HUNG)
 
-    def _notices(self, position: Position) -> tuple[dict[int, Notice], list[int]]:
+    def _notices(self, current: CurrentPhase) -> tuple[dict[int, Notice], list[int]]:
         """What all ranks say, and which are late; before they have met, only this one."""
         if self._board is None or self._world is None:
-            return {self._rank: self._describe(position)}, [self._rank]
+            return {self._rank: self._describe(current)}, [self._rank]
         notices = {rank: Notice(**json.loads(text)) for rank, text in self._board.read().items()}
         return notices, late_ranks(notices, self._world.size)
 

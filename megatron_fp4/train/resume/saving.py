@@ -7,29 +7,33 @@ from typing import Any
 
 from megatron_fp4.checkpoint import SaveFailed, SaveReport, SaveStatus
 from megatron_fp4.settings import to_json_values
-from megatron_fp4.train.build import Run
-from megatron_fp4.train.progress import Progress
 from megatron_fp4.train.resume.provenance import git_state, versions
+from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
 
 
 class Saves:
-    """Saves each step at most once, and tells the outcome. last_step: the step of the newest save, -1 before any."""
+    """Saves each step of an attempt at most once, and tells the outcome.
 
-    def __init__(self, run: Run, metrics: Metrics, console: Console) -> None:
-        self._run, self._metrics, self._console = run, metrics, console
-        self.last_step = run.resumed["step"] if run.resumed else -1
+    position: where the attempt begins; its state is on the disk, or the initial one. last_step: of the newest save.
+    """
+
+    def __init__(self, run: Run, position: Position, metrics: Metrics, console: Console) -> None:
+        self._run = run
+        self._metrics = metrics
+        self._console = console
+        self.last_step = position.step
         self._newest: SaveReport | None = None
 
-    def save(self, progress: Progress, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
+    def save(self, position: Position, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
         """Begin to save unless this step is saved already. score: held-out loss of this step, if known. Collective."""
-        if self.last_step == progress.step:
+        if self.last_step == position.step:
             return
         run = self._run
-        tokens = progress.consumed_samples * run.config.data.seq_length
-        report = run.store.save(progress.step, run.optimizer.state_shards(), meta(), tokens=tokens, score=score)
-        self.last_step = progress.step
+        tokens = position.samples * run.config.data.seq_length
+        report = run.store.save(position.step, run.optimizer.state_shards(), meta(), tokens=tokens, score=score)
+        self.last_step = position.step
         self._tell(report)
 
     def poll(self) -> None:
@@ -37,18 +41,18 @@ class Saves:
         for report in self._run.store.poll():
             self._tell(report)
 
-    def finish(self, progress: Progress, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
+    def finish(self, position: Position, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
         """Save the last state and wait until it is on disk; once more if that fails. Collective. Raises SaveFailed."""
         store = self._run.store
         for _ in range(2):
-            self.save(progress, meta, score)
+            self.save(position, meta, score)
             self._tell(store.close())
             if self._newest is None or self._newest.status is not SaveStatus.failed:
                 return
             self.last_step = -1
         assert self._newest is not None
         raise SaveFailed(
-            f"the state after step {progress.step}, the last one, was not saved: {self._newest.error}; the newest"
+            f"the state after step {position.step}, the last one, was not saved: {self._newest.error}; the newest"
             f" checkpoint is that of step {store.latest()}. Start the same command again when there is room"
         )
 
@@ -66,14 +70,12 @@ class Saves:
             self._metrics.write(report.step, {f"save/{key}": value for key, value in values.items()})
 
 
-def meta_of(run: Run, progress: Progress, precision_phase: int, wandb_id: str) -> dict[str, Any]:
+def meta_of(run: Run, position: Position, precision_phase: int, wandb_id: str) -> dict[str, Any]:
     """All that a resume needs beside the tensors, as plain JSON values."""
     return {
-        "consumed_samples": progress.consumed_samples,
-        "skipped": progress.skipped,
-        "skipped_steps": progress.skipped_steps,
+        **position.to_meta(),
         "optimizer_steps": run.optimizer.step_count,
-        "data": run.loader.state_dict(progress.consumed_samples),
+        "data": run.loader.state_dict(position.samples),
         "precision": run.plan.table(precision_phase).texts(),
         "config": to_json_values(run.config),
         "versions": versions(),

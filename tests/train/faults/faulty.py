@@ -46,7 +46,7 @@ def plant(name: str, rank: str, step: str, phase: str) -> None:
 
     def enter(self: Phases, entered: str) -> None:
         right(self, entered)
-        if os.environ.get("RANK", "0") == rank and (str(self.position.step), entered) == (step, phase):
+        if os.environ.get("RANK", "0") == rank and (str(self.current.step), entered) == (step, phase):
             FAULTS[name]()
 
     Phases.enter = enter  # type: ignore[method-assign]

@@ -73,7 +73,7 @@ def test_a_failing_logger_never_stops_or_delays_a_run(
     began = time.monotonic()
     trainer, _ = make_trainer(run.overrides)
     assert trainer.fit() == 0
-    trainer.metrics.close()
+    trainer.outputs.metrics.close()
     assert time.monotonic() - began < 30, "training waited for the logger"
     steps = [record["step"] for record in read_metrics(run.run_dir) if "loss" in record]
     assert steps == [1, 2, 3, 4, 5, 6], "the local file must be complete"
@@ -87,7 +87,7 @@ def test_a_healthy_logger_gets_everything_in_order(tmp_path: Path, monkeypatch: 
     fake_wandb(monkeypatch, lambda **_: fake)
     trainer, _ = make_trainer(tiny_run(tmp_path, *SHORT, "logging.wandb=online").overrides)
     trainer.fit()
-    trainer.metrics.close()
+    trainer.outputs.metrics.close()
     assert list(dict.fromkeys(fake.seen)) == [1, 2, 3, 4, 5, 6]
 
 
@@ -165,16 +165,16 @@ def test_a_disk_without_room_for_a_line(tmp_path: Path, monkeypatch: pytest.Monk
     trainer, _ = make_trainer(run.overrides)
 
     def write(file: int, data: bytes) -> int:
-        if not 2 <= trainer.progress.step <= 4:
+        if not 2 <= trainer.position.step <= 4:
             return right(file, data)
-        if trainer.progress.step == 2 and len(data) > 20:
+        if trainer.position.step == 2 and len(data) > 20:
             return right(file, bytes(data[:10]))
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(append.os, "write", write)
     assert trainer.fit() == 0, "a full disk must not end the run"
     monkeypatch.undo()
-    trainer.metrics.close()
+    trainer.outputs.metrics.close()
     assert [r["step"] for r in read_metrics(run.run_dir) if "loss" in r] == [1, 2, 3, 4, 5, 6], (
         "a line was lost or torn"
     )

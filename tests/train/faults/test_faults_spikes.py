@@ -17,12 +17,12 @@ import torch
 
 from megatron_fp4.data.ledger import read_step
 from megatron_fp4.train.faults.spikes import Action, SpikeLadder
+from megatron_fp4.train.run import TrainingDiverged
 from megatron_fp4.train.sections import SpikeConfig
 from megatron_fp4.train.telemetry.metrics import read_metrics
-from megatron_fp4.train.trainer import Trainer, TrainingDiverged
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import tiny_run
-from tests.train.in_process import falsify_loss, make_trainer, masters
+from tests.train.in_process import TrainerInProcess, falsify_loss, make_trainer, masters
 
 LADDER = (
     "train.spikes.ratio=1.5",
@@ -36,12 +36,12 @@ LADDER = (
 )
 
 
-def plant(trainer: Trainer, bad_ids: range, factor: float = 10.0) -> None:
+def plant(trainer: TrainerInProcess, bad_ids: range, factor: float = 10.0) -> None:
     """Batches that hold a bad sample have a loss `factor` times too high."""
-    plan, size = trainer.run.loader, trainer.config.train.global_batch
+    plan, size = trainer.run.loader, trainer.run.config.train.global_batch
 
     def of_step() -> float:
-        ids = plan.plan.ids(trainer.progress.consumed_samples, size).tolist()
+        ids = plan.plan.ids(trainer.position.samples, size).tolist()
         return factor if set(ids) & set(bad_ids) else 1.0
 
     falsify_loss(trainer, of_step)
@@ -78,7 +78,7 @@ def test_the_ladder(tmp_path: Path) -> None:
     check_bundle(run.run_dir / "spikes" / "step_00000012")
     again, _ = make_trainer((*run.overrides, "train.stop_after_steps=17"))
     assert again.run.loader.plan.skip == [(32, 48)], "a resume would read the bad samples"
-    assert again._guard.state_dict() == trainer._guard.state_dict(), "a resumed run would judge otherwise"
+    assert again.outputs.guard.state_dict() == trainer.outputs.guard.state_dict(), "a resumed run would judge otherwise"
 
 
 def check_bundle(bundle: Path) -> None:
@@ -129,7 +129,7 @@ def killed_after_the_rollback(overrides: list[str], bad_ids: range) -> None:
     """SIGKILL in step 10, when it is made for the second time."""
     trainer, _ = make_trainer(overrides)
     plant(trainer, bad_ids)
-    right, passes = trainer.phases.begin, []
+    right, passes = trainer.run.phases.begin, []
 
     def begin(step: int, *, exact: bool = False) -> None:
         right(step, exact=exact)
@@ -137,7 +137,7 @@ def killed_after_the_rollback(overrides: list[str], bad_ids: range) -> None:
         if passes.count(10) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer.phases.begin = begin  # type: ignore[method-assign]
+    trainer.run.phases.begin = begin  # type: ignore[method-assign]
     trainer.fit()
 
 
@@ -155,17 +155,19 @@ def test_a_rollback_outlives_a_kill_before_the_next_save(tmp_path: Path) -> None
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     resumed, _ = make_trainer(run.overrides)
-    assert resumed.progress.step == 8, "the test is wrong: a checkpoint was written after the rollback"
+    assert resumed.position.step == 8, "the test is wrong: a checkpoint was written after the rollback"
     assert resumed.run.loader.plan.skip == [(32, 48)], "the bad samples would be read"
-    assert "rollback 1 to checkpoint 8 still holds: samples 32 to 47 are skipped" in str(resumed.run.remembered)
+    assert "rollback 1 to checkpoint 8 still holds: samples 32 to 47 are skipped" in str(resumed.start.remembered)
     resumed.fit()
     expected = masters(whole)
     for name, tensor in masters(resumed).items():
         assert torch.equal(tensor, expected[name]), f"{name}: the killed run went another way"
-    assert resumed._guard.state_dict() == whole._guard.state_dict(), "the resumed run forgot that it was rolled back"
+    assert resumed.outputs.guard.state_dict() == whole.outputs.guard.state_dict(), (
+        "the resumed run forgot that it was rolled back"
+    )
 
     later, _ = make_trainer((*run.overrides, "train.stop_after_steps=17"))
-    assert later.run.remembered is None, "the checkpoint of step 16 knows of the rollback"
+    assert later.start.remembered is None, "the checkpoint of step 16 knows of the rollback"
     assert later.run.loader.plan.skip == [(32, 48)]
     shutil.rmtree(run.run_dir / "checkpoints")
     anew, _ = make_trainer(run.overrides)
@@ -204,7 +206,7 @@ def spike_on_one_rank(rank: int, world_size: int, overrides: list[str]) -> tuple
     if rank == 1:
         plant(trainer, range(40, 48), 100.0)
     trainer.fit()
-    return trainer.progress.step, trainer.run.loader.plan.skip, masters(trainer)
+    return trainer.position.step, trainer.run.loader.plan.skip, masters(trainer)
 
 
 def test_all_ranks_roll_back_together(tmp_path: Path) -> None:

@@ -9,27 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_fp4.cli.compose import compose_config, to_run_config
-from megatron_fp4.comm.bootstrap import Launch, Process
-from megatron_fp4.train.build import build
-from megatron_fp4.train.checked import check_config
-from megatron_fp4.train.faults.signals import StopRequest
-from megatron_fp4.train.telemetry.console import Console
-from megatron_fp4.train.telemetry.metrics import Metrics
-from megatron_fp4.train.trainer import Trainer, TrainingDiverged
-from tests.helpers.distributed import run_distributed, world_group
+from megatron_fp4.train.run import TrainingDiverged
+from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import tiny_run
-
-
-class Recorder(Console):
-    """A console that keeps what was said."""
-
-    def __init__(self) -> None:
-        super().__init__(enabled=False, interval_steps=1)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
+from tests.train.in_process import make_trainer
 
 
 def train_with_a_nan(
@@ -37,14 +20,11 @@ def train_with_a_nan(
 ) -> tuple[list[str], dict[str, Any], bool]:
     """Train; on the last rank the block output is NaN in `bad_steps`. Returns what was said, the state, and
     whether the run gave up."""
-    config = to_run_config(compose_config(overrides))
-    process = Process(Launch(rank, world_size), world_group(rank, world_size), torch.device("cpu"))
-    run = build(check_config(config, world_size), process)
-    console = Recorder()
-    trainer = Trainer(run, Metrics(), console, StopRequest(), "id")
+    trainer, console = make_trainer(overrides, rank, world_size)
+    run = trainer.run
 
     def poison(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
-        bad = rank == world_size - 1 and trainer.progress.step + 1 in bad_steps
+        bad = rank == world_size - 1 and trainer.position.step + 1 in bad_steps
         return out * float("nan") if bad else out
 
     run.engine.stages[0].blocks["0"].register_forward_hook(poison)  # type: ignore[union-attr]

@@ -1,0 +1,115 @@
+"""A run: the objects that compute and are saved, how far it is, and what one step of it did.
+
+Everything that a step depends on (learning rate, precision, samples, noise) is a function of the samples consumed
+before it, so a `Position` is all that a resume needs beside the tensors.
+
+Not here: what is told of a run (telemetry/), what a launch starts from (build.py), the loop (trainer.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_fp4.checkpoint import CheckpointStore
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.data.evaluation import EvalLoader
+from megatron_fp4.data.loader import Loader
+from megatron_fp4.optim import StepReport, Zero1AdamW
+from megatron_fp4.precision.backends import NonFiniteWatch
+from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.ledger import GemmLedger
+from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.precision.statistics import StatisticsProbe
+from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.engine import Engine
+from megatron_fp4.train.phases import Phases
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row were skipped, or a loss spike outlasted the ladder."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: steps made, and samples consumed by them.
+
+    skipped_in_a_row: the last steps without an update, because something was not finite. skipped_steps: all steps
+    without an update, whatever the reason.
+    """
+
+    step: int = 0
+    samples: int = 0
+    skipped_in_a_row: int = 0
+    skipped_steps: int = 0
+
+    @staticmethod
+    def from_meta(meta: dict[str, Any]) -> Position:
+        """The position that a checkpoint's small state holds."""
+        return Position(meta["step"], meta["consumed_samples"], meta["skipped"], meta.get("skipped_steps", 0))
+
+    def to_meta(self) -> dict[str, int]:
+        """What a checkpoint stores of it; the step is the checkpoint's own."""
+        return {
+            "consumed_samples": self.samples,
+            "skipped": self.skipped_in_a_row,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def after(self, num_samples: int, update: StepReport) -> Position:
+        """The position behind a step of `num_samples` samples that updated as `update` says."""
+        return Position(
+            self.step + 1,
+            self.samples + num_samples,
+            self.skipped_in_a_row + 1 if update.skipped and update.nonfinite else 0,
+            self.skipped_steps + update.skipped,
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on all ranks.
+
+    loss: of the global batch, in nats per target token. nonfinite: where a NaN or Inf was met, for people; "" if
+    nowhere. tokens_hash: of the global batch. stop: a rank was asked to stop. position: behind the step.
+    """
+
+    loss: float
+    update: StepReport
+    nonfinite: str
+    tokens_hash: int
+    stop: bool
+    position: Position
+
+
+@dataclass
+class Probes:
+    """What sees the operands of every GEMM pass by and changes none; each is None unless the settings ask for it."""
+
+    nonfinite: NonFiniteWatch | None = None
+    """Records every NaN or Inf (`train.nonfinite=skip`)."""
+    gemms: GemmLedger | None = None
+    checked_table: PrecisionTable | None = None
+    """The table under which the ledger was compared last; each is compared once."""
+    statistics: StatisticsProbe | None = None
+
+
+@dataclass
+class Run:
+    """Everything that the trainer drives, on one rank."""
+
+    config: RunConfig
+    mesh: ParallelMesh
+    device: torch.device
+    clock: StepClock
+    plan: PrecisionPlan
+    engine: Engine
+    optimizer: Zero1AdamW
+    store: CheckpointStore
+    loader: Loader
+    evaluations: list[EvalLoader]
+    probes: Probes
+    phases: Phases

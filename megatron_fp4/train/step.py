@@ -1,0 +1,93 @@
+"""One optimizer step, the same on every rank: `train_step`, in six parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
+from megatron_fp4.data.batch import Batch
+from megatron_fp4.data.ledger import step_hash
+from megatron_fp4.optim import StepReport, learning_rate
+from megatron_fp4.precision.backends import NonFiniteEvent
+from megatron_fp4.train.agreement import StepMessage, exchange
+from megatron_fp4.train.evaluate import assign
+from megatron_fp4.train.inputs import make_inputs
+from megatron_fp4.train.run import Position, Run, StepResult
+from megatron_fp4.train.telemetry.probes import watching
+
+
+class UpdateGuard(Protocol):
+    """Decides from the loss that all ranks agree on whether the step may update (`faults.guard.SpikeGuard`)."""
+
+    def passes(self, loss: float, position: Position, rerun_step: Callable[[], object]) -> bool:
+        """Whether the step after `position` may update. rerun_step: forward and backward of the step once more."""
+
+
+def train_step(
+    run: Run, batch: Batch, position: Position, guard: UpdateGuard, stop_requested: Callable[[], bool]
+) -> StepResult:
+    """Make the step after `position`. batch: this rank's rows of its samples. Collective over the world.
+
+    1 assign                precision and noise of the step, both functions of the position
+    2 forward and backward  microbatches in turn; their gradients add up in FP32
+    3 sum                   gradients over all ranks, and their norm; a NaN or Inf on one rank spoils everybody's
+    4 agree                 one message of each rank: its part of the loss, whether to stop, the hash of its tokens
+    5 update                clip and AdamW; not after a loss spike or with a norm that is not finite
+    6 count                 the position behind the step; where the NaN or Inf was
+
+    Raises TokensDifferError and GemmMismatch, and what `guard` raises, on all ranks.
+    """
+    config, optimizer, enter = run.config, run.optimizer, run.phases.enter
+
+    enter("assign")  # 1
+    table = run.plan.table(run.plan.phase_at(position.samples * config.data.seq_length))
+    for stage in run.engine.stages:
+        assign(stage, table)
+    run.clock.step = position.step
+    optimizer.zero_grad()
+    microbatches = make_inputs(batch, run.mesh.cp, run.device).split(config.train.micro_batch)
+    scale = 1.0 / _num_targets(run, batch)
+
+    enter("forward_backward")  # 2
+    with watching(run, position.step + 1, table, len(microbatches)):
+        loss = run.engine.train(microbatches, scale, optimizer.begin_last_microbatch)
+
+    enter("reduce")  # 3
+    events = run.probes.nonfinite.take() if run.probes.nonfinite else []
+    if events:
+        optimizer.spoil_grads()
+    norm = optimizer.finish_grads()
+
+    enter("agree")  # 4
+    counts = run.mesh.tp.rank == 0 and run.engine.reports_loss
+    message = StepMessage(loss.item() if counts else 0.0, stop_requested(), step_hash(batch))
+    agreed = exchange(message, run.mesh, run.device)
+
+    enter("update")  # 5
+    num_samples = config.train.batch_at(position.samples)
+    lr = learning_rate(config.optim, (position.samples + num_samples) * config.data.seq_length, config.run_tokens)
+    update = StepReport(lr, norm, 0.0, skipped=True)
+    if guard.passes(agreed.loss, position, lambda: run.engine.train(microbatches, scale, lambda: None)):
+        update = optimizer.step(norm, lr=lr, max_norm=config.optim.clip_norm)
+
+    enter("count")  # 6
+    nonfinite = nonfinite_report(run, update, events, batch) if update.nonfinite else ""
+    return StepResult(
+        agreed.loss, update, nonfinite, agreed.tokens_hash, agreed.stop, position.after(num_samples, update)
+    )
+
+
+def _num_targets(run: Run, batch: Batch) -> float:
+    """Target tokens of the whole global batch."""
+    count = batch.loss_mask.sum(dtype=torch.float64).view(1).to(run.device)
+    return max(1.0, all_reduce_sum(count, run.mesh.dp).item())
+
+
+def nonfinite_report(run: Run, update: StepReport, events: list[NonFiniteEvent], batch: Batch) -> str:
+    """Tensor, rank and samples of a skipped step. Collective."""
+    local_lines = [f"{event}, samples {batch.sample_ids.tolist()}" for event in events]
+    lines = [line for lines_of_rank in all_gather_object(local_lines, run.mesh.world) for line in lines_of_rank]
+    return "; ".join(lines) if lines else "gradients of " + ", ".join(update.nonfinite)

@@ -1,0 +1,56 @@
+"""What is said before the first step: the settings of a run and what follows from them, and where a resume goes on.
+
+Not here: what is said of every step (step_log.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_fp4.comm.mesh import describe
+from megatron_fp4.data.text.tokenizer import describe_tokenizer
+from megatron_fp4.precision.backends.choose import eager_reason
+from megatron_fp4.precision.table import difference_to_stored
+from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.telemetry.throughput import Throughput
+
+
+def describe_run(checked: CheckedConfig, world_size: int, device: torch.device) -> list[str]:
+    """Layout, tokenizer, precision, the sizes of a step, and what the device could do at best, as paragraphs."""
+    config = checked.config
+    paragraphs = [describe(config.parallel, world_size)]
+    if reason := eager_reason(config.precision):
+        paragraphs.append(f"precision.compile is on, but {reason}: the quantizer runs eagerly (same numbers, slower)")
+    if checked.tokenizer:
+        paragraphs.append(describe_tokenizer(checked.tokenizer, config.model.vocab_size))
+    accumulation = config.train.gradient_accumulation(checked.dp, config.train.global_batch)
+    paragraphs += [
+        checked.plan.describe(),
+        f"global batch {config.train.global_batch} = micro batch {config.train.micro_batch} * accumulation"
+        f" {accumulation} * dp {checked.dp}; {config.tokens_per_step:,} tokens a step, {config.total_steps:,} steps",
+    ]
+    stages = config.stages()
+    if len(stages) > 1:
+        ramp = ", ".join(f"{stage.num_steps:,} of {stage.size}" for stage in stages)
+        paragraphs.append(f"batch-size ramp, steps and their samples: {ramp}")
+    paragraphs.append(Throughput(config, world_size, device).describe())
+    return paragraphs
+
+
+def describe_resume(checked: CheckedConfig, meta: dict[str, Any], changes: str, rollback: str) -> list[str]:
+    """Where the run goes on, and in what it differs from the checkpoint whose small state is `meta`.
+
+    changes: table of the settings that differ; rollback: one of which the checkpoint does not know; "" for none, each.
+    """
+    config, plan = checked.config, checked.plan
+    paragraphs = [f"resuming after step {meta['step']} of {config.train.run_dir}"]
+    if rollback:
+        paragraphs.append(rollback)
+    if changes:
+        paragraphs.append(f"settings that differ from the checkpoint's:\n{changes}")
+    table = plan.table(plan.phase_at(meta["consumed_samples"] * config.data.seq_length))
+    if precision := difference_to_stored(meta["precision"], table):
+        paragraphs.append("precision differs from the checkpoint's:\n" + "\n".join(precision))
+    return paragraphs
