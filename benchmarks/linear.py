@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.timing import CLOCKS, paired_seconds, print_table
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.precision import (
     EmulatedBackend,
     LinearPrecision,
@@ -32,8 +33,8 @@ class Layer:
     """One linear with FP32 main gradient."""
 
     def __init__(self, w: Tensor, precision: LinearPrecision, backend: EmulatedBackend, tokens: int) -> None:
-        self.weight = torch.nn.Parameter(w.clone())
-        self.weight.main_grad = torch.zeros_like(w, dtype=torch.float32)  # type: ignore[attr-defined]
+        self.weight = LogicalParameter.whole("w", w.clone())
+        self.weight.main_grad = torch.zeros_like(w, dtype=torch.float32)
         single = Group.single()
         index = [torch.arange(size, device=w.device) for size in w.shape]
         self.site = LinearSite("benchmark", single, single, single, *index)

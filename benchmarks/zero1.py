@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron_fp4.comm.bootstrap import Launch, exit_process, start_process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
 
@@ -140,8 +141,10 @@ def zero1(model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: 
     for module in model.modules():
         if isinstance(module, Linear):
             module.own_gradient = own_gradient
-    for name, p in model.named_parameters():
-        p.placement = Placement((Rectangle.whole(name, tuple(p.shape)),), decay=p.dim() > 1)  # type: ignore[attr-defined]
+    for prefix, module in model.named_modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            placement = Placement((Rectangle.whole(f"{prefix}.{name}", tuple(p.shape)),), decay=p.dim() > 1)
+            setattr(module, name, LogicalParameter(p, placement))
     bucket_mib = 4.0 if overlap is Overlap.always else 25.0  # 25 is DDP's; overlap needs several buckets
     config = OptimConfig(bucket_mib=bucket_mib, overlap_reduce=overlap, overlap_gather=overlap)
     optimizer = Zero1AdamW(model.named_parameters(), config, mesh, sequence_parallel=False)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_fp4.comm.parameter import logical_parameters
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
@@ -142,8 +143,8 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
 def read_logical(model: nn.Module) -> dict[str, Tensor]:
     """The logical tensors of a model that one process holds whole. Raises ValueError for a part of one."""
     found: dict[str, Tensor] = {}
-    for parameter in model.parameters():
-        for rows, where in parameter.placement.pieces():  # type: ignore[attr-defined]
+    for parameter in logical_parameters(model):
+        for rows, where in parameter.placement.pieces():
             found[where.name] = _check(where.name, parameter.detach()[rows], where.global_shape)
     return found
 
@@ -151,8 +152,8 @@ def read_logical(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def write_logical(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model, or the part of it on this rank, from whole logical tensors. Raises ValueError if one is missing."""
-    for parameter in model.parameters():
-        for rows, where in parameter.placement.pieces():  # type: ignore[attr-defined]
+    for parameter in logical_parameters(model):
+        for rows, where in parameter.placement.pieces():
             logical = _check(where.name, tensors.get(where.name), where.global_shape)
             parameter[rows].copy_(logical[where.slices])
 

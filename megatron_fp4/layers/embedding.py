@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron_fp4.comm.autograd import scatter_sum_rows
 from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.parameter import make_parameter, normal_init
@@ -28,7 +29,7 @@ def vocab_range(vocab_size: int, tp: Group) -> tuple[int, int]:
 
 def vocab_table(
     name: str, vocab_size: int, hidden: int, context: LayerContext, *, std: float, writes: bool = True
-) -> nn.Parameter:
+) -> LogicalParameter:
     """The rows of a `[vocab_size, hidden]` table that this rank holds."""
     first, stop = vocab_range(vocab_size, context.tp)
     rows = Rectangle(name, (vocab_size, hidden), (first, 0), (stop - first, hidden))

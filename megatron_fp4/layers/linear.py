@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.autograd import gather_rows, scatter_sum_rows
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle, split_evenly
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.parameter import make_parameter, normal_init
@@ -37,7 +38,7 @@ from megatron_fp4.precision.spec import LinearPrecision
 class ParallelLinear(nn.Module):
     """What both kinds share: the weight, its site, its precision, and the three GEMMs."""
 
-    weight: nn.Parameter
+    weight: LogicalParameter
 
     def __init__(self, context: LayerContext, site: LinearSite) -> None:
         super().__init__()

@@ -1,34 +1,27 @@
 """How a parameter is made: its place in the logical tensor, and how it is filled.
 
 A parameter's initial value is a function of (seed, logical name, global index), so that every parallel layout
-starts from the same model. Parameters are made empty, with `.placement` and `.initializer`;
-`initialize_parameters` fills all of a model.
+starts from the same model. Parameters are made empty; `initialize_parameters` fills all of a model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from megatron_fp4.comm.parameter import Initializer, LogicalParameter, logical_parameters
 from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.numerics.random import key_of, normal, uniform
-
-Initializer = Callable[[int, Rectangle, torch.device], Tensor]
-"""(seed, rectangle of the logical tensor, device) -> its values, float32."""
 
 
 def make_parameter(
     shape: tuple[int, ...], placement: Placement, initializer: Initializer, dtype: torch.dtype, device: torch.device
-) -> nn.Parameter:
-    """An empty parameter of the local `shape` that carries `.placement` and `.initializer`."""
+) -> LogicalParameter:
+    """A parameter of the local `shape`, not filled yet."""
     assert placement.num_rows == shape[0], f"{placement.rectangles} do not cover {shape}"
-    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-    parameter.placement = placement  # type: ignore[attr-defined]
-    parameter.initializer = initializer  # type: ignore[attr-defined]
-    return parameter
+    return LogicalParameter(torch.empty(shape, dtype=dtype, device=device), placement, initializer)
 
 
 def replicated_vector(name: str, size: int) -> Placement:
@@ -78,10 +71,7 @@ def constant_init(value: float) -> Initializer:
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, seed: int) -> None:
     """Fill every parameter of `model`; the values do not depend on the parallel layout."""
-    for name, parameter in model.named_parameters():
-        placement = getattr(parameter, "placement", None)
-        if placement is None:
-            raise AssertionError(f"parameter {name} was not made by make_parameter")
-        for rows, where in placement.pieces():
-            values = parameter.initializer(seed, where, parameter.device)  # type: ignore[attr-defined]
-            parameter[rows] = values.to(parameter.dtype)
+    for parameter in logical_parameters(model):
+        for rows, where in parameter.placement.pieces():
+            assert parameter.initializer is not None, f"{where.name}: nothing says how it is filled"
+            parameter[rows] = parameter.initializer(seed, where, parameter.device).to(parameter.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.layers.attention import Attention
 from megatron_fp4.layers.embedding import VocabParallelEmbedding, vocab_range, vocab_table
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
@@ -55,7 +56,7 @@ class VocabParallelHead(ParallelLinear):
 
     forward = ColumnParallelLinear.forward
 
-    def __init__(self, vocab_size: int, hidden: int, weight: nn.Parameter, context: LayerContext) -> None:
+    def __init__(self, vocab_size: int, hidden: int, weight: LogicalParameter, context: LayerContext) -> None:
         first, stop = vocab_range(vocab_size, context.tp)
         site = LinearSite(
             name="head",
@@ -85,7 +86,7 @@ class Decoder(nn.Module):
         keep_documents_apart: bool = False,
         recompute: Recompute = Recompute.none,
         tied_group: Group | None = None,
-        shared_table: nn.Parameter | None = None,
+        shared_table: LogicalParameter | None = None,
     ) -> None:
         super().__init__()
         self.config, self.stage, self.recompute = config, stage, recompute

@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.bucket_comm import PendingSum
 from megatron_fp4.optim.layout import Bucket
 
@@ -123,7 +124,7 @@ class GradBuffer:
             self._pending[index] = PendingSum(self.flats[index], self._buckets[index], self._group)
 
 
-def _equip(parameter: nn.Parameter, flat: Tensor, ready: Callable[[], None]) -> Callable[[], None]:
+def _equip(parameter: LogicalParameter, flat: Tensor, ready: Callable[[], None]) -> Callable[[], None]:
     """Give a parameter its `main_grad` and `grad_ready`; returns what moves `.grad` over, also hooked to autograd."""
     main_grad = flat.view(parameter.shape)
 
@@ -134,8 +135,8 @@ def _equip(parameter: nn.Parameter, flat: Tensor, ready: Callable[[], None]) -> 
         parameter.grad = None
         ready()
 
-    parameter.main_grad = main_grad  # type: ignore[attr-defined]
-    parameter.grad_ready = ready  # type: ignore[attr-defined]
+    parameter.main_grad = main_grad
+    parameter.grad_ready = ready
     parameter.register_post_accumulate_grad_hook(lambda _parameter: absorb())
     return absorb
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement
 
 ALIGN = 64  # elements; 128 bytes in BF16, what vectorised loads and tensor cores ask for
@@ -34,9 +35,12 @@ class Slot:
     """One parameter in a bucket: elements `[start, start + numel)` of the flat buffers."""
 
     name: str
-    parameter: nn.Parameter
-    placement: Placement
+    parameter: LogicalParameter
     start: int
+
+    @property
+    def placement(self) -> Placement:
+        return self.parameter.placement
 
     @property
     def num_rows(self) -> int:
@@ -141,24 +145,24 @@ def make_buckets(
     """Lay the parameters out, last one first (the order in which backward finishes them), deferred buckets last.
 
     bucket_numel: a bucket is closed when it holds at least this many elements. Raises ValueError for a parameter
-    without a valid `.placement`, a frozen one, a scalar, or one given twice.
+    without a valid placement, a frozen one, a scalar, or one given twice.
     """
-    waiting: dict[BucketKind, list[tuple[str, nn.Parameter, Placement]]] = {}
+    waiting: dict[BucketKind, list[tuple[str, LogicalParameter]]] = {}
     closed: list[Bucket] = []
     seen: dict[int, str] = {}
     for name, parameter in reversed(list(named_parameters)):
         if id(parameter) in seen:
             raise ValueError(f"{name} and {seen[id(parameter)]} are the same parameter; pass it once")
         seen[id(parameter)] = name
-        placement = _checked_placement(name, parameter)
+        checked = _checked(name, parameter)
         kind = BucketKind(
-            parameter.dtype,
-            parameter.device,
-            tp_summed=placement.tp_replicated and sum_replicated_over_tp,
-            tied_group=getattr(parameter, "tied_group", None),
+            checked.dtype,
+            checked.device,
+            tp_summed=checked.placement.tp_replicated and sum_replicated_over_tp,
+            tied_group=checked.tied_group,
         )
         members = waiting.setdefault(kind, [])
-        members.append((name, parameter, placement))
+        members.append((name, checked))
         if sum(member[1].numel() for member in members) >= bucket_numel:
             closed.append(_make_bucket(kind, members, group.size))
             del waiting[kind]
@@ -166,25 +170,25 @@ def make_buckets(
     return sorted(closed, key=lambda bucket: bucket.kind.deferred)
 
 
-def _checked_placement(name: str, parameter: nn.Parameter) -> Placement:
-    placement = getattr(parameter, "placement", None)
-    if not isinstance(placement, Placement):
+def _checked(name: str, parameter: nn.Parameter) -> LogicalParameter:
+    if not isinstance(parameter, LogicalParameter):
         raise ValueError(f"{name} has no .placement; every parameter must say where it lies in its logical tensor")
     if not parameter.requires_grad:
         raise ValueError(f"{name} does not require a gradient; frozen parameters have no optimizer state: leave it out")
     if parameter.dim() == 0 or parameter.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(parameter.shape)}; a parameter needs at least one row of elements")
-    if placement.num_rows != parameter.shape[0]:
-        raise ValueError(f"{name} has {parameter.shape[0]} rows, its placement covers {placement.num_rows} of them")
-    return placement
+    covered = parameter.placement.num_rows
+    if covered != parameter.shape[0]:
+        raise ValueError(f"{name} has {parameter.shape[0]} rows, its placement covers {covered} of them")
+    return parameter
 
 
-def _make_bucket(kind: BucketKind, members: Sequence[tuple[str, nn.Parameter, Placement]], size: int) -> Bucket:
+def _make_bucket(kind: BucketKind, members: Sequence[tuple[str, LogicalParameter]], size: int) -> Bucket:
     slots: list[Slot] = []
-    for name, parameter, placement in members:
-        unplaced = Slot(name, parameter, placement, 0)
+    for name, parameter in members:
+        unplaced = Slot(name, parameter, 0)
         end = slots[-1].stop if slots else 0
-        slots.append(Slot(name, parameter, placement, _round_up(end, unplaced.granule)))
+        slots.append(Slot(name, parameter, _round_up(end, unplaced.granule)))
     return Bucket(kind, tuple(slots), tuple(_part_sizes(slots, size)))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
 from megatron_fp4.precision.backends.padded import padded, padded_index
 from megatron_fp4.precision.clock import StepClock
@@ -182,13 +183,13 @@ def _narrow(x: Tensor) -> Tensor:
 
 def _weight_gradient(call: _Call, weight: Tensor, dy: Prepared, x: Prepared) -> Tensor | None:
     """Add dw to `weight.main_grad` (now, or when the queue is drained), or return it where there is no main_grad."""
-    main_grad: Tensor | None = getattr(weight, "main_grad", None)
     out_dtype = torch.float32 if call.precision.wgrad_output is WgradOutput.fp32 else weight.dtype
-    if main_grad is not None and main_grad.dtype == torch.float64:
-        out_dtype = torch.float64
     n, k = weight.shape
-    if main_grad is None:
+    if not isinstance(weight, LogicalParameter) or weight.main_grad is None:
         return call.matmul(dy, x, out_dtype, (n, k)).to(weight.dtype)
+    main_grad, grad_ready = weight.main_grad, weight.grad_ready
+    if main_grad.dtype == torch.float64:
+        out_dtype = torch.float64
     fits = n % call.precision.padding[1] == 0 and k % call.precision.padding[2] == 0
 
     def compute() -> None:
@@ -196,7 +197,6 @@ def _weight_gradient(call: _Call, weight: Tensor, dy: Prepared, x: Prepared) -> 
             call.backend.matmul(dy, x, out_dtype=out_dtype, accumulate_into=main_grad)
         else:
             main_grad.add_(call.matmul(dy, x, out_dtype, (n, k)))
-        grad_ready = getattr(weight, "grad_ready", None)
         if grad_ready is not None:
             grad_ready()
 
@@ -221,10 +221,10 @@ def quantized_linear(
 ) -> Tensor:
     """y `[T, N]` = x `[T, K]` w`[N, K]`^T, forward and backward in the given precision.
 
-    x: BF16, or FP32 (given as FP64 to have the sums in FP64), T and K local. weight: parameter, BF16 or FP32. rows:
-    int64 `[T]` address of each token in the global batch. The gradient of the weight is added to `weight.main_grad`
-    in that tensor's type (FP32, FP64) if it exists, and `weight.grad_ready()` is called; otherwise it is returned in
-    the weight's dtype as `.grad`. cache: one per weight.
+    x: BF16, or FP32 (given as FP64 to have the sums in FP64), T and K local. weight: BF16 or FP32. rows:
+    int64 `[T]` address of each token in the global batch. The gradient of a LogicalParameter with a `main_grad` is
+    added there in that tensor's type (FP32, FP64), and its `grad_ready()` is called; otherwise it is returned in the
+    weight's dtype as `.grad`. cache: one per weight.
     Raises ValueError where shapes do not fit the tiles and the GEMM does not pad, NonFiniteError for NaN or Inf.
     """
     call = _Call(rows, site, precision, backend, cache, queue, clock, clock.seed, clock.step, clock.weights_version)

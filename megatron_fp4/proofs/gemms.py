@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.clock import StepClock
@@ -53,8 +54,8 @@ def check_gemms(
 def gemm_objections(linear: LocalLinear, backend: Backend, device: torch.device, dtype: torch.dtype) -> list[str]:
     """What is wrong with the three GEMMs, one line each; empty if nothing is. A refusal is an exception."""
     tensors = linear.gaussian_tensors(device, dtype)
-    x, w, dy = tensors["x"].requires_grad_(), torch.nn.Parameter(tensors["w"]), tensors["dy"]
-    w.main_grad = torch.zeros(linear.shape, device=device)  # type: ignore[attr-defined]
+    x, w, dy = tensors["x"].requires_grad_(), LogicalParameter.whole("weight", tensors["w"]), tensors["dy"]
+    w.main_grad = dw = torch.zeros(linear.shape, device=device)
     alone = Group.single()
     rows, n_index, k_index = (torch.arange(size, device=device) for size in (linear.tokens, *linear.shape))
     y = quantized_linear(
@@ -73,7 +74,7 @@ def gemm_objections(linear: LocalLinear, backend: Backend, device: torch.device,
     results = {
         "fprop (y)": (y.detach(), exact["x"] @ exact["w"].T),
         "dgrad (gradient of x)": (x.grad, exact["dy"] @ exact["w"]),
-        "wgrad (gradient of the weight)": (w.main_grad, exact["dy"].T @ exact["x"]),  # type: ignore[attr-defined]
+        "wgrad (gradient of the weight)": (dw, exact["dy"].T @ exact["x"]),
     }
     return [f"{linear}: {name} {text}" for name, pair in results.items() if (text := _objection(*pair))]
 

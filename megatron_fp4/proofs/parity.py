@@ -18,6 +18,7 @@ import torch
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
+from megatron_fp4.comm.parameter import logical_parameters
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ramp import steps_from
@@ -119,6 +120,6 @@ def _live(trainable: Trainable) -> list[Shard]:
     return [
         Shard(where, {"parameter": parameter.detach()[rows].clone()})
         for stage in trainable.engine.stages
-        for parameter in stage.parameters()
-        for rows, where in parameter.placement.pieces()  # type: ignore[attr-defined]
+        for parameter in logical_parameters(stage)
+        for rows, where in parameter.placement.pieces()
     ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.comm.parameter import logical_parameters
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.models.decoder import Decoder, whole_model
@@ -34,8 +35,8 @@ def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = No
     """
     shards: list[Shard] = []
     targets: list[tuple[Tensor, Tensor]] = []
-    for parameter in model.parameters():
-        for rows, where in parameter.placement.pieces():  # type: ignore[attr-defined, union-attr]
+    for parameter in logical_parameters(model):
+        for rows, where in parameter.placement.pieces():
             master = torch.empty(where.shape, dtype=torch.float32, device=parameter.device)
             shards.append(Shard(where, {"master": master}, writes=False))
             targets.append((parameter[rows], master))

@@ -33,7 +33,7 @@ def run(mesh: ParallelMesh, precision: LinearPrecision, dtype: torch.dtype) -> d
     tokens = Tokens(ids, ids, torch.zeros_like(ids))
     for linear in (up, down):
         linear.precision = precision
-        linear.weight.main_grad = torch.zeros(linear.weight.shape, dtype=torch.float64)  # type: ignore[attr-defined]
+        linear.weight.main_grad = torch.zeros(linear.weight.shape, dtype=torch.float64)
     x = x.clone().requires_grad_()
     gate, h = up(x, tokens).chunk(2, dim=-1)
     y = down(gate * h, tokens)
@@ -42,8 +42,8 @@ def run(mesh: ParallelMesh, precision: LinearPrecision, dtype: torch.dtype) -> d
     assert x.grad is not None
     found["dx"] = [((mesh.tp.rank * len(y), 0), x.grad)]
     for linear in (up, down):
-        for rows, where in linear.weight.placement.pieces():  # type: ignore[attr-defined]
-            found[where.name] = [(where.offset, linear.weight.main_grad[rows])]  # type: ignore[attr-defined]
+        for rows, where in linear.weight.placement.pieces():
+            found[where.name] = [(where.offset, linear.weight.main_grad[rows])]
     return found
 
 

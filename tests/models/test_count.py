@@ -62,7 +62,7 @@ def make_decoder(config: ModelConfig, device: str, dtype: torch.dtype = torch.fl
 
 
 def logical_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
-    return {r.name: r.global_shape for p in model.parameters() for r in p.placement.rectangles}  # type: ignore[attr-defined]
+    return {r.name: r.global_shape for p in model.parameters() for r in p.placement.rectangles}
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle, Shard
 from megatron_fp4.optim import OptimConfig, Zero1AdamW
 from tests.optim.synthetic import contribute, exact_gradient, hash_of
@@ -51,7 +52,7 @@ def initial(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(hash_of(name)))
 
 
-def make_local(logical: Logical, mesh: ParallelMesh, dtype: torch.dtype, writes: bool) -> nn.Parameter:
+def make_local(logical: Logical, mesh: ParallelMesh, dtype: torch.dtype, writes: bool) -> LogicalParameter:
     pieces, rectangles = [], []
     for name, shape in logical.segments.items():
         piece = cut(initial(name, shape), logical.dim, mesh)
@@ -60,12 +61,9 @@ def make_local(logical: Logical, mesh: ParallelMesh, dtype: torch.dtype, writes:
             offset[logical.dim] = mesh.tp.rank * piece.shape[logical.dim]
         rectangles.append(Rectangle(name, shape, tuple(offset), tuple(piece.shape)))
         pieces.append(piece)
-    parameter = nn.Parameter(torch.cat(pieces).to(dtype))
-    replicated = logical.dim is None
-    parameter.placement = Placement(  # type: ignore[attr-defined]
-        tuple(rectangles), tp_replicated=replicated, decay=parameter.dim() > 1, writes=writes
-    )
-    return parameter
+    data, replicated = torch.cat(pieces).to(dtype), logical.dim is None
+    placement = Placement(tuple(rectangles), tp_replicated=replicated, decay=data.dim() > 1, writes=writes)
+    return LogicalParameter(data, placement)
 
 
 @dataclass
@@ -73,7 +71,7 @@ class LocalModel:
     """The parameters of one rank; the last stage has a copy of the embedding where there are two stages."""
 
     mesh: ParallelMesh
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    parameters: dict[str, LogicalParameter] = field(default_factory=dict)
 
     @staticmethod
     def build(mesh: ParallelMesh, dtype: torch.dtype) -> LocalModel:
@@ -84,7 +82,7 @@ class LocalModel:
         if mesh.pp.size > 1:
             if mesh.pp.rank:
                 model.parameters["embedding.weight"] = make_local(MODEL[0], mesh, dtype, writes=False)
-            model.parameters["embedding.weight"].tied_group = mesh.pp  # type: ignore[attr-defined]
+            model.parameters["embedding.weight"].tied_group = mesh.pp
         return model
 
     def backward(self, step: int, part: int, sequence_parallel: bool) -> None:

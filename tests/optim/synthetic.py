@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle
 
 SHAPES = {
@@ -29,14 +30,13 @@ def placement_of(name: str, shape: tuple[int, ...], **flags: bool) -> Placement:
     return Placement(tuple(parts), decay=decay, **flags)
 
 
-def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
+def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, LogicalParameter]:
     """The parameters of SHAPES, with placements, the same values every time."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {}
     for name, shape in SHAPES.items():
-        parameter = nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
-        parameter.placement = placement_of(name, shape)  # type: ignore[attr-defined]
-        parameters[name] = parameter
+        data = torch.randn(shape, generator=generator).to(dtype)
+        parameters[name] = LogicalParameter(data, placement_of(name, shape))
     return parameters
 
 
@@ -50,10 +50,12 @@ def hash_of(name: str) -> int:
     return sum((i + 1) * ord(c) for i, c in enumerate(name))
 
 
-def contribute(parameter: nn.Parameter, gradient: Tensor) -> None:
+def contribute(parameter: LogicalParameter, gradient: Tensor) -> None:
     """What the backward of a linear layer does with its weight gradient."""
-    parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
-    parameter.grad_ready()  # type: ignore[attr-defined]
+    assert parameter.main_grad is not None
+    assert parameter.grad_ready is not None
+    parameter.main_grad.add_(gradient)
+    parameter.grad_ready()
 
 
 class SelfAccumulating(torch.autograd.Function):
@@ -67,7 +69,7 @@ class SelfAccumulating(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        if not hasattr(weight, "main_grad"):
+        if weight.main_grad is None:
             return dy @ weight, dy.T @ x
         contribute(weight, dy.T @ x)
         return dy @ weight, None
@@ -80,18 +82,17 @@ class Toy(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(1)
 
-        def made(*shape: int) -> nn.Parameter:
-            return nn.Parameter((torch.randn(shape, generator=generator) / 4).to(dtype))
+        def parameter(name: str, *shape: int) -> LogicalParameter:
+            data = (torch.randn(shape, generator=generator) / 4).to(dtype)
+            return LogicalParameter(data, placement_of(name, shape))
 
-        self.table = made(vocab, width)
-        self.norm = made(width)
-        self.up = made(33, width)
-        self.unused = made(21, width)
-        self.down = made(width, 33)
-        self.twice = made(width, width)
-        self.head = made(vocab, width)
-        for name, parameter in self.named_parameters():
-            parameter.placement = placement_of(name, tuple(parameter.shape))  # type: ignore[attr-defined]
+        self.table = parameter("table", vocab, width)
+        self.norm = parameter("norm", width)
+        self.up = parameter("up", 33, width)
+        self.unused = parameter("unused", 21, width)
+        self.down = parameter("down", width, 33)
+        self.twice = parameter("twice", width, width)
+        self.head = parameter("head", vocab, width)
 
     def forward(self, tokens: Tensor, *, skip_twice: bool = False) -> Tensor:
         """Sum of the token losses of `tokens [T]`, each predicting the token plus one."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.comm.rect import Placement, Rectangle
+from megatron_fp4.comm.parameter import LogicalParameter
+from megatron_fp4.comm.rect import Placement
 from megatron_fp4.optim.layout import ALIGN, Bucket, make_buckets
 
 
@@ -24,10 +25,8 @@ class FakeGroup(Group):
         object.__setattr__(self, "rank", 0)
 
 
-def parameter(name: str, *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Parameter:
-    made = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
-    made.placement = Placement((Rectangle.whole(name, shape),))  # type: ignore[attr-defined]
-    return made
+def parameter(name: str, *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LogicalParameter:
+    return LogicalParameter.whole(name, torch.zeros(shape, dtype=dtype, device=device))
 
 
 def lay_out(shapes: list[tuple[int, ...]], size: int, bucket_numel: int = 1, device: str = "cpu") -> list[Bucket]:
@@ -108,7 +107,7 @@ def test_buckets_follow_backward_order_and_split_by_dtype() -> None:
 
 def test_replicated_parameters_are_deferred_when_their_gradients_are_partial() -> None:
     norm = parameter("norm", 64)
-    norm.placement = Placement(norm.placement.rectangles, tp_replicated=True)  # type: ignore[attr-defined, union-attr]
+    norm.placement = Placement(norm.placement.rectangles, tp_replicated=True)
     named = [("w", parameter("w", 8, 64)), ("norm", norm)]
     partial = make_buckets(named, FakeGroup(2), bucket_numel=10**6, sum_replicated_over_tp=True)
     assert [bucket.kind.tp_summed for bucket in partial] == [False, True]
@@ -125,11 +124,10 @@ def test_refused_parameters() -> None:
     good = parameter("w", 4, 2)
     refused(good, "v and w are the same parameter|w and v are the same parameter", ("v", good))
     short = parameter("w", 4, 2)
-    short.placement = parameter("w", 3, 2).placement  # type: ignore[attr-defined]
+    short.placement = parameter("w", 3, 2).placement
     refused(short, "has 4 rows, its placement covers 3")
     frozen = parameter("w", 4, 2)
     frozen.requires_grad_(False)
     refused(frozen, "w does not require a gradient")
-    scalar = nn.Parameter(torch.zeros(()))
-    scalar.placement = good.placement  # type: ignore[attr-defined]
+    scalar = LogicalParameter(torch.zeros(()), good.placement)
     refused(scalar, r"shape \(\)")

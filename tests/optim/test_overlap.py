@@ -64,7 +64,7 @@ def poisoned_step(mesh: ParallelMesh) -> tuple[bool, tuple[str, ...], bool, floa
         optimizer.begin_last_microbatch()
         model(tokens_of(0, mesh.dp.rank)).backward()
         if poison and mesh.dp.rank == 1:
-            model.down.main_grad[3, 2] = math.nan  # type: ignore[operator]
+            model.down.main_grad[3, 2] = math.nan
             model.down.grad_ready()  # its bucket has left already
         norm = optimizer.finish_grads()
         report = optimizer.step(norm, lr=1e-2, max_norm=1.0)

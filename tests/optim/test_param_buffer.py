@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.layout import make_buckets
 from megatron_fp4.optim.param_buffer import ParamBuffer
-from tests.optim.synthetic import placement_of
 
 
 class Recorder:
@@ -24,8 +24,8 @@ class Recorder:
 def build() -> tuple[nn.Sequential, ParamBuffer, list[int]]:
     """Three layers, one bucket each, last layer first; gathers pending for all."""
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
-    for name, parameter in model.named_parameters():
-        parameter.placement = placement_of(name, (8, 8))  # type: ignore[attr-defined]
+    for index, layer in enumerate(model):
+        layer.weight = LogicalParameter.whole(f"{index}.weight", layer.weight)
     buckets = make_buckets(model.named_parameters(), Group.single(), bucket_numel=1, sum_replicated_over_tp=False)
     buffer = ParamBuffer(buckets, Group.single())
     log: list[int] = []

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement
 from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
 from tests.optim.synthetic import QKV_ROWS, SHAPES, Toy, contribute, exact_gradient, make_parameters, tokens_of
@@ -16,11 +16,11 @@ from tests.optim.synthetic import QKV_ROWS, SHAPES, Toy, contribute, exact_gradi
 CONFIG = OptimConfig(weight_decay=0.1, bucket_mib=0.01)
 
 
-def optimizer_of(parameters: dict[str, nn.Parameter], config: OptimConfig = CONFIG) -> Zero1AdamW:
+def optimizer_of(parameters: dict[str, LogicalParameter], config: OptimConfig = CONFIG) -> Zero1AdamW:
     return Zero1AdamW(parameters.items(), config, ParallelMesh.single_process(), sequence_parallel=False)
 
 
-def reference_of(parameters: dict[str, nn.Parameter], config: OptimConfig = CONFIG) -> torch.optim.AdamW:
+def reference_of(parameters: dict[str, LogicalParameter], config: OptimConfig = CONFIG) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in parameters.values() if (p.dim() > 1) is decays], "weight_decay": decay}
         for decays, decay in ((True, config.weight_decay), (False, 0.0))
@@ -183,7 +183,7 @@ def test_rows_that_are_still_being_sent_are_not_updated() -> None:
 
 
 def test_restored_state_continues_bit_for_bit() -> None:
-    def run(optimizer: Zero1AdamW, parameters: dict[str, nn.Parameter], steps: range) -> None:
+    def run(optimizer: Zero1AdamW, parameters: dict[str, LogicalParameter], steps: range) -> None:
         for step in steps:
             optimizer.zero_grad()
             for name, shape in SHAPES.items():
@@ -240,7 +240,7 @@ def test_calls_out_of_order_are_caught() -> None:
 def test_replica_that_is_owned_elsewhere_is_not_counted() -> None:
     parameters = make_parameters()
     placement = parameters["head.weight"].placement
-    parameters["head.weight"].placement = Placement(placement.rectangles, writes=False)  # type: ignore[attr-defined]
+    parameters["head.weight"].placement = Placement(placement.rectangles, writes=False)
     optimizer = optimizer_of(parameters)
     optimizer.zero_grad()
     parameters["head.weight"].main_grad.fill_(100.0)

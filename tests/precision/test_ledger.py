@@ -96,7 +96,7 @@ def test_the_ledger_changes_no_number() -> None:
     loss = plain.engine.train(inputs.split(1), 1.0 / num_targets, plain.optimizer.begin_last_microbatch)
     assert model.step() == loss.item()
     for expected, actual in zip(plain.engine.stages[0].parameters(), model.stages[0].parameters(), strict=True):
-        assert torch.equal(expected.main_grad, actual.main_grad)  # type: ignore[attr-defined]
+        assert torch.equal(expected.main_grad, actual.main_grad)
 
 
 # -- what it finds ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.precision import (
     Dgrad,
@@ -46,7 +47,7 @@ class Linear:
     """A weight with what a layer would hold."""
 
     def __init__(self, w: Tensor, precision: LinearPrecision, rows: slice = slice(0, T), **groups: Any) -> None:
-        self.weight = torch.nn.Parameter(w.clone())
+        self.weight = LogicalParameter.whole("w", w.clone())
         self.precision, self.clock, self.cache = precision, StepClock(seed=3), WeightCache()
         self.rows = torch.arange(T)[rows]
         parts = {"x_group": SINGLE, "w_group": SINGLE, "dy_group": SINGLE}
@@ -70,12 +71,12 @@ class Linear:
 
     def run(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """y, dx and the FP32 dw."""
-        self.weight.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)  # type: ignore[attr-defined]
+        self.weight.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
         x = x.clone().requires_grad_()
         y = self(x)
         y.backward(dy)
         assert x.grad is not None
-        return y.detach(), x.grad, self.weight.main_grad  # type: ignore[attr-defined]
+        return y.detach(), x.grad, self.weight.main_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -129,11 +130,11 @@ def test_main_grad_accumulates_and_tells() -> None:
     """Two micro-batches add up in FP32, and `grad_ready` is called once for each."""
     x, w, dy = tensors()
     linear, calls = Linear(w, nvfp4_paper()), []
-    linear.weight.grad_ready = lambda: calls.append(1)  # type: ignore[attr-defined]
+    linear.weight.grad_ready = lambda: calls.append(1)
     _, _, once = linear.run(x, dy)
     once = once.clone()
     linear(x).backward(dy)
-    assert torch.equal(linear.weight.main_grad, once + once)  # type: ignore[attr-defined]
+    assert torch.equal(linear.weight.main_grad, once + once)
     assert len(calls) == 2
 
 
@@ -185,11 +186,11 @@ def test_recompute_changes_nothing(reentrant: bool) -> None:
     x, w, dy = tensors()
     expected = Linear(w, nvfp4_paper()).run(x, dy)
     linear = Linear(w, nvfp4_paper())
-    linear.weight.main_grad = torch.zeros(N, K)  # type: ignore[attr-defined]
+    linear.weight.main_grad = torch.zeros(N, K)
     x = x.clone().requires_grad_()
     y = checkpoint(linear, x, use_reentrant=reentrant)
     y.backward(dy)
-    for name, ours, theirs in zip(("y", "dx", "dw"), (y, x.grad, linear.weight.main_grad), expected, strict=True):  # type: ignore[attr-defined]
+    for name, ours, theirs in zip(("y", "dx", "dw"), (y, x.grad, linear.weight.main_grad), expected, strict=True):
         assert torch.equal(ours, theirs), name
 
 

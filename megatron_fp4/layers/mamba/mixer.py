@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_fp4.comm.parameter import Initializer, LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle, split_evenly
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -28,7 +29,7 @@ from megatron_fp4.layers.mamba.context_parallel import carry_states, in_pieces, 
 from megatron_fp4.layers.mamba.convolution import causal_conv
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.layers.mamba.ssd import document_starts, ssd_scan
-from megatron_fp4.layers.parameter import Initializer, constant_init, make_parameter, sharded_vector, uniform_init
+from megatron_fp4.layers.parameter import constant_init, make_parameter, sharded_vector, uniform_init
 from megatron_fp4.layers.recompute import run_core
 from megatron_fp4.numerics.random import key_of, uniform
 
@@ -176,7 +177,9 @@ class GatedGroupRMSNorm(nn.Module):
         return (normed * self.weight.to(normed.dtype)).to(z.dtype)
 
 
-def _conv_parameter(name: str, kind: str, parts: dict[str, int], num_taps: int, context: LayerContext) -> nn.Parameter:
+def _conv_parameter(
+    name: str, kind: str, parts: dict[str, int], num_taps: int, context: LayerContext
+) -> LogicalParameter:
     """This rank's rows of x, B and C, each a logical tensor `<name>.conv.<part>.<kind>`: `[rows, taps]` or `[rows]`."""
     columns = (num_taps,) if kind == "weight" else ()
     rectangles: list[Rectangle] = []
@@ -191,7 +194,7 @@ def _conv_parameter(name: str, kind: str, parts: dict[str, int], num_taps: int, 
     return make_parameter((num_rows, *columns), placement, uniform_init(-bound, bound), context.dtype, context.device)
 
 
-def _sharded_vector(name: str, size: int, initializer: Initializer, context: LayerContext) -> nn.Parameter:
+def _sharded_vector(name: str, size: int, initializer: Initializer, context: LayerContext) -> LogicalParameter:
     """This rank's even share of a 1-D parameter."""
     local = split_evenly(size, context.tp, what=name)
     placement = sharded_vector(name, size, context.tp.rank * local, (context.tp.rank + 1) * local)

@@ -74,7 +74,7 @@ def run_layout(rank: int, world_size: int, tp: int, cp: int, packed: bool, quant
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is not None, name
         gradient = all_reduce_sum(parameter.grad, mesh.cp)
-        for local_rows, where in parameter.placement.pieces():  # type: ignore[attr-defined]
+        for local_rows, where in parameter.placement.pieces():
             assert name.split(".")[0].split("_")[0] in where.name
             found[where.name] = gradient[local_rows].clone()
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.planning.report import weight_copy_bytes
 from megatron_fp4.precision import (
@@ -107,8 +108,8 @@ def linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, dx and the weight gradient, added to ones."""
     x, w, dy = (tensor(name, *shape).to(device) for name, shape in (("x", (T, K)), ("w", (N, K)), ("dy", (T, N))))
-    x, weight, alone = x.requires_grad_(), torch.nn.Parameter(w), Group.single()
-    weight.main_grad = torch.ones(N, K, device=device)  # type: ignore[attr-defined]
+    x, weight, alone = x.requires_grad_(), LogicalParameter.whole("w", w), Group.single()
+    weight.main_grad = torch.ones(N, K, device=device)
     rows, n_index, k_index = (torch.arange(size, device=device) for size in (T, N, K))
     y = quantized_linear(
         x,
@@ -122,7 +123,7 @@ def linear(
     )
     y.backward(dy)
     assert x.grad is not None
-    return y.detach(), x.grad, weight.main_grad  # type: ignore[attr-defined]
+    return y.detach(), x.grad, weight.main_grad
 
 
 WITHOUT_WGRAD = LinearPrecision(fprop=PAPER.fprop, dgrad=PAPER.dgrad)

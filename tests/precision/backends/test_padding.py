@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.numerics import key_of, normal
@@ -56,9 +57,9 @@ def run(
     x: Tensor, w: Tensor, dy: Tensor, precision: LinearPrecision, index: list[Tensor], buffered: bool
 ) -> tuple[Tensor, ...]:
     """y, dx, dw. index: global indices of tokens, output and input features."""
-    single, weight = Group.single(), torch.nn.Parameter(w.clone())
+    single, weight = Group.single(), LogicalParameter.whole("w", w.clone())
     if buffered:
-        weight.main_grad = torch.ones_like(w, dtype=torch.float32)  # type: ignore[attr-defined]
+        weight.main_grad = torch.ones_like(w, dtype=torch.float32)
     site = LinearSite("linear", single, single, single, index[1], index[2])
     settings: dict[str, Any] = {"clock": StepClock(seed=3), "cache": WeightCache(), "backend": EmulatedBackend()}
     x = x.clone().requires_grad_()
@@ -66,7 +67,7 @@ def run(
     y.backward(dy)
     assert x.grad is not None
     assert y.is_contiguous()
-    return y.detach(), x.grad, weight.main_grad if buffered else weight.grad  # type: ignore[attr-defined]
+    return y.detach(), x.grad, weight.main_grad if buffered else weight.grad
 
 
 @pytest.mark.parametrize("buffered", [True, False], ids=["main_grad", "grad"])

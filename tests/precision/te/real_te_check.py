@@ -34,6 +34,7 @@ te_on_cpu.patch_cuda()
 from megatron_fp4.cli import crosscheck, preflight  # noqa: E402
 from megatron_fp4.comm.config import ParallelConfig  # noqa: E402
 from megatron_fp4.comm.mesh import ParallelMesh  # noqa: E402
+from megatron_fp4.comm.parameter import LogicalParameter  # noqa: E402
 from megatron_fp4.precision import EmulatedBackend, te_recipe  # noqa: E402
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend, load_api  # noqa: E402
 from megatron_fp4.precision.config import Switch  # noqa: E402
@@ -127,7 +128,7 @@ def check_main_grad() -> list[str]:
     with te.autocast(enabled=True, recipe=te_recipe(plan, unsharded=True)):
         grads.append(te_cases.main_grad(tensors, module, module.weight))
     for backend in (EmulatedBackend(), TransformerEngineBackend(plan.config)):
-        weight = torch.nn.Parameter(tensors["w0"].clone())
+        weight = LogicalParameter.whole("w0", tensors["w0"].clone())
         grads.append(te_cases.main_grad(tensors, te_cases.our_linear(name, 0, backend, weight), weight))
     theirs, emulated, through_backend = ({"main_grad": grad} for grad in grads)
     return unequal("te.Linear", theirs, emulated) + unequal("backend", through_backend, emulated)

@@ -156,7 +156,7 @@ def forward_backward(
 def main_grad(tensors: dict[str, Tensor], linear: Callable[[Tensor], Tensor], weight: torch.nn.Parameter) -> Tensor:
     """FP32 gradient of the weight after two microbatches, accumulated in place."""
     grad = torch.zeros(weight.shape)
-    weight.main_grad = grad  # type: ignore[attr-defined]
+    weight.main_grad = grad
     for sign in (1, -3):
         linear((tensors["x"] * sign).requires_grad_()).backward(tensors["dy"])
     return grad

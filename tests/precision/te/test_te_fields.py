@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.precision import (
@@ -190,8 +191,8 @@ def test_wgrad_output(monkeypatch: pytest.MonkeyPatch) -> None:
     grads = []
     for output in WgradOutput:
         torch.manual_seed(0)
-        x, w = torch.randn(32, 32, dtype=torch.bfloat16), torch.nn.Parameter(torch.randn(32, 32).bfloat16())
-        w.main_grad = torch.zeros(32, 32)  # type: ignore[attr-defined]
+        x, w = torch.randn(32, 32, dtype=torch.bfloat16), LogicalParameter.whole("w", torch.randn(32, 32).bfloat16())
+        w.main_grad = torch.zeros(32, 32)
         single, index = Group.single(), torch.arange(32)
         y = quantized_linear(
             x,
@@ -204,6 +205,6 @@ def test_wgrad_output(monkeypatch: pytest.MonkeyPatch) -> None:
             cache=WeightCache(),
         )
         y.backward(torch.randn_like(y))
-        grads.append(w.main_grad)  # type: ignore[attr-defined]
+        grads.append(w.main_grad)
     assert torch.equal(grads[0].bfloat16().float(), grads[1]), "compute is to round once"
     assert not torch.equal(grads[0], grads[1]), "fp32 is not to be rounded"
