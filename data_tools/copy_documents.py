@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.documents import Position
-from data_tools.shard_set import SplitWriter, finished, remove_sets
+from data_tools.shard_set import SplitWriter, check_not_nested, finished, remove_sets
 from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 from megatron_fp4.data.shards.manifest import read_manifest
 
@@ -39,6 +39,7 @@ def copy_documents(
     for folder in folders.values():
         if folder.resolve() in inputs:
             raise ValueError(f"{folder} is an input and would be overwritten; choose another --output")
+    check_not_nested(folders)
     job = {"content": source.fingerprint, "shard_tokens": args.shard_tokens, **options}
     if args.restart:
         remove_sets(args.output, folders)

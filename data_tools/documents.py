@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import importlib
 import io
 import json
 import zlib
@@ -109,6 +110,8 @@ def _line_batches(
         first, records, size, dropped = offset, [], 0, 0
         while True:
             record, taken, too_long = _record(stream, policies, whole)
+            if kind == "jsonl" and offset == 0 and record.removeprefix(_BOM).lstrip().startswith(b"["):
+                raise ValueError(f"{path} is one JSON array; one object per line is expected (jq -c '.[]' makes that)")
             if too_long and policies.too_long == "error":
                 raise ValueError(
                     f"{path}, byte {offset}: a record of more than {policies.max_document_bytes} bytes; raise "
@@ -184,10 +187,20 @@ def _parquet_batches(path: Path, number: int, offset: int, text_key: str, done: 
             for part in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[text_key]):
                 end = at + part.num_rows
                 if end > offset:
-                    records = part.column(0).slice(max(0, offset - at)).to_pylist()
+                    records = _records_of(part.column(0).slice(max(0, offset - at)))
                     where = f"{path}, row {max(at, offset)}"
                     yield RawBatch(where, "parquet", records, 0, Position(number, end), done + size * end // rows)
                 at = end
+
+
+def _records_of(column: Any) -> list[Any]:
+    """The values of an Arrow column; all as bytes where a string is not UTF-8: the policies decide about those."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        arrow = importlib.import_module("pyarrow")
+        strings = column.dictionary_decode() if arrow.types.is_dictionary(column.type) else column
+        return strings.cast(arrow.large_binary()).to_pylist()
 
 
 def texts_of(batch: RawBatch, text_key: str, policies: Policies, report: Report) -> list[str]:
@@ -247,8 +260,6 @@ def read_texts(files: Sequence[Path], text_key: str, policies: Policies, report:
 
 
 def _require(module: str, path: Path) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -8,6 +8,7 @@ hang too when it happens while an item larger than a pipe's buffer is on its way
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import queue
 import signal
@@ -96,18 +97,24 @@ def _serve(
     pipe: Connection, function: Callable[[Any], Any], initializer: Callable[..., None], initargs: tuple[Any, ...]
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end ends this loop
-    initializer(*initargs)
+    refusal = _outcome(lambda: initializer(*initargs))[1]
     while True:
         try:
             item = pipe.recv()
         except EOFError:
             return
-        answer: tuple[Any, Exception | None]
-        try:
-            answer = (function(item), None)
-        except Exception as error:
-            answer = (None, error)
+        answer = (None, refusal) if refusal else _outcome(functools.partial(function, item))
         try:
             pipe.send(answer)
         except BrokenPipeError:
             return
+
+
+def _outcome(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What `call` returns, or why it does not. A panic of a library in Rust is no Exception and cannot be sent."""
+    try:
+        return call(), None
+    except Exception as error:
+        return None, error
+    except BaseException as error:
+        return None, RuntimeError(f"{type(error).__name__}: {error}")

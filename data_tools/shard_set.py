@@ -168,6 +168,20 @@ def finished(root: Path, folders: dict[str, Path], job: dict[str, Any]) -> dict[
     return manifests
 
 
+def check_not_nested(folders: dict[str, Path]) -> None:
+    """Refuse an output around or inside another shard set: a glob or a directory would then read both."""
+    own = {folder.resolve() for folder in folders.values()}
+    for folder in own:
+        around = [parent for parent in folder.parents if (parent / MANIFEST).is_file()]
+        inside = [path.parent for path in folder.glob(f"*/{MANIFEST}")]
+        for other in (*around, *inside):
+            if other not in own:
+                raise ValueError(
+                    f"{folder} would {'lie inside' if other in around else 'contain'} the shard set {other}; choose"
+                    " another --output, beside it"
+                )
+
+
 def check_same_job(stored: dict[str, Any], wanted: dict[str, Any], where: str) -> None:
     for key in sorted(set(stored) | set(wanted)):
         if stored.get(key) != wanted.get(key):

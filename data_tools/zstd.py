@@ -10,6 +10,7 @@ import io
 from pathlib import Path
 from typing import IO, Any
 
+MAX_WINDOW_BYTES = 1 << 31  # `zstd --long=31`, the format's largest; the library's own limit is 128 MiB
 _CHUNK = 1 << 12  # compressed bytes at a time: what they grow to is held in memory
 
 
@@ -17,7 +18,10 @@ class ZstdReader(io.RawIOBase):
     """Raises EOFError in the middle of a frame, and ValueError for what is no zstd. path: for messages."""
 
     def __init__(self, raw: IO[bytes], path: Path, library: Any) -> None:
-        self._raw, self._path, self._library = raw, path, library
+        self._raw = raw
+        self._path = path
+        self._library = library
+        self._decompressor = library.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
         self._frame: Any = None  # the one that is being read; None between two
         self._ready = memoryview(b"")
 
@@ -41,7 +45,7 @@ class ZstdReader(io.RawIOBase):
         parts = []
         try:
             while data:
-                self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+                self._frame = self._frame or self._decompressor.decompressobj()
                 parts.append(self._frame.decompress(data))
                 if not self._frame.eof:
                     break

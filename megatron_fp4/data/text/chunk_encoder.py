@@ -6,7 +6,8 @@ the concatenation of the encodings of its chunks, and a dictionary of chunks rep
 place is a border depends on the two characters beside it only, so looking at the pieces is a proof, not a guess.
 
 `for_model` returns None where the argument does not hold (unigram models, text normalisation, a dummy prefix, pieces
-that span every kind of border tried); the plain encoder is used then.
+that span every kind of border tried, a vocabulary without all byte pieces: there neighbouring unknown characters become
+one `<unk>`, across a border too); the plain encoder is used then.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class ChunkEncoder:
 
     @staticmethod
     def for_model(model: Any) -> ChunkEncoder | None:
-        if not _is_plain_bpe(model.serialized_model_proto()):
+        has_every_byte = sum(map(model.is_byte, range(model.get_piece_size()))) == 256
+        if not has_every_byte or not _is_plain_bpe(model.serialized_model_proto()):
             return None
         pieces = [model.id_to_piece(i).replace(_SPACE, " ") for i in range(model.get_piece_size())]
         ordinary = [

@@ -6,12 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.train_tokenizer import train
-from megatron_fp4.data.text.tokenizer import (
-    SentencePieceTokenizer,
-    describe_tokenizer,
-    eos_of,
-    load_tokenizer,
-)
+from megatron_fp4.data.text.sentencepiece_model import SentencePieceTokenizer
+from megatron_fp4.data.text.tiktoken_file import CL100K_PATTERN
+from megatron_fp4.data.text.tokenizer import describe_tokenizer, eos_of, load_tokenizer
 
 TEXT = """def add(first, second):
     '''Return the sum, 12345 + 678; it's "simple".'''
@@ -98,13 +95,15 @@ def test_tiktoken(tmp_path):
     ranks = {bytes([b]): b for b in range(256)} | {b"re": 256, b"tu": 257}
     lines = b"\n".join(base64.b64encode(t) + b" %d" % r for t, r in ranks.items())
     (tmp_path / "v.tiktoken").write_bytes(lines)
+    side = {"pattern": CL100K_PATTERN, "special_tokens": {"<|endoftext|>": 258}}
+    (tmp_path / "v.tiktoken.json").write_text(json.dumps(side))
     tokenizer = load_tokenizer(tmp_path / "v.tiktoken")
     ids = tokenizer.encode_batch([TEXT])[0]
     assert tokenizer.decode(ids) == TEXT
     assert 256 in ids
     assert (eos_of(tokenizer), tokenizer.vocab_size) == (258, 259)
     plain = tokenizer.fingerprint
-    (tmp_path / "v.tiktoken.json").write_text(json.dumps({"special_tokens": {"<|end_of_text|>": 300}}))
+    (tmp_path / "v.tiktoken.json").write_text(json.dumps({**side, "special_tokens": {"<|end_of_text|>": 300}}))
     assert eos_of(load_tokenizer(tmp_path / "v.tiktoken")) == 300
     assert load_tokenizer(tmp_path / "v.tiktoken").fingerprint != plain  # the special ids are part of what it is
     (tmp_path / "bad.tiktoken").write_text("no ranks here")

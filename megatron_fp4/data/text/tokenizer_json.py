@@ -1,0 +1,70 @@
+"""`tokenizer.json` files of Hugging Face's `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_fp4.data.text.files import fingerprint_of, require_package
+from megatron_fp4.data.text.special import UNSAID, SpecialChoice, resolve
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json. Text that spells a special token is encoded as text: only who writes shards ends documents."""
+
+    def __init__(self, path: Path, choice: SpecialChoice = UNSAID) -> None:
+        library = require_package("tokenizers")
+        data = path.read_bytes()
+        try:
+            stored: dict[str, Any] = json.loads(data)
+            self._model = library.Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
+        added = stored.get("added_tokens") or []
+        vocabulary = self._model.get_vocab()
+        self.path = path
+        self.fingerprint = fingerprint_of(data)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1  # not their number: ids may have gaps
+        if not self.vocab_size:
+            raise ValueError(f"{path} has an empty vocabulary; copy it again")
+        self.special = resolve(
+            choice,
+            path,
+            lookup=vocabulary.get,
+            vocab_size=self.vocab_size,
+            declared={token["content"]: token["id"] for token in added if token["special"]},
+            own={"unk": vocabulary.get(stored["model"].get("unk_token") or "")},
+        )
+        self._never = np.array(
+            [token for role, token in self.special.ids().items() if token is not None and role != "unk"]
+        )
+        for token in added:
+            token["special"] = token["special"] or token["id"] in self._never
+        self._model = library.Tokenizer.from_str(json.dumps(stored))
+        self._model.encode_special_tokens = True
+        self._model.no_truncation()
+        self._model.no_padding()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Raises ValueError where ordinary text would become a special token all the same."""
+        encoded = self._model.encode_batch(list(texts), add_special_tokens=False)
+        documents = [np.array(one.ids, np.int32) for one in encoded]
+        for ids in documents:
+            control = ids[np.isin(ids, self._never)]
+            if len(control):
+                raise ValueError(
+                    f"ordinary text is encoded as {control[0]} {self.piece(control[0])!r}, a special token of"
+                    f" {self.path} that its vocabulary can also spell; choose another with --eos, --bos or --pad"
+                )
+        return documents
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode(list(map(int, ids)), skip_special_tokens=False)
+
+    def piece(self, token_id: int) -> str:
+        return self._model.id_to_token(int(token_id)) or ""
