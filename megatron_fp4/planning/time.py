@@ -16,8 +16,7 @@ from megatron_fp4.pipeline.order import bubble, pipeline_order, simulate
 from megatron_fp4.precision.table import PrecisionTable, gemm_formats
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.telemetry.peaks import Gpu
-from megatron_fp4.train.telemetry.rates import RATES, flops_by_rate, rate_of
+from megatron_fp4.train.telemetry.peaks import RATES, Gpu, flops_by_rate, rate_of
 
 
 def _computed_again(flops: Flops, table: PrecisionTable, recompute: Recompute) -> dict[str, float]:

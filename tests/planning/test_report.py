@@ -36,8 +36,7 @@ from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import LocalEngine, TokenLoss
 from megatron_fp4.train.inputs import Inputs
 from megatron_fp4.train.sections import TrainConfig
-from megatron_fp4.train.telemetry.peaks import GPUS
-from megatron_fp4.train.telemetry.rates import flops_by_rate
+from megatron_fp4.train.telemetry.peaks import GPUS, flops_by_rate
 from tests.helpers.live_memory import LiveBytes
 from tests.models.test_count import load
 

@@ -1,9 +1,8 @@
 """Where the numbers of a run go.
 
-One idea: `metrics.jsonl` in the run directory is the truth, one object per record, complete whatever happens to the
-other sinks. TensorBoard and wandb are copies for people, fed by threads (background_sink.py): if one fails or hangs, it
-is switched off with one warning and training goes on. After a resume from an earlier step, or a rollback to one,
-records beyond that step are dropped, so each step stands once.
+`metrics.jsonl` in the run directory is the truth, one object per record, complete whatever happens to the copies for
+people (sinks.py). After a resume from an earlier step, or a rollback to one, records beyond that step are dropped, so
+each step stands once.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_fp4.storage.append import AppendFile
 from megatron_fp4.train.sections import LoggingConfig, WandbMode
-from megatron_fp4.train.telemetry.sinks import BackgroundSink, Sink
+from megatron_fp4.train.telemetry.sinks import BackgroundSink, Sink, TensorBoardSink, WandbSink
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -44,8 +43,8 @@ class JsonlSink:
         self._file = self._open(step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        plain = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
-        self._file.add({"step": step, **plain})
+        json_values = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
+        self._file.add({"step": step, **json_values})
 
     def close(self) -> None:
         self._file.close()
@@ -64,64 +63,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in read_lines(run_dir / METRICS_FILE)]
 
 
-class TensorBoardSink:
-    def __init__(self, run_dir: Path, resume_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._open: Callable[[int], Any] = lambda last: SummaryWriter(str(run_dir / "tensorboard"), purge_step=last + 1)
-        self._writer = self._open(resume_step)
-
-    def rewind(self, step: int) -> None:
-        self._writer.close()
-        self._writer = self._open(step)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WandbSink:
-    """wandb with an own step axis. `run_id` is stored in the checkpoint, so that a resume goes on in the same run."""
-
-    def __init__(self, config: LoggingConfig, run_dir: Path, run_id: str, settings: dict[str, Any]) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_name or run_dir.name,
-            id=run_id,
-            resume="allow",
-            mode=_wandb_mode(config.wandb),
-            dir=str(run_dir),
-            config=settings,
-            settings=wandb.Settings(init_timeout=60, console="off", silent=True),
-        )
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self._run.log({"step": step, **values})
-
-    def rewind(self, step: int) -> None:
-        pass  # wandb forgets nothing; on the step axis the later record of a step is drawn over the earlier one
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _wandb_mode(mode: WandbMode) -> Literal["online", "offline"]:
-    if mode is WandbMode.auto:
-        import wandb
-
-        return "online" if wandb.login(prompt=False) else "offline"
-    return "online" if mode is WandbMode.online else "offline"
-
-
 class Metrics:
-    """All sinks of the main rank; on other ranks construct with no sinks."""
+    """All sinks of the main rank; without sinks on the others."""
 
     def __init__(self) -> None:
         self._sinks: list[Sink] = []

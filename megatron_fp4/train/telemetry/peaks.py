@@ -1,4 +1,6 @@
-"""Peak rates and memory of GPUs, for planning and for utilization.
+"""Peak rates and memory of GPUs, and the FLOPs of a model by the rate at which they could run.
+
+A GEMM runs at the rate of its slower operand, and everything that is not a quantized GEMM at BF16's.
 
 Dense rates (without sparsity), per GPU, from NVIDIA's data sheets: H100 SXM and B200 (DGX B200), and GB200 NVL72 and
 GB300 NVL72 divided by 72. The FP4 rates are 4 and 6 times BF16, as in table 1 of arXiv 2509.25149. Cloud vendors quote
@@ -9,19 +11,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_fp4.models.count import Flops
+from megatron_fp4.precision.table import PrecisionTable, gemm_formats
+
+RATES = ("bf16", "fp8", "fp4")
+"""Slowest first."""
+RATE_OF_FORMAT = {"bf16": "bf16", "nvfp4": "fp4", "mxfp4": "fp4", "mxfp8": "fp8", "fp8_block": "fp8"}
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """tflops: dense, by number format; fp4 is absent where the hardware has none. memory_gb: 1e9 bytes."""
+    """What a data sheet says of a GPU.
+
+    tflops: TFLOP/s without sparsity by rate (`RATES`); fp4 is absent where the hardware has none. memory_gb: 1e9 bytes.
+    """
 
     name: str
     tflops: dict[str, float]
     memory_gb: float
     source: str
 
-    def rate(self, speed: str) -> float:
-        """FLOPs per second; FP4 operands run as BF16 where there is no FP4 unit (emulation)."""
-        return 1e12 * self.tflops.get(speed, self.tflops["bf16"])
+    def rate(self, name: str) -> float:
+        """FLOP/s at one of `RATES`; FP4 operands run as BF16 where there is no FP4 unit (emulation)."""
+        return 1e12 * self.tflops.get(name, self.tflops["bf16"])
 
 
 GPUS = {
@@ -39,3 +51,18 @@ def find_gpu(device_name: str) -> Gpu | None:
     """The entry for a name as the driver gives it ("NVIDIA H100 80GB HBM3"); None if it is not in the table."""
     words = device_name.replace("-", " ").split()
     return next((gpu for name, gpu in GPUS.items() if name in words), None)
+
+
+def flops_by_rate(flops: Flops, table: PrecisionTable) -> dict[str, float]:
+    """Training FLOPs per token by rate; a GEMM of mixed operands runs at the slower one's."""
+    by_rate = dict.fromkeys(RATES, 0.0)
+    by_rate["bf16"] = 3.0 * (flops.attention + flops.scan)
+    for row in table.rows:
+        for text in gemm_formats(row.precision):
+            by_rate[rate_of(text)] += flops.linears[row.name]
+    return by_rate
+
+
+def rate_of(formats: str) -> str:
+    """The rate of a GEMM, from its formats as text ("nvfp4", "nvfp4/bf16")."""
+    return min((RATE_OF_FORMAT[name] for name in formats.split("/")), key=RATES.index)

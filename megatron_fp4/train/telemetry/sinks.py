@@ -1,8 +1,8 @@
-"""A logger that may hang or fail without anybody waiting for it.
+"""Copies of the numbers for people, in TensorBoard and wandb; each may hang or fail without anybody waiting for it.
 
-One idea: a thread of its own makes the sink and feeds it from a bounded queue. Whatever the sink does (an import that
-takes a minute, a login that waits for an answer, an exception), `write` returns at once; when the queue is full or the
-sink raises, it is switched off with one warning.
+A thread of its own makes the sink and feeds it from a bounded queue. Whatever the sink does (an import that takes a
+minute, a login that waits for an answer, an exception), `write` returns at once; when the queue is full or the sink
+raises, it is switched off with one warning and training goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from megatron_fp4.train.sections import LoggingConfig, WandbMode
 
 MAX_WAITING = 10_000
 """Records; some hours of a run while a logger's server is away."""
@@ -30,10 +33,11 @@ class Sink(Protocol):
 
 
 class BackgroundSink:
-    """Feeds the sink that `make` returns."""
+    """Feeds the sink that `make` returns, from a thread."""
 
     def __init__(self, name: str, make: Callable[[], Sink]) -> None:
-        self._name, self._make = name, make
+        self._name = name
+        self._make = make
         self._queue: queue.Queue[Callable[[Sink], None]] = queue.Queue(MAX_WAITING)
         self._off = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"{name}-logger", daemon=True)
@@ -75,3 +79,61 @@ class BackgroundSink:
         if not self._off.is_set():
             print(f"warning: {self._name} logging is off from here on: {why}", file=sys.stderr, flush=True)
         self._off.set()
+
+
+class TensorBoardSink:
+    """Scalars under `tensorboard/` in the run directory. resume_step: what it holds of later steps is void."""
+
+    def __init__(self, run_dir: Path, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open: Callable[[int], Any] = lambda last: SummaryWriter(str(run_dir / "tensorboard"), purge_step=last + 1)
+        self._writer = self._open(resume_step)
+
+    def rewind(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(step)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """wandb with an own step axis. `run_id` is stored in the checkpoint, so that a resume goes on in the same run."""
+
+    def __init__(self, config: LoggingConfig, run_dir: Path, run_id: str, settings: dict[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or run_dir.name,
+            id=run_id,
+            resume="allow",
+            mode=_wandb_mode(config.wandb),
+            dir=str(run_dir),
+            config=settings,
+            settings=wandb.Settings(init_timeout=60, console="off", silent=True),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def rewind(self, step: int) -> None:
+        pass  # wandb forgets nothing; on the step axis the later record of a step is drawn over the earlier one
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_mode(mode: WandbMode) -> Literal["online", "offline"]:
+    if mode is WandbMode.auto:
+        import wandb
+
+        return "online" if wandb.login(prompt=False) else "offline"
+    return "online" if mode is WandbMode.online else "offline"

@@ -1,8 +1,8 @@
 """How fast a step was, against what the hardware can do.
 
-One idea: model FLOPs per token are arithmetic (models/count.py), so throughput is tokens per second times a constant,
-and utilization is its ratio to a peak: of BF16, and of the mix of rates at which the GEMMs of the present precision
-could run. Peaks and their sources are in train/telemetry/peaks.py; on other devices there is no utilization.
+Model FLOPs per token are arithmetic (models/count.py), so throughput is tokens per second times a constant, and
+utilization is its ratio to a peak: BF16's, or that of the mix of rates at which the GEMMs of the present precision
+could run (peaks.py). On a device that is not in that table there is no utilization.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from megatron_fp4.models.count import count_flops
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.phases import Phases
-from megatron_fp4.train.telemetry.peaks import Gpu, find_gpu
-from megatron_fp4.train.telemetry.rates import flops_by_rate
+from megatron_fp4.train.telemetry.peaks import Gpu, find_gpu, flops_by_rate
 
 
 class Throughput:
-    """Of one job; the numbers are per device. gpu: None where the peak is not known."""
+    """Turns the seconds of a step into rates per device of the job. gpu: None where the peak is not known."""
 
     def __init__(self, config: RunConfig, num_devices: int, device: torch.device) -> None:
         self.gpu: Gpu | None = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -26,12 +25,14 @@ class Throughput:
         self._num_devices = num_devices
 
     def metrics(self, phases: Phases, table: PrecisionTable, tokens: int) -> dict[str, float]:
-        """Of the last step, of `tokens` tokens. tflops: of the model (no recomputation), per device. mfu, mfu_mixed: 0
-        to 1.
+        """The rates of the last step, which had `tokens` tokens.
+
+        tflops: TFLOP/s of the model (no recomputation) per device. mfu, mfu_mixed: 0 to 1, against BF16's peak and
+        against that of the precisions in `table`.
         """
         seconds, tokens_per_device = phases.step_seconds(), tokens / self._num_devices
         flops_per_second = self._flops.training * tokens_per_device / seconds
-        found = {
+        rates = {
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_wait_seconds": phases.seconds("data"),
@@ -39,10 +40,11 @@ class Throughput:
         }
         if self.gpu:
             gpu = self.gpu
-            at_peak = sum(value / gpu.rate(rate) for rate, value in flops_by_rate(self._flops, table).items())
-            found["mfu"] = flops_per_second / gpu.rate("bf16")
-            found["mfu_mixed"] = at_peak * tokens_per_device / seconds
-        return found
+            by_rate = flops_by_rate(self._flops, table)
+            seconds_at_peak = sum(value / gpu.rate(rate) for rate, value in by_rate.items())
+            rates["mfu"] = flops_per_second / gpu.rate("bf16")
+            rates["mfu_mixed"] = seconds_at_peak * tokens_per_device / seconds
+        return rates
 
     def describe(self) -> str:
         """The peaks and their source, for the start of a log."""

@@ -18,8 +18,8 @@ from megatron_fp4.data.ledger import read_step
 from megatron_fp4.storage import append
 from megatron_fp4.storage.lock import RunLock
 from megatron_fp4.train.sections import LoggingConfig, WandbMode
-from megatron_fp4.train.telemetry import sinks as background_sink
-from megatron_fp4.train.telemetry.metrics import WandbSink, read_metrics
+from megatron_fp4.train.telemetry import sinks
+from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import tiny_run
 from tests.train.in_process import make_trainer
 
@@ -68,7 +68,7 @@ def test_a_failing_logger_never_stops_or_delays_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], init: Any, warning: str
 ) -> None:
     fake_wandb(monkeypatch, init)
-    monkeypatch.setattr(background_sink, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(sinks, "CLOSE_SECONDS", 0.5)
     run = tiny_run(tmp_path, *SHORT, "logging.wandb=online")
     began = time.monotonic()
     trainer, _ = make_trainer(run.overrides)
@@ -99,15 +99,15 @@ def test_wandb_goes_online_where_there_is_a_key(
     fake_wandb(monkeypatch, lambda **settings: modes.append(settings["mode"]) or FakeRun(fail=False))
     asked: list[dict[str, Any]] = []
     sys.modules["wandb"].login = lambda **how: asked.append(how) or key
-    WandbSink(LoggingConfig(wandb=WandbMode.auto), tmp_path, "id", {})
+    sinks.WandbSink(LoggingConfig(wandb=WandbMode.auto), tmp_path, "id", {})
     assert modes == [mode]
     assert asked == [{"prompt": False}], "a job without a terminal must not be asked for a key"
 
 
 def test_a_full_queue_turns_a_logger_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(background_sink, "MAX_WAITING", 3)
-    monkeypatch.setattr(background_sink, "CLOSE_SECONDS", 0.1)
-    sink = background_sink.BackgroundSink("slow", lambda: time.sleep(60))  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(sinks, "MAX_WAITING", 3)
+    monkeypatch.setattr(sinks, "CLOSE_SECONDS", 0.1)
+    sink = sinks.BackgroundSink("slow", lambda: time.sleep(60))  # type: ignore[arg-type, return-value]
     for step in range(10):
         sink.write(step, {})
     sink.close()
