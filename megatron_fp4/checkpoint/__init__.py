@@ -1,8 +1,23 @@
-"""Checkpoints: rectangles of logical tensors in torch.distributed.checkpoint files, complete or absent (floor 3)."""
+"""Checkpoints: rectangles of logical tensors in torch.distributed.checkpoint files, complete or absent (floor 4).
+
+    (none)
+      | save.py         the ranks agree in one message; rank 0 makes the directory
+    step_N.writing-...
+      | write.py        a thread of each rank: its bytes, fsynced; then its mark, part_<rank>.json
+      | commit.py       rank 0's thread, when all marks are there: metadata, small state, manifest
+    sealed
+      | commit.py       rename; `latest` is replaced
+    step_N              load.py: choose() -> Verified, load(Verified, shards)
+      | retention.py    when no rule keeps it: rename to step_N.deleting-...
+    (gone)
+
+A rank that fails on the way renames step_N.writing-... to step_N.failed-..., which stops the others; what a killed run
+left is swept at the next start (retention.py). directory.py has the names, dcp.py and state.py what is in the files.
+"""
 
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
 from megatron_fp4.checkpoint.load import CorruptCheckpoint, Verified
-from megatron_fp4.checkpoint.save import SaveFailed, SaveReport, SaveStatus
+from megatron_fp4.checkpoint.outcome import SaveFailed, SaveReport, SaveStatus
 from megatron_fp4.checkpoint.store import CheckpointStore
 
 __all__ = [

@@ -1,11 +1,11 @@
 """The commit protocol on the file system: a checkpoint is complete, or it does not exist.
 
-One idea: ranks meet in the directory, not in a collective, so that bytes can be written by background threads while
-the training process groups are in use. A rank that has fsynced its part leaves `part_<rank>.json`; rank 0 watches for
-all of them, writes metadata and manifest, renames, and replaces `latest`. A rank that fails renames the directory
-away: one call that needs no disk space, after which the others' files cannot be created and rank 0 stops waiting.
+Ranks meet in the directory, not in a collective, so that bytes can be written by background threads while the training
+process groups are in use. A rank that has fsynced its part leaves `part_<rank>.json`; rank 0 watches for all of them,
+writes metadata and manifest, renames, and replaces `latest`. A rank that fails renames the directory away: one call
+that needs no disk space, after which the others' files cannot be created and rank 0 stops waiting.
 
-No torch.distributed communication happens here, and nothing is known about training. Names: directory.py.
+Not here: torch.distributed communication, and names (directory.py).
 """
 
 from __future__ import annotations
@@ -19,35 +19,80 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization_config
 
+from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor
-from megatron_fp4.checkpoint.directory import LATEST, STATE, passing_name, step_name
-from megatron_fp4.checkpoint.write import HashingFileSystem
-from megatron_fp4.storage.durable import (
-    FileRecord,
-    fsync_directory,
-    write_durably,
-    write_manifest,
-    write_temporary,
-)
+from megatron_fp4.checkpoint.directory import LATEST, STATE, step_name, temporary_name
+from megatron_fp4.checkpoint.outcome import NotSaved
+from megatron_fp4.checkpoint.retention import retain, sweep_failed
+from megatron_fp4.checkpoint.state import SaveLayout
+from megatron_fp4.checkpoint.write import GivenUp, PartWriter, SaveInProgress
+from megatron_fp4.storage.durable import FileRecord, fsync_directory, write_durably, write_manifest, write_temporary
 from megatron_fp4.storage.owner import Owner
 
 WATCH_SECONDS = 0.005
+MOST_WATCH_SECONDS = 0.5
 
 
-class GivenUp(RuntimeError):
-    """The save was given up elsewhere: by another rank, or by the main thread."""
+@dataclass(frozen=True, eq=False)
+class LocalSave:
+    """What this rank does for one save in `directory`, without communication: it may run in a thread.
+
+    number: distinguishes the changes of this process in directory names. state: NotSaved if it could not be copied to
+    host memory.
+    """
+
+    directory: Path
+    number: int
+    rank: int
+    num_ranks: int
+    config: CheckpointConfig
+    layout: SaveLayout
+    state: dict[str, StoredTensor] | NotSaved
+    state_json: bytes
+
+    def write(self, save: SaveInProgress) -> int:
+        """Returns the bytes of this rank's part. What fails here takes the directory out of the others' way."""
+        try:
+            if isinstance(self.state, NotSaved):  # raised here, so that no other rank waits for this one
+                raise MemoryError(self.state.reason)
+            try:
+                part = write_part(self.directory, self.rank, self.layout.plan, self.state)
+            except FileNotFoundError:
+                raise GivenUp("another rank could not write its part") from None
+            if self.rank == 0:
+                self._commit(save)
+        except BaseException:
+            self.give_up()
+            raise
+        if self.rank == 0:
+            retain(self.directory.parent, save.step, self.number, self.config)
+        return part.num_bytes
+
+    def _commit(self, save: SaveInProgress) -> None:
+        assert self.layout.metadata is not None
+        parts = wait_for_parts(self.directory, self.num_ranks, save.overdue)
+        seal(self.directory, save.step, self.layout.metadata, self.state_json, parts)
+        if not save.claim_commit():
+            raise GivenUp("finished after its time-out")
+        publish(self.directory, save.step, self.number)
+
+    def give_up(self) -> None:
+        """Take the directory out of everybody's way; rank 0 frees its disk space."""
+        with suppress(OSError):
+            os.rename(self.directory, self.directory.with_name(self.directory.name.replace(".writing-", ".failed-")))
+        if self.rank == 0:
+            sweep_failed(self.directory.parent)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank wrote."""
+    """What one rank wrote, as it says so in its mark, `part_<rank>.json`."""
 
     files: dict[str, FileRecord]
     results: list[WriteResult]
@@ -56,16 +101,28 @@ class Part:
     def num_bytes(self) -> int:
         return sum(record.num_bytes for record in self.files.values())
 
+    def to_json(self) -> bytes:
+        files = {name: asdict(record) for name, record in self.files.items()}
+        results = [
+            [one.index.fqn, list(one.index.offset or ()), one.size_in_bytes, asdict(one.storage_data)]
+            for one in self.results
+        ]
+        return json.dumps({"files": files, "results": results}).encode()
 
-class PartWriter(FileSystemWriter):
-    """DCP's writer that hashes, and does not store where (on the writing machine) the checkpoint was."""
+    @staticmethod
+    def from_json(data: bytes) -> Part:
+        body = json.loads(data)
+        files = {name: FileRecord(**record) for name, record in body["files"].items()}
+        results = [
+            WriteResult(MetadataIndex(fqn, offset), size, _StorageInfo(**info))
+            for fqn, offset, size, info in body["results"]
+        ]
+        return Part(files, results)
 
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory, sync_files=True, per_thread_copy_ahead=0)
-        self.fs: HashingFileSystem = HashingFileSystem()
 
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
+def mark_name(rank: int) -> str:
+    """The file that says that a rank's part is on disk."""
+    return f"part_{rank}.json"
 
 
 def write_part(directory: Path, rank: int, plan: SavePlan, state: dict[str, StoredTensor]) -> Part:
@@ -80,49 +137,29 @@ def write_part(directory: Path, rank: int, plan: SavePlan, state: dict[str, Stor
     fsync_directory(directory)
     part = Part(writer.fs.records, results)
     # Seen by rank 0 and removed before the commit: it must appear in one step, but need not survive a power cut.
-    mark = directory / f"part_{rank}.json"
+    mark = directory / mark_name(rank)
     temporary = mark.with_suffix(".tmp")
-    temporary.write_bytes(_encode_part(part))
+    temporary.write_bytes(part.to_json())
     os.replace(temporary, mark)
     return part
 
 
-def _encode_part(part: Part) -> bytes:
-    files = {name: asdict(record) for name, record in part.files.items()}
-    results = [
-        [one.index.fqn, list(one.index.offset or ()), one.size_in_bytes, asdict(one.storage_data)]
-        for one in part.results
-    ]
-    return json.dumps({"files": files, "results": results}).encode()
-
-
-def _decode_part(data: bytes) -> Part:
-    body = json.loads(data)
-    files = {name: FileRecord(**record) for name, record in body["files"].items()}
-    results = [
-        WriteResult(MetadataIndex(fqn, offset), size, _StorageInfo(**info))
-        for fqn, offset, size, info in body["results"]
-    ]
-    return Part(files, results)
-
-
 def wait_for_parts(directory: Path, num_ranks: int, overdue: Callable[[], bool]) -> list[Part]:
     """Rank 0: the parts of all ranks, when all are there. Raises GivenUp if a rank failed, TimeoutError if overdue."""
-    names = [f"part_{rank}.json" for rank in range(num_ranks)]
+    names = {mark_name(rank): rank for rank in range(num_ranks)}
     pause = WATCH_SECONDS
     while True:
         try:
             present = set(os.listdir(directory))
         except FileNotFoundError:
             raise GivenUp("another rank could not write its part") from None
-        missing = [name for name in names if name not in present]
+        missing = [str(rank) for name, rank in names.items() if name not in present]
         if not missing:
-            return [_decode_part((directory / name).read_bytes()) for name in names]
+            return [Part.from_json((directory / name).read_bytes()) for name in names]
         if overdue():
-            late = ", ".join(name.removeprefix("part_").removesuffix(".json") for name in missing[:20])
-            raise TimeoutError(f"no part of rank {late} within the time-out")
+            raise TimeoutError(f"no part of rank {', '.join(missing[:20])} within the time-out")
         time.sleep(pause)
-        pause = min(pause * 1.2, 0.5)
+        pause = min(pause * 1.2, MOST_WATCH_SECONDS)
 
 
 def seal(directory: Path, step: int, metadata: Metadata, state_json: bytes, parts: list[Part]) -> None:
@@ -135,17 +172,18 @@ def seal(directory: Path, step: int, metadata: Metadata, state_json: bytes, part
     files[STATE] = write_durably(directory / STATE, state_json)
     write_manifest(directory, step, files)
     for rank in range(len(parts)):
-        (directory / f"part_{rank}.json").unlink()
+        (directory / mark_name(rank)).unlink()
     fsync_directory(directory)
 
 
-def publish(directory: Path, root: Path, step: int, number: int) -> None:
+def publish(directory: Path, step: int, number: int) -> None:
     """Give the sealed directory its final name, then advance `latest`. A checkpoint of the same step is replaced.
 
     The new `latest` is written before the rename: a full disk must not strike between the two.
     """
+    root = directory.parent
     final = root / step_name(step)
-    replaced = root / passing_name(step, "replaced", Owner.me(), number)
+    replaced = root / temporary_name(step, "replaced", Owner.me(), number)
     new_latest, _ = write_temporary(root / LATEST, f"{step_name(step)}\n".encode())
     if final.exists():
         os.rename(final, replaced)
@@ -154,14 +192,3 @@ def publish(directory: Path, root: Path, step: int, number: int) -> None:
     os.replace(new_latest, root / LATEST)
     fsync_directory(root)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def set_latest(root: Path, step: int) -> None:
-    write_durably(root / LATEST, f"{step_name(step)}\n".encode())
-    fsync_directory(root)
-
-
-def give_up(directory: Path) -> None:
-    """Take a directory that is being written out of the way of everybody; the disk space is freed by `sweep`."""
-    with suppress(OSError):
-        os.rename(directory, directory.with_name(directory.name.replace(".writing-", ".failed-")))

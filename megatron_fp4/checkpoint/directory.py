@@ -5,8 +5,8 @@
     root/step_00000123.writing-<owner>.<n>/      being written, by all ranks
     root/step_00000123.{failed,deleting,replaced}-<owner>.<n>/      on its way out
 
-One idea: the name says what a directory is; only a directory with a final name and a manifest is a checkpoint. Nothing
-is changed here.
+The name says what a directory is; only a directory with a final name and a manifest is a checkpoint. Nothing is changed
+here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,36 @@ from megatron_fp4.storage.owner import Owner
 LATEST = "latest"
 STATE = "state.json"
 COMPLETE_NAME = re.compile(r"step_(\d{8,})")
-PASSING_NAME = re.compile(r"(step_\d{8,})\.(writing|failed|deleting|replaced)-(.+)\.\d+")
+TEMPORARY_NAME = re.compile(r"(step_\d{8,})\.(writing|failed|deleting|replaced)-(.+)\.\d+")
+
+
+@dataclass(frozen=True)
+class TemporaryDirectory:
+    """A directory that is not a checkpoint yet, or no longer. checkpoint: the final name that belongs to it."""
+
+    path: Path
+    checkpoint: str
+    stage: str
+    owner: Owner
 
 
 def step_name(step: int) -> str:
+    """Name of a complete checkpoint's directory."""
     return f"step_{step:08d}"
 
 
-def passing_name(step: int, stage: str, owner: Owner, number: int) -> str:
+def temporary_name(step: int, stage: str, owner: Owner, number: int) -> str:
     """Name of a directory that is not a checkpoint yet, or no longer. number: distinguishes those of one owner."""
     return f"{step_name(step)}.{stage}-{owner.tag}.{number}"
 
 
-def passing(root: Path) -> Iterator[tuple[Path, str, str, Owner]]:
-    """(path, checkpoint's name, stage, owner) of every directory that is not a checkpoint yet, or no longer."""
+def temporary_directories(root: Path) -> Iterator[TemporaryDirectory]:
+    """Every directory that is not a checkpoint yet, or no longer."""
     for entry in sorted(os.listdir(root)) if root.is_dir() else []:
-        match = PASSING_NAME.fullmatch(entry)
+        match = TEMPORARY_NAME.fullmatch(entry)
         owner = Owner.from_tag(match[3]) if match else None
         if match and owner:
-            yield root / entry, match[1], match[2], owner
+            yield TemporaryDirectory(root / entry, match[1], match[2], owner)
 
 
 def complete_steps(root: Path) -> list[int]:
@@ -60,7 +72,7 @@ def present_steps(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in map(COMPLETE_NAME.fullmatch, names) if match)
 
 
-def pointer(root: Path) -> int | None:
+def named_by_latest(root: Path) -> int | None:
     """The step that `latest` names, whether or not that checkpoint is intact."""
     with suppress(OSError, UnicodeDecodeError):
         if match := COMPLETE_NAME.fullmatch((root / LATEST).read_text().strip()):
@@ -70,14 +82,16 @@ def pointer(root: Path) -> int | None:
 
 def latest_step(root: Path) -> int | None:
     """What `latest` names if that is complete, else the highest complete step, else None."""
-    steps, named = complete_steps(root), pointer(root)
+    steps, named = complete_steps(root), named_by_latest(root)
     return named if named in steps else (steps[-1] if steps else None)
 
 
 def load_order(root: Path) -> list[int]:
-    """Steps to try on a resume: what `latest` names, then lower ones, newest first. (Higher ones than `latest` names
-    were left by a run that was rolled back, or killed between rename and commit.)"""
-    steps, named = present_steps(root), pointer(root)
+    """Steps to try on a resume: what `latest` names, then lower ones, newest first.
+
+    Higher ones than `latest` names were left by a run that was rolled back, or killed between rename and commit.
+    """
+    steps, named = present_steps(root), named_by_latest(root)
     if named is None or named not in steps:
         return steps[::-1]
     return [step for step in steps[::-1] if step <= named]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor
 from megatron_fp4.comm import collectives
-from megatron_fp4.comm.agree import MAX_LISTED, gather_to_rank0
+from megatron_fp4.comm.agree import MAX_LISTED, decided_by_rank0, gather_to_rank0
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 
@@ -48,8 +49,20 @@ def layout_signature(state: Mapping[str, StoredTensor]) -> tuple[Any, ...]:
     )
 
 
-def make_plan(state: dict[str, StoredTensor], group: Group) -> tuple[SavePlan, Metadata | None]:
-    """My write items, and on rank 0 DCP's metadata of the whole. Collective, on the calling thread.
+@dataclass(frozen=True, eq=False)
+class SaveLayout:
+    """Who writes what; planned once in a run, because it holds as long as the signature does.
+
+    plan: this rank's write items. metadata: DCP's, of the whole, on rank 0.
+    """
+
+    signature: tuple[Any, ...]
+    plan: SavePlan
+    metadata: Metadata | None
+
+
+def plan_layout(state: dict[str, StoredTensor], group: Group) -> SaveLayout:
+    """Collective, on the calling thread.
 
     Raises ValueError on all ranks if the written rectangles overlap or do not cover a logical tensor.
     """
@@ -64,7 +77,7 @@ def make_plan(state: dict[str, StoredTensor], group: Group) -> tuple[SavePlan, M
     error = collectives.broadcast_object(error, group)
     if error:
         raise ValueError(error)
-    return plan, metadata
+    return SaveLayout(layout_signature(state), plan, metadata)
 
 
 def _whole(plans: list[SavePlan]) -> Metadata:
@@ -94,27 +107,28 @@ def _whole(plans: list[SavePlan]) -> Metadata:
     return metadata
 
 
-def check_matches(state: Mapping[str, StoredTensor], metadata: Metadata | None, group: Group, where: str) -> None:
-    """Compare what all ranks ask for with what is stored (`metadata`: rank 0 suffices). Collective.
+def check_matches(state: Mapping[str, StoredTensor], metadata: Metadata, group: Group, where: str) -> None:
+    """Compare what all ranks ask for with what is stored. Collective.
 
     Only the kinds that are asked for count: an evaluation that asks for "master" need not name the moments.
     Raises one ValueError on all ranks, listing missing and unexpected names and wrong shapes.
     """
-    wanted_per_rank = gather_to_rank0({key: stored.global_shape for key, stored in state.items()}, group)
-    error = None
-    if group.rank == 0:
-        assert metadata is not None
-        stored = {key: tuple(item.size) for key, item in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
-        wanted = {key: shape for one in wanted_per_rank for key, shape in one.items()}
-        error = _differences(wanted, stored, where)
-    error = collectives.broadcast_object(error, group)
-    if error:
-        raise ValueError(error)
+    wanted_per_rank = gather_to_rank0({key: tensor.global_shape for key, tensor in state.items()}, group)
+    wanted = {key: shape for one in wanted_per_rank for key, shape in one.items()}
+    stored = {key: tuple(size_of(metadata, key)) for key in metadata.state_dict_metadata}
+    decided_by_rank0(lambda: _refuse_differences(wanted, stored, where), group)
 
 
-def _differences(
+def size_of(metadata: Metadata, key: str) -> torch.Size:
+    """The logical shape of a stored tensor."""
+    stored = metadata.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata), f"{key} is no tensor"
+    return stored.size
+
+
+def _refuse_differences(
     wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], where: str
-) -> str | None:
+) -> None:
     kinds = {key.split("/", 1)[0] for key in wanted}
     missing = sorted(key for key in wanted if key not in stored)
     unexpected = sorted(key for key in stored if key.split("/", 1)[0] in kinds and key not in wanted)
@@ -124,7 +138,7 @@ def _differences(
         if key in stored and stored[key] != tuple(shape)
     )
     if not (missing or unexpected or shapes):
-        return None
+        return
     lines = [f"{where} does not fit this model:"]
     for title, names in (("missing in it", missing), ("not in the model", unexpected), ("other shapes", shapes)):
         if names:
@@ -132,7 +146,7 @@ def _differences(
             if len(names) > MAX_LISTED:
                 lines.append(f"    ... and {len(names) - MAX_LISTED} more")
     lines.append("use the model settings stored in the checkpoint's state.json, or another checkpoint")
-    return "\n".join(lines)
+    raise ValueError("\n".join(lines))
 
 
 def encode_meta(meta: Mapping[str, Any]) -> bytes:

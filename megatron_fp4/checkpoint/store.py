@@ -8,7 +8,7 @@
         store.load(chosen, optimizer.state_shards())                     # all ranks; `meta` comes back as chosen.meta
     store.close()                                                        # before the process groups go
 
-One idea: everything but `poll` is collective over the group, and leaves all ranks with the same answer or error.
+Everything but `poll` is collective over the group, and leaves all ranks with the same answer or error.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import complete_steps, latest_step
 from megatron_fp4.checkpoint.load import CheckpointReader, Verified
-from megatron_fp4.checkpoint.save import Saver, SaveReport
-from megatron_fp4.checkpoint.sweep import sweep
+from megatron_fp4.checkpoint.outcome import SaveReport
+from megatron_fp4.checkpoint.retention import sweep
+from megatron_fp4.checkpoint.save import Saver
 from megatron_fp4.comm.agree import decided_by_rank0
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
@@ -51,7 +52,7 @@ class CheckpointStore:
                 log.warning("removed %s, left by a run that ended while writing it", self.root / name)
         owner = decided_by_rank0(Owner.me, group)  # and nobody goes on before rank 0 has swept
         self.saver = Saver(self.root, group, config, owner)
-        self._reader = CheckpointReader(self.root, group, config, beat)
+        self.reader = CheckpointReader(self.root, group, config, beat)
 
     def save(
         self,
@@ -72,8 +73,11 @@ class CheckpointStore:
         return self.saver.save(step, shards, meta, tokens, score)
 
     def poll(self) -> list[SaveReport]:
-        """Outcomes of saves, each once, as soon as this rank knows: rank 0 of commit or failure, other ranks of a
-        failure of their own part, and of the rest at the next `save`. No communication; call it every step."""
+        """Outcomes of saves, each once, as soon as this rank knows. No communication; call it every step.
+
+        Rank 0 knows of commit or failure, other ranks of a failure of their own part, and of the rest at the next
+        `save`.
+        """
         return self.saver.poll()
 
     def wait(self) -> SaveReport | None:
@@ -89,8 +93,8 @@ class CheckpointStore:
 
         Raises FileNotFoundError if there is none, CorruptCheckpoint where damage does not lead to an earlier one.
         """
-        self.saver.settle()
-        return self._reader.choose(step)
+        self.saver.conclude()
+        return self.reader.choose(step)
 
     def load(self, chosen: Verified, shards: Sequence[Shard]) -> None:
         """Fill the shards' tensors in place. Replicas are filled too; kinds that no shard has are not read.
@@ -98,14 +102,15 @@ class CheckpointStore:
         Raises ValueError listing names and shapes that differ; CorruptCheckpoint if a file can no longer be read, after
         which the tensors' contents are undefined.
         """
-        self._reader.load(chosen, shards)
+        self.reader.load(chosen, shards)
 
     def latest(self) -> int | None:
         """The step that a resume tries first, or None if there is no checkpoint."""
         return decided_by_rank0(lambda: latest_step(self.root), self.group)
 
     def complete_steps(self) -> list[int]:
-        """Ascending."""
+        """Steps with a complete checkpoint, ascending; that of a running save, which is waited for, is one of them."""
+        self.saver.conclude()
         return decided_by_rank0(lambda: complete_steps(self.root), self.group)
 
     def discard_after(self, step: int) -> None:

@@ -1,12 +1,12 @@
-"""What runs beside the step loop: a host copy of the state, and one save in progress.
+"""This rank's share of a save, beside the step loop: a copy in host memory, bytes in a file, a deadline.
 
-One idea: a background thread that uses no collective. It needs none, because the plan was made before on the main
-thread and the ranks meet in the directory (commit.py); so it can never interleave with the training's process groups.
-A thread and not a process: writing and hashing release the interpreter lock, no second copy of torch is loaded, and
-its death cannot go unnoticed: an exception is kept and told, a hang is told by the deadline, and a kill takes the rank
-with it, which leaves only an unfinished directory.
+The bytes are written by a background thread that uses no collective. It needs none, because the plan was made before on
+the main thread and the ranks meet in the directory (commit.py); so it can never interleave with the training's process
+groups. A thread and not a process: writing and hashing release the interpreter lock, no second copy of torch is loaded,
+and its death cannot go unnoticed: an exception is kept and reported, a hang is reported by the deadline, and a kill
+takes the rank with it, which leaves only an unfinished directory.
 
-Host memory is flat: the copy's buffers are used again by every save.
+Not here: when a checkpoint counts (commit.py), and what the ranks agree on (save.py).
 """
 
 from __future__ import annotations
@@ -21,19 +21,30 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_fp4.checkpoint.dcp import StoredTensor
+from megatron_fp4.checkpoint.outcome import NotSaved, Saved
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import FileRecord, HashingFile
 
 GRACE_SECONDS = 1.0
+"""A writer that keeps the deadline itself is waited for so much longer: it knows better who is late."""
 HAND_OVER_SECONDS = 0.002
 """The thread sleeps first: one that computes keeps the interpreter lock, and the step loop waiting, for 5 ms."""
 
 
+class GivenUp(RuntimeError):
+    """The save was given up elsewhere: by another rank, or by the main thread."""
+
+
 class Staging:
-    """Host buffers (pinned for CUDA), one for each shard that this rank writes; made anew if the layout changes."""
+    """Host buffers (pinned for CUDA), one for each shard that this rank writes, used again by every save.
+
+    So host memory is flat; the buffers are made anew only if the layout changes.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
@@ -58,8 +69,8 @@ class Staging:
             torch.cuda.synchronize()
         return copies
 
-    def _buffer(self, key: tuple[str, tuple[int, ...]], data: Tensor) -> Tensor:
-        buffer = self._buffers.get(key)
+    def _buffer(self, place: tuple[str, tuple[int, ...]], data: Tensor) -> Tensor:
+        buffer = self._buffers.get(place)
         if buffer is not None and buffer.shape == data.shape and buffer.dtype == data.dtype:
             return buffer
         return torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
@@ -90,27 +101,37 @@ class HashingFileSystem(FileSystem):
         self.records[Path(new_path).name] = self.records.pop(Path(path).name)
 
 
-class SaveInProgress:
-    """One save on this rank: `work(self)` runs in a thread, or here and now if not `background`.
+class PartWriter(FileSystemWriter):
+    """DCP's writer that hashes, and does not store where (on the writing machine) the checkpoint was."""
 
-    Exactly one of `claim_commit` (by the thread, just before the rename) and `abandon` (by the main thread, after the
-    deadline) succeeds, so a save that was reported as failed never appears later.
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, sync_files=True, per_thread_copy_ahead=0)
+        self.fs: HashingFileSystem = HashingFileSystem()
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
+class SaveInProgress:
+    """One save on this rank: `work(self)`, which returns the bytes it wrote, runs in a thread, or here and now.
+
+    It ends once: with the return or the exception of `work`, or when the main thread has given it up after the
+    deadline. Exactly one of `claim_commit` (by the thread, just before the rename) and `abandon` succeeds, so a save
+    that was reported as failed never appears later.
     """
 
     def __init__(
         self, step: int, work: Callable[[SaveInProgress], int], timeout_seconds: float, *, background: bool
     ) -> None:
         self.step = step
-        self.started = time.monotonic()
+        self.outcome: Saved | NotSaved | None = None
         self.seconds = 0.0
-        self.num_bytes = 0
-        self.error: str | None = None
         self._work = work
         self._timeout_seconds = timeout_seconds
         self._background = background
+        self._started = time.monotonic()
         self._lock = threading.Lock()
-        self._claimed = False
-        self._abandoned = False
+        self._committing = False
         self._done = threading.Event()
         if background:
             threading.Thread(target=self._run, name=f"checkpoint-{step}", daemon=True).start()
@@ -121,45 +142,56 @@ class SaveInProgress:
         try:
             if self._background:
                 time.sleep(HAND_OVER_SECONDS)
-            self.num_bytes = self._work(self)
+            self._end(Saved(self._work(self)))
         except BaseException as error:  # the thread must not die silently, whatever it was
-            self.error = f"{type(error).__name__}: {error}"
+            self._end(NotSaved(f"{type(error).__name__}: {error}", isinstance(error, GivenUp)))
             if not self._background and not isinstance(error, Exception):
                 raise  # Ctrl-C during a synchronous save is still Ctrl-C
         finally:
-            self.seconds = time.monotonic() - self.started
             self._done.set()
+
+    def _end(self, outcome: Saved | NotSaved) -> None:
+        with self._lock:
+            if self.outcome is None:
+                self.outcome, self.seconds = outcome, self._elapsed()
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
 
     @property
     def finished(self) -> bool:
+        """Whether `work` has come to an end; a save that was given up may still hang in it."""
         return self._done.is_set()
 
     def overdue(self) -> bool:
         """For the writer: past its time."""
-        return time.monotonic() - self.started > self._timeout_seconds
+        return self._elapsed() > self._timeout_seconds
 
     def hangs(self) -> bool:
         """For the main thread: neither finished nor able to notice that it is overdue."""
-        return not self.finished and time.monotonic() - self.started > self._timeout_seconds + GRACE_SECONDS
+        return not self.finished and self._elapsed() > self._timeout_seconds + GRACE_SECONDS
 
     def claim_commit(self) -> bool:
+        """Whether the thread may commit, because the save has not been given up."""
         with self._lock:
-            self._claimed = not self._abandoned
-            return self._claimed
+            self._committing = self.outcome is None
+            return self._committing
 
     def abandon(self) -> bool:
+        """Give the save up unless it is being committed; returns whether it has failed."""
         with self._lock:
-            self._abandoned = not self._claimed
-            return self._abandoned
+            if self.outcome is None and not self._committing:
+                reason = f"TimeoutError: not written after {self._timeout_seconds:g} seconds"
+                self.outcome, self.seconds = NotSaved(reason), self._elapsed()
+            return isinstance(self.outcome, NotSaved)
 
-    def join(self) -> None:
+    def join(self) -> Saved | NotSaved:
         """Wait for the end, at most until the deadline; after it the save is abandoned and has failed.
 
-        A commit that has begun is waited for in any case: it consists of a few renames. The grace is for a writer
-        that keeps the deadline itself and knows better who is late.
+        A commit that has begun is waited for in any case: it consists of a few renames.
         """
-        self._done.wait(max(0.0, self.started + self._timeout_seconds + GRACE_SECONDS - time.monotonic()))
+        self._done.wait(max(0.0, self._timeout_seconds + GRACE_SECONDS - self._elapsed()))
         if not self.finished and not self.abandon():
             self._done.wait()
-        if not self.finished:
-            self.error = f"TimeoutError: not written after {self._timeout_seconds:g} seconds"
+        assert self.outcome is not None
+        return self.outcome

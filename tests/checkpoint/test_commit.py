@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, commit, inspect
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, inspect
 from megatron_fp4.checkpoint.directory import latest_step, load_order, step_name
-from megatron_fp4.checkpoint.sweep import STALE_SECONDS
+from megatron_fp4.checkpoint.retention import STALE_SECONDS, set_latest
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import HashingFile
@@ -171,7 +171,7 @@ def test_only_dead_writers_are_swept(tmp_path: Path) -> None:
 def test_latest_is_the_commit(tmp_path: Path) -> None:
     """Killed between rename and `latest`: the older one is resumed, and the newer is replaced when it comes again."""
     save(tmp_path, 10, 10, False)
-    commit.set_latest(tmp_path, 10)
+    set_latest(tmp_path, 10)
     shutil.copytree(tmp_path / "step_00000010", tmp_path / "step_00000020")
     assert load_order(tmp_path) == [10]
     assert latest_step(tmp_path) == 10

@@ -13,6 +13,7 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, SaveStatus, commit
 from megatron_fp4.checkpoint.directory import complete_steps, present_steps
+from megatron_fp4.checkpoint.outcome import NotSaved, Saved
 from megatron_fp4.checkpoint.state import stored_tensors
 from megatron_fp4.checkpoint.write import GRACE_SECONDS, SaveInProgress, Staging
 from megatron_fp4.comm.mesh import Group
@@ -67,7 +68,7 @@ def test_changes_after_save_returns_are_not_in_the_file(tmp_path: Path, gate: Ga
     assert present_steps(tmp_path) == [], "visible before it was committed"
     gate.open.set()
     wait_until(lambda: complete_steps(tmp_path))
-    wait_until(lambda: store.saver.running is None or store.saver.running.finished)
+    wait_until(lambda: store.saver.running is None or store.saver.running.progress.finished)
     [report] = store.poll()
     assert report.status is SaveStatus.committed
     assert store.poll() == [], "an outcome must be told once"
@@ -96,7 +97,7 @@ def test_a_dead_writer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(commit, "write_part", die)
     store = open_store(tmp_path, max_failures=2)
     store.save(1, shards_of(ONE, 0, filled=True), {})
-    wait_until(lambda: store.saver.running is not None and store.saver.running.finished)
+    wait_until(lambda: store.saver.running is not None and store.saver.running.progress.finished)
     [report] = store.poll()
     assert report.status is SaveStatus.failed
     assert "SystemExit" in (report.error or "")
@@ -109,8 +110,8 @@ def test_a_dead_writer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_hung_writer_is_noticed_within_the_time_out_and_never_commits(tmp_path: Path, gate: Gate) -> None:
     store = open_store(tmp_path, timeout_seconds=0.4)
     store.save(1, shards_of(ONE, 0, filled=True), {})
-    hung = store.saver.running
-    assert hung is not None
+    assert store.saver.running is not None
+    hung = store.saver.running.progress
     assert store.poll() == []
     time.sleep(0.4 + GRACE_SECONDS + 0.1)
     [report] = store.poll()
@@ -138,14 +139,13 @@ def test_commit_and_abandon_exclude_each_other() -> None:
         return 0
 
     late = SaveInProgress(1, work, 0.05, background=True)
-    late.join()
-    assert late.error is not None
+    assert isinstance(late.join(), NotSaved)
     go.set()
     wait_until(lambda: late.finished)
     assert claimed == [False]
+    assert isinstance(late.join(), NotSaved), "a save that was reported as failed has succeeded after all"
     early = SaveInProgress(2, work, 10.0, background=True)
-    early.join()
-    assert early.error is None
+    assert early.join() == Saved(0)
     assert not early.abandon(), "what is committed cannot be abandoned"
 
 

@@ -73,7 +73,6 @@ def recall(run_dir: Path, meta: dict[str, Any] | None, world: Group) -> Rollback
 
 def checkpoint_before(run: Run, step: int) -> int | None:
     """The newest complete checkpoint of an earlier step than `step`. Collective."""
-    run.store.saver.settle()  # not `wait`: its outcome is still to be told by the next poll
     return max((saved for saved in run.store.complete_steps() if saved < step), default=None)
 
 
