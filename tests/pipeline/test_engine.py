@@ -191,6 +191,6 @@ def test_taking_separates_microbatches() -> None:
 def test_stages_start_different_from_each_other() -> None:
     """Noise keyed by local instead of logical names would give neighbouring blocks equal weights."""
     (record,) = run_local(run_schedules, 1, [(the_case(), ParallelConfig())])[0]
-    ups = [box.values for box in record[0].masters[0] if box.name.endswith("mlp.up.weight")]
+    ups = [shard.tensors["master"] for shard in record[0].masters[0] if shard.name.endswith("mlp.up.weight")]
     assert len(ups) == 4
     assert all(not torch.equal(ups[0], other) for other in ups[1:])
