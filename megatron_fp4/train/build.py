@@ -11,7 +11,6 @@ from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.mesh import Group, build_mesh
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.checked import CheckedConfig, open_data
-from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.resume.differences import changes_on_resume
@@ -51,7 +50,7 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
     phases.enter("verify_checkpoint")
     chosen = find_resume(config.train.resume, store)
     phases.enter("build")
-    start = _find_start(config, chosen.meta if chosen else None, process.world)
+    start = _find_start(checked, chosen.meta if chosen else None, process.world)
     skip = start.remembered.skip if start.remembered else []
     loader, evaluations = open_data(checked, mesh.dp.rank, start.meta["data"] if start.meta else None, skip)
     backend, probes = probed_backend(config)
@@ -79,8 +78,9 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
     return run, start
 
 
-def _find_start(config: RunConfig, meta: dict[str, Any] | None, world: Group) -> Start:
+def _find_start(checked: CheckedConfig, meta: dict[str, Any] | None, world: Group) -> Start:
     """Collective. Raises ValueError for a setting that may not differ from the checkpoint's."""
+    config = checked.config
     changes = changes_on_resume(meta["config"], to_json_values(config), config.train.resume_allow) if meta else ""
     position = Position.from_meta(meta) if meta else Position()
     return Start(position, meta, changes, recall(Path(config.train.run_dir), meta, world))

@@ -18,12 +18,9 @@ from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.loader import Loader
 from megatron_fp4.optim import StepReport, Zero1AdamW
-from megatron_fp4.precision.backends import NonFiniteWatch
 from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.precision.ledger import GemmLedger
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.statistics import StatisticsProbe
-from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.precision.probes import Probes
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.phases import Phases
@@ -83,18 +80,6 @@ class StepResult:
     tokens_hash: int
     stop: bool
     position: Position
-
-
-@dataclass
-class Probes:
-    """What sees the operands of every GEMM pass by and changes none; each is None unless the settings ask for it."""
-
-    nonfinite: NonFiniteWatch | None = None
-    """Records every NaN or Inf (`train.nonfinite=skip`)."""
-    gemms: GemmLedger | None = None
-    checked_table: PrecisionTable | None = None
-    """The table under which the ledger was compared last; each is compared once."""
-    statistics: StatisticsProbe | None = None
 
 
 @dataclass

@@ -1,18 +1,23 @@
-"""One optimizer step, the same on every rank: `train_step`, in six parts."""
+"""One optimizer step, the same on every rank: `train_step`, in six parts.
+
+Whatever ranks must agree on (the loss, a request to stop, that peers were fed the same tokens) fits into a few 64-bit
+numbers per rank: the one message of a step, from which every rank computes the same answer in rank order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
+from megatron_fp4.comm.collectives import all_gather_object, all_gather_rows, all_reduce_sum
+from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.batch import Batch
-from megatron_fp4.data.ledger import step_hash
+from megatron_fp4.data.ledger import combine_hashes, step_hash
 from megatron_fp4.optim import StepReport, learning_rate
 from megatron_fp4.precision.backends import NonFiniteEvent
-from megatron_fp4.train.agreement import StepMessage, exchange
 from megatron_fp4.train.evaluate import assign
 from megatron_fp4.train.inputs import make_inputs
 from megatron_fp4.train.run import Position, Run, StepResult
@@ -91,3 +96,52 @@ def nonfinite_report(run: Run, update: StepReport, events: list[NonFiniteEvent],
     local_lines = [f"{event}, samples {batch.sample_ids.tolist()}" for event in events]
     lines = [line for lines_of_rank in all_gather_object(local_lines, run.mesh.world) for line in lines_of_rank]
     return "; ".join(lines) if lines else "gradients of " + ", ".join(update.nonfinite)
+
+
+# -- the one message of a step ----------------------------------------------------------------------------------------
+
+
+class TokensDifferError(RuntimeError):
+    """Ranks that must train on the same tokens were fed different ones."""
+
+
+@dataclass(frozen=True)
+class StepMessage:
+    """What one rank says.
+
+    loss: its part of the sum, counted once per sequence shard. stop: a stop was requested. tokens_hash:
+    `data.ledger.step_hash` of the samples that this rank was fed.
+    """
+
+    loss: float
+    stop: bool
+    tokens_hash: int
+
+
+@dataclass(frozen=True)
+class StepAgreement:
+    """What all ranks then know. loss and tokens_hash are those of the whole global batch."""
+
+    loss: float
+    stop: bool
+    tokens_hash: int
+
+
+def exchange(message: StepMessage, mesh: ParallelMesh, device: torch.device) -> StepAgreement:
+    """Gather every rank's message. Raises TokensDifferError on all ranks if peers of one data shard disagree."""
+    loss_bits = int(torch.tensor(message.loss, dtype=torch.float64).view(torch.int64))
+    local_row = torch.tensor([[loss_bits, message.stop, message.tokens_hash]], dtype=torch.int64, device=device)
+    rows = all_gather_rows(local_row, mesh.world).cpu()
+    hashes = rows[:, 2].view(mesh.pp.size, mesh.dp.size, -1).transpose(0, 1).flatten(1)  # [dp, pp * cp * tp]
+    for shard, hashes_of_shard in enumerate(hashes):
+        num_others = int((hashes_of_shard != hashes_of_shard[0]).sum())
+        if num_others:
+            raise TokensDifferError(
+                f"data shard {shard}: {num_others} of its {len(hashes_of_shard)} ranks were fed other tokens than its"
+                " first rank; their loaders read different files, or are at different samples"
+            )
+    return StepAgreement(
+        loss=float(rows[:, 0].contiguous().view(torch.float64).sum()),
+        stop=bool(rows[:, 1].any()),
+        tokens_hash=combine_hashes(hashes[:, 0].tolist()),
+    )

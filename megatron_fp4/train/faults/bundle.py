@@ -25,7 +25,7 @@ from megatron_fp4.train.faults.rollback import checkpoint_before
 from megatron_fp4.train.faults.spikes import Judgement
 from megatron_fp4.train.run import Run
 from megatron_fp4.train.telemetry.norms import norms_by_tensor
-from megatron_fp4.train.telemetry.probes import measure
+from megatron_fp4.train.telemetry.quantization import measure_again
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _measure(run: Run, bad: BadStep) -> Report:
     """Quantization statistics of the step; what its second backward adds to the gradients is never used."""
     run.optimizer.zero_grad()
     run.clock.weights_version += 1  # else the weights' operands would be taken from the first time, unseen
-    statistics = measure(run, bad.step, bad.rerun_step)
+    statistics = measure_again(run, bad.step, bad.rerun_step)
     if run.probes.nonfinite:
         run.probes.nonfinite.take()  # seen and told the first time
     return statistics

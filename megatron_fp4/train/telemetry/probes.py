@@ -6,40 +6,33 @@ recomputation. They record only inside `watching`, on the steps that are due.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.models.decoder import Recompute
-from megatron_fp4.precision.backends import Backend, NonFiniteWatch
-from megatron_fp4.precision.backends.choose import make_backend
+from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.ledger import GemmLedger, GemmMismatch, differences
-from megatron_fp4.precision.statistics import Report, StatisticsProbe
+from megatron_fp4.precision.probes import Probes, make_probed_backend
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.run import Probes, Run
+from megatron_fp4.train.run import Run
 from megatron_fp4.train.sections import NonFinite
-from megatron_fp4.train.telemetry import quantization
-from megatron_fp4.train.telemetry.metrics import Metrics
+from megatron_fp4.train.telemetry.quantization import measures
 
 MAX_LINES = 20
 
 
 def probed_backend(config: RunConfig) -> tuple[Backend, Probes]:
-    """The backend of the run's linears, and what it is wrapped in as `train.nonfinite`, `train.check_gemms`,
-    `train.statistics_interval_steps` and `train.spikes` ask.
-    """
-    train, probes = config.train, Probes()
-    if train.nonfinite is NonFinite.skip:
-        probes.nonfinite = NonFiniteWatch()
-    backend = make_backend(config.precision, probes.nonfinite)
-    if train.statistics_interval_steps or train.spikes.enabled:
-        backend = probes.statistics = StatisticsProbe(backend)
-    if train.check_gemms:
-        backend = probes.gemms = GemmLedger(backend)
-    return backend, probes
+    """The backend of the run's linears, with the probes that the settings of `train` ask for."""
+    train = config.train
+    return make_probed_backend(
+        config.precision,
+        nonfinite=train.nonfinite is NonFinite.skip,
+        gemms=train.check_gemms,
+        statistics=train.statistics_interval_steps > 0 or train.spikes.enabled,
+    )
 
 
 @contextmanager
@@ -54,7 +47,7 @@ def watching(run: Run, step: int, table: PrecisionTable, num_microbatches: int) 
     if gemms is not None:
         gemms.recording = checks
     if statistics is not None:
-        statistics.recording = _due(run, step)
+        statistics.recording = measures(run, step)
     yield
     if statistics is not None:
         statistics.recording = False
@@ -62,36 +55,6 @@ def watching(run: Run, step: int, table: PrecisionTable, num_microbatches: int) 
         gemms.recording = False
         run.probes.checked_table = table
         _check(run, gemms, step, table, num_microbatches)
-
-
-def write_statistics(run: Run, step: int, metrics: Metrics) -> None:
-    """Write what was measured during `step`, if it was due. Collective over the world."""
-    if run.probes.statistics is None or not _due(run, step):
-        return
-    report = quantization.gather(run.probes.statistics.take(), run.mesh)
-    if report and run.mesh.is_main:
-        quantization.write(report, step, Path(run.config.train.run_dir), metrics)
-
-
-def measure(run: Run, step: int, rerun_step: Callable[[], object]) -> Report:
-    """Statistics of a step that turned out to be bad; empty where nothing is quantized. Collective over the world.
-
-    rerun_step: makes its forward and backward once more, which is not needed on a step that was due.
-    """
-    statistics = run.probes.statistics
-    if statistics is None:
-        return {}
-    if _due(run, step):
-        return quantization.gather(statistics.report, run.mesh)
-    statistics.recording = True
-    rerun_step()
-    statistics.recording = False
-    return quantization.gather(statistics.take(), run.mesh)
-
-
-def _due(run: Run, step: int) -> bool:
-    interval = run.config.train.statistics_interval_steps
-    return interval > 0 and step % interval == 0
 
 
 def _check(run: Run, gemms: GemmLedger, step: int, table: PrecisionTable, num_microbatches: int) -> None:

@@ -1,17 +1,20 @@
-"""Where the quantization statistics of a training step go: a table in the run directory, a few scalars to the metrics.
+"""Quantization statistics of a training step: when they are measured, and where they go.
 
-Statistics are those of the rank's part of a tensor; the ranks with tensor, context and data coordinate 0 report theirs.
+Every so many steps a table in the run directory, and a few scalars per linear to the metrics. Statistics are those of
+the rank's part of a tensor; the ranks with tensor, context and data coordinate 0 report theirs.
 
-Not here: how a tensor is measured (precision/statistics.py), and when (probes.py).
+Not here: how a tensor is measured (precision/statistics.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.precision.statistics import Report, report_table
+from megatron_fp4.train.run import Run
 from megatron_fp4.train.telemetry.metrics import Metrics
 
 FOLDER = "quantization"
@@ -19,22 +22,49 @@ LOGGED = ("snr_db", "underflow", "saturation")
 """What goes to the metrics, per linear and operand; the table has everything."""
 
 
-def gather(report: Report, mesh: ParallelMesh) -> Report:
-    """The reports of all pipeline stages, in order of the blocks. Collective over the world."""
-    mine = report if mesh.tp.rank == mesh.cp.rank == mesh.dp.rank == 0 else {}
-    merged: Report = {}
-    for part in all_gather_object(mine, mesh.world):
-        merged |= part
-    return dict(sorted(merged.items(), key=lambda item: _order(item[0])))
+def measures(run: Run, step: int) -> bool:
+    """Whether the operands of `step` are measured."""
+    interval = run.config.train.statistics_interval_steps
+    return interval > 0 and step % interval == 0
 
 
-def write(report: Report, step: int, run_dir: Path, metrics: Metrics) -> None:
-    """The table `quantization/step_00000100.txt` in the run directory, and a few scalars per linear to the metrics."""
-    folder = run_dir / FOLDER
+def write_statistics(run: Run, step: int, metrics: Metrics) -> None:
+    """Write what was measured during `step`, if anything was. Collective over the world."""
+    if run.probes.statistics is None or not measures(run, step):
+        return
+    report = _gather(run.probes.statistics.take(), run.mesh)
+    if not report or not run.mesh.is_main:
+        return
+    folder = Path(run.config.train.run_dir) / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / f"step_{step:08}.txt").write_text(report_table(report.items()) + "\n")
     values = {f"{FOLDER}/{name}/{field}": getattr(stats, field) for name, stats in report.items() for field in LOGGED}
     metrics.write(step, values)
+
+
+def measure_again(run: Run, step: int, rerun_step: Callable[[], object]) -> Report:
+    """Statistics of a step that turned out to be bad; empty where nothing is quantized. Collective over the world.
+
+    rerun_step: makes its forward and backward once more, which is not needed on a step that was measured.
+    """
+    statistics = run.probes.statistics
+    if statistics is None:
+        return {}
+    if measures(run, step):
+        return _gather(statistics.report, run.mesh)
+    statistics.recording = True
+    rerun_step()
+    statistics.recording = False
+    return _gather(statistics.take(), run.mesh)
+
+
+def _gather(report: Report, mesh: ParallelMesh) -> Report:
+    """The reports of all pipeline stages, in order of the blocks. Collective over the world."""
+    local_report = report if mesh.tp.rank == mesh.cp.rank == mesh.dp.rank == 0 else {}
+    merged: Report = {}
+    for part in all_gather_object(local_report, mesh.world):
+        merged |= part
+    return dict(sorted(merged.items(), key=lambda item: _order(item[0])))
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.data_phases import DataPhaseLog
 from megatron_fp4.train.telemetry.metrics import Metrics
 from megatron_fp4.train.telemetry.norms import parameter_norm
-from megatron_fp4.train.telemetry.probes import write_statistics
+from megatron_fp4.train.telemetry.quantization import write_statistics
 from megatron_fp4.train.telemetry.stragglers import describe, is_due, straggler_metrics
 from megatron_fp4.train.telemetry.throughput import Throughput
 

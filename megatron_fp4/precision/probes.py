@@ -1,0 +1,39 @@
+"""A backend with what looks at its operands and changes none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_fp4.precision.backends import Backend, NonFiniteWatch
+from megatron_fp4.precision.backends.choose import make_backend
+from megatron_fp4.precision.config import PrecisionConfig
+from megatron_fp4.precision.ledger import GemmLedger
+from megatron_fp4.precision.statistics import StatisticsProbe
+from megatron_fp4.precision.table import PrecisionTable
+
+
+@dataclass
+class Probes:
+    """What was asked for; the others are None.
+
+    nonfinite: records every NaN or Inf instead of raising. gemms: counts every GEMM. statistics: measures every
+    operand. checked_table: the precision table that the GEMMs were compared with last; each is compared once.
+    """
+
+    nonfinite: NonFiniteWatch | None = None
+    gemms: GemmLedger | None = None
+    statistics: StatisticsProbe | None = None
+    checked_table: PrecisionTable | None = None
+
+
+def make_probed_backend(
+    config: PrecisionConfig, *, nonfinite: bool, gemms: bool, statistics: bool
+) -> tuple[Backend, Probes]:
+    """The backend that `precision.backend` names, wrapped in the probes that are asked for."""
+    probes = Probes(nonfinite=NonFiniteWatch() if nonfinite else None)
+    backend = make_backend(config, probes.nonfinite)
+    if statistics:
+        backend = probes.statistics = StatisticsProbe(backend)
+    if gemms:
+        backend = probes.gemms = GemmLedger(backend)
+    return backend, probes
