@@ -7,12 +7,19 @@ only. Not here: what the tensors mean, and how they are named (state.py).
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megatron_fp4.comm.rect import Rectangle, Shard
@@ -83,3 +90,18 @@ class ShardLoadPlanner(DefaultLoadPlanner):
         assert index.index is not None
         stored: StoredTensor = self.state_dict[index.fqn]
         return stored.data(stored.shards[index.index])
+
+
+def read_into(state: dict[str, StoredTensor], directory: str | os.PathLike[str], metadata: Metadata) -> None:
+    """Fill the rectangles from a checkpoint's files. metadata: the checkpoint's. Raises whatever DCP meets."""
+    reader = FileSystemReader(directory)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    planner = ShardLoadPlanner(state, metadata)
+    reader.read_data(planner.create_local_plan(), planner).wait()
+
+
+def stored_metadata(metadata: Metadata, key: str) -> TensorStorageMetadata:
+    """Shape, dtype and pieces of the stored tensor `key`."""
+    stored = metadata.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata), f"{key} is no tensor"
+    return stored

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
-from megatron_fp4.checkpoint.dcp import ShardLoadPlanner
+from megatron_fp4.checkpoint.dcp import read_into
 from megatron_fp4.checkpoint.directory import (
     complete_steps,
     load_order,
@@ -118,11 +117,8 @@ class CheckpointReader:
         check_matches(state, chosen.metadata, self.group, str(chosen.directory))
         error = None
         try:
-            reader = FileSystemReader(chosen.directory)
-            reader.set_up_storage_reader(chosen.metadata, is_coordinator=False)
-            planner = ShardLoadPlanner(state, chosen.metadata)
             self._beat()
-            reader.read_data(planner.create_local_plan(), planner).wait()
+            read_into(state, chosen.directory, chosen.metadata)
         except Exception as caught:  # an unreadable file in spite of a good hash: the disk, or verify=False
             error = f"{type(caught).__name__}: {caught}"
         if error := shared_error(error, self.group):

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor
+from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor, stored_metadata
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.agree import MAX_LISTED, decided_by_rank0, gather_to_rank0
 from megatron_fp4.comm.mesh import Group
@@ -115,15 +115,8 @@ def check_matches(state: Mapping[str, StoredTensor], metadata: Metadata, group: 
     """
     wanted_per_rank = gather_to_rank0({key: tensor.global_shape for key, tensor in state.items()}, group)
     wanted = {key: shape for one in wanted_per_rank for key, shape in one.items()}
-    stored = {key: tuple(size_of(metadata, key)) for key in metadata.state_dict_metadata}
+    stored = {key: tuple(stored_metadata(metadata, key).size) for key in metadata.state_dict_metadata}
     decided_by_rank0(lambda: _refuse_differences(wanted, stored, where), group)
-
-
-def size_of(metadata: Metadata, key: str) -> torch.Size:
-    """The logical shape of a stored tensor."""
-    stored = metadata.state_dict_metadata[key]
-    assert isinstance(stored, TensorStorageMetadata), f"{key} is no tensor"
-    return stored.size
 
 
 def _refuse_differences(

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from megatron_fp4.checkpoint import inspect
+from megatron_fp4.checkpoint import edit, offline
+from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.cli.schema import build, twin
 from megatron_fp4.interop.families import to_transformers, transformers_config
 from megatron_fp4.models.config import ModelConfig
@@ -43,9 +44,9 @@ def main(arguments: Sequence[str]) -> int:
             return _verify(paths)
         if args.action == "average":
             weights = args.weights and [float(weight) for weight in args.weights]
-            print(f"written: {inspect.average(paths, args.to, weights=weights)}")
+            print(f"written: {edit.average(paths, args.to, weights=weights)}")
         elif args.action == "extract":
-            print(f"written: {inspect.extract(paths[0], args.to, kinds=args.kinds)}")
+            print(f"written: {edit.extract(paths[0], args.to, kinds=args.kinds)}")
         else:
             print(f"written: {export(paths[0], args.to, DTYPES[args.dtype])}")
     except (ValueError, OSError) as error:
@@ -78,13 +79,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def find(path: Path) -> Path:
     """The checkpoint that `path` names. Raises FileNotFoundError."""
     inside = path / "checkpoints"
-    return inspect.resolve(inside if inside.is_dir() else path)
+    return offline.resolve(inside if inside.is_dir() else path)
 
 
 def describe(path: Path, names: str = "") -> str:
     """The small state in a few lines, then a line for each logical tensor."""
-    state = inspect.read_state(path)
-    infos = inspect.list_tensors(path)
+    state = read_state(path)
+    infos = offline.list_tensors(path)
     meta = state["meta"]
     lines = [
         str(path),
@@ -109,7 +110,7 @@ def describe(path: Path, names: str = "") -> str:
 def _verify(paths: Sequence[Path]) -> int:
     damaged = False
     for path in paths:
-        problems = inspect.verify(path)
+        problems = offline.verify(path)
         damaged |= bool(problems)
         print(f"{path}: {'all files are as they were written' if not problems else 'DAMAGED'}")
         for problem in problems:
@@ -121,11 +122,11 @@ def export(path: Path, to: Path, dtype: torch.dtype) -> Path:
     """Write the masters as a model of `transformers`. Raises ValueError where it has no such architecture."""
     from safetensors.torch import save_file
 
-    settings = inspect.read_state(path)["meta"]["config"]
+    settings = read_state(path)["meta"]["config"]
     config = _model_config(settings["model"])
     values = transformers_config(config, seq_length=settings["data"]["seq_length"])
-    keys = [info.key for info in inspect.list_tensors(path) if info.kind == "master"]
-    masters = {key.split("/", 1)[1]: tensor for key, tensor in inspect.read_tensors(path, keys).items()}
+    keys = [info.key for info in offline.list_tensors(path) if info.kind == "master"]
+    masters = {key.split("/", 1)[1]: tensor for key, tensor in offline.read_tensors(path, keys).items()}
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in to_transformers(config, masters).items()}
     to.mkdir(parents=True, exist_ok=True)
     if any(to.iterdir()):

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Rectangle, Shard
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -105,4 +108,20 @@ def wrong_shards(shards: list[Shard], layout: Layout, rank: int, version: int = 
         for have, want in zip(shards, right, strict=True)
         for kind in have.tensors
         if not torch.equal(have.tensors[kind], want.tensors[kind])
+    ]
+
+
+def save_one(root: Path, step: int, shards: list[Shard]) -> Path:
+    """Checkpoint `step` of one process; returns its directory."""
+    store = CheckpointStore(root, Group.single("world"), CheckpointConfig(asynchronous=False, keep_last=9))
+    store.save(step, shards, {"tokens": step}, tokens=step, score=1.5)
+    return root / f"step_{step:08d}"
+
+
+def two_pieces(value: float) -> list[Shard]:
+    """The tensor "master/w" [5, 3], all of `value`, in rows 0:2 and 2:5."""
+    data = torch.full((5, 3), value)
+    return [
+        Shard(Rectangle("w", (5, 3), (low, 0), (high - low, 3)), {"master": data[low:high]})
+        for low, high in ((0, 2), (2, 5))
     ]

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, inspect
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, offline
 from megatron_fp4.checkpoint.directory import latest_step, load_order, step_name
 from megatron_fp4.checkpoint.retention import STALE_SECONDS, set_latest
 from megatron_fp4.comm.mesh import Group
@@ -115,7 +115,7 @@ def test_sigkill_at_every_point_of_a_save(tmp_path: Path, asynchronous: bool, st
         steps = store.complete_steps()
         assert steps, f"{where}: no checkpoint is left"
         for one in steps:
-            assert inspect.verify(root / step_name(one)) == [], f"{where}: an incomplete one is visible"
+            assert offline.verify(root / step_name(one)) == [], f"{where}: an incomplete one is visible"
         shards = tiny(0)
         chosen = store.choose()
         store.load(chosen, shards)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fp4.checkpoint import inspect
+from megatron_fp4.checkpoint import offline
 from megatron_fp4.cli.checkpoint import main
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import make_trainer
@@ -57,11 +57,11 @@ def test_average_and_extract(run: TinyRun, tmp_path: Path, capsys: pytest.Captur
     two, four = (run.run_dir / "checkpoints" / f"step_0000000{step}" for step in (2, 4))
     assert main(["average", str(two), str(four), "--weights", "1", "3", "--to", str(tmp_path / "mean")]) == 0
     key = "master/head.weight"
-    mean = inspect.read_tensor(inspect.resolve(tmp_path / "mean"), key)
-    expected = (inspect.read_tensor(two, key).double() + 3 * inspect.read_tensor(four, key).double()) / 4
+    mean = offline.read_tensor(offline.resolve(tmp_path / "mean"), key)
+    expected = (offline.read_tensor(two, key).double() + 3 * offline.read_tensor(four, key).double()) / 4
     assert torch.equal(mean, expected.float())
     assert main(["extract", str(four), "--to", str(tmp_path / "weights")]) == 0
-    assert {info.kind for info in inspect.list_tensors(inspect.resolve(tmp_path / "weights"))} == {"master"}
+    assert {info.kind for info in offline.list_tensors(offline.resolve(tmp_path / "weights"))} == {"master"}
     assert main(["extract", str(four), "--to", str(tmp_path / "weights")]) == 2, "must not overwrite"
     assert "exists already" in capsys.readouterr().err
 
@@ -73,8 +73,8 @@ def test_export_is_read_by_transformers(run: TinyRun, tmp_path: Path) -> None:
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    newest = inspect.resolve(run.run_dir / "checkpoints")
-    weight = inspect.read_tensor(newest, "master/blocks.1.mlp.down.weight")
+    newest = offline.resolve(run.run_dir / "checkpoints")
+    weight = offline.read_tensor(newest, "master/blocks.1.mlp.down.weight")
     assert torch.equal(model.state_dict()["model.layers.1.mlp.down_proj.weight"], weight)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_fp4.checkpoint.inspect import list_tensors, read_tensors, resolve
+from megatron_fp4.checkpoint.offline import list_tensors, read_tensors, resolve
 from megatron_fp4.data.shards.shard import ShardWriter, token_dtype
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig
 from megatron_fp4.checkpoint.directory import read_state
-from megatron_fp4.checkpoint.inspect import resolve
+from megatron_fp4.checkpoint.offline import resolve
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.models.block import model_linears

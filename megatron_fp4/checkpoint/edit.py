@@ -1,0 +1,96 @@
+"""Checkpoints made of others: the mean of several, or some kinds of tensors of one.
+
+There is no conversion between layouts, because every layout reads every checkpoint. What remains of "convert" is
+`extract`: some kinds of tensors (the masters for publishing) as a checkpoint of one file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.checkpoint.config import CheckpointConfig
+from megatron_fp4.checkpoint.directory import read_state, step_name
+from megatron_fp4.checkpoint.offline import list_tensors, read_tensor
+from megatron_fp4.checkpoint.outcome import SaveStatus
+from megatron_fp4.checkpoint.store import CheckpointStore
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Rectangle, Shard
+
+EVERY_CHECKPOINT = 1 << 30
+"""A `keep_last` that deletes nothing: what else is in the output directory stays."""
+
+
+def average(
+    directories: Sequence[str | os.PathLike[str]],
+    output_root: str | os.PathLike[str],
+    *,
+    kinds: Sequence[str] = ("master",),
+    weights: Sequence[float] | None = None,
+) -> Path:
+    """The weighted mean (default: equal weights) of the same tensors of several checkpoints, summed in FP64.
+
+    Written as a checkpoint under `output_root` with the last one's step and small state, plus "averaged_from".
+    Raises ValueError if the checkpoints' names or shapes differ. Needs memory for one copy of `kinds`.
+    """
+    if not directories:
+        raise ValueError("nothing to average: no checkpoints were given")
+    paths = [Path(directory) for directory in directories]
+    shares = list(weights) if weights is not None else [1.0] * len(paths)
+    if len(shares) != len(paths) or sum(shares) <= 0:
+        raise ValueError(f"{len(paths)} checkpoints need as many weights with a positive sum, got {shares}")
+    shapes = _shapes(paths[-1], kinds)
+    for path in paths:
+        if different := sorted(shapes.items() ^ _shapes(path, kinds).items()):
+            raise ValueError(f"{path} and {paths[-1]} differ in {len(different)} tensors, e.g. {different[:3]}")
+
+    def mean(key: str) -> Tensor:
+        total = sum(read_tensor(path, key).double() * share for path, share in zip(paths, shares, strict=True))
+        assert isinstance(total, Tensor)
+        return (total / sum(shares)).to(torch.float32)
+
+    return _write(paths[-1], output_root, shapes, mean, {"averaged_from": [str(path) for path in paths]})
+
+
+def extract(
+    directory: str | os.PathLike[str], output_root: str | os.PathLike[str], *, kinds: Sequence[str] = ("master",)
+) -> Path:
+    """A checkpoint with only `kinds`, in one file under `output_root`. Raises ValueError if it has none of them."""
+    path = Path(directory)
+    return _write(path, output_root, _shapes(path, kinds), lambda key: read_tensor(path, key), {})
+
+
+def _shapes(directory: Path, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    shapes = {info.key: info.shape for info in list_tensors(directory) if info.kind in kinds}
+    if not shapes:
+        raise ValueError(f"{directory} has no tensors of the kinds {list(kinds)}")
+    return shapes
+
+
+def _write(
+    source: Path,
+    output_root: str | os.PathLike[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    extra: dict[str, Any],
+) -> Path:
+    state = read_state(source)
+    destination = Path(output_root) / step_name(state["step"])
+    if destination.exists():
+        raise ValueError(f"{destination} exists already; choose another output directory")
+    shards = []
+    for key, shape in shapes.items():
+        kind, name = key.split("/", 1)
+        shards.append(Shard(Rectangle.whole(name, shape), {kind: read(key)}))
+    config = CheckpointConfig(asynchronous=False, keep_last=EVERY_CHECKPOINT)
+    store = CheckpointStore(output_root, Group.single("world"), config)
+    meta = {**state["meta"], **extra}
+    report = store.save(state["step"], shards, meta, tokens=state["tokens"], score=state["score"])
+    if report.status is not SaveStatus.committed:
+        raise OSError(f"the checkpoint under {output_root} was not written: {report.error}")
+    return destination

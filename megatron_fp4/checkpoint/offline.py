@@ -1,0 +1,99 @@
+"""A checkpoint without a model, a job or torch.distributed: find it, list its tensors, verify it, read tensors whole.
+
+A checkpoint is logical tensors, so one process can read any tensor whole whatever wrote it. Not here: making a
+checkpoint of others (edit.py); a run's choice among its checkpoints (load.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.checkpoint.dcp import read_into, stored_metadata
+from megatron_fp4.checkpoint.directory import STATE, latest_step, read_metadata, step_name
+from megatron_fp4.checkpoint.state import stored_tensors
+from megatron_fp4.comm.rect import Rectangle, Shard
+from megatron_fp4.storage.durable import problem_of, read_manifest
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored logical tensor. key: "<kind>/<name>". num_pieces: rectangles in which it was written."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_pieces: int
+
+    @property
+    def kind(self) -> str:
+        return self.key.split("/", 1)[0]
+
+    @property
+    def name(self) -> str:
+        return self.key.split("/", 1)[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """A checkpoint's directory from itself, or from the directory of all checkpoints (then what `latest` names).
+
+    Raises FileNotFoundError.
+    """
+    path = Path(path)
+    if (path / STATE).exists():
+        return path
+    step = latest_step(path)
+    if step is None:
+        raise FileNotFoundError(f"{path} is neither a checkpoint nor a directory with complete ones")
+    return path / step_name(step)
+
+
+def list_tensors(directory: str | os.PathLike[str]) -> list[TensorInfo]:
+    """All stored tensors by key; reads no tensor data."""
+    infos = []
+    metadata = read_metadata(directory)
+    for key in sorted(metadata.state_dict_metadata):
+        stored = stored_metadata(metadata, key)
+        infos.append(TensorInfo(key, tuple(stored.size), stored.properties.dtype, len(stored.chunks)))
+    return infos
+
+
+def verify(directory: str | os.PathLike[str]) -> list[str]:
+    """Problems as sentences with path, expected and actual value; empty if all files are as they were written."""
+    directory = Path(directory)
+    try:
+        files = read_manifest(directory)
+    except ValueError as error:
+        return [str(error)]
+    return [problem for name, record in files.items() if (problem := problem_of(directory, name, record))]
+
+
+def read_tensor(directory: str | os.PathLike[str], key: str) -> Tensor:
+    """The whole logical tensor, on the CPU. Raises ValueError for an unknown key."""
+    return read_tensors(directory, [key])[key]
+
+
+def read_tensors(directory: str | os.PathLike[str], keys: Sequence[str]) -> dict[str, Tensor]:
+    """Whole logical tensors by key; one pass over the files."""
+    directory = Path(directory)
+    metadata = read_metadata(directory)
+    if unknown := [key for key in keys if key not in metadata.state_dict_metadata]:
+        known = sorted(metadata.state_dict_metadata)
+        raise ValueError(f"{directory} has no tensor {', '.join(unknown[:5])}; it has {len(known)}, e.g. {known[:3]}")
+    tensors, shards = {}, []
+    for key in keys:
+        stored = stored_metadata(metadata, key)
+        kind, name = key.split("/", 1)
+        tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
+        shards.append(Shard(Rectangle.whole(name, tuple(stored.size)), {kind: tensors[key]}))
+    read_into(stored_tensors(shards), directory, metadata)
+    return tensors

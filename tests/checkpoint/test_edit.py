@@ -1,0 +1,43 @@
+"""Checkpoints made of others: average and extract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, edit, offline
+from megatron_fp4.checkpoint.directory import read_state
+from megatron_fp4.comm.mesh import Group
+from tests.checkpoint.synthetic import Layout, save_one, shards_of, two_pieces, whole_shard
+
+
+def test_average(tmp_path: Path) -> None:
+    paths = [save_one(tmp_path / "run", step, two_pieces(value)) for step, value in ((1, 1.0), (2, 2.0), (3, 6.0))]
+    out = edit.average(paths, tmp_path / "mean")
+    assert torch.equal(offline.read_tensor(out, "master/w"), torch.full((5, 3), 3.0))
+    state = read_state(out)
+    assert (state["step"], state["meta"]["averaged_from"]) == (3, [str(path) for path in paths])
+    weighted = edit.average(paths[:2], tmp_path / "weighted", weights=[3, 1])
+    assert torch.equal(offline.read_tensor(weighted, "master/w"), torch.full((5, 3), 1.25))
+    with pytest.raises(ValueError, match="exists already"):
+        edit.average(paths, tmp_path / "run")
+    other = save_one(tmp_path / "other", 1, [whole_shard("w", {"master": torch.ones(2, 3)})])
+    with pytest.raises(ValueError, match="differ in 2 tensors"):
+        edit.average([paths[0], other], tmp_path / "no")
+    with pytest.raises(ValueError, match="as many weights"):
+        edit.average(paths, tmp_path / "no", weights=[1.0])
+
+
+def test_extract_loads_as_any_checkpoint_does(tmp_path: Path) -> None:
+    path = save_one(tmp_path / "run", 3, shards_of(Layout(), 0, filled=True))
+    out = edit.extract(path, tmp_path / "masters")
+    assert {info.kind for info in offline.list_tensors(out)} == {"master"}
+    shards = shards_of(Layout(tp=2), 1, filled=False, kinds=("master",))
+    rest = shards_of(Layout(tp=2), 0, filled=False, kinds=("master",))
+    store = CheckpointStore(tmp_path / "masters", Group.single("world"), CheckpointConfig())
+    store.load(store.choose(), [*shards, *rest])
+    assert all(torch.isfinite(shard.tensors["master"]).all() for shard in shards)
+    with pytest.raises(ValueError, match="no tensors of the kinds"):
+        edit.extract(path, tmp_path / "no", kinds=("nothing",))

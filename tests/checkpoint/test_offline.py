@@ -1,0 +1,44 @@
+"""A checkpoint in one process: found, listed, verified, read whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fp4.checkpoint import offline
+from megatron_fp4.checkpoint.directory import read_state
+from tests.checkpoint.synthetic import Layout, logical_shapes, save_one, shards_of, two_pieces, whole
+
+
+def test_list_and_read_whole(tmp_path: Path) -> None:
+    path = save_one(tmp_path, 3, [*two_pieces(1.0), *shards_of(Layout(), 0, filled=True)])
+    infos = {info.key: info for info in offline.list_tensors(offline.resolve(tmp_path))}
+    assert len(infos) == 3 * len(logical_shapes()) + 1
+    assert infos["master/w"].num_pieces == 2
+    assert (infos["master/w"].shape, infos["master/w"].num_bytes) == ((5, 3), 60)
+    name = "blocks.3.q"
+    assert torch.equal(offline.read_tensor(path, f"exp_avg/{name}"), whole("exp_avg", name, logical_shapes()[name]))
+    with pytest.raises(ValueError, match="has no tensor master/nothing; it has"):
+        offline.read_tensor(path, "master/nothing")
+    assert read_state(path) == {"step": 3, "tokens": 3, "score": 1.5, "meta": {"tokens": 3}}
+
+
+def test_resolve(tmp_path: Path) -> None:
+    path = save_one(tmp_path / "run", 3, two_pieces(1.0))
+    assert offline.resolve(tmp_path / "run") == path == offline.resolve(path)
+    with pytest.raises(FileNotFoundError, match="neither a checkpoint nor"):
+        offline.resolve(tmp_path)
+
+
+def test_verify(tmp_path: Path) -> None:
+    path = save_one(tmp_path, 3, two_pieces(1.0))
+    assert offline.verify(path) == []
+    (path / "state.json").write_text("{}")
+    (path / ".metadata").unlink()
+    problems = offline.verify(path)
+    assert len(problems) == 2
+    assert "state.json has 2 bytes, expected" in problems[1]
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read"):
+        offline.list_tensors(path)
