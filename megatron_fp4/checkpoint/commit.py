@@ -30,7 +30,7 @@ from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor
 from megatron_fp4.checkpoint.directory import LATEST, STATE, step_name, temporary_name
 from megatron_fp4.checkpoint.outcome import NotSaved
 from megatron_fp4.checkpoint.retention import retain, sweep_failed
-from megatron_fp4.checkpoint.state import SaveLayout
+from megatron_fp4.checkpoint.state import SaveContent, SaveLayout
 from megatron_fp4.checkpoint.write import GivenUp, PartWriter, SaveInProgress
 from megatron_fp4.storage.durable import FileRecord, fsync_directory, write_durably, write_manifest, write_temporary
 from megatron_fp4.storage.owner import Owner
@@ -43,8 +43,8 @@ MOST_WATCH_SECONDS = 0.5
 class LocalSave:
     """What this rank does for one save in `directory`, without communication: it may run in a thread.
 
-    number: distinguishes the changes of this process in directory names. state: NotSaved if it could not be copied to
-    host memory.
+    number: distinguishes the changes of this process in directory names. content: NotSaved if it could not be copied
+    to host memory.
     """
 
     directory: Path
@@ -53,20 +53,19 @@ class LocalSave:
     num_ranks: int
     config: CheckpointConfig
     layout: SaveLayout
-    state: dict[str, StoredTensor] | NotSaved
-    state_json: bytes
+    content: SaveContent | NotSaved
 
     def write(self, save: SaveInProgress) -> int:
         """Returns the bytes of this rank's part. What fails here takes the directory out of the others' way."""
         try:
-            if isinstance(self.state, NotSaved):  # raised here, so that no other rank waits for this one
-                raise MemoryError(self.state.reason)
+            if isinstance(self.content, NotSaved):  # raised here, so that no other rank waits for this one
+                raise MemoryError(self.content.reason)
             try:
-                part = write_part(self.directory, self.rank, self.layout.plan, self.state)
+                part = write_part(self.directory, self.rank, self.layout.plan, self.content.tensors)
             except FileNotFoundError:
                 raise GivenUp("another rank could not write its part") from None
             if self.rank == 0:
-                self._commit(save)
+                self._commit(save, self.content.state_json)
         except BaseException:
             self.give_up()
             raise
@@ -74,10 +73,10 @@ class LocalSave:
             retain(self.directory.parent, save.step, self.number, self.config)
         return part.num_bytes
 
-    def _commit(self, save: SaveInProgress) -> None:
+    def _commit(self, save: SaveInProgress, state_json: bytes) -> None:
         assert self.layout.metadata is not None
         parts = wait_for_parts(self.directory, self.num_ranks, save.overdue)
-        seal(self.directory, save.step, self.layout.metadata, self.state_json, parts)
+        seal(self.directory, save.step, self.layout.metadata, state_json, parts)
         if not save.claim_commit():
             raise GivenUp("finished after its time-out")
         publish(self.directory, save.step, self.number)

@@ -17,11 +17,17 @@ from typing import Any
 
 from megatron_fp4.checkpoint import commit
 from megatron_fp4.checkpoint.config import CheckpointConfig
-from megatron_fp4.checkpoint.dcp import StoredTensor
 from megatron_fp4.checkpoint.directory import temporary_name
 from megatron_fp4.checkpoint.outcome import NotSaved, Saved, SaveFailed, SaveReport, SaveStatus
 from megatron_fp4.checkpoint.retention import discard_after
-from megatron_fp4.checkpoint.state import SaveLayout, encode_meta, layout_signature, plan_layout, stored_tensors
+from megatron_fp4.checkpoint.state import (
+    SaveContent,
+    SaveLayout,
+    encode_meta,
+    layout_signature,
+    plan_layout,
+    stored_tensors,
+)
 from megatron_fp4.checkpoint.write import SaveInProgress, Staging
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.agree import decided_by_rank0, errors_by_rank
@@ -47,14 +53,6 @@ class SaveProposal:
 
 
 NOTHING_TO_REPORT = SaveProposal()
-
-
-@dataclass(frozen=True, eq=False)
-class SaveContent:
-    """What is to be saved: tensors by key, and the small state."""
-
-    tensors: dict[str, StoredTensor]
-    state_json: bytes
 
 
 @dataclass
@@ -103,10 +101,15 @@ class Saver:
             seconds = time.monotonic() - began
             return self._count(SaveReport(step, SaveStatus.failed, seconds, error=content.reason))
         assert self._layout is not None
-        rank, background = self.group.rank, self.config.asynchronous
-        tensors = self._copied(content.tensors) if background else content.tensors
+        background = self.config.asynchronous
         local = commit.LocalSave(
-            directory, number, rank, self.group.size, self.config, self._layout, tensors, content.state_json
+            directory=directory,
+            number=number,
+            rank=self.group.rank,
+            num_ranks=self.group.size,
+            config=self.config,
+            layout=self._layout,
+            content=self._copied(content) if background else content,
         )
         progress = SaveInProgress(step, local.write, self.config.timeout_seconds, background=background)
         self.running = RunningSave(local, progress, time.monotonic() - began)
@@ -163,10 +166,10 @@ class Saver:
             raise ValueError("checkpoint.keep_every_tokens is set, but save() was not told the number of tokens")
         return SaveContent(stored_tensors(shards), encode_meta(small))
 
-    def _copied(self, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor] | NotSaved:
+    def _copied(self, content: SaveContent) -> SaveContent | NotSaved:
         """A copy in host memory, because the step loop goes on while the thread writes."""
         try:
-            return self._staging.copy(tensors)
+            return SaveContent(self._staging.copy(content.tensors), content.state_json)
         except (RuntimeError, MemoryError) as error:
             return NotSaved(f"no host memory for the copy ({error})")
 

@@ -37,6 +37,14 @@ def stored_tensors(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
     return state
 
 
+@dataclass(frozen=True, eq=False)
+class SaveContent:
+    """What is to be saved: tensors by key, and the small state as JSON."""
+
+    tensors: dict[str, StoredTensor]
+    state_json: bytes
+
+
 def layout_signature(state: Mapping[str, StoredTensor]) -> tuple[Any, ...]:
     """Equal signatures of all ranks mean: the plan of the last save still holds."""
     return tuple(

@@ -14,7 +14,7 @@ from megatron_fp4.train.checked import CheckedConfig, open_data
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.resume.differences import changes_on_resume
-from megatron_fp4.train.resume.find import find_resume
+from megatron_fp4.train.resume.saving import choose_checkpoint
 from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.telemetry.probes import probed_backend
 from megatron_fp4.train.trainable import build_trainable
@@ -48,7 +48,7 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
         run_dir.mkdir(parents=True, exist_ok=True)
     store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint, phases.beat)
     phases.enter("verify_checkpoint")
-    chosen = find_resume(config.train.resume, store)
+    chosen = choose_checkpoint(config.train.resume, store)
     phases.enter("build")
     start = _find_start(checked, chosen.meta if chosen else None, process.world)
     skip = start.remembered.skip if start.remembered else []

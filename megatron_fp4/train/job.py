@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_fp4.comm.agree import decided_by_rank0
 from megatron_fp4.comm.bootstrap import Launch, Process, choose_device, exit_process, start_process, stop_process
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.host_memory import keep_freed_memory
@@ -148,15 +149,7 @@ def lock_run_directory(
 ) -> RunLock:
     """Rank 0 takes the lock; the refusal is raised on all ranks. `release` and `on_lost` act on rank 0 only."""
     lock = RunLock(directory, on_lost=on_lost)
-    refusal = None
-    if group.rank == 0:
-        try:
-            lock.acquire()
-        except RunLocked as error:
-            refusal = str(error)
-    refusal = broadcast_object(refusal, group)
-    if refusal:
-        raise RunLocked(refusal)
+    decided_by_rank0(lock.acquire, group, RunLocked)
     return lock
 
 

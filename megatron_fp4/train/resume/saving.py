@@ -1,20 +1,24 @@
-"""When the state of a run goes to the disk, and what goes there beside the tensors."""
+"""When the state of a run goes to the disk, what goes there beside the tensors, and which state a run goes on from.
+
+Not here: how it gets there and back (checkpoint/), and what may differ from what was saved (differences.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from megatron_fp4.checkpoint import SaveFailed, SaveReport, SaveStatus
+from megatron_fp4.checkpoint import CheckpointStore, SaveFailed, SaveReport, SaveStatus, Verified
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.resume.provenance import git_state, versions
 from megatron_fp4.train.run import Position, Run
+from megatron_fp4.train.sections import Resume
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
 
 
 class Saves:
-    """Saves each step of an attempt at most once, and tells the outcome.
+    """Saves each step of an attempt at most once, and reports the outcome.
 
     position: where the attempt begins; its state is on the disk, or the initial one. last_step: of the newest save.
     """
@@ -34,19 +38,19 @@ class Saves:
         tokens = position.samples * run.config.data.seq_length
         report = run.store.save(position.step, run.optimizer.state_shards(), meta(), tokens=tokens, score=score)
         self.last_step = position.step
-        self._tell(report)
+        self._report(report)
 
     def poll(self) -> None:
-        """Tell what has ended meanwhile; no communication."""
+        """Report saves that have ended since the last call; no communication."""
         for report in self._run.store.poll():
-            self._tell(report)
+            self._report(report)
 
     def finish(self, position: Position, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
         """Save the last state and wait until it is on disk; once more if that fails. Collective. Raises SaveFailed."""
         store = self._run.store
         for _ in range(2):
             self.save(position, meta, score)
-            self._tell(store.close())
+            self._report(store.close())
             if self._newest is None or self._newest.status is not SaveStatus.failed:
                 return
             self.last_step = -1
@@ -56,7 +60,7 @@ class Saves:
             f" checkpoint is that of step {store.latest()}. Start the same command again when there is room"
         )
 
-    def _tell(self, report: SaveReport | None) -> None:
+    def _report(self, report: SaveReport | None) -> None:
         if report is None:
             return
         self._newest = report
@@ -82,3 +86,19 @@ def meta_of(run: Run, position: Position, precision_phase: int, wandb_id: str) -
         "git": git_state() if run.mesh.is_main else None,  # the main rank's is stored
         "wandb_id": wandb_id,
     }
+
+
+def choose_checkpoint(policy: Resume, store: CheckpointStore) -> Verified | None:
+    """The newest intact checkpoint, None to begin anew. Collective.
+
+    policy: `train.resume`. Raises ValueError where it forbids what is there.
+    """
+    newest = store.latest()
+    if policy is Resume.never and newest is not None:
+        raise ValueError(
+            f"{store.root} already holds checkpoint {newest} and train.resume=never; choose another train.run_dir, or"
+            " train.resume=auto to go on from it"
+        )
+    if policy is Resume.required and newest is None:
+        raise ValueError(f"train.resume=required, but there is no complete checkpoint under {store.root}")
+    return store.choose() if newest is not None else None
