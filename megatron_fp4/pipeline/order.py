@@ -1,8 +1,8 @@
 """The order of actions that torch gives each pipeline rank, and the time that it takes at best.
 
-One idea: a schedule object of torch computes the order of all ranks when it is made, from its stages' numbers alone. So
-it is made here with stages that have nothing but numbers, without process groups, and asked; the order is the one that
-the engine runs. `simulate` then lets each action begin as soon as its rank and its inputs are there.
+A schedule object of torch computes the order of all ranks when it is constructed, from the numbers of its stages alone.
+So it is constructed here with stages that have nothing but numbers, without process groups; its order is the one that
+the engine runs. `simulate` then lets each action begin as soon as its rank is free and its inputs have come.
 
 Time is counted in forward passes of one stage; a full backward takes two, its halves (inputs, weights) one each. All
 stages cost the same and communication nothing: what is idle here is due to the order; a real run is idle for longer.
@@ -10,6 +10,8 @@ stages cost the same and communication nothing: what is idle here is due to the 
     F   forward: needs F of the stage before
     B   backward, at least of the inputs: needs F of its stage, B of the stage after
     W   weight gradients alone: needs B of its stage
+
+Not here: which schedules exist and what they need (schedules.py).
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ Key = tuple[str, int, int]
 
 
 class Work(NamedTuple):
-    """One computation of a schedule. units: its duration. joined: the next one belongs to the same action of torch,
-    which sends the results of both to other ranks when both are done (dualpipev's forward with a backward)."""
+    """One computation of a schedule.
+
+    units: its duration. joined: the next one belongs to the same action of torch, which sends the results of both to
+    other ranks when both are done (dualpipev's forward with a backward).
+    """
 
     kind: str
     stage: int
@@ -55,6 +60,8 @@ class Work(NamedTuple):
 
 
 class Timed(NamedTuple):
+    """A computation and when it runs, in forward passes of one stage since the first."""
+
     work: Work
     begin: int
     end: int
@@ -68,8 +75,8 @@ Timeline = list[list[Timed]]
 def pipeline_order(config: ParallelConfig, num_microbatches: int) -> Order:
     """The computations of every pipeline rank, by torch's schedule; communication left out.
 
-    num_microbatches: per step and data-parallel rank. Raises ValueError where `schedules.check_pipeline` does. One rank
-    has no schedule: each microbatch goes forward and back.
+    num_microbatches: per step and data-parallel rank. One rank has no schedule: each microbatch goes forward and back.
+    Raises ValueError where `schedules.check_pipeline` does.
     """
     num_stages = check_pipeline(config, num_microbatches)
     if config.pp == 1:
@@ -89,22 +96,22 @@ def _work_of(actions: Sequence[Any]) -> list[Work]:
     Forwards are numbered from 0: torch 2.13 numbers those of the last stage of 1F1B from 1, in the order that it shows
     (what it runs has its own loop and is right). Remove it when `Schedule1F1B._get_pipeline_order` is mended.
     """
-    found = []
+    works = []
     for action in actions:
         parts = [] if action is None else action.sub_actions or [action]
         parts = [part for part in parts if part.computation_type.name in KINDS]
         for part in parts:
             kind, units = KINDS[part.computation_type.name]
-            found.append(Work(kind, part.stage_index, part.microbatch_index, units, joined=part is not parts[-1]))
+            works.append(Work(kind, part.stage_index, part.microbatch_index, units, joined=part is not parts[-1]))
     first: dict[int, int] = {}
-    for work in found:
+    for work in works:
         if work.kind == "F":
             first.setdefault(work.stage, work.microbatch)
-    return [w._replace(microbatch=w.microbatch - first[w.stage]) if w.kind == "F" else w for w in found]
+    return [w._replace(microbatch=w.microbatch - first[w.stage]) if w.kind == "F" else w for w in works]
 
 
 def in_flight(works: Sequence[Work]) -> int:
-    """The most (stage, microbatch) pairs whose activations one rank holds at once, of its `works`.
+    """The most (stage, microbatch) pairs whose activations one rank holds at once while it does its `works`.
 
     They are held from F until the last backward: a deferred weight gradient needs what its linears have saved.
     """
@@ -122,13 +129,13 @@ def in_flight(works: Sequence[Work]) -> int:
 def simulate(order: Order) -> Timeline:
     """When each computation begins and ends if it begins as soon as its rank and its inputs are there."""
     num_stages = 1 + max(work.stage for works in order for work in works)
-    mine = [{work.stage for work in works} for works in order]
-    ends: dict[Key, int] = {}  # for its own rank
-    sent: dict[Key, int] = {}  # for the others
+    stages_by_rank = [{work.stage for work in works} for works in order]
+    ends: dict[Key, int] = {}  # when its own rank has the result
+    sent: dict[Key, int] = {}  # when the others have it
     timeline: Timeline = [[] for _ in order]
     while any(len(done) < len(works) for done, works in zip(timeline, order, strict=True)):
         done_before = len(ends)
-        for done, works, stages in zip(timeline, order, mine, strict=True):
+        for done, works, stages in zip(timeline, order, stages_by_rank, strict=True):
             while len(done) < len(works):
                 work = works[len(done)]
                 inputs = [(ends if need[1] in stages else sent).get(need) for need in work.needs(num_stages)]
@@ -138,16 +145,23 @@ def simulate(order: Order) -> Timeline:
                 ends[work.key] = end = begin + work.units
                 done.append(Timed(work, begin, end))
                 if not work.joined:
-                    sent[work.key] = end
-                    for earlier in reversed(done[:-1]):
-                        if not earlier.work.joined:
-                            break
-                        sent[earlier.work.key] = end
+                    sent |= dict.fromkeys(_keys_of_last_action(done), end)
         assert len(ends) > done_before, "the order of the schedule never ends"
     return timeline
 
 
+def _keys_of_last_action(done: Sequence[Timed]) -> list[Key]:
+    """The last computation, and those before it that are joined to it."""
+    keys = [done[-1].work.key]
+    for earlier in reversed(done[:-1]):
+        if not earlier.work.joined:
+            break
+        keys.append(earlier.work.key)
+    return keys
+
+
 def duration(timeline: Timeline) -> int:
+    """When the last computation ends."""
     return max(timed.end for done in timeline for timed in done)
 
 

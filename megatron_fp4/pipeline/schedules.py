@@ -8,9 +8,9 @@
     zbv                       2, in a V         any                                 later, in the bubbles
     dualpipev                 2, in a V         m >= 2 p                            later, in the bubbles
 
-One idea: everything that torch would refuse after the ranks have met is refused here, in one process, with the rule and
-the numbers. Looped stages go round the ranks (stage s on rank s mod p); in a V they come back, so that the first and
-the last stage share a rank.
+Everything that torch would refuse after the ranks have met is refused here, in one process, with the rule and the
+numbers. Looped stages go round the ranks (stage s on rank s mod p); in a V they come back, so that the first and the
+last stage share a rank.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.distributed.pipelining.schedules import (
 from megatron_fp4.comm.config import Overlap, ParallelConfig
 
 Fits = Callable[[int, int], bool]
+"""(microbatches per step and data-parallel rank, pipeline ranks) -> whether a schedule takes them."""
 
 
 def _rounds_divide(microbatches: int, ranks: int) -> bool:
@@ -39,8 +40,11 @@ def _rounds_divide(microbatches: int, ranks: int) -> bool:
 
 @dataclass(frozen=True)
 class ScheduleRule:
-    """One schedule. factory: torch's class. stages: allowed stages per rank, the first one is the default; `and_more`
-    allows any larger number. fits(m, p): whether m microbatches suit p ranks; rule says it in words.
+    """One schedule.
+
+    factory: torch's class. stages: stages per rank. and_more: or any larger number. v_shaped:
+    the stages come back, so that the first rank has the last one. defers_wgrad: weight gradients wait for the bubbles.
+    fits: whether it takes m microbatches on p ranks; rule says it in words.
     """
 
     factory: Any
