@@ -25,7 +25,8 @@ from omegaconf import OmegaConf
 from megatron_fp4.checkpoint import edit, offline
 from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.cli.schema import build, twin
-from megatron_fp4.interop.families import to_transformers, transformers_config
+from megatron_fp4.interop.config import transformers_config
+from megatron_fp4.interop.families import to_transformers
 from megatron_fp4.models.config import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

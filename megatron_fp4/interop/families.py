@@ -1,27 +1,27 @@
-"""Weights and configuration to and from `transformers`, by logical names.
+"""Logical tensors of a model <-> the tensors of `transformers`, in both directions.
 
-One idea: an entry says which logical tensors, joined along rows, one tensor of transformers is. The list of entries is
-derived from the configuration and read in both directions. Nothing here imports transformers, and nothing knows of
-parallel layouts: logical tensors are whole.
+A tensor of transformers is one logical tensor, or a few that are joined along rows. `joined_tensors` lists them for a
+configuration, and the list is read both ways. Logical tensors are whole: parallel layouts are not known here.
 
     nemotron_h   patterns of M, * and -, squared ReLU, no position embedding
     llama        transformer blocks with RoPE and SwiGLU
     arcee        transformer blocks with RoPE and squared ReLU
 
-Written for transformers 5.23.
+Written for transformers 5.23, which is not imported.
+
+Not here: config.json (config.py), the parameters of a model in memory (logical.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_fp4.comm.parameter import logical_parameters
+from megatron_fp4.interop.logical import expect_tensor
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
@@ -37,12 +37,32 @@ class Family(Enum):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of transformers and the logical tensors that it joins along rows. middle: it is `[rows, 1, columns]`."""
+class FamilyNames:
+    """What a family calls the parts of its model. norms, mixers: by the kind of mixer (`models.block.MIXERS`)."""
 
-    theirs: str
-    ours: tuple[str, ...]
-    middle: bool = False
+    embedding: str
+    final_norm: str
+    norms: dict[str, str]
+    mixers: dict[str, str]
+
+
+HYBRID_NAMES = FamilyNames(
+    embedding="embeddings",
+    final_norm="norm_f",
+    norms={"attention": "norm", "mlp": "norm", "mamba": "norm"},
+    mixers={"attention": "mixer", "mlp": "mixer", "mamba": "mixer"},
+)
+TRANSFORMER_NAMES = FamilyNames(
+    embedding="embed_tokens",
+    final_norm="norm",
+    norms={"attention": "input_layernorm", "mlp": "post_attention_layernorm"},
+    mixers={"attention": "self_attn", "mlp": "mlp"},
+)
+NAMES = {
+    Family.nemotron_h: HYBRID_NAMES,
+    Family.llama: TRANSFORMER_NAMES,
+    Family.arcee: TRANSFORMER_NAMES,
+}
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -60,55 +80,73 @@ def family_of(config: ModelConfig) -> Family:
     )
 
 
-def entries_of(config: ModelConfig) -> list[Entry]:
+@dataclass(frozen=True)
+class JoinedTensor:
+    """One tensor of transformers: the logical tensors `parts`, joined along rows.
+
+    channel_dim: transformers has a dimension of size 1 after the rows, as its depthwise convolutions do.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    channel_dim: bool = False
+
+    def join(self, logical: Mapping[str, Tensor]) -> Tensor:
+        """The tensor of transformers."""
+        joined = torch.cat([logical[part] for part in self.parts])
+        return joined[:, None] if self.channel_dim else joined
+
+    def split(self, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The logical tensors, of the given shapes. Raises ValueError if the tensor is missing or does not fit."""
+        rows = [shapes[part][0] for part in self.parts]
+        columns = shapes[self.parts[0]][1:]
+        joined = expect_tensor(state, self.name, (sum(rows), *((1,) if self.channel_dim else ()), *columns))
+        pieces = (joined[:, 0] if self.channel_dim else joined).split(rows)
+        return dict(zip(self.parts, pieces, strict=True))
+
+
+def joined_tensors(config: ModelConfig) -> Iterator[JoinedTensor]:
     """All tensors of the model, in the names of both sides."""
-    hybrid = family_of(config) is Family.nemotron_h
-    table, norm = ("embeddings", "norm_f") if hybrid else ("embed_tokens", "norm")
-    found = [Entry(f"model.{table}.weight", ("embedding.weight",))]
+    names = NAMES[family_of(config)]
+    yield JoinedTensor(f"model.{names.embedding}.weight", ("embedding.weight",))
     for index, letter in enumerate(config.blocks):
-        for mixer in MIXERS[letter]:
-            name, theirs = f"blocks.{index}.{mixer}", f"model.layers.{index}"
-            before = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
-            inside = {"attention": "self_attn", "mlp": "mlp"}
-            found.append(Entry(f"{theirs}.{'norm' if hybrid else before[mixer]}.weight", (f"{name}_norm.weight",)))
-            found += _mixer_entries(mixer, config, name, f"{theirs}.{'mixer' if hybrid else inside[mixer]}")
-    found.append(Entry(f"model.{norm}.weight", ("final_norm.weight",)))
+        for kind in MIXERS[letter]:
+            ours, theirs = f"blocks.{index}.{kind}", f"model.layers.{index}"
+            yield JoinedTensor(f"{theirs}.{names.norms[kind]}.weight", (f"{ours}_norm.weight",))
+            for name, parts in _mixer_tensors(kind, config).items():
+                joined = tuple(f"{ours}.{part}" for part in parts)
+                yield JoinedTensor(f"{theirs}.{names.mixers[kind]}.{name}", joined, name == "conv1d.weight")
+    yield JoinedTensor(f"model.{names.final_norm}.weight", ("final_norm.weight",))
     if not config.tied_embeddings:
-        found.append(Entry("lm_head.weight", ("head.weight",)))
-    return found
+        yield JoinedTensor("lm_head.weight", ("head.weight",))
 
 
-def _mixer_entries(mixer: str, config: ModelConfig, ours: str, theirs: str) -> list[Entry]:
-    if mixer == "attention":
-        projections = [Entry(f"{theirs}.{part}_proj.weight", (f"{ours}.qkv.{part}.weight",)) for part in "qkv"]
-        return [*projections, Entry(f"{theirs}.o_proj.weight", (f"{ours}.out.weight",))]
-    if mixer == "mlp":
-        gated = config.activation is Activation.swiglu
-        ups = {"gate_proj": "gate_up.gate", "up_proj": "gate_up.up"} if gated else {"up_proj": "up"}
-        parts = {**ups, "down_proj": "down"}
-        return [Entry(f"{theirs}.{part}.weight", (f"{ours}.{name}.weight",)) for part, name in parts.items()]
-    conv = {kind: tuple(f"{ours}.conv.{part}.{kind}" for part in "xBC") for kind in ("weight", "bias")}
-    return [
-        Entry(
-            f"{theirs}.in_proj.weight", tuple(f"{ours}.in_proj.{part}.weight" for part in ("z", "x", "B", "C", "dt"))
-        ),
-        Entry(f"{theirs}.conv1d.weight", conv["weight"], middle=True),
-        Entry(f"{theirs}.conv1d.bias", conv["bias"]),
-        *(Entry(f"{theirs}.{part}", (f"{ours}.{part}",)) for part in ("A_log", "dt_bias", "D", "norm.weight")),
-        Entry(f"{theirs}.out_proj.weight", (f"{ours}.out_proj.weight",)),
-    ]
+def _mixer_tensors(kind: str, config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """The tensors of a mixer in transformers, and what is joined in each; names within the mixer, the same for all."""
+    if kind == "attention":
+        projections = {f"{part}_proj.weight": (f"qkv.{part}.weight",) for part in "qkv"}
+        return {**projections, "o_proj.weight": ("out.weight",)}
+    if kind == "mlp":
+        swiglu = {"gate_proj.weight": ("gate_up.gate.weight",), "up_proj.weight": ("gate_up.up.weight",)}
+        ups = swiglu if config.activation is Activation.swiglu else {"up_proj.weight": ("up.weight",)}
+        return {**ups, "down_proj.weight": ("down.weight",)}
+    return {
+        "in_proj.weight": tuple(f"in_proj.{part}.weight" for part in ("z", "x", "B", "C", "dt")),
+        "conv1d.weight": tuple(f"conv.{part}.weight" for part in "xBC"),
+        "conv1d.bias": tuple(f"conv.{part}.bias" for part in "xBC"),
+        "A_log": ("A_log",),
+        "dt_bias": ("dt_bias",),
+        "D": ("D",),
+        "norm.weight": ("norm.weight",),
+        "out_proj.weight": ("out_proj.weight",),
+    }
 
 
-def to_transformers(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_transformers(config: ModelConfig, logical: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole logical tensors -> a state dict of transformers. Raises ValueError for a missing tensor or wrong shape."""
-    shapes = {parameter.name: parameter.shape for parameter in model_parameters(config)}
-    found = {}
-    for entry in entries_of(config):
-        for name in entry.ours:
-            _check(name, tensors.get(name), shapes[name])
-        joined = torch.cat([tensors[name] for name in entry.ours])
-        found[entry.theirs] = joined[:, None] if entry.middle else joined
-    return found
+    for parameter in model_parameters(config):
+        expect_tensor(logical, parameter.name, parameter.shape)
+    return {joined.name: joined.join(logical) for joined in joined_tensors(config)}
 
 
 def from_transformers(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,81 +156,14 @@ def from_transformers(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[
     """
     state = {name.replace("backbone.", "model.", 1): tensor for name, tensor in state.items()}
     shapes = {parameter.name: parameter.shape for parameter in model_parameters(config)}
-    found: dict[str, Tensor] = {}
-    for entry in entries_of(config):
-        rows, tail = [shapes[name][0] for name in entry.ours], shapes[entry.ours[0]][1:]
-        tensor = state.pop(entry.theirs, None)
-        tensor = _check(entry.theirs, tensor, (sum(rows), *((1,) if entry.middle else ()), *tail))
-        parts = (tensor[:, 0] if entry.middle else tensor).split(rows)
-        found |= dict(zip(entry.ours, parts, strict=True))
+    logical: dict[str, Tensor] = {}
+    without_place = set(state)
+    for joined in joined_tensors(config):
+        logical |= joined.split(state, shapes)
+        without_place.remove(joined.name)
     if config.tied_embeddings:
-        state.pop("lm_head.weight", None)
-    if state:
-        raise ValueError(f"the model has no place for {len(state)} tensor(s): {', '.join(sorted(state)[:5])}")
-    return found
-
-
-def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    if tensor is None:
-        raise ValueError(f"tensor {name} is missing; it should have shape {shape}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, the model's configuration says {shape}")
-    return tensor
-
-
-def read_logical(model: nn.Module) -> dict[str, Tensor]:
-    """The logical tensors of a model that one process holds whole. Raises ValueError for a part of one."""
-    found: dict[str, Tensor] = {}
-    for parameter in logical_parameters(model):
-        for rows, where in parameter.placement.pieces():
-            found[where.name] = _check(where.name, parameter.detach()[rows], where.global_shape)
-    return found
-
-
-@torch.no_grad()
-def write_logical(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Fill a model, or the part of it on this rank, from whole logical tensors. Raises ValueError if one is missing."""
-    for parameter in logical_parameters(model):
-        for rows, where in parameter.placement.pieces():
-            logical = _check(where.name, tensors.get(where.name), where.global_shape)
-            parameter[rows].copy_(logical[where.slices])
-
-
-def transformers_config(config: ModelConfig, *, seq_length: int) -> dict[str, Any]:
-    """The values of `config.json` for an exported model."""
-    family = family_of(config)
-    values: dict[str, Any] = {
-        "model_type": family.value,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden,
-        "intermediate_size": config.ffn_hidden,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.attention_head_dim,
-        "tie_word_embeddings": config.tied_embeddings,
-        "initializer_range": config.init_std,
-        "max_position_embeddings": seq_length,
-    }
-    if family is not Family.nemotron_h:
-        name = "LlamaForCausalLM" if family is Family.llama else "ArceeForCausalLM"
-        return values | {
-            "architectures": [name],
-            "num_hidden_layers": config.num_layers,
-            "rms_norm_eps": config.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        }
-    kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
-    return values | {
-        "architectures": ["NemotronHForCausalLM"],
-        "layers_block_type": [kinds[letter] for letter in config.blocks],
-        "layer_norm_epsilon": config.norm_eps,
-        "mamba_num_heads": config.mamba_num_heads,
-        "mamba_head_dim": config.mamba_head_dim,
-        "n_groups": config.mamba_num_groups,
-        "ssm_state_size": config.mamba_state,
-        "conv_kernel": config.mamba_conv,
-        "chunk_size": config.mamba_chunk,
-        # transformers 5.23 clamps the step sizes to at least this, which training does not; the class default of 0.001
-        # would change the logits. Not 0: its initialization takes the logarithm.
-        "time_step_min": 1e-30,
-    }
+        without_place.discard("lm_head.weight")
+    if without_place:
+        names = ", ".join(sorted(without_place)[:5])
+        raise ValueError(f"the model has no place for {len(without_place)} tensor(s): {names}")
+    return logical

@@ -9,15 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fp4.interop.families import (
-    Family,
-    family_of,
-    from_transformers,
-    read_logical,
-    to_transformers,
-    transformers_config,
-    write_logical,
-)
+from megatron_fp4.interop.config import transformers_config
+from megatron_fp4.interop.families import Family, family_of, from_transformers, to_transformers
+from megatron_fp4.interop.logical import read_logical, write_logical
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.config import ModelConfig
