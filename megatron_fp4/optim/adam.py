@@ -1,17 +1,18 @@
 """The AdamW update of FP32 shards, by torch's fused kernel, and the choice of who computes it.
 
-One idea: an implementation is one function over update groups; state lives in the groups, not in the implementation, so
-that a checkpoint does not depend on it. Apex and Transformer Engine have a file each.
+An implementation is one function over update groups; state lives in the groups, not in the implementation, so that a
+checkpoint does not depend on it. Not here: Apex's and Transformer Engine's kernels (fused_adam.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from megatron_fp4.optim.config import Impl, OptimConfig
+from megatron_fp4.optim.fused_adam import apex_adamw, te_adamw
 from megatron_fp4.optim.groups import UpdateGroup
 
 
@@ -26,20 +27,20 @@ class TorchAdamW:
     """`torch.optim.AdamW(fused=True)` without its state dictionary: bit for bit the same update."""
 
     def __init__(self, groups: Sequence[UpdateGroup], config: OptimConfig) -> None:
-        self._groups, self._config = groups, config
+        self._groups = [group for group in groups if group.members]
+        self._config = config
 
     def update(self, lr: float, step: int) -> None:
         for group in self._groups:
-            if not group.masters:
-                continue
-            count = torch.tensor(float(step), dtype=torch.float32, device=group.masters[0].device)
+            members = group.members
+            count = torch.tensor(float(step), dtype=torch.float32, device=members[0].master.device)
             torch._fused_adamw_(
-                group.masters,
-                group.grads,
-                group.exp_avgs,
-                group.exp_avg_sqs,
+                [member.master for member in members],
+                [member.grad for member in members],
+                [member.exp_avg for member in members],
+                [member.exp_avg_sq for member in members],
                 [],
-                [count] * len(group.masters),
+                [count] * len(members),
                 lr=lr,
                 beta1=self._config.beta1,
                 beta2=self._config.beta2,
@@ -50,45 +51,10 @@ class TorchAdamW:
             )
 
 
-class AdapterAdamW:
-    """A `FusedAdam` class of Apex or Transformer Engine over the groups' own tensors.
-
-    Both keep `exp_avg` and `exp_avg_sq` per parameter and one step number per group; handing them ours before the first
-    step leaves all state where the checkpoint finds it.
-    """
-
-    def __init__(self, fused_adam: Callable[..., Any], groups: Sequence[UpdateGroup], config: OptimConfig) -> None:
-        self._groups = [group for group in groups if group.masters]  # a rank may own no rows
-        self._optimizers = []
-        for group in self._groups:
-            optimizer = fused_adam(
-                group.masters,
-                lr=config.lr,
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                weight_decay=group.weight_decay,
-                adam_w_mode=True,
-            )
-            for master, exp_avg, exp_avg_sq in zip(group.masters, group.exp_avgs, group.exp_avg_sqs, strict=True):
-                optimizer.state[master] = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-            self._optimizers.append(optimizer)
-
-    def update(self, lr: float, step: int) -> None:
-        for group, optimizer in zip(self._groups, self._optimizers, strict=True):
-            for master, grad in zip(group.masters, group.grads, strict=True):
-                master.grad = grad
-            optimizer.param_groups[0].update(lr=lr, step=step - 1)  # it counts up itself
-            optimizer.step()
-
-
 def choose_adamw(groups: Sequence[UpdateGroup], config: OptimConfig) -> AdamW:
     """The implementation that `optim.impl` names. Raises ValueError with the remedy if it cannot be imported."""
     if config.impl is Impl.apex:
-        from megatron_fp4.optim.adam_apex import make_apex_adamw
-
-        return make_apex_adamw(groups, config)
+        return apex_adamw(groups, config)
     if config.impl is Impl.te:
-        from megatron_fp4.optim.adam_te import make_transformer_engine_adamw
-
-        return make_transformer_engine_adamw(groups, config)
+        return te_adamw(groups, config)
     return TorchAdamW(groups, config)

@@ -1,7 +1,7 @@
 """FP32 main gradients in flat buckets, reduced over the data-parallel ranks.
 
-One idea: a gradient is added to `parameter.main_grad` where it is made, and the optimizer counts the contributions. A
-linear layer's backward adds its weight gradient itself and calls `parameter.grad_ready()`; the gradient of every other
+A gradient is added to `parameter.main_grad` where it is made, and the optimizer counts the contributions. A linear
+layer's backward adds its weight gradient itself and calls `parameter.grad_ready()`; the gradient of every other
 parameter is moved over by a hook. `arm()` announces the backward after which the sums are complete. From then on a
 bucket that has got as many contributions as in the step before is sent at once, beside the rest of the backward.
 
@@ -30,6 +30,7 @@ class GradBuffer:
     """Main gradients of all parameters; reduces them over `group` (dp x cp), after `tp` and tied stages where needed.
 
     overlap: send full buckets during the armed backward. It changes no bit of the result. dtype: of the sums.
+    parts: this rank's part of each bucket, views; the sums after `finish`.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class GradBuffer:
     ) -> None:
         self._buckets, self._group, self._tp = buckets, group, tp
         self._overlap = overlap and group.size > 1
-        self.flats = [torch.zeros(bucket.numel, dtype=dtype, device=bucket.kind.device) for bucket in buckets]
+        self._flats = [torch.zeros(bucket.numel, dtype=dtype, device=bucket.kind.device) for bucket in buckets]
+        bounds = (bucket.bounds(group.rank) for bucket in buckets)
+        self.parts = [flat[low:high] for flat, (low, high) in zip(self._flats, bounds, strict=True)]
         self._num_early = sum(not bucket.kind.deferred for bucket in buckets)
         self._expected: list[list[int]] | None = None
         self._counts = [[0] * len(bucket.slots) for bucket in buckets]
@@ -46,7 +49,7 @@ class GradBuffer:
         self._late: set[int] = set()
         self._armed = False
         self._absorbers: list[Callable[[], None]] = []
-        for index, (bucket, flat) in enumerate(zip(buckets, self.flats, strict=True)):
+        for index, (bucket, flat) in enumerate(zip(buckets, self._flats, strict=True)):
             for position, slot in enumerate(bucket.slots):
                 main_grad, ready = flat[slot.start : slot.stop], partial(self._ready, index, position)
                 self._absorbers.append(_equip(slot.parameter, main_grad, ready))
@@ -54,7 +57,7 @@ class GradBuffer:
     def zero(self) -> None:
         """Forget all gradients; begins a step."""
         assert not self._pending, "zero_grad between begin_last_microbatch and finish_grads"
-        for bucket, flat in zip(self._buckets, self.flats, strict=True):
+        for bucket, flat in zip(self._buckets, self._flats, strict=True):
             flat.zero_()
             for slot in bucket.slots:
                 slot.parameter.grad = None
@@ -71,7 +74,7 @@ class GradBuffer:
 
     def spoil(self) -> None:
         """Make the sums NaN on every rank, also if the first bucket has been sent already."""
-        self.flats[0].fill_(float("nan"))
+        self._flats[0].fill_(float("nan"))
         if self._pending:
             self._late.add(0)
 
@@ -79,12 +82,12 @@ class GradBuffer:
         """Complete all sums: afterwards every rank's own part of each bucket is the sum over all ranks."""
         for absorb in self._absorbers:  # what reached `.grad` without autograd's hook, as pipeline engines do
             absorb()
-        for bucket, flat in zip(self._buckets, self.flats, strict=True):
+        for bucket, flat in zip(self._buckets, self._flats, strict=True):
             _sum_replicas(bucket, flat, self._tp)
         if self._group.size > 1:
             while len(self._pending) < len(self._buckets):
                 self._send_next()
-            self._send_late_again()
+            self._resend_late()
             for pending in self._pending:
                 pending.finish()
         if self._armed:
@@ -110,18 +113,18 @@ class GradBuffer:
 
     def _send_next(self) -> None:
         index = len(self._pending)
-        self._pending.append(PendingSum(self.flats[index], self._buckets[index], self._group))
+        self._pending.append(PendingSum(self._flats[index], self._buckets[index], self._group))
 
-    def _send_late_again(self) -> None:
+    def _resend_late(self) -> None:
         """Repeat the buckets that any rank changed after sending; all ranks take part in the same ones."""
         if not self._overlap or not self._armed or self._expected is None:
             return
-        late = torch.zeros(self._num_early, dtype=torch.int32, device=self.flats[0].device)
+        late = torch.zeros(self._num_early, dtype=torch.int32, device=self._flats[0].device)
         for index in self._late:
             late[index] = 1
         for index in all_reduce_max(late, self._group).nonzero().flatten().tolist():
             self._pending[index].drop()
-            self._pending[index] = PendingSum(self.flats[index], self._buckets[index], self._group)
+            self._pending[index] = PendingSum(self._flats[index], self._buckets[index], self._group)
 
 
 def _equip(parameter: LogicalParameter, flat: Tensor, ready: Callable[[], None]) -> Callable[[], None]:

@@ -1,35 +1,45 @@
-"""Which rows of which parameters are updated together.
+"""What an update works on: the flat FP32 tensors that this rank owns, by weight decay.
 
-One idea: the only thing that differs between parameters is the weight decay, and the placement says it. An update group
-is the list of flat FP32 tensors that this rank owns under one weight decay.
+The only thing that differs between parameters is the weight decay, and the placement says it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from megatron_fp4.comm.rect import Placement
+
+@dataclass(frozen=True, eq=False)
+class AdamTensors:
+    """Master weights, gradient and moments of the same elements; flat FP32 views of one length."""
+
+    master: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @staticmethod
+    def start(parameters: Tensor, grads: Tensor) -> AdamTensors:
+        """Before the first step. An FP32 tensor is shared: such parameters are their own masters."""
+        master = parameters.float()
+        return AdamTensors(master, grads.float(), torch.zeros_like(master), torch.zeros_like(master))
+
+    def narrow(self, start: int, numel: int) -> AdamTensors:
+        """Elements `[start, start + numel)`, as views."""
+        tensors = (self.master, self.grad, self.exp_avg, self.exp_avg_sq)
+        return AdamTensors(*(tensor[start : start + numel] for tensor in tensors))
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by kind."""
+        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
 
 @dataclass
 class UpdateGroup:
-    """Parallel lists of FP32 tensors, one entry per owned run of rows of a parameter."""
+    """What is updated with the same weight decay; empty on a rank that owns nothing of it."""
 
     weight_decay: float
-    masters: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-
-    def add(self, master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        self.masters.append(master)
-        self.grads.append(grad)
-        self.exp_avgs.append(exp_avg)
-        self.exp_avg_sqs.append(exp_avg_sq)
-
-
-def decay_of(placement: Placement, weight_decay: float) -> float:
-    """Weight decay of a parameter: norms, biases and state-space scalars say `decay=False`."""
-    return weight_decay if placement.decay else 0.0
+    members: list[AdamTensors] = field(default_factory=list)

@@ -1,7 +1,7 @@
 """How parameters lie in flat buckets, and which rows of them each data-parallel rank owns.
 
-One idea: a bucket is a flat range cut into one contiguous part per rank, and every cut falls on a row boundary of the
-parameter it meets, so a rank's part of a parameter is a run of whole rows, a rectangle.
+A bucket is a flat range cut into one contiguous part per rank, and every cut falls on a row boundary of the parameter
+it meets, so a rank's part of a parameter is a range of whole rows, a rectangle.
 
     bucket    | w0 row row row row row row .. | w1 row row row |pad|        parameters start on aligned positions
     parts     |  rank 0        |  rank 1         |  rank 2         |        equal if a little padding allows it
@@ -9,7 +9,7 @@ parameter it meets, so a rank's part of a parameter is a run of whole rows, a re
 Equal parts let NCCL use its native reduce-scatter and all-gather without staging copies; where they would need more
 than `MAX_PADDING`, the parts are uneven. Cuts inside a parameter fall on multiples of `ALIGN` elements: torch's fused
 kernel computes the last few elements of a tensor (less than a vector) in another precision, and this keeps those
-elements the same at every data-parallel size. Nothing here communicates.
+elements the same at every data-parallel size. Not here: communication (bucket_comm.py).
 """
 
 from __future__ import annotations
@@ -61,21 +61,21 @@ class Slot:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """Rows `[first_row, last_row)` of a parameter, at element `start` of the owner's part of the bucket."""
+class RowRange:
+    """Rows `[first_row, stop_row)` of a parameter, at element `offset` of the owner's part of the bucket."""
 
     slot: Slot
     first_row: int
-    last_row: int
-    start: int
+    stop_row: int
+    offset: int
 
     @property
     def numel(self) -> int:
-        return (self.last_row - self.first_row) * self.slot.row_numel
+        return (self.stop_row - self.first_row) * self.slot.row_numel
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.last_row - self.first_row, *self.slot.parameter.shape[1:])
+        return (self.stop_row - self.first_row, *self.slot.parameter.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,15 @@ class Bucket:
         start = sum(self.parts[:rank])
         return start, start + self.parts[rank]
 
-    def runs(self, rank: int) -> list[Run]:
+    def row_ranges(self, rank: int) -> list[RowRange]:
         """The rows that `rank` owns, in flat order."""
         low, high = self.bounds(rank)
-        runs = []
+        ranges = []
         for slot in self.slots:
-            first, last = (_rows_before(slot, cut) for cut in (low, high))
-            if first < last:
-                runs.append(Run(slot, first, last, slot.start + first * slot.row_numel - low))
-        return runs
+            first, stop = (_rows_before(slot, cut) for cut in (low, high))
+            if first < stop:
+                ranges.append(RowRange(slot, first, stop, slot.start + first * slot.row_numel - low))
+        return ranges
 
 
 def _rows_before(slot: Slot, cut: int) -> int:

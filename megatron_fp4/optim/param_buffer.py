@@ -1,7 +1,7 @@
 """Compute parameters as views into flat buckets, refreshed from the master weights.
 
-One idea: after a step each rank rounds its part of the masters to the parameters' dtype and one all-gather per bucket
-writes the whole bucket in place; the `nn.Parameter` objects stay the same. The gathers may run beside the next forward:
+After a step each rank rounds its part of the masters to the parameters' dtype and one all-gather per bucket writes the
+whole bucket in place; the parameter objects stay the same. The gathers may run beside the next forward:
 `gather_beside_forward` makes every module wait for its own buckets, and for nothing else.
 """
 
@@ -18,10 +18,14 @@ from megatron_fp4.optim.layout import Bucket
 
 
 class ParamBuffer:
-    """The parameters of all buckets, replicated over `group` (dp x cp). parts: mine of each bucket, views."""
+    """The parameters of all buckets, replicated over `group` (dp x cp).
+
+    parts: this rank's part of each bucket, views.
+    """
 
     def __init__(self, buckets: Sequence[Bucket], group: Group) -> None:
-        self._buckets, self._group = buckets, group
+        self._buckets = buckets
+        self._group = group
         self._flats = [torch.zeros(b.numel, dtype=b.kind.dtype, device=b.kind.device) for b in buckets]
         self._pending: dict[int, PendingGather] = {}
         for bucket, flat in zip(buckets, self._flats, strict=True):

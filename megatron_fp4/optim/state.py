@@ -1,12 +1,34 @@
-"""What the optimizer shows to the checkpoint and to the training loop.
+"""What the optimizer owns on one rank, as rectangles of logical tensors, and what it says of a step.
 
-One idea: optimizer state is a list of rectangles of logical tensors. The checkpoint needs no knowledge of buckets or
-ranks, and the optimizer none of files.
+The checkpoint needs no knowledge of buckets or ranks, and the optimizer none of files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_fp4.comm.rect import Shard
+from megatron_fp4.optim.groups import AdamTensors
+from megatron_fp4.optim.layout import RowRange
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedRows:
+    """Rows of a parameter that this rank updates. writes: False where another rank counts and saves the same rows."""
+
+    rows: RowRange
+    tensors: AdamTensors
+    writes: bool
+
+    def shards(self, flats: dict[str, Tensor]) -> Iterator[Shard]:
+        """The rectangles that these rows are, with views of `flats` (by kind), which hold the rows' elements."""
+        rows = self.rows
+        shaped = {kind: flat.view(rows.shape) for kind, flat in flats.items()}
+        for piece, where in rows.slot.placement.pieces(rows.first_row, rows.stop_row):
+            yield Shard(where, {kind: tensor[piece] for kind, tensor in shaped.items()}, self.writes)
 
 
 @dataclass(frozen=True)

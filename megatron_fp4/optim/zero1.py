@@ -1,23 +1,21 @@
 """ZeRO-1: AdamW whose FP32 master weights and moments are divided by rows over the data-parallel ranks.
 
-One idea: a bucket is summed, updated and gathered by flat ranges, and every range is a list of rectangles.
-
     backward      main_grad += gradient (FP32)                                     every rank, all rows
     finish_grads  reduce-scatter: my rows of the sum over dp x cp -> global norm    (tied copies and tp partials before)
     step          clip -> AdamW on my rows -> all-gather parameters                 (in the parameters' dtype)
 
-The loss is normalised by the caller; nothing is divided here. A step whose gradient norm is not finite changes no state
-on any rank. The update itself is in `adam.py`, files and formats are the checkpoint's.
+A bucket of parameters is summed, updated and gathered by flat ranges (layout.py), and every range is a list of
+rectangles (state.py), which is what the checkpoint sees. The loss is normalised by the caller; nothing is divided here.
+A step whose gradient norm is not finite changes no state on any rank. Not here: the update itself (adam.py), files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.comm.mesh import ParallelMesh
@@ -26,38 +24,21 @@ from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.clip import clip_factor, global_norm
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
-from megatron_fp4.optim.groups import UpdateGroup, decay_of
-from megatron_fp4.optim.layout import Run, make_buckets
+from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
+from megatron_fp4.optim.layout import RowRange, make_buckets
 from megatron_fp4.optim.param_buffer import ParamBuffer
-from megatron_fp4.optim.state import StepReport
+from megatron_fp4.optim.state import OwnedRows, StepReport
 
 FP32_PER_MIB = 2**18
-
-
-@dataclass(frozen=True, eq=False)
-class OwnedRun:
-    """Rows of a parameter that this rank updates, with flat FP32 views of their master, gradient and moments."""
-
-    run: Run
-    master: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
 
 class Zero1AdamW:
     """The optimizer of one rank.
 
-    named_parameters: all trainable parameters of this rank, each with a `.placement`, and with `.tied_group` (a Group
-    of the ranks that hold a copy) where a weight lives on two stages. They become views into flat buffers and get
-    `.main_grad` (FP32) and `.grad_ready`. Build it after the parameters have their initial values; all ranks must.
+    named_parameters: all trainable parameters of this rank, as `LogicalParameter`. They become views into flat buffers
+    and get their `main_grad` and `grad_ready`. Build it after they have their initial values; all ranks must.
     sequence_parallel: replicated parameters have partial gradients on each tensor-parallel rank, which are summed.
-    on_weights_changed: called after the parameters have been rewritten (step, load). sum_dtype: of `.main_grad` and of
+    on_weights_changed: called after the parameters have been rewritten (step, load). sum_dtype: of `main_grad` and of
     the sums over ranks; FP64 hides in the rounding how many microbatches and ranks a sum was cut into.
     Raises ValueError for a parameter without a valid placement, and for an implementation that is not installed.
     """
@@ -71,8 +52,10 @@ class Zero1AdamW:
         on_weights_changed: Callable[[], None] | None = None,
         sum_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.config, self.step_count = config, 0
-        self._mesh, self._on_weights_changed = mesh, on_weights_changed
+        self.config = config
+        self.step_count = 0
+        self._mesh = mesh
+        self._on_weights_changed = on_weights_changed
         self.buckets = make_buckets(
             named_parameters,
             mesh.dp_cp,
@@ -85,10 +68,12 @@ class Zero1AdamW:
         overlap = config.overlap_reduce.enabled(self._device.type)
         self._grads = GradBuffer(self.buckets, mesh.dp_cp, mesh.tp, overlap=overlap, dtype=sum_dtype)
         self._params = ParamBuffer(self.buckets, mesh.dp_cp)
-        self._masters = [part.float() for part in self._params.parts]  # FP32 parameters are their own masters
-        self._moments = [[torch.zeros_like(master) for master in self._masters] for _ in ("exp_avg", "exp_avg_sq")]
-        self._grad_parts = [part.float() for part in self._summed_parts()]
-        self._owned = self._find_owned()
+        self._parts = [AdamTensors.start(*pair) for pair in zip(self._params.parts, self._grads.parts, strict=True)]
+        self._owned = [
+            OwnedRows(rows, part.narrow(rows.offset, rows.numel), self._writes(rows))
+            for bucket, part in zip(self.buckets, self._parts, strict=True)
+            for rows in bucket.row_ranges(mesh.dp_cp.rank)
+        ]
         self._adamw = choose_adamw(self._update_groups(), config)
         self._beside_forward = False
         self._finished = False
@@ -119,11 +104,11 @@ class Zero1AdamW:
         """
         assert not self._finished, "finish_grads was called twice in one step"
         self._grads.finish()
-        for part, total in zip(self._grad_parts, self._summed_parts(), strict=True):
-            if part is not total:
-                part.copy_(total)
+        for part, total in zip(self._parts, self._grads.parts, strict=True):
+            if part.grad is not total:
+                part.grad.copy_(total)
         self._finished = True
-        counted = [each.grad for each in self._owned if self._is_owner(each.run)]
+        counted = [owned.tensors.grad for owned in self._owned if owned.writes]
         return global_norm(counted, self._mesh.world, self._device)
 
     @torch.no_grad()
@@ -137,7 +122,7 @@ class Zero1AdamW:
             return StepReport(lr, norm, 0.0, skipped=True, nonfinite=self._nonfinite_names())
         factor = clip_factor(norm, max_norm)
         if factor < 1.0:
-            torch._foreach_mul_([each.grad for each in self._owned], factor)
+            torch._foreach_mul_([owned.tensors.grad for owned in self._owned], factor)
         self.step_count += 1
         self._params.wait()  # what a module without a forward has not waited for may still be on its way
         self._adamw.update(lr, self.step_count)
@@ -163,12 +148,12 @@ class Zero1AdamW:
     def state_shards(self) -> list[Shard]:
         """The rectangles of logical tensors whose state this rank holds; their tensors are views into live state."""
         self._params.wait()
-        return [shard for owned in self._owned for shard in self._shards_of(owned, owned.state)]
+        return [shard for owned in self._owned for shard in owned.shards(owned.tensors.state)]
 
     def grad_shards(self) -> list[Shard]:
         """The summed gradients of the rows that this rank updates, as "grad", between `finish_grads` and `step`."""
         assert self._finished, "finish_grads comes first"
-        return [shard for owned in self._owned for shard in self._shards_of(owned, {"grad": owned.grad})]
+        return [shard for owned in self._owned for shard in owned.shards({"grad": owned.tensors.grad})]
 
     def after_load(self) -> None:
         """Parameters = masters, after the state (and `step_count`) was filled in. Collective over dp x cp."""
@@ -176,52 +161,24 @@ class Zero1AdamW:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
-    def _summed_parts(self) -> list[Tensor]:
-        """My part of every bucket's gradients, in `sum_dtype`."""
-        bounds = (bucket.bounds(self._mesh.dp_cp.rank) for bucket in self.buckets)
-        return [flat[low:high] for flat, (low, high) in zip(self._grads.flats, bounds, strict=True)]
-
-    def _find_owned(self) -> list[OwnedRun]:
-        """All rows that this rank owns, with views of their gradient and state."""
-        owned: list[OwnedRun] = []
-        for index, bucket in enumerate(self.buckets):
-            parts = (self._masters[index], self._grad_parts[index], *(m[index] for m in self._moments))
-            owned += (
-                OwnedRun(run, *(part[run.start : run.start + run.numel] for part in parts))
-                for run in bucket.runs(self._mesh.dp_cp.rank)
-            )
-        return owned
+    def _writes(self, rows: RowRange) -> bool:
+        """False on a rank that holds a replica of rows which another rank counts and saves."""
+        placement = rows.slot.placement
+        return placement.writes and (not placement.tp_replicated or self._mesh.tp.rank == 0)
 
     def _update_groups(self) -> list[UpdateGroup]:
         groups: dict[float, UpdateGroup] = {}
-        for each in self._owned:
-            decay = decay_of(each.run.slot.placement, self.config.weight_decay)
-            groups.setdefault(decay, UpdateGroup(decay)).add(each.master, each.grad, each.exp_avg, each.exp_avg_sq)
+        for owned in self._owned:
+            decay = self.config.weight_decay if owned.rows.slot.placement.decay else 0.0
+            groups.setdefault(decay, UpdateGroup(decay)).members.append(owned.tensors)
         return list(groups.values())
 
-    def _is_owner(self, run: Run) -> bool:
-        """False on a rank that holds a replica of rows which another rank counts and saves."""
-        placement = run.slot.placement
-        return placement.writes and (not placement.tp_replicated or self._mesh.tp.rank == 0)
-
-    def _shards_of(self, owned: OwnedRun, flats: dict[str, Tensor]) -> Iterator[Shard]:
-        run = owned.run
-        whole = {kind: flat.view(run.shape) for kind, flat in flats.items()}
-        for rows, where in run.slot.placement.pieces(run.first_row, run.last_row):
-            tensors = {kind: tensor[rows] for kind, tensor in whole.items()}
-            yield Shard(where, tensors, writes=self._is_owner(run))
-
     def _refresh(self, wait: bool = False) -> None:
-        self._params.refresh(self._masters, wait=wait or not self._beside_forward)
+        self._params.refresh([part.master for part in self._parts], wait=wait or not self._beside_forward)
         if self._on_weights_changed is not None:
             self._on_weights_changed()
 
     def _nonfinite_names(self) -> tuple[str, ...]:
         """Logical names with a NaN or infinite gradient anywhere. Collective; only after a non-finite norm."""
-        mine = set()
-        for each in self._owned:
-            run, grad = each.run, each.grad.view(each.run.shape)
-            for rows, where in run.slot.placement.pieces(run.first_row, run.last_row):
-                if not bool(torch.isfinite(grad[rows]).all()):
-                    mine.add(where.name)
-        return tuple(sorted(set().union(*all_gather_object(mine, self._mesh.world))))
+        names = {shard.name for shard in self.grad_shards() if not bool(torch.isfinite(shard.tensors["grad"]).all())}
+        return tuple(sorted(set().union(*all_gather_object(names, self._mesh.world))))

@@ -19,7 +19,7 @@ from megatron_fp4.layers.fused.norm import NormImpl, fused_norm
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.config import Impl
-from megatron_fp4.optim.groups import UpdateGroup
+from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
 from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.backends.native_fp8 import REMEDY
 from megatron_fp4.precision.config import BackendName, ComputeDtype
@@ -60,9 +60,8 @@ def check_kernels(config: RunConfig, device: torch.device) -> None:
     if config.precision.backend is BackendName.native_fp8 and device.type != "cuda":
         raise ValueError(f"precision.backend=native_fp8 needs a Hopper GPU, but this run is on {device}{REMEDY}")
     model = config.model
-    group = UpdateGroup(0.0)
-    group.add(*(torch.zeros(64, device=device) for _ in range(4)))
-    choose_adamw([group], config.optim)
+    elements = AdamTensors.start(torch.zeros(64, device=device), torch.zeros(64, device=device))
+    choose_adamw([UpdateGroup(0.0, [elements])], config.optim)
     weight = nn.Parameter(torch.ones(64, device=device, dtype=config.precision.compute_dtype.torch_dtype))
     fused_norm(model.norm_impl, weight, model.norm_eps)
     choose_cross_entropy(model.loss_impl, model.vocab_size, Group.single(), config.train.label_smoothing)

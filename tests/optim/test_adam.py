@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_fp4.optim.adam import TorchAdamW, choose_adamw
 from megatron_fp4.optim.config import Impl, OptimConfig
-from megatron_fp4.optim.groups import UpdateGroup
+from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
 from megatron_fp4.optim.layout import ALIGN
 
 
@@ -24,10 +24,8 @@ def state_of(numel: int) -> tuple[Tensor, ...]:
 
 
 def group_of(state: tuple[Tensor, ...], cuts: list[int]) -> UpdateGroup:
-    group = UpdateGroup(0.1)
-    for low, high in pairwise(cuts):
-        group.add(*(tensor[low:high] for tensor in state))
-    return group
+    whole = AdamTensors(*state)
+    return UpdateGroup(0.1, [whole.narrow(low, high - low) for low, high in pairwise(cuts)])
 
 
 @pytest.mark.parametrize("numel", [64, 1003, 100_003])

@@ -55,14 +55,14 @@ def test_every_row_is_owned_exactly_once(sizes: list[tuple[int, ...]], ranks: in
         assert all(part >= 0 for part in bucket.parts), "cuts out of order"
         for rank in range(ranks):
             low, high = bucket.bounds(rank)
-            for run in bucket.runs(rank):
-                assert low <= low + run.start, "a run begins before its owner's part"
-                assert run.start + run.numel <= high - low, "a run ends after its owner's part"
-                assert low + run.start == run.slot.start + run.first_row * run.slot.row_numel, "shifted rows"
-                for row in range(run.first_row, run.last_row):
-                    owned[run.slot.name][row] += 1
-                if run.first_row:
-                    inside = run.first_row * run.slot.row_numel
+            for rows in bucket.row_ranges(rank):
+                assert low <= low + rows.offset, "a range begins before its owner's part"
+                assert rows.offset + rows.numel <= high - low, "a range ends after its owner's part"
+                assert low + rows.offset == rows.slot.start + rows.first_row * rows.slot.row_numel, "shifted rows"
+                for row in range(rows.first_row, rows.stop_row):
+                    owned[rows.slot.name][row] += 1
+                if rows.first_row:
+                    inside = rows.first_row * rows.slot.row_numel
                     assert inside % ALIGN == 0, "a cut that changes which elements the kernel's tail computes"
     assert all(count == 1 for counts in owned.values() for count in counts), "a row is lost or owned twice"
 
