@@ -38,6 +38,11 @@ class ComputeDtype(Enum):
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self is ComputeDtype.bf16 else torch.float32
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Type in which gradients are added up."""
+        return torch.float32 if self is ComputeDtype.bf16 else torch.float64
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -35,7 +35,7 @@ class Start:
 
 
 def build(checked: CheckedConfig, process: Process, phases: Phases | None = None) -> tuple[Run, Start]:
-    """Make the run on this rank. Collective: every rank calls it. phases: of the process, where a watchdog has them.
+    """Make the run on this rank. Collective: every rank calls it. phases: the process's, where a watchdog has them.
 
     Raises ValueError for what only a started job can see: the run directory, a checkpoint.
     """

@@ -81,7 +81,7 @@ def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer | None) -> RunConfi
 
 
 def _make_plan(config: RunConfig, linears: list[LinearInfo], tokens: int) -> PrecisionPlan:
-    """The precision of every linear in every phase, with all local shapes checked. tokens: of a microbatch per rank."""
+    """The precision of every linear in every phase, all local shapes checked. tokens: a rank's, of one microbatch."""
     total, tp = config.run_tokens, config.parallel.tp
     check_schedule(config.optim, total)
     decay_start = total - decay_tokens(config.optim, total)
@@ -99,8 +99,10 @@ def _make_plan(config: RunConfig, linears: list[LinearInfo], tokens: int) -> Pre
 def open_data(
     checked: CheckedConfig, dp_rank: int, state: dict[str, Any] | None = None, skip: Sequence[list[int]] = ()
 ) -> tuple[Loader, list[EvalLoader]]:
-    """The training and evaluation loaders of one data-parallel rank. state: the loader's, of a checkpoint. skip: sample
-    ranges that are not read, beside those of the configuration.
+    """The training and evaluation loaders of one data-parallel rank.
+
+    state: what a checkpoint holds of the training loader. skip: sample ranges that are not read, beside those of the
+    configuration. Raises ValueError or FileNotFoundError.
     """
     config, tokenizer = checked.config, checked.tokenizer
     fingerprint = tokenizer.fingerprint if tokenizer else None

@@ -1,8 +1,9 @@
 """Forward and backward of one global batch on one rank without pipeline stages.
 
-One idea: the loss of a batch is the sum over its target tokens divided by their number in the whole global batch, so no
-gradient needs to be rescaled afterwards, however the batch is divided. An engine returns that rank's part of the sum.
-`pipeline.engine` is the same interface over several stages.
+The loss of a batch is the sum over its target tokens divided by their number in the whole global batch, so no gradient
+needs to be rescaled afterwards, however the batch is divided. An engine returns that rank's part of the sum.
+
+Not here: the same interface over several stages (pipeline/engine.py).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Engine(Protocol):
 class TokenLoss:
     """Sum of token losses times a scale, from this rank's logits. See `choose_cross_entropy` for `impl`.
 
-    smoothing: of the labels in training; an evaluation, which records no gradients, is of the labels themselves.
+    smoothing: how far training labels are smoothed; an evaluation, which records no gradients, takes them as they are.
     """
 
     def __init__(self, vocab_size: int, tp: Group, impl: LossImpl = LossImpl.torch, smoothing: float = 0.0) -> None:

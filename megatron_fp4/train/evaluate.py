@@ -1,7 +1,7 @@
 """Held-out loss, in the evaluation precision.
 
-One idea: precision is a value on each linear, so evaluating in BF16 is assigning another table and assigning the old
-one back. Weights are the same.
+Precision is a value on each linear, so evaluating in BF16 is assigning another table and assigning the old one back.
+Weights are the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a loader's batch to what the stages of a model are fed.
 
-One idea: everything per token is a `[rows, S]` tensor that is cut along its rows into microbatches, so a pipeline
-schedule and a plain loop share it. Under context parallelism each rank keeps its zig-zag columns.
+Everything per token is a `[rows, S]` tensor that is cut along its rows into microbatches, so a pipeline schedule and a
+plain loop share it. Under context parallelism each rank keeps its zig-zag columns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_fp4.layers.loss import IGNORE
 
 
 class Inputs(NamedTuple):
-    """int64 `[num_micro * B, S / cp]` on the run's device. labels: IGNORE where a position is no target."""
+    """Tensors int64 `[num_micro * B, S / cp]` on the run's device. labels: IGNORE where a position is no target."""
 
     tokens: Tensor
     labels: Tensor

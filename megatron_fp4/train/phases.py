@@ -1,7 +1,7 @@
 """Which part of a step this rank is in, since when, and how long each part took.
 
-One idea: the trainer says `enter("reduce")` where a part begins; the watchdog reads where it stands, and the straggler
-report how long the parts of the last step took. Reading from another thread needs no lock.
+The step says `enter("reduce")` where a part begins; the watchdog reads where it stands, and the straggler report how
+long the parts of the last step took. Reading from another thread needs no lock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ under other names."""
 
 
 class CurrentPhase(NamedTuple):
-    """step: the one that is being made, from 1. since: time.monotonic()."""
+    """Where a rank is. step: the one that is being made, from 1. since: time.monotonic() when the phase began."""
 
     step: int
     name: str
@@ -56,9 +56,9 @@ class Phases:
         self.enter(self.current.name)
 
     def seconds(self, phase: str) -> float:
-        """Of the parts of this step that have ended."""
+        """Seconds spent in `phase` during this step, without the time since it was entered last."""
         return self._seconds.get(phase, 0.0)
 
     def step_seconds(self) -> float:
-        """Of all phases of the step."""
+        """Seconds of all phases of the step."""
         return sum(self.seconds(phase) for phase in STEP_PHASES)

@@ -1,8 +1,8 @@
 """Whether what a configuration names can run on this machine: refused before any rank does work.
 
-One idea: the check is the smallest instance. The backend, the optimizer, a norm and a loss are made as the run will
-make them, on one small tensor, so a missing package, a version without a feature or a GPU of another kind says at start
-what it would have said in `build`. What needs no machine (`check_choices`) is refused by `plan` too.
+The check is the smallest instance. The backend, the optimizer, a norm and a loss are made as the run will make them, on
+one small tensor, so a missing package, a version without a feature or a GPU of another kind says at start what it would
+have said in `build`. What needs no machine (`check_choices`) is refused by `plan` too.
 """
 
 from __future__ import annotations
@@ -43,10 +43,7 @@ def check_choices(config: RunConfig) -> None:
 
 
 def check_machine(config: RunConfig, device: torch.device) -> None:
-    """What else can be refused before the ranks meet: packages, their versions, this rank's GPU. Makes nothing lasting.
-
-    Raises ValueError with the remedy.
-    """
+    """Raises ValueError with the remedy for packages, their versions, this rank's GPU. Makes nothing lasting."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         make_backend(config.precision)
         check_kernels(config, device)

@@ -70,8 +70,8 @@ class Position:
 class StepResult:
     """What a step did, the same on all ranks.
 
-    loss: of the global batch, in nats per target token. nonfinite: where a NaN or Inf was met, for people; "" if
-    nowhere. tokens_hash: of the global batch. stop: a rank was asked to stop. position: behind the step.
+    loss: nats per target token of the global batch. nonfinite: where a NaN or Inf was met, for people; "" if nowhere.
+    tokens_hash: the global batch's, for the data ledger. stop: a rank was asked to stop. position: behind the step.
     """
 
     loss: float

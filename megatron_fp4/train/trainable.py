@@ -1,8 +1,8 @@
 """The part of a run that computes: clock, stages, engine and optimizer of one rank.
 
-One idea: a rank holds a list of stages, usually one. Without pipeline parallelism the list is the whole model and the
-engine is a plain loop; otherwise each stage has its own queue of weight gradients and `pipeline.engine` runs them.
-Trainer and parity checks build the same object.
+A rank holds a list of stages, usually one. Without pipeline parallelism the list is the whole model and the engine is a
+plain loop; otherwise each stage has its own queue of weight gradients and `pipeline.engine` runs them. Trainer and
+parity checks build the same object.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from megatron_fp4.models.partition import split_stages
 from megatron_fp4.optim import Zero1AdamW
 from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, WgradSwitch
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
-from megatron_fp4.precision.backends import Backend
-from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.precision.config import ComputeDtype
-from megatron_fp4.precision.linear_op import WgradQueue
+from megatron_fp4.precision import Backend, StepClock, WgradQueue
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine, LocalEngine, TokenLoss
@@ -33,7 +30,7 @@ from megatron_fp4.train.evaluate import assign
 
 @dataclass
 class Trainable:
-    """What a training step needs on one rank."""
+    """What computes on one rank: forward, backward and update."""
 
     clock: StepClock
     engine: Engine
@@ -60,7 +57,7 @@ def build_trainable(
         clock.weights_version += 1
 
     together = nn.ModuleList(stages)  # names a table that two stages share once
-    sum_dtype = torch.float64 if config.precision.compute_dtype is ComputeDtype.fp32 else torch.float32  # see `widen`
+    sum_dtype = config.precision.compute_dtype.sum_dtype
     optimizer = Zero1AdamW(together.named_parameters(), config.optim, mesh, True, weights_changed, sum_dtype)
     optimizer.gather_beside_forward(together)
     loss = TokenLoss(config.model.vocab_size, mesh.tp, config.model.loss_impl, config.train.label_smoothing)

@@ -1,11 +1,13 @@
 """What is needed to look at a bad step later: a directory `<run>/spikes/step_<n>`.
 
-report.json       step, loss, running mean, action; every sample with its documents
-norms.json        parameter and gradient norm of every logical tensor
-quantization.txt  errors of every quantized operand of every linear, as in <run>/quantization/ (if any is quantized)
-config.yaml       of the run
-checkpoints/      the newest checkpoint before the step: hard links, which cost nothing and outlive its retention
-replay.sh         one line that runs from there to the bad step again in the run's precision, and one for BF16
+    report.json       step, loss, running mean, action; every sample with its documents
+    norms.json        parameter and gradient norm of every logical tensor
+    quantization.txt  errors of every quantized operand of every linear, as in <run>/quantization/ (if any is quantized)
+    config.yaml       the run's settings
+    checkpoints/      the newest checkpoint before the step: hard links, which cost nothing and outlive its retention
+    replay.sh         one line that runs from there to the bad step again in the run's precision, and one for BF16
+
+Not here: when a step is bad (spikes.py), and the replay (cli/replay.py).
 """
 
 from __future__ import annotations
@@ -48,8 +50,9 @@ class BadStep:
 
 
 def write_bundle(run: Run, judgement: Judgement, bad: BadStep) -> Path:
-    """Collective; rank 0 writes. Trouble with the disk is logged and does not end the run. The step's gradients are
-    gone afterwards.
+    """Write the directory of a bad step; returns its path. Collective; rank 0 writes.
+
+    Trouble with the disk is logged and does not end the run. The step's gradients are gone afterwards.
     """
     directory = Path(run.config.train.run_dir) / SPIKES / f"step_{bad.step:08}"
     norms = norms_by_tensor(run.optimizer, run.mesh.world)
@@ -79,7 +82,7 @@ def _measure(run: Run, bad: BadStep) -> Report:
     run.clock.weights_version += 1  # else the weights' operands would be taken from the first time, unseen
     statistics = measure_again(run, bad.step, bad.rerun_step)
     if run.probes.nonfinite:
-        run.probes.nonfinite.take()  # seen and told the first time
+        run.probes.nonfinite.take()  # what the first time has told already
     return statistics
 
 

@@ -1,7 +1,7 @@
 """A request to stop, from the scheduler or the clock.
 
-One idea: a signal only sets a flag; the ranks agree on the flag at the end of a step, save once and leave with a code
-that the launcher understands.
+A signal only sets a flag; the ranks agree on the flag at the end of a step, save once and leave with a code that the
+launcher understands.
 
     SIGTERM, SIGUSR1          stop at the end of this step, save, exit EXIT_REQUEUE
     train.exit_after_seconds  the same

@@ -1,7 +1,7 @@
 """Loss spikes: when is a loss one, and what is done about it.
 
-One idea: a ladder whose rungs are decided from the loss that all ranks have agreed on, before the update, so that a
-spike changes no weight and all ranks act alike.
+A ladder whose rungs are decided from the loss that all ranks have agreed on, before the update, so that a spike changes
+no weight and all ranks act alike.
 
     1  the first `max_skips` spikes in a row: the batch is skipped, no state changes
     2  the next one: back to the newest checkpoint before the first of them, the samples since are never read again
@@ -30,7 +30,7 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of one loss. mean, deviation: of the window before it."""
+    """What to do about one loss. mean, deviation: those of the losses in the window before it."""
 
     action: Action
     loss: float
@@ -44,8 +44,10 @@ class Judgement:
 
 @dataclass
 class SpikeState:
-    """losses: of the last good steps. good_steps: in a row, since the last spike. first_spike: step of the first spike
-    in a row.
+    """What the ladder knows, as a checkpoint stores it.
+
+    losses: those of the last good steps. in_a_row: spikes since the last good step. first_spike: step of the first of
+    them. good_steps: good steps since the last spike. rollbacks: how many count against `max_rollbacks`.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -63,7 +65,7 @@ class SpikeLadder:
         self.state = SpikeState(**saved) if saved else SpikeState()
 
     def judge(self, step: int, loss: float) -> Judgement:
-        """What to do about the loss of `step`. One that is not finite is another mechanism's business."""
+        """What to do about the loss of `step`. One that is not finite is no spike: the optimizer skips that step."""
         if not self.config.enabled or not math.isfinite(loss):
             return Judgement(Action.go_on, loss)
         state, known = self.state, len(self.state.losses)

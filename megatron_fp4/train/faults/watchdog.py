@@ -1,9 +1,9 @@
 """Ends a job in which a rank hangs, from start-up to the last file, and says which rank, where, and why.
 
-One idea: a rank that waits for others stands in a collective, the late rank does not. A thread of each rank looks at
-how long the main thread has been in its phase. After half the time-out it posts step, phase and place on a board that
-needs no collective; after the whole time-out all ranks read the board, the late one prints the stack of its main
-thread, the first one the summary, and all end with EXIT_HUNG.
+A rank that waits for others stands in a collective, the late rank does not. A thread of each rank looks at how long the
+main thread has been in its phase. After half the time-out it posts step, phase and place on a board that needs no
+collective; after the whole time-out all ranks read the board, the late one prints the stack of its main thread, the
+first one the summary, and all end with EXIT_HUNG.
 
 Before the ranks have met there is no board: a rank that hangs then prints its own stack and ends.
 
@@ -35,8 +35,9 @@ from megatron_fp4.train.phases import CurrentPhase, Phases
 
 @dataclass(frozen=True)
 class Notice:
-    """What a rank says that does not get on. collective: in which it waits, "" if in none. place: file, line, function
-    of the innermost Python frame.
+    """Where a rank stands that does not get on.
+
+    collective: the one in which it waits, "" if in none. place: file, line, function of the innermost Python frame.
     """
 
     step: int
@@ -53,13 +54,15 @@ class Notice:
 class Watchdog:
     """Watches the calling thread while used in a `with`. timeout_seconds: longest time in one phase; 0 = no watch.
 
-    rank: of this process in the world. extra_seconds: what a phase may take on top, by name.
+    rank: this process's in the world. extra_seconds: what a phase may take on top, by name.
     """
 
     def __init__(
         self, phases: Phases, rank: int, timeout_seconds: float, extra_seconds: dict[str, float] | None = None
     ) -> None:
-        self._phases, self._rank, self._timeout = phases, rank, timeout_seconds
+        self._phases = phases
+        self._rank = rank
+        self._timeout = timeout_seconds
         self._extra = extra_seconds or {}
         self._poll = min(5.0, timeout_seconds / 10)
         self._watched = threading.get_ident()
@@ -103,7 +106,7 @@ class Watchdog:
                     exit_process(EXIT_HUNG)
 
     def _arm(self, current: CurrentPhase) -> None:
-        """What comes from C if this thread does not come back here; after everything that it would do by itself."""
+        """Let C end the process if this thread does not come back here, after all that it would do by itself."""
         longest = self._timeout + self._extra.get(current.name, 0.0)
         faulthandler.dump_traceback_later(longest + 5 * self._poll, exit=True, file=sys.__stderr__ or 2)
 

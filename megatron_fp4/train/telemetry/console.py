@@ -19,8 +19,10 @@ class Console:
     """
 
     def __init__(self, *, enabled: bool, interval_steps: int) -> None:
-        self._enabled, self._interval = enabled, max(1, interval_steps)
-        self._first = self._last = 0
+        self._enabled = enabled
+        self._interval = max(1, interval_steps)
+        self._first = 0
+        self._last = 0
         self._began = time.monotonic()
         self._line = _progress_line() if enabled and sys.stdout.isatty() else None
 
@@ -32,9 +34,11 @@ class Console:
 
     def start(self, first_step: int, last_step: int) -> None:
         """Begin to count: the run goes from after `first_step` to `last_step`."""
-        self._first, self._last, self._began = first_step, last_step, time.monotonic()
+        self._first = first_step
+        self._last = last_step
+        self._began = time.monotonic()
         if self._line is not None:
-            for task in self._line.task_ids:  # of before a rollback
+            for task in self._line.task_ids:  # left by the attempt before a rollback
                 self._line.remove_task(task)
             self._line.add_task("", total=last_step, completed=first_step)
             self._line.start()

@@ -1,8 +1,8 @@
 """Which rank is the slowest in which phase of a step.
 
-One idea: every so many steps each rank sends the seconds of its phases to all, and the slowest of each phase is named.
-In phases that are collectives slow means waiting, so there the rank that waits least is the one that is late. Ranks
-that meet inside the forward pass (one tensor-parallel group, the stages of a pipeline) are slow together there.
+Every so many steps each rank sends the seconds of its phases to all, and the slowest of each phase is named. In phases
+that are collectives slow means waiting, so there the rank that waits least is the one that is late. Ranks that meet
+inside the forward pass (one tensor-parallel group, the stages of a pipeline) are slow together there.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ def is_due(step: int, interval_steps: int, world: Group) -> bool:
 
 
 def straggler_metrics(phases: Phases, world: Group, device: torch.device) -> dict[str, float]:
-    """Of the last step: `straggler/<phase>/{rank,seconds,median}`, and who was waited for. Collective."""
-    mine = torch.tensor([[phases.seconds(phase) for phase in STEP_PHASES]], dtype=torch.float64, device=device)
-    seconds = all_gather_rows(mine, world).cpu()  # [ranks, phases]
-    found: dict[str, float] = {}
+    """`straggler/<phase>/{rank,seconds,median}` of the last step, and who was waited for. Collective."""
+    local_seconds = torch.tensor([[phases.seconds(phase) for phase in STEP_PHASES]], dtype=torch.float64, device=device)
+    seconds = all_gather_rows(local_seconds, world).cpu()  # [ranks, phases]
+    metrics: dict[str, float] = {}
     for number, phase in enumerate(STEP_PHASES):
         column = seconds[:, number]
-        found[f"straggler/{phase}/rank"] = float(column.argmax())
-        found[f"straggler/{phase}/seconds"] = float(column.max())
-        found[f"straggler/{phase}/median"] = float(column.median())
+        metrics[f"straggler/{phase}/rank"] = float(column.argmax())
+        metrics[f"straggler/{phase}/seconds"] = float(column.max())
+        metrics[f"straggler/{phase}/median"] = float(column.median())
     waits = seconds[:, [STEP_PHASES.index(phase) for phase in WAITS]].sum(1)
-    found["straggler/waited_for/rank"] = float(waits.argmin())
-    found["straggler/waited_for/seconds"] = float(waits.max() - waits.min())
-    return found
+    metrics["straggler/waited_for/rank"] = float(waits.argmin())
+    metrics["straggler/waited_for/seconds"] = float(waits.max() - waits.min())
+    return metrics
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """One line: the slowest rank of each phase."""
+    """The slowest rank of each phase, in one line. metrics: what `straggler_metrics` returned."""
     parts = []
     for phase in STEP_PHASES:
         rank, seconds, median = (metrics[f"straggler/{phase}/{what}"] for what in ("rank", "seconds", "median"))
