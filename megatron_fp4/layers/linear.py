@@ -33,6 +33,7 @@ from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.parameter import make_parameter, normal_init
 from megatron_fp4.precision.linear_op import LinearSite, WeightCache, WgradQueue, quantized_linear
 from megatron_fp4.precision.spec import LinearPrecision
+from megatron_fp4.precision.table import PrecisionTable
 
 
 class ParallelLinear(nn.Module):
@@ -148,6 +149,13 @@ class RowParallelLinear(ParallelLinear):
 def linears_of(model: nn.Module) -> dict[str, ParallelLinear]:
     """All parallel linears of a model (or of this rank's stages), by logical name, in order."""
     return {module.name: module for module in model.modules() if isinstance(module, ParallelLinear)}
+
+
+def assign_precision(model: nn.Module, table: PrecisionTable) -> None:
+    """Give every linear of `model` its precision from the table."""
+    precisions = table.by_name
+    for name, linear in linears_of(model).items():
+        linear.precision = precisions[name]
 
 
 def amax_groups(linear: ParallelLinear) -> tuple[Group, Group, Group]:

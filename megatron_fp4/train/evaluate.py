@@ -15,17 +15,10 @@ from torch import nn
 from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.evaluation import EvalLoader
-from megatron_fp4.layers.linear import linears_of
+from megatron_fp4.layers.linear import assign_precision, linears_of
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.inputs import make_inputs
-
-
-def assign(model: nn.Module, table: PrecisionTable) -> None:
-    """Give every linear of `model` its precision from the table."""
-    precisions = table.by_name
-    for name, linear in linears_of(model).items():
-        linear.precision = precisions[name]
 
 
 @contextmanager
@@ -34,7 +27,7 @@ def evaluating(stages: list[nn.Module], table: PrecisionTable) -> Iterator[None]
     before = [{name: linear.precision for name, linear in linears_of(stage).items()} for stage in stages]
     for stage in stages:
         stage.eval()
-        assign(stage, table)
+        assign_precision(stage, table)
     try:
         yield
     finally:

@@ -17,14 +17,13 @@ from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.parameter import logical_parameters
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.layers.layer_context import LayerContext
-from megatron_fp4.models.decoder import Decoder, whole_model
+from megatron_fp4.layers.linear import assign_precision
+from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.precision.backends.choose import make_backend
-from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.evaluate import assign
 from megatron_fp4.train.requirements import by_torch
+from megatron_fp4.train.trainable import draw_stages
 
 
 @torch.no_grad()
@@ -57,15 +56,8 @@ def open_trained(config: RunConfig, step: int | None = None) -> tuple[CheckedCon
     checked = check_config(replace(by_torch(config), parallel=ParallelConfig()), world_size=1)
     config = checked.config
     backend = make_backend(replace(config.precision, compile=False))
-    dtype = config.precision.compute_dtype.torch_dtype
-    clock = StepClock(config.train.seed)
-    context = LayerContext.of(ParallelMesh.single_process(), backend, clock, dtype, torch.device("cpu"))
-    stage = whole_model(config.model)
-    model = Decoder(config.model, context, stage, keep_documents_apart=config.data.reset_documents).eval()
-    assign(model, checked.plan.evaluation_table())
-    load_weights(
-        model,
-        CheckpointStore(Path(config.train.run_dir) / "checkpoints", Group.single("world"), config.checkpoint),
-        step,
-    )
-    return checked, model
+    (model,) = draw_stages(config, backend, ParallelMesh.single_process(), torch.device("cpu"))
+    assign_precision(model, checked.plan.evaluation_table())
+    store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", Group.single("world"), config.checkpoint)
+    load_weights(model, store, step)
+    return checked, model.eval()

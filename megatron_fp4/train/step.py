@@ -16,9 +16,9 @@ from megatron_fp4.comm.collectives import all_gather_object, all_gather_rows, al
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ledger import combine_hashes, step_hash
+from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.optim import StepReport, learning_rate
 from megatron_fp4.precision.backends import NonFiniteEvent
-from megatron_fp4.train.evaluate import assign
 from megatron_fp4.train.inputs import make_inputs
 from megatron_fp4.train.run import Position, Run, StepResult
 from megatron_fp4.train.telemetry.probes import watching
@@ -50,7 +50,7 @@ def train_step(
     enter("assign")  # 1
     table = run.plan.table(run.plan.phase_at(position.samples * config.data.seq_length))
     for stage in run.engine.stages:
-        assign(stage, table)
+        assign_precision(stage, table)
     run.clock.step = position.step
     optimizer.zero_grad()
     microbatches = make_inputs(batch, run.mesh.cp, run.device).split(config.train.micro_batch)

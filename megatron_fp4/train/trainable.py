@@ -15,6 +15,7 @@ from torch import nn
 from megatron_fp4.comm.mesh import Group, ParallelMesh, build_ends_group
 from megatron_fp4.layers.embedding import vocab_range
 from megatron_fp4.layers.layer_context import LayerContext
+from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.models.partition import split_stages
@@ -25,7 +26,6 @@ from megatron_fp4.precision import Backend, StepClock, WgradQueue
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine, LocalEngine, TokenLoss
-from megatron_fp4.train.evaluate import assign
 
 
 @dataclass
@@ -51,7 +51,7 @@ def build_trainable(
     stages = _make_stages(config, numbers, contexts, tied_group)
     for stage in stages:
         initialize_parameters(stage, config.train.seed)
-        assign(stage, table)
+        assign_precision(stage, table)
 
     def weights_changed() -> None:
         clock.weights_version += 1

@@ -133,14 +133,14 @@ def test_evaluation_computes_in_its_own_precision(tmp_path: Path) -> None:
 
 def test_a_precision_that_is_not_assigned_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train.check_gemms` looks at what is executed, not at what was configured."""
-    assign, calls = step_module.assign, []
+    assign, calls = step_module.assign_precision, []
 
     def only_once(*arguments: object) -> None:
         if not calls:
             assign(*arguments)  # type: ignore[arg-type]
         calls.append(arguments)
 
-    monkeypatch.setattr(step_module, "assign", only_once)
+    monkeypatch.setattr(step_module, "assign_precision", only_once)
     run = tiny_run(tmp_path, f"precision.switch=[{switch(2)}]", "train.check_gemms=true")
     with pytest.raises(GemmMismatch, match=r"step 2: GEMMs that are not as in the precision table") as caught:
         train(run, 3)
