@@ -1,0 +1,118 @@
+"""Curves of runs: what is drawn and how; as a PNG of the losses, or as SVG elements for a page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_fp4.train.telemetry.series import Curve, RunSeries, gap_percent, matching_keys
+
+LOSS = "loss (nats per token)"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot over consumed tokens. keys: which metrics, as a regular expression."""
+
+    title: str
+    keys: str
+    log: bool = False
+    scale: float = 1.0
+
+
+PANELS = (
+    Panel("gradient norm", "grad_norm", log=True),
+    Panel("parameter norm", "param_norm"),
+    Panel("learning rate", "lr"),
+    Panel("tokens per second", "tokens_per_second"),
+    Panel("model TFLOP/s per device", "tflops"),
+    Panel("utilization (of BF16 peak, of mixed peak), percent", "mfu|mfu_mixed", scale=100.0),
+    Panel("seconds waited for data in a step", "data_wait_seconds"),
+    Panel("steps without an update, so far", "skipped_steps"),
+    Panel("seconds of a save: blocking, in all", "save/blocking_seconds|save/seconds"),
+    Panel("seconds of the slowest rank, by phase", "straggler/(?!waited).*/seconds"),
+)
+
+
+def all_plots(runs: Sequence[RunSeries]) -> list[str]:
+    """An SVG element for the losses, for what they differ by, and for each panel that has a point."""
+    plots = [_svg(LOSS, partial(_draw_losses, runs=runs))]
+    if len(runs) > 1:
+        plots.append(_svg(f"loss against {runs[0].name}, percent", partial(_draw_gaps, runs=runs)))
+    plots += [_svg(panel.title, partial(_draw_panel, runs=runs, panel=panel)) for panel in PANELS if _has(runs, panel)]
+    return plots
+
+
+def write_losses(runs: Sequence[RunSeries], path: Path) -> None:
+    """Training and held-out loss over consumed tokens, as a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(LOSS, partial(_draw_losses, runs=runs), path, size=(8, 4.5), dpi=120)
+
+
+def _svg(title: str, draw: Callable[[Any], None]) -> str:
+    """One figure as an SVG element; the same bytes for the same numbers."""
+    out = io.StringIO()
+    _save(title, draw, out, size=(6, 3.4), format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    return f"<figure style='margin:0'>{text[text.index('<svg') :]}</figure>"
+
+
+def _save(
+    title: str, draw: Callable[[Any], None], out: Path | io.StringIO, size: tuple[float, float], **how: Any
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": title}):
+        figure, axes = plt.subplots(figsize=size)
+        draw(axes)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("consumed tokens (millions)")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8)
+        figure.tight_layout()
+        figure.savefig(out, **how)
+        plt.close(figure)
+
+
+def _line(axes: Any, curve: Curve, *style: str, scale: float = 1.0, **look: Any) -> None:
+    axes.plot([tokens / 1e6 for tokens in curve.tokens], [scale * value for value in curve.values], *style, **look)
+
+
+def _draw_losses(axes: Any, runs: Sequence[RunSeries]) -> None:
+    for number, run in enumerate(runs):
+        color = f"C{number}"
+        _line(axes, run.curve("loss"), color=color, alpha=0.2, lw=0.8)
+        _line(axes, run.curve("loss").smooth(), color=color, lw=1.3, label=run.name)
+        for key in matching_keys([run], "eval/.*/loss"):
+            _line(axes, run.curve(key), "o", color=color, ms=4, label=f"{run.name}: {key.split('/')[1]}")
+
+
+def _draw_gaps(axes: Any, runs: Sequence[RunSeries]) -> None:
+    base, *others = runs
+    for number, run in enumerate(others, 1):
+        _line(axes, gap_percent(run, base), color=f"C{number}", lw=1.3, label=run.name)
+    axes.axhline(0.0, color="#888", lw=0.8)
+
+
+def _has(runs: Sequence[RunSeries], panel: Panel) -> bool:
+    return any(run.curve(key).values for key in matching_keys(runs, panel.keys) for run in runs)
+
+
+def _draw_panel(axes: Any, runs: Sequence[RunSeries], panel: Panel) -> None:
+    keys = matching_keys(runs, panel.keys)
+    for number, run in enumerate(runs):
+        for index, key in enumerate(keys):
+            curve = run.curve(key)
+            label = run.name if len(keys) == 1 else f"{run.name}: {key}"
+            style, color = "o-" if len(curve.values) < 30 else "-", f"C{number * len(keys) + index}"
+            _line(axes, curve, style, scale=panel.scale, ms=3, lw=1, color=color, label=label)
+    if panel.log:
+        axes.set_yscale("log")
