@@ -13,7 +13,6 @@ taken). There is no conversion between layouts: every layout reads every checkpo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +24,7 @@ from omegaconf import OmegaConf
 from megatron_fp4.checkpoint import edit, offline
 from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.cli.schema import build, twin
-from megatron_fp4.interop.config import transformers_config
-from megatron_fp4.interop.families import to_transformers
+from megatron_fp4.interop.write import write_transformers
 from megatron_fp4.models.config import ModelConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -36,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 1 if `verify` finds damage, 2 for what cannot be done."""
     args = _parse(arguments)
     try:
-        paths = [find(path) for path in args.checkpoints]
+        paths = [_newest(path) for path in args.checkpoints]
         if args.action == "inspect":
             for path in paths:
                 print(describe(path, names=args.names))
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         elif args.action == "extract":
             print(f"written: {edit.extract(paths[0], args.to, kinds=args.kinds)}")
         else:
-            print(f"written: {export(paths[0], args.to, DTYPES[args.dtype])}")
+            print(f"written: {_export(paths[0], args.to, DTYPES[args.dtype])}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -77,8 +75,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that `path` names. Raises FileNotFoundError."""
+def _newest(path: Path) -> Path:
+    """The checkpoint that `path` names or that is the newest one in it. Raises FileNotFoundError."""
     inside = path / "checkpoints"
     return offline.resolve(inside if inside.is_dir() else path)
 
@@ -119,26 +117,8 @@ def _verify(paths: Sequence[Path]) -> int:
     return 1 if damaged else 0
 
 
-def export(path: Path, to: Path, dtype: torch.dtype) -> Path:
-    """Write the masters as a model of `transformers`. Raises ValueError where it has no such architecture."""
-    from safetensors.torch import save_file
-
-    settings = read_state(path)["meta"]["config"]
-    config = _model_config(settings["model"])
-    values = transformers_config(config, seq_length=settings["data"]["seq_length"])
-    keys = [info.key for info in offline.list_tensors(path) if info.kind == "master"]
-    masters = {key.split("/", 1)[1]: tensor for key, tensor in offline.read_tensors(path, keys).items()}
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in to_transformers(config, masters).items()}
-    to.mkdir(parents=True, exist_ok=True)
-    if any(to.iterdir()):
-        raise ValueError(f"{to} is not empty; choose another output directory")
-    values |= {"dtype": str(dtype).removeprefix("torch."), "transformers_version": "5.23.0"}
-    (to / "config.json").write_text(json.dumps(values, indent=1) + "\n")
-    save_file(tensors, str(to / "model.safetensors"), metadata={"format": "pt"})
-    return to
-
-
-def _model_config(stored: dict[str, Any]) -> ModelConfig:
-    """From the plain values in a checkpoint: enums are stored by name."""
-    merged = OmegaConf.merge(OmegaConf.structured(twin(ModelConfig)), OmegaConf.create(stored))
-    return build(ModelConfig, OmegaConf.to_container(merged))  # type: ignore[arg-type]
+def _export(path: Path, to: Path, dtype: torch.dtype) -> Path:
+    settings = read_state(path)["meta"]["config"]  # enums are stored by name, which omegaconf reads
+    merged = OmegaConf.merge(OmegaConf.structured(twin(ModelConfig)), OmegaConf.create(settings["model"]))
+    values: Any = OmegaConf.to_container(merged)
+    return write_transformers(path, build(ModelConfig, values), settings["data"]["seq_length"], to, dtype)

@@ -1,5 +1,4 @@
-"""`megatron-fp4 verify-parallel experiment=quickstart --layouts "tp2 pp2 dp2, tp4, pp4:zbv"`: does a layout compute the
-numbers of one process?
+"""`megatron-fp4 verify-parallel experiment=quickstart --layouts "tp2, pp4:zbv"`: does a layout change the numbers?
 
 A small model with every feature of the configured one (proofs/shrink.py) is trained for five steps on synthetic tokens,
 by one process and by each layout on local gloo processes; loss, every gradient, the gradient norm and every parameter
@@ -16,12 +15,11 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_fp4.cli.compose import compose_config, to_run_config
-from megatron_fp4.comm.config import Overlap, ParallelConfig
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
 from megatron_fp4.models.layout import check_model_layout
-from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.proofs.distance import Comparison, compare, worst
-from megatron_fp4.proofs.layouts import Layout, parse_layouts
+from megatron_fp4.proofs.layouts import Layout, parse_layouts, with_overlap
 from megatron_fp4.proofs.parity import Case, Record, run_cases
 from megatron_fp4.proofs.shrink import shrink
 from megatron_fp4.proofs.verdict import TOLERANCES, find_failures, likely_cause
@@ -43,7 +41,7 @@ def main(arguments: Sequence[str], worker: Callable[..., list[Record]] = run_cas
         if args.steps < 2:
             raise ValueError(f"--steps = {args.steps}, must be at least 2")
         config = to_run_config(compose_config(args.overrides))
-        layouts = [_overlapped(layout, config.parallel.overlap_tensor) for layout in parse_layouts(args.layouts)]
+        layouts = [with_overlap(layout, config.parallel.overlap_tensor) for layout in parse_layouts(args.layouts)]
         cases = [replace(case, num_steps=args.steps) for case in shrink(config, layouts)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -55,15 +53,6 @@ def main(arguments: Sequence[str], worker: Callable[..., list[Record]] = run_cas
     total = len(layouts) * len(cases)
     print(f"{total - wrong} of {total} comparisons passed")
     return 1 if wrong else 0
-
-
-def _overlapped(layout: Layout, setting: Overlap) -> Layout:
-    """With the overlap that the configuration has on GPUs, where the layout has any."""
-    parallel = layout.parallel
-    if parallel.tp == 1 or schedule_rule(parallel.schedule).defers_wgrad:
-        return layout
-    wanted = Overlap.never if setting is Overlap.never else Overlap.always
-    return replace(layout, parallel=replace(parallel, overlap_tensor=wanted))
 
 
 def _announce(config: RunConfig, cases: Sequence[Case], layouts: Sequence[Layout]) -> None:
@@ -112,8 +101,9 @@ def _check(
     return sum(not ok for ok in passed.values())
 
 
-def _line(layout: Layout, case: Case, found: Comparison, *, failed: bool) -> str:
-    errors = [found.loss_error, found.norm_error, worst(found.grads), *(worst(d) for d in found.masters.values())]
+def _line(layout: Layout, case: Case, compared: Comparison, *, failed: bool) -> str:
+    parameters = [worst(differences) for differences in compared.masters.values()]
+    errors = [compared.loss_error, compared.norm_error, worst(compared.grads), *parameters]
     equal = not any(errors) and not failed
     cells = " ".join(f"{'=' if error == 0.0 else f'{error:.0e}':>8}" for error in errors)
     return f"{layout.name:<26} {case.name:<7} {cells}  {'FAILED' if failed else 'equal' if equal else 'ok'}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from megatron_fp4.comm.config import ParallelConfig
-from megatron_fp4.pipeline.schedules import stages_per_rank
+from megatron_fp4.comm.config import Overlap, ParallelConfig
+from megatron_fp4.pipeline.schedules import schedule_rule, stages_per_rank
 
 _AXIS = re.compile(r"(tp|pp|cp|dp)([1-9]\d*)(?:v([1-9]\d*))?")
 
@@ -30,6 +30,14 @@ class Layout:
     @property
     def num_stages(self) -> int:
         return self.parallel.pp * stages_per_rank(self.parallel)
+
+
+def with_overlap(layout: Layout, setting: Overlap) -> Layout:
+    """The layout with the overlap of tensor parallelism that `setting` means on GPUs, where it can have any."""
+    if layout.parallel.tp == 1 or schedule_rule(layout.parallel.schedule).defers_wgrad:
+        return layout
+    overlap = Overlap.never if setting is Overlap.never else Overlap.always
+    return replace(layout, parallel=replace(layout.parallel, overlap_tensor=overlap))
 
 
 def parse_layouts(text: str) -> list[Layout]:

@@ -8,8 +8,9 @@ from megatron_fp4.cli import verify_resume
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.optim import Zero1AdamW
+from megatron_fp4.proofs import resume
 from megatron_fp4.proofs.parity import Case
-from megatron_fp4.proofs.resume import Report, Stretch, run_stretch
+from megatron_fp4.proofs.resume import Stretch, StretchReport, run_stretch
 
 TINY = ["model=gpt_tiny", "model.num_layers=2", "--layout", "dp2", "--others", "dp1", "--steps", "2"]
 
@@ -26,7 +27,7 @@ def test_a_right_resume_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "batch-size ramp: steps of 4, 4, 8, 12 samples" in out
 
 
-def forgets_moments(process: Process, case: Case, parallel: ParallelConfig, stretch: Stretch) -> Report:
+def forgets_moments(process: Process, case: Case, parallel: ParallelConfig, stretch: Stretch) -> StretchReport:
     """A resume whose second moments start from zero."""
     right = Zero1AdamW.after_load
 
@@ -42,7 +43,7 @@ def forgets_moments(process: Process, case: Case, parallel: ParallelConfig, stre
 def test_a_state_that_does_not_come_back_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify_resume, "run_stretch", forgets_moments)
+    monkeypatch.setattr(resume, "run_stretch", forgets_moments)
     assert verify_resume.main([*TINY, "precision=bf16"]) == 1
     out = capsys.readouterr().out
     assert "fp32    dp2 killed, resumed at dp2           FAILED" in out
