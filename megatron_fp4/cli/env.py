@@ -1,7 +1,7 @@
 """`megatron-fp4 env`: what this installation and machine are, to paste into a bug report.
 
-One idea: one line per fact, plain text, and nothing fails: what is absent is reported as absent. Pins of this package's
-own requirements and the versions of the Dockerfile's image are compared with what is installed; a difference is marked.
+One line per fact, and nothing fails: what is absent is reported as absent. Pins of this package's own requirements and
+the versions of the Dockerfile's image are compared with what is installed; a difference is marked.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def software() -> Iterator[tuple[str, str]]:
     yield "nccl", _nccl()
     yield "gloo", "yes" if dist.is_available() and dist.is_gloo_available() else "no"
     for name in PACKAGES:
-        found = _version(name)
-        yield name, (found or "absent") + (_compared(pins.get(name), found) if found else "") + _image(name, found)
+        version = _version(name)
+        pin = _compared(pins.get(name), version) if version else ""
+        yield name, (version or "absent") + pin + _image(name, version)
 
 
 def gpus() -> Iterator[tuple[str, str]]:
@@ -109,21 +110,23 @@ def machine() -> Iterator[tuple[str, str]]:
 
 def variables() -> Iterator[tuple[str, str]]:
     """The settings of libraries that are made by the environment."""
-    found = environment(*VARIABLES)
-    if not found:
+    settings = environment(*VARIABLES)
+    if not settings:
         yield "environment", f"no variable {', '.join(prefix + '*' for prefix in VARIABLES)} is set"
-    yield from found.items()
+    yield from settings.items()
 
 
 def _formats(capability: tuple[int, int]) -> list[Format]:
-    found = []
-    for fmt in (Format.nvfp4, Format.mxfp8, Format.fp8_block):
-        try:
-            check_capability(capability, {fmt})
-        except ValueError:
-            continue
-        found.append(fmt)
-    return found
+    """The formats that Transformer Engine multiplies on a GPU of this compute capability."""
+    return [fmt for fmt in (Format.nvfp4, Format.mxfp8, Format.fp8_block) if _is_capable(capability, fmt)]
+
+
+def _is_capable(capability: tuple[int, int], fmt: Format) -> bool:
+    try:
+        check_capability(capability, {fmt})
+    except ValueError:
+        return False
+    return True
 
 
 def _version(name: str) -> str | None:
@@ -143,19 +146,19 @@ def _pins() -> dict[str, str]:
     return {match[1]: match[2] for match in exact if match}
 
 
-def _compared(pin: str | None, found: str) -> str:
-    return f"   REQUIRED {pin}" if pin and found.split("+")[0] != pin else ""
+def _compared(pin: str | None, version: str) -> str:
+    return f"   REQUIRED {pin}" if pin and version.split("+")[0] != pin else ""
 
 
-def _image(name: str, found: str | None) -> str:
+def _image(name: str, version: str | None) -> str:
     """Where the version is not that of the image: which one that has."""
     wanted = IMAGE.get(name)
     release = re.match(r"\d+\.\d+", wanted or "")
-    return f"   (the Dockerfile's image has {wanted})" if release and not _same(release[0], found) else ""
+    return f"   (the Dockerfile's image has {wanted})" if release and not _is_release(release[0], version) else ""
 
 
-def _same(release: str, found: str | None) -> bool:
-    return found is not None and re.match(re.escape(release) + r"(\D|$)", found) is not None
+def _is_release(release: str, version: str | None) -> bool:
+    return version is not None and re.match(re.escape(release) + r"(\D|$)", version) is not None
 
 
 def _first_line(compiler: str) -> str:

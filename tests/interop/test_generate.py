@@ -63,5 +63,5 @@ def test_a_run_without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "megatron_fp4.interop.generate.open_trained", lambda *_: (SimpleNamespace(tokenizer=None), None)
     )
-    with pytest.raises(ValueError, match="no data.tokenizer"):
+    with pytest.raises(ValueError, match=r"no data\.tokenizer"):
         TextGenerator(config=None)  # type: ignore[arg-type]
