@@ -127,6 +127,26 @@ def index(documents: int, repeat: int) -> None:
     print(f"  ratio {own[0] / floor[0]:.2f} in time, {own[1] / floor[1]:.2f} in memory")
 
 
+def heldout(documents: int, repeat: int) -> None:
+    """Looking for 10,000 held-out documents among `documents`, by their stored hashes."""
+    from megatron_fp4.data.overlap import common_documents
+
+    class Hashed:
+        def __init__(self, count: int, seed: int) -> None:
+            self.shards = [np.random.default_rng(seed).integers(0, 2**63, count, dtype=np.uint64)]
+            self.lengths = np.full(count, 100)
+
+    small, large = Hashed(10_000, 1), Hashed(documents, 2)
+    seconds = []
+    for _ in range(repeat):
+        began = time.process_time()
+        common_documents(small, large, lambda hashes: hashes)
+        seconds.append(time.process_time() - began)
+    print(
+        f"\n10,000 held-out documents looked for among {documents:,d}: {min(seconds) / documents * 1e9:.1f} CPU ns each"
+    )
+
+
 def consumption(run: Path) -> float:
     """Median tokens per second of a run's steps."""
     from megatron_fp4.train.telemetry.metrics import read_metrics
@@ -177,6 +197,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenization(Path(folder), args.workers, args.repeat)
         index(args.documents, args.repeat)
+        heldout(args.documents, args.repeat)
         loading(Path(folder), args.run, consumed)
 
 

@@ -145,7 +145,9 @@ class _Lock:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("shard_*") if re.fullmatch(r"shard_\d{5,}\.(bin|idx)(\.tmp)?", path.name)]
+    return [
+        path for path in folder.glob("shard_*") if re.fullmatch(r"shard_\d{5,}\.(bin|idx|hashes)(\.tmp)?", path.name)
+    ]
 
 
 def _refuse_full(folders: Iterable[Path]) -> None:

@@ -1,4 +1,7 @@
-"""Are these shards what they say? Sizes, every index entry, checksums, largest token id. Reads every byte once."""
+"""Are these shards what they say? Sizes, every index entry, checksums, hashes, largest token id. Reads every byte.
+
+With --heldout: does a held-out set hold documents of these shards? Equal token for token.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_tools.cli import run_tool
 from data_tools.shards_of import Listed, list_shards
+from megatron_fp4.data.overlap import any_hashes, common_documents
+from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.shards.manifest import BLOCK_BYTES, digest_file
 from megatron_fp4.data.shards.shard import TokenShard
 from megatron_fp4.data.text.tokenizer import load_tokenizer
 
 _TOKENS_AT_ONCE = 1 << 22
+MAX_LISTED = 20
 
 
 def problems_of(listed: Listed, vocab_size: int | None) -> list[str]:
@@ -27,7 +35,27 @@ def problems_of(listed: Listed, vocab_size: int | None) -> list[str]:
         shard.check_index()
     except (ValueError, FileNotFoundError) as error:
         return [*problems, str(error)]
-    return problems + _token_problems(shard, listed.entry, vocab_size)
+    return problems + _token_problems(shard, listed.entry, vocab_size) + _hash_problems(shard)
+
+
+def _hash_problems(shard: TokenShard) -> list[str]:
+    """Stale hashes would hide held-out text from the comparison at a start."""
+    stored, path = shard.document_hashes(), Path(f"{shard.prefix}.hashes")
+    if stored is None:
+        count = path.stat().st_size / 8 if path.exists() else 0
+        return [f"{path}: {count:g} hashes for {shard.num_documents} documents; remove the file"] if count else []
+    wrong = np.flatnonzero(stored != shard.hash_documents())
+    return [f"{path}: the hash of document {wrong[0]} is not that of its tokens; remove the file"] if len(wrong) else []
+
+
+def _common_problems(heldout: list[str], paths: list[str]) -> list[str]:
+    """Documents that both have, by name."""
+    held, source = open_documents("heldout", heldout), open_documents("source", paths)
+    common = common_documents(held, source, any_hashes)
+    assert common is not None, "any_hashes makes what is not stored"
+    print(f"{held.num_documents:,} held-out documents against {source.num_documents:,}: {len(common):,} in common")
+    places = [held.place(int(number)) for number in common[:MAX_LISTED]]
+    return [f"document {place.document} of {place.shard} is in the source too" for place in places]
 
 
 def _checksum_problems(path: Path, expected: dict[str, Any]) -> list[str]:
@@ -69,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument("--tokenizer", type=Path, help="check ids against its vocabulary")
     vocabulary.add_argument("--vocab-size", type=int, help="check ids against this vocabulary")
+    parser.add_argument("--heldout", nargs="+", help="shards that must have no document in common with the paths")
     args = parser.parse_args(argv)
     vocab_size = load_tokenizer(args.tokenizer).vocab_size if args.tokenizer else args.vocab_size
     bad = 0
@@ -79,6 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         for problem in problems:
             print(f"     {problem}")
         bad += bool(problems)
+    for problem in _common_problems(args.heldout, args.paths) if args.heldout else []:
+        print(f"BAD  {problem}")
+        bad += 1
     return 1 if bad else 0
 
 

@@ -45,6 +45,8 @@ class EvaluationConfig:
     """Shard-set directories (with a manifest.json), Megatron prefixes, or globs of prefixes."""
     max_tokens: Count = 0
     """Tokens of the set's beginning that are read; 0 = all."""
+    may_overlap: bool = False
+    """Accept documents that a source holds too; otherwise they are looked for at the start, and refused."""
 
 
 @dataclass(frozen=True)

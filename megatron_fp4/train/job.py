@@ -8,6 +8,7 @@ Not here: arguments and YAML (cli/pretrain.py); the resolved settings come as te
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -23,6 +24,7 @@ from megatron_fp4.comm.bootstrap import Launch, Process, choose_device, exit_pro
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.data.overlap import check_heldout
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked
 from megatron_fp4.train.build import Start, build
@@ -39,6 +41,7 @@ from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
 from megatron_fp4.train.trainer import Outputs, fit
 
+log = logging.getLogger(__name__)
 SILENT_SECONDS = 10.0
 INDEX_SECONDS = 3600.0
 """The first start may build the indices of billions of documents; benchmarks/data.py: about ten million a second."""
@@ -59,6 +62,9 @@ def run_rank(config: RunConfig, config_text: str, launch: Launch) -> int:
         try:
             device = choose_device(config.train.device, launch.local_rank)
             open_data(checked, dp_rank=0)
+            if launch.rank == 0:
+                for line in check_heldout(checked.config.data):
+                    log.warning(line)
             check_machine(checked.config, device)
         except (ValueError, FileNotFoundError) as error:
             return refuse_here(error, launch)

@@ -12,7 +12,7 @@ from tests.train.in_process import make_trainer, values_of
 
 def test_an_attempt_holds_nothing_of_the_one_before(tmp_path: Path) -> None:
     """Steps 11 and 12 spike: back to step 8, past evaluations, a save and a change of precision at step 10."""
-    sets = f"data.evaluation=[{{name: held, paths: ['{tmp_path}/shards/toy'], max_tokens: 64}}]"
+    sets = f"data.evaluation=[{{name: held, paths: ['{tmp_path}/shards/toy'], max_tokens: 64, may_overlap: true}}]"
     switch = f"precision.switch=[{{at_tokens: {9 * 4 * 32}, use: bf16}}]"
     run = tiny_run(tmp_path, *LADDER[:-1], sets, "train.eval_interval_steps=1", switch, "train.stop_after_steps=13")
     trainer, console = make_trainer(run.overrides)

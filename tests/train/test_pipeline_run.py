@@ -26,7 +26,7 @@ def metrics(run: TinyRun, key: str) -> list[float]:
 
 def test_pipeline_run_equals_one_process_and_resumes_on_it(tmp_path: Path) -> None:
     shard = tmp_path / "shards" / "toy"
-    evaluation = f"data.evaluation=[{{name: toy, paths: ['{shard}'], max_tokens: 300}}]"
+    evaluation = f"data.evaluation=[{{name: toy, paths: ['{shard}'], max_tokens: 300, may_overlap: true}}]"
     one = tiny_run(tmp_path, *COMMON, evaluation)
     piped = one.with_overrides("parallel.pp=2", "parallel.schedule=interleaved_1f1b", run_dir=tmp_path / "piped")
     one.run()

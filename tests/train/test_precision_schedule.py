@@ -118,7 +118,7 @@ def test_precision_may_change_on_resume_and_it_is_said(tmp_path: Path, capfd: py
 
 def test_evaluation_computes_in_its_own_precision(tmp_path: Path) -> None:
     def evaluated(name: str, precision: str) -> TinyRun:
-        sets = f"data.evaluation=[{{name: toy, paths: ['{tmp_path}/shards/toy'], max_tokens: 512}}]"
+        sets = f"data.evaluation=[{{name: toy, paths: ['{tmp_path}/shards/toy'], max_tokens: 512, may_overlap: true}}]"
         run = tiny_run(tmp_path, sets, "train.eval_interval_steps=2", f"precision.evaluation={precision}")
         run = run.with_overrides(run_dir=tmp_path / name)
         train(run, 4)

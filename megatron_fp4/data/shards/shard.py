@@ -6,6 +6,9 @@ The .idx is a header and three arrays, so both files are memory-mapped and nothi
          | i32 length of each sequence, in tokens | i64 byte offset of each sequence in .bin
          | i64 first sequence of each document, and one past the last                 (all little-endian)
 
+`<prefix>.hashes`, which is ours alone, has a u64 for each document: XXH3 of its ids as i32, so that equal documents are
+found without reading tokens (data/overlap.py).
+
 Byte-compatible with Megatron-LM both ways (megatron/core/datasets/indexed_dataset.py). A Megatron document may be
 several sequences (sentence splitting); they are contiguous in .bin, so a document here is one run of tokens.
 All offsets are int64. Not here: checksums (manifest.py), order (data/order/samples.py).
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -41,6 +45,11 @@ MAX_DOCUMENT_TOKENS = 2**31 - 1  # the format keeps lengths in int32
 def token_dtype(vocab_size: int) -> np.dtype:
     """Smallest dtype Megatron would choose for ids below `vocab_size` (uint16 under 65500, else int32)."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def hash_of(tokens: NDArray) -> int:
+    """XXH3 of a document's token ids as little-endian int32, whatever dtype they are stored in."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens, "<i4").tobytes())
 
 
 def map_file(path: Path) -> memoryview:
@@ -106,6 +115,17 @@ class TokenShard:
             return self.lengths
         ends = np.append(self._pointers // self.dtype.itemsize, self.num_tokens)
         return np.diff(ends[self._documents])
+
+    def document_hashes(self) -> NDArray[np.uint64] | None:
+        """The stored hash of each document, uint64 [num_documents]; None where there are none, or of another index."""
+        path = Path(f"{self.prefix}.hashes")
+        if not path.is_file() or path.stat().st_size != 8 * self.num_documents:
+            return None
+        return np.frombuffer(map_file(path), "<u8")
+
+    def hash_documents(self) -> NDArray[np.uint64]:
+        """What `document_hashes` should be, made of the tokens."""
+        return np.fromiter((hash_of(self.document(n)) for n in range(self.num_documents)), "<u8", self.num_documents)
 
     def _check_sizes(self) -> None:
         """O(1) agreement of the two files; `check_index` below reads every entry."""
@@ -181,7 +201,8 @@ class ShardWriter:
         self.max_token_id = -1
         self._on_bytes = on_bytes
         self._lengths: list[NDArray[np.int32]] = []
-        self._temporary = {end: Path(f"{self.prefix}.{end}.tmp") for end in ("bin", "idx")}
+        self._hashes: list[int] = []
+        self._temporary = {end: Path(f"{self.prefix}.{end}.tmp") for end in ("bin", "hashes", "idx")}
         self._file = open(self._temporary["bin"], "wb")  # noqa: SIM115 - closed by close() or abort()
 
     def add_documents(self, tokens: NDArray, lengths: NDArray) -> None:
@@ -197,6 +218,8 @@ class ShardWriter:
             if low < 0 or high > limit:
                 raise ValueError(f"token ids {low}..{high} do not fit {self.dtype} (0..{limit})")
             self.max_token_id = max(self.max_token_id, high)
+        ends = np.cumsum(lengths).tolist()
+        self._hashes += [hash_of(tokens[end - n : end]) for end, n in zip(ends, lengths.tolist(), strict=True)]
         data = np.ascontiguousarray(tokens, dtype=self.dtype).tobytes()
         self._file.write(data)
         if self._on_bytes is not None:
@@ -211,6 +234,10 @@ class ShardWriter:
     def close(self) -> None:
         """Write the .idx, flush both to the disk, give both their names (.idx last: it makes the shard visible)."""
         _sync_close(self._file)
+        with open(self._temporary["hashes"], "wb") as file:
+            file.write(np.array(self._hashes, "<u8").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         with open(self._temporary["idx"], "wb") as file:
             lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, "<i4")
             pointers = np.zeros(len(lengths), "<i8")
@@ -221,7 +248,7 @@ class ShardWriter:
             file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
             file.flush()
             os.fsync(file.fileno())
-        for end in ("bin", "idx"):
+        for end in self._temporary:
             os.replace(self._temporary[end], f"{self.prefix}.{end}")
 
     def abort(self) -> None:

@@ -96,7 +96,7 @@ def test_under_the_launcher_the_job_ends_with_the_watchdogs_code(
 @pytest.mark.parametrize(("phase", "step"), [("load_checkpoint", 0), ("evaluate", 2), ("save", 2)])
 def test_a_hang_outside_the_steps(tmp_path: Path, phase: str, step: int) -> None:
     """Before the first step, between two, and in the last save: the same names and the same end."""
-    data = f"data.evaluation=[{{name: held, paths: ['{tmp_path / 'shards' / 'toy'}']}}]"
+    data = f"data.evaluation=[{{name: held, paths: ['{tmp_path / 'shards' / 'toy'}'], may_overlap: true}}]"
     settings = ("train.stop_after_steps=2", data, "train.eval_interval_steps=2", "checkpoint.timeout_seconds=1")
     run = tiny_run(tmp_path, *settings, TIMEOUT)
     if phase == "load_checkpoint":

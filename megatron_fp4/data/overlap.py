@@ -1,0 +1,99 @@
+"""Held-out text that a run also trains on: found by the hashes of documents that are stored beside the shards.
+
+A shard's `.hashes` has 8 bytes for each document, so looking for the documents of a held-out set in a source reads
+those and no tokens: one pass of some nanoseconds a document (`python -m benchmarks.data` times it). Shards of other
+tools have no such file; `megatron-fp4 data verify SOURCE --heldout SET` hashes their tokens instead.
+
+Not here: near duplicates. Equal documents are equal token for token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_fp4.data.config import DataConfig
+from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
+from megatron_fp4.data.shards.shard import TokenShard
+
+MAX_DOCUMENTS_AT_START = 1_000_000_000
+MIN_TOKENS = 8
+"""Shorter documents (empty ones, titles) are equal by chance."""
+
+FILTER_BITS = 20
+FILTER_MASK = np.uint64((1 << FILTER_BITS) - 1)
+AT_ONCE = 1 << 20
+
+Hashes = Callable[[TokenShard], "NDArray[np.uint64] | None"]
+
+
+def stored_hashes(shard: TokenShard) -> NDArray[np.uint64] | None:
+    """The hashes beside the shard, uint64 [documents]; None if it has none."""
+    return shard.document_hashes()
+
+
+def any_hashes(shard: TokenShard) -> NDArray[np.uint64]:
+    """The hashes beside the shard, else those of its tokens, which reads all of them."""
+    stored = shard.document_hashes()
+    return shard.hash_documents() if stored is None else stored
+
+
+def common_documents(heldout: ShardedDocuments, source: ShardedDocuments, hashes: Hashes) -> NDArray[np.int64] | None:
+    """Numbers of the held-out documents of at least MIN_TOKENS that the source has too; None without hashes."""
+    wanted = [hashes(shard) for shard in heldout.shards]
+    if any(part is None for part in wanted):
+        return None
+    keys = np.concatenate([part for part in wanted if part is not None]) if wanted else np.zeros(0, np.uint64)
+    numbers = np.flatnonzero(heldout.lengths >= MIN_TOKENS)
+    order = numbers[np.argsort(keys[numbers], kind="stable")]
+    ascending = keys[order]
+    may_be_wanted = np.zeros(1 << FILTER_BITS, np.bool_)
+    may_be_wanted[ascending & FILTER_MASK] = True
+    is_common = np.zeros(len(order), np.bool_)
+    for shard in source.shards:
+        part = hashes(shard)
+        if part is None:
+            return None
+        for start in range(0, len(part), AT_ONCE):
+            block = part[start : start + AT_ONCE]
+            is_common |= np.isin(ascending, block[may_be_wanted[block & FILTER_MASK]])
+    return np.sort(order[is_common])
+
+
+def check_heldout(config: DataConfig) -> list[str]:
+    """Compare every evaluation set with every source; returns lines about what could not be compared.
+
+    Raises ValueError for a set with documents of a source, unless it `may_overlap`.
+    """
+    told: list[str] = []
+    sources = [open_documents(source.name, source.paths) for source in config.sources]
+    for settings in config.evaluation:
+        if settings.may_overlap:
+            continue
+        heldout = open_documents(settings.name, settings.paths)
+        told += _uncompared(settings.name, [_check(heldout, source) for source in sources])
+    return told
+
+
+def _uncompared(name: str, reasons: Sequence[str]) -> list[str]:
+    return [f"held-out set {name!r} was not compared with {reason}" for reason in reasons if reason]
+
+
+def _check(heldout: ShardedDocuments, source: ShardedDocuments) -> str:
+    """Why the two were not compared, "" if they were."""
+    remedy = "`megatron-fp4 data verify SOURCE --heldout SET` does it"
+    if source.num_documents > MAX_DOCUMENTS_AT_START:
+        return f"source {source.name!r}, whose {source.num_documents:,} documents take too long at a start; {remedy}"
+    common = common_documents(heldout, source, stored_hashes)
+    if common is None:
+        return f"source {source.name!r}: shards without .hashes (of another tool, or an older version); {remedy}"
+    if len(common):
+        place = heldout.place(int(common[0]))
+        raise ValueError(
+            f"evaluation set {heldout.name!r} holds {len(common)} document(s) that source {source.name!r} trains on,"
+            f" first document {place.document} of {place.shard}; choose other held-out text, or set may_overlap:"
+            " true in its entry of data.evaluation"
+        )
+    return ""
