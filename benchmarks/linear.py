@@ -20,7 +20,7 @@ from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.precision import (
     EmulatedBackend,
     LinearPrecision,
-    LinearSite,
+    Sharding,
     StepClock,
     WeightCache,
     WgradOutput,
@@ -37,7 +37,7 @@ class Layer:
         self.weight.main_grad = torch.zeros_like(w, dtype=torch.float32)
         single = Group.single()
         index = [torch.arange(size, device=w.device) for size in w.shape]
-        self.site = LinearSite("benchmark", single, single, single, *index)
+        self.sharding = Sharding("benchmark", single, single, single, *index)
         self.rows = torch.arange(tokens, device=w.device)
         self.precision, self.backend, self.cache, self.clock = precision, backend, WeightCache(), StepClock(seed=1)
 
@@ -46,7 +46,7 @@ class Layer:
             x,
             self.weight,
             rows=self.rows,
-            site=self.site,
+            sharding=self.sharding,
             precision=self.precision,
             backend=self.backend,
             clock=self.clock,

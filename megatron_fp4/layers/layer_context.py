@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.precision.linear_op import WgradQueue
+from megatron_fp4.precision.wgrad import WgradQueue
 
 
 @dataclass(frozen=True)

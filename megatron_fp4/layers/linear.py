@@ -5,7 +5,7 @@
     Row        [T, K/tp]         columns sharded over tp    [T/tp, N]     reduce-scatter rows after it
 
 One idea: the GEMM function knows no layout and the collective knows no format. What crosses between them is the
-`LinearSite`: over which ranks each operand is spread (for its largest magnitude) and which logical rows and columns
+`Sharding`: over which ranks each operand is spread (for its largest magnitude) and which logical rows and columns
 this rank holds (for the address of its rounding noise).
 
 With `context.overlap` the backward pass of a column-parallel linear computes Wgrad while dx travels: Wgrad is put into
@@ -31,19 +31,22 @@ from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle, split_evenly
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.parameter import make_parameter, normal_init
-from megatron_fp4.precision.linear_op import LinearSite, WeightCache, WgradQueue, quantized_linear
+from megatron_fp4.precision.linear_op import quantized_linear
+from megatron_fp4.precision.sharding import Sharding
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.precision.weight_cache import WeightCache
+from megatron_fp4.precision.wgrad import WgradQueue
 
 
 class ParallelLinear(nn.Module):
-    """What both kinds share: the weight, its site, its precision, and the three GEMMs."""
+    """What both kinds share: the weight, its sharding, its precision, and the three GEMMs."""
 
     weight: LogicalParameter
 
-    def __init__(self, context: LayerContext, site: LinearSite) -> None:
+    def __init__(self, context: LayerContext, sharding: Sharding) -> None:
         super().__init__()
-        self.site = site
+        self.sharding = sharding
         self.precision = LinearPrecision()
         self._context = context
         self._cache = WeightCache()
@@ -51,7 +54,7 @@ class ParallelLinear(nn.Module):
     @property
     def name(self) -> str:
         """Logical name, the same on every rank: `blocks.3.mlp.up`."""
-        return self.site.name
+        return self.sharding.name
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer: its name, the features on this rank, and its precision."""
@@ -66,7 +69,7 @@ class ParallelLinear(nn.Module):
             x_TK,
             self.weight,
             rows=tokens.rows,
-            site=self.site,
+            sharding=self.sharding,
             precision=self.precision,
             backend=context.backend,
             clock=context.clock,
@@ -99,7 +102,7 @@ class ColumnParallelLinear(ParallelLinear):
             n_index.append(torch.arange(rows, device=context.device) + first_logical + offset)
             first_row += rows
             first_logical += out_features
-        site = LinearSite(
+        sharding = Sharding(
             name=name,
             x_group=context.cp,
             w_group=tp,
@@ -107,7 +110,7 @@ class ColumnParallelLinear(ParallelLinear):
             n_index=torch.cat(n_index),
             k_index=torch.arange(in_features, device=context.device),
         )
-        super().__init__(context, site)
+        super().__init__(context, sharding)
         placement = Placement(tuple(rectangles))
         self.weight = make_parameter(
             (first_row, in_features), placement, normal_init(std), context.dtype, context.device
@@ -128,7 +131,7 @@ class RowParallelLinear(ParallelLinear):
         tp = context.tp
         columns = split_evenly(in_features, tp, what=f"{name} input features")
         offset = tp.rank * columns
-        site = LinearSite(
+        sharding = Sharding(
             name=name,
             x_group=context.tp_cp,
             w_group=tp,
@@ -136,7 +139,7 @@ class RowParallelLinear(ParallelLinear):
             n_index=torch.arange(out_features, device=context.device),
             k_index=torch.arange(columns, device=context.device) + offset,
         )
-        super().__init__(context, site)
+        super().__init__(context, sharding)
         rectangle = Rectangle(f"{name}.weight", (out_features, in_features), (0, offset), (out_features, columns))
         self.weight = make_parameter(
             (out_features, columns), Placement((rectangle,)), normal_init(std), context.dtype, context.device
@@ -160,4 +163,4 @@ def assign_precision(model: nn.Module, table: PrecisionTable) -> None:
 
 def amax_groups(linear: ParallelLinear) -> tuple[Group, Group, Group]:
     """The groups over which the largest magnitude of (x, weight, dy) is shared; for reports."""
-    return linear.site.x_group, linear.site.w_group, linear.site.dy_group
+    return linear.sharding.x_group, linear.sharding.w_group, linear.sharding.dy_group

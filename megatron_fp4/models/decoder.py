@@ -23,7 +23,7 @@ from megatron_fp4.layers.linear import ColumnParallelLinear, ParallelLinear
 from megatron_fp4.layers.mlp import MLP
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.precision.linear_op import LinearSite
+from megatron_fp4.precision.sharding import Sharding
 
 
 class Recompute(Enum):
@@ -58,7 +58,7 @@ class VocabParallelHead(ParallelLinear):
 
     def __init__(self, vocab_size: int, hidden: int, weight: LogicalParameter, context: LayerContext) -> None:
         first, stop = vocab_range(vocab_size, context.tp)
-        site = LinearSite(
+        sharding = Sharding(
             name="head",
             x_group=context.cp,
             w_group=context.tp,
@@ -66,7 +66,7 @@ class VocabParallelHead(ParallelLinear):
             n_index=torch.arange(first, stop, device=context.device),
             k_index=torch.arange(hidden, device=context.device),
         )
-        super().__init__(context, site)
+        super().__init__(context, sharding)
         self.weight = weight
 
 

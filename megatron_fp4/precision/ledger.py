@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
+from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand, WrappedOperand
 from megatron_fp4.precision.operand import Operand
 from megatron_fp4.precision.spec import LinearPrecision, operands_text
 
@@ -37,14 +37,13 @@ class GemmMismatch(RuntimeError):
     """The GEMMs that were executed are not those of the precision table."""
 
 
-@dataclass(frozen=True)
-class _Tag:
-    """Meaning of an operand that passed through the ledger. inner: its meaning to the wrapped backend."""
+@dataclass(frozen=True, eq=False)
+class _Tagged(WrappedOperand):
+    """An operand that passed through the ledger."""
 
     name: str
     tensor: str
     copy: Copy
-    inner: Any
 
 
 class GemmLedger:
@@ -55,31 +54,24 @@ class GemmLedger:
         self.recording = False
         self._counts: Counter[Product] = Counter()
 
-    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """See `Backend.quantize`."""
-        made = self.inner.quantize(x, source, copies)
+        operands = self.inner.quantize(x, origin, copies)
         return tuple(
-            replace(prepared, meaning=_Tag(source.name, source.operand, copy, prepared.meaning))
-            for prepared, copy in zip(made, copies, strict=True)
+            _Tagged(operand.tensors, operand, origin.name, origin.operand, copy)
+            for operand, copy in zip(operands, copies, strict=True)
         )
 
     def matmul(
-        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+        self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
     ) -> Tensor:
         """See `Backend.matmul`."""
-        left, right = a.meaning, b.meaning
-        assert isinstance(left, _Tag), "an operand that another backend made"
-        assert isinstance(right, _Tag), "an operand that another backend made"
+        assert isinstance(a, _Tagged), "an operand that another backend made"
+        assert isinstance(b, _Tagged), "an operand that another backend made"
         if self.recording:
-            name, gemm = _joined(left.name, right.name), _joined(left.copy.gemm, right.copy.gemm)
-            operands = (left.copy.operand, right.copy.operand)
-            self._counts[Product(name, gemm, (left.tensor, right.tensor), operands)] += 1
-        return self.inner.matmul(
-            replace(a, meaning=left.inner),
-            replace(b, meaning=right.inner),
-            out_dtype=out_dtype,
-            accumulate_into=accumulate_into,
-        )
+            name, gemm = _joined(a.name, b.name), _joined(a.copy.gemm, b.copy.gemm)
+            self._counts[Product(name, gemm, (a.tensor, b.tensor), (a.copy.operand, b.copy.operand))] += 1
+        return self.inner.matmul(a.inner, b.inner, out_dtype=out_dtype, accumulate_into=accumulate_into)
 
     def take(self) -> Counter[Product]:
         """What was counted since the last call."""

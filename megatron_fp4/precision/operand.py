@@ -139,6 +139,13 @@ class Operand:
         """The contracted dimension of the local operand must be a multiple of this."""
         return max(self.tile[1] if self.tile else 1, self.rht_size, 1)
 
+    @property
+    def scale_bound(self) -> float:
+        """Largest block scale that the global scale of nvfp4 aims at: 448, or lower where a factor will be applied."""
+        if self.four_over_six is not FourOverSix.off:
+            return float(self.four_over_six_bound)
+        return 416.0 if self.rounding is Rounding.sr_headroom else 448.0  # 416 * 17/16 still rounds to 448
+
 
 def _objections(operand: Operand) -> list[str]:
     """Reasons why the combination has no meaning (empty if it has one)."""

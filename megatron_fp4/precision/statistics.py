@@ -17,7 +17,9 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.hadamard import hadamard
-from megatron_fp4.precision.backends import Backend, Copy, NonFiniteError, Prepared, Source, signs_for
+from megatron_fp4.precision.backends.finite import NonFiniteError
+from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand
+from megatron_fp4.precision.backends.randomness import signs_for
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
 from megatron_fp4.precision.operand import Format, Operand
 from megatron_fp4.precision.spec import LinearPrecision
@@ -51,12 +53,12 @@ def quantization_stats(x: Tensor, operand: Operand, *, along: int = 1, step: int
     if not operand.quantized:
         raise ValueError("quantization_stats: the operand is not quantized (format=bf16)")
     rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
-    source = Source("report", "x", rows, cols, Group.single(), seed=0, step=step)
-    (prepared,) = ReferenceBackend().quantize(x, source, [Copy("report", operand, along)])
+    origin = OperandOrigin("report", "x", rows, cols, Group.single(), seed=0, step=step)
+    (prepared,) = ReferenceBackend().quantize(x, origin, [Copy("report", operand, along)])
     values, scale = decode(prepared)
     exact = x if along == 1 else x.T.contiguous()
     if operand.rht_size:
-        exact = hadamard(exact, operand.rht_size, signs_for(source, operand, x.device), 1)
+        exact = hadamard(exact, operand.rht_size, signs_for(origin, operand, x.device), 1)
     wanted = exact.double()
     got = values.double() if scale is None else values.double() * (scale[0].double() / scale[1])
     signal, error = (wanted**2).sum().item(), ((got - wanted) ** 2).sum().item()
@@ -120,14 +122,14 @@ class StatisticsProbe:
         """What was measured since the last `take`."""
         self._seen: set[tuple[str, str]] = set()
 
-    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """See `Backend.quantize`."""
         if self.recording:
-            self._measure(x, source, copies)
-        return self.inner.quantize(x, source, copies)
+            self._measure(x, origin, copies)
+        return self.inner.quantize(x, origin, copies)
 
     def matmul(
-        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+        self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
     ) -> Tensor:
         """See `Backend.matmul`."""
         return self.inner.matmul(a, b, out_dtype=out_dtype, accumulate_into=accumulate_into)
@@ -137,10 +139,10 @@ class StatisticsProbe:
         report, self.report, self._seen = self.report, {}, set()
         return report
 
-    def _measure(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> None:
-        if (source.name, source.operand) in self._seen:  # a later microbatch, or recomputation
+    def _measure(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> None:
+        if (origin.name, origin.operand) in self._seen:  # a later microbatch, or recomputation
             return
-        self._seen.add((source.name, source.operand))
+        self._seen.add((origin.name, origin.operand))
         known = set()
         for copy in copies:
             operand = copy.operand
@@ -148,10 +150,10 @@ class StatisticsProbe:
                 continue
             known.add(operand)
             try:
-                stats = quantization_stats(x.detach(), operand, along=copy.along, step=source.step)
+                stats = quantization_stats(x.detach(), operand, along=copy.along, step=origin.step)
             except NonFiniteError:  # the run's own rule for NaN and Inf decides what happens
                 continue
-            self.report[f"{source.name}/{copy.gemm}.{source.operand}"] = stats
+            self.report[f"{origin.name}/{copy.gemm}.{origin.operand}"] = stats
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

@@ -17,7 +17,9 @@ from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.precision.linear_op import LinearSite, WeightCache, quantized_linear
+from megatron_fp4.precision.linear_op import quantized_linear
+from megatron_fp4.precision.sharding import Sharding
+from megatron_fp4.precision.weight_cache import WeightCache
 from megatron_fp4.proofs.checks import CheckResult
 from megatron_fp4.proofs.operands import cross_check
 from megatron_fp4.proofs.shards import LocalLinear
@@ -62,7 +64,7 @@ def gemm_objections(linear: LocalLinear, backend: Backend, device: torch.device,
         x,
         w,
         rows=rows,
-        site=LinearSite(linear.names[0], alone, alone, alone, n_index, k_index),
+        sharding=Sharding(linear.names[0], alone, alone, alone, n_index, k_index),
         precision=linear.precision,
         backend=backend,
         clock=StepClock(seed=1),

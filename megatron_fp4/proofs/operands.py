@@ -19,9 +19,10 @@ from torch import Tensor
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import formats
 from megatron_fp4.numerics.hadamard import hadamard
-from megatron_fp4.precision.backends import Copy, Prepared, Source, copies_of, scale_bound, signs_for
+from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand, copies_of
+from megatron_fp4.precision.backends.randomness import signs_for
 from megatron_fp4.precision.backends.reference import ReferenceBackend
-from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend, stored
+from megatron_fp4.precision.backends.transformer_engine import TeOperand, TransformerEngineBackend
 from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.proofs.shards import LocalLinear
@@ -85,34 +86,35 @@ def cross_check(linear: LocalLinear, backend: TransformerEngineBackend, device: 
     findings: list[Finding] = []
     for name, copies in copies_of(precision).items():
         quantized = [copy for copy in copies if copy.operand.quantized]
-        source = _source(linear, name, tensors[name])
-        theirs = backend.quantize(tensors[name], source, quantized)
-        ours = reference.quantize(tensors[name], source, quantized)
+        origin = _origin(linear, name, tensors[name])
+        theirs = backend.quantize(tensors[name], origin, quantized)
+        ours = reference.quantize(tensors[name], origin, quantized)
         for copy, te_operand, reference_operand in zip(quantized, theirs, ours, strict=True):
             if copy.operand.format in SCALE_TYPE:
                 te, expected = te_parts(te_operand, copy), reference_parts(reference_operand)
-                findings.append(_compare_operand(copy, source, te, expected, tensors[name]))
+                findings.append(_compare_operand(copy, origin, te, expected, tensors[name]))
     return findings + _compare_products(linear, _to_nearest(precision), backend, tensors)
 
 
-def reference_parts(prepared: Prepared) -> Parts:
+def reference_parts(operand: QuantizedOperand) -> Parts:
     """The parts of an operand that the `reference` backend made."""
-    codes, scales, *amax = prepared.tensors
+    codes, scales, *amax = operand.tensors
     unpacked = formats.unpack(codes) if codes.dtype == torch.uint8 else codes.view(torch.uint8)
     return Parts(unpacked, scales.view(torch.uint8), amax[0].reshape(()) if amax else None)
 
 
-def te_parts(prepared: Prepared, copy: Copy) -> Parts:
+def te_parts(operand: QuantizedOperand, copy: Copy) -> Parts:
     """The parts of an operand that the Transformer Engine backend made, without the padding of its scales.
 
     Raises ValueError if the scales are already in the GEMM's own order, which this backend never asks for.
     """
-    if prepared.meaning.rest.get("with_gemm_swizzled_scales"):
+    assert isinstance(operand, TeOperand)
+    if operand.rest.get("with_gemm_swizzled_scales"):
         raise ValueError("Transformer Engine swizzled the block scales while quantizing: they cannot be compared")
-    tensors, block = stored(prepared), _block_size(copy)
+    tensors, block = operand.stored(), _block_size(copy)
     data, scales = tensors["data"].view(torch.uint8), tensors["scale_inv"].view(torch.uint8)
     if copy.operand.format is Format.mxfp8:
-        if copy.along == 0:  # kept in the layout of the source
+        if copy.along == 0:  # kept in the layout of the tensor
             data, scales = data.T, scales.T
         return Parts(data, scales[: data.shape[0], : data.shape[1] // block], None)
     codes = formats.unpack(data)
@@ -162,35 +164,35 @@ def _code_values(codes: Tensor, copy: Copy) -> Tensor:
     return codes.contiguous().view(torch.float8_e4m3fn).float()
 
 
-def _source(linear: LocalLinear, tensor: str, x: Tensor) -> Source:
+def _origin(linear: LocalLinear, tensor: str, x: Tensor) -> OperandOrigin:
     rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
-    return Source(linear.names[0], tensor, rows, cols, Group.single(), seed=1, step=0)
+    return OperandOrigin(linear.names[0], tensor, rows, cols, Group.single(), seed=1, step=0)
 
 
-def _compare_operand(copy: Copy, source: Source, theirs: Parts, ours: Parts, x: Tensor) -> Finding:
-    what = f"{copy.gemm}.{source.operand}"
+def _compare_operand(copy: Copy, origin: OperandOrigin, theirs: Parts, ours: Parts, x: Tensor) -> Finding:
+    what = f"{copy.gemm}.{origin.operand}"
     mismatch = first_mismatch(theirs, ours, copy, with_codes=not copy.operand.stochastic)
     if mismatch is not None:
         return Finding(what, str(mismatch), wrong=True)
     if not copy.operand.stochastic:
         return Finding(what, "amax, scales and codes, bit for bit", wrong=False)
-    unrounded = _unrounded_codes(copy, source, x, theirs)
+    unrounded = _unrounded_codes(copy, origin, x, theirs)
     bias, farthest = _rounding_errors(_code_values(theirs.codes, copy), unrounded)
     text = f"amax and scales bit for bit; stochastic codes: bias {bias:+.4f} steps, farthest {farthest:.2f} steps"
     max_bias = MAX_BIAS + STANDARD_ERRORS * 0.5 / unrounded.numel() ** 0.5
     return Finding(what, text, wrong=abs(bias) > max_bias or farthest > MAX_STEPS)
 
 
-def _unrounded_codes(copy: Copy, source: Source, x: Tensor, parts: Parts) -> Tensor:
+def _unrounded_codes(copy: Copy, origin: OperandOrigin, x: Tensor, parts: Parts) -> Tensor:
     """The values, FP64 `[M, K]`, that were rounded to the codes of an nvfp4 operand; its ends beyond the grid."""
     operand = copy.operand
     assert operand.format is Format.nvfp4, "only E2M1 codes are rounded stochastically"
     assert parts.amax is not None
     oriented = x if copy.along == 1 else x.T.contiguous()
     if operand.rht_size:
-        oriented = hadamard(oriented, operand.rht_size, signs_for(source, operand, x.device), dim=1)
+        oriented = hadamard(oriented, operand.rht_size, signs_for(origin, operand, x.device), dim=1)
     block_scale = _scale_values(parts.scales, copy).double().repeat_interleave(_block_size(copy), dim=1)
-    decode = block_scale * parts.amax.double() / (formats.E2M1_MAX * scale_bound(operand))
+    decode = block_scale * parts.amax.double() / (formats.E2M1_MAX * operand.scale_bound)
     return torch.where(decode > 0, oriented.double() / decode, 0.0).clamp(-formats.E2M1_MAX, formats.E2M1_MAX)
 
 
@@ -207,12 +209,12 @@ def _compare_products(
 ) -> list[Finding]:
     """The three GEMMs on nearest-even operands, against FP64 products of the reference's operands."""
     reference = ReferenceBackend()
-    theirs: dict[tuple[str, str], Prepared] = {}
-    ours: dict[tuple[str, str], Prepared] = {}
+    theirs: dict[tuple[str, str], QuantizedOperand] = {}
+    ours: dict[tuple[str, str], QuantizedOperand] = {}
     for name, copies in copies_of(precision).items():
-        source = _source(linear, name, tensors[name])
+        origin = _origin(linear, name, tensors[name])
         for operands, maker in ((theirs, backend), (ours, reference)):
-            prepared = maker.quantize(tensors[name], source, copies)
+            prepared = maker.quantize(tensors[name], origin, copies)
             operands.update({(copy.gemm, name): operand for copy, operand in zip(copies, prepared, strict=True)})
     sizes = dict(zip("TNK", (linear.tokens, *linear.shape), strict=True))
     findings = []

@@ -89,7 +89,7 @@ def likely_cause(
     if bad and passed.get("fp32") and passed.get("bf16"):
         return (
             "only the quantized precision differs: an amax is not reduced over the ranks that share a tensor"
-            " (LinearSite groups), or rounding noise has a local instead of a global address"
+            " (Sharding groups), or rounding noise has a local instead of a global address"
         )
     if bad:
         return _gradient_cause(layout, bad, len(comparison.grads), tied=tied, loss_right=loss_right)

@@ -12,7 +12,7 @@ from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers import linear
 from megatron_fp4.optim import clip, grad_buffer
-from megatron_fp4.precision import backends
+from megatron_fp4.precision.backends import finite
 from megatron_fp4.proofs.parity import Case, Record, run_cases
 
 
@@ -23,7 +23,7 @@ def _local(x: Tensor, group: Group) -> Tensor:
 
 def missing_amax(process: Process, cases: list[Case], parallel: ParallelConfig) -> list[Record]:
     """Each rank scales its shard by its own largest magnitude."""
-    backends.all_reduce_max = _local
+    finite.all_reduce_max = _local
     return run_cases(process, cases, parallel)
 
 

@@ -42,7 +42,7 @@ class Counts:
         ask, matmul = linear_op._weight_gradient, EmulatedBackend.matmul
 
         def counted_ask(call: Any, *args: Any) -> Any:
-            self.asked[call.site.name] += 1
+            self.asked[call.sharding.name] += 1
             result = ask(call, *args)
             self.waiting = max(self.waiting, sum(self.asked.values()) - self.computed)
             return result

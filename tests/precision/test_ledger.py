@@ -17,7 +17,7 @@ from megatron_fp4.comm.mesh import Group, ParallelMesh, build_mesh
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.precision import EmulatedBackend, Format, LinearPrecision, Operand
-from megatron_fp4.precision.backends import Copy, Source
+from megatron_fp4.precision.backends import Copy, OperandOrigin
 from megatron_fp4.precision.ledger import GemmLedger, Product, differences
 from megatron_fp4.proofs.parity import Case, synthetic_inputs
 from megatron_fp4.train.trainable import Trainable, build_trainable
@@ -143,7 +143,7 @@ def test_operands_of_two_linears_in_one_product_are_found() -> None:
     index, x = torch.arange(16), torch.ones(16, 16)
     a, b = (
         ledger.quantize(
-            x, Source(name, role, index, index, Group.single(), seed=1, step=0), [Copy("fprop", Operand(), 1)]
+            x, OperandOrigin(name, role, index, index, Group.single(), seed=1, step=0), [Copy("fprop", Operand(), 1)]
         )[0]
         for name, role in (("head", "x"), ("blocks.0.mlp.up", "w"))
     )

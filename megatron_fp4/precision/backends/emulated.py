@@ -1,10 +1,10 @@
 """The emulated backend: the operands that an FP4 tensor core would multiply, on any device.
 
-One idea: an operand is kept as `code * block_scale` without the global scale, which BF16 (and FP32) hold exactly; a
+An operand is kept as `code * block_scale` without the global scale, which BF16 (and FP32) hold exactly; a
 BF16 GEMM with FP32 accumulation multiplies them, and the product of the two global scales is applied in FP32 before the
 one rounding to the output type. Codes are never made (the `reference` backend makes them).
 
-Copies stay in the layout of their source: a copy that is contracted along the rows is used as a transposed view.
+Copies stay in the layout of their tensor: a copy that is contracted along the rows is used as a transposed view.
 """
 
 from __future__ import annotations
@@ -19,23 +19,15 @@ from torch import Tensor
 
 from megatron_fp4.numerics.fused import Passes
 from megatron_fp4.numerics.stages import BlockScales, Noise
-from megatron_fp4.precision.backends import (
-    Copy,
-    NonFiniteWatch,
-    Prepared,
-    Source,
-    check_shape,
-    noise_key,
-    reduce_and_check,
-    scale_bound,
-    signs_for,
-)
+from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
 from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul, widens
+from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
+from megatron_fp4.precision.backends.randomness import noise_key, signs_for
 from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding
 
 
 @dataclass(frozen=True, eq=False)
-class _Ready:
+class _Values(QuantizedOperand):
     """tensors = (values,) or (values, amax): the operand is values (or values.T), scaled by amax / divisor."""
 
     along: int
@@ -43,10 +35,10 @@ class _Ready:
 
 
 @dataclass(frozen=True, eq=False)
-class _Deferred:
+class _Deferred(QuantizedOperand):
     """tensors = (x, amax): the operand is still to be made."""
 
-    source: Source
+    origin: OperandOrigin
     copy: Copy
 
 
@@ -76,37 +68,37 @@ class EmulatedBackend:
         self.passes = Passes(compile)
         self._watch = watch
 
-    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """See `Backend.quantize`. A deferred copy keeps (x, amax); the others hold values of x's shape and dtype."""
         for copy in copies:
-            check_shape(x, source, copy)
+            check_shape(x, origin, copy)
         scaled = [copy for copy in copies if copy.operand.quantized]
         blocks: dict[Copy, _Blocks] = {}
         local = []
         for copy in scaled:
-            measured = self._blocks(x, source, copy)
+            measured = self._blocks(x, origin, copy)
             local.append(self._amax(measured, copy))
             if not copy.deferred:
                 blocks[copy] = measured
-        amaxes = dict(zip(scaled, reduce_and_check(local, source, scaled, self._watch), strict=True))
+        amaxes = dict(zip(scaled, reduce_and_check(local, origin, scaled, self._watch), strict=True))
         values: dict[Operand, Tensor] = {}
-        prepared = []
+        operands: list[QuantizedOperand] = []
         for copy in copies:
             operand = copy.operand
             if not operand.quantized:
-                prepared.append(Prepared((x,), _Ready(copy.along)))
+                operands.append(_Values((x,), copy.along))
             elif copy.deferred:
-                prepared.append(Prepared((x, amaxes[copy]), _Deferred(source, copy)))
+                operands.append(_Deferred((x, amaxes[copy]), origin, copy))
             else:
                 if (
                     operand not in values or not operand.transposes
                 ):  # the codes of the transpose are the transposed ones
-                    values[operand] = self._values(blocks[copy], amaxes[copy], source, copy, x.dtype)
-                prepared.append(_ready(values[operand], amaxes[copy], copy))
-        return tuple(prepared)
+                    values[operand] = self._values(blocks[copy], amaxes[copy], origin, copy, x.dtype)
+                operands.append(_scaled(values[operand], amaxes[copy], copy))
+        return tuple(operands)
 
     def matmul(
-        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+        self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
     ) -> Tensor:
         """See `Backend.matmul`."""
         # operands that are still to be made are made in the type in which they will be multiplied
@@ -122,10 +114,10 @@ class EmulatedBackend:
             accumulate_into=accumulate_into,
         )
 
-    def _blocks(self, x: Tensor, source: Source, copy: Copy) -> _Blocks:
+    def _blocks(self, x: Tensor, origin: OperandOrigin, copy: Copy) -> _Blocks:
         size = copy.operand.rht_size
         if size:
-            x = self.passes.hadamard(x, size, signs_for(source, copy.operand, x.device), copy.along)
+            x = self.passes.hadamard(x, size, signs_for(origin, copy.operand, x.device), copy.along)
         return _Blocks(x, self.passes.block_maxima(x, _storage_tile(copy)))
 
     def _amax(self, blocks: _Blocks, copy: Copy) -> Tensor:
@@ -134,12 +126,12 @@ class EmulatedBackend:
             return blocks.maxima.amax(copy.along, keepdim=True).to(torch.float32)
         return self.passes.amax(blocks.maxima)
 
-    def _values(self, blocks: _Blocks, amax: Tensor, source: Source, copy: Copy, dtype: torch.dtype) -> Tensor:
+    def _values(self, blocks: _Blocks, amax: Tensor, origin: OperandOrigin, copy: Copy, dtype: torch.dtype) -> Tensor:
         """code * block_scale in x's shape."""
         operand = copy.operand
         noise = None
         if operand.stochastic:
-            noise = Noise.at(noise_key(source, copy), source.rows, source.cols, operand.noise_bits)
+            noise = Noise.at(noise_key(origin, copy), origin.rows, origin.cols, operand.noise_bits)
         element = "e2m1" if operand.format in (Format.nvfp4, Format.mxfp4) else "e4m3"
         scales = self._scales(blocks, amax, copy, element)
         return self.passes.rounded(
@@ -156,29 +148,27 @@ class EmulatedBackend:
                 amax,
                 scale_order=operand.scale_order.name,
                 headroom=operand.rounding is Rounding.sr_headroom,
-                bound=scale_bound(operand),
+                bound=operand.scale_bound,
             )
         return self.passes.four_over_six_scales(
             *blocks,
             amax,
             tile=_storage_tile(copy),
             along=copy.along,
-            bound=scale_bound(operand),
+            bound=operand.scale_bound,
             measure=operand.four_over_six.name,
         )
 
-    def _operand(self, prepared: Prepared, dtype: torch.dtype) -> tuple[Tensor, GlobalScale | None]:
-        """The operand as `[M, K]`, and its global scale."""
-        meaning = prepared.meaning
-        if isinstance(meaning, _Deferred):
-            x, amax = prepared.tensors
-            values = self._values(
-                self._blocks(x, meaning.source, meaning.copy), amax, meaning.source, meaning.copy, dtype
-            )
-            prepared = _ready(values, amax, meaning.copy)
-        values, *amaxes = prepared.tensors
-        scale = GlobalScale(amaxes[0], prepared.meaning.divisor) if amaxes else None
-        return (values if prepared.meaning.along == 1 else values.T), scale
+    def _operand(self, operand: QuantizedOperand, dtype: torch.dtype) -> tuple[Tensor, GlobalScale | None]:
+        """The operand as `[M, K]`, and its global scale. dtype: in which it is made if it is deferred."""
+        if isinstance(operand, _Deferred):
+            x, amax = operand.tensors
+            origin, copy = operand.origin, operand.copy
+            operand = _scaled(self._values(self._blocks(x, origin, copy), amax, origin, copy, dtype), amax, copy)
+        assert isinstance(operand, _Values)
+        values, *amaxes = operand.tensors
+        scale = GlobalScale(amaxes[0], operand.divisor) if amaxes else None
+        return (values if operand.along == 1 else values.T), scale
 
 
 def _storage_tile(copy: Copy) -> tuple[int, int]:
@@ -187,7 +177,7 @@ def _storage_tile(copy: Copy) -> tuple[int, int]:
     return (rows, cols) if copy.along == 1 else (cols, rows)
 
 
-def _ready(values: Tensor, amax: Tensor, copy: Copy) -> Prepared:
+def _scaled(values: Tensor, amax: Tensor, copy: Copy) -> _Values:
     if copy.operand.format is not Format.nvfp4:  # the other formats have no global scale
-        return Prepared((values,), _Ready(copy.along))
-    return Prepared((values, amax), _Ready(copy.along, 6.0 * scale_bound(copy.operand)))
+        return _Values((values,), copy.along)
+    return _Values((values, amax), copy.along, 6.0 * copy.operand.scale_bound)

@@ -1,6 +1,6 @@
 """The emulation with its fp8_block GEMMs on FP8 tensor cores: the paper's FP8 baseline on a Hopper GPU.
 
-One idea: quantization stays the emulated backend's, so codes and scales are the same bits; they are only kept apart, as
+Quantization stays the emulated backend's, so codes and scales are the same bits; they are only kept apart, as
 `torch.nn.functional.scaled_mm` wants them, instead of being multiplied out to BF16. What differs is the order of sums
 inside the GEMM. torch 2.13 has block scaling for compute capability 9.x with CUDA 12.9 or newer only
 (aten/src/ATen/native/cuda/ScaledBlas.cpp, `_check_deepseek_support`); everything else is refused at construction.
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
 from megatron_fp4.numerics.stages import BlockScales
-from megatron_fp4.precision.backends import Copy, NonFiniteWatch, Prepared, Source, check_shape, reduce_and_check
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
+from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
+from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
 from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig
 from megatron_fp4.precision.operand import Format
 from megatron_fp4.precision.spec import Gemm
@@ -28,8 +29,8 @@ RECIPES = {(1, 128): ScalingType.BlockWise1x128, (128, 128): ScalingType.BlockWi
 REMEDY = "; use precision.backend=emulated, which multiplies the same operands in BF16"
 
 
-@dataclass(frozen=True)
-class _Codes:
+@dataclass(frozen=True, eq=False)
+class _Codes(QuantizedOperand):
     """tensors = (codes, scales) of an operand `[M, K]`: float8_e4m3fn, contiguous; FP32 in the layout of `_scales`."""
 
     tile: Tile
@@ -48,32 +49,32 @@ class NativeFp8Backend:
         self._emulated = EmulatedBackend(config.compile, watch)
         self._watch = watch
 
-    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """See `Backend.quantize`. Deferred copies are made at once: codes are half as large as their source."""
         quantized = [copy for copy in copies if copy.operand.quantized]
         for copy in quantized:
-            check_shape(x, source, copy)
-            _check_multiple(x, source, copy)
+            check_shape(x, origin, copy)
+            _check_multiple(x, origin, copy)
         passes = self._emulated.passes
         maxima = {tile: passes.block_maxima(x, tile) for tile in map(_stored_tile, quantized)}
         amaxes = [passes.amax(maxima[_stored_tile(copy)]) for copy in quantized]
-        reduce_and_check(amaxes, source, quantized, self._watch)
+        reduce_and_check(amaxes, origin, quantized, self._watch)
         made = {tile: self._codes(x, block_maxima, tile) for tile, block_maxima in maxima.items()}
         return tuple(
             _oriented(*made[_stored_tile(copy)], copy)
             if copy.operand.quantized
-            else self._emulated.quantize(x, source, [copy])[0]
+            else self._emulated.quantize(x, origin, [copy])[0]
             for copy in copies
         )
 
     def matmul(
-        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+        self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
     ) -> Tensor:
         """See `Backend.matmul`. `scaled_mm` does not accumulate, so a sum is a pass of its own."""
-        if not isinstance(a.meaning, _Codes):
+        if not isinstance(a, _Codes) or not isinstance(b, _Codes):
             return self._emulated.matmul(a, b, out_dtype=out_dtype, accumulate_into=accumulate_into)
         (left, left_scale), (right, right_scale) = a.tensors, b.tensors
-        recipes = RECIPES[a.meaning.tile], RECIPES[b.meaning.tile]
+        recipes = RECIPES[a.tile], RECIPES[b.tile]
         out = scaled_mm(left, right.T, left_scale, recipes[0], right_scale, recipes[1], output_dtype=out_dtype)
         return out if accumulate_into is None else accumulate_into.add_(out)
 
@@ -92,12 +93,12 @@ def _stored_tile(copy: Copy) -> Tile:
     return (rows, cols) if copy.along == 1 else (cols, rows)
 
 
-def _oriented(codes: Tensor, scale: Tensor, copy: Copy) -> Prepared:
+def _oriented(codes: Tensor, scale: Tensor, copy: Copy) -> _Codes:
     """The copy as an operand `[M, K]`: a GEMM on Hopper takes both operands with K contiguous."""
     assert copy.operand.tile is not None
     if copy.along == 0:
         codes, scale = codes.T, scale.T
-    return Prepared((codes.contiguous(), _scales(scale, copy.operand.tile)), _Codes(copy.operand.tile))
+    return _Codes((codes.contiguous(), _scales(scale, copy.operand.tile)), copy.operand.tile)
 
 
 def _scales(scale: Tensor, tile: Tile) -> Tensor:
@@ -108,11 +109,11 @@ def _scales(scale: Tensor, tile: Tile) -> Tensor:
     return F.pad(scale, (0, -scale.shape[1] % 4)).contiguous().T
 
 
-def _check_multiple(x: Tensor, source: Source, copy: Copy) -> None:
+def _check_multiple(x: Tensor, origin: OperandOrigin, copy: Copy) -> None:
     for size in x.shape:
         if size % 16:
             raise ValueError(
-                f"{source.name}: operand {source.operand} of {copy.gemm} has local shape {tuple(x.shape)}; FP8 tensor"
+                f"{origin.name}: operand {origin.operand} of {copy.gemm} has local shape {tuple(x.shape)}; FP8 tensor"
                 f" cores need multiples of 16, got {size}; change the sizes or the parallel layout{REMEDY}"
             )
 

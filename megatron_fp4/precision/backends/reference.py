@@ -1,6 +1,6 @@
 """The reference backend: the readable oracle.
 
-One idea: codes and scales are really made, with the formulas of `numerics.block_scale`, and the product is computed in
+Codes and scales are really made, with the formulas of `numerics.block_scale`, and the product is computed in
 FP64 and rounded once. Slow; for tests and for understanding. Everything that `emulated` does must equal it.
 """
 
@@ -15,25 +15,22 @@ from torch import Tensor
 from megatron_fp4.numerics import QuantizedTensor, quantize_nvfp4, quantize_power_of_two
 from megatron_fp4.numerics.hadamard import hadamard
 from megatron_fp4.numerics.random import random_bits
-from megatron_fp4.precision.backends import (
-    Copy,
-    NonFiniteWatch,
-    Prepared,
-    Source,
-    check_shape,
-    noise_key,
-    reduce_and_check,
-    scale_bound,
-    signs_for,
-)
+from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
+from megatron_fp4.precision.backends.product import GlobalScale
+from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
+from megatron_fp4.precision.backends.randomness import noise_key, signs_for
 from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
 
 
-@dataclass(frozen=True)
-class _Meaning:
-    """tensors = (codes, scales) or (codes, scales, amax) of a QuantizedTensor; high precision: tensors = (x,)."""
+@dataclass(frozen=True, eq=False)
+class _Exact(QuantizedOperand):
+    """tensors = (x,): in high precision."""
 
-    quantized: bool
+
+@dataclass(frozen=True, eq=False)
+class _Codes(QuantizedOperand):
+    """tensors = (codes, scales) or (codes, scales, amax) of a QuantizedTensor."""
+
     divisor: float = 1.0
 
 
@@ -43,18 +40,18 @@ class ReferenceBackend:
     def __init__(self, watch: NonFiniteWatch | None = None) -> None:
         self._watch = watch
 
-    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """See `Backend.quantize`. Every copy holds packed codes, scales and amax, transposed where it must be."""
         for copy in copies:
-            check_shape(x, source, copy)
+            check_shape(x, origin, copy)
         scaled = [copy for copy in copies if copy.operand.quantized]
-        oriented = {id(copy): _oriented(x, source, copy) for copy in copies}
+        oriented = {id(copy): _oriented(x, origin, copy) for copy in copies}
         local = [_amax(oriented[id(copy)], copy.operand) for copy in scaled]
-        amaxes = dict(zip(map(id, scaled), reduce_and_check(local, source, scaled, self._watch), strict=True))
-        return tuple(_prepare(oriented[id(copy)], amaxes.get(id(copy)), source, copy) for copy in copies)
+        amaxes = dict(zip(map(id, scaled), reduce_and_check(local, origin, scaled, self._watch), strict=True))
+        return tuple(_prepare(oriented[id(copy)], amaxes.get(id(copy)), origin, copy) for copy in copies)
 
     def matmul(
-        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+        self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
     ) -> Tensor:
         """See `Backend.matmul`; the accumulation is in FP64, that is, exact for all practical sizes."""
         left, left_scale = decode(a)
@@ -74,20 +71,21 @@ class ReferenceBackend:
         return result if accumulate_into is None else accumulate_into.add_(result)
 
 
-def decode(prepared: Prepared) -> tuple[Tensor, tuple[Tensor, float] | None]:
-    """The operand `[M, K]` without its global scale, and the global scale as (amax, divisor)."""
-    if not prepared.meaning.quantized:
-        return prepared.tensors[0], None
-    codes, scales, *amax = prepared.tensors
-    operand = QuantizedTensor(codes, scales, None).operand(torch.float32)
-    return operand, (amax[0], prepared.meaning.divisor) if amax else None
+def decode(operand: QuantizedOperand) -> tuple[Tensor, GlobalScale | None]:
+    """An operand of this backend as `[M, K]`, without its global scale, and that scale."""
+    if isinstance(operand, _Exact):
+        return operand.tensors[0], None
+    assert isinstance(operand, _Codes)
+    codes, scales, *amax = operand.tensors
+    values = QuantizedTensor(codes, scales, None).operand(torch.float32)
+    return values, GlobalScale(amax[0], operand.divisor) if amax else None
 
 
-def _oriented(x: Tensor, source: Source, copy: Copy) -> Tensor:
+def _oriented(x: Tensor, origin: OperandOrigin, copy: Copy) -> Tensor:
     """The tensor with the contraction along its last dimension, transformed if the copy asks for it."""
     operand = copy.operand
     x = x if copy.along == 1 else x.T.contiguous()
-    return hadamard(x, operand.rht_size, signs_for(source, operand, x.device), 1) if operand.rht_size else x
+    return hadamard(x, operand.rht_size, signs_for(origin, operand, x.device), 1) if operand.rht_size else x
 
 
 def _amax(x: Tensor, operand: Operand) -> Tensor:
@@ -96,21 +94,21 @@ def _amax(x: Tensor, operand: Operand) -> Tensor:
     return x.abs().amax().float()
 
 
-def _prepare(x: Tensor, amax: Tensor | None, source: Source, copy: Copy) -> Prepared:
+def _prepare(x: Tensor, amax: Tensor | None, origin: OperandOrigin, copy: Copy) -> QuantizedOperand:
     operand = copy.operand
     if not operand.quantized:
-        return Prepared((x,), _Meaning(quantized=False))
+        return _Exact((x,))
     assert operand.tile is not None
     noise = None
     if operand.stochastic:
-        bits = random_bits(noise_key(source, copy), source.rows, source.cols)
+        bits = random_bits(noise_key(origin, copy), origin.rows, origin.cols)
         bits = bits if copy.along == 1 else bits.T
         kept = (bits >> (32 - operand.noise_bits)) & ((1 << operand.noise_bits) - 1)
         noise = kept.float() / 2**operand.noise_bits
     if operand.format is not Format.nvfp4:
         element = "e2m1" if operand.format is Format.mxfp4 else "e4m3"
         quantized = quantize_power_of_two(x, element=element, tile=operand.tile, noise=noise)
-        return Prepared((quantized.codes, quantized.scales), _Meaning(quantized=True))
+        return _Codes((quantized.codes, quantized.scales))
     assert amax is not None
     quantized = quantize_nvfp4(
         x,
@@ -120,6 +118,6 @@ def _prepare(x: Tensor, amax: Tensor | None, source: Source, copy: Copy) -> Prep
         noise=noise,
         headroom=operand.rounding is Rounding.sr_headroom,
         four_over_six=operand.four_over_six.name,
-        bound=scale_bound(operand),
+        bound=operand.scale_bound,
     )
-    return Prepared((quantized.codes, quantized.scales, amax), _Meaning(True, quantized.divisor))
+    return _Codes((quantized.codes, quantized.scales, amax), quantized.divisor)

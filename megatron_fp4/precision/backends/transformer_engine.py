@@ -2,7 +2,7 @@
 
 One idea: TE as functions, not modules. A quantizer makes the row-wise copy (contracted along the columns) and the
 column-wise copy (contracted along the rows) of a tensor in one call, `general_gemm` multiplies two of them. A
-`Prepared` holds the plain tensors of one copy and what is needed to make TE's storage object of them again; so Wgrad
+`TeOperand` holds the plain tensors of one copy and what is needed to make TE's storage object of them again; so Wgrad
 keeps 4-bit codes, not BF16, and nothing of TE's module state (recipe contexts, cached workspaces: traps 1, 2, 5, 11, 12
 of docs/transformer_engine.md) exists here. The only file that imports Transformer Engine.
 
@@ -24,16 +24,9 @@ from torch import Tensor
 from megatron_fp4.comm.bootstrap import environment
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.random import key_of
-from megatron_fp4.precision.backends import (
-    Copy,
-    NonFiniteError,
-    NonFiniteWatch,
-    Prepared,
-    Source,
-    check_shape,
-    copies_of,
-)
-from megatron_fp4.precision.backends.emulated import scaled_matmul
+from megatron_fp4.precision.backends.finite import NonFiniteWatch, check_finite
+from megatron_fp4.precision.backends.product import scaled_matmul
+from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape, copies_of
 from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig
 from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding, Signs
 from megatron_fp4.precision.spec import LinearPrecision
@@ -117,20 +110,29 @@ def make_quantizer(api: Api, row: Operand | None, column: Operand | None) -> Any
 
 
 @dataclass(frozen=True, eq=False)
-class _High:
-    """tensors = (x,)."""
+class _Exact(QuantizedOperand):
+    """tensors = (x,): in high precision."""
 
     along: int
 
 
 @dataclass(frozen=True, eq=False)
-class _Quantized:
+class TeOperand(QuantizedOperand):
     """tensors: those of one direction, in the order of `names`; storage(**names and tensors, **rest) is TE's object."""
 
     along: int
     storage: type
     names: tuple[str, ...]
     rest: Mapping[str, Any]
+
+    def as_te(self) -> Any:
+        """TE's own object."""
+        return self.storage(**dict(zip(self.names, self.tensors, strict=True)), **self.rest)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors under `data`, `scale_inv` and (nvfp4) `amax`: for checks and reports."""
+        short = [name.replace("rowwise", "").replace("columnwise", "").strip("_") for name in self.names]
+        return dict(zip(short, self.tensors, strict=True))
 
 
 class TransformerEngineBackend:
@@ -155,36 +157,39 @@ class TransformerEngineBackend:
                 for row, column in _calls([copy for copy in copies if copy.operand.quantized]):
                     self._quantizer(row, column, Group.single())
 
-    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
+    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """See `Backend.quantize`. Deferred copies are made at once: as codes they are smaller than their source."""
         quantized = [copy for copy in copies if copy.operand.quantized]
         for copy in quantized:
-            check_shape(x, source, copy)
-            check_te_shape(f"{source.name}: operand {source.operand} of {copy.gemm}", copy.operand, x.shape, copy.along)
+            check_shape(x, origin, copy)
+            check_te_shape(f"{origin.name}: operand {origin.operand} of {copy.gemm}", copy.operand, x.shape, copy.along)
             if x.dtype != torch.bfloat16:
                 raise ValueError(
-                    f"{source.name}: operand {source.operand} is {x.dtype}, but Transformer Engine's quantizers are"
+                    f"{origin.name}: operand {origin.operand} is {x.dtype}, but Transformer Engine's quantizers are"
                     f" used with BF16 only; set precision.compute_dtype=bf16, or precision.backend=emulated"
                 )
-        found: dict[Copy, Prepared] = {}
+        made: dict[Copy, QuantizedOperand] = {}
         for row, column in _calls(quantized):
             if any(copy is not None and copy.operand.stochastic for copy in (row, column)):
-                self._seed(source, x.device)
-            made = self._quantizer(row, column, source.group)(x)
-            found.update({copy: _take(made, copy) for copy in (row, column) if copy is not None})
+                self._seed(origin, x.device)
+            stored = self._quantizer(row, column, origin.group)(x)
+            made.update({copy: _take(stored, copy) for copy in (row, column) if copy is not None})
         if quantized:
-            self._check_finite(x, source)  # after TE's collectives: no rank waits for one that has raised
-        return tuple(found[copy] if copy in found else Prepared((x,), _High(copy.along)) for copy in copies)
+            self._check_finite(x, origin)  # after TE's collectives: no rank waits for one that has raised
+        return tuple(made[copy] if copy in made else _Exact((x,), copy.along) for copy in copies)
 
     def matmul(
-        self, a: Prepared, b: Prepared, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+        self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
     ) -> Tensor:
         """See `Backend.matmul`. The accumulation into a tensor of the output's type happens inside the GEMM."""
-        if isinstance(a.meaning, _High) and isinstance(b.meaning, _High):
+        if isinstance(a, _Exact) and isinstance(b, _Exact):
             left, right = _oriented(a), _oriented(b)
             return scaled_matmul(left, right, out_dtype=out_dtype, accumulate_into=accumulate_into)
-        # TE computes B @ A.T of its arguments; N: the operand is contracted along the rows of its source
-        layout = ("T" if b.meaning.along == 1 else "N") + ("N" if a.meaning.along == 1 else "T")
+        both = "one operand quantized and the other not: check_recipe refuses it"
+        assert isinstance(a, TeOperand), both
+        assert isinstance(b, TeOperand), both
+        # TE computes B @ A.T of its arguments; N: the operand is contracted along the rows of its tensor
+        layout = ("T" if b.along == 1 else "N") + ("N" if a.along == 1 else "T")
         settings: dict[str, Any] = {
             "out_dtype": out_dtype,
             "layout": layout,
@@ -196,7 +201,7 @@ class TransformerEngineBackend:
         fused = accumulate_into is not None and accumulate_into.dtype == out_dtype
         if fused:
             settings.update(out=accumulate_into, accumulate=True)
-        out: Tensor = self.api.symbols["general_gemm"](_storage(b), _storage(a), **settings)[0]
+        out: Tensor = self.api.symbols["general_gemm"](b.as_te(), a.as_te(), **settings)[0]
         if accumulate_into is None:
             return out
         return accumulate_into if fused else accumulate_into.add_(out)
@@ -223,29 +228,17 @@ class TransformerEngineBackend:
             quantizer.with_amax_reduction = quantizer.amax_reduction_group is not None
         return quantizer
 
-    def _seed(self, source: Source, device: torch.device) -> None:
+    def _seed(self, origin: OperandOrigin, device: torch.device) -> None:
         """Once per step: the default generator is the one that TE's stochastic rounding draws from (trap 7)."""
-        if device.type == "cuda" and self._seeded != (source.seed, source.step):
-            rank = source.group.ranks[source.group.rank]
+        if device.type == "cuda" and self._seeded != (origin.seed, origin.step):
             torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(
-                key_of(source.seed, source.step, "te_rounding", rank) & (2**63 - 1)
+                key_of(origin.seed, origin.step, "te_rounding", origin.rank) & (2**63 - 1)
             )
-            self._seeded = (source.seed, source.step)
+            self._seeded = (origin.seed, origin.step)
 
-    def _check_finite(self, x: Tensor, source: Source) -> None:
+    def _check_finite(self, x: Tensor, origin: OperandOrigin) -> None:
         """TE's own amax ignores NaN, so it is measured here."""
-        largest = torch.stack(torch.aminmax(x)).abs().amax().float()
-        if self._watch is not None:
-            self._watch.see(source, largest)
-        elif not largest.item() < float("inf"):
-            raise NonFiniteError(source, largest.item())
-
-
-def stored(prepared: Prepared) -> dict[str, Tensor]:
-    """The tensors of a quantized copy, under `data`, `scale_inv` and (nvfp4) `amax`: for checks and reports."""
-    assert isinstance(prepared.meaning, _Quantized)
-    short = [name.replace("rowwise", "").replace("columnwise", "").strip("_") for name in prepared.meaning.names]
-    return dict(zip(short, prepared.tensors, strict=True))
+        check_finite(torch.stack(torch.aminmax(x)).abs().amax().float(), origin, self._watch)
 
 
 def _formats(recipes: Mapping[str, LinearPrecision]) -> set[Format]:
@@ -262,7 +255,7 @@ def _calls(copies: Sequence[Copy]) -> list[tuple[Copy | None, Copy | None]]:
     return [(copy, None) for copy in rows] + [(None, copy) for copy in columns]
 
 
-def _take(made: Any, copy: Copy) -> Prepared:
+def _take(made: Any, copy: Copy) -> TeOperand:
     """One direction of a TE storage object, without the other's memory."""
     metadata = made.get_metadata()
     mine, other = ("columnwise", "rowwise") if copy.along == 0 else ("rowwise", "columnwise")
@@ -273,15 +266,9 @@ def _take(made: Any, copy: Copy) -> Prepared:
             f"Transformer Engine made no {mine} copy (it made {', '.join(metadata)}); please report this"
         )
     rest = {name: None if other in name else value for name, value in metadata.items() if name not in names}
-    return Prepared(tuple(metadata[name] for name in names), _Quantized(copy.along, type(made), names, rest))
+    return TeOperand(tuple(metadata[name] for name in names), copy.along, type(made), names, rest)
 
 
-def _storage(prepared: Prepared) -> Any:
-    meaning = prepared.meaning
-    assert isinstance(meaning, _Quantized), "one operand quantized and the other not: check_recipe refuses it"
-    return meaning.storage(**dict(zip(meaning.names, prepared.tensors, strict=True)), **meaning.rest)
-
-
-def _oriented(prepared: Prepared) -> Tensor:
-    (x,) = prepared.tensors
-    return x if prepared.meaning.along == 1 else x.T
+def _oriented(operand: _Exact) -> Tensor:
+    (x,) = operand.tensors
+    return x if operand.along == 1 else x.T

@@ -20,7 +20,7 @@ from megatron_fp4.precision import (
     ScaleOrder,
     Signs,
 )
-from megatron_fp4.precision.backends import Copy, Prepared, Source, product
+from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand, product
 from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
 
@@ -54,12 +54,12 @@ WITHOUT_BF16 = pytest.mark.skipif(not product.cpu_multiplies_bf16(), reason="thi
 NATIVE = [pytest.param(True, marks=WITHOUT_BF16, id="BF16 GEMM"), pytest.param(False, id="widened")]
 
 
-def source(x: Tensor, step: int = 3) -> Source:
+def origin(x: Tensor, step: int = 3) -> OperandOrigin:
     rows, cols = torch.arange(x.shape[0]) + 64, torch.arange(x.shape[1]) + 32
-    return Source("blocks.0.mlp.up", "dy", rows, cols, Group.single(), seed=1, step=step)
+    return OperandOrigin("blocks.0.mlp.up", "dy", rows, cols, Group.single(), seed=1, step=step)
 
 
-def values(prepared: Prepared, backend: EmulatedBackend) -> Tensor:
+def values(prepared: QuantizedOperand, backend: EmulatedBackend) -> Tensor:
     """The operand without its global scale: multiplied by the identity."""
     operand, _ = backend._operand(prepared, prepared.tensors[0].dtype)
     return operand
@@ -81,7 +81,7 @@ def test_operands_equal_the_reference(operand: Operand, dtype: torch.dtype, defe
     x = x.to(dtype)
     for along in (0, 1):
         copy = Copy("wgrad", operand, along, deferred)
-        (ours,), (theirs,) = (backend.quantize(x, source(x), [copy]) for backend in (emulated, reference))
+        (ours,), (theirs,) = (backend.quantize(x, origin(x), [copy]) for backend in (emulated, reference))
         expected, scale = decode(theirs)
         assert torch.equal(values(ours, emulated).float(), expected.float()), f"along {along}"
         _, our_scale = emulated._operand(ours, dtype)
@@ -99,8 +99,8 @@ def test_matmul_close_to_the_reference(operand: Operand, dtype: torch.dtype, x: 
     """The two differ by the order of an FP32 sum only; more means that alpha or an orientation is wrong."""
     results = []
     for backend in (EmulatedBackend(), ReferenceBackend()):
-        a = backend.quantize(x.to(dtype), source(x), [Copy("fprop", operand, 1)])[0]
-        b = backend.quantize(x.to(dtype).T.contiguous(), source(x.T), [Copy("fprop", operand, 0)])[0]
+        a = backend.quantize(x.to(dtype), origin(x), [Copy("fprop", operand, 1)])[0]
+        b = backend.quantize(x.to(dtype).T.contiguous(), origin(x.T), [Copy("fprop", operand, 0)])[0]
         total = torch.ones(128, 128)
         results.append(backend.matmul(a, b, out_dtype=dtype).float())
         results.append(backend.matmul(a, b, out_dtype=torch.float32, accumulate_into=total) - 1.0)
@@ -147,8 +147,8 @@ def test_row_scales_equal_the_reference(x: Tensor) -> None:
     operand = Operand(N4, amax_scope=AmaxScope.row)
     products = []
     for backend in (EmulatedBackend(), ReferenceBackend()):
-        a = backend.quantize(x.bfloat16(), source(x), [Copy("fprop", operand, 1)])[0]
-        b = backend.quantize(x[:64].bfloat16(), source(x[:64]), [Copy("fprop", operand, 1)])[0]
+        a = backend.quantize(x.bfloat16(), origin(x), [Copy("fprop", operand, 1)])[0]
+        b = backend.quantize(x[:64].bfloat16(), origin(x[:64]), [Copy("fprop", operand, 1)])[0]
         products.append(backend.matmul(a, b, out_dtype=torch.float32))
     assert (products[0] - products[1]).norm() <= 1e-5 * products[1].norm()
 
@@ -161,22 +161,22 @@ def test_bad_numbers_are_named(bad: float, dtype: torch.dtype, backend: Emulated
     x = x.to(dtype).clone()
     x[17, 33] = bad
     with pytest.raises(NonFiniteError, match=r"blocks.0.mlp.up: operand dy .* step 3 on rank 0") as caught:
-        backend.quantize(x, source(x), [Copy("dgrad", Operand(N4), 1)])
+        backend.quantize(x, origin(x), [Copy("dgrad", Operand(N4), 1)])
     assert (caught.value.name, caught.value.operand) == ("blocks.0.mlp.up", "dy")
 
 
 def test_shapes_that_do_not_fit_are_refused_with_the_numbers(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"wgrad has local shape \(120, 256\).*120 must be a multiple of 16"):
-        EmulatedBackend().quantize(x[:120], source(x[:120]), [Copy("wgrad", Operand(N4), 0)])
+        EmulatedBackend().quantize(x[:120], origin(x[:120]), [Copy("wgrad", Operand(N4), 0)])
     with pytest.raises(ValueError, match="multiple of 128"):
-        EmulatedBackend().quantize(x[:64], source(x[:64]), [Copy("wgrad", Operand(N4, rht_size=128), 0)])
+        EmulatedBackend().quantize(x[:64], origin(x[:64]), [Copy("wgrad", Operand(N4, rht_size=128), 0)])
 
 
 def test_square_weights_are_quantized_once(x: Tensor) -> None:
     """Fprop and Dgrad share one tensor: two would double the memory of the weight cache."""
     operand = Operand(N4, tile=(16, 16))
     copies = [Copy("fprop", operand, 1), Copy("dgrad", operand, 0)]
-    fprop, dgrad = EmulatedBackend().quantize(x.bfloat16(), source(x), copies)
+    fprop, dgrad = EmulatedBackend().quantize(x.bfloat16(), origin(x), copies)
     assert fprop.tensors[0].data_ptr() == dgrad.tensors[0].data_ptr()
 
 
@@ -186,8 +186,8 @@ def test_transform_cancels_in_the_product(x: Tensor) -> None:
     plain, turned = Operand(Format.mxfp8), Operand(Format.mxfp8, rht_size=32, rht_signs=Signs.per_step)
     products = []
     for operand in (plain, turned):
-        a = backend.quantize(x[:64], source(x[:64]), [Copy("wgrad", operand, 1)])[0]
-        b = backend.quantize(x[64:], source(x[64:]), [Copy("wgrad", operand, 1)])[0]
+        a = backend.quantize(x[:64], origin(x[:64]), [Copy("wgrad", operand, 1)])[0]
+        b = backend.quantize(x[64:], origin(x[64:]), [Copy("wgrad", operand, 1)])[0]
         products.append(backend.matmul(a, b, out_dtype=torch.float32))
     exact = x[:64] @ x[64:].T
     for result in products:
@@ -198,7 +198,7 @@ def test_noise_and_signs_follow_the_step(x: Tensor) -> None:
     """Equal steps must repeat (recompute, resume); different steps must not reuse the same noise."""
     backend = EmulatedBackend()
     copy = Copy("dgrad", Operand(N4, rounding=Rounding.sr), 1)
-    first, again, later = (values(backend.quantize(x, source(x, step), [copy])[0], backend) for step in (3, 3, 4))
+    first, again, later = (values(backend.quantize(x, origin(x, step), [copy])[0], backend) for step in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, later)
 
@@ -223,7 +223,7 @@ def test_compiled_equals_eager(case: dict[str, Any], compiled: EmulatedBackend, 
     copy = Copy("wgrad", case["operand"], case["along"])
     for rows in (64, 128):  # the second size must not need another kernel
         part = x[:rows].bfloat16()
-        eager = EmulatedBackend().quantize(part, source(part), [copy])[0]
-        fused = compiled.quantize(part, source(part), [copy])[0]
+        eager = EmulatedBackend().quantize(part, origin(part), [copy])[0]
+        fused = compiled.quantize(part, origin(part), [copy])[0]
         assert torch.equal(eager.tensors[0], fused.tensors[0])
         assert torch.equal(eager.tensors[1], fused.tensors[1])

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.precision import EmulatedBackend, Format, FourOverSix, Operand, Rounding
-from megatron_fp4.precision.backends import Copy, Source
+from megatron_fp4.precision.backends import Copy, OperandOrigin
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -28,8 +28,8 @@ OPERANDS = [
 
 def prepare(x: Tensor, operand: Operand, along: int, backend: EmulatedBackend) -> tuple[Tensor, ...]:
     rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
-    source = Source("blocks.0.mlp.up", "dy", rows, cols, Group.single(), seed=1, step=3)
-    (prepared,) = backend.quantize(x, source, [Copy("wgrad", operand, along)])
+    origin = OperandOrigin("blocks.0.mlp.up", "dy", rows, cols, Group.single(), seed=1, step=3)
+    (prepared,) = backend.quantize(x, origin, [Copy("wgrad", operand, along)])
     return tuple(tensor.cpu() for tensor in prepared.tensors)
 
 

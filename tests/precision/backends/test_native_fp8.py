@@ -8,6 +8,7 @@ runs the kernels where there is a Hopper GPU; it has never been run.)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,16 +26,24 @@ from megatron_fp4.precision import (
     Format,
     Fprop,
     LinearPrecision,
-    LinearSite,
     NonFiniteError,
     Operand,
+    Sharding,
     StepClock,
     WeightCache,
     Wgrad,
     nvfp4_paper,
     quantized_linear,
 )
-from megatron_fp4.precision.backends import Backend, Copy, NonFiniteWatch, Prepared, Source, copies_of, native_fp8
+from megatron_fp4.precision.backends import (
+    Backend,
+    Copy,
+    NonFiniteWatch,
+    OperandOrigin,
+    QuantizedOperand,
+    copies_of,
+    native_fp8,
+)
 from megatron_fp4.precision.backends.native_fp8 import NativeFp8Backend
 from megatron_fp4.precision.config import BackendName, ComputeDtype, PrecisionConfig
 
@@ -81,26 +90,26 @@ def tensor(name: str, rows: int, cols: int) -> Tensor:
     return (x * 2.0 ** (torch.arange(rows)[:, None] % 23 - 11) * 3.0 ** (torch.arange(cols) // 64 % 5)).bfloat16()
 
 
-def source(x: Tensor) -> Source:
+def origin(x: Tensor) -> OperandOrigin:
     rows, cols = (torch.arange(size) for size in x.shape)
-    return Source("blocks.0.mlp.up", "x", rows, cols, Group.single(), 1, 0)
+    return OperandOrigin("blocks.0.mlp.up", "x", rows, cols, Group.single(), 1, 0)
 
 
 @pytest.mark.parametrize(("T", "N", "K"), SHAPES)
 def test_operands_are_the_emulated_ones(T: int, N: int, K: int, hopper: pytest.MonkeyPatch) -> None:
     backend, emulated = NativeFp8Backend(config(PAPER)), EmulatedBackend()
     for name, shape in {"x": (T, K), "w": (N, K), "dy": (T, N)}.items():
-        x, copies = tensor(name, *shape), copies_of(PAPER)[name]
+        x, copies = tensor(name, *shape), [replace(copy, deferred=False) for copy in copies_of(PAPER)[name]]
         for copy, native, ours in zip(copies, *(quantized(b, x, copies) for b in (backend, emulated)), strict=True):
             codes, scale = native.tensors
-            got = decode(codes, scale, native_fp8.RECIPES[native.meaning.tile])
+            got = decode(codes, scale, native_fp8.RECIPES[native.tile])
             (values,) = ours.tensors
             assert torch.equal(got, (values if copy.along == 1 else values.T).double()), f"{copy.gemm}.{name}"
             assert codes.is_contiguous(), "Hopper multiplies operands with the contraction contiguous only"
 
 
-def quantized(backend: Backend, x: Tensor, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
-    return backend.quantize(x, source(x), copies)
+def quantized(backend: Backend, x: Tensor, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
+    return backend.quantize(x, origin(x), copies)
 
 
 def linear(
@@ -115,7 +124,7 @@ def linear(
         x,
         weight,
         rows=rows,
-        site=LinearSite("l", alone, alone, alone, n_index, k_index),
+        sharding=Sharding("l", alone, alone, alone, n_index, k_index),
         precision=precision,
         backend=backend,
         clock=StepClock(seed=1),

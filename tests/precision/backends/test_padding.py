@@ -21,9 +21,9 @@ from megatron_fp4.precision import (
     Format,
     Fprop,
     LinearPrecision,
-    LinearSite,
     Operand,
     Rounding,
+    Sharding,
     StepClock,
     WeightCache,
     Wgrad,
@@ -60,10 +60,10 @@ def run(
     single, weight = Group.single(), LogicalParameter.whole("w", w.clone())
     if buffered:
         weight.main_grad = torch.ones_like(w, dtype=torch.float32)
-    site = LinearSite("linear", single, single, single, index[1], index[2])
+    sharding = Sharding("linear", single, single, single, index[1], index[2])
     settings: dict[str, Any] = {"clock": StepClock(seed=3), "cache": WeightCache(), "backend": EmulatedBackend()}
     x = x.clone().requires_grad_()
-    y = quantized_linear(x, weight, rows=index[0], site=site, precision=precision, **settings)
+    y = quantized_linear(x, weight, rows=index[0], sharding=sharding, precision=precision, **settings)
     y.backward(dy)
     assert x.grad is not None
     assert y.is_contiguous()

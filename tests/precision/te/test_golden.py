@@ -14,7 +14,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import QuantizedTensor, quantize_nvfp4, random_hadamard
 from megatron_fp4.precision import (
     EmulatedBackend,
-    LinearSite,
+    Sharding,
     StepClock,
     WeightCache,
     nvfp4_paper,
@@ -50,12 +50,12 @@ def test_linear_reproduces_transformer_engine(
     x, dy = bf16(f"{case}/x").requires_grad_(), bf16(f"{case}/dy")
     weight = torch.nn.Parameter(bf16(f"{case}/w"))
     single = Group.single()
-    site = LinearSite(case, single, single, single, *(torch.arange(size) for size in weight.shape))
+    sharding = Sharding(case, single, single, single, *(torch.arange(size) for size in weight.shape))
     y = quantized_linear(
         x,
         weight,
         rows=torch.arange(x.shape[0]),
-        site=site,
+        sharding=sharding,
         precision=nvfp4_paper(stochastic=False),
         backend=backend,
         clock=StepClock(seed=1),

@@ -31,9 +31,9 @@ from megatron_fp4.precision import (
     nvfp4_paper,
     uniform,
 )
-from megatron_fp4.precision.backends import Copy, NonFiniteWatch, Prepared, Source
+from megatron_fp4.precision.backends import Copy, NonFiniteWatch, OperandOrigin, QuantizedOperand
 from megatron_fp4.precision.backends.reference import ReferenceBackend
-from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend, stored
+from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig
 from megatron_fp4.precision.te.versions import FAST_MATH, check_capability
 from megatron_fp4.proofs.operands import first_mismatch, reference_parts, te_parts
@@ -58,9 +58,9 @@ def tensor(name: str, *shape: int) -> Tensor:
     return normal(key_of(name), *(torch.arange(size) for size in shape)).to(torch.bfloat16)
 
 
-def source(x: Tensor, operand: str = "x") -> Source:
+def origin(x: Tensor, operand: str = "x") -> OperandOrigin:
     rows, cols = (torch.arange(size) for size in x.shape)
-    return Source("blocks.0.mlp.up", operand, rows, cols, Group.single(), 1, 0)
+    return OperandOrigin("blocks.0.mlp.up", operand, rows, cols, Group.single(), 1, 0)
 
 
 def copies(precision: LinearPrecision) -> dict[str, tuple[Copy, Copy]]:
@@ -72,10 +72,10 @@ def copies(precision: LinearPrecision) -> dict[str, tuple[Copy, Copy]]:
     }
 
 
-def prepare(backend: Any, precision: LinearPrecision = RNE) -> dict[str, tuple[Prepared, ...]]:
+def prepare(backend: Any, precision: LinearPrecision = RNE) -> dict[str, tuple[QuantizedOperand, ...]]:
     shapes = {"x": (T, K), "w": (N, K), "dy": (T, N)}
     wanted = copies(precision)
-    return {n: backend.quantize(t, source(t, n), wanted[n]) for n, t in ((n, tensor(n, *s)) for n, s in shapes.items())}
+    return {n: backend.quantize(t, origin(t, n), wanted[n]) for n, t in ((n, tensor(n, *s)) for n, s in shapes.items())}
 
 
 def test_the_double_has_the_signatures_of_the_real_one() -> None:
@@ -158,8 +158,8 @@ def test_both_copies_come_from_one_call(te: TransformerEngineBackend, monkeypatc
 
 def test_a_copy_keeps_only_its_own_direction(te: TransformerEngineBackend) -> None:
     row, column = prepare(te)["x"]
-    assert stored(row)["data"].shape == (T, K // 2)
-    assert stored(column)["data"].shape == (K, T // 2)
+    assert row.stored()["data"].shape == (T, K // 2)
+    assert column.stored()["data"].shape == (K, T // 2)
     kept = sum(t.numel() * t.element_size() for t in column.tensors)
     assert len(column.tensors) == 3, "the row-wise copy would be kept alive until the backward pass"
     assert kept < T * K, "BF16 x would be kept instead of codes"
@@ -198,8 +198,8 @@ def test_the_amax_group_is_that_of_the_source(te: TransformerEngineBackend, monk
     tp, cp = (Group(name, (0, 1), 0, object()) for name in ("tp", "cp"))  # type: ignore[arg-type]
     alone = Operand(Format.nvfp4, amax_scope=AmaxScope.shard)
     for group in (tp, tp, cp, Group.single()):
-        te.quantize(x, replace(source(x), group=group), copies(RNE)["x"])
-    te.quantize(x, replace(source(x), group=tp), [Copy("fprop", alone, 1)])
+        te.quantize(x, replace(origin(x), group=group), copies(RNE)["x"])
+    te.quantize(x, replace(origin(x), group=tp), [Copy("fprop", alone, 1)])
     assert groups == [tp.process_group, tp.process_group, cp.process_group, None, None], "amax over the wrong ranks"
 
 
@@ -225,7 +225,7 @@ def test_the_generator_is_seeded_once_per_step(te: TransformerEngineBackend, mon
 
     def draws(step: int, rank: int) -> list[float]:
         group = Group("tp", (0, 1), rank, object())  # type: ignore[arg-type]
-        at = replace(source(tensor("x", T, K)), step=step, group=group)
+        at = replace(origin(tensor("x", T, K)), step=step, group=group)
         values = []
         for _ in range(2):
             te._seed(at, torch.device("cuda"))
@@ -236,7 +236,7 @@ def test_the_generator_is_seeded_once_per_step(te: TransformerEngineBackend, mon
     assert first[0] != first[1], "every tensor of a step would get the same random bits"
     assert first != second, "every step would draw the same bits"
     assert draws(1, 0) == first, "a resumed run must draw the bits of the first one"
-    te._seed(replace(source(tensor("x", T, K)), step=9), torch.device("cuda"))
+    te._seed(replace(origin(tensor("x", T, K)), step=9), torch.device("cuda"))
     assert draws(1, 1) != first, "two ranks would round their shards with the same bits"
 
 
@@ -245,10 +245,10 @@ def test_nan_and_inf(te: TransformerEngineBackend) -> None:
         x = tensor("x", T, K)
         x[3, 5] = bad
         with pytest.raises(NonFiniteError, match=r"blocks\.0\.mlp\.up"):
-            te.quantize(x, source(x), copies(RNE)["x"])
+            te.quantize(x, origin(x), copies(RNE)["x"])
     watch = NonFiniteWatch()
     x[3, 5] = float("nan")
-    TransformerEngineBackend(config(RNE), watch).quantize(x, source(x), copies(RNE)["x"])
+    TransformerEngineBackend(config(RNE), watch).quantize(x, origin(x), copies(RNE)["x"])
     assert [event.operand for event in watch.take()] == ["x"], "the trainer would keep a step with NaN"
 
 
@@ -359,7 +359,7 @@ def test_shapes_that_kernels_refuse(te: TransformerEngineBackend, shape: tuple[i
     x = tensor("odd", *shape)
     wanted: Sequence[Copy] = [Copy("fprop", X, 1)]
     with pytest.raises(ValueError, match=said):
-        te.quantize(x, source(x), wanted)
+        te.quantize(x, origin(x), wanted)
 
 
 def test_nvfp4_availability_is_not_believed() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
 from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.precision import AmaxScope, EmulatedBackend, LinearPrecision, Operand, nvfp4_paper
-from megatron_fp4.precision.backends import Backend, Copy, Prepared, Source
+from megatron_fp4.precision.backends import Backend, Copy, OperandOrigin, QuantizedOperand
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import PrecisionConfig, Rule
@@ -45,7 +45,24 @@ PRECISION = PrecisionConfig(
 )
 
 
-class Both:
+@dataclass(frozen=True, eq=False)
+class Both(QuantizedOperand):
+    """The operands of both backends. count: tensors of TE's, which come first."""
+
+    theirs: QuantizedOperand
+    ours: QuantizedOperand
+    count: int
+
+    @property
+    def of_te(self) -> QuantizedOperand:
+        return self.theirs.with_tensors(self.tensors[: self.count])
+
+    @property
+    def of_emulation(self) -> QuantizedOperand:
+        return self.ours.with_tensors(self.tensors[self.count :])
+
+
+class BothBackends:
     """Quantizes and multiplies with Transformer Engine and with the emulation, and counts what was compared."""
 
     def __init__(self) -> None:
@@ -53,30 +70,30 @@ class Both:
         self.reference = ReferenceBackend()
         self.compared: Counter[str] = Counter()
 
-    def quantize(self, x: Tensor, source: Source, copies: Sequence[Copy]) -> tuple[Prepared, ...]:
-        theirs, ours = self.te.quantize(x, source, copies), self.emulated.quantize(x, source, copies)
-        codes = self.reference.quantize(x, source, copies)
+    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
+        theirs, ours = self.te.quantize(x, origin, copies), self.emulated.quantize(x, origin, copies)
+        codes = self.reference.quantize(x, origin, copies)
         for copy, a, b, c in zip(copies, theirs, ours, codes, strict=True):
             if copy.operand.quantized:
                 parts = te_parts(a, copy)
                 found = first_mismatch(parts, reference_parts(c), copy)
-                assert found is None, f"step {source.step}, {source.name}, {copy.gemm}.{source.operand}: {found}"
+                assert found is None, f"step {origin.step}, {origin.name}, {copy.gemm}.{origin.operand}: {found}"
                 values, _ = self.emulated._operand(b, torch.float32)
                 scales = parts.scales.contiguous().view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
                 want = e2m1_values(parts.codes) * scales
                 assert torch.equal(want, values), (
-                    f"{source.name}, {copy.gemm}.{source.operand}: emulated operand differs"
+                    f"{origin.name}, {copy.gemm}.{origin.operand}: emulated operand differs"
                 )
-                self.compared[f"{copy.gemm}.{source.operand}"] += 1
-        joined = []
-        for a, b in zip(theirs, ours, strict=True):
-            joined.append(Prepared((*a.tensors, *b.tensors), (a.with_tensors(()), b.with_tensors(()), len(a.tensors))))
-        return tuple(joined)
+                self.compared[f"{copy.gemm}.{origin.operand}"] += 1
+        return tuple(
+            Both((*a.tensors, *b.tensors), a.with_tensors(()), b.with_tensors(()), len(a.tensors))
+            for a, b in zip(theirs, ours, strict=True)
+        )
 
-    def matmul(self, a: Prepared, b: Prepared, **settings: Any) -> Tensor:
+    def matmul(self, a: Both, b: Both, **settings: Any) -> Tensor:
         into = settings.pop("accumulate_into", None)
-        mine = self.te.matmul(apart(a, 0), apart(b, 0), **settings)
-        want = self.emulated.matmul(apart(a, 1), apart(b, 1), **settings)
+        mine = self.te.matmul(a.of_te, b.of_te, **settings)
+        want = self.emulated.matmul(a.of_emulation, b.of_emulation, **settings)
         bound = 1e-2 * want.abs().max().item() if want.dtype == torch.bfloat16 else 1e-5 * want.abs().max().item()
         assert (mine.float() - want.float()).abs().max().item() <= bound, "the products differ by more than rounding"
         self.compared["products"] += 1
@@ -86,11 +103,6 @@ class Both:
 def e2m1_values(codes: Tensor) -> Tensor:
     values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     return torch.cat([values, -values])[codes.long()]
-
-
-def apart(prepared: Prepared, which: int) -> Prepared:
-    theirs, ours, count = prepared.meaning
-    return theirs.with_tensors(prepared.tensors[:count]) if which == 0 else ours.with_tensors(prepared.tensors[count:])
 
 
 def train(backend: Backend, mesh: ParallelMesh, parallel: ParallelConfig) -> tuple[list[float], list[float]]:
@@ -115,7 +127,7 @@ def train(backend: Backend, mesh: ParallelMesh, parallel: ParallelConfig) -> tup
 
 def test_every_operand_of_training_steps_equals_the_emulated_one(monkeypatch: Any) -> None:
     te_double.install(monkeypatch)
-    both = Both()
+    both = BothBackends()
     train(both, ParallelMesh.single_process(), ParallelConfig())
     linears, microbatches = 8, 4
     for copy in ("fprop.x", "wgrad.x", "dgrad.dy", "wgrad.dy"):
@@ -133,7 +145,7 @@ def test_transformer_engine_alone_trains_like_the_emulation(monkeypatch: Any) ->
 
 def train_rank(process: Process, parallel: ParallelConfig) -> dict[str, int]:
     sys.modules.update(te_double.modules())
-    both = Both()
+    both = BothBackends()
     train(both, build_mesh(parallel, process.world), parallel)
     return dict(both.compared)
 

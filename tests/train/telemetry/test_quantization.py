@@ -12,7 +12,7 @@ import torch
 from megatron_fp4 import pretrain
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.precision import EmulatedBackend, Format, Operand, nvfp4_paper
-from megatron_fp4.precision.backends import Copy, NonFiniteWatch, Source
+from megatron_fp4.precision.backends import Copy, NonFiniteWatch, OperandOrigin
 from megatron_fp4.precision.statistics import StatisticsProbe
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
@@ -65,21 +65,21 @@ def test_statistics_of_a_bf16_run_are_refused(tmp_path: Path, capfd: pytest.Capt
     assert "train.statistics_interval_steps = 2 would have no effect" in capfd.readouterr().err
 
 
-def source(name: str, rows: int = 16) -> Source:
-    return Source(name, "x", torch.arange(rows), torch.arange(32), Group.single(), seed=1, step=3)
+def origin(name: str, rows: int = 16) -> OperandOrigin:
+    return OperandOrigin(name, "x", torch.arange(rows), torch.arange(32), Group.single(), seed=1, step=3)
 
 
 def test_only_the_first_microbatch_is_measured() -> None:
     probe = StatisticsProbe(EmulatedBackend())
     copies = [Copy("fprop", nvfp4_paper().fprop.x, along=1)]
-    probe.quantize(torch.full((16, 32), 8.0), source("head"), copies)
+    probe.quantize(torch.full((16, 32), 8.0), origin("head"), copies)
     assert probe.take() == {}, "not recording"
     probe.recording = True
     for amax in (1.0, 2.0):
-        probe.quantize(torch.full((16, 32), amax), source("head"), copies)
+        probe.quantize(torch.full((16, 32), amax), origin("head"), copies)
     report = probe.take()
     assert {name: stats.amax for name, stats in report.items()} == {"head/fprop.x": 1.0}
-    probe.quantize(torch.full((16, 32), 4.0), source("head"), copies)
+    probe.quantize(torch.full((16, 32), 4.0), origin("head"), copies)
     assert probe.take()["head/fprop.x"].amax == 4.0, "the next step that is due begins anew"
 
 
@@ -88,6 +88,6 @@ def test_a_tensor_with_nan_is_left_to_the_runs_own_rule() -> None:
     watch = NonFiniteWatch()
     probe = StatisticsProbe(EmulatedBackend(watch=watch))
     probe.recording = True
-    probe.quantize(torch.full((16, 32), float("nan")), source("head"), [Copy("fprop", Operand(Format.nvfp4), along=1)])
+    probe.quantize(torch.full((16, 32), float("nan")), origin("head"), [Copy("fprop", Operand(Format.nvfp4), along=1)])
     assert probe.take() == {}
     assert [event.name for event in watch.take()] == ["head"]

@@ -1,0 +1,95 @@
+"""NaN and Inf on their way to a quantizer, in which they would become ordinary codes: raised, or recorded.
+
+What a backend measures of a tensor, its largest magnitude, is also what shows them: NaN propagates through a maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.collectives import all_reduce_max
+from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
+from megatron_fp4.precision.operand import AmaxScope
+
+
+class NonFiniteError(FloatingPointError):
+    """A tensor with NaN or Inf reached a quantizer. `name`: the linear; `operand`: "x", "w" or "dy"."""
+
+    def __init__(self, origin: OperandOrigin, amax: float) -> None:
+        super().__init__(
+            f"{origin.name}: operand {origin.operand} contains NaN or Inf (max |{origin.operand}| = {amax}) at step "
+            f"{origin.step} on rank {origin.rank}; it cannot be quantized"
+        )
+        self.name = origin.name
+        self.operand = origin.operand
+
+
+@dataclass(frozen=True)
+class NonFiniteEvent:
+    """A NaN or Inf in an operand of the linear `name`. rank: a rank of the group that held the tensor."""
+
+    name: str
+    operand: str
+    step: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.operand}, rank {self.rank})"
+
+
+class NonFiniteWatch:
+    """Records NaN and Inf instead of raising, for a trainer that skips the step on all ranks.
+
+    Nothing is read back from the device until `take`, once per step.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[OperandOrigin, Tensor]] = []
+
+    def see(self, origin: OperandOrigin, largest: Tensor) -> None:
+        """largest: max |x| over all copies, a scalar; NaN or Inf if any element is."""
+        self._seen.append((origin, largest))
+
+    def take(self) -> list[NonFiniteEvent]:
+        """Every event since the last call, in order, one per linear and operand."""
+        seen, self._seen = self._seen, []
+        if not seen:
+            return []
+        finite = torch.isfinite(torch.stack([largest for _, largest in seen])).tolist()
+        events = [
+            NonFiniteEvent(origin.name, origin.operand, origin.step, origin.rank)
+            for (origin, _), good in zip(seen, finite, strict=True)
+            if not good
+        ]
+        return list(dict.fromkeys(events))
+
+
+def check_finite(largest: Tensor, origin: OperandOrigin, watch: NonFiniteWatch | None) -> None:
+    """largest: max |x|, a scalar. NaN and Inf go to `watch`, or raise NonFiniteError (which reads the scalar back)."""
+    if watch is not None:
+        watch.see(origin, largest)
+    elif not (value := largest.item()) < float("inf"):
+        raise NonFiniteError(origin, value)
+
+
+def reduce_and_check(
+    local: Sequence[Tensor], origin: OperandOrigin, copies: Sequence[Copy], watch: NonFiniteWatch | None
+) -> list[Tensor]:
+    """The amax of each copy over its scope, with one collective for all of them; NaN and Inf go to `watch`, or raise.
+
+    local: FP32 amaxes of this rank, scalars (or one per row for amax_scope=row, which is never reduced). The check
+    comes after the collective, so that no rank waits for one that has raised.
+    """
+    result = list(local)
+    shared = [i for i, copy in enumerate(copies) if copy.operand.amax_scope is AmaxScope.tensor]
+    if shared:
+        reduced = all_reduce_max(torch.stack([local[i] for i in shared]), origin.group)
+        for position, i in enumerate(shared):
+            result[i] = reduced[position]
+    if local:
+        check_finite(torch.stack([amax.amax() for amax in (*local, *result)]).amax(), origin, watch)
+    return result

@@ -1,0 +1,25 @@
+"""What is random in an operand, and the address that it is drawn at: the same in every layout and in recomputation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.numerics.hadamard import fixed_signs, signs_from_key
+from megatron_fp4.numerics.random import key_of
+from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
+from megatron_fp4.precision.operand import Operand, Signs
+
+
+def noise_key(origin: OperandOrigin, copy: Copy) -> int:
+    """Key of the rounding noise of one copy."""
+    return key_of(origin.seed, origin.step, origin.name, f"{copy.gemm}.{origin.operand}")
+
+
+def signs_for(origin: OperandOrigin, operand: Operand, device: torch.device) -> Tensor | None:
+    """Signs of the Hadamard transform, FP32 `[rht_size]`; both operands of a GEMM get the same."""
+    if operand.rht_size == 0 or operand.rht_signs is Signs.none:
+        return None
+    if operand.rht_signs is Signs.fixed:
+        return fixed_signs(operand.rht_size, device)
+    return signs_from_key(key_of(origin.seed, origin.step, origin.name, "rht"), operand.rht_size, device)

@@ -1,0 +1,41 @@
+"""The quantized copies of a weight, kept from one microbatch to the next.
+
+A copy is valid as long as everything that went into it is what it was. Its key is therefore made of the very arguments
+from which it would be quantized again: nobody has to tell the cache that something has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from torch import Tensor
+
+from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand
+from megatron_fp4.precision.sharding import Sharding
+
+
+class WeightCache:
+    """The last copies of one weight."""
+
+    def __init__(self) -> None:
+        self._operands: dict[Hashable, QuantizedOperand] = {}
+
+    def get(
+        self,
+        weight: Tensor,
+        copies: Sequence[Copy],
+        *,
+        backend: Backend,
+        sharding: Sharding,
+        version: int,
+        seed: int,
+        step: int,
+    ) -> tuple[QuantizedOperand, ...]:
+        """`backend.quantize` of the weight `[N, K]`, or what it gave the last time. version: of the weight's values."""
+        common = (version, weight.device, weight.dtype, backend, sharding)
+        keys = [(copy, *common) for copy in copies]
+        if any(key not in self._operands for key in keys):
+            self._operands = {}  # the old ones go first
+            made = backend.quantize(weight.detach(), sharding.w(seed, step), copies)
+            self._operands = dict(zip(keys, made, strict=True))
+        return tuple(self._operands[key] for key in keys)
