@@ -1,7 +1,9 @@
 """The quantized copies of a weight, kept from one microbatch to the next.
 
 A copy is valid as long as everything that went into it is what it was. Its key is therefore made of the very arguments
-from which it would be quantized again: nobody has to tell the cache that something has changed.
+from which it would be quantized again: nobody has to tell the cache that something has changed. Seed and step are in
+the key of those copies that vary by step (stochastic rounding, signs per step), because the weights' version alone does
+not tell two steps apart: an evaluation comes after the update of one step and before the noise of the next.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Hashable, Sequence
 from torch import Tensor
 
 from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand
+from megatron_fp4.precision.backends.randomness import varies_by_step
 from megatron_fp4.precision.sharding import Sharding
 
 
@@ -33,7 +36,7 @@ class WeightCache:
     ) -> tuple[QuantizedOperand, ...]:
         """`backend.quantize` of the weight `[N, K]`, or what it gave the last time. version: of the weight's values."""
         common = (version, weight.device, weight.dtype, backend, sharding)
-        keys = [(copy, *common) for copy in copies]
+        keys = [(copy, *common, (seed, step) if varies_by_step(copy.operand) else None) for copy in copies]
         if any(key not in self._operands for key in keys):
             self._operands = {}  # the old ones go first
             made = backend.quantize(weight.detach(), sharding.w(seed, step), copies)

@@ -116,10 +116,14 @@ def test_precision_may_change_on_resume_and_it_is_said(tmp_path: Path, capfd: py
     assert len(text[1:]) >= 4, "all four linears of block 0"
 
 
-def test_evaluation_computes_in_its_own_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_sr_weights"])
+def test_evaluation_computes_in_its_own_precision(tmp_path: Path, recipe: str) -> None:
+    """With weights that are rounded stochastically, those of an evaluation must not serve the next step."""
+
     def evaluated(name: str, precision: str) -> TinyRun:
         sets = f"data.evaluation=[{{name: toy, paths: ['{tmp_path}/shards/toy'], max_tokens: 512, may_overlap: true}}]"
-        run = tiny_run(tmp_path, sets, "train.eval_interval_steps=2", f"precision.evaluation={precision}")
+        settings = (f"precision={recipe}", f"precision.evaluation={precision}", "train.eval_interval_steps=2")
+        run = tiny_run(tmp_path, sets, *settings)
         run = run.with_overrides(run_dir=tmp_path / name)
         train(run, 4)
         return run

@@ -11,6 +11,11 @@ from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
 from megatron_fp4.precision.operand import Operand, Signs
 
 
+def varies_by_step(operand: Operand) -> bool:
+    """Whether seed and step go into an operand: then it is another one at each step, though its tensor is the same."""
+    return operand.stochastic or (operand.rht_size > 0 and operand.rht_signs is Signs.per_step)
+
+
 def noise_key(origin: OperandOrigin, copy: Copy) -> int:
     """Key of the rounding noise of one copy."""
     return key_of(origin.seed, origin.step, origin.name, f"{copy.gemm}.{origin.operand}")
