@@ -2,7 +2,7 @@
 
     python -m benchmarks.checkpoint --ranks 2 --directory /path/on/the/disk
 
-One idea: `dd` (one process, fsync at the end), a synchronous and an asynchronous save of the same number of bytes take
+`dd` (one process, fsync at the end), a synchronous and an asynchronous save of the same number of bytes take
 turns on the same disk, so that a busy machine slows them alike; medians of the turns are compared. Every save includes
 hashing, fsync of files and directories, manifest and commit; loads include verification, from the page cache. The copy
 of all tensors into buffers that are there already, by all ranks at once, is the floor of what an asynchronous save

@@ -8,7 +8,7 @@ from enum import Enum
 
 @dataclass(frozen=True)
 class Saved:
-    """This rank's part is on disk; on rank 0: the whole checkpoint. num_bytes: of the part."""
+    """This rank's part is on disk; on rank 0: the whole checkpoint. num_bytes: the size of the part."""
 
     num_bytes: int
 

@@ -1,7 +1,7 @@
 """Durable, checked files: hashed while they are written, fsynced before they get their name, listed in a manifest.
 
 What is promised to be on disk was fsynced, and what was written is known by size and xxh3-64 hash before it is read
-back; so a damaged file is told by its name, with the expected and the actual value.
+back; so damage is reported with the name of the file, the expected and the actual value.
 
 Not here: which files make a checkpoint (checkpoint/directory.py), and the bytes of tensors (checkpoint/write.py).
 """

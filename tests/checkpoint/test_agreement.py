@@ -76,13 +76,13 @@ def scenarios(rank: int, world_size: int, root: str) -> dict[str, Any]:
             report = store.wait() or first
         seconds = time.monotonic() - began
         left = store.complete_steps()
-        again = store.save(3, shards_of(TWO, rank, filled=True, version=3), {})
-        again = store.wait() or again
+        retry = store.save(3, shards_of(TWO, rank, filled=True, version=3), {})
+        retry = store.wait() or retry
         shards = shards_of(TWO, rank, filled=False)
         store.load(store.choose(), shards)
         wrong = wrong_shards(shards, TWO, rank, version=3)
         files = sorted(os.listdir(Path(root, name)))
-        seen[name] = (report.status.value, report.error, left, again.status.value, wrong, files, seconds)
+        seen[name] = (report.status.value, report.error, left, retry.status.value, wrong, files, seconds)
 
     run("full_sync", (HashingFile, "write", no_space), False)
     run("full_async", (HashingFile, "write", no_space), True)
@@ -98,23 +98,23 @@ def refusals(root: Path, world: Group) -> dict[str, Any]:
     shards = shards_of(TWO, world.rank, filled=True)
     for step in (1, 2):
         store.save(step, shards, {})
-    told: dict[str, Any] = {}
+    messages: dict[str, Any] = {}
     holed = shards[1:] if second else shards  # rank 1's rows of the embedding
-    told["hole"] = refused(lambda: store.save(3, holed, {}), ValueError)
-    told["meta"] = refused(lambda: store.save(3, shards, {"x": {1} if second else 1}), ValueError)
+    messages["hole"] = refused(lambda: store.save(3, holed, {}), ValueError)
+    messages["meta"] = refused(lambda: store.save(3, shards, {"x": {1} if second else 1}), ValueError)
     with replaced(HashingFile, "write", no_space, on=second):
-        told["abort"] = refused(lambda: store.save(3, shards, {}), SaveFailed)
+        messages["abort"] = refused(lambda: store.save(3, shards, {}), SaveFailed)
     with replaced(Path, "mkdir", no_space, on=world.rank == 0):
-        told["mkdir"] = refused(lambda: store.save(3, shards, {}), SaveFailed)
+        messages["mkdir"] = refused(lambda: store.save(3, shards, {}), SaveFailed)
     if world.rank == 0:  # a file that rank 1 wrote
         os.truncate(root / "step_00000002" / "__1_0.distcp", 100)
     chosen = store.choose()
     store.load(chosen, shards)
-    told["fallback"] = chosen.step
+    messages["fallback"] = chosen.step
     lock = lock_run_directory(root, world)
-    told["locked"] = refused(lambda: lock_run_directory(root, world), RunLocked)
+    messages["locked"] = refused(lambda: lock_run_directory(root, world), RunLocked)
     lock.release()
-    return told
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +133,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 )
 def test_a_failed_save_costs_only_itself(seen: list[dict[str, Any]], name: str, error: str) -> None:
     for rank in range(2):
-        status, message, left, again, wrong, files, seconds = seen[rank][name]
+        status, message, left, retry, wrong, files, seconds = seen[rank][name]
         assert status == "failed", f"rank {rank} believes in a checkpoint that is not there"
         assert error in message, f"rank {rank} does not know the cause"
         assert left == [1], "the older checkpoint must stay"
-        assert again == "committed", "the next save is the retry"
+        assert retry == "committed", "the next save is the retry"
         assert wrong == []
         assert files == ["latest", "step_00000001", "step_00000003"], "the failed save still takes up disk space"
         assert seconds < TIMEOUT_SECONDS, "the failure was noticed by a time-out instead of by the directory"
