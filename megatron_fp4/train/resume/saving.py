@@ -20,7 +20,8 @@ from megatron_fp4.train.telemetry.metrics import Metrics
 class Saves:
     """Saves each step of an attempt at most once, and reports the outcome.
 
-    position: where the attempt begins; its state is on the disk, or the initial one. last_step: the step of the newest save.
+    position: where the attempt begins; its state is on the disk, or the initial one. last_step: the step that was saved
+    last.
     """
 
     def __init__(self, run: Run, position: Position, metrics: Metrics, console: Console) -> None:
