@@ -3,8 +3,8 @@
     global_batch: Size = 8
     \"\"\"Sequences per optimizer step over all data-parallel ranks; = micro_batch x accumulation x dp.\"\"\"
 
-    dropout: Annotated[float, Bound(least=0, below=1)] = 0.0
-    \"\"\"Probability that an element entering the residual stream is dropped in training; 0 = off.\"\"\"
+    clip_norm: Annotated[float, Bound(least=0)] = 1.0
+    \"\"\"Largest norm of all gradients together; a larger one is scaled down to it; 0 = off.\"\"\"
 
 The bound is what `check_bounds` refuses by, the sentence is what `megatron-fp4 explain` and a refusal print: neither is
 typed a second time. To omegaconf a bounded number is an int or a float (`typing.get_type_hints` drops the rest).
@@ -51,21 +51,18 @@ class Bound:
 
     def __str__(self) -> str:
         """As in "must be in [0, 1)", "must be at least 1", "must be positive"."""
-        low, high = (
-            (self.least if self.above is None else self.above),
-            (self.most if self.below is None else self.below),
-        )
-        if low is not None and high is not None:
-            text = f"in {'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
-        elif low is not None:
-            text = f"at least {low:g}" if self.above is None else "positive" if low == 0 else f"above {low:g}"
-        elif self.only:
+        low = self.least if self.above is None else self.above
+        high = self.most if self.below is None else self.below
+        limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        if self.only:
             *others, last = (f"{value:g}" for value in self.only)
             text = f"{', '.join(others)} or {last}"
-        elif high is not None:
-            text = f"at most {high:g}" if self.below is None else f"below {high:g}"
+        elif low is not None and high is not None:
+            text = f"in {'[' if self.above is None else '('}{low:g}, {high:g}{']' if self.below is None else ')'}"
+        elif self.above == 0:
+            text = "positive"
         else:
-            text = "a number"
+            text = "".join(f"{words} {limit:g}" for words, limit in limits.items() if limit is not None) or "a number"
         return f"{text}, or 0" if self.or_zero else text
 
 

@@ -92,7 +92,7 @@ class DataConfig:
 
 
 def config_from_dict(value: dict[str, Any]) -> DataConfig:
-    """A DataConfig from plain data (YAML, JSON). ValueError names a key that does not exist and those that do."""
+    """A DataConfig from nested dicts (YAML, JSON). ValueError names a key that does not exist and those that do."""
     lists = {"sources": SourceConfig, "phases": PhaseConfig, "evaluation": EvaluationConfig}
     _check_keys(DataConfig, value)
     built = {name: [_build(kind, item) for item in value.get(name, [])] for name, kind in lists.items()}

@@ -119,6 +119,7 @@ class ModelConfig:
 
     @property
     def attention_head_dim(self) -> int:
+        """Width of an attention head."""
         return self.head_dim or self.hidden // self.num_heads
 
     @property
@@ -128,6 +129,7 @@ class ModelConfig:
 
     @property
     def num_residual_additions(self) -> int:
+        """How many mixers and MLPs write into the residual stream."""
         return sum(2 if letter == "T" else 1 for letter in self.blocks)
 
     @property

@@ -130,21 +130,28 @@ class Resumed:
         return self.distance.loss <= OTHER_LOSS and max(self.distance.tensors.values()) <= OTHER_STATE
 
 
+@dataclass(frozen=True)
 class ResumeTrial:
-    """One case, by local gloo processes: the run without a stop, the killed one, and those that go on from there.
+    """One case, by local gloo processes: the run without a stop, the killed one, and those that go on from the latter.
 
-    steps: before the save, and again after it. root: an empty folder for the checkpoints.
+    layout: of the run that is killed. steps: before the save, and as many after it. root: a folder that does not exist
+    yet, for the checkpoints. timeout_seconds: for one run.
     """
 
-    def __init__(self, case: Case, layout: Layout, steps: int, root: Path, timeout_seconds: float) -> None:
-        self.case, self.layout, self.steps = case, layout, steps
-        self._root, self._timeout_seconds = root, timeout_seconds
-        self._killed = root / "killed"
+    case: Case
+    layout: Layout
+    steps: int
+    root: Path
+    timeout_seconds: float
+
+    @property
+    def _killed(self) -> Path:
+        return self.root / "killed"
 
     def run(self, others: Sequence[Layout]) -> Iterator[Resumed]:
         """The resume at the same layout, bit for bit; then, in FP32 compute, those at `others`."""
-        self._root.mkdir(parents=True)
-        reference = self._train(self.layout, self._root / "whole")
+        self.root.mkdir(parents=True)
+        reference = self._train(self.layout, self.root / "whole")
         self._kill()
         yield self._resume(self.layout, reference, exact=True)
         if self.case.name == "fp32":
@@ -154,12 +161,12 @@ class ResumeTrial:
     def _train(self, layout: Layout, root: Path) -> list[StretchReport]:
         stretch = Stretch(str(root), self.steps, 2 * self.steps)
         return run_local(
-            run_stretch, layout.world_size, self.case, layout.parallel, stretch, timeout_seconds=self._timeout_seconds
+            run_stretch, layout.world_size, self.case, layout.parallel, stretch, timeout_seconds=self.timeout_seconds
         )
 
     def _kill(self) -> None:
         """Ends in the second step after the save at the earliest, when the checkpoint is complete."""
-        mark = self._root / "mark"
+        mark = self.root / "mark"
         kill_local(
             run_stretch,
             self.layout.world_size,
@@ -167,11 +174,11 @@ class ResumeTrial:
             self.layout.parallel,
             Stretch(str(self._killed), self.steps, 100_000, str(mark), self.steps + 2),
             when=mark.exists,
-            timeout_seconds=self._timeout_seconds,
+            timeout_seconds=self.timeout_seconds,
         )
 
     def _resume(self, layout: Layout, reference: list[StretchReport], *, exact: bool) -> Resumed:
-        root = self._root / f"resumed-{layout.name.replace(' ', '-')}-{exact}"
+        root = self.root / f"resumed-{layout.name.replace(' ', '-')}-{exact}"
         shutil.copytree(self._killed, root)
         resumed = self._train(layout, root)
         began = {report.began for report in resumed}

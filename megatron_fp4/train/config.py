@@ -43,6 +43,7 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
+        """Steps of the whole run, those of a batch-size ramp included."""
         return sum(stage.num_steps for stage in self.stages())
 
     @property
@@ -65,7 +66,7 @@ class RunConfig:
         return self.run_samples * self.data.seq_length
 
     def last_step(self, step: int, consumed_samples: int) -> int:
-        """The step at which this run stops, which has made `step` steps of `consumed_samples` samples in all."""
+        """The step at which a run stops that has made `step` steps, of `consumed_samples` samples in all."""
         last = step + sum(stage.num_steps for stage in self.stages(consumed_samples))
         stop = self.train.stop_after_steps
         return min(stop, last) if stop else last
@@ -85,12 +86,12 @@ class RunConfig:
 
     def check_timeouts(self, world_size: int) -> None:
         """What names a culprit must come before the process groups' time-out, which names none. Raises ValueError."""
-        limit, hang, save = (
-            self.parallel.timeout_seconds,
-            self.train.hang_timeout_seconds,
-            self.checkpoint.timeout_seconds,
-        )
-        for name, seconds in (("train.hang_timeout_seconds", hang), ("checkpoint.timeout_seconds", save)):
+        limit = self.parallel.timeout_seconds
+        culprits = {
+            "train.hang_timeout_seconds": self.train.hang_timeout_seconds,
+            "checkpoint.timeout_seconds": self.checkpoint.timeout_seconds,
+        }
+        for name, seconds in culprits.items():
             if world_size > 1 and seconds >= limit:
                 raise ValueError(
                     f"{name} = {seconds:g} must be below parallel.timeout_seconds = {limit:g}: until then the other"

@@ -134,7 +134,7 @@ class TrainConfig:
         return batch_sizes(self.batch_ramp, self.global_batch)
 
     def batch_at(self, consumed_samples: int) -> int:
-        """Samples of the step that begins there."""
+        """Samples of the step that begins after `consumed_samples`."""
         return batch_size(consumed_samples, self.batch_ramp, self.global_batch)
 
     def gradient_accumulation(self, dp: int, samples: int) -> int:
