@@ -39,7 +39,7 @@ from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, WgradSwitc
 from megatron_fp4.pipeline.order import bubble, pipeline_order, simulate
 from megatron_fp4.pipeline.schedules import SCHEDULES, stages_of_rank, stages_per_rank
 from megatron_fp4.planning.idle import PipelineShape
-from megatron_fp4.planning.memory import MemorySettings
+from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.traffic import bytes_sent
 from megatron_fp4.precision import EmulatedBackend, WgradQueue
 from megatron_fp4.precision.config import PrecisionConfig
@@ -251,10 +251,15 @@ def _count_sends(name: str, sent: list[float]) -> None:
 def _by_formula(parallel: ParallelConfig, mesh: ParallelMesh) -> float:
     ranges = split_stages(MODEL, parallel.pp * stages_per_rank(parallel))
     mine = [ranges[number] for number in stages_of_rank(mesh.pp.rank, parallel)]
-    settings = MemorySettings(
-        tp=mesh.tp.size, cp=mesh.cp.size, dp=mesh.dp.size, seq_length=SEQ_LENGTH, micro_batch=1, compute_bytes=2
+    settings = RankSettings(
+        tp=mesh.tp.size,
+        cp=mesh.cp.size,
+        dp=mesh.dp.size,
+        micro_batch=1,
+        seq_length=SEQ_LENGTH,
+        num_microbatches=GLOBAL_BATCH // mesh.dp.size,
     )
-    return sum(bytes_sent(MODEL, mine, settings, GLOBAL_BATCH // mesh.dp.size).values())
+    return sum(bytes_sent(MODEL, mine, settings).values())
 
 
 def report_bytes(layouts: list[Layout]) -> None:

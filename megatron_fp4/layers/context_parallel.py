@@ -52,8 +52,6 @@ def context_parallel_attention(
 
     documents_BS: document numbers of this rank's tokens to keep documents apart, or None.
     """
-    from torch.nn.attention.bias import causal_lower_right  # here: it imports torch._dynamo, which takes seconds
-
     keys, values = _gather_sequence(k_BSGE, cp), _gather_sequence(v_BSGE, cp)
     documents = None
     if documents_BS is not None:
@@ -64,10 +62,21 @@ def context_parallel_attention(
     for half, chunk_number in enumerate((cp.rank, 2 * cp.size - 1 - cp.rank)):
         rows, stop = slice(half * chunk, (half + 1) * chunk), (chunk_number + 1) * chunk
         q, k, v = (x.transpose(1, 2) for x in (q_BSHE[:, rows], keys[:, :stop], values[:, :stop]))
-        bias: Tensor = causal_lower_right(chunk, stop)
+        bias: Tensor = _lower_right(chunk, stop)
         if documents is not None and documents_BS is not None:
             same = documents_BS[:, rows, None] == documents[:, None, :stop]
             causal = torch.ones(chunk, stop, dtype=torch.bool, device=q.device).tril(stop - chunk)
             bias = (same & causal)[:, None]
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True).transpose(1, 2))
     return torch.cat(outputs, dim=1)
+
+
+def _lower_right(rows: int, columns: int) -> Tensor:
+    """torch's `causal_lower_right`, without what its constructor allocates and nothing reads: FP32 `[2, rows, columns]`
+    (torch 2.13). It also cannot run while a `TorchDispatchMode` counts what a pass does."""
+    from torch.nn.attention.bias import CausalBias, CausalVariant  # here: it imports torch._dynamo, which takes seconds
+
+    bias = torch.empty(0).as_subclass(CausalBias)
+    bias.variant = CausalVariant.LOWER_RIGHT
+    bias.seq_len_q, bias.seq_len_kv = rows, columns
+    return bias

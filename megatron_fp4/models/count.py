@@ -1,8 +1,8 @@
 """What a model holds and what it costs: parameters and FLOPs, by arithmetic, without building it.
 
-One idea: the list of logical parameters and the list of linears (block.model_linears) say everything; totals, stages
-and shares are sums over them. The lists are tested against the real modules on the meta device, the FLOPs against
-torch's own counter.
+The list of logical parameters and the list of linears (block.model_linears) say everything; totals, stages and shares
+are sums over them. The lists are tested against the real modules on the meta device, the FLOPs against torch's own
+counter.
 
 Conventions: a multiply-add is two FLOPs. Only matrix products are counted (as torch's FlopCounter does): projections,
 the two products of attention, the four of the chunked scan; not norms, activations, the short convolution, softmax.
@@ -11,7 +11,7 @@ the two products of attention, the four of the chunked scan; not norms, activati
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fp4.models.block import MIXERS, block_linears, model_linears
@@ -37,7 +37,7 @@ class ParameterInfo:
         return math.prod(self.shape)
 
     def local_numel(self, tp: int) -> int:
-        """On the first tensor-parallel rank, which holds the remainder of an uneven vocabulary."""
+        """Elements on the first tensor-parallel rank, which holds the remainder of an uneven vocabulary."""
         if self.sharded is None:
             return self.numel
         size = self.shape[self.sharded]
@@ -47,29 +47,29 @@ class ParameterInfo:
 def model_parameters(config: ModelConfig) -> list[ParameterInfo]:
     """All logical parameters in the order of the model. A tied head is the embedding and is not listed again."""
     table = (config.vocab_size, config.hidden)
-    found = [ParameterInfo("embedding.weight", None, "embedding", table, 0)]
+    parameters = [ParameterInfo("embedding.weight", None, "embedding", table, 0)]
     for index in range(len(config.blocks)):
-        found += _block_parameters(index, config)
-    found.append(ParameterInfo("final_norm.weight", None, "norms", (config.hidden,), None))
+        parameters += _block_parameters(index, config)
+    parameters.append(ParameterInfo("final_norm.weight", None, "norms", (config.hidden,), None))
     if not config.tied_embeddings:
-        found.append(ParameterInfo("head.weight", None, "head", table, 0))
-    return found
+        parameters.append(ParameterInfo("head.weight", None, "head", table, 0))
+    return parameters
 
 
 def _block_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
-    found = []
+    parameters = []
     for mixer in MIXERS[config.blocks[index]]:
         name = f"blocks.{index}.{mixer}_norm.weight"
-        found.append(ParameterInfo(name, index, "norms", (config.hidden,), None))
+        parameters.append(ParameterInfo(name, index, "norms", (config.hidden,), None))
     for info in block_linears(index, config):
         kind = info.name.split(".")[2]
         for part, rows in info.outputs.items():
             label = f"{info.name}.{part}" if part else info.name
             sharded = 0 if info.column else 1
-            found.append(ParameterInfo(f"{label}.weight", index, kind, (rows, info.in_features), sharded))
+            parameters.append(ParameterInfo(f"{label}.weight", index, kind, (rows, info.in_features), sharded))
     if config.blocks[index] == "M":
-        found += _mamba_parameters(index, config)
-    return found
+        parameters += _mamba_parameters(index, config)
+    return parameters
 
 
 def _mamba_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
@@ -81,8 +81,8 @@ def _mamba_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
         shapes[f"conv.{part}.weight"] = (rows, config.mamba_conv)
         shapes[f"conv.{part}.bias"] = (rows,)
     shapes |= {"A_log": (heads,), "dt_bias": (heads,), "D": (heads,)}
-    found = [ParameterInfo(f"{name}.{part}", index, "mamba_other", shape, 0) for part, shape in shapes.items()]
-    return [*found, ParameterInfo(f"{name}.norm.weight", index, "norms", (inner,), 0)]
+    others = [ParameterInfo(f"{name}.{part}", index, "mamba_other", shape, 0) for part, shape in shapes.items()]
+    return [*others, ParameterInfo(f"{name}.norm.weight", index, "norms", (inner,), 0)]
 
 
 def by_kind(parameters: Iterable[ParameterInfo], tp: int = 1) -> dict[str, int]:
@@ -95,23 +95,24 @@ def by_kind(parameters: Iterable[ParameterInfo], tp: int = 1) -> dict[str, int]:
 
 def stage_parameters(config: ModelConfig, stage: StageRange) -> list[ParameterInfo]:
     """The parameters that one pipeline stage holds; a tied table counts on both of its stages."""
-    found = []
-    for parameter in model_parameters(config):
+
+    def holds(parameter: ParameterInfo) -> bool:
         if parameter.block is not None:
-            here = stage.first <= parameter.block < stage.stop
-        elif parameter.kind == "embedding":
-            here = stage.has_embedding or (config.tied_embeddings and stage.has_head)
-        else:
-            here = stage.has_head
-        if here:
-            found.append(parameter)
-    return found
+            return stage.first <= parameter.block < stage.stop
+        if parameter.kind == "embedding":
+            return stage.has_embedding or (config.tied_embeddings and stage.has_head)
+        return stage.has_head
+
+    return [parameter for parameter in model_parameters(config) if holds(parameter)]
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one token's forward pass. linears: per linear. attention: scores and mixing, all blocks together.
-    scan: the chunked state-space scan, all blocks together."""
+    """FLOPs of one token's forward pass.
+
+    linears: each linear by name. attention: scores and mixing, all blocks together. scan: the chunked state-space scan,
+    all blocks together.
+    """
 
     linears: dict[str, float]
     attention: float
@@ -126,8 +127,8 @@ class Flops:
         """Forward and backward (each product has two gradients); recomputation is not counted."""
         return 3.0 * self.forward
 
-    def quantized_share(self, gemms: Mapping[str, tuple[bool, bool, bool]]) -> float:
-        """Part of the training FLOPs in quantized GEMMs. gemms: per linear, whether fprop, dgrad, wgrad are."""
+    def quantized_share(self, gemms: Mapping[str, Sequence[bool]]) -> float:
+        """Part of the training FLOPs in quantized GEMMs. gemms: per linear, whether fprop, dgrad and wgrad are."""
         quantized = sum(flops * sum(gemms[name]) for name, flops in self.linears.items())
         return quantized / self.training
 
@@ -148,7 +149,7 @@ def count_flops(config: ModelConfig, seq_length: int, *, causal: bool = True) ->
 
 
 def _scan_flops(config: ModelConfig, seq_length: int) -> float:
-    """Per token: C B^T per group and its product with x per head, inside a chunk; writing and reading the state."""
+    """FLOPs per token: C B^T of each group and its product with x, inside a chunk; writing and reading the state."""
     chunk, inner, state = config.mamba_chunk, config.mamba_inner, config.mamba_state
     inside = 2.0 * chunk * (config.mamba_num_groups * state + inner)
     padding = math.ceil(seq_length / chunk) * chunk / seq_length

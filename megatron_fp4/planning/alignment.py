@@ -1,6 +1,6 @@
 """Whether the local shapes of linears suit the kernels of a quantized GEMM.
 
-One idea: each GEMM contracts one dimension of a local shape, and Transformer Engine's rules are about multiples: every
+Each GEMM contracts one dimension of a local shape, and Transformer Engine's rules are about multiples: every
 dimension of 16, the contracted one of 32, and 128 for the fast path (fused quantization, no padding). A shape that the
 model allows can stop fitting after tensor parallelism has divided it: 22656 is 177 * 128, an eighth of it 177 * 16.
 """
@@ -24,28 +24,28 @@ def alignment_warnings(
 
     tokens: rows of one microbatch on a rank.
     """
-    found: dict[tuple[str, str], list[str]] = {}
+    names_of: dict[tuple[str, str], list[str]] = {}
     for info in linears:
-        for severity, text in _findings(info, table[info.name], tp, tokens):
+        for severity, text in _objections(info, table[info.name], tp, tokens):
             kind = re.sub(r"^blocks\.\d+\.", "", info.name)
-            found.setdefault((severity, f"{kind}: {text}"), []).append(info.name)
+            names_of.setdefault((severity, f"{kind}: {text}"), []).append(info.name)
     return [
-        {"severity": severity, "text": f"{text} ({len(names)} linears)"} for (severity, text), names in found.items()
+        {"severity": severity, "text": f"{text} ({len(names)} linears)"} for (severity, text), names in names_of.items()
     ]
 
 
-def _findings(info: LinearInfo, precision: LinearPrecision, tp: int, tokens: int) -> list[tuple[str, str]]:
+def _objections(info: LinearInfo, precision: LinearPrecision, tp: int, tokens: int) -> list[tuple[str, str]]:
+    """(severity, text) for each quantized GEMM whose contracted dimension does not fit."""
     rows, columns = info.local_shape(tp)
-    split = f"{info.out_features if info.column else info.in_features} / tp {tp}"
-    features = {"fprop": ("input features", columns, info.column), "dgrad": ("output features", rows, not info.column)}
-    found = []
-    for gemm, (what, size, whole) in features.items():
-        if getattr(precision, gemm).quantized:
-            label = f"{size} {what}" + ("" if whole else f" ({split})")
-            found += _judge(size, f"{gemm} contracts {label}")
-    if precision.wgrad.quantized:
-        found += _judge(tokens, f"wgrad contracts {tokens} tokens")
-    return found
+    split = f" ({info.out_features if info.column else info.in_features} / tp {tp})"
+    labels = {
+        "fprop": (columns, f"{columns} input features{'' if info.column else split}"),
+        "dgrad": (rows, f"{rows} output features{split if info.column else ''}"),
+        "wgrad": (tokens, f"{tokens} tokens"),
+    }
+    quantized = [gemm.name for gemm in precision.gemms if gemm.quantized]
+    sizes = [(labels[name][0], f"{name} contracts {labels[name][1]}") for name in quantized]
+    return [objection for size, text in sizes for objection in _judge(size, text)]
 
 
 def _judge(size: int, text: str) -> list[tuple[str, str]]:

@@ -1,17 +1,22 @@
-"""What a pipeline schedule costs by the formulas of the literature: idle time.
+"""The idle time of a pipeline: along the order of actions that torch really runs, and by the formula of the literature.
 
-One idea: with stages of equal cost everything follows from the number of ranks p, microbatches m and model chunks per
-rank v. Times are in units of one forward pass through all chunks of a rank; the backward takes two, one of them for the
-weight gradients. Unequal stages add to this: see `imbalance`.
-
-The schedules themselves are torch's (pipeline/schedules.py), and not always those of the papers: what the planner
-reckons with is counted along their own order (pipeline/order.py), and the formula stands beside it.
+With stages of equal cost everything follows from the number of ranks p, microbatches m and model chunks per rank v.
+Times are in units of one forward pass through all chunks of a rank; the backward takes two, one of them for the weight
+gradients. Unequal stages add to this: see `imbalance`. torch's schedules are not always those of the papers, so the
+planner reckons with what is counted along their own order (pipeline/order.py), and the formula stands beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.decoder import StageRange
+from megatron_fp4.models.partition import block_costs
+from megatron_fp4.pipeline.order import Timeline, bubble, pipeline_order, simulate
+from megatron_fp4.train.checked import CheckedConfig
 
 BUBBLES = {
     "gpipe": "(p - 1) / (m + p - 1)",
@@ -47,3 +52,51 @@ class PipelineShape:
 def imbalance(costs: Sequence[float]) -> float:
     """How much the heaviest stage slows the pipeline down: heaviest / mean, 1 for equal stages."""
     return max(costs) * len(costs) / sum(costs)
+
+
+def rank_costs(model: ModelConfig, chunks: Sequence[Mapping[int, StageRange]]) -> list[float]:
+    """Multiply-adds per token of each pipeline rank. chunks: the stages of each, by number."""
+    costs = block_costs(model)
+    return [sum(sum(costs[stage.first : stage.stop]) for stage in stages.values()) for stages in chunks]
+
+
+def ramp_section(checked: CheckedConfig) -> list[dict[str, Any]]:
+    """One entry per size of a step; one in all without a batch-size ramp. bubble: idle part by the order of actions."""
+    config, parallel = checked.config, checked.config.parallel
+    entries = []
+    for stage in config.stages():
+        microbatches = config.train.gradient_accumulation(checked.dp, stage.size)
+        entry = {"from_tokens": stage.first * config.data.seq_length, "samples": stage.size, "steps": stage.num_steps}
+        idle = bubble(simulate(pipeline_order(parallel, microbatches))) if parallel.pp > 1 else 0.0
+        entries.append({**entry, "microbatches": microbatches, "bubble": idle})
+    return entries
+
+
+def pipeline_section(
+    shape: PipelineShape, stages: Sequence[StageRange], costs: Sequence[float], idle: float, timeline: Timeline
+) -> dict[str, Any]:
+    """Stages, their imbalance and idle time; with the timeline unless it is empty."""
+    section: dict[str, Any] = {
+        "schedule": shape.schedule if shape.num_ranks > 1 else "none",
+        "blocks_per_stage": [stage.stop - stage.first for stage in stages],
+        "heaviest_rank_over_mean": imbalance(costs),
+        "bubble": idle,
+        "bubble_by_formula": shape.bubble,
+        "bubble_formula": BUBBLES[shape.schedule],
+    }
+    if timeline:
+        section["timeline"] = [
+            [
+                {
+                    "kind": timed.work.kind,
+                    "stage": timed.work.stage,
+                    "microbatch": timed.work.microbatch,
+                    "units": timed.work.units,
+                    "begin": timed.begin,
+                    "end": timed.end,
+                }
+                for timed in done
+            ]
+            for done in timeline
+        ]
+    return section

@@ -1,6 +1,6 @@
 """The time of a run from its FLOPs by the rate at which they execute.
 
-One idea: time is FLOPs over peak rates, once at the peak (a bound) and once at an assumed part of it. Everything that
+Time is FLOPs over peak rates, once at the peak (a bound) and once at an assumed part of it. Everything that
 is not a quantized GEMM runs at the BF16 rate, which by Amdahl's law limits what FP4 can gain.
 """
 
@@ -12,23 +12,25 @@ from typing import Any
 
 from megatron_fp4.models.count import Flops
 from megatron_fp4.models.decoder import Recompute
-from megatron_fp4.pipeline.order import bubble, pipeline_order, simulate
 from megatron_fp4.precision.table import PrecisionTable, gemm_formats
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.telemetry.peaks import RATES, Gpu, flops_by_rate, rate_of
 
 
-def _computed_again(flops: Flops, table: PrecisionTable, recompute: Recompute) -> dict[str, float]:
-    """FLOPs per token of second forward passes: Mamba's scan always, with full recompute the blocks."""
-    found = dict.fromkeys(RATES, 0.0)
-    found["bf16"] = flops.scan
+def _recomputed_flops(flops: Flops, table: PrecisionTable, recompute: Recompute) -> dict[str, float]:
+    """FLOPs per token of second forward passes, by rate: Mamba's scan always, attention if anything is recomputed, with
+    full recompute the blocks."""
+    by_rate = dict.fromkeys(RATES, 0.0)
+    by_rate["bf16"] = flops.scan
+    if recompute is not Recompute.none:
+        by_rate["bf16"] += flops.attention
     if recompute is Recompute.full:
-        found["bf16"] += flops.attention + flops.scan
+        by_rate["bf16"] += flops.scan
         for row in table.rows:
             if row.name != "head":
-                found[rate_of(gemm_formats(row.precision)[0])] += flops.linears[row.name]
-    return found
+                by_rate[rate_of(gemm_formats(row.precision)[0])] += flops.linears[row.name]
+    return by_rate
 
 
 def _seconds(by_rate: Mapping[str, float], gpu: Gpu) -> float:
@@ -36,7 +38,7 @@ def _seconds(by_rate: Mapping[str, float], gpu: Gpu) -> float:
 
 
 def flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dict[str, Any]:
-    """Of the first phase of the run."""
+    """FLOPs of a token and of a step in the first phase of the run."""
     kinds = {"attention": 0.0, "mlp": 0.0, "mamba": 0.0, "head": 0.0}
     for name, value in flops.linears.items():
         kinds["head" if name == "head" else name.split(".")[2]] += value
@@ -50,24 +52,12 @@ def flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dic
     }
 
 
-def ramp_section(checked: CheckedConfig) -> list[dict[str, Any]]:
-    """One entry per size of a step; one in all without a batch-size ramp. bubble: idle part by the order of actions."""
-    config, parallel = checked.config, checked.config.parallel
-    entries = []
-    for stage in config.stages():
-        microbatches = config.train.gradient_accumulation(checked.dp, stage.size)
-        entry = {"from_tokens": stage.first * config.data.seq_length, "samples": stage.size, "steps": stage.num_steps}
-        idle = bubble(simulate(pipeline_order(parallel, microbatches))) if parallel.pp > 1 else 0.0
-        entries.append({**entry, "microbatches": microbatches, "bubble": idle})
-    return entries
-
-
 def _integral(a: Sequence[tuple[int, float]], b: Sequence[tuple[int, float]], end: int) -> float:
-    """Of the product of two step functions, [(from where, value), ...], from 0 to `end`."""
+    """Integral from 0 to `end` of the product of two step functions, [(from where, value), ...]."""
     starts = sorted({start for start, _ in (*a, *b) if start < end} | {end})
 
-    def at(steps: Sequence[tuple[int, float]], place: int) -> float:
-        return [value for start, value in steps if start <= place][-1]
+    def at(steps: Sequence[tuple[int, float]], point: int) -> float:
+        return [value for start, value in steps if start <= point][-1]
 
     return sum(at(a, begin) * at(b, begin) * (stop - begin) for begin, stop in pairwise(starts))
 
@@ -89,8 +79,8 @@ def time_section(
     config, plan = checked.config, checked.plan
     per_token = []
     for start, table in plan.phases:
-        again = _computed_again(flops, table, config.train.recompute)
-        per_token.append((start, _seconds(flops_by_rate(flops, table), gpu) + _seconds(again, gpu)))
+        recomputed = _recomputed_flops(flops, table, config.train.recompute)
+        per_token.append((start, _seconds(flops_by_rate(flops, table), gpu) + _seconds(recomputed, gpu)))
     at_peak = _integral(per_token, [(0, 1.0)], config.run_tokens) / num_gpus
     slowed = _integral(per_token, slowdowns, config.run_tokens) / num_gpus
     first = plan.table()

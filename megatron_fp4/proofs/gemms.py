@@ -56,21 +56,21 @@ def check_gemms(
 def gemm_objections(linear: LocalLinear, backend: Backend, device: torch.device, dtype: torch.dtype) -> list[str]:
     """What is wrong with the three GEMMs, one line each; empty if nothing is. A refusal is an exception."""
     tensors = linear.gaussian_tensors(device, dtype)
-    x, w, dy = tensors["x"].requires_grad_(), LogicalParameter.whole("weight", tensors["w"]), tensors["dy"]
+    x, w = tensors["x"].requires_grad_(), LogicalParameter.whole("weight", tensors["w"])
     w.main_grad = dw = torch.zeros(linear.shape, device=device)
     alone = Group.single()
-    rows, n_index, k_index = (torch.arange(size, device=device) for size in (linear.tokens, *linear.shape))
+    n_index, k_index = (torch.arange(size, device=device) for size in linear.shape)
     y = quantized_linear(
         x,
         w,
-        rows=rows,
+        rows=torch.arange(linear.tokens, device=device),
         sharding=Sharding(linear.names[0], alone, alone, alone, n_index, k_index),
         precision=linear.precision,
         backend=backend,
         clock=StepClock(seed=1),
         cache=WeightCache(),
     )
-    y.backward(dy)
+    y.backward(tensors["dy"])
     assert x.grad is not None
     exact = {name: tensor.detach().float() for name, tensor in tensors.items()}
     results = {

@@ -62,8 +62,13 @@ def parse_layout(text: str) -> Layout:
             )
         sizes[match[1]] = int(match[2])
         virtual_stages = int(match[3]) if match[3] else virtual_stages
-    tp, pp, cp, dp = (sizes.get(axis, 1) for axis in ("tp", "pp", "cp", "dp"))
-    parallel = ParallelConfig(tp, pp, cp, dp, virtual_stages=virtual_stages)
+    parallel = ParallelConfig(
+        tp=sizes.get("tp", 1),
+        pp=sizes.get("pp", 1),
+        cp=sizes.get("cp", 1),
+        dp=sizes.get("dp", 1),
+        virtual_stages=virtual_stages,
+    )
     if schedule:
         parallel = replace(parallel, schedule=schedule.strip())
     stages_per_rank(parallel)

@@ -1,4 +1,4 @@
-"""The planner: memory against counted tensors, schedules, shapes, and the report of the paper's 12B."""
+"""The planner: schedules, shapes, and the report of the paper's 12B."""
 
 from __future__ import annotations
 
@@ -6,38 +6,26 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 from megatron_fp4.cli.plan import main
 from megatron_fp4.cli.render.plan import render
 from megatron_fp4.comm.config import ParallelConfig
-from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.ramp import BatchRampConfig
-from megatron_fp4.layers.layer_context import LayerContext
-from megatron_fp4.layers.linear import linears_of
-from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.block import model_linears
-from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import count_flops
-from megatron_fp4.models.decoder import Decoder, Recompute, whole_model
-from megatron_fp4.models.partition import split_stages
-from megatron_fp4.optim import OptimConfig, Zero1AdamW
+from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.optim import OptimConfig
 from megatron_fp4.pipeline.schedules import SCHEDULES
 from megatron_fp4.planning.alignment import alignment_warnings
 from megatron_fp4.planning.idle import BUBBLES, PipelineShape, imbalance
-from megatron_fp4.planning.memory import MemorySettings, rank_memory, stage_memory
-from megatron_fp4.planning.report import run_plan, weight_copy_bytes
-from megatron_fp4.planning.traffic import bytes_sent
-from megatron_fp4.precision import EmulatedBackend, StepClock, nvfp4_paper
+from megatron_fp4.planning.report import run_plan
+from megatron_fp4.precision import nvfp4_paper
 from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.plan import base_table
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.engine import LocalEngine, TokenLoss
-from megatron_fp4.train.inputs import Inputs
 from megatron_fp4.train.sections import TrainConfig
 from megatron_fp4.train.telemetry.peaks import GPUS, flops_by_rate
-from tests.helpers.live_memory import LiveBytes
 from tests.models.test_count import load
 
 PAPER = PrecisionConfig(
@@ -52,78 +40,6 @@ PAPER = PrecisionConfig(
 )
 
 
-def measured_peak(config: ModelConfig, batch: int, length: int, *, recompute: bool, quantized: bool) -> int:
-    """Peak of live bytes over two real steps, state included."""
-    clock, mesh = StepClock(0), ParallelMesh.single_process()
-    context = LayerContext.of(mesh, EmulatedBackend(), clock, torch.bfloat16, torch.device("cpu"))
-    tokens = torch.arange(batch * length).view(batch, length)
-    columns = torch.arange(length).expand(batch, -1)
-    vocabulary = config.vocab_size
-    inputs = Inputs(tokens % vocabulary, (tokens + 1) % vocabulary, tokens, columns, torch.zeros_like(tokens))
-
-    def weights_changed() -> None:
-        clock.weights_version += 1
-
-    with LiveBytes() as live:
-        mode = Recompute.full if recompute else Recompute.none
-        model = Decoder(config, context, whole_model(config), recompute=mode)
-        initialize_parameters(model, 0)
-        for linear in linears_of(model).values():
-            linear.precision = nvfp4_paper() if quantized and linear.name != "head" else linear.precision
-        optimizer = Zero1AdamW(model.named_parameters(), OptimConfig(), mesh, True, weights_changed)
-        engine = LocalEngine(model, TokenLoss(vocabulary, mesh.tp))
-        live.peak = live.now  # how the optimizer sets itself up is not part of a step
-        for _ in range(2):
-            optimizer.zero_grad()
-            engine.train([inputs], 1.0, optimizer.begin_last_microbatch)
-            norm = optimizer.finish_grads()
-            optimizer.step(norm, lr=1e-4, max_norm=1.0)
-    return live.peak
-
-
-@pytest.mark.parametrize(
-    ("name", "batch", "recompute", "quantized"),
-    [("hybrid_tiny", 2, False, True), ("hybrid_tiny", 4, True, False), ("gpt_tiny", 4, False, True)],
-)
-def test_memory_is_within_a_tenth_of_the_counted_peak(name: str, batch: int, recompute: bool, quantized: bool) -> None:
-    """A kind of tensor that the formulas forget, or count twice."""
-    config = replace(load(name), vocab_size=1024)
-    measured = measured_peak(config, batch, 128, recompute=recompute, quantized=quantized)
-    copies = {info.name: 2.0 for info in model_linears(config) if quantized and info.name != "head"}
-    settings = MemorySettings(
-        micro_batch=batch,
-        seq_length=128,
-        recompute=recompute,
-        fused_norm=False,
-        emulated=True,
-        weight_copies=copies,
-    )
-    estimate = stage_memory(config, whole_model(config), settings, in_flight=1.0)
-    assert sum(estimate.values()) == pytest.approx(measured, rel=0.1)
-    state = sum(estimate[kind] for kind in ("weights", "main gradients", "optimizer"))
-    assert estimate["activations"] + estimate["working set"] > 0.2 * state  # or the test would only see the state
-
-
-def test_memory_shrinks_with_the_layout() -> None:
-    """tp divides all but norms and whole rows; dp divides the optimizer; recompute leaves the block inputs."""
-    config = load("nemotron_h_12b")
-    base = MemorySettings()
-    whole = stage_memory(config, whole_model(config), base, 1.0)
-    halved = stage_memory(config, whole_model(config), replace(base, tp=2), 1.0)
-    assert halved["weights"] == pytest.approx(whole["weights"] / 2, rel=1e-3)
-    assert whole["activations"] / 2 < halved["activations"] < whole["activations"]
-    sharded = stage_memory(config, whole_model(config), replace(base, dp=4, cp=2), 1.0)
-    assert sharded["optimizer"] == pytest.approx(whole["optimizer"] / 8)
-    recomputed = stage_memory(config, whole_model(config), replace(base, recompute=True), 1.0)
-    assert recomputed["activations"] < 0.2 * whole["activations"]
-    stages = split_stages(config, 4)
-    assert stage_memory(config, whole_model(config), base, 1.0)["buffers"] == 0.0
-    middle = stage_memory(config, stages[1], replace(base, num_microbatches=8), 1.0)
-    assert middle["buffers"] == 8 * 2 * 8192 * 5120 * 2  # activations from one side, gradients from the other
-    loop = rank_memory(config, [stages[0], stages[2]], base, 1.0)
-    assert loop["weights"] == sum(stage_memory(config, stages[i], base, 1.0)["weights"] for i in (0, 2))
-
-
 def test_schedules() -> None:
     """Bubbles by the literature's formulas; and every schedule that the engine has can be planned."""
     assert set(BUBBLES) == set(SCHEDULES)
@@ -132,32 +48,6 @@ def test_schedules() -> None:
     assert PipelineShape("zbv", 4, 8, 2).bubble == 0.0
     assert all(PipelineShape(name, 1, 7).bubble == 0.0 for name in SCHEDULES)
     assert imbalance([1.0, 1.0, 2.0]) == pytest.approx(1.5)
-
-
-def test_traffic() -> None:
-    """Each axis sends nothing at size 1, and the data axis 6 bytes a parameter (FP32 gradients, BF16 weights)."""
-    config = load("gpt_1_2b")
-    alone = bytes_sent(config, [whole_model(config)], MemorySettings(), 4)
-    assert set(alone.values()) == {0.0}
-    data = bytes_sent(config, [whole_model(config)], MemorySettings(dp=2), 4)["data"]
-    assert data == pytest.approx(6 * 1.2918e9 / 2, rel=1e-3)
-    tensor = bytes_sent(config, [whole_model(config)], MemorySettings(tp=2), 1)["tensor"]
-    assert tensor == (20 * 2 * 4 + 4) * 8192 * 2048 * 2 / 2 + 8192 * 28 + 41 * 2048 * 4  # rows, loss, norm weights
-
-
-def test_traffic_of_a_pipeline() -> None:
-    """Activations cross what lies between ranks, and nothing else: not the point of a V, not the ends of the model."""
-    config = load("gpt_1_2b")
-    stages, row_bytes = split_stages(config, 4), 8192 * 2048 * 2
-
-    def sent(*numbers: int) -> float:
-        return bytes_sent(config, [stages[number] for number in numbers], MemorySettings(), 3)["pipeline"]
-
-    assert sent(0) == sent(3) == 3 * row_bytes  # one neighbour: activations or gradients
-    assert sent(1) == 2 * 3 * row_bytes
-    assert sent(0, 2) == sent(1, 3) == 3 * 3 * row_bytes  # looped: every border lies between ranks
-    assert sent(0, 3) == 2 * 3 * row_bytes  # outer rank of a V
-    assert sent(1, 2) == 2 * 3 * row_bytes  # at the point of the V: 1 -> 2 stays here
 
 
 def test_alignment_of_the_12b_at_tp_8() -> None:
@@ -172,14 +62,6 @@ def test_alignment_of_the_12b_at_tp_8() -> None:
     assert "dgrad" in by_tp[8][0]["text"]
     odd_tokens = alignment_warnings(linears, table, tp=1, tokens=8200)
     assert {w["severity"] for w in odd_tokens} == {"error"}
-
-
-def test_weight_copies() -> None:
-    """2-D tiles need one dequantized copy, 1-D tiles two; Transformer Engine keeps both directions, packed."""
-    te = replace(PAPER, backend=BackendName.transformer_engine)
-    assert weight_copy_bytes(nvfp4_paper(), PAPER, 2) == 2.0
-    assert weight_copy_bytes(nvfp4_paper(square_weights=False), PAPER, 2) == 4.0
-    assert weight_copy_bytes(nvfp4_paper(), te, 2) == 1.125
 
 
 def twelve_billion(**parallel: int) -> RunConfig:

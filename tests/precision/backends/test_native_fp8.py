@@ -19,7 +19,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.numerics import key_of, normal
-from megatron_fp4.planning.report import weight_copy_bytes
+from megatron_fp4.planning.memory import weight_copy_bytes
 from megatron_fp4.precision import (
     Dgrad,
     EmulatedBackend,
@@ -228,4 +228,4 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_planner_counts_codes_of_both_directions() -> None:
     row_weights = LinearPrecision(fprop=Fprop(ROW, ROW), dgrad=Dgrad(ROW, ROW))
     for backend, expected in ((BackendName.native_fp8, 2.0), (BackendName.emulated, 4.0)):
-        assert weight_copy_bytes(row_weights, config(row_weights, backend=backend), 2) == expected
+        assert weight_copy_bytes(row_weights, backend, 2) == expected

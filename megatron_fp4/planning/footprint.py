@@ -1,0 +1,168 @@
+"""Bytes that a stage keeps for its backward pass, and the most that it needs in passing, counted in its own layers.
+
+Each kind of block (its letter, and the precision of its linears) is drawn on the meta device, on a mesh that is drawn
+too, and run forward and backward once; what is alive is counted. A stage is a sum over its blocks, its embedding and
+its head, so a model of a hundred blocks of five kinds takes five small runs, and another layout with the same local
+sizes takes none.
+
+Not here: weights, gradients and optimizer state (memory.py), and the allocator's fragmentation.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_fp4.comm.collectives import even_counts
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import draw_mesh
+from megatron_fp4.layers.layer_context import LayerContext
+from megatron_fp4.layers.linear import linears_of
+from megatron_fp4.models.block import block_linears
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.decoder import Decoder, StageRange
+from megatron_fp4.planning.settings import RankSettings
+from megatron_fp4.planning.stand_ins import Kernels, SizedBackend, by_torch, cross_entropy_of, use_fused_norms
+from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.spec import LinearPrecision
+
+# Of a model of three blocks: the one in the middle; the embedding alone; final norm and head alone.
+BLOCK = StageRange(1, 2, 3)
+EMBEDDING = StageRange(0, 0, 3)
+HEAD = StageRange(3, 3, 3)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a part of a stage, for one microbatch.
+
+    kept: after its forward pass. peak: at worst during forward and backward, what is kept included. deferred: after its
+    backward pass, until weight gradients that a zero-bubble pipeline puts off are computed.
+    """
+
+    kept: int
+    peak: int
+    deferred: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """`now` and `peak`: bytes of the storages that were made under this mode and are still alive, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; to skip it, torch would import torch._dynamo, which takes seconds."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}  # made earlier, or already counted
+        for storage in _storages(result):
+            if storage._cdata not in given and storage._cdata not in self._alive:
+                self._alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._alive.pop(key)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettings) -> Footprint:
+    """A whole stage, its loss included."""
+    key = replace(settings, dp=1, num_microbatches=1, table=None)  # what the sizes do not depend on
+    ends = replace(config, pattern="---", num_layers=3)
+    parts = [_footprint(ends, EMBEDDING, (), key)] if stage.has_embedding else []
+    for index in range(stage.first, stage.stop):
+        same_letter = replace(config, pattern=3 * config.blocks[index], num_layers=3)
+        precisions = tuple(settings.precision(info.name) for info in block_linears(index, config))
+        parts.append(_footprint(same_letter, BLOCK, precisions, key))
+    if stage.has_head:
+        parts.append(_footprint(ends, HEAD, (settings.precision("head"),), key))
+    kept = peak = 0
+    for part in parts:
+        peak = max(peak, kept + part.peak)
+        kept += part.kept
+    output = 0 if stage.has_embedding and stage.has_head else _output_bytes(config, stage, settings)
+    return Footprint(kept + output, peak + output, sum(part.deferred for part in parts))
+
+
+def _output_bytes(config: ModelConfig, stage: StageRange, settings: RankSettings) -> int:
+    """What torch's pipeline keeps of a stage's result until its backward pass."""
+    rows, columns = settings.tokens // settings.tp, config.hidden
+    if stage.has_head:
+        rows, columns = settings.tokens, even_counts(config.vocab_size, settings.tp)[0]
+    return rows * columns * settings.dtype.itemsize
+
+
+@functools.cache
+def _footprint(
+    config: ModelConfig, stage: StageRange, precisions: tuple[LinearPrecision, ...], settings: RankSettings
+) -> Footprint:
+    """The stage is run on the first rank, which holds the remainder of an uneven vocabulary."""
+    meta, backend = torch.device("meta"), SizedBackend(settings.backend, on_gpu=settings.on_gpu)
+    mesh = draw_mesh(ParallelConfig(tp=settings.tp, cp=settings.cp, dp=1), settings.tp * settings.cp, rank=0)
+    overlap = settings.on_gpu and settings.tp > 1
+    context = LayerContext.of(mesh, backend, StepClock(0), settings.dtype, meta, overlap=overlap)
+    context.queue.enabled = settings.defers_wgrad
+    model = Decoder(
+        by_torch(config),
+        context,
+        stage,
+        keep_documents_apart=settings.keep_documents_apart,
+        recompute=settings.recompute,
+    )
+    use_fused_norms(model, config.norm_impl)
+    for linear, precision in zip(linears_of(model).values(), precisions, strict=True):
+        linear.precision = precision
+        linear.weight.main_grad = torch.empty_like(linear.weight, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_grad)  # the optimizer adds it to its buffer
+    cross_entropy = cross_entropy_of(config, mesh.tp)
+    ids = torch.empty(settings.micro_batch, settings.seq_length // settings.cp, dtype=torch.int64, device=meta)
+    hidden = torch.empty(
+        ids.numel() // settings.tp, config.hidden, dtype=settings.dtype, device=meta, requires_grad=True
+    )
+
+    def forward() -> Tensor:
+        output: Tensor = model(ids if stage.has_embedding else hidden.clone(), ids, ids, ids)
+        return cross_entropy(output, ids.reshape(-1)).sum() if stage.has_head else output
+
+    with Kernels(on_gpu=settings.on_gpu):
+        return _count(forward, context.queue.drain, hidden)
+
+
+def _drop_grad(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _count(forward: Callable[[], Tensor], drain: Callable[[], None], leaf: Tensor) -> Footprint:
+    forward()  # fills caches: the quantized copies of weights are not activations
+    with LiveBytes() as live:
+        output = forward()
+        end, shape, dtype = get_gradient_edge(output), output.shape, output.dtype
+        del output  # it goes on to the next block
+        kept = live.now
+        torch.autograd.backward([end], [torch.empty(shape, dtype=dtype, device="meta")])
+        leaf.grad = None
+        deferred = live.now
+        drain()
+    return Footprint(kept, live.peak, deferred)

@@ -1,0 +1,189 @@
+"""Stand-ins on the meta device for what only a GPU has: they keep and return tensors of the sizes of the real ones.
+
+A forward and backward pass on the meta device runs the layers' own code, so what it keeps is what a real one keeps,
+except where the device decides: which attention and norm kernels torch has, how a backend stores operands, and fused
+kernels of packages that need CUDA. These are here, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.layers.fused.loss import CrossEntropy, LossImpl, choose_cross_entropy
+from megatron_fp4.layers.fused.norm import NormImpl
+from megatron_fp4.layers.mamba.kernels import MambaKernel
+from megatron_fp4.layers.norm import RMSNorm
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand
+from megatron_fp4.precision.backends.product import Factors, multiply_on_cpu, multiply_on_cuda, widens
+from megatron_fp4.precision.config import BackendName
+from megatron_fp4.precision.operand import Format, Operand
+
+STORED_BYTES = {Format.nvfp4: 0.5625, Format.mxfp4: 0.53125, Format.mxfp8: 1.03125, Format.fp8_block: 1.0}
+"""Bytes per element with block scales, as Transformer Engine stores them."""
+DEQUANTIZING = (BackendName.emulated, BackendName.reference)
+"""Backends whose operands are as large as the compute dtype makes them."""
+
+
+def stored_bytes(operand: Operand, backend: BackendName, compute_bytes: int) -> float:
+    """Bytes per element of a quantized operand as `backend` holds it."""
+    return float(compute_bytes) if backend in DEQUANTIZING else STORED_BYTES[operand.format]
+
+
+class Kernels(TorchFunctionMode):
+    """Attention by a kernel that makes no matrix of scores, as on every real device; on a GPU also a fused RMSNorm.
+
+    torch's own choice on the meta device is to compute both from small operations, which keep far more.
+    """
+
+    def __init__(self, *, on_gpu: bool) -> None:
+        super().__init__()
+        self._on_gpu = on_gpu
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if func is F.rms_norm and self._on_gpu:
+            return _norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+        """Keeps q, k, v, the output, FP32 sums of the softmax, and a mask, which kernels turn into numbers."""
+        if attn_mask is not None:
+            attn_mask = self._mask(q, attn_mask)
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor = attend(q, k, v, 0.0, attn_mask is None, attn_mask=attn_mask)[0]
+        return out
+
+    def _mask(self, q: Tensor, mask: Tensor) -> Tensor | None:
+        from torch.nn.attention.bias import CausalBias  # here: it imports torch._dynamo, which takes seconds
+
+        if not isinstance(mask, CausalBias):
+            return q.new_empty(mask.shape)
+        by_flag = self._on_gpu or mask.seq_len_q == mask.seq_len_kv
+        return None if by_flag else q.new_empty(mask.seq_len_q, mask.seq_len_kv)
+
+
+def _norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    normed: Tensor = _FusedNorm.apply(x, *([] if weight is None else [weight]))
+    return normed
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps its input and the inverse root mean square of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32), *weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x, _, *weight = ctx.saved_tensors
+        return torch.empty_like(x), *map(torch.empty_like, weight)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Writes the gradient of the logits over a copy of them and keeps it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor) -> Tensor:
+        ctx.save_for_backward(logits_TV.clone())
+        return logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, g_T: Tensor) -> Tensor:  # type: ignore[override]
+        (dz_TV,) = ctx.saved_tensors
+        return dz_TV
+
+
+def by_torch(config: ModelConfig) -> ModelConfig:
+    """The same model of layers that can be built on any device."""
+    return replace(config, norm_impl=NormImpl.torch, loss_impl=LossImpl.torch, mamba_kernel=MambaKernel.torch)
+
+
+def use_fused_norms(model: nn.Module, impl: NormImpl) -> None:
+    """Make the norms of a model that was built by torch those of `impl`: they keep their input in the compute dtype."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm) and impl is not NormImpl.torch:
+            module._fused = functools.partial(_norm, shape=module.weight.shape, weight=module.weight)
+
+
+def cross_entropy_of(config: ModelConfig, tp: Group) -> CrossEntropy:
+    """The loss that `model.loss_impl` names, with what it keeps."""
+    if config.loss_impl is LossImpl.torch:
+        return choose_cross_entropy(LossImpl.torch, config.vocab_size, tp)
+    return lambda logits_TV, labels_T: _FusedLoss.apply(logits_TV)
+
+
+@dataclass(frozen=True, eq=False)
+class _Values(QuantizedOperand):
+    """tensors[0]: values as large as those of the compute dtype. pending: they are still to be made from it."""
+
+    along: int
+    pending: bool = False
+
+    def oriented(self, dtype: torch.dtype | None) -> Tensor:
+        """`[M, K]`. dtype: in which pending values are made; None for their own."""
+        values = self.tensors[0]
+        if self.pending:
+            values = torch.empty_like(values, dtype=dtype)
+        return values if self.along == 1 else values.T
+
+
+@dataclass(frozen=True, eq=False)
+class _Codes(QuantizedOperand):
+    """tensors[0]: as many bytes as codes and block scales have. rows: M or N of the product."""
+
+    rows: int
+
+
+class SizedBackend:
+    """See `Backend`: operands as large as those of `name`, products of the right shape, on the meta device.
+
+    Quantizers are counted as kernels that make nothing but their results; those that run eagerly need more in passing.
+    """
+
+    def __init__(self, name: BackendName, *, on_gpu: bool) -> None:
+        self._name, self._on_gpu = name, on_gpu
+
+    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
+        """See `Backend.quantize`. The amaxes of all copies are one tensor, as one collective reduces them."""
+        amaxes = iter(x.new_empty(sum(copy.operand.quantized for copy in copies), dtype=torch.float32).unbind())
+        operands: list[QuantizedOperand] = []
+        for copy in copies:
+            if not copy.operand.quantized:
+                operands.append(_Values((x,), copy.along))
+            elif self._name in DEQUANTIZING:
+                values = x if copy.deferred else torch.empty_like(x)
+                operands.append(_Values((values, next(amaxes)), copy.along, pending=copy.deferred))
+            else:
+                num_bytes = round(x.numel() * stored_bytes(copy.operand, self._name, x.itemsize))
+                operands.append(_Codes((x.new_empty(num_bytes, dtype=torch.uint8),), x.shape[1 - copy.along]))
+        return tuple(operands)
+
+    def matmul(
+        self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
+    ) -> Tensor:
+        """See `Backend.matmul`."""
+        if isinstance(a, _Codes) and isinstance(b, _Codes):
+            if accumulate_into is not None and self._name is BackendName.transformer_engine:
+                return accumulate_into  # its GEMM adds there
+            out = a.tensors[0].new_empty(a.rows, b.rows, dtype=out_dtype)
+        else:
+            assert isinstance(a, _Values)
+            assert isinstance(b, _Values)
+            multiply = multiply_on_cuda if self._on_gpu else multiply_on_cpu
+            wide = torch.float32 if not self._on_gpu and widens(torch.device("cpu"), out_dtype) else None
+            out = multiply(a.oriented(wide), b.oriented(wide), Factors.of(None, None), out_dtype)
+        return out if accumulate_into is None else accumulate_into
