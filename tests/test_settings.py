@@ -97,6 +97,7 @@ def test_explain_takes_the_keys_of_overrides(capsys: pytest.CaptureFixture[str],
         ("train.global_bacth", "did you mean train.global_batch"),
         ("seed", "did you mean data.seed or train.seed"),
         ("optimm", "did you mean optim"),
+        ("precision.recipes.r.wgrad.b.rht_size", "is now called precision.recipes.r.wgrad.x.rht_size"),
         ("zzzz", "`megatron-fp4 explain` lists the sections"),
     ],
 )

@@ -28,6 +28,7 @@ from megatron_fp4.cli.render import settings as render
 from megatron_fp4.cli.render.settings import Explained
 from megatron_fp4.settings import Section, Setting, sections
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.renamed import current_name, renaming_message
 from megatron_fp4.train.resume.differences import rule_of
 
 PACKAGE = Path(megatron_fp4.__file__).parent
@@ -115,6 +116,8 @@ def _find(asked: str, keys: Sequence[str]) -> str:
     """
     if asked in keys:
         return asked
+    if (now := current_name(asked)) != asked:
+        raise ValueError(renaming_message({asked: now}))
     wanted = re.sub(r"\[\w*\]|\.\d+(?=\.|$)", "", asked).split(".")
     for key in keys:
         parts = key.replace("[]", "").split(".")
