@@ -28,7 +28,7 @@ import numpy as np
 from data_tools import make_corpus, train_tokenizer
 from data_tools import tokenize as ours
 from megatron_fp4.data.config import DataConfig, SourceConfig
-from megatron_fp4.data.shards.shard import ShardWriter
+from megatron_fp4.data.shards.writer import ShardWriter
 
 _MODEL = []  # the worker's tokenizer in Megatron's design
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from data_tools.documents import Position
 from megatron_fp4.data.shards.manifest import MANIFEST, PROGRESS, FileDigest, commit, digest_file, write_json
-from megatron_fp4.data.shards.shard import ShardWriter
+from megatron_fp4.data.shards.writer import ShardWriter
 
 
 class SplitWriter:

@@ -8,7 +8,7 @@ import numpy as np
 from megatron_fp4.data.config import DataConfig, SourceConfig
 from megatron_fp4.data.loader import Loader, build_loader
 from megatron_fp4.data.shards.manifest import FileDigest, commit, digest_file
-from megatron_fp4.data.shards.shard import ShardWriter
+from megatron_fp4.data.shards.writer import ShardWriter
 
 EOS = 0
 

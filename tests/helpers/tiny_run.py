@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from megatron_fp4.checkpoint.offline import list_tensors, read_tensors, resolve
-from megatron_fp4.data.shards.shard import ShardWriter, token_dtype
+from megatron_fp4.data.shards.shard import token_dtype
+from megatron_fp4.data.shards.writer import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 96

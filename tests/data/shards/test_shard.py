@@ -3,7 +3,8 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_fp4.data.shards.shard import HEADER, ShardWriter, TokenShard, token_dtype
+from megatron_fp4.data.shards.shard import HEADER, TokenShard, token_dtype
+from megatron_fp4.data.shards.writer import ShardWriter
 from tests.data.toy import write_shard
 
 
