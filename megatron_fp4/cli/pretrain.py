@@ -22,6 +22,8 @@ HELP = """usage: pretrain [experiment=NAME] [group=option ...] [key=value ...] [
   model=gpt_tiny precision=bf16    options of a group (configs/<group>)
   optim.lr=3e-4 parallel.tp=2      single values
   --cfg                            print the resolved configuration and exit
+
+megatron-fp4 explain lists the settings; explain KEY says what one means, and what it may be.
 """
 
 

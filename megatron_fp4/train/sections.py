@@ -50,7 +50,7 @@ class SpikeConfig:
     """A loss above this multiple of the running mean is a spike; 0 = this rule is off."""
     z_score: Annotated[float, Bound(least=0)] = 0.0
     """A loss more than this many standard deviations above the running mean is a spike; 0 = this rule is off."""
-    window_steps: int = 128
+    window_steps: Annotated[int, Bound(least=2)] = 128
     """Number of the last good losses that mean and deviation are of."""
     min_steps: Annotated[int, Bound(least=2)] = 64
     """No loss is judged before this many are known; at most window_steps."""
