@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from megatron_fp4.cli.verify_parallel import main
@@ -21,23 +19,23 @@ def test_a_right_layout_passes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_planted_bug_fails_and_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMALL, "tp2"], worker=planted.missing_amax) == 1
+    assert main([*SMALL, "tp2"], worker=planted.run_cases_with(planted.local_amax)) == 1
     output = capsys.readouterr().out
     assert "2 of 3 comparisons passed" in output, "an amax matters in the quantized case only"
     assert "likely cause: only the quantized precision differs: an amax is not reduced" in output
 
 
 @pytest.mark.parametrize(
-    ("layout", "worker", "cause"),
+    ("layout", "bug", "cause"),
     [
         ("pp2", planted.doubled_tied_gradient, "2 times the right one"),
         ("tp2", planted.unsummed_replicas, "norm weights"),
-        ("tp2", planted.unsummed_gradient_norm, "norm is"),
+        ("tp2", planted.unsummed_grad_norm, "norm is"),
     ],
     ids=["tied-twice", "norm-weights", "grad-norm"],
 )
-def test_other_planted_bugs(layout: str, worker: Any, cause: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TIED, "--layouts", layout], worker=worker) == 1
+def test_other_planted_bugs(layout: str, bug: planted.Bug, cause: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TIED, "--layouts", layout], worker=planted.run_cases_with(bug)) == 1
     output = capsys.readouterr().out
     assert "0 of 2 comparisons passed" in output, "in FP32 and in BF16"
     assert cause in output

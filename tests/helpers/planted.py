@@ -1,8 +1,15 @@
-"""Bugs, planted into the ranks of a layout: each must be found by the parity check, and named."""
+"""Bugs, planted into this rank for as long as a context lasts.
+
+A test of a distributed feature shows with them what its tolerance would see; the parity check must find and name each.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -15,43 +22,45 @@ from megatron_fp4.optim import clip, grad_buffer
 from megatron_fp4.precision.backends import finite
 from megatron_fp4.proofs.parity import Case, Record, run_cases
 
+Bug = Callable[[], AbstractContextManager[None]]
+
+
+def run_cases_with(bug: Bug) -> Callable[..., list[Record]]:
+    """`run_cases` with a bug on every rank."""
+    return partial(_run_cases_with, bug)
+
+
+def _run_cases_with(bug: Bug, process: Process, cases: list[Case], parallel: ParallelConfig) -> list[Record]:
+    with bug():
+        return run_cases(process, cases, parallel)
+
 
 def _local(x: Tensor, group: Group) -> Tensor:
     """In place of a collective: what is missing is the other ranks."""
     return x
 
 
-def missing_amax(process: Process, cases: list[Case], parallel: ParallelConfig) -> list[Record]:
+@contextmanager
+def local_amax() -> Iterator[None]:
     """Each rank scales its shard by its own largest magnitude."""
-    finite.all_reduce_max = _local
-    return run_cases(process, cases, parallel)
+    with patch.object(finite, "all_reduce_max", _local):
+        yield
 
 
-def doubled_tied_gradient(process: Process, cases: list[Case], parallel: ParallelConfig) -> list[Record]:
-    right = grad_buffer._sum_replicas
+@contextmanager
+def summed_twice() -> Iterator[None]:
+    """The sums after a row-parallel GEMM have every rank's part twice."""
 
-    def doubled(bucket: Any, flat: Tensor, tp: Group) -> None:
-        right(bucket, flat, tp)
-        if bucket.kind.tied_group is not None:
-            flat.mul_(2.0)
+    def twice(x: Tensor, group: Group) -> Tensor:
+        return right(x, group) * 2.0
 
-    grad_buffer._sum_replicas = doubled
-    return run_cases(process, cases, parallel)
-
-
-def unsummed_replicas(process: Process, cases: list[Case], parallel: ParallelConfig) -> list[Record]:
-    """Neither tied copies nor the partial gradients of norm weights under tensor parallelism are summed."""
-    grad_buffer._sum_replicas = lambda bucket, flat, tp: None
-    return run_cases(process, cases, parallel)
+    right = linear.scatter_sum_rows
+    with patch.object(linear, "scatter_sum_rows", twice):
+        yield
 
 
-def unsummed_gradient_norm(process: Process, cases: list[Case], parallel: ParallelConfig) -> list[Record]:
-    """Each rank clips by the norm of what it holds."""
-    clip.all_reduce_sum = _local
-    return run_cases(process, cases, parallel)
-
-
-def gather_without_gradient_sum(process: Process, cases: list[Case], parallel: ParallelConfig) -> list[Record]:
+@contextmanager
+def rows_kept() -> Iterator[None]:
     """The backward of a sequence-parallel gather keeps this rank's rows instead of summing those of all."""
 
     def keeps(x: Tensor, group: Group, *while_sending: Any) -> Tensor:
@@ -60,5 +69,33 @@ def gather_without_gradient_sum(process: Process, cases: list[Case], parallel: P
         return torch.cat([x if rank == group.rank else part for rank, part in parts])
 
     right = linear.gather_rows
-    linear.gather_rows = keeps
-    return run_cases(process, cases, parallel)
+    with patch.object(linear, "gather_rows", keeps):
+        yield
+
+
+@contextmanager
+def doubled_tied_gradient() -> Iterator[None]:
+    """The two copies of a tied embedding are summed once too often."""
+
+    def doubled(bucket: Any, flat: Tensor, tp: Group) -> None:
+        right(bucket, flat, tp)
+        if bucket.kind.tied_group is not None:
+            flat.mul_(2.0)
+
+    right = grad_buffer._sum_replicas
+    with patch.object(grad_buffer, "_sum_replicas", doubled):
+        yield
+
+
+@contextmanager
+def unsummed_replicas() -> Iterator[None]:
+    """Neither tied copies nor the partial gradients of norm weights under tensor parallelism are summed."""
+    with patch.object(grad_buffer, "_sum_replicas", lambda bucket, flat, tp: None):
+        yield
+
+
+@contextmanager
+def unsummed_grad_norm() -> Iterator[None]:
+    """Each rank clips by the norm of what it holds."""
+    with patch.object(clip, "all_reduce_sum", _local):
+        yield

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.precision import EmulatedBackend, nvfp4_paper
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.spec import LinearPrecision
+from tests.helpers import planted
 from tests.helpers.distributed import mesh_for, run_distributed
+from tests.helpers.slices import assert_slices, largest_error
 
 T, D, F = 64, 64, 128
 RECIPES = {"high": LinearPrecision(), "nvfp4": nvfp4_paper()}
 
 
-def run(mesh: ParallelMesh, precision: LinearPrecision, dtype: torch.dtype) -> dict[str, Any]:
-    """My rows of y and dx, and the rectangles of dw that my weights are: name -> [(offset, values)]."""
-    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), dtype, torch.device("cpu"))
+def run(mesh: ParallelMesh, precision: LinearPrecision) -> list[Shard]:
+    """This rank's rows of y and dx, and of dw the rectangles that its weights are."""
+    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), torch.float32, torch.device("cpu"))
     up = ColumnParallelLinear("up", D, {"gate": F, "": F}, context, std=0.1)
     down = RowParallelLinear("down", F, D, context, std=0.1)
     initialize_parameters(nn.ModuleList([up, down]), 0)
     random = torch.Generator().manual_seed(3)
-    x, dy = (torch.randn(T, D, generator=random).to(dtype).chunk(mesh.tp.size)[mesh.tp.rank] for _ in "xy")
+    x, dy = (torch.randn(T, D, generator=random).chunk(mesh.tp.size)[mesh.tp.rank] for _ in "xy")
     ids = torch.arange(T).view(1, T)
     tokens = Tokens(ids, ids, torch.zeros_like(ids))
     for linear in (up, down):
@@ -38,44 +41,50 @@ def run(mesh: ParallelMesh, precision: LinearPrecision, dtype: torch.dtype) -> d
     gate, h = up(x, tokens).chunk(2, dim=-1)
     y = down(gate * h, tokens)
     y.backward(dy)
-    found: dict[str, Any] = {"y": [((mesh.tp.rank * len(y), 0), y.detach())]}
     assert x.grad is not None
-    found["dx"] = [((mesh.tp.rank * len(y), 0), x.grad)]
+    first = mesh.tp.rank * len(y)
+    shards = [
+        Shard(Rectangle.whole(name, (T, D)).rows(first, first + len(y)), {"values": values})
+        for name, values in (("y", y.detach()), ("dx", x.grad))
+    ]
     for linear in (up, down):
         for rows, where in linear.weight.placement.pieces():
-            found[where.name] = [(where.offset, linear.weight.main_grad[rows])]
-    return found
+            shards.append(Shard(where, {"values": linear.weight.main_grad[rows]}))
+    return shards
 
 
-def all_cases(rank: int, world_size: int) -> dict[str, Any]:
+def on_rank(rank: int, world_size: int, bug: planted.Bug = nullcontext) -> dict[str, list[Shard]]:
     mesh = mesh_for(rank, world_size, tp=world_size)
-    return {name: as_lists(run(mesh, precision, torch.float32)) for name, precision in RECIPES.items()}
+    with bug():
+        return {name: run(mesh, precision) for name, precision in RECIPES.items()}
 
 
-def as_lists(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: [(offset, values.tolist()) for offset, values in parts] for name, parts in found.items()}
+@pytest.fixture(scope="module")
+def reference() -> dict[str, dict[str, Tensor]]:
+    """Recipe -> the logical tensors, from one process."""
+    one_process = ParallelMesh.single_process()
+    return {
+        name: {shard.name: shard.tensors["values"] for shard in run(one_process, precision)}
+        for name, precision in RECIPES.items()
+    }
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_linear_at_any_tensor_parallel_size(tp: int) -> None:
+def test_equals_one_process(tp: int, reference: dict[str, dict[str, Tensor]]) -> None:
     """Off by the number of ranks: a sum too many or too few; by 10%: rounding that knows the layout."""
-    ranks = [all_cases(0, 1)] if tp == 1 else run_distributed(all_cases, tp)
-    for recipe, precision in RECIPES.items():
-        for name, parts in run(ParallelMesh.single_process(), precision, torch.float32).items():
-            ((_, whole),) = parts
-            covered = torch.zeros(whole.shape)
-            for found in ranks:
-                for offset, rows in found[recipe][name]:
-                    values = torch.tensor(rows, dtype=whole.dtype)
-                    place = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
-                    covered[place] += 1
-                    error = relative(values, whole[place])
-                    assert error < 1e-6, f"{recipe}, {name}: off by {error:.1e}"
-            assert bool((covered == 1).all()), f"{name}: not every element was computed once"
+    ranks = [on_rank(0, 1)] if tp == 1 else run_distributed(on_rank, tp)
+    for recipe, logical in reference.items():
+        assert_slices(logical, [shards[recipe] for shards in ranks], within=1e-6)
 
 
-def relative(values: Tensor, expected: Tensor) -> float:
-    return float((values - expected).norm() / expected.norm())
+@pytest.mark.parametrize(
+    ("bug", "recipe", "at_least"),
+    [(planted.local_amax, "nvfp4", 0.05), (planted.summed_twice, "high", 0.5), (planted.rows_kept, "high", 0.5)],
+)
+def test_would_see(bug: planted.Bug, recipe: str, at_least: float, reference: dict[str, dict[str, Tensor]]) -> None:
+    """What exceeds the tolerance above, and by how much."""
+    ranks = run_distributed(on_rank, 2, bug)
+    assert largest_error(reference[recipe], [shards[recipe] for shards in ranks]) > at_least
 
 
 def test_print_shows_the_precision() -> None:

@@ -18,6 +18,7 @@ from megatron_fp4.proofs.parity import Case, Record, run_cases
 from megatron_fp4.proofs.verdict import TOLERANCES, find_failures, likely_cause
 from tests.helpers import planted
 from tests.helpers.parity import FP32, HYBRID, parity_case
+from tests.helpers.planted import Bug
 
 Worker = Callable[..., list[Record]]
 ONE = ParallelConfig()
@@ -161,10 +162,10 @@ def test_overlap_changes_no_bit() -> None:
 # -- planted bugs -----------------------------------------------------------------------------------------------------
 
 
-def caught(case: Case, layout: str, worker: Worker) -> tuple[str, str]:
+def caught(case: Case, layout: str, bug: Bug) -> tuple[str, str]:
     """The first failure and the likely cause that the check reports."""
     (reference,) = alone(case)
-    (records,) = records_of([case], layout, worker)
+    (records,) = records_of([case], layout, planted.run_cases_with(bug))
     comparison, tolerance = compare(reference, records), TOLERANCES[case.name]
     failures = find_failures(comparison, tolerance)
     assert failures, "a planted bug was not found"
@@ -175,18 +176,18 @@ def caught(case: Case, layout: str, worker: Worker) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("case", "layout", "worker", "failure", "cause"),
+    ("case", "layout", "bug", "failure", "cause"),
     [
-        (parity_case(steps=2), "tp2", planted.missing_amax, "loss of step 1", "amax"),
+        (parity_case(steps=2), "tp2", planted.local_amax, "loss of step 1", "amax"),
         (fp32(steps=2), "tp2", planted.unsummed_replicas, "norm.weight", "norm weights"),
-        (fp32(steps=2), "tp2", planted.gather_without_gradient_sum, "gradient of", "backward pass"),
-        (fp32(steps=2), "tp2", planted.unsummed_gradient_norm, "gradient norm of step 1", "norm is"),
+        (fp32(steps=2), "tp2", planted.rows_kept, "gradient of", "backward pass"),
+        (fp32(steps=2), "tp2", planted.unsummed_grad_norm, "gradient norm of step 1", "norm is"),
         (fp32(steps=2, tied_embeddings=True), "pp2", planted.doubled_tied_gradient, "embedding", "2 times the right"),
         (fp32(steps=2, tied_embeddings=True), "pp2", planted.unsummed_replicas, "embedding", "tied"),
     ],
     ids=["amax", "norm-weights", "gather", "grad-norm", "tied-twice", "tied-unsummed"],
 )
-def test_planted_bugs_are_found_and_named(case: Case, layout: str, worker: Worker, failure: str, cause: str) -> None:
-    found, why = caught(case, layout, worker)
-    assert failure in found, f"first difference: {found}"
+def test_planted_bugs_are_found_and_named(case: Case, layout: str, bug: Bug, failure: str, cause: str) -> None:
+    first, why = caught(case, layout, bug)
+    assert failure in first, f"first difference: {first}"
     assert cause in why, f"likely cause: {why}"
