@@ -8,7 +8,8 @@ writes an output folder, and every mistake becomes one message with the nearest 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fp4.cli.schema import build, twin
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.renamed import renamed_keys, renaming_message
+from megatron_fp4.train.renamed import renamed_keys, renamed_option, renaming_message
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -83,41 +84,42 @@ def _compose(overrides: Sequence[str], directory: Path) -> DictConfig:
 
 def _check_keys(overrides: Sequence[str], directory: Path) -> None:
     """Name the nearest valid key or option of every override that has none, which hydra's own message lacks."""
-    groups = {path.name: path for path in directory.iterdir() if path.is_dir()}
+    groups = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_dir()}
+    options = {group: sorted(path.stem for path in folder.glob("*.yaml")) for group, folder in groups.items()}
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError(f"{_short(error)}; an override looks like model.num_layers=4") from None
+    if {"precision", "precision/recipe"} <= {override.key_or_group for override in parsed}:
+        raise ConfigError("precision=... and precision/recipe=... both choose the recipe; leave one out")
     schema = OmegaConf.structured(twin(RunConfig))
     for override in parsed:
-        key, value = override.key_or_group, str(override.value())
-        if renamed := renamed_keys(override.value(), key):
-            raise ConfigError(renaming_message(renamed))
-        if key in groups:
-            options = sorted(path.stem for path in groups[key].glob("*.yaml"))
-            if value not in options:
-                raise ConfigError(
-                    f"{key}={value} does not exist{_nearest(value, options)}; {key}: {', '.join(options)}"
-                )
+        key, value = override.key_or_group, override.value()
+        if renamed := renamed_option(key, str(value)) or renaming_message(renamed_keys(value, key)):
+            raise ConfigError(renamed)
+        if key in options:
+            if not override.is_delete() and str(value) not in options[key]:
+                nearest = _nearest(str(value), options[key])
+                raise ConfigError(f"{key}={value} does not exist{nearest}; {key}: {', '.join(options[key])}")
+        elif isinstance(value, str) and value in options.get(key.replace(".", "/"), []):
+            raise ConfigError(f"{key}={value}: the options of a group are chosen by {key.replace('.', '/')}={value}")
         elif not key.startswith("hydra."):
-            _check_key(key, schema, groups)
+            _check_key(key, schema, list(options))
 
 
-def _check_key(key: str, schema: DictConfig, groups: dict[str, Path]) -> None:
+def _check_key(key: str, schema: DictConfig, groups: list[str]) -> None:
     node: Any = schema
     seen: list[str] = []
     for part in key.split("."):
-        if not isinstance(node, DictConfig) or not OmegaConf.is_config(node) or _is_free(node):
+        if not isinstance(node, DictConfig) or _is_free(node):
             return  # inside a list or a free dictionary, whose keys the schema does not name
         if part not in node:
             names = [".".join([*seen, str(name)]) for name in node]
             wrong = ".".join([*seen, part])
-            everything = names + _all_keys(schema) + ([] if seen else list(groups))
+            everything = names + _all_keys(schema) + ([] if seen else groups)
             raise ConfigError(f"unknown key '{key}'{_nearest(wrong if seen else key, everything)}")
         seen.append(part)
         node = node._get_node(part)
-        if OmegaConf.is_config(node) is False:
-            return
 
 
 def _is_free(node: DictConfig) -> bool:
@@ -136,23 +138,26 @@ def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _short(error: BaseException) -> str:
     """The lines of a hydra or omegaconf error, and of what caused it, that help a user."""
-    kept: list[str] = []
+    lines: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        for line in (line.strip() for line in str(cause).splitlines()):
-            if (
-                line
-                and line not in kept
-                and not line.startswith(("object_type", "reference_type", "To append", "Set the"))
-            ):
-                kept.append(line)
-            if line.startswith("full_key: "):  # in a YAML file of the user's own
-                kept += [renaming_message(keys)] if (keys := renamed_keys({}, line.removeprefix("full_key: "))) else []
+        lines += [line.strip() for line in str(cause).splitlines()]
         cause = cause.__cause__
-    return "; ".join(kept)
+    noise = ("object_type", "reference_type", "To append", "Set the")
+    useful = [line for line in [*lines, *_renamed_in_yaml(lines)] if line and not line.startswith(noise)]
+    return "; ".join(dict.fromkeys(useful))
+
+
+def _renamed_in_yaml(lines: Sequence[str]) -> Iterator[str]:
+    """The present names of what hydra does not find in a YAML file, which the check of overrides does not see."""
+    for line in lines:
+        if key := re.match(r"full_key: (\S+)", line):
+            yield renaming_message(renamed_keys({}, key[1]))
+        if re.search(r"Could not override 'precision'", line):
+            yield "an experiment overrides /precision/recipe and /precision/rules; /precision is for the command line"

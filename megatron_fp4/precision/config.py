@@ -1,6 +1,8 @@
-"""The precision section of a run's configuration: recipes by name, rules that place them, switches in time.
+"""The precision section of a run's configuration: recipes by name, where they apply, switches in time.
 
-Values only; `plan.py` resolves them. (No `from __future__ import annotations`: omegaconf reads the annotations.)
+Two questions, two groups of options: how a GEMM computes (configs/precision/recipe: `recipes`, `use`) and where
+(configs/precision/rules: `keep_bf16`, `rules`). Not here: what that comes to, linear by linear (plan.py).
+(No `from __future__ import annotations`: omegaconf reads the annotations.)
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from enum import Enum
 import torch
 
 from megatron_fp4.precision.spec import LinearPrecision
+from megatron_fp4.settings import Count, check_bounds
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 HIGH = "bf16"
@@ -42,6 +45,21 @@ class ComputeDtype(Enum):
     def sum_dtype(self) -> torch.dtype:
         """Type in which gradients are added up."""
         return torch.float32 if self is ComputeDtype.bf16 else torch.float64
+
+
+@dataclass(frozen=True)
+class KeepBf16:
+    """What stays in BF16 before any rule is asked: the head and whole blocks. Holds where use names a recipe."""
+
+    head: bool = True
+    """Keep the output layer, which belongs to no block."""
+    first: Count = 0
+    """Blocks at the start of the model."""
+    last: Count = 0
+    """Blocks at the end of the model."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "precision.keep_bf16")
 
 
 @dataclass(frozen=True)
@@ -107,9 +125,12 @@ class PrecisionConfig:
     compile: bool = True
     """Compile the emulated quantizers, where this machine has a compiler for them."""
     recipes: dict[str, LinearPrecision] = field(default_factory=dict)
-    """Recipes by name, for rules and switches; bf16, in which nothing is quantized, is built in."""
-    rules: list[Rule] = field(default_factory=lambda: [Rule()])
-    """Which linears use which recipe; the first that matches decides."""
+    """Recipes by name, for use, rules and switches; bf16, in which nothing is quantized, is built in."""
+    use: str = ""
+    """Recipe of the linears that neither keep_bf16 nor a rule names; empty = rules name all, keep_bf16 is unused."""
+    keep_bf16: KeepBf16 = field(default_factory=KeepBf16)
+    rules: list[Rule] = field(default_factory=list)
+    """Exceptions from use, behind keep_bf16; the first that matches a linear decides."""
     switch: list[Switch] = field(default_factory=list)
     """Changes of precision in the course of the run, such as BF16 for the end."""
     evaluation: str = HIGH
@@ -118,6 +139,11 @@ class PrecisionConfig:
     def __post_init__(self) -> None:
         if HIGH in self.recipes:
             raise ValueError(f"precision.recipes.{HIGH} is built in (nothing quantized); choose another name")
+        if not self.use and self.keep_bf16 != KeepBf16():
+            raise ValueError(
+                "precision.keep_bf16 would have no effect: without precision.use the rules name every linear; set"
+                " precision.use to the recipe of the others"
+            )
 
     def recipe(self, name: str) -> LinearPrecision:
         """The recipe `name`. Raises ValueError with the known names."""

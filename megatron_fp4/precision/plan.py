@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_fp4.precision.config import GEMMS, BackendName, PrecisionConfig, Switch
+from megatron_fp4.precision.config import GEMMS, BackendName, PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.spec import Gemm, LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable, Row, describe, difference
 
@@ -53,28 +53,45 @@ def selected_blocks(spec: str, num_blocks: int) -> set[int]:
     raise ValueError(f"precision rule: blocks = {spec!r}; use 'first:2', 'last:8' or a slice such as '-8:'")
 
 
+def ordered_rules(config: PrecisionConfig) -> list[tuple[str, Rule]]:
+    """(label, rule) in the order in which they decide: what is kept in BF16, the rules, the recipe of the rest."""
+    rules = [
+        (f"rule {number}: {rule.match}" + (f" blocks {rule.blocks}" if rule.blocks else ""), rule)
+        for number, rule in enumerate(config.rules, start=1)
+    ]
+    if not config.use:
+        return rules or [("nothing is quantized", Rule())]
+    keep = config.keep_bf16
+    kept = [("keep_bf16 head", Rule("head"))] if keep.head else []
+    kept += [(f"keep_bf16 first:{keep.first}", Rule(blocks=f"first:{keep.first}"))] if keep.first else []
+    kept += [(f"keep_bf16 last:{keep.last}", Rule(blocks=f"last:{keep.last}"))] if keep.last else []
+    return [*kept, *rules, (f"use: {config.use}", Rule(use=config.use))]
+
+
 def base_table(config: PrecisionConfig, linears: Sequence[Linear]) -> PrecisionTable:
     """Apply the rules. Raises ValueError for a rule without effect and for a linear that no rule names."""
     num_blocks = 1 + max((info.block for info in linears if info.block is not None), default=-1)
     rows: dict[str, Row] = {}
-    for number, rule in enumerate(config.rules):
+    for label, rule in ordered_rules(config):
         blocks = selected_blocks(rule.blocks, num_blocks) if rule.blocks else None
-        mine = [
+        names = [
             info.name
             for info in linears
             if info.name not in rows and matches(rule.match, info.name) and (blocks is None or info.block in blocks)
         ]
-        label = f"rule {number + 1}: {rule.match}" + (f" blocks {rule.blocks}" if rule.blocks else "")
-        if not mine:
+        if not names and label.startswith("rule"):
             raise ValueError(
-                f"precision {label} matches no linear that an earlier rule has not taken; remove it, or mend its"
-                f" pattern (a name looks like {linears[0].name!r}; the model has {num_blocks} blocks)"
+                f"precision {label} matches no linear that an earlier rule has not taken and keep_bf16 does not keep;"
+                f" remove it, or mend its pattern (a name looks like {linears[0].name!r}; the model has {num_blocks}"
+                f" blocks)"
             )
         precision = _combine(config, [getattr(rule, gemm) or rule.use for gemm in GEMMS])
-        rows.update({name: Row(name, precision, label) for name in mine})
+        rows.update({name: Row(name, precision, label) for name in names})
     missing = [info.name for info in linears if info.name not in rows]
     if missing:
-        raise ValueError(f"no precision rule matches {', '.join(missing)}; end the rules with a rule for '*'")
+        raise ValueError(
+            f"no precision rule matches {', '.join(missing)}; set precision.use, or end the rules with a rule for '*'"
+        )
     return PrecisionTable(tuple(rows[info.name] for info in linears))
 
 
@@ -100,7 +117,10 @@ class PrecisionPlan:
         table = base_table(config, linears)
         if config.recipes and table.num_quantized_gemms == 0 and any(r.quantized for r in config.recipes.values()):
             asked = ", ".join(config.recipes)
-            raise ValueError(f"precision recipe(s) {asked} are configured, but the rules leave every GEMM in bf16")
+            raise ValueError(
+                f"precision recipe(s) {asked} are configured, but the rules leave every GEMM in bf16; change"
+                f" precision.keep_bf16, precision.rules or precision.use"
+            )
         self.phases: list[tuple[int, PrecisionTable]] = [(0, table)]
         for switch in sorted(config.switch, key=lambda s: s.starts_at(total_tokens, decay_start)):
             start = switch.starts_at(total_tokens, decay_start)

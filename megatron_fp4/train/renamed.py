@@ -19,6 +19,20 @@ RENAMED = {
 }
 """Old dotted key -> new one. `*` is any one part of the key; what lies under a key goes with it."""
 
+RENAMED_OPTIONS = {
+    **{
+        f"precision={recipe}": f"precision/recipe={recipe}"
+        for recipe in (
+            "nvfp4_4over6", "nvfp4_no_2d", "nvfp4_no_rht", "nvfp4_no_sr", "nvfp4_rht128", "nvfp4_rht4", "nvfp4_shard",
+            "nvfp4_signs_none", "nvfp4_signs_per_step", "nvfp4_sr_activations", "nvfp4_sr_backward", "nvfp4_sr_weights",
+        )
+    },
+    "precision=nvfp4_paper": "precision/rules=paper_12b",
+    "precision=nvfp4_paper_1_2b": "precision/rules=paper_1_2b",
+    "precision=nvfp4_paper_8b": "precision/rules=paper_8b",
+}  # fmt: skip
+"""Old option of a group of configs/ -> new one."""
+
 
 def current_name(key: str) -> str:
     """The name that `key` has today: itself, unless it was renamed."""
@@ -44,3 +58,9 @@ def renamed_keys(settings: Any, prefix: str = "") -> dict[str, str]:
 
 def renaming_message(keys: Mapping[str, str]) -> str:
     return ", ".join(f"{old} is now called {new}" for old, new in keys.items())
+
+
+def renamed_option(group: str, option: str) -> str:
+    """The message for an option that has another name today; "" for one that has not."""
+    old = f"{group}={option}"
+    return renaming_message({old: RENAMED_OPTIONS[old]}) if old in RENAMED_OPTIONS else ""

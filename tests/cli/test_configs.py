@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from megatron_fp4.cli.compose import CONFIG_DIR, ConfigError, compose_config, lo
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.optim.lr import decay_tokens
 from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.precision.table import difference
 from megatron_fp4.train.config import RunConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml"))
-PRECISIONS = sorted(path.stem for path in (CONFIG_DIR / "precision").glob("*.yaml"))
+GROUPS = ("precision", "precision/recipe", "precision/rules")
+OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIG_DIR / group).glob("*.yaml"))]
+PLANS = json.loads((Path(__file__).parents[1] / "golden/precision_plans.json").read_text())
 
 
 def load(*overrides: str) -> RunConfig:
@@ -35,10 +39,39 @@ def test_every_experiment_composes_and_its_precision_takes_effect(experiment: st
     assert len(Path(config.train.run_dir).parts) > 1
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_option_composes(precision: str) -> None:
-    model = "nemotron_h_8b" if precision == "nemotron3" else "gpt_50m"
-    plan_of(load(f"precision={precision}", f"model={model}", "model.vocab_size=131072"))
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_precision_option_composes(option: str) -> None:
+    recipe = ["precision/recipe=nemotron3"] if option == "precision/rules=nemotron3" else []
+    table = plan_of(load(option, "model=nemotron_h_8b", "model.vocab_size=131072", *recipe)).table()
+    assert (table.num_quantized_gemms == 0) == option.endswith("=bf16")
+
+
+def described(plan: PrecisionPlan) -> dict[str, dict[str, str]]:
+    """By the tokens at which a phase starts: precision in words -> names of the linears."""
+    phases: dict[str, dict[str, str]] = {}
+    for start, table in plan.phases:
+        names: dict[str, list[str]] = {}
+        for line in difference({}, table.texts()):
+            name, _, text = line.partition(": absent -> ")
+            names.setdefault(text, []).append(name)
+        phases[f"from {start} tokens"] = {text: " ".join(sorted(group)) for text, group in names.items()}
+    return phases
+
+
+@pytest.mark.parametrize("selection", PLANS)
+def test_a_selection_means_what_it_always_meant(selection: str) -> None:
+    """A change here is a change of the numbers of that experiment."""
+    config = load(*selection.split(), "model.vocab_size=131072")
+    values = config.precision
+    assert PLANS[selection] == {
+        "settings": f"backend {values.backend.name}, compute_dtype {values.compute_dtype.name},"
+        f" compile {values.compile}, evaluation {values.evaluation}",
+        **described(plan_of(config)),
+    }
+
+
+def test_every_experiment_has_its_plan_recorded() -> None:
+    assert {f"experiment={name}" for name in EXPERIMENTS} <= set(PLANS)
 
 
 def test_the_12b_run_is_the_papers() -> None:
@@ -86,4 +119,30 @@ def test_an_old_name_in_an_experiment_of_ones_own(tmp_path: Path) -> None:
         "# @package _global_\nprecision: {recipes: {nvfp4: {wgrad: {b: {rht_size: 4}}}}}\n"
     )
     with pytest.raises(ConfigError, match=r"wgrad\.b is now called precision\.recipes\.nvfp4\.wgrad\.x"):
+        compose_config(["experiment=mine"], directory)
+
+
+@pytest.mark.parametrize(
+    ("options", "use", "last"),
+    [
+        (["precision/recipe=mxfp4"], "mxfp4", 8),
+        (["precision=bf16"], "bf16", 8),
+        (["precision=mxfp4"], "mxfp4", 8),
+        (["precision=fp8_paper"], "fp8", 2),
+        (["precision=fp8_paper", "precision/rules=paper_1_2b"], "fp8", 4),
+        (["precision.keep_bf16.last=5"], "nvfp4", 5),
+    ],
+)
+def test_recipe_and_rules_of_an_experiment_change_apart(options: list[str], use: str, last: int) -> None:
+    """And what is typed wins: an experiment that chooses a recipe of its own must not undo precision=bf16."""
+    precision = load("experiment=ablation_12b_no_rht", *options).precision
+    assert (precision.use, precision.keep_bf16.last) == (use, last)
+
+
+def test_an_experiment_of_ones_own_that_chooses_precision_as_before(tmp_path: Path) -> None:
+    directory = tmp_path / "configs"
+    shutil.copytree(CONFIG_DIR, directory)
+    experiment = directory / "experiment/mine.yaml"
+    experiment.write_text("# @package _global_\ndefaults: [override /precision: bf16]\n")
+    with pytest.raises(ConfigError, match="an experiment overrides /precision/recipe and /precision/rules"):
         compose_config(["experiment=mine"], directory)

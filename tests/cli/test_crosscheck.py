@@ -16,7 +16,9 @@ from tests.precision.te import te_double
 
 
 def said(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str, expect: int) -> str:
-    code = crosscheck.main(tiny_run(folder, "precision=nvfp4_no_sr", "precision.compile=false", *overrides).overrides)
+    code = crosscheck.main(
+        tiny_run(folder, "precision/recipe=nvfp4_no_sr", "precision.compile=false", *overrides).overrides
+    )
     output = capsys.readouterr()
     assert code == expect, output.out + output.err
     return output.out + output.err
@@ -91,10 +93,10 @@ def test_stochastic_rounding_by_distribution(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     te_double.install(monkeypatch, NVFP4Quantizer=Stochastic)
-    text = said(capsys, tmp_path, "precision=nvfp4", expect=0)
+    text = said(capsys, tmp_path, "precision/recipe=nvfp4", expect=0)
     assert "equal   dgrad.dy: amax and scales bit for bit; stochastic codes: bias" in text
     monkeypatch.setattr(Stochastic, "noise", 0.3)
-    text = said(capsys, tmp_path, "precision=nvfp4", expect=1)
+    text = said(capsys, tmp_path, "precision/recipe=nvfp4", expect=1)
     assert "DIFFERS dgrad.dy: amax and scales bit for bit; stochastic codes: bias +0.0" in text, "a bias passes"
 
 

@@ -119,7 +119,7 @@ def test_transformer_engine_is_compared_code_by_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     te_double.install(monkeypatch)
-    settings = ("precision=nvfp4_no_sr", "precision.backend=transformer_engine", "precision.compile=false")
+    settings = ("precision/recipe=nvfp4_no_sr", "precision.backend=transformer_engine", "precision.compile=false")
     assert "code by code" in lines(said(capsys, tmp_path, *settings, expect=0), "gemms")[0]
     plain = te_double._padded
 

@@ -46,6 +46,14 @@ RAMP = [
         (["modle=gpt_tiny"], "did you mean 'model'"),
         (["model=gpt_tinny"], "did you mean 'gpt_tiny'"),
         (["precision.backend=emulate"], "emulated"),
+        (["precision/recipe=nvfp4_no_rth"], "did you mean 'nvfp4_no_rht'"),
+        (["precision/recip=nvfp4"], "did you mean 'precision/recipe'"),
+        (["precision.rules=paper_12b"], "the options of a group are chosen by precision/rules=paper_12b"),
+        (["precision.keep_bf16.lst=2"], "did you mean 'precision.keep_bf16.last'"),
+        (["precision.keep_bf16.last=9"], "every GEMM in bf16; change precision.keep_bf16"),
+        (["precision=nvfp4_no_rht"], "precision=nvfp4_no_rht is now called precision/recipe=nvfp4_no_rht"),
+        (["precision=nvfp4", "precision/recipe=nvfp4_no_rht"], "both choose the recipe; leave one out"),
+        (["precision=nvfp4_paper"], "precision=nvfp4_paper is now called precision/rules=paper_12b"),
         (
             ["precision.recipes.nvfp4.wgrad.b.rht_size=4"],
             "precision.recipes.nvfp4.wgrad.b.rht_size is now called precision.recipes.nvfp4.wgrad.x.rht_size",
@@ -195,7 +203,7 @@ def test_quantizers_that_need_a_gpu(
             raise RuntimeError("Found no NVIDIA driver on your system")
 
     te_double.install(monkeypatch, NVFP4Quantizer=NoGpu)
-    said = refused(capsys, tiny_run(tmp_path), "precision=nvfp4_no_sr", "precision.backend=transformer_engine")
+    said = refused(capsys, tiny_run(tmp_path), "precision/recipe=nvfp4_no_sr", "precision.backend=transformer_engine")
     assert "needs a CUDA GPU, and torch sees none" in said
 
 

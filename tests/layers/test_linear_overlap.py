@@ -22,14 +22,14 @@ from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig, Rule
 from megatron_fp4.proofs.parity import Case, Record, run_case
 from tests.helpers.parity import parity_case
 
-RECIPES = sorted(path.stem for path in Path("configs/precision").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in Path("configs/precision/recipe").glob("*.yaml"))
 BLOCKS, STEPS, MICROBATCHES = 2, 1, 2
 SIZES = {"hidden": 128, "ffn_hidden": 256, "num_heads": 2, "num_kv_heads": 2, "head_dim": 128}  # 128: tiles of FP8
 
 
 def case_of(recipe: str) -> Case:
     """Every linear but the head in the recipe's main precision, in BF16 compute."""
-    precision = to_run_config(compose_config([f"precision={recipe}", "model.vocab_size=101"])).precision
+    precision = to_run_config(compose_config([f"precision/recipe={recipe}", "model.vocab_size=101"])).precision
     rules = [Rule("head"), Rule(use=next(iter(precision.recipes), "bf16"))]
     wanted = PrecisionConfig(compute_dtype=ComputeDtype.bf16, recipes=precision.recipes, rules=rules)
     return parity_case(
@@ -109,7 +109,7 @@ def test_overlap_changes_no_bit_in_any_recipe() -> None:
 
 def test_overlap_with_recomputation_and_stages() -> None:
     """A recomputed linear has a queue of its own in each pass; zero-bubble schedules keep theirs."""
-    plain = case_of("nvfp4_paper")
+    plain = case_of("nvfp4")
     full = replace(plain, config=replace(plain.config, train=replace(plain.config.train, recompute=Recompute.full)))
     runs = [(case, layout(o, pp=2)) for case in (plain, full) for o in (Overlap.always, Overlap.never)]
     deferred = layout(Overlap.auto, pp=2, schedule="interleaved_zero_bubble", virtual_stages=1)

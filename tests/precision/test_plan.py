@@ -8,7 +8,7 @@ import pytest
 
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.precision.config import PrecisionConfig, Rule, Switch
+from megatron_fp4.precision.config import KeepBf16, PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.operand import Format, Operand
 from megatron_fp4.precision.plan import PrecisionPlan, matches, selected_blocks
 from megatron_fp4.precision.recipes import nvfp4_paper
@@ -25,7 +25,7 @@ FORWARD_AT_1000 = Switch(at_tokens=1000, gemms=["fprop"])
 def plan_of(*rules: Rule, **settings: Any) -> PrecisionPlan:
     """The plan of MODEL, 10,000 tokens with the decay from 8,000 on."""
     recipes = {"nvfp4": nvfp4_paper(), "plain": nvfp4_paper(rht=False, stochastic=False)}
-    config = PrecisionConfig(recipes=recipes, rules=list(rules or (ALL,)), **settings)
+    config = PrecisionConfig(**{"recipes": recipes, "rules": list(rules or (ALL,)), **settings})
     return PrecisionPlan(config, LINEARS, total_tokens=10_000, decay_start=8_000)
 
 
@@ -104,6 +104,41 @@ def test_refused_rules(rules: list[Rule], message: str) -> None:
 
 
 # -- switches ---------------------------------------------------------------------------------------------------------
+
+
+def test_keep_bf16_and_use_are_the_rules_that_they_stand_for() -> None:
+    """The list that every configuration repeated: the head, blocks at both ends, exceptions, and the rest."""
+    kept = plan_of(Rule("*.mlp.up", use="plain"), use="nvfp4", keep_bf16=KeepBf16(first=1, last=2)).table()
+    written = plan_of(
+        Rule("head"), Rule("*", blocks="first:1"), Rule("*", blocks="last:2"), Rule("*.mlp.up", use="plain"), ALL
+    ).table()
+    assert kept.by_name == written.by_name
+    reasons = {row.name: row.reason for row in kept.rows}
+    assert reasons["head"] == "keep_bf16 head"
+    assert reasons["blocks.0.mamba.in_proj"] == "keep_bf16 first:1"
+    assert reasons["blocks.1.mlp.up"] == "rule 1: *.mlp.up"
+    assert reasons["blocks.3.attention.qkv"] == "use: nvfp4"
+    free = plan_of(use="nvfp4", rules=[], keep_bf16=KeepBf16(head=False)).table()
+    assert set(free.formats().values()) == {QUANTIZED}
+
+
+def test_without_recipes_nothing_is_quantized() -> None:
+    for config in (PrecisionConfig(), PrecisionConfig(use="bf16", keep_bf16=KeepBf16(first=2))):
+        assert set(PrecisionPlan(config, LINEARS).table().formats().values()) == {HIGH}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_bf16": KeepBf16(last=6)}, "leave every GEMM in bf16"),
+        ({"rules": [Rule("head")]}, "rule 1: head matches no linear .* keep_bf16 does not keep"),
+        ({"use": "nvfp5"}, "'nvfp5' does not exist"),
+        ({"use": "", "keep_bf16": KeepBf16(last=1)}, "keep_bf16 would have no effect"),
+    ],
+)
+def test_refused_places(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_of(**{"use": "nvfp4", "rules": [], **settings})
 
 
 @pytest.mark.parametrize(

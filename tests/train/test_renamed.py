@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_fp4.settings import sections
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.renamed import RENAMED, current_name, renamed_keys, renaming_message
+from megatron_fp4.train.renamed import (
+    RENAMED,
+    RENAMED_OPTIONS,
+    current_name,
+    renamed_keys,
+    renamed_option,
+    renaming_message,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
@@ -39,3 +50,12 @@ def test_new_names_exist_and_old_ones_do_not() -> None:
     for old, new in RENAMED.items():
         assert new in known, f"{new} is no setting"
         assert old not in known, f"{old} is a setting of today"
+
+
+def test_new_options_exist_and_old_ones_do_not() -> None:
+    for old, new in RENAMED_OPTIONS.items():
+        for option, expected in ((old, False), (new, True)):
+            group, _, name = option.partition("=")
+            assert (CONFIGS / group / f"{name}.yaml").exists() is expected, option
+        assert renamed_option(*old.split("=")) == f"{old} is now called {new}"
+    assert renamed_option("precision", "bf16") == ""

@@ -146,7 +146,8 @@ def _module_objections(precision: LinearPrecision, unsharded: bool) -> Iterator[
                 yield (
                     f"{name}.{tensor} has amax_scope tensor, but Transformer Engine's modules set the amax groups"
                     f" themselves and never reduce over the ranks that split a weight or a context; set amax_scope:"
-                    f" shard (precision=nvfp4_shard), or, where tp = 1 and cp = 1, call te_recipe(plan, unsharded=True)"
+                    f" shard (precision/recipe=nvfp4_shard), or, where tp = 1 and cp = 1, call te_recipe(plan,"
+                    f" unsharded=True)"
                 )
     if precision.wgrad_output is WgradOutput.compute:
         yield (

@@ -175,7 +175,7 @@ def main() -> int:
     train(both, ParallelMesh.single_process(), ParallelConfig())  # raises at the first difference
     print(f"  operands bit for bit, products within a bound: {dict(both.compared)}")
     print("6. crosscheck and preflight:", flush=True)
-    options = ["precision=nvfp4_no_sr", "precision.compile=false", "precision.backend=transformer_engine"]
+    options = ["precision/recipe=nvfp4_no_sr", "precision.compile=false", "precision.backend=transformer_engine"]
     with tempfile.TemporaryDirectory() as folder:
         run = tiny_run(Path(folder), *options)
         wrong += [f"{command.__name__} failed" for command in (crosscheck, preflight) if command.main(run.overrides)]

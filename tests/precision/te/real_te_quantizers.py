@@ -1,7 +1,7 @@
 """Part 1 of real_te_check.py: recipes and quantizers of real Transformer Engine classes against the precision plan.
 
-Every file of configs/precision, and every plan that becomes an `NVFP4BlockScaling`; the attributes that each quantizer
-must have are written down here once more, independently of `make_quantizer`.
+Every file of configs/precision/recipe, and every plan that becomes an `NVFP4BlockScaling`; the attributes that each
+quantizer must have are written down here once more, independently of `make_quantizer`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tests.helpers.parity import MODEL
 def check_quantizers() -> list[str]:
     """Differences, one line each."""
     wrong = check_uniform()
-    for path in sorted((CONFIG_DIR / "precision").glob("*.yaml")):
+    for path in sorted((CONFIG_DIR / "precision/recipe").glob("*.yaml")):
         wrong += check_config(path.stem)
     return wrong
 
 
 def check_config(name: str) -> list[str]:
-    """What is wrong with the recipe and the quantizers of one file of configs/precision."""
-    model = "nemotron_h_8b" if name == "nemotron3" else "gpt_50m"
-    config = to_run_config(compose_config([f"precision={name}", f"model={model}", "model.vocab_size=131072"]))
+    """What is wrong with the recipe and the quantizers of one file of configs/precision/recipe."""
+    special = ["model=nemotron_h_8b", "precision/rules=nemotron3"] if name == "nemotron3" else ["model=gpt_50m"]
+    config = to_run_config(compose_config([f"precision/recipe={name}", "model.vocab_size=131072", *special]))
     plan = PrecisionPlan(config.precision, model_linears(config.model))
     try:
         recipe = te_recipe(plan, unsharded=True)

@@ -87,6 +87,8 @@ CONFIG = {
     "compute_dtype": "test_compute_dtype",
     "compile": "of the emulated backend's kernels; no number depends on it",
     "recipes": "OPERAND",
+    "use": "as a rule for what the others leave",
+    "keep_bf16": "as rules for the head and for blocks",
     "rules": "test_te_recipe.py",
     "switch": "test_te_recipe.py",
     "evaluation": "said where autocast is entered: te_recipe gives the training phases",

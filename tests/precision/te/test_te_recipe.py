@@ -136,7 +136,7 @@ def test_the_amax_groups_are_the_modules_own(monkeypatch: pytest.MonkeyPatch) ->
     uniform = plan(Rule("*", use="r"), r=nvfp4_paper())
     with pytest.raises(ValueError, match=r"fprop.x has amax_scope tensor.*set amax_scope: shard.*unsharded=True"):
         te_recipe(uniform)
-    config = to_run_config(compose_config(["precision=nvfp4_shard", "model=gpt_tiny"]))
+    config = to_run_config(compose_config(["precision/recipe=nvfp4_shard", "model=gpt_tiny"]))
     sharded = PrecisionPlan(config.precision, model_linears(config.model))
     assert isinstance(te_recipe(sharded), te_double.CustomRecipe), "the remedy that the message names"
     shard = config.precision.recipes["nvfp4"]
