@@ -1,8 +1,8 @@
 """From hydra overrides to frozen values.
 
-One idea: hydra composes the YAML groups, the dataclasses of `RunConfig` are the schema (schema.py), and after this file
-there are plain frozen objects only. Hydra's compose API is used instead of its decorator, so no rank
-writes an output folder, and every mistake becomes one message with the nearest valid key.
+Hydra composes the YAML groups, the dataclasses of `RunConfig` are the schema (schema.py), and behind this file all
+objects are frozen. Hydra's compose API is used instead of its decorator, so no rank writes an output folder, and every
+mistake becomes one message with the nearest valid key, or with the name that a setting has today (train/renamed.py).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
 def to_run_config(tree: DictConfig) -> RunConfig:
     """The tree as frozen dataclasses. Raises ConfigError, also for values that the dataclasses refuse."""
     try:
-        return build(RunConfig, OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+        settings = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        assert isinstance(settings, dict)
+        return build(RunConfig, {str(key): value for key, value in settings.items()})
     except OmegaConfBaseException as error:
         raise ConfigError(_short(error)) from None
     except ValueError as error:
@@ -73,6 +75,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
 
 
 def to_yaml(tree: DictConfig) -> str:
+    """The tree as a run stores it in its config.yaml."""
     return OmegaConf.to_yaml(tree)
 
 
@@ -108,6 +111,7 @@ def _check_keys(overrides: Sequence[str], directory: Path) -> None:
 
 
 def _check_key(key: str, schema: DictConfig, groups: list[str]) -> None:
+    """Raises ConfigError for a key that the schema does not have."""
     node: Any = schema
     seen: list[str] = []
     for part in key.split("."):
@@ -127,6 +131,7 @@ def _is_free(node: DictConfig) -> bool:
 
 
 def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
+    """Dotted keys of everything below `node`."""
     keys = []
     for name in map(str, node):
         key = prefix + name

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as omegaconf's schema, and a composed tree as frozen dataclasses again.
+"""Frozen dataclasses as omegaconf's schema, and a composed tree back as frozen dataclasses.
 
 omegaconf takes a frozen dataclass for a read-only node and then cannot compose into it. So the schema is a twin of each
 class: the same fields and types, not frozen, without checks. `build` makes the real objects, whose `__post_init__`
@@ -56,7 +56,7 @@ def _to_twin(value: Any) -> Any:
 
 
 def build(cls: type[T], tree: Mapping[str, Any]) -> T:
-    """The dataclass `cls` from nested plain values. Raises what the classes' own checks raise."""
+    """The dataclass `cls` from nested dictionaries and lists. Raises what the classes' own checks raise."""
     hints = get_type_hints(cls)
     return cls(**{name: _build_value(hints[name], value) for name, value in tree.items()})
 
@@ -64,8 +64,8 @@ def build(cls: type[T], tree: Mapping[str, Any]) -> T:
 def _build_value(hint: Any, value: Any) -> Any:
     if value is None:
         return None
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value)  # type: ignore[arg-type]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, value)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return _build_value(next(argument for argument in arguments if argument is not type(None)), value)

@@ -1,6 +1,6 @@
 """The step clock: the one mutable object that a model, its optimizer and its trainer share.
 
-One idea: everything that must differ from step to step (rounding noise, per-step signs) or be renewed after an update
+Everything that must differ from step to step (rounding noise, per-step signs) or be renewed after an update
 (cached quantized weights) reads one explicit counter instead of keeping its own. It counts; it knows no time.
 """
 
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 @dataclass
 class StepClock:
-    """seed: of the run. step: optimizer steps begun. weights_version: goes up whenever any weight may have changed."""
+    """The seed of the run, and where it stands."""
 
     seed: int
     step: int = 0
+    """Optimizer steps begun."""
     weights_version: int = 0
+    """Goes up whenever any weight may have changed."""

@@ -1,6 +1,6 @@
 """The GEMM ledger: what was really multiplied, against what the precision table says.
 
-One idea: a backend that wraps another one sees every GEMM of every linear, because there is no other way to a GEMM. It
+A backend that wraps another one sees every GEMM of every linear, because there is no other way to a GEMM. It
 tags each operand with the linear and the copy it was made for, and counts the products. A projection that is handed to
 a fused kernel, a stale cached weight or a precision that was not assigned then shows as a missing or an unexpected
 line. It changes no number.
@@ -22,12 +22,14 @@ from megatron_fp4.precision.spec import LinearPrecision, operands_text
 
 
 class Product(NamedTuple):
-    """One kind of GEMM of one linear. tensors: what was multiplied; operands: how each was quantized."""
+    """One kind of GEMM of one linear."""
 
     name: str
     gemm: str
     tensors: tuple[str, str]
+    """What was multiplied, such as ("x", "w")."""
     operands: tuple[Operand, Operand]
+    """How each of them was quantized."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.gemm} {operands_text(self.tensors, self.operands)}"
@@ -93,18 +95,19 @@ def differences(
 ) -> list[str]:
     """One line per GEMM that was executed too often, too rarely, or in a format that the table does not give.
 
-    precisions: of the linears on this rank. recomputed: those whose forward pass activation recomputation may repeat.
+    precisions: the linears on this rank and what the table gives them. recomputed: the linears whose forward pass
+    activation recomputation may repeat.
     """
     repeated = set(recomputed)
     lines = []
-    left = Counter(counts)
+    unexpected = Counter(counts)
     for name, precision in precisions.items():
         for product in expected_products(name, precision):
-            found = left.pop(product, 0)
+            executed = unexpected.pop(product, 0)
             most = num_microbatches * (2 if product.gemm == "fprop" and name in repeated else 1)
-            if not num_microbatches <= found <= most:
-                lines.append(f"{product}: executed {found} times for {num_microbatches} microbatches")
-    lines += [f"{product}: executed {found} times, not in the table" for product, found in left.items()]
+            if not num_microbatches <= executed <= most:
+                lines.append(f"{product}: executed {executed} times for {num_microbatches} microbatches")
+    lines += [f"{product}: executed {count} times, not in the table" for product, count in unexpected.items()]
     return lines
 
 

@@ -1,6 +1,8 @@
 """How one operand of a GEMM is quantized: a value.
 
-Nothing here computes; whatever has no meaning is refused at construction, with the reason.
+Whatever has no meaning is refused at construction, with the reason.
+
+Not here: the arithmetic of the formats (numerics/).
 (No `from __future__ import annotations`: omegaconf reads the annotations.)
 """
 
@@ -151,37 +153,37 @@ def _objections(operand: Operand) -> list[str]:
     """Reasons why the combination has no meaning (empty if it has one)."""
     defaults = {f.name: f.default for f in dataclasses.fields(Operand)}
     changed = {name for name, value in defaults.items() if getattr(operand, name) != value} - {"format", "tile"}
-    found = []
+    reasons = []
     if operand.format is Format.bf16:
         if changed or operand.tile is not None:
             names = ", ".join(sorted(changed | ({"tile"} if operand.tile else set())))
-            found.append(f"nothing is quantized, so {names} would have no effect; leave them out or choose a format")
-        return found
+            reasons.append(f"nothing is quantized, so {names} would have no effect; leave them out or choose a format")
+        return reasons
     if operand.tile not in TILES[operand.format]:
         allowed = " or ".join(f"{rows}x{cols}" for rows, cols in TILES[operand.format])
-        found.append(f"tile {operand.tile} does not exist in this format; use {allowed}")
+        reasons.append(f"tile {operand.tile} does not exist in this format; use {allowed}")
     for name, bound in bounds_of(Operand).items():
         if not bound.allows(getattr(operand, name)):
-            found.append(f"{name}={getattr(operand, name)}; use {bound}")
+            reasons.append(f"{name}={getattr(operand, name)}; use {bound}")
     if operand.rht_size == 0 and "rht_signs" in changed:
-        found.append(f"rht_signs={operand.rht_signs.name} without a transform (rht_size=0)")
+        reasons.append(f"rht_signs={operand.rht_signs.name} without a transform (rht_size=0)")
     if not operand.stochastic and "noise_bits" in changed:
-        found.append("noise_bits with nearest-even rounding, which draws no noise")
+        reasons.append("noise_bits with nearest-even rounding, which draws no noise")
     if operand.four_over_six is FourOverSix.off and "four_over_six_bound" in changed:
-        found.append("four_over_six_bound while four_over_six is off")
+        reasons.append("four_over_six_bound while four_over_six is off")
     if operand.format in (Format.mxfp8, Format.fp8_block) and operand.stochastic:
-        found.append("stochastic rounding is defined for E2M1 codes only; FP8 recipes round to nearest")
+        reasons.append("stochastic rounding is defined for E2M1 codes only; FP8 recipes round to nearest")
     if operand.format is not Format.nvfp4:
         only = changed & {"scale_order", "amax_scope", "four_over_six", "four_over_six_bound"}
         if only:
-            found.append(f"{', '.join(sorted(only))} need(s) the two-level scales of nvfp4")
+            reasons.append(f"{', '.join(sorted(only))} need(s) the two-level scales of nvfp4")
         if operand.rounding is Rounding.sr_headroom:
-            found.append("sr_headroom: its scales are rounded up, so nothing is clipped and plain sr has no bias")
-        return found
+            reasons.append("sr_headroom: its scales are rounded up, so nothing is clipped and plain sr has no bias")
+        return reasons
     if operand.amax_scope is AmaxScope.row and operand.tile == (16, 16):
-        found.append("amax_scope=row gives every row its own scale, but a 16x16 tile shares one among 16 rows")
+        reasons.append("amax_scope=row gives every row its own scale, but a 16x16 tile shares one among 16 rows")
     if operand.four_over_six is not FourOverSix.off and "scale_order" in changed:
-        found.append("scale_order with four_over_six, which has one order, (amax_b / 6) * S_enc")
+        reasons.append("scale_order with four_over_six, which has one order, (amax_b / 6) * S_enc")
     if operand.four_over_six is not FourOverSix.off and operand.rounding is Rounding.sr_headroom:
-        found.append("sr_headroom with four_over_six: the choice between the scales already sets the headroom")
-    return found
+        reasons.append("sr_headroom with four_over_six: the choice between the scales already sets the headroom")
+    return reasons

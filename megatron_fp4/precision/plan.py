@@ -1,10 +1,10 @@
 """Which linear computes in which precision, and when.
 
-One idea: precision is a table `linear name -> LinearPrecision`, made from ordered rules (first match wins) and, for
-runs that change precision on the way, one such table per phase of consumed tokens. A rule or switch without effect is
-an error: configuration cannot silently do nothing.
+Precision is a table `linear name -> LinearPrecision`, made from ordered rules (first match wins) and, for runs that
+change precision on the way, one such table per phase of consumed tokens. A rule or switch without effect is an error:
+configuration cannot silently do nothing. Linears are known by name, block number and shape.
 
-This file knows linears by name, block number and shape only; it never sees a model.
+Not here: the table as text (table.py), its assignment to the layers of a model (layers/linear.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_fp4.precision.config import GEMMS, BackendName, PrecisionConfig, Rule, Switch
-from megatron_fp4.precision.spec import Gemm, LinearPrecision
-from megatron_fp4.precision.table import PrecisionTable, Row, describe, difference
+from megatron_fp4.precision.spec import LinearPrecision
+from megatron_fp4.precision.table import PrecisionTable, Row, describe, difference, gemm_format
 
 
 class Linear(Protocol):
@@ -122,7 +122,7 @@ class PrecisionPlan:
                 f" precision.keep_bf16, precision.rules or precision.use"
             )
         self.phases: list[tuple[int, PrecisionTable]] = [(0, table)]
-        for switch in sorted(config.switch, key=lambda s: s.starts_at(total_tokens, decay_start)):
+        for switch in sorted(config.switch, key=lambda one: one.starts_at(total_tokens, decay_start)):
             start = switch.starts_at(total_tokens, decay_start)
             if total_tokens and start >= total_tokens:
                 raise ValueError(f"precision.switch at {start} tokens lies beyond the end of the run, {total_tokens}")
@@ -130,18 +130,16 @@ class PrecisionPlan:
             self.phases.append((start, table))
 
     def _switched(self, table: PrecisionTable, switch: Switch) -> PrecisionTable:
-        recipe, label = self.config.recipe(switch.use), f"switch to {switch.use}"
-        rows, changed = [], False
+        recipe = self.config.recipe(switch.use)
+        rows = []
         for row in table.rows:
             if matches(switch.match, row.name):
-                gemms = {g: getattr(recipe if g in switch.gemms else row.precision, g) for g in GEMMS}
-                wgrad_output = (recipe if "wgrad" in switch.gemms else row.precision).wgrad_output
-                precision = LinearPrecision(**gemms, wgrad_output=wgrad_output)
+                fprop, dgrad, wgrad = (recipe if gemm in switch.gemms else row.precision for gemm in GEMMS)
+                precision = LinearPrecision(fprop.fprop, dgrad.dgrad, wgrad.wgrad, wgrad.wgrad_output)
                 if precision != row.precision:
-                    changed = True
-                    row = Row(row.name, precision, f"{row.reason}; {label}")
+                    row = Row(row.name, precision, f"{row.reason}; switch to {switch.use}")
             rows.append(row)
-        if not changed:
+        if tuple(rows) == table.rows:
             what = f"match {switch.match!r}, use {switch.use}"
             raise ValueError(f"precision.switch ({what}) changes no GEMM; remove it")
         return PrecisionTable(tuple(rows))
@@ -163,7 +161,9 @@ class PrecisionPlan:
     def describe(self) -> str:
         """The table at the start, the recipes in words, and what changes at each switch."""
         lines = [describe(self.table())]
-        lines += [f"recipe {name}: {recipe}" for name, recipe in self.config.recipes.items()]
+        named = {getattr(rule, gemm) or rule.use for _, rule in ordered_rules(self.config) for gemm in GEMMS}
+        named |= {switch.use for switch in self.config.switch}
+        lines += [f"recipe {name}: {recipe}" for name, recipe in self.config.recipes.items() if name in named]
         for (_, before), (start, after) in itertools.pairwise(self.phases):
             lines += [f"from {start:,} consumed tokens on:", *difference(before.texts(), after.texts())]
         return "\n".join(lines)
@@ -180,7 +180,7 @@ class PrecisionPlan:
 
 def _refuse_padding(config: PrecisionConfig) -> None:
     for name, recipe in config.recipes.items():
-        if any(getattr(recipe, gemm).pad for gemm in GEMMS):
+        if any(gemm.pad for gemm in recipe.gemms):
             raise ValueError(
                 f"precision.recipes.{name}: pad with backend=transformer_engine, which refuses shapes that its tiles do"
                 f" not divide; remove it and change the shapes, or use backend=emulated"
@@ -189,24 +189,18 @@ def _refuse_padding(config: PrecisionConfig) -> None:
 
 def _check_linear(info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> None:
     rows, columns = info.local_shape(tp)
-    parts = {part: size // tp for part, size in info.outputs.items()} if info.column else {"": rows}
-    for gemm_name, contracted, what in (
-        ("fprop", [columns], "input features per rank"),
-        ("dgrad", list(parts.values()), "output features per rank"),
-        ("wgrad", [tokens], "tokens per microbatch and rank"),
-    ):
-        gemm: Gemm = getattr(precision, gemm_name)
-        if gemm.pad:
-            continue
-        for operand in gemm.operands:
-            sizes = [(size, operand.contraction_multiple, what) for size in contracted]
-            if operand.tile and operand.tile[0] > 1:
-                sizes += [(size, operand.tile[0], "output features per rank") for size in parts.values()]
-                sizes += [(columns, operand.tile[0], "input features per rank")]
-            for size, multiple, label in sizes:
+    outputs = [size // tp for size in info.outputs.values()] if info.column else [rows]
+    sizes = {
+        "T": ([tokens], "tokens per microbatch and rank"),
+        "N": (outputs, "output features per rank"),
+        "K": ([columns], "input features per rank"),
+    }
+    for gemm in precision.gemms:
+        for dim, multiple in ({} if gemm.pad else gemm.multiples()).items():
+            for size in sizes[dim][0]:
                 if size % multiple:
                     raise ValueError(
-                        f"{info.name}: {gemm_name} in {operand.format.name} needs {label} to be a multiple of"
+                        f"{info.name}: {gemm.name} in {gemm_format(gemm)} needs {sizes[dim][1]} to be a multiple of"
                         f" {multiple}, got {size} (tp = {tp}, parts {dict(info.outputs)}, {tokens} tokens); change the"
                         f" size, use a smaller tp, let the recipe's GEMM `pad: true`, or leave this linear in bf16 by a"
                         f" precision rule"

@@ -1,7 +1,9 @@
 """What a GEMM is: the value that says, per GEMM and per operand, in which format numbers are multiplied.
 
-Precision is a frozen value that sits on a linear layer; each operand is called by its tensor (x, w, dy). Nothing here
-computes. (No `from __future__ import annotations`: omegaconf reads the annotations.)
+Precision is a frozen value that sits on a linear layer; each operand is called by its tensor (x, w, dy).
+
+Not here: how an operand is quantized (operand.py), the recipes with a name (recipes.py), the GEMMs (linear_op.py).
+(No `from __future__ import annotations`: omegaconf reads the annotations.)
 """
 
 from collections.abc import Callable
@@ -65,6 +67,16 @@ class Gemm:
     @property
     def quantized(self) -> bool:
         return any(operand.quantized for operand in self.operands)
+
+    def multiples(self) -> dict[str, int]:
+        """What T, N and K must be multiples of for the tiles and transforms of both operands; all are powers of two."""
+        multiples = {"T": 1, "N": 1, "K": 1}
+        for tensor, operand in zip(self.tensors, self.operands, strict=True):
+            rows = operand.tile[0] if operand.tile else 1
+            for dim in TENSOR_DIMS[tensor]:
+                multiple = operand.contraction_multiple if dim == self.contracted else rows
+                multiples[dim] = max(multiples[dim], multiple)
+        return multiples
 
     def with_operands(self, change: Callable[[Operand], Operand]) -> Self:
         """The same GEMM with `change` applied to both operands."""
@@ -143,12 +155,7 @@ class LinearPrecision:
 
     @property
     def padding(self) -> tuple[int, int, int]:
-        """Multiples to which GEMMs with `pad` extend T, N and K (1: as they are); all are powers of two."""
-        multiples = {"T": 1, "N": 1, "K": 1}
-        for gemm in self.gemms:
-            for tensor, operand in zip(gemm.tensors, gemm.operands, strict=True):
-                if gemm.pad and operand.tile is not None:
-                    for dim in TENSOR_DIMS[tensor]:
-                        tile = operand.contraction_multiple if dim == gemm.contracted else operand.tile[0]
-                        multiples[dim] = max(multiples[dim], tile)
-        return multiples["T"], multiples["N"], multiples["K"]
+        """Multiples to which GEMMs with `pad` extend T, N and K; 1: as they are."""
+        padded = [gemm.multiples() for gemm in self.gemms if gemm.pad]
+        t, n, k = (max([1, *(multiples[dim] for multiples in padded)]) for dim in "TNK")
+        return t, n, k

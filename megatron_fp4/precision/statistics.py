@@ -1,6 +1,6 @@
 """The quantization report: how well a tensor survives a format.
 
-One idea: pure functions of a tensor and an `Operand`. They quantize a copy with the emulated backend and compare; they
+Pure functions of a tensor and an `Operand`: they quantize a copy with the emulated backend and compare; they
 change nothing and are called by whoever monitors (every N steps), per linear and per operand. They use no collectives:
 the statistics are those of the local part, with a scale from the local amax. `StatisticsProbe` calls them for every
 tensor on its way to a GEMM; the backend that it wraps gets the same calls as ever, so no number of a run changes.
@@ -29,20 +29,21 @@ HISTOGRAM_EDGES = (0.0, 2.0**-6, 2.0**-3, 1.0, 8.0, 64.0, 448.0)
 
 @dataclass(frozen=True)
 class QuantizationStats:
-    """Of one tensor under one operand format.
-
-    snr_db: 10 log10 of signal over error energy. relative_mse: error over signal energy. underflow: share of non-zero
-    elements that became zero. saturation: share of elements above the largest code before clipping. scale_histogram:
-    share of block scales in (edge[i-1], edge[i]] of HISTOGRAM_EDGES, the first entry being scales of exactly zero;
-    empty for power-of-two scales. amax: of the (transformed) tensor.
-    """
+    """What one tensor loses as one operand."""
 
     snr_db: float
+    """10 log10 of signal over error energy."""
     relative_mse: float
+    """Error over signal energy."""
     underflow: float
+    """Share of non-zero elements that became zero."""
     saturation: float
+    """Share of elements above the largest code before clipping."""
     scale_histogram: tuple[float, ...]
+    """Share of block scales in (edge[i-1], edge[i]] of HISTOGRAM_EDGES, the first being scales of exactly zero; empty
+    for power-of-two scales."""
     amax: float
+    """Largest magnitude of the tensor, after its transform if it has one."""
 
 
 def quantization_stats(x: Tensor, operand: Operand, *, along: int = 1, step: int = 0) -> QuantizationStats:

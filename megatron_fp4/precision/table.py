@@ -1,7 +1,8 @@
 """The resolved precision of every linear of a model, and how it is shown to people.
 
-One idea: a table is data. It is printed at start, stored with the run, compared on resume, and assigned to linears; it
-decides nothing (see plan.py).
+A table is printed at start, stored with the run, compared on resume, and assigned to linears.
+
+Not here: the rules that it is made from (plan.py).
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from megatron_fp4.precision.spec import Gemm, LinearPrecision
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. reason: the rule that decided, for people."""
+    """One line of the table."""
 
     name: str
+    """Logical name of the linear, such as blocks.3.mlp.up."""
     precision: LinearPrecision
     reason: str
+    """The rule that decided, for people."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def gemm_format(gemm: Gemm) -> str:
 
 
 def gemm_formats(precision: LinearPrecision) -> tuple[str, str, str]:
+    """Formats of fprop, dgrad and wgrad."""
     return gemm_format(precision.fprop), gemm_format(precision.dgrad), gemm_format(precision.wgrad)
 
 
@@ -69,7 +73,7 @@ def describe(table: PrecisionTable) -> str:
 
 
 def summary(table: PrecisionTable) -> str:
-    """ "36 of 44 linears, 108 of 132 GEMMs quantized (nvfp4); the rest BF16 because ..."."""
+    """`36 of 44 linears, 108 of 132 GEMMs in NVFP4; the rest BF16 because of keep_bf16 last:2 (24 GEMMs)`."""
     formats = table.formats()
     quantized = sum(any(fmt != Format.bf16.name for fmt in row) for row in formats.values())
     kinds = sorted({fmt for row in formats.values() for fmt in row if fmt != Format.bf16.name})
@@ -88,7 +92,7 @@ def summary(table: PrecisionTable) -> str:
 
 
 def _grouped(table: PrecisionTable) -> list[tuple[str, Row]]:
-    """Rows of different blocks that say the same, joined: `blocks.{2-5}.mlp.up`."""
+    """The rows, those of different blocks that say the same joined as `blocks.{2-5}.mlp.up`."""
     groups: dict[tuple[str, LinearPrecision, str], list[int | None]] = {}
     first: dict[tuple[str, LinearPrecision, str], Row] = {}
     for row in table.rows:
@@ -118,7 +122,7 @@ def _ranges(numbers: Sequence[int]) -> str:
             parts[-1].append(number)
         else:
             parts.append([number])
-    text = ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+    text = ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
     return text if len(numbers) == 1 else f"{{{text}}}"
 
 

@@ -210,6 +210,15 @@ def test_shapes_are_checked_before_anything_is_built() -> None:
         plan.check_shapes(LINEARS, tp=2, tokens=64)
 
 
+def test_a_square_tile_divides_both_dimensions_of_its_tensor() -> None:
+    """x [T, K] in 128x128 tiles: tokens and input features, and no output features."""
+    square = LinearPrecision(Fprop(x=Operand(Format.fp8_block, tile=(128, 128)), w=Operand(Format.fp8_block)))
+    assert square.fprop.multiples() == {"T": 128, "N": 1, "K": 128}
+    plan = PrecisionPlan(PrecisionConfig(recipes={"r": square}, rules=[Rule("*", use="r")]), LINEARS)
+    with pytest.raises(ValueError, match=r"fprop in fp8_block needs tokens per microbatch and rank .*128, got 64"):
+        plan.check_shapes([info for info in LINEARS if info.local_shape(1)[1] % 128 == 0], tp=1, tokens=64)
+
+
 def test_a_linear_in_bf16_takes_any_shape() -> None:
     plan_of(Rule("*.mamba.in_proj"), Rule("head"), ALL).check_shapes(LINEARS, tp=2, tokens=64)
 
@@ -231,6 +240,15 @@ def test_the_table_groups_blocks_and_gives_the_reason() -> None:
     assert "blocks.5.mlp.up bf16 bf16 bf16 rule 2: * blocks last:1" in lines
     assert "head bf16 bf16 bf16 rule 1: head" in lines
     assert len(lines) == 1 + 2 + 2 + 2 + 2 + 1 + 1, "header, mamba, mlp, attention, last mlp, head, summary"
+
+
+def test_the_description_has_the_recipes_in_words() -> None:
+    """Only those in use: a recipe that no rule names must not look as if it were computed with."""
+    plan = plan_of(Rule("*.mlp.up", use="nvfp4"), use="bf16")
+    assert f"recipe nvfp4: {nvfp4_paper()}" in plan.describe().splitlines()
+    assert "recipe plain" not in plan.describe()
+    switched = plan_of(switch=[Switch(at_tokens=1000, match="*.mlp.up", gemms=["dgrad"], use="plain")])
+    assert "recipe plain: " in switched.describe()
 
 
 def test_the_summary_counts_gemms() -> None:
