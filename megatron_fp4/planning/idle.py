@@ -8,15 +8,17 @@ planner reckons with what is counted along their own order (pipeline/order.py), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
-from megatron_fp4.models.partition import block_costs
-from megatron_fp4.pipeline.order import Timeline, bubble, pipeline_order, simulate
+from megatron_fp4.models.partition import block_costs, split_stages
+from megatron_fp4.pipeline.order import Order, Timed, bubble, pipeline_order, simulate
+from megatron_fp4.pipeline.schedules import stages_of_rank, stages_per_rank
 from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.config import RunConfig
 
 BUBBLES = {
     "gpipe": "(p - 1) / (m + p - 1)",
@@ -49,15 +51,40 @@ class PipelineShape:
         return (p - 1) / (factor * m + p - 1)
 
 
+@dataclass(frozen=True)
+class PipelineLayout:
+    """Which pipeline rank holds which stages, and in which order it works through them.
+
+    chunks: per rank, its stages by number. order: per rank, its computations in a step of a whole global batch.
+    """
+
+    shape: PipelineShape
+    stages: list[StageRange]
+    chunks: list[dict[int, StageRange]]
+    order: Order
+
+    @staticmethod
+    def of(config: RunConfig, num_microbatches: int) -> PipelineLayout:
+        """num_microbatches: per step and data-parallel rank."""
+        parallel = config.parallel
+        per_rank = stages_per_rank(parallel)
+        stages = split_stages(config.model, parallel.pp * per_rank, parallel.stage_split)
+        return PipelineLayout(
+            PipelineShape(parallel.schedule, parallel.pp, num_microbatches, per_rank),
+            stages,
+            [{number: stages[number] for number in stages_of_rank(rank, parallel)} for rank in range(parallel.pp)],
+            pipeline_order(parallel, num_microbatches),
+        )
+
+    def costs(self, model: ModelConfig) -> list[float]:
+        """Multiply-adds per token of each pipeline rank."""
+        costs = block_costs(model)
+        return [sum(sum(costs[stage.first : stage.stop]) for stage in held.values()) for held in self.chunks]
+
+
 def imbalance(costs: Sequence[float]) -> float:
     """How much the heaviest stage slows the pipeline down: heaviest / mean, 1 for equal stages."""
     return max(costs) * len(costs) / sum(costs)
-
-
-def rank_costs(model: ModelConfig, chunks: Sequence[Mapping[int, StageRange]]) -> list[float]:
-    """Multiply-adds per token of each pipeline rank. chunks: the stages of each, by number."""
-    costs = block_costs(model)
-    return [sum(sum(costs[stage.first : stage.stop]) for stage in stages.values()) for stages in chunks]
 
 
 def ramp_section(checked: CheckedConfig) -> list[dict[str, Any]]:
@@ -72,31 +99,29 @@ def ramp_section(checked: CheckedConfig) -> list[dict[str, Any]]:
     return entries
 
 
-def pipeline_section(
-    shape: PipelineShape, stages: Sequence[StageRange], costs: Sequence[float], idle: float, timeline: Timeline
-) -> dict[str, Any]:
-    """Stages, their imbalance and idle time; with the timeline unless it is empty."""
+def pipeline_section(layout: PipelineLayout, costs: Sequence[float], idle: float, *, timeline: bool) -> dict[str, Any]:
+    """Stages, their imbalance and idle time. timeline: also when each rank does what."""
+    shape = layout.shape
     section: dict[str, Any] = {
         "schedule": shape.schedule if shape.num_ranks > 1 else "none",
-        "blocks_per_stage": [stage.stop - stage.first for stage in stages],
+        "blocks_per_stage": [stage.stop - stage.first for stage in layout.stages],
         "heaviest_rank_over_mean": imbalance(costs),
         "bubble": idle,
         "bubble_by_formula": shape.bubble,
         "bubble_formula": BUBBLES[shape.schedule],
     }
     if timeline:
-        section["timeline"] = [
-            [
-                {
-                    "kind": timed.work.kind,
-                    "stage": timed.work.stage,
-                    "microbatch": timed.work.microbatch,
-                    "units": timed.work.units,
-                    "begin": timed.begin,
-                    "end": timed.end,
-                }
-                for timed in done
-            ]
-            for done in timeline
-        ]
+        section["timeline"] = [[_timeline_entry(timed) for timed in done] for done in simulate(layout.order)]
     return section
+
+
+def _timeline_entry(timed: Timed) -> dict[str, Any]:
+    work = timed.work
+    return {
+        "kind": work.kind,
+        "stage": work.stage,
+        "microbatch": work.microbatch,
+        "units": work.units,
+        "begin": timed.begin,
+        "end": timed.end,
+    }

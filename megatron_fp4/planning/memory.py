@@ -16,14 +16,13 @@ from megatron_fp4.models.block import block_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import stage_parameters
 from megatron_fp4.models.decoder import StageRange
-from megatron_fp4.pipeline.order import Order, Work, in_flight
+from megatron_fp4.pipeline.order import Work, in_flight
 from megatron_fp4.planning.footprint import Footprint, stage_footprint
+from megatron_fp4.planning.idle import PipelineLayout
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import DEQUANTIZING, stored_bytes
 from megatron_fp4.precision.config import BackendName
-from megatron_fp4.precision.operand import Operand
 from megatron_fp4.precision.spec import LinearPrecision
-from megatron_fp4.train.telemetry.peaks import Gpu
 
 FP32 = 4
 ONE_MICROBATCH = (Work("F", 0, 0, 1), Work("B", 0, 0, 2))
@@ -31,16 +30,16 @@ ONE_MICROBATCH = (Work("F", 0, 0, 1), Work("B", 0, 0, 2))
 
 
 def memory_section(
-    config: ModelConfig, chunks: Sequence[Mapping[int, StageRange]], settings: RankSettings, order: Order, gpu: Gpu
+    config: ModelConfig, pipeline: PipelineLayout, settings: RankSettings, gpu_bytes: float
 ) -> dict[str, Any]:
-    """One entry per pipeline rank. chunks: the stages of each, by number."""
+    """One entry per pipeline rank. gpu_bytes: memory of a GPU."""
     ranks, totals = [], []
-    for stages, works in zip(chunks, order, strict=True):
+    for stages, works in zip(pipeline.chunks, pipeline.order, strict=True):
         kinds = rank_memory(config, stages, settings, works)
         microbatches = in_flight(works) / len(stages)  # over all chunks
         totals.append(sum(kinds.values()))
         ranks.append({"in_flight": microbatches, "bytes": kinds, "total": totals[-1]})
-    return {"pipeline_ranks": ranks, "largest": max(totals), "gpu_bytes": gpu.memory_gb * 1e9}
+    return {"pipeline_ranks": ranks, "largest": max(totals), "gpu_bytes": gpu_bytes}
 
 
 def rank_memory(
@@ -116,11 +115,7 @@ def _weight_copies(config: ModelConfig, stage: StageRange, settings: RankSetting
 
 def weight_copy_bytes(precision: LinearPrecision, backend: BackendName, compute_bytes: int) -> float:
     """Bytes per element of the quantized copies of a weight for Fprop and Dgrad that a backend keeps."""
-    fprop, dgrad = precision.fprop.w, precision.dgrad.w
-
-    def stored(operand: Operand) -> float:
-        return stored_bytes(operand, backend, compute_bytes) if operand.quantized else 0.0
-
-    if backend in DEQUANTIZING and fprop == dgrad and fprop.transposes:
-        return stored(fprop)  # one copy serves both directions
-    return stored(fprop) + stored(dgrad)
+    copies = [operand for operand in (precision.fprop.w, precision.dgrad.w) if operand.quantized]
+    if backend in DEQUANTIZING and len(copies) == 2 and copies[0] == copies[1] and copies[0].transposes:
+        copies.pop()  # one copy serves both directions
+    return sum(stored_bytes(operand, backend, compute_bytes) for operand in copies)

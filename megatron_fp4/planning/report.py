@@ -14,11 +14,8 @@ from typing import Any
 
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import Flops, by_kind, count_flops, model_parameters, quantized_parameters
-from megatron_fp4.models.partition import split_stages
-from megatron_fp4.pipeline.order import pipeline_order, simulate
-from megatron_fp4.pipeline.schedules import stages_of_rank, stages_per_rank
 from megatron_fp4.planning.alignment import alignment_warnings
-from megatron_fp4.planning.idle import PipelineShape, imbalance, pipeline_section, ramp_section, rank_costs
+from megatron_fp4.planning.idle import PipelineLayout, imbalance, pipeline_section, ramp_section
 from megatron_fp4.planning.memory import memory_section
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.time import flops_section, time_section
@@ -51,11 +48,8 @@ def run_plan(
     checked = check_config(config, num_gpus)
     config, table = checked.config, checked.plan.table()
     settings = RankSettings.of(checked, table)
-    stages = split_stages(config.model, parallel.pp * stages_per_rank(parallel), parallel.stage_split)
-    chunks = [{number: stages[number] for number in stages_of_rank(rank, parallel)} for rank in range(parallel.pp)]
-    shape = PipelineShape(parallel.schedule, parallel.pp, settings.num_microbatches, stages_per_rank(parallel))
-    order = pipeline_order(parallel, settings.num_microbatches)
-    costs, ramp = rank_costs(config.model, chunks), ramp_section(checked)
+    pipeline = PipelineLayout.of(config, settings.num_microbatches)
+    costs, ramp = pipeline.costs(config.model), ramp_section(checked)
     slowdowns = [(stage["from_tokens"], imbalance(costs) / (1.0 - stage["bubble"])) for stage in ramp]
     flops = count_flops(config.model, config.data.seq_length)
     return {
@@ -64,10 +58,10 @@ def run_plan(
         "parameters": _parameter_section(config.model, table),
         "precision": _precision_section(checked, flops),
         "flops": flops_section(config, flops, table),
-        "pipeline": pipeline_section(shape, stages, costs, ramp[-1]["bubble"], simulate(order) if schedule else []),
+        "pipeline": pipeline_section(pipeline, costs, ramp[-1]["bubble"], timeline=schedule),
         "time": time_section(checked, flops, GPUS[gpu], num_gpus, efficiency, slowdowns),
-        "memory_per_rank": memory_section(config.model, chunks, settings, order, GPUS[gpu]),
-        "bytes_sent_per_step": [bytes_sent(config.model, held.values(), settings) for held in chunks],
+        "memory_per_rank": memory_section(config.model, pipeline, settings, GPUS[gpu].memory_gb * 1e9),
+        "bytes_sent_per_step": [bytes_sent(config.model, held.values(), settings) for held in pipeline.chunks],
         "warnings": alignment_warnings(checked.linears, table, tp=parallel.tp, tokens=settings.tokens),
     }
 

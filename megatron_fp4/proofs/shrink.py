@@ -25,22 +25,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_fp4.comm.config import Overlap
 from megatron_fp4.data.ramp import BatchRampConfig, batch_sizes
-from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.layout import check_model_layout
-from megatron_fp4.optim import OptimConfig, Overlap
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.config import ComputeDtype
-from megatron_fp4.precision.operand import AmaxScope, Operand
-from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.spec import LinearPrecision
-from megatron_fp4.precision.table import PrecisionTable, Row
+from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.proofs.layouts import Layout
 from megatron_fp4.proofs.parity import Case
+from megatron_fp4.proofs.shrink_precision import (
+    first_table,
+    in_high_precision,
+    over_whole_tensors,
+    pick_blocks,
+    quantization_unit,
+    small_table,
+)
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.requirements import by_torch
-from megatron_fp4.train.sections import TrainConfig
 
 MAX_GLOBAL_BATCH = 64
 MAX_LR = 1e-4
@@ -64,69 +67,39 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
     """
     config = by_torch(config)
     full = replace(config.model, vocab_size=config.model.vocab_size or DEFAULT_VOCABULARY)
-    table = PrecisionPlan(config.precision, model_linears(full)).table()
-    divisors = _divisors(table, layouts)
-    picked = _pick_blocks(full, table, max(4, *(layout.num_stages for layout in layouts)))
-    model = _small_model(full, picked, divisors, quantized_head=table["head"].quantized)
-    small = replace(
-        config,
-        model=model,
-        optim=_small_optim(config.optim),
-        data=replace(config.data, seq_length=_seq_length(divisors)),
-        train=_small_train(config.train, layouts),
+    table = first_table(config.precision, full)
+    divisors = _Divisors(
+        quantization_unit(table),
+        math.lcm(*(layout.parallel.tp for layout in layouts)),
+        math.lcm(*(layout.parallel.cp for layout in layouts)),
     )
-    rows = _small_table(table, picked, model_linears(model))
-    high = PrecisionTable(tuple(replace(row, precision=LinearPrecision()) for row in rows))
+    picked = pick_blocks(full, table, max(4, *(layout.num_stages for layout in layouts)))
+    model = _small_model(full, picked, divisors, quantized_head=table["head"].quantized)
+    small = replace(config, model=model, data=replace(config.data, seq_length=_seq_length(divisors)))
+    small = _with_small_batches(_with_small_steps(small), layouts)
     for layout in layouts:
         tokens = small.data.seq_length // layout.parallel.cp
         check_model_layout(model, layout.parallel, seq_length=small.data.seq_length, tokens=tokens)
+    recipe = small_table(table, picked, model)
+    high = in_high_precision(recipe)
     cases = [_case("fp32", small, high, ComputeDtype.fp32), _case("bf16", small, high, ComputeDtype.bf16)]
     if table.num_quantized_gemms:
-        recipe = PrecisionTable(tuple(replace(row, precision=_over_whole_tensors(row.precision)) for row in rows))
-        cases.append(_case("recipe", small, recipe, ComputeDtype.fp32))
+        cases.append(_case("recipe", small, over_whole_tensors(recipe), ComputeDtype.fp32))
     return cases
 
 
-def _small_optim(optim: OptimConfig) -> OptimConfig:
+def _with_small_steps(config: RunConfig) -> RunConfig:
     def on(setting: Overlap) -> Overlap:
         return Overlap.always if setting is Overlap.auto else setting
 
-    reduce, gather = on(optim.overlap_reduce), on(optim.overlap_gather)
-    small = replace(optim, overlap_reduce=reduce, overlap_gather=gather, bucket_mib=SMALL_BUCKET_MIB)
-    return replace(small, lr=min(optim.lr, MAX_LR), min_lr=0.0)
+    optim = config.optim
+    small = replace(optim, overlap_reduce=on(optim.overlap_reduce), overlap_gather=on(optim.overlap_gather))
+    small = replace(small, bucket_mib=SMALL_BUCKET_MIB, lr=min(optim.lr, MAX_LR), min_lr=0.0)
+    return replace(config, optim=small)
 
 
 def _case(name: str, config: RunConfig, table: PrecisionTable, dtype: ComputeDtype) -> Case:
     return Case(name, replace(config, precision=replace(config.precision, compute_dtype=dtype)), table)
-
-
-def _operands(precision: LinearPrecision) -> list[Operand]:
-    return [operand for gemm in precision.gemms for operand in gemm.operands]
-
-
-def _divisors(table: PrecisionTable, layouts: Sequence[Layout]) -> _Divisors:
-    unit = 16
-    for row in table.rows:
-        for operand in _operands(row.precision):
-            unit = math.lcm(unit, operand.contraction_multiple, operand.tile[0] if operand.tile else 1)
-    tp = math.lcm(*(layout.parallel.tp for layout in layouts))
-    cp = math.lcm(*(layout.parallel.cp for layout in layouts))
-    return _Divisors(unit, tp, cp)
-
-
-def _pick_blocks(model: ModelConfig, table: PrecisionTable, count: int) -> list[int]:
-    """Blocks of the large model that the small one has, in order; a small large model repeats blocks."""
-    kinds: dict[tuple[object, ...], int] = {}
-    for index, letter in enumerate(model.blocks):
-        precisions = tuple(row.precision for row in table.rows if row.name.startswith(f"blocks.{index}."))
-        kinds.setdefault((letter, precisions), index)
-    picked = list(kinds.values())
-    total = len(model.blocks)
-    evenly = [round((number + 0.5) * total / count - 0.5) for number in range(count)]
-    missing = [index for index in evenly if index not in picked]
-    picked += missing[: max(0, count - len(picked))]
-    repeats = [index % total for index in range(max(0, count - len(picked)))]
-    return sorted(picked + repeats)
 
 
 def _small_model(full: ModelConfig, picked: list[int], by: _Divisors, *, quantized_head: bool) -> ModelConfig:
@@ -158,16 +131,17 @@ def _seq_length(by: _Divisors) -> int:
     return step * -(-64 // step)
 
 
-def _small_train(full: TrainConfig, layouts: Sequence[Layout]) -> TrainConfig:
+def _with_small_batches(config: RunConfig, layouts: Sequence[Layout]) -> RunConfig:
     """The smallest batches, from 4 samples on, that every layout accepts."""
     step = math.lcm(*(layout.parallel.dp for layout in layouts))
     for batch in range(step, MAX_GLOBAL_BATCH + 1, step):
         ramp, largest = BatchRampConfig(), batch
-        if full.batch_ramp.ramp_samples:
+        if config.train.batch_ramp.ramp_samples:
             ramp, largest = BatchRampConfig(batch, batch, 6 * batch), 4 * batch
         sizes = batch_sizes(ramp, largest)
         if batch >= 4 and all(_suits(layout, size) for layout in layouts for size in sizes):
-            return replace(full, micro_batch=1, global_batch=largest, batch_ramp=ramp)
+            small = replace(config.train, micro_batch=1, global_batch=largest, batch_ramp=ramp)
+            return replace(config, train=small)
     names = ", ".join(layout.name for layout in layouts)
     raise ValueError(f"no global batch up to {MAX_GLOBAL_BATCH} suits all of {names}; check them in several calls")
 
@@ -178,23 +152,3 @@ def _suits(layout: Layout, batch: int) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _small_table(table: PrecisionTable, picked: list[int], linears: Sequence[LinearInfo]) -> tuple[Row, ...]:
-    rows = {row.name: row for row in table.rows}
-    small_rows = []
-    for info in linears:
-        name = info.name
-        if info.block is not None:
-            name = name.replace(f"blocks.{info.block}.", f"blocks.{picked[info.block]}.", 1)
-        small_rows.append(replace(rows[name], name=info.name))
-    return tuple(small_rows)
-
-
-def _over_whole_tensors(precision: LinearPrecision) -> LinearPrecision:
-    """The same recipe with every `amax_scope=shard` widened to the logical tensor."""
-
-    def widen(operand: Operand) -> Operand:
-        return replace(operand, amax_scope=AmaxScope.tensor) if operand.amax_scope is AmaxScope.shard else operand
-
-    return precision.with_operands(widen)

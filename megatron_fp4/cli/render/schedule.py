@@ -1,8 +1,8 @@
 """A pipeline schedule as text: a line per pipeline rank, a cell per time slot.
 
-One idea: a slot is one forward pass of a stage, and a cell names what a rank does in it (F3 is the forward of
-microbatch 3); what takes two slots is named in the first. Lines end at the width of a page, with a note of what is left
-out: `plan --json --schedule` has all of it.
+A slot is one forward pass of a stage, and a cell names what a rank does in it (F3 is the forward of microbatch 3); what
+takes two slots is named in the first. Lines end at the width of a page, with a note of what is left out: `plan --json
+--schedule` has all of it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _cells(entries: Sequence[Mapping[str, Any]], num_slots: int) -> list[str]:
 
 
 def _legend(timeline: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Only what is drawn."""
+    """What the cells mean, as far as it is drawn."""
     every = [entry for entries in timeline for entry in entries]
     has_split = any(entry["kind"] == "W" for entry in every)
     has_full = any(entry["kind"] == "B" and entry["end"] - entry["begin"] == 2 for entry in every)

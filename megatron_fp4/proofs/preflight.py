@@ -1,0 +1,55 @@
+"""All that can be tried of a run before it starts, in order, on this rank: the checks of `megatron-fp4 preflight`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_fp4.comm.bootstrap import Launch, Process
+from megatron_fp4.precision.backends.choose import make_backend
+from megatron_fp4.precision.table import summary
+from megatron_fp4.proofs.checks import CheckResult, attempt
+from megatron_fp4.proofs.gemms import check_gemms
+from megatron_fp4.proofs.machine import check_disk, check_links, check_memory
+from megatron_fp4.proofs.shards import check_model, distinct_linears, typical_ranks
+from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.requirements import check_kernels
+
+
+def run_checks(
+    config: RunConfig, launch: Launch, process: Process, planned_bytes: Callable[[RunConfig, int], float]
+) -> list[CheckResult]:
+    """All checks of this rank. What later ones need and an earlier one refused is left out.
+
+    planned_bytes: (configuration, world size) -> the planner's bytes for the fullest rank. Collective over the world.
+    """
+    alone = launch.world_size == 1  # then it stands for every rank of the layout whose shard differs
+    world_size = config.parallel.smallest_world if alone else launch.world_size
+    results: list[CheckResult] = []
+    checked = attempt(results, "configuration", lambda: check_config(config, world_size), "accepted")
+    if checked is not None:
+        attempt(results, "data", lambda: open_data(checked, dp_rank=0), "tokenizer and shards can be read")
+        ranks = typical_ranks(config.parallel, world_size) if alone else [launch.rank]
+        results += _check_computation(checked, process, world_size, ranks)
+        results.append(check_disk(checked.config))
+        results.append(check_memory(planned_bytes(checked.config, world_size), process.device))
+    return results + check_links(process)
+
+
+def _check_computation(
+    checked: CheckedConfig, process: Process, world_size: int, ranks: list[int]
+) -> list[CheckResult]:
+    """Backend, fused kernels, shards of the model and their GEMMs."""
+    config, device = checked.config, process.device
+    results: list[CheckResult] = []
+    backend = attempt(results, "backend", lambda: make_backend(config.precision), config.precision.backend.name)
+    model = config.model
+    kernels = f"optimizer by {config.optim.impl.name}, norm by {model.norm_impl.name}, loss by {model.loss_impl.name}"
+    attempt(results, "kernels", lambda: check_kernels(config, device), kernels)
+    if backend is not None:
+        results.append(CheckResult("precision", True, summary(checked.plan.table())))
+        shards = check_model(results, checked, backend, device, world_size=world_size, ranks=ranks)
+        if shards:
+            dtype = config.precision.compute_dtype.torch_dtype
+            results += check_gemms(distinct_linears(checked, shards, device), backend, device, dtype)
+    return results
