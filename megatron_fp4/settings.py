@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class Bound:
-    """The numbers that a setting may be; NaN is never one of them.
+    """The numbers that a setting may be; NaN and infinity are never among them.
 
     or_zero: 0 as well (it turns something off). only: one of these.
     """
@@ -41,7 +42,7 @@ class Bound:
 
     def allows(self, value: float) -> bool:
         return (self.or_zero and value == 0) or (
-            value == value
+            math.isfinite(value)
             and (not self.only or value in self.only)
             and (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)

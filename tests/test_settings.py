@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fp4.cli import explain
+from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.cli.schema import build
 from megatron_fp4.precision.operand import Format, Rounding
 from megatron_fp4.settings import Bound, Section, Setting, sections
+from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.config import RunConfig
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -115,7 +120,7 @@ def test_explain_alone_lists_the_sections(capsys: pytest.CaptureFixture[str]) ->
     ("bound", "text", "inside", "outside"),
     [
         (Bound(least=1), "at least 1", [1, 2], [0, math.nan]),
-        (Bound(above=0), "positive", [1e-30, math.inf], [0, -1]),
+        (Bound(above=0), "positive", [1e-30], [0, -1]),
         (Bound(above=1, or_zero=True), "above 1, or 0", [0, 1.1], [1, 0.5, math.nan]),
         (Bound(least=0, below=1), "in [0, 1)", [0, 0.999], [1, -1e-9]),
         (Bound(least=0, most=1), "in [0, 1]", [0, 1], [1.1, math.nan]),
@@ -150,7 +155,8 @@ def test_bounds_are_enforced(key: str, setting: Setting) -> None:
     assert bound is not None
     edges = [edge - (0 if edge == bound.above else 1) for edge in (bound.least, bound.above) if edge is not None]
     edges += [edge + (0 if edge == bound.below else 1) for edge in (bound.most, bound.below) if edge is not None]
-    for value in [*edges, *([-1] if bound.only else []), *([math.nan] if setting.type is float else [])]:
+    not_finite = [math.nan, math.inf, -math.inf] if setting.type is float else []
+    for value in [*edges, *([-1] if bound.only else []), *not_finite]:
         with pytest.raises(ValueError, match=setting.name):
             build(RunConfig, nested(key, value))
 
@@ -159,3 +165,28 @@ def test_bounds_are_enforced(key: str, setting: Setting) -> None:
 def test_defaults_are_within_their_bounds(key: str, setting: Setting) -> None:
     assert setting.bound is not None
     assert setting.bound.allows(setting.default), key
+
+
+def test_every_number_has_a_bound() -> None:
+    """A number without one is taken whatever it is: an interval of -1 saved every step, a width of -64 got a plan."""
+    unbounded = [key for key, setting in SETTINGS if setting.type in (int, float) and setting.bound is None]
+    assert not unbounded
+
+
+FUZZED = [(key, setting) for key, setting in SETTINGS if "[]" not in key and "NAME" not in key]
+WRONG = [math.nan, math.inf, -math.inf, -1, 0, -0.5, 1e30, 2**70, "x", "", [], None]
+
+
+@pytest.mark.parametrize(("key", "setting"), FUZZED, ids=[key for key, _ in FUZZED])
+def test_no_value_of_a_setting_is_a_traceback(key: str, setting: Setting) -> None:
+    """Each is a configuration, or an error that the command tells in one sentence with exit code 2."""
+    base = compose_config(["model=gpt_tiny", "model.vocab_size=96", "precision=nvfp4"])
+    for value in WRONG:
+        tree = copy.deepcopy(base)
+        try:
+            OmegaConf.update(tree, key, value)
+            config = to_run_config(tree)
+            if not (setting.type in (int, float) and isinstance(value, (int, float)) and value > 1e6):
+                check_config(config, 1)
+        except (ValueError, FileNotFoundError, OmegaConfBaseException):
+            continue

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
-from megatron_fp4.settings import Count, Size, check_bounds
+from megatron_fp4.settings import Bound, Count, Size, check_bounds
 
 
 class Overlap(Enum):
@@ -36,15 +37,15 @@ class ParallelConfig:
     """Data-parallel ranks, which share each global batch; 0 = as many as the world size leaves."""
     schedule: str = "1f1b"
     """Order of the microbatches in a pipeline, a name of pipeline/schedules.py."""
-    virtual_stages: int = 0
+    virtual_stages: Count = 0
     """Stages on each pipeline rank; 0 = as many as the schedule needs."""
     stage_split: str = "cost"
     """Blocks of each stage, such as 9,8,8,7; cost = so that the heaviest stage is as light as can be."""
     overlap_tensor: Overlap = Overlap.auto
     """Send the input gradient of a column-parallel linear while its weight gradient is computed; changes no bit."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: Annotated[float, Bound(above=0)] = 600.0
     """Longest wait of a rank in a collective, after which the job ends."""
-    init_timeout_seconds: float = 180.0
+    init_timeout_seconds: Annotated[float, Bound(above=0)] = 180.0
     """Longest wait for all ranks to meet at the start."""
 
     def __post_init__(self) -> None:

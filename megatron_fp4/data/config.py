@@ -60,7 +60,7 @@ class DataConfig:
     seq_length: Size = 2048
     """Tokens of a sample, S; it is S + 1 consecutive tokens of a source's stream, as inputs and shifted by one as
     targets."""
-    seed: int = 1234
+    seed: Count = 1234
     """Seed of the order of documents and samples."""
     tokenizer: str = ""
     """File of the tokenizer: .model (sentencepiece), .json (Hugging Face tokenizers) or .tiktoken; empty = none, and

@@ -17,7 +17,7 @@ from megatron_fp4.layers.fused.loss import LossImpl
 from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
-from megatron_fp4.settings import Bound, Size, check_bounds
+from megatron_fp4.settings import Bound, Count, Size, check_bounds
 
 BLOCK_LETTERS = "TM*-"
 
@@ -26,47 +26,47 @@ BLOCK_LETTERS = "TM*-"
 class ModelConfig:
     """Sizes and choices of one model; sizes that contradict each other are refused."""
 
-    num_layers: Size = 4
+    num_layers: Annotated[int, Bound(least=1, most=100_000)] = 4
     """Number of blocks."""
     pattern: str = ""
     """One letter a block: T transformer, M Mamba-2, * attention, - MLP; empty = num_layers transformer blocks."""
-    hidden: int = 256
+    hidden: Size = 256
     """Width of the residual stream."""
-    ffn_hidden: int = 1024
+    ffn_hidden: Size = 1024
     """Width inside an MLP; with swiglu, of each of its two halves."""
-    num_heads: int = 4
+    num_heads: Size = 4
     """Query heads of an attention."""
-    num_kv_heads: int = 2
+    num_kv_heads: Size = 2
     """Key and value heads of an attention; a divisor of num_heads."""
-    head_dim: int = 0
+    head_dim: Count = 0
     """Width of an attention head; 0 = hidden / num_heads."""
-    vocab_size: int = 0
+    vocab_size: Count = 0
     """Tokens of the vocabulary, and rows of embedding and head; 0 = the vocabulary of data.tokenizer."""
     activation: Activation = Activation.squared_relu
     """Nonlinearity of the MLPs."""
-    rope_base: float = 10000.0
+    rope_base: Annotated[float, Bound(least=0)] = 10000.0
     """Base of the rotary position embedding; 0 = no position embedding."""
     tied_embeddings: bool = False
     """Use the embedding's weight for the head too."""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Bound(above=0)] = 1e-5
     """What RMSNorm adds to the mean square, so that nothing is divided by 0."""
     dropout: Annotated[float, Bound(least=0, below=1)] = 0.0
     """Probability with which training zeroes an element that a mixer or MLP adds to the residual stream; 0 = off."""
-    init_std: float = 0.02
+    init_std: Annotated[float, Bound(above=0)] = 0.02
     """Standard deviation of initial weights."""
     scale_residual_init: bool = True
     """Start weights that write into the residual stream smaller, by sqrt(number of residual additions)."""
-    mamba_num_heads: int = 0
+    mamba_num_heads: Count = 0
     """Heads of a Mamba-2 mixer; a multiple of mamba_num_groups, needed where the pattern has an M."""
-    mamba_head_dim: int = 64
+    mamba_head_dim: Size = 64
     """Width of a Mamba-2 head; the mixer is mamba_num_heads times as wide."""
-    mamba_num_groups: int = 1
+    mamba_num_groups: Size = 1
     """Groups of Mamba-2 heads that share B and C."""
-    mamba_state: int = 128
+    mamba_state: Size = 128
     """Size of a Mamba-2 head's state, per element of its width."""
-    mamba_conv: int = 4
+    mamba_conv: Size = 4
     """Tokens that the causal convolution of a Mamba-2 mixer sees."""
-    mamba_chunk: int = 128
+    mamba_chunk: Size = 128
     """Tokens that the Mamba-2 scan computes as one matrix product; it changes cost and last bits, not the model."""
     mamba_kernel: MambaKernel = MambaKernel.torch
     """Who computes convolution and scan of Mamba-2; projections never enter it."""

@@ -7,11 +7,12 @@ Two questions, two groups of options: how a GEMM computes (configs/precision/rec
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Annotated
 
 import torch
 
 from megatron_fp4.precision.spec import LinearPrecision
-from megatron_fp4.settings import Count, check_bounds
+from megatron_fp4.settings import Bound, Count, check_bounds
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 HIGH = "bf16"
@@ -84,9 +85,9 @@ class Rule:
 class Switch:
     """Another recipe from a point of the run on, which exactly one of at_tokens, at_fraction and at_decay names."""
 
-    at_tokens: float = 0.0
+    at_tokens: Annotated[float, Bound(least=0)] = 0.0
     """Consumed tokens from which the switch holds; 0 = another setting says it."""
-    at_fraction: float = 0.0
+    at_fraction: Annotated[float, Bound(least=0, most=1)] = 0.0
     """Part of the run's tokens after which the switch holds; 0 = another setting says it."""
     at_decay: bool = False
     """Switch where the decay of the learning rate begins."""
@@ -98,6 +99,7 @@ class Switch:
     """Recipe that they switch to; bf16 quantizes nothing."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "precision.switch[]")
         if (self.at_tokens > 0) + (self.at_fraction > 0) + self.at_decay != 1:
             raise ValueError(
                 "precision.switch: set exactly one of at_tokens, at_fraction, at_decay; got"

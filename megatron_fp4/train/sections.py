@@ -80,7 +80,7 @@ class TrainConfig:
     """Directory of the checkpoints, the metrics and the resolved configuration."""
     device: str = "auto"
     """One of cpu, cuda (the GPU of the local rank) and auto: cuda where torch sees a GPU."""
-    seed: int = 1234
+    seed: Count = 1234
     """Seed of initial weights, dropout and rounding noise; the order of the data has data.seed."""
     micro_batch: Size = 1
     """Sequences that one data-parallel rank computes at a time."""
@@ -97,28 +97,28 @@ class TrainConfig:
     """Whether the run goes on from the newest checkpoint of run_dir."""
     resume_allow: list[str] = field(default_factory=list)
     """Globs of settings that may differ from the checkpoint's although their rule says ask, such as "data.*"."""
-    stop_after_steps: int = 0
+    stop_after_steps: Count = 0
     """Save and end at this step without changing any schedule; 0 = run to the end."""
-    exit_after_seconds: float = 0.0
+    exit_after_seconds: Annotated[float, Bound(least=0)] = 0.0
     """Save and exit, to be queued again, after this much wall-clock time; 0 = never."""
     hang_timeout_seconds: Annotated[float, Bound(least=0)] = 480.0
     """A rank that is longer in one phase of a step ends the job; above the slowest phase, which is the first step with
     its compilation, and below parallel.timeout_seconds; 0 = never."""
-    log_interval_steps: int = 10
+    log_interval_steps: Count = 10
     """A line on the console, and the norm of the parameters, every so many steps; metrics.jsonl has every step."""
-    eval_interval_steps: int = 0
+    eval_interval_steps: Count = 0
     """Evaluate the sets of data.evaluation every so many steps, and after the last one; 0 = never."""
-    save_interval_steps: int = 0
+    save_interval_steps: Count = 0
     """Save a checkpoint every so many steps; 0 = only at the end."""
-    statistics_interval_steps: int = 0
+    statistics_interval_steps: Count = 0
     """Measure quantization errors (SNR, underflow, saturation) every so many steps; 0 = never."""
-    straggler_interval_steps: int = 100
+    straggler_interval_steps: Count = 100
     """Log the slowest rank of each phase every so many steps, in jobs of several ranks; 0 = never."""
     check_gemms: bool = False
     """Compare the executed GEMMs with the precision table in the first step of each precision phase, to debug."""
     nonfinite: NonFinite = NonFinite.skip
     """What a NaN or Inf in a quantized tensor leads to."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Size = 10
     """End the run after this many steps in a row whose gradients were not finite."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
