@@ -77,8 +77,10 @@ def test_a_ramped_run_is_the_run_of_its_batch_sizes_one_after_the_other(tmp_path
     pieces = tiny_run(tmp_path, *constant, "train.batch_ramp.start_samples=0", "train.batch_ramp.increment_samples=0")
     pieces = pieces.with_overrides("train.batch_ramp.ramp_samples=0", run_dir=tmp_path / "pieces")
     for size, last in ((2, 3), (4, 5), (6, 6), (8, 0)):
-        found, _, end = train(pieces, f"train.global_batch={size}", f"train.stop_after_steps={last}")
-    assert numbers(found) == numbers(records), "a step of the ramp computes other numbers than one of its size"
+        resumed_records, _, end = train(pieces, f"train.global_batch={size}", f"train.stop_after_steps={last}")
+    assert numbers(resumed_records) == numbers(records), (
+        "a step of the ramp computes other numbers than one of its size"
+    )
     for name, tensor in weights.items():
         assert torch.equal(tensor, end[name]), name
 
@@ -91,8 +93,8 @@ def test_resume_inside_at_and_after_the_ramp_is_bit_equal(
     run, (records, _, weights) = whole
     halves = run.with_overrides(run_dir=tmp_path / "halves")
     train(halves, f"train.stop_after_steps={stop}")
-    found, console, resumed = train(halves)
-    assert numbers(found) == numbers(records)
+    resumed_records, console, resumed = train(halves)
+    assert numbers(resumed_records) == numbers(records)
     assert not [text for text in console.said if f"step {stop + 1}: " in text and "before" in text]
     for name, tensor in weights.items():
         assert torch.equal(tensor, resumed[name]), name

@@ -114,11 +114,11 @@ def test_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _metrics(throughput, phases, table, flops / 2.5e15, tokens)["mfu"] == pytest.approx(1.0)
     half = _metrics(throughput, phases, table, flops / 2.5e15, tokens // 2)
     assert half["mfu"] == pytest.approx(0.5), "a step of a batch-size ramp has its own number of tokens"
-    found = _metrics(throughput, phases, table, 10.0, tokens)
-    assert found["mfu_mixed"] < found["mfu"], "with FP4 GEMMs the same time is a smaller part of what is possible"
+    rates = _metrics(throughput, phases, table, 10.0, tokens)
+    assert rates["mfu_mixed"] < rates["mfu"], "with FP4 GEMMs the same time is a smaller part of what is possible"
     throughput.gpu = GPUS["H100"]
-    found = _metrics(throughput, phases, table, 10.0, tokens)
-    assert found["mfu_mixed"] == pytest.approx(found["mfu"]), "no FP4 units: both peaks are BF16's"
+    rates = _metrics(throughput, phases, table, 10.0, tokens)
+    assert rates["mfu_mixed"] == pytest.approx(rates["mfu"]), "no FP4 units: both peaks are BF16's"
     assert "data sheet" in throughput.describe()
 
 
@@ -132,8 +132,8 @@ def _metrics(throughput: Throughput, phases: Phases, table: object, seconds: flo
     [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"), ("NVIDIA A100-SXM4", None)],
 )
 def test_gpu_by_the_drivers_name(name: str, expected: str | None) -> None:
-    found = find_gpu(name)
-    assert (found.name if found else None) == expected
+    gpu = find_gpu(name)
+    assert (gpu.name if gpu else None) == expected
 
 
 def slow_rank(rank: int, world_size: int, overrides: list[str]) -> list[str]:

@@ -56,13 +56,15 @@ def assert_same_run(expected: TinyRun, actual: TinyRun, steps: range, why: str) 
 
 
 def test_a_switch_holds_from_exactly_its_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    plain = tiny_run(tmp_path)
-    switched = plain.with_overrides(f"precision.switch=[{switch(4)}]", "train.check_gemms=true", run_dir=tmp_path / "s")
-    train(plain, 5)
+    unswitched = tiny_run(tmp_path)
+    switched = unswitched.with_overrides(
+        f"precision.switch=[{switch(4)}]", "train.check_gemms=true", run_dir=tmp_path / "s"
+    )
+    train(unswitched, 5)
     capfd.readouterr()
     train(switched, 5)
     output = capfd.readouterr().out
-    expected, actual = losses(plain), losses(switched)
+    expected, actual = losses(unswitched), losses(switched)
     assert [expected[step] == actual[step] for step in (1, 2, 3)] == [True] * 3, "the switch came early"
     assert expected[4] != actual[4], "the switch came late: Fprop of step 4 must be in BF16"
     change = "blocks.0.attention.qkv: fprop x nvfp4, w nvfp4 16x16 -> fprop x bf16, w bf16"
@@ -130,9 +132,11 @@ def test_evaluation_computes_in_its_own_precision(tmp_path: Path, recipe: str) -
 
     high, same = evaluated("high", "bf16"), evaluated("same", "same")
     assert_same_run(high, same, range(1, 5), "evaluation changed the training: its precision was not taken back")
-    found = [[r["eval/toy/loss"] for r in read_metrics(run.run_dir) if "eval/toy/loss" in r] for run in (high, same)]
-    assert len(found[0]) == len(found[1]) == 2
-    assert found[0] != found[1], "precision.evaluation has no effect"
+    evaluated_losses = [
+        [r["eval/toy/loss"] for r in read_metrics(run.run_dir) if "eval/toy/loss" in r] for run in (high, same)
+    ]
+    assert len(evaluated_losses[0]) == len(evaluated_losses[1]) == 2
+    assert evaluated_losses[0] != evaluated_losses[1], "precision.evaluation has no effect"
 
 
 def test_a_precision_that_is_not_assigned_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,16 +69,18 @@ def test_the_ladder(tmp_path: Path) -> None:
     other = tiny_run(tmp_path, *LADDER, "train.spikes.ratio=0", "data.skip=[[32,48]]").with_overrides(
         run_dir=tmp_path / "other"
     )
-    plain, _ = make_trainer(other.overrides)
-    plain.fit()
-    expected = masters(plain)
+    without_them, _ = make_trainer(other.overrides)
+    without_them.fit()
+    expected = masters(without_them)
     for name, tensor in masters(trainer).items():
         assert torch.equal(tensor, expected[name]), f"{name}: a run that never saw these samples has other weights"
 
     check_bundle(run.run_dir / "spikes" / "step_00000012")
-    again, _ = make_trainer((*run.overrides, "train.stop_after_steps=17"))
-    assert again.run.loader.plan.skip == [(32, 48)], "a resume would read the bad samples"
-    assert again.outputs.guard.state_dict() == trainer.outputs.guard.state_dict(), "a resumed run would judge otherwise"
+    resumed, _ = make_trainer((*run.overrides, "train.stop_after_steps=17"))
+    assert resumed.run.loader.plan.skip == [(32, 48)], "a resume would read the bad samples"
+    assert resumed.outputs.guard.state_dict() == trainer.outputs.guard.state_dict(), (
+        "a resumed run would judge otherwise"
+    )
 
 
 def check_bundle(bundle: Path) -> None:
@@ -211,8 +213,8 @@ def spike_on_one_rank(rank: int, world_size: int, overrides: list[str]) -> tuple
 
 def test_all_ranks_roll_back_together(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, *LADDER, "parallel.dp=2")
-    found = run_distributed(spike_on_one_rank, 2, list(run.overrides))
-    assert [(step, skip) for step, skip, _ in found] == [(16, [(32, 48)])] * 2
+    ends = run_distributed(spike_on_one_rank, 2, list(run.overrides))
+    assert [(step, skip) for step, skip, _ in ends] == [(16, [(32, 48)])] * 2
     assert actions(run.run_dir) == [(11, "skip"), (12, "roll_back")]
 
 

@@ -34,26 +34,26 @@ def train(run: TinyRun) -> TinyRun:
 
 
 def test_statistics_are_written_and_change_nothing(tmp_path: Path) -> None:
-    plain = train(tiny_run(tmp_path, "train.recompute=full"))
-    measured = plain.with_overrides("train.statistics_interval_steps=2", run_dir=tmp_path / "measured")
+    unmeasured = train(tiny_run(tmp_path, "train.recompute=full"))
+    measured = unmeasured.with_overrides("train.statistics_interval_steps=2", run_dir=tmp_path / "measured")
     train(measured)
-    records = [[r for r in read_metrics(run.run_dir) if "loss" in r] for run in (plain, measured)]
+    records = [[r for r in read_metrics(run.run_dir) if "loss" in r] for run in (unmeasured, measured)]
     for left, right in zip(*records, strict=True):
         numbers = ("loss", "grad_norm")
         assert [left[n] for n in numbers] == [right[n] for n in numbers], "measuring changed the run"
-    left, right = plain.state(4), measured.state(4)
+    left, right = unmeasured.state(4), measured.state(4)
     assert all(torch.equal(tensor, right[key]) for key, tensor in left.items()), "measuring changed the run"
-    assert not (plain.run_dir / "quantization").exists()
+    assert not (unmeasured.run_dir / "quantization").exists()
 
-    found = {r["step"]: r for r in read_metrics(measured.run_dir) if any(k.startswith("quantization/") for k in r)}
-    assert sorted(found) == [2, 4]
-    linears = {key.split("/")[1] for key in found[4] if key != "step"}
+    logged = {r["step"]: r for r in read_metrics(measured.run_dir) if any(k.startswith("quantization/") for k in r)}
+    assert sorted(logged) == [2, 4]
+    linears = {key.split("/")[1] for key in logged[4] if key != "step"}
     quantized = {f"blocks.0.{name}" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")}
     assert linears == quantized, "block 1 and the head are in BF16"
-    operands = {key.split("/")[2] for key in found[4] if key != "step"}
+    operands = {key.split("/")[2] for key in logged[4] if key != "step"}
     assert operands == {"fprop.x", "fprop.w", "dgrad.dy", "wgrad.x", "wgrad.dy"}, "dgrad.w has the codes of fprop.w"
-    assert len(found[4]) == 1 + 4 * 5 * 3
-    assert 15 < found[4]["quantization/blocks.0.mlp.up/fprop.x/snr_db"] < 25, "NVFP4 on activations: about 20 dB"
+    assert len(logged[4]) == 1 + 4 * 5 * 3
+    assert 15 < logged[4]["quantization/blocks.0.mlp.up/fprop.x/snr_db"] < 25, "NVFP4 on activations: about 20 dB"
     table = (measured.run_dir / "quantization" / "step_00000004.txt").read_text().splitlines()
     assert len(table) == 1 + 4 * 5
     assert table[0].split()[:3] == ["operand", "SNR", "dB"]
