@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, bool, list[str]]:
     """The folder of --config-dir, whether --cfg was given, and the overrides. Raises ConfigError."""
-    config_dir, show, overrides = None, False, []
+    config_dir, show = None, False
+    overrides: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
         if argument == "--config-dir":

@@ -45,7 +45,8 @@ def train_step(
 
     Raises TokensDifferError and GemmMismatch, and what `guard` raises, on all ranks.
     """
-    config, optimizer, enter = run.config, run.optimizer, run.phases.enter
+    config, optimizer = run.config, run.optimizer
+    enter = run.phases.enter
 
     enter("assign")  # 1
     table = run.plan.table(run.plan.phase_at(position.samples * config.data.seq_length))

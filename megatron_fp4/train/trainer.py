@@ -88,7 +88,7 @@ class Attempt:
 
     def run_to_end(self) -> int:
         """See `fit`. Raises RollBack on all ranks."""
-        run, stop, console = self.run, self.outputs.stop, self.outputs.console
+        run, console = self.run, self.outputs.console
         stopped = False
         console.start(self.position.step, self._last_step)
         while self.position.step < self._last_step and not stopped:
@@ -97,12 +97,14 @@ class Attempt:
         run.phases.enter("save")
         self._saves.finish(self.position, self._meta, self._score)
         if stopped:
-            console.say(f"stopped on request ({stop.reason or 'another rank'}) after step {self.position.step}")
+            reason = self.outputs.stop.reason or "another rank"
+            console.say(f"stopped on request ({reason}) after step {self.position.step}")
         return EXIT_REQUEUE if stopped else EXIT_OK
 
     def _step(self) -> bool:
         """Make and tell one step; returns whether any rank asked to stop. Raises RollBack, TrainingDiverged."""
-        run, outputs, first_sample = self.run, self.outputs, self.position.samples
+        run, outputs = self.run, self.outputs
+        first_sample = self.position.samples
         self._log.begin(self.position)
         run.phases.enter("data")
         batch = next(self._batches).batch

@@ -20,7 +20,8 @@ class DataPhaseLog:
 
     def enter(self, position: Position) -> None:
         """The step after `position` begins."""
-        config, plan, step = self._run.config, self._run.loader.plan, position.step + 1
+        config, plan = self._run.config, self._run.loader.plan
+        step = position.step + 1
         num_samples = config.train.batch_at(position.samples)
         if self.num_samples and num_samples != self.num_samples:
             microbatches = config.train.gradient_accumulation(self._run.mesh.dp.size, num_samples)

@@ -79,8 +79,8 @@ class StepLog:
 
     def _values(self, result: StepResult, tokens: int) -> dict[str, float]:
         """The numbers of a step of `tokens` tokens. Collective on a step that is logged: the norm reads all weights."""
-        run, update, position = self._run, result.update, result.position
-        table = run.plan.table(self.precision_phase)
+        run, update = self._run, result.update
+        position, table = result.position, run.plan.table(self.precision_phase)
         values = {
             "loss": result.loss,
             "grad_norm": update.grad_norm,
