@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from megatron_fp4 import __version__
 from megatron_fp4.comm.bootstrap import environment, read_launch
-from megatron_fp4.precision.backends.transformer_engine import load_api
 from megatron_fp4.precision.operand import Format
-from megatron_fp4.precision.te.versions import check_capability
+from megatron_fp4.precision.te.api import load_api
+from megatron_fp4.precision.te.refusals import check_capability
 
 PACKAGES = ("numpy", "hydra-core", "transformer-engine", "apex", "triton", "wandb", "sentencepiece", "tokenizers")
 IMAGE = {"torch": "2.13.0a0", "cuda": "13.3", "transformer-engine": "2.17"}

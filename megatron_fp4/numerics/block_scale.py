@@ -1,7 +1,7 @@
 """Block-scaled tensors, spelled out: codes and scales as hardware would hold them.
 
-One idea: this is the oracle. Each line is a line of docs/numerics.md (paper appendix B; Transformer Engine 2.14 and
-later); nothing is fused or approximated. `fused` goes to the same operands in one pass and is tested against this.
+This is the oracle: each line is a line of docs/numerics.md (paper appendix B; Transformer Engine 2.14 and later);
+nothing is fused or approximated. `fused` goes to the same operands in few passes and is tested against this.
 """
 
 from __future__ import annotations

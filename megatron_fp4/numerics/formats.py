@@ -1,8 +1,8 @@
 """The code tables of E2M1, E4M3 and E8M0: encode, decode, pack.
 
-One idea: this is the readable form, written with comparisons and tables so that it can be checked by eye against the
-paper's section 2; `rounding` reaches the same values by arithmetic. E4M3 uses torch's own cast, which rounds to nearest
-even and saturates once its input is clamped.
+This is the readable form, written with comparisons and tables so that it can be checked by eye against the paper's
+section 2; `rounding` reaches the same values by arithmetic. E4M3 uses torch's own cast, which rounds to nearest even
+and saturates once its input is clamped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Four over six (arXiv 2512.02010): a tile's scale maps its maximum to 6 or to 4, whichever has the smaller error.
 
-One idea: the errors of a candidate are summed line by line (the elements of a tile that are contracted together), in
-Transformer Engine's order, so that near ties fall as they do there. Errors and sums are separate kernels, because a
-compiler vectorizes the one along lines and the other across them.
+The errors of a candidate are summed line by line (the elements of a tile that are contracted together), in Transformer
+Engine's order, so that near ties fall as they do there. Errors and sums are separate kernels, because a compiler
+vectorizes the one along lines and the other across them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The random Hadamard transform (RHT): spreads an outlier over its group before a block format sees it.
 
-One idea: y = (x * signs) @ H / sqrt(n) for consecutive groups of n elements along one dimension. H is orthogonal, so
-transforming both operands of a GEMM along the contraction leaves the product unchanged (paper section 4.2). The sum is
-made by butterflies in FP32, whose order depends on nothing but n, and is rounded once to the type of the input.
+y = (x * signs) @ H / sqrt(n) for consecutive groups of n elements along one dimension. H is orthogonal, so transforming
+both operands of a GEMM along the contraction leaves the product unchanged (paper section 4.2). The sum is made by
+butterflies in FP32, whose order depends on nothing but n, and is rounded once to the type of the input.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Random numbers that have an address.
 
-One idea: a random number is a pure function of (key, row, column), never of "how many were drawn before". The key is
-hashed from names and counters (seed, step, tensor name); row and column are *global* indices of a logical tensor. A
-shard, a recomputed block and a resumed job therefore see the numbers that the whole, uninterrupted tensor would see.
+A random number is a pure function of (key, row, column), never of "how many were drawn before". The key is hashed from
+names and counters (seed, step, tensor name); row and column are *global* indices of a logical tensor. A shard, a
+recomputed block and a resumed job therefore see the numbers that the whole, uninterrupted tensor would see.
 
 The mixing is 32-bit integer arithmetic (two multiply-xorshift rounds with the constants of Wellons' `lowbias32`), the
 same on every device, eager or compiled. It is not cryptography, and it keeps no state.

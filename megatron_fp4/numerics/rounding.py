@@ -1,7 +1,7 @@
 """Rounding FP32 values to the E2M1 and E4M3 grids by arithmetic, so that a compiler can fuse it.
 
-One idea: adding and then subtracting 1.5 * 2^23 * step rounds an FP32 number to a multiple of `step`, ties to even; the
-step comes from the exponent bits. All functions take and return FP32 *values* on the grid, not codes (codes are in
+Adding and then subtracting 1.5 * 2^23 * step rounds an FP32 number to a multiple of `step`, ties to even; the step
+comes from the exponent bits. All functions take and return FP32 *values* on the grid, not codes (codes are in
 `formats`). They are written so that contraction to fused multiply-adds cannot change a bit: every product that feeds an
 addition is exact.
 """

@@ -39,6 +39,6 @@ class WeightCache:
         keys = [(copy, *common, (seed, step) if varies_by_step(copy.operand) else None) for copy in copies]
         if any(key not in self._operands for key in keys):
             self._operands = {}  # the old ones go first
-            made = backend.quantize(weight.detach(), sharding.w(seed, step), copies)
-            self._operands = dict(zip(keys, made, strict=True))
+            operands = backend.quantize(weight.detach(), sharding.w(seed, step), copies)
+            self._operands = dict(zip(keys, operands, strict=True))
         return tuple(self._operands[key] for key in keys)

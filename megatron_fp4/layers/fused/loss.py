@@ -51,10 +51,9 @@ def _te_cross_entropy(vocab_size: int, tp: Group) -> CrossEntropy:
         ) from error
 
     def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-        # inp [1, T, V], target, label_smoothing, reduce_loss, dist_process_group, ignore_idx. By position: in 2.9 it is
-        # the `apply` of an autograd function, which takes no keywords.
+        # inp [1, T, V], target, label_smoothing, reduce_loss, dist_process_group, ignore_idx
         loss: Tensor = compute(logits_TV[None], labels_T[None], 0.0, False, tp.process_group, IGNORE)
-        # The gradient that comes back through the mask is contiguous, as the kernel of 2.9 takes for granted.
+        # The gradient that comes back through the mask is contiguous, as the kernel of 2.10 takes for granted.
         return loss.reshape(-1).masked_fill(labels_T == IGNORE, 0.0)
 
     return cross_entropy

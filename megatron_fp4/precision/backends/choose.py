@@ -16,7 +16,7 @@ from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import Linear, PrecisionPlan
-from megatron_fp4.precision.te.versions import check_te_linear
+from megatron_fp4.precision.te.refusals import check_te_linear
 
 
 def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> Backend:

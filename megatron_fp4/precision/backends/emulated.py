@@ -1,8 +1,8 @@
 """The emulated backend: the operands that an FP4 tensor core would multiply, on any device.
 
-An operand is kept as `code * block_scale` without the global scale, which BF16 (and FP32) hold exactly; a
-BF16 GEMM with FP32 accumulation multiplies them, and the product of the two global scales is applied in FP32 before the
-one rounding to the output type. Codes are never made (the `reference` backend makes them).
+An operand is kept as `code * block_scale` without the global scale, which BF16 (and FP32) hold exactly; a BF16 GEMM
+with FP32 accumulation multiplies them, and the product of the two global scales is applied in FP32 before the one
+rounding to the output type. Codes are never made (the `reference` backend makes them).
 
 Copies stay in the layout of their tensor: a copy that is contracted along the rows is used as a transposed view.
 """
@@ -90,9 +90,7 @@ class EmulatedBackend:
             elif copy.deferred:
                 operands.append(_Deferred((x, amaxes[copy]), origin, copy))
             else:
-                if (
-                    operand not in values or not operand.transposes
-                ):  # the codes of the transpose are the transposed ones
+                if not (operand.transposes and operand in values):  # else one copy serves both directions
                     values[operand] = self._values(blocks[copy], amaxes[copy], origin, copy, x.dtype)
                 operands.append(_scaled(values[operand], amaxes[copy], copy))
         return tuple(operands)
@@ -118,7 +116,7 @@ class EmulatedBackend:
         size = copy.operand.rht_size
         if size:
             x = self.passes.hadamard(x, size, signs_for(origin, copy.operand, x.device), copy.along)
-        return _Blocks(x, self.passes.block_maxima(x, _storage_tile(copy)))
+        return _Blocks(x, self.passes.block_maxima(x, copy.stored_tile))
 
     def _amax(self, blocks: _Blocks, copy: Copy) -> Tensor:
         """The local amax of a copy, an FP32 scalar or one per row of the operand."""
@@ -134,9 +132,7 @@ class EmulatedBackend:
             noise = Noise.at(noise_key(origin, copy), origin.rows, origin.cols, operand.noise_bits)
         element = "e2m1" if operand.format in (Format.nvfp4, Format.mxfp4) else "e4m3"
         scales = self._scales(blocks, amax, copy, element)
-        return self.passes.rounded(
-            blocks.x, scales, tile=_storage_tile(copy), element=element, noise=noise, dtype=dtype
-        )
+        return self.passes.rounded(blocks.x, scales, tile=copy.stored_tile, element=element, noise=noise, dtype=dtype)
 
     def _scales(self, blocks: _Blocks, amax: Tensor, copy: Copy, element: str) -> BlockScales:
         operand = copy.operand
@@ -153,7 +149,7 @@ class EmulatedBackend:
         return self.passes.four_over_six_scales(
             *blocks,
             amax,
-            tile=_storage_tile(copy),
+            tile=copy.stored_tile,
             along=copy.along,
             bound=operand.scale_bound,
             measure=operand.four_over_six.name,
@@ -169,12 +165,6 @@ class EmulatedBackend:
         values, *amaxes = operand.tensors
         scale = GlobalScale(amaxes[0], operand.divisor) if amaxes else None
         return (values if operand.along == 1 else values.T), scale
-
-
-def _storage_tile(copy: Copy) -> tuple[int, int]:
-    assert copy.operand.tile is not None
-    rows, cols = copy.operand.tile
-    return (rows, cols) if copy.along == 1 else (cols, rows)
 
 
 def _scaled(values: Tensor, amax: Tensor, copy: Copy) -> _Values:

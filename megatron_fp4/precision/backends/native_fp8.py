@@ -50,18 +50,18 @@ class NativeFp8Backend:
         self._watch = watch
 
     def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
-        """See `Backend.quantize`. Deferred copies are made at once: codes are half as large as their source."""
+        """See `Backend.quantize`. Deferred copies are made at once: codes are half as large as the tensor."""
         quantized = [copy for copy in copies if copy.operand.quantized]
         for copy in quantized:
             check_shape(x, origin, copy)
             _check_multiple(x, origin, copy)
         passes = self._emulated.passes
-        maxima = {tile: passes.block_maxima(x, tile) for tile in map(_stored_tile, quantized)}
-        amaxes = [passes.amax(maxima[_stored_tile(copy)]) for copy in quantized]
+        maxima = {tile: passes.block_maxima(x, tile) for tile in {copy.stored_tile for copy in quantized}}
+        amaxes = [passes.amax(maxima[copy.stored_tile]) for copy in quantized]
         reduce_and_check(amaxes, origin, quantized, self._watch)
-        made = {tile: self._codes(x, block_maxima, tile) for tile, block_maxima in maxima.items()}
+        codes = {tile: self._codes(x, block_maxima, tile) for tile, block_maxima in maxima.items()}
         return tuple(
-            _oriented(*made[_stored_tile(copy)], copy)
+            _oriented(*codes[copy.stored_tile], copy)
             if copy.operand.quantized
             else self._emulated.quantize(x, origin, [copy])[0]
             for copy in copies
@@ -84,13 +84,6 @@ class NativeFp8Backend:
         scale, multiplier = passes.power_of_two_scales(block_maxima, "e4m3")
         one = BlockScales(torch.ones_like(scale), multiplier)  # code * 1
         return passes.rounded(x, one, tile=tile, element="e4m3", dtype=torch.float8_e4m3fn), scale
-
-
-def _stored_tile(copy: Copy) -> Tile:
-    """The tile in the layout of the source."""
-    assert copy.operand.tile is not None
-    rows, cols = copy.operand.tile
-    return (rows, cols) if copy.along == 1 else (cols, rows)
 
 
 def _oriented(codes: Tensor, scale: Tensor, copy: Copy) -> _Codes:

@@ -56,6 +56,13 @@ class Copy:
     along: int
     deferred: bool = False
 
+    @property
+    def stored_tile(self) -> tuple[int, int]:
+        """The tile of a quantized copy in the layout of its tensor (rows, columns)."""
+        assert self.operand.tile is not None
+        rows, cols = self.operand.tile
+        return (rows, cols) if self.along == 1 else (cols, rows)
+
 
 def copies_of(precision: LinearPrecision) -> dict[str, tuple[Copy, Copy]]:
     """The copies of x, w and dy that the linear op asks for."""

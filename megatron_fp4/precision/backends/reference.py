@@ -1,7 +1,7 @@
 """The reference backend: the readable oracle.
 
-Codes and scales are really made, with the formulas of `numerics.block_scale`, and the product is computed in
-FP64 and rounded once. Slow; for tests and for understanding. Everything that `emulated` does must equal it.
+Codes and scales are really made, with the formulas of `numerics.block_scale`, and the product is computed in FP64 and
+rounded once. Slow; for tests and for understanding. Everything that `emulated` does must equal it.
 """
 
 from __future__ import annotations
@@ -44,11 +44,14 @@ class ReferenceBackend:
         """See `Backend.quantize`. Every copy holds packed codes, scales and amax, transposed where it must be."""
         for copy in copies:
             check_shape(x, origin, copy)
+        oriented = {copy: _oriented(x, origin, copy) for copy in copies}
         scaled = [copy for copy in copies if copy.operand.quantized]
-        oriented = {id(copy): _oriented(x, origin, copy) for copy in copies}
-        local = [_amax(oriented[id(copy)], copy.operand) for copy in scaled]
-        amaxes = dict(zip(map(id, scaled), reduce_and_check(local, origin, scaled, self._watch), strict=True))
-        return tuple(_prepare(oriented[id(copy)], amaxes.get(id(copy)), origin, copy) for copy in copies)
+        local = [_amax(oriented[copy], copy.operand) for copy in scaled]
+        amaxes = dict(zip(scaled, reduce_and_check(local, origin, scaled, self._watch), strict=True))
+        return tuple(
+            _quantized(oriented[copy], amaxes[copy], origin, copy) if copy in amaxes else _Exact((oriented[copy],))
+            for copy in copies
+        )
 
     def matmul(
         self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
@@ -58,16 +61,15 @@ class ReferenceBackend:
         right, right_scale = decode(b)
         product = left.double() @ right.double().T
         # alpha is one FP32 number, amax_a * amax_b / (divisor_a * divisor_b), as hardware gets it
-        for row_scale, shape in ((left_scale, (-1, 1)), (right_scale, (1, -1))):
-            if row_scale is not None and row_scale[0].numel() > 1:
-                product = product * (row_scale[0].double() / row_scale[1]).view(shape)
-        scalars = [s for s in (left_scale, right_scale) if s is not None and s[0].numel() == 1]
-        if scalars:
-            amax, divisor = torch.ones(()), 1.0
-            for factor, part in scalars:
-                amax, divisor = amax.to(factor.device) * factor.reshape(()), divisor * part
-            product = product * (amax / torch.full_like(amax, divisor)).double()
-        result = product.to(out_dtype)
+        alpha, divisor = torch.ones((), device=product.device), 1.0
+        for scale, shape in ((left_scale, (-1, 1)), (right_scale, (1, -1))):
+            if scale is None:
+                continue
+            if scale.amax.numel() == 1:
+                alpha, divisor = alpha * scale.amax.reshape(()), divisor * scale.divisor
+            else:
+                product = product * (scale.amax.double() / scale.divisor).view(shape)
+        result = (product * (alpha / torch.full_like(alpha, divisor)).double()).to(out_dtype)
         return result if accumulate_into is None else accumulate_into.add_(result)
 
 
@@ -94,10 +96,9 @@ def _amax(x: Tensor, operand: Operand) -> Tensor:
     return x.abs().amax().float()
 
 
-def _prepare(x: Tensor, amax: Tensor | None, origin: OperandOrigin, copy: Copy) -> QuantizedOperand:
+def _quantized(x: Tensor, amax: Tensor, origin: OperandOrigin, copy: Copy) -> _Codes:
+    """x: `[M, K]` as the product sees it."""
     operand = copy.operand
-    if not operand.quantized:
-        return _Exact((x,))
     assert operand.tile is not None
     noise = None
     if operand.stochastic:
@@ -109,7 +110,6 @@ def _prepare(x: Tensor, amax: Tensor | None, origin: OperandOrigin, copy: Copy) 
         element = "e2m1" if operand.format is Format.mxfp4 else "e4m3"
         quantized = quantize_power_of_two(x, element=element, tile=operand.tile, noise=noise)
         return _Codes((quantized.codes, quantized.scales))
-    assert amax is not None
     quantized = quantize_nvfp4(
         x,
         tile=operand.tile,

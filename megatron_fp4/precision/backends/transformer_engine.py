@@ -1,19 +1,16 @@
 """The Transformer Engine backend: FP4 and FP8 tensor cores, through TE's quantizers and its one GEMM function.
 
-One idea: TE as functions, not modules. A quantizer makes the row-wise copy (contracted along the columns) and the
-column-wise copy (contracted along the rows) of a tensor in one call, `general_gemm` multiplies two of them. A
+TE as functions, not modules: a quantizer makes the copies of a tensor, `general_gemm` multiplies two of them. A
 `TeOperand` holds the plain tensors of one copy and what is needed to make TE's storage object of them again; so Wgrad
 keeps 4-bit codes, not BF16, and nothing of TE's module state (recipe contexts, cached workspaces: traps 1, 2, 5, 11, 12
-of docs/transformer_engine.md) exists here. The only file that imports Transformer Engine.
+of docs/transformer_engine.md) exists here. Stochastic rounding draws from CUDA's default generator (trap 7): it is
+seeded once per step, so a resumed run draws the same bits, but another layout draws others.
 
-Not here: what TE cannot do is refused in te_versions.py. Stochastic rounding draws from CUDA's default generator (trap
-7): it is seeded once per step, so a resumed run draws the same bits, but another layout draws others.
+Not here: what TE cannot do (`te.refusals`).
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,92 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp4.comm.bootstrap import environment
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.random import key_of
 from megatron_fp4.precision.backends.finite import NonFiniteWatch, check_finite
 from megatron_fp4.precision.backends.product import scaled_matmul
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape, copies_of
-from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig
-from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding, Signs
+from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig
+from megatron_fp4.precision.operand import AmaxScope, Format, Operand
 from megatron_fp4.precision.spec import LinearPrecision
-from megatron_fp4.precision.te.versions import (
-    FAST_MATH,
-    OPTIONAL_SYMBOLS,
-    PACKAGE,
-    SYMBOLS,
-    Features,
-    check_capability,
-    check_recipe,
-    check_te_shape,
-    detect,
-    one_quantizer,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Api:
-    """Transformer Engine as it is installed. symbols: the classes and functions of te_versions.SYMBOLS."""
-
-    version: str
-    features: Features
-    symbols: Mapping[str, Any]
-    e4m3: Any
-
-
-def load_api() -> Api:
-    """Import Transformer Engine. Raises ValueError with the remedy if it is absent, broken or too old, or set to other
-    numbers by an environment variable."""
-    for name, value in environment(*FAST_MATH).items():
-        if value not in ("", "0"):
-            raise ValueError(
-                f"{name}={value} makes Transformer Engine's NVFP4 kernels round differently, which no"
-                f" precision recipe can say; unset it"
-            )
-    try:
-        version = str(importlib.import_module(PACKAGE).__version__)
-        found = {name: getattr(importlib.import_module(f"{PACKAGE}.{m}"), name) for name, m in SYMBOLS.items()}
-        e4m3 = importlib.import_module("transformer_engine_torch").DType.kFloat8E4M3
-    except (ImportError, OSError, AttributeError, RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"precision.backend=transformer_engine: Transformer Engine cannot be imported"
-            f" ({type(error).__name__}: {error}); install transformer-engine[pytorch]>=2.19 beside a CUDA build of"
-            f" torch, or use precision.backend=emulated"
-        ) from error
-    for name, module in OPTIONAL_SYMBOLS.items():
-        try:
-            found[name] = getattr(importlib.import_module(f"{PACKAGE}.{module}"), name)
-        except (ImportError, AttributeError):
-            continue
-    parameters = {name: list(inspect.signature(symbol).parameters) for name, symbol in found.items()}
-    return Api(version, detect(version, parameters), found, e4m3)
-
-
-def make_quantizer(api: Api, row: Operand | None, column: Operand | None) -> Any:
-    """One TE quantizer for the row-wise and/or column-wise copy of a tensor; see `one_quantizer` for a pair."""
-    operand = column or row  # the column-wise one has the Hadamard transform, if any
-    assert operand is not None
-    directions = {"rowwise": row is not None, "columnwise": column is not None}
-    if operand.format is Format.mxfp8:
-        return api.symbols["MXFP8Quantizer"](api.e4m3, **directions)
-    if operand.format is Format.fp8_block:
-        dims = 2 if operand.tile == (128, 128) else 1
-        return api.symbols["Float8BlockQuantizer"](
-            api.e4m3, **directions, amax_epsilon=0.0, force_pow_2_scales=True, block_scaling_dim=dims
-        )
-    assert operand.format is Format.nvfp4
-    settings: dict[str, Any] = {
-        "with_rht": operand.rht_size == 16,
-        "with_post_rht_amax": operand.rht_size == 16,  # trap 8: of x for the row-wise copy, of H(x) for the other
-        "with_2d_quantization": operand.tile == (16, 16),
-        "stochastic_rounding": operand.rounding is Rounding.sr,
-        "with_random_sign_mask": operand.rht_signs is not Signs.none,
-    }
-    if operand.four_over_six is not FourOverSix.off:
-        settings["nvfp4_use_4over6"] = True
-        settings["nvfp4_e4m3_max"] = operand.four_over_six_bound
-        settings["nvfp4_4over6_err_mode"] = operand.four_over_six.name.upper()
-    return api.symbols["NVFP4Quantizer"](**directions, **settings)
+from megatron_fp4.precision.te.api import load_api
+from megatron_fp4.precision.te.quantizers import make_quantizer, one_quantizer
+from megatron_fp4.precision.te.refusals import check_capability, check_recipe, check_te_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +72,7 @@ class TransformerEngineBackend:
         if torch.cuda.is_available():
             check_capability(torch.cuda.get_device_capability(), _formats(config.recipes))
         self._watch = watch
-        self._quantizers: dict[Any, Any] = {}
+        self._quantizers: dict[tuple[Operand | None, Operand | None], Any] = {}
         self._seeded: tuple[int, int] | None = None
         for recipe in config.recipes.values():  # what a constructor refuses (no GPU) is refused before training
             for copies in copies_of(recipe).values():
@@ -158,7 +80,7 @@ class TransformerEngineBackend:
                     self._quantizer(row, column, Group.single())
 
     def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
-        """See `Backend.quantize`. Deferred copies are made at once: as codes they are smaller than their source."""
+        """See `Backend.quantize`. Deferred copies are made at once: as codes they are smaller than the tensor."""
         quantized = [copy for copy in copies if copy.operand.quantized]
         for copy in quantized:
             check_shape(x, origin, copy)
@@ -168,15 +90,15 @@ class TransformerEngineBackend:
                     f"{origin.name}: operand {origin.operand} is {x.dtype}, but Transformer Engine's quantizers are"
                     f" used with BF16 only; set precision.compute_dtype=bf16, or precision.backend=emulated"
                 )
-        made: dict[Copy, QuantizedOperand] = {}
+        operands: dict[Copy, QuantizedOperand] = {}
         for row, column in _calls(quantized):
             if any(copy is not None and copy.operand.stochastic for copy in (row, column)):
                 self._seed(origin, x.device)
             stored = self._quantizer(row, column, origin.group)(x)
-            made.update({copy: _take(stored, copy) for copy in (row, column) if copy is not None})
+            operands.update({copy: _take(stored, copy) for copy in (row, column) if copy is not None})
         if quantized:
             self._check_finite(x, origin)  # after TE's collectives: no rank waits for one that has raised
-        return tuple(made[copy] if copy in made else _Exact((x,), copy.along) for copy in copies)
+        return tuple(operands[copy] if copy in operands else _Exact((x,), copy.along) for copy in copies)
 
     def matmul(
         self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
@@ -196,8 +118,6 @@ class TransformerEngineBackend:
             "grad": layout != "TN",
             "use_split_accumulator": True,
         }
-        if self.api.features.gemm_workspace:
-            settings["workspace"] = self.api.symbols["get_workspace"]()
         fused = accumulate_into is not None and accumulate_into.dtype == out_dtype
         if fused:
             settings.update(out=accumulate_into, accumulate=True)
@@ -242,7 +162,7 @@ class TransformerEngineBackend:
 
 
 def _formats(recipes: Mapping[str, LinearPrecision]) -> set[Format]:
-    gemms = [getattr(recipe, gemm) for recipe in recipes.values() for gemm in GEMMS]
+    gemms = [gemm for recipe in recipes.values() for gemm in recipe.gemms]
     return {operand.format for gemm in gemms for operand in gemm.operands if operand.quantized}
 
 
@@ -255,18 +175,18 @@ def _calls(copies: Sequence[Copy]) -> list[tuple[Copy | None, Copy | None]]:
     return [(copy, None) for copy in rows] + [(None, copy) for copy in columns]
 
 
-def _take(made: Any, copy: Copy) -> TeOperand:
+def _take(stored: Any, copy: Copy) -> TeOperand:
     """One direction of a TE storage object, without the other's memory."""
-    metadata = made.get_metadata()
-    mine, other = ("columnwise", "rowwise") if copy.along == 0 else ("rowwise", "columnwise")
+    metadata = stored.get_metadata()
+    direction, other = ("columnwise", "rowwise") if copy.along == 0 else ("rowwise", "columnwise")
     # "row_scaled_nvfp4" and the like are settings, not tensors
-    names = tuple(name for name, value in metadata.items() if mine in name and isinstance(value, Tensor))
-    if f"{mine}_data" not in names:
+    names = tuple(name for name, value in metadata.items() if direction in name and isinstance(value, Tensor))
+    if f"{direction}_data" not in names:
         raise RuntimeError(
-            f"Transformer Engine made no {mine} copy (it made {', '.join(metadata)}); please report this"
+            f"Transformer Engine made no {direction} copy (it made {', '.join(metadata)}); please report this"
         )
     rest = {name: None if other in name else value for name, value in metadata.items() if name not in names}
-    return TeOperand(tuple(metadata[name] for name in names), copy.along, type(made), names, rest)
+    return TeOperand(tuple(metadata[name] for name in names), copy.along, type(stored), names, rest)
 
 
 def _oriented(operand: _Exact) -> Tensor:

@@ -1,7 +1,7 @@
 """The precision plan as a recipe for Transformer Engine's own modules, `te.Linear` under `te.autocast`.
 
-One idea: a plan that is one uniform NVFP4 recipe from start to end becomes an `NVFP4BlockScaling`; every other becomes
-a `CustomRecipe` whose factory looks the module's name up in the precision table. One object per plan and phase, because
+A plan that is one uniform NVFP4 recipe from start to end becomes an `NVFP4BlockScaling`; every other becomes a
+`CustomRecipe` whose factory looks the module's name up in the precision table. One object per plan and phase, because
 TE's modules ignore a change between two recipes of a built-in class, and rebuild everything for a new custom one (traps
 1 and 2 of docs/transformer_engine.md): at a switch of phases, give `te.autocast` the next phase's object and pass
 `is_first_microbatch=True` to each module once.
@@ -18,17 +18,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from megatron_fp4.precision.backends.transformer_engine import Api, load_api, make_quantizer
-from megatron_fp4.precision.config import GEMMS, ComputeDtype
+from megatron_fp4.precision.config import ComputeDtype
 from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.recipes import nvfp4_paper
-from megatron_fp4.precision.spec import Gemm, LinearPrecision, WgradOutput
+from megatron_fp4.precision.spec import LinearPrecision, WgradOutput
 from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.precision.te.api import Api, load_api
+from megatron_fp4.precision.te.quantizers import TENSORS, directions, make_quantizer, one_quantizer
 from megatron_fp4.precision.te.reference import reference_objections, with_reference
-from megatron_fp4.precision.te.versions import TENSORS, check_recipe, directions, one_quantizer
+from megatron_fp4.precision.te.refusals import check_recipe
 
-STRING_ROLES = {"linear_input": "input", "linear_weight": "weight", "linear_grad_output": "grad_output"}
 NOT_FROM_ENVIRONMENT = {
     "backward_override": None,
     "row_scaled_activation": False,
@@ -46,8 +46,8 @@ def te_recipe(plan: PrecisionPlan, phase: int = 0, *, unsharded: bool = False, r
     """`NVFP4BlockScaling` or `CustomRecipe` of a phase of the plan; the same object each time.
 
     Modules must carry the logical names of the table: `te.Linear(..., name="blocks.3.mlp.up")`, and have
-    `fuse_wgrad_accumulation=True` where weights have a `main_grad`; linears that the table leaves in BF16 are either
-    outside of `te.autocast`, or need TE 2.19. An evaluation (`evaluation: bf16`) runs outside of `te.autocast`.
+    `fuse_wgrad_accumulation=True` where weights have a `main_grad`. An evaluation (`evaluation: bf16`) runs outside of
+    `te.autocast`. A `CustomRecipe` needs TE 2.19.
 
     unsharded: say that the modules run with tp = 1 and cp = 1, where amax_scope `tensor` and `shard` are one; otherwise
     only `shard` is taken, which is what TE's modules do in every layout. reference: a `CustomRecipe` with TE's
@@ -72,20 +72,17 @@ def _recipe(plan: PrecisionPlan, phase: int, unsharded: bool, reference: bool) -
         objections += reference_objections(row.precision) if reference else []
         for reason in objections:
             raise ValueError(f"{row.name}: {reason}. (te_recipe, Transformer Engine {api.version})")
-    if reference:
-        api = with_reference(api)
     kinds = {_without_scope(row.precision) for row in table.rows}
-    if len(kinds) == len(plan.phases) == 1 and (fields := _block_scaling_fields(next(iter(kinds)))) and not reference:
+    if len(kinds) == len(plan.phases) == 1 and not reference and (fields := _block_scaling_fields(kinds.pop())):
         return _make(api, "NVFP4BlockScaling", fields)
-    if not api.features.role_objects and len(kinds) > 1:
+    if not api.features.mixed_directions:
         raise ValueError(
-            f"Transformer Engine {api.version} tells a custom recipe's factory no module names, so all linears would"
-            f" get one precision, but the plan has {len(kinds)}; install transformer-engine>=2.19 (names came in 2.16),"
-            f" or give the modules of each precision their own te.autocast and plan"
+            f"te_recipe: modules of Transformer Engine {api.version} compute one uniform NVFP4 recipe from start to end"
+            f" and nothing else; install transformer-engine>=2.19 (precision.backend=transformer_engine itself has no"
+            f" such limit)"
         )
-    for row in table.rows:
-        _check_directions(row.name, row.precision, api)
-    return _make(api, "CustomRecipe", {"qfactory": QuantizerFactory(api, table)})
+    factory = QuantizerFactory(with_reference(api) if reference else api, table)
+    return _make(api, "CustomRecipe", {"qfactory": factory})
 
 
 def _make(api: Api, name: str, fields: dict[str, Any]) -> Any:
@@ -102,49 +99,36 @@ class QuantizerFactory:
         self._table = table.by_name
 
     def __call__(self, role: Any) -> Any:
-        """Roles other than input, weight and grad_output (a module's outputs) are not quantized."""
-        if isinstance(role, str):
-            name, tensor = next(iter(self._table)), STRING_ROLES.get(role, "")
-        else:
-            name, tensor = (role.name, role.tensor_type) if role is not None else ("", "")
-        if tensor not in TENSORS:
-            return self._outside()
-        if name not in self._table:
+        """role: a `QuantizerRole`, or None. Others than input, weight and grad_output (a module's outputs) are not
+        quantized. Raises ValueError for a module that has no name of the precision table."""
+        if role is None or role.tensor_type not in TENSORS:
+            return self._identity()
+        if role.name not in self._table:
             raise ValueError(
-                f"a Transformer Engine module is named {name!r}, which is no linear of the precision plan; construct it"
-                f" with name= one of {', '.join(list(self._table)[:4])}, ..."
+                f"a Transformer Engine module is named {role.name!r}, which is no linear of the precision plan;"
+                f" construct it with name= one of {', '.join(list(self._table)[:4])}, ..."
             )
-        row, column = directions(self._table[name], tensor)
-        return self._quantizer(row, column)
-
-    def _quantizer(self, row: Operand, column: Operand) -> Any:
+        row, column = directions(self._table[role.name], role.tensor_type)
         if one_quantizer(row, column):
             return make_quantizer(self._api, row, column)
-        symbols = self._api.symbols
         if not row.quantized and not column.quantized:
-            return symbols["IdentityQuantizer"]()
-        parts = {
-            "rowwise_quantizer": make_quantizer(self._api, row, None) if row.quantized else None,
-            "columnwise_quantizer": make_quantizer(self._api, None, column) if column.quantized else None,
-        }
-        return symbols["HybridQuantizer"](**{k: q or symbols["IdentityQuantizer"]() for k, q in parts.items()})
+            return self._identity()
+        return self._api.symbols["HybridQuantizer"](
+            rowwise_quantizer=make_quantizer(self._api, row, None) if row.quantized else self._identity(),
+            columnwise_quantizer=make_quantizer(self._api, None, column) if column.quantized else self._identity(),
+        )
 
-    def _outside(self) -> Any:
-        if self._api.features.mixed_directions:
-            return self._api.symbols["IdentityQuantizer"]()
-        if self._api.features.role_objects:  # 2.16 to 2.18 want an object; it is not used for a plain output
-            return make_quantizer(self._api, Operand(Format.nvfp4), Operand(Format.nvfp4))
-        return None
+    def _identity(self) -> Any:
+        return self._api.symbols["IdentityQuantizer"]()
 
 
 def _module_objections(precision: LinearPrecision, unsharded: bool) -> Iterator[str]:
     """What a module decides, and a recipe cannot change."""
-    for name in GEMMS:
-        gemm: Gemm = getattr(precision, name)
+    for gemm in precision.gemms:
         for tensor, operand in zip(gemm.tensors, gemm.operands, strict=True):
             if operand.format is Format.nvfp4 and operand.amax_scope is AmaxScope.tensor and not unsharded:
                 yield (
-                    f"{name}.{tensor} has amax_scope tensor, but Transformer Engine's modules set the amax groups"
+                    f"{gemm.name}.{tensor} has amax_scope tensor, but Transformer Engine's modules set the amax groups"
                     f" themselves and never reduce over the ranks that split a weight or a context; set amax_scope:"
                     f" shard (precision/recipe=nvfp4_shard), or, where tp = 1 and cp = 1, call te_recipe(plan,"
                     f" unsharded=True)"
@@ -154,20 +138,6 @@ def _module_objections(precision: LinearPrecision, unsharded: bool) -> Iterator[
             "wgrad_output compute, but the type of a weight gradient follows from the module, not from its recipe; set"
             " wgrad_output: fp32 and construct te.Linear with fuse_wgrad_accumulation=True"
         )
-
-
-def _check_directions(name: str, precision: LinearPrecision, api: Api) -> None:
-    """Before 2.19 both directions of a tensor come from one quantizer (trap 13)."""
-    if api.features.mixed_directions:
-        return
-    for tensor in TENSORS:
-        row, column = directions(precision, tensor)
-        if not one_quantizer(row, column):
-            raise ValueError(
-                f"{name}: its {tensor} is quantized differently for two GEMMs, or not at all, which modules of"
-                f" Transformer Engine {api.version} cannot do; install transformer-engine>=2.19, or use this linear"
-                f" outside of te.autocast (precision.backend=transformer_engine itself has no such limit)"
-            )
 
 
 def _block_scaling_fields(precision: LinearPrecision) -> dict[str, Any] | None:

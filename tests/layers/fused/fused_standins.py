@@ -60,7 +60,7 @@ class ApexRMSNorm(nn.Module):
 
 
 class TeCrossEntropyFunction(torch.autograd.Function):
-    """As in TE 2.9: positional arguments only, the gradient is written over the logits, the incoming gradient must be
+    """As in TE 2.10, and by position only: the gradient is written over the logits, the incoming gradient must be
     contiguous, and the first row of a rank is rank * (its own number of rows)."""
 
     @staticmethod
@@ -95,7 +95,7 @@ class TeCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:  # type: ignore[override]
-        assert grad_output.is_contiguous(), "2.9 reads beyond an expanded gradient"
+        assert grad_output.is_contiguous(), "2.10 reads beyond an expanded gradient"
         (gradient,) = ctx.saved_tensors
         return gradient * grad_output[..., None], None, None, None, None, None, None
 

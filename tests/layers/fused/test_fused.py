@@ -62,7 +62,7 @@ def _losses(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
         for impl in (LossImpl.te, LossImpl.torch):
             compute = choose_cross_entropy(impl, VOCABULARY, tp)
             mine = whole.chunk(world_size, 1)[rank].clone().requires_grad_()
-            loss = compute(mine * 1.0, LABELS)  # a result, as logits are: TE 2.9 writes over it
+            loss = compute(mine * 1.0, LABELS)  # a result, as logits are: TE 2.10 writes over it
             (loss.sum() * 0.5 + (loss * weights).sum()).backward()
             assert mine.grad is not None
             found.append((loss.detach(), mine.grad))

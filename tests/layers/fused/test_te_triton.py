@@ -59,7 +59,7 @@ def _losses(rank: int, world_size: int, root: str) -> list[tuple[Tensor, Tensor]
     return found
 
 
-@pytest.mark.parametrize("version", WHEELS.values())
+@pytest.mark.parametrize("version", WHEELS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_real_function_computes_our_loss(version: str, world_size: int, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel(version)) as archive:

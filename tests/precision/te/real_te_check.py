@@ -36,12 +36,13 @@ from megatron_fp4.comm.config import ParallelConfig  # noqa: E402
 from megatron_fp4.comm.mesh import ParallelMesh  # noqa: E402
 from megatron_fp4.comm.parameter import LogicalParameter  # noqa: E402
 from megatron_fp4.precision import EmulatedBackend, te_recipe  # noqa: E402
-from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend, load_api  # noqa: E402
+from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend  # noqa: E402
 from megatron_fp4.precision.config import Switch  # noqa: E402
+from megatron_fp4.precision.te.api import load_api  # noqa: E402
 from tests.helpers.tiny_run import tiny_run  # noqa: E402
 from tests.precision.te.real_te_parallel import run_tensor_parallel  # noqa: E402
 from tests.precision.te.real_te_quantizers import check_quantizers  # noqa: E402
-from tests.precision.te.test_te_training import Both, train  # noqa: E402
+from tests.precision.te.test_te_training import BothBackends, train  # noqa: E402
 
 Results = dict[str, Tensor]
 
@@ -171,7 +172,7 @@ def main() -> int:
         bits = {key: value.view(torch.int16).numpy().view(np.uint16) for key, value in (stored | results).items()}
         np.savez_compressed(sys.argv[sys.argv.index("--save") + 1], **bits)  # type: ignore[arg-type]
     print("5. training steps:")
-    both = Both()
+    both = BothBackends()
     train(both, ParallelMesh.single_process(), ParallelConfig())  # raises at the first difference
     print(f"  operands bit for bit, products within a bound: {dict(both.compared)}")
     print("6. crosscheck and preflight:", flush=True)

@@ -21,7 +21,7 @@ from megatron_fp4.precision.backends.transformer_engine import TransformerEngine
 from megatron_fp4.precision.config import PrecisionConfig, Rule
 from megatron_fp4.precision.operand import Format, FourOverSix, Rounding, Signs
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.te.versions import TENSORS, directions, one_quantizer
+from megatron_fp4.precision.te.quantizers import TENSORS, directions, one_quantizer
 from tests.helpers.parity import MODEL
 
 

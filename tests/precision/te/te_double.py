@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import quantize_power_of_two
-from megatron_fp4.precision.te.versions import OPTIONAL_SYMBOLS, SYMBOLS
+from megatron_fp4.precision.te.versions import SYMBOLS
 from tests.numerics.te_oracle import load_reference, reference_quantizer
 
 VERSION = "2.20.2"
+BEFORE_2_19 = dict.fromkeys(("HybridQuantizer", "IdentityQuantizer", "NVFP4QuantizerRef", "Fp4Formats"))
+"""What `install` takes away for an older version."""
 
 
 class Quantizer:
@@ -329,7 +331,7 @@ def modules(version: str = VERSION, **replaced: Any) -> dict[str, types.ModuleTy
     made["transformer_engine"].__dict__["__version__"] = version
     made["transformer_engine"].__path__ = []
     made["transformer_engine_torch"].__dict__["DType"] = types.SimpleNamespace(kFloat8E4M3="kFloat8E4M3")
-    for name, place in {**SYMBOLS, **OPTIONAL_SYMBOLS}.items():
+    for name, (place, *_) in SYMBOLS.items():
         module = made.setdefault(f"transformer_engine.{place}", types.ModuleType(f"transformer_engine.{place}"))
         symbol = replaced[name] if name in replaced else globals().get(name, from_reference.get(name))
         if symbol is not None:

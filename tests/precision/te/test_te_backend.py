@@ -35,7 +35,9 @@ from megatron_fp4.precision.backends import Copy, NonFiniteWatch, OperandOrigin,
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig
-from megatron_fp4.precision.te.versions import FAST_MATH, check_capability
+from megatron_fp4.precision.te.api import FAST_MATH
+from megatron_fp4.precision.te.refusals import check_capability
+from megatron_fp4.precision.te.versions import Features
 from megatron_fp4.proofs.operands import first_mismatch, reference_parts, te_parts
 from tests.precision.te import te_double
 from tests.precision.te.te_wheels import SYMBOLS_OF_DOUBLE, find, parameters
@@ -298,32 +300,38 @@ def test_refused_up_front(monkeypatch: pytest.MonkeyPatch, precision: LinearPrec
 
 
 def test_old_version_wants_the_other_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    te_double.install(monkeypatch, "2.9.0", QuantizerRole=None, HybridQuantizer=None, IdentityQuantizer=None)
+    te_double.install(monkeypatch, "2.10.0", **te_double.BEFORE_2_19)
     with pytest.raises(ValueError, match="set scale_order: paper"):
         TransformerEngineBackend(config(RNE))
 
 
-def test_old_gemm_gets_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2.9 to 2.13 or so: `general_gemm(A, B, workspace, ...)`."""
-    seen: list[Any] = []
+def test_the_version_of_the_image_computes_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hybrid and Identity quantizers came after it; the backend needs neither."""
+    te_double.install(monkeypatch, "2.17.0", **te_double.BEFORE_2_19)
+    te = TransformerEngineBackend(config(replace(RNE, fprop=Fprop())))
+    assert te.api.features == Features(ScaleOrder.te, four_over_six=True, mixed_directions=False)
 
-    def old_gemm(A: Any, B: Any, workspace: Any, out_dtype: Any = None, layout: str = "TN", **rest: Any) -> Any:
-        seen.append(workspace)
-        return te_double.general_gemm(A, B, out_dtype, layout=layout, **rest)
 
-    te_double.install(monkeypatch, general_gemm=old_gemm, get_workspace=lambda: "workspace")
-    te = TransformerEngineBackend(config(RNE))
-    made = prepare(te)
-    te.matmul(made["x"][0], made["w"][0], out_dtype=torch.bfloat16)
-    assert seen == ["workspace"], "TypeError at the first GEMM"
+def test_what_was_renamed_is_refused_before_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TypeError or AttributeError at the first GEMM, hours after the job was queued."""
+
+    def renamed(A: Any, B: Any, output_dtype: Any = None, layout: str = "TN") -> Any:
+        raise AssertionError("never called")
+
+    te_double.install(monkeypatch, "2.21.0", general_gemm=renamed)
+    with pytest.raises(ValueError, match=r"2\.21\.0 has no general_gemm as.*uses it"):
+        TransformerEngineBackend(config(RNE))
+    te_double.install(monkeypatch, "2.21.0", NVFP4Quantizer=None)
+    with pytest.raises(ValueError, match=r"2\.21\.0 has no NVFP4Quantizer as"):
+        TransformerEngineBackend(config(RNE))
 
 
 def test_absent_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     with pytest.raises(ValueError, match=r"cannot be imported.*install transformer-engine"):
         TransformerEngineBackend(config(RNE))
-    te_double.install(monkeypatch, "2.8.0")
-    with pytest.raises(ValueError, match=r"2\.8\.0 is older than 2\.9"):
+    te_double.install(monkeypatch, "2.9.0")
+    with pytest.raises(ValueError, match=r"2\.9\.0 is older than 2\.10"):
         TransformerEngineBackend(config(RNE))
 
 

@@ -43,7 +43,7 @@ from megatron_fp4.precision.backends import Copy
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig, Rule
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.te.versions import TENSORS, directions
+from megatron_fp4.precision.te.quantizers import TENSORS, directions
 from tests.helpers.parity import MODEL
 from tests.precision.te import te_double
 

@@ -16,7 +16,6 @@ from megatron_fp4.precision import (
     Fprop,
     LinearPrecision,
     Operand,
-    ScaleOrder,
     Wgrad,
     nvfp4_paper,
     te_recipe,
@@ -28,7 +27,6 @@ from megatron_fp4.precision.te.recipe import NOT_FROM_ENVIRONMENT
 from tests.helpers.parity import MODEL
 from tests.precision.te import te_double
 
-OLD = {"QuantizerRole": None, "HybridQuantizer": None, "IdentityQuantizer": None}
 whole = functools.partial(te_recipe, unsharded=True)
 
 
@@ -115,19 +113,17 @@ def test_directions_of_different_precision(monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(factory(role("weight")), te_double.MXFP8Quantizer)
 
 
-def test_old_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def old(operand: Operand) -> Operand:
-        return replace(operand, scale_order=ScaleOrder.paper)
-
-    paper = nvfp4_paper().with_operands(old)
-    te_double.install(monkeypatch, "2.9.0", **OLD, NVFP4Quantizer=Recording)
-    factory = whole(plan(Rule("*", use="r"), r=paper)).qfactory
-    assert factory("linear_grad_output").settings["stochastic_rounding"]
-    assert factory("linear_output") is None
-    with pytest.raises(ValueError, match=r"no module names.*install"):
-        whole(plan(Rule("head"), Rule("*", use="r"), r=paper))
-    with pytest.raises(ValueError, match=r"input is quantized differently.*2\.9\.0 cannot.*install"):
-        whole(plan(Rule("*", use="r"), r=replace(paper, fprop=Fprop())))
+def test_modules_before_2_19_compute_one_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither names for a factory nor quantizers of which one direction differs: BF16 would come out as NVFP4."""
+    te_double.install(monkeypatch, "2.17.0", **te_double.BEFORE_2_19)
+    uniform = plan(Rule("*", use="r"), r=nvfp4_paper())
+    assert isinstance(whole(uniform), te_double.NVFP4BlockScaling), "the training image's version computes the paper"
+    forward_bf16 = plan(Rule("*", use="r"), r=replace(nvfp4_paper(), fprop=Fprop()))
+    for other in (plan(Rule("head"), Rule("*", use="r"), r=nvfp4_paper()), forward_bf16):
+        with pytest.raises(ValueError, match=r"2\.17\.0 compute one uniform NVFP4 recipe.*install.*>=2\.19"):
+            whole(other)
+    with pytest.raises(ValueError, match=r"install.*>=2\.19"):
+        whole(plan(Rule("*", use="r"), r=nvfp4_paper(stochastic=False)), reference=True)
 
 
 def test_the_amax_groups_are_the_modules_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +154,3 @@ def test_reference_variant(monkeypatch: pytest.MonkeyPatch) -> None:
         whole(plan(Rule("*", use="r"), r=LinearPrecision(fp8)), reference=True)
     with pytest.raises(ValueError, match=r"its input is quantized differently.*half of a HybridQuantizer"):
         whole(plan(Rule("*", use="r"), r=replace(nearest, wgrad=Wgrad())), reference=True)
-    te_double.install(monkeypatch, NVFP4QuantizerRef=None)
-    with pytest.raises(ValueError, match=r"needs the reference quantizer of Transformer Engine 2\.19"):
-        whole(plan(Rule("*", use="r"), r=nearest), reference=True)
