@@ -20,11 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
-
-from megatron_fp4.storage.durable import MANIFEST
+from megatron_fp4.storage.durable import MANIFEST, Manifest
 from megatron_fp4.storage.owner import Owner
+from megatron_fp4.storage.patience import read_patiently
 
 LATEST = "latest"
 STATE = "state.json"
@@ -80,6 +78,20 @@ def named_by_latest(root: Path) -> int | None:
     return None
 
 
+def step_to_load(root: Path) -> int | None:
+    """The step that a resume tries first, whether or not it is intact; None where there is nothing to go on from.
+
+    Raises ValueError where `latest` names a checkpoint and there is none at all.
+    """
+    order, named = load_order(root), named_by_latest(root)
+    if not order and named is not None:
+        raise ValueError(
+            f"{root / LATEST} names {step_name(named)}, and there is no checkpoint under {root}; bring it back, or"
+            " remove that file to begin anew"
+        )
+    return order[0] if order else None
+
+
 def latest_step(root: Path) -> int | None:
     """What `latest` names if that is complete, else the highest complete step, else None."""
     steps, named = complete_steps(root), named_by_latest(root)
@@ -98,20 +110,31 @@ def load_order(root: Path) -> list[int]:
 
 
 def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The small state: {"step", "tokens", "score", "meta"}. Raises ValueError naming the file if it cannot be read."""
+    """The small state: {"step", "tokens", "score", "meta"}.
+
+    Raises ValueError naming the file if it is missing or damaged; UnreadableFile.
+    """
     path = Path(directory) / STATE
     try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is damaged: not a JSON object")
+        state = json.loads(read_patiently(path.read_bytes, path))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if not isinstance(state, dict) or not isinstance(state.get("meta"), dict) or type(state.get("step")) is not int:
+        raise ValueError(f"{path} is damaged: not a JSON object with a step and meta")
     return state
 
 
-def read_metadata(directory: str | os.PathLike[str]) -> Metadata:
-    """DCP's description of the stored tensors. Raises ValueError naming the file if it cannot be read."""
-    try:
-        return FileSystemReader(directory).read_metadata()
-    except Exception as error:  # whatever unpickling a damaged file raises
-        raise ValueError(f"{Path(directory) / '.metadata'} cannot be read ({type(error).__name__}: {error})") from error
+def check_step(directory: Path, manifest: Manifest, state: dict[str, Any]) -> None:
+    """Raise ValueError if name, manifest and state of a checkpoint are not of one step.
+
+    A directory that was renamed to something else, "best" for example, has no step in its name.
+    """
+    match = COMPLETE_NAME.fullmatch(directory.name)
+    named = int(match[1]) if match else manifest.step
+    if not named == manifest.step == state["step"]:
+        raise ValueError(
+            f"{directory} holds the checkpoint of step {manifest.step} by its {MANIFEST} and of step {state['step']} by"
+            f" its {STATE}: it was renamed or mixed; give it its own name back"
+        )

@@ -2,40 +2,45 @@
 
 Nothing is believed before its hash was checked, each rank checking a share of the files; and each step of the choice is
 agreed upon, so all ranks hold the same `Verified`. Only a `Verified` can be loaded: a resume, which looks at the small
-state first and at the tensors when the model is built, hashes every byte once.
+state first and at the tensors when the model is built, hashes every byte once. Damage leads to an earlier checkpoint; a
+file system that does not answer (UnreadableFile) never does.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
-from megatron_fp4.checkpoint.dcp import read_into
+from megatron_fp4.checkpoint.dcp import StoredTensor, read_into
 from megatron_fp4.checkpoint.directory import (
+    check_step,
     complete_steps,
     load_order,
     present_steps,
-    read_metadata,
     read_state,
     step_name,
 )
+from megatron_fp4.checkpoint.metadata import read_metadata
 from megatron_fp4.checkpoint.state import check_matches, stored_tensors
 from megatron_fp4.comm import collectives
-from megatron_fp4.comm.agree import agreed, decided_by_rank0, shared_error
+from megatron_fp4.comm.agree import agreed, decided_by_rank0, errors_by_rank
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import problem_of, read_manifest, share_of
+from megatron_fp4.storage.patience import UnreadableFile, read_patiently
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-class CorruptCheckpoint(RuntimeError):
+class CorruptCheckpoint(ValueError):
     """A checkpoint is torn or altered; the message names files, expected and actual values."""
 
 
@@ -62,10 +67,13 @@ class CheckpointReader:
     def __init__(self, root: Path, group: Group, config: CheckpointConfig, beat: Callable[[], None]) -> None:
         self.root, self.group = root, group
         self.config, self._beat = config, beat
+        self._damaged: set[int] = set()  # passed over by `choose`
 
     def choose(self, step: int | None) -> Verified:
         """See `CheckpointStore.choose`."""
         candidates, complete = decided_by_rank0(lambda: self._candidates(step), self.group)
+        if not candidates and step is None and self._damaged:
+            raise CorruptCheckpoint(f"no intact checkpoint under {self.root}; tried {sorted(self._damaged)}")
         if not candidates:
             asked = "no checkpoint" if step is None else f"no checkpoint {step_name(step)}"
             raise FileNotFoundError(f"{asked} under {self.root}; complete ones: {complete}")
@@ -77,49 +85,101 @@ class CheckpointReader:
                 if step is not None or self.config.on_corrupt is OnCorrupt.fail:
                     raise CorruptCheckpoint(f"checkpoint {directory.name} is refused: {damage}") from None
                 last = damage
-                if self.group.rank == 0:
-                    log.warning("checkpoint %s is refused, trying the previous one: %s", directory.name, damage)
-        raise CorruptCheckpoint(f"no intact checkpoint under {self.root}; tried {candidates}; the last: {last}")
+                self._pass_over(candidate, damage)
+        raise CorruptCheckpoint(
+            f"no intact checkpoint under {self.root}; tried {candidates}; the last: {last}. Copy it there again, or"
+            " choose another train.run_dir to begin anew"
+        )
+
+    def _pass_over(self, step: int, damage: CorruptCheckpoint) -> None:
+        self._damaged.add(step)
+        if self.group.rank == 0:
+            log.warning("checkpoint %s is refused, trying the previous one: %s", step_name(step), damage)
 
     def _candidates(self, step: int | None) -> tuple[list[int], list[int]]:
         """Steps to try, and the complete ones for the error message."""
-        order = load_order(self.root) if step is None else [step]
+        order = [one for one in load_order(self.root) if one not in self._damaged] if step is None else [step]
         present = present_steps(self.root)
         return [one for one in order if one in present], complete_steps(self.root)
 
     def _verified(self, directory: Path) -> Verified:
-        """The checkpoint in `directory`. Collective. Raises CorruptCheckpoint on all ranks."""
-        per_rank = collectives.all_gather_object(self._problems(directory), self.group)
-        if problems := dict.fromkeys(problem for problems in per_rank for problem in problems):
-            raise CorruptCheckpoint("; ".join(problems))
-        try:
-            metadata = agreed(lambda: read_metadata(directory), self.group)
-            state = decided_by_rank0(lambda: read_state(directory), self.group)
-        except ValueError as error:
-            raise CorruptCheckpoint(str(error)) from None
-        return Verified(directory, {"step": state["step"], **state["meta"]}, metadata)
+        """The checkpoint in `directory`. Collective. Raises CorruptCheckpoint and UnreadableFile on all ranks."""
+        self._agreed(lambda: self._check_files(directory))
+        metadata = self._agreed(lambda: read_metadata(directory))
+        own_state = self._agreed(lambda: self._read_state(directory))
+        state = collectives.broadcast_object(own_state, self.group)
+        return Verified(directory, {**state["meta"], "step": state["step"]}, metadata)
 
-    def _problems(self, directory: Path) -> list[str]:
-        """What is wrong with the manifest, or with this rank's share of the files."""
+    def _agreed(self, look: Callable[[], T]) -> T:
+        """`look()` of this rank; what went wrong on any rank is raised on all, an unreadable file before damage."""
+        value, damage, unreadable = None, None, None
         try:
-            files = read_manifest(directory)
+            value = look()
+        except UnreadableFile as error:
+            unreadable = str(error)
         except ValueError as error:
-            return [str(error)]
+            damage = str(error)
+        self._beat()
+        outcomes = collectives.all_gather_object((damage, unreadable), self.group)
+        if texts := errors_by_rank([text for _, text in outcomes]):
+            raise UnreadableFile(texts)
+        if damages := dict.fromkeys(text for text, _ in outcomes if text):
+            raise CorruptCheckpoint("; ".join(damages))
+        return cast(T, value)
+
+    def _check_files(self, directory: Path) -> None:
+        """Raises ValueError for what is wrong with the manifest, or with this rank's share of the files."""
+        files = read_manifest(directory).files
         problems = []
         for name in share_of(files, self.group.rank, self.group.size) if self.config.verify else []:
             problems.append(problem_of(directory, name, files[name]))
             self._beat()
-        return [problem for problem in problems if problem]
+        if text := "; ".join(problem for problem in problems if problem):
+            raise ValueError(text)
+
+    def _read_state(self, directory: Path) -> dict[str, Any]:
+        """Rank 0 reads; clients of a shared file system may see it differently."""
+        if self.group.rank != 0:
+            return {}
+        state = read_state(directory)
+        check_step(directory, read_manifest(directory), state)
+        return state
 
     def load(self, chosen: Verified, shards: Sequence[Shard]) -> None:
         """See `CheckpointStore.load`."""
         state = agreed(lambda: stored_tensors(shards), self.group)
         check_matches(state, chosen.metadata, self.group, str(chosen.directory))
-        error = None
-        try:
-            self._beat()
-            read_into(state, chosen.directory, chosen.metadata)
-        except Exception as caught:  # an unreadable file in spite of a good hash: the disk, or verify=False
-            error = f"{type(caught).__name__}: {caught}"
-        if error := shared_error(error, self.group):
-            raise CorruptCheckpoint(f"checkpoint {chosen.directory.name} is refused: {error}")
+        self._beat()
+        self._agreed(lambda: _read_tensors(state, chosen))
+
+    def load_or_earlier(self, chosen: Verified, shards: Sequence[Shard]) -> Verified:
+        """See `CheckpointStore.load_or_earlier`."""
+        while True:
+            try:
+                self.load(chosen, shards)
+                return chosen
+            except CorruptCheckpoint as damage:
+                if self.config.on_corrupt is OnCorrupt.fail:
+                    raise
+                self._pass_over(chosen.step, damage)
+                chosen = self.choose(None)
+
+
+def _read_tensors(state: dict[str, StoredTensor], chosen: Verified) -> None:
+    """Raises ValueError for bytes that are no tensors in spite of a good hash (or with verify=False)."""
+    try:
+        read_patiently(lambda: _read_once(state, chosen), chosen.directory)
+    except UnreadableFile:
+        raise
+    except Exception as error:  # whatever torch raises about a damaged file
+        name = chosen.directory.name
+        raise ValueError(f"checkpoint {name} is refused: {type(error).__name__}: {error}") from error
+
+
+def _read_once(state: dict[str, StoredTensor], chosen: Verified) -> None:
+    try:
+        read_into(state, chosen.directory, chosen.metadata)
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # not the system's word: a damaged offset or archive
+            raise ValueError(str(error)) from error
+        raise

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.checkpoint.dcp import read_into, stored_metadata
-from megatron_fp4.checkpoint.directory import STATE, latest_step, read_metadata, step_name
+from megatron_fp4.checkpoint.directory import STATE, check_step, latest_step, read_state, step_name
+from megatron_fp4.checkpoint.metadata import read_metadata
 from megatron_fp4.checkpoint.state import stored_tensors
 from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.storage.durable import problem_of, read_manifest
@@ -71,10 +72,15 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
     """Problems as sentences with path, expected and actual value; empty if all files are as they were written."""
     directory = Path(directory)
     try:
-        files = read_manifest(directory)
+        manifest = read_manifest(directory)
+        records = manifest.files.items()
+        if problems := [problem for name, record in records if (problem := problem_of(directory, name, record))]:
+            return problems
+        check_step(directory, manifest, read_state(directory))
+        read_metadata(directory)
     except ValueError as error:
         return [str(error)]
-    return [problem for name, record in files.items() if (problem := problem_of(directory, name, record))]
+    return []
 
 
 def read_tensor(directory: str | os.PathLike[str], key: str) -> Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint.config import CheckpointConfig
-from megatron_fp4.checkpoint.directory import complete_steps, latest_step
+from megatron_fp4.checkpoint.directory import complete_steps, step_to_load
 from megatron_fp4.checkpoint.load import CheckpointReader, Verified
 from megatron_fp4.checkpoint.outcome import SaveReport
 from megatron_fp4.checkpoint.retention import sweep
@@ -91,7 +91,8 @@ class CheckpointStore:
     def choose(self, step: int | None = None) -> Verified:
         """Checkpoint `step`, or the newest intact one, its files verified. Needs no model.
 
-        Raises FileNotFoundError if there is none, CorruptCheckpoint where damage does not lead to an earlier one.
+        Raises FileNotFoundError if there is none, CorruptCheckpoint where damage does not lead to an earlier one, and
+        UnreadableFile where the file system does not answer.
         """
         self.saver.conclude()
         return self.reader.choose(step)
@@ -104,9 +105,19 @@ class CheckpointStore:
         """
         self.reader.load(chosen, shards)
 
+    def load_or_earlier(self, chosen: Verified, shards: Sequence[Shard]) -> Verified:
+        """`load` what `choose()` has chosen, or the newest earlier one whose files can be read; returns that one.
+
+        Raises CorruptCheckpoint where damage does not lead to an earlier one.
+        """
+        return self.reader.load_or_earlier(chosen, shards)
+
     def latest(self) -> int | None:
-        """The step that a resume tries first, or None if there is no checkpoint."""
-        return decided_by_rank0(lambda: latest_step(self.root), self.group)
+        """The step that a resume tries first, intact or not; None if there is nothing to go on from.
+
+        Raises ValueError where `latest` names a checkpoint and there is none at all.
+        """
+        return decided_by_rank0(lambda: step_to_load(self.root), self.group)
 
     def complete_steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending; that of a running save, which is waited for, is one of them."""

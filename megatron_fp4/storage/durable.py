@@ -21,6 +21,7 @@ from typing import Any
 import xxhash
 
 from megatron_fp4.storage.owner import Owner
+from megatron_fp4.storage.patience import read_patiently
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -33,6 +34,14 @@ class FileRecord:
 
     num_bytes: int
     xxh3_64: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest says: the step of the checkpoint, and its files by name."""
+
+    step: int
+    files: dict[str, FileRecord]
 
 
 class HashingFile(io.RawIOBase):
@@ -127,38 +136,53 @@ def write_manifest(directory: Path, step: int, files: Mapping[str, FileRecord]) 
     write_durably(directory / MANIFEST, (json.dumps(body, indent=1) + "\n").encode())
 
 
-def read_manifest(directory: Path) -> dict[str, FileRecord]:
-    """Raises ValueError, naming the file, if the manifest is missing or not one."""
+def read_manifest(directory: Path) -> Manifest:
+    """Raises ValueError, naming the file, if the manifest is missing or not one; UnreadableFile."""
     path = directory / MANIFEST
     try:
-        body = json.loads(path.read_bytes())
+        body = json.loads(read_patiently(path.read_bytes, path))
         if body["format_version"] > FORMAT_VERSION:
             raise ValueError(f"{path}: format version {body['format_version']}; this program reads {FORMAT_VERSION}")
-        return {name: FileRecord(int(one["bytes"]), str(one["xxh3_64"])) for name, one in body["files"].items()}
+        files = {name: FileRecord(int(one["bytes"]), str(one["xxh3_64"])) for name, one in body["files"].items()}
+        step = int(body["step"])
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the checkpoint was not completed, or was altered") from None
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if outside := [name for name in files if not is_file_name(name)]:
+        raise ValueError(f"{path} lists {outside[0]!r}, which is no file of its directory")
+    return Manifest(step, files)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name` is that of a file in the directory at hand, without a path that leads elsewhere."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def problem_of(directory: Path, name: str, expected: FileRecord) -> str | None:
-    """None if the file is as recorded, else a sentence with its path, the expected and the actual value."""
+    """None if the file is as recorded, else a sentence with its path, the expected and the actual value.
+
+    Raises UnreadableFile.
+    """
     path = directory / name
     try:
-        num_bytes = path.stat().st_size
+        num_bytes = read_patiently(path.stat, path).st_size
         if num_bytes != expected.num_bytes:
             return f"{path} has {num_bytes} bytes, expected {expected.num_bytes}"
-        digest = xxhash.xxh3_64()
-        with open(path, "rb", buffering=0) as stream:
-            while block := stream.read(READ_BYTES):
-                digest.update(block)
+        digest = read_patiently(lambda: _digest(path), path)
     except FileNotFoundError:
         return f"{path} is missing, expected {expected.num_bytes} bytes"
-    except OSError as error:
-        return f"{path} cannot be read ({error})"
-    if digest.hexdigest() != expected.xxh3_64:
-        return f"{path} has xxh3-64 {digest.hexdigest()}, expected {expected.xxh3_64}"
+    if digest != expected.xxh3_64:
+        return f"{path} has xxh3-64 {digest}, expected {expected.xxh3_64}"
     return None
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with open(path, "rb", buffering=0) as stream:
+        while block := stream.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def share_of(files: Mapping[str, FileRecord], rank: int, size: int) -> list[str]:

@@ -51,16 +51,19 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
     chosen = choose_checkpoint(config.train.resume, store)
     phases.enter("build")
     start = _find_start(checked, chosen.meta if chosen else None, process.world)
-    skip = start.remembered.skip if start.remembered else []
-    loader, evaluations = open_data(checked, mesh.dp.rank, start.meta["data"] if start.meta else None, skip)
     backend, probes = probed_backend(config)
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
     if chosen:
         phases.enter("load_checkpoint")
-        store.load(chosen, optimizer.state_shards())
-        optimizer.step_count = chosen.meta["optimizer_steps"]
+        loaded = store.load_or_earlier(chosen, optimizer.state_shards())
+        if loaded is not chosen:
+            start = _find_start(checked, loaded.meta, process.world)
+        optimizer.step_count = loaded.meta["optimizer_steps"]
         optimizer.after_load()
+    phases.enter("build")
+    skip = start.remembered.skip if start.remembered else []
+    loader, evaluations = open_data(checked, mesh.dp.rank, start.meta["data"] if start.meta else None, skip)
     run = Run(
         config=config,
         mesh=mesh,

@@ -40,5 +40,5 @@ def test_verify(tmp_path: Path) -> None:
     problems = offline.verify(path)
     assert len(problems) == 2
     assert "state.json has 2 bytes, expected" in problems[1]
-    with pytest.raises(ValueError, match=r"\.metadata cannot be read"):
+    with pytest.raises(ValueError, match=r"\.metadata is missing"):
         offline.list_tensors(path)
