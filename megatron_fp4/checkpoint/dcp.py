@@ -84,7 +84,8 @@ class ShardLoadPlanner(DefaultLoadPlanner):
 
     def __init__(self, state: dict[str, StoredTensor], metadata: Metadata) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.state_dict, self.metadata, self.is_coordinator = state, metadata, False
+        self.state_dict, self.metadata = state, metadata
+        self.is_coordinator = False
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         assert index.index is not None

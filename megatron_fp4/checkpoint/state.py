@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor, stored_metadata
-from megatron_fp4.comm import collectives
-from megatron_fp4.comm.agree import MAX_LISTED, decided_by_rank0, gather_to_rank0
+from megatron_fp4.comm.agree import MAX_LISTED, agreed, decided_by_rank0, gather_to_rank0
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 
@@ -76,15 +75,7 @@ def plan_layout(state: dict[str, StoredTensor], group: Group) -> SaveLayout:
     """
     plan = ShardSavePlanner(state).create_local_plan()
     plans = gather_to_rank0(plan, group)
-    metadata, error = None, None
-    if group.rank == 0:
-        try:
-            metadata = _whole(plans)
-        except ValueError as caught:
-            error = str(caught)
-    error = collectives.broadcast_object(error, group)
-    if error:
-        raise ValueError(error)
+    metadata = agreed(lambda: _whole(plans) if group.rank == 0 else None, group)
     return SaveLayout(layout_signature(state), plan, metadata)
 
 

@@ -2,7 +2,7 @@
 
     gather_rows          forward all-gather rows       backward reduce-scatter rows
     scatter_sum_rows     forward reduce-scatter rows   backward all-gather rows
-    scatter_rows         forward keep my rows          backward all-gather rows
+    scatter_rows         forward keep own rows         backward all-gather rows
     copy_to_group        forward identity              backward all-reduce
     reduce_from_group    forward all-reduce            backward identity
 
@@ -95,7 +95,7 @@ def scatter_sum_rows(x: Tensor, group: Group) -> Tensor:
 
 
 def scatter_rows(x: Tensor, group: Group) -> Tensor:
-    """Replicated `[T, ...] -> [T/n, ...]`, my rows; the gradient is gathered back."""
+    """Replicated `[T, ...] -> [T/n, ...]`, the own rows; the gradient is gathered back."""
     return x if group.size == 1 else _ScatterRows.apply(x, group)
 
 

@@ -17,11 +17,19 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_fp4.comm.bootstrap import Launch, Process, start_process, stop_process
+
+
+class _Answer(NamedTuple):
+    """What a rank says when it ends. result: pickled. error: its traceback."""
+
+    rank: int
+    result: bytes = b""
+    error: str | None = None
 
 
 def free_port() -> int:
@@ -41,10 +49,10 @@ def run_local(fn: Callable[..., Any], world_size: int, *args: Any, timeout_secon
     results: dict[int, Any] = {}
     try:
         while len(results) < world_size:
-            rank, result, error = answers.get(timeout=timeout_seconds)
-            if error is not None:
-                raise RuntimeError(f"rank {rank} of {world_size} failed:\n{error}")
-            results[rank] = pickle.loads(result)
+            answer: _Answer = answers.get(timeout=timeout_seconds)
+            if answer.error is not None:
+                raise RuntimeError(f"rank {answer.rank} of {world_size} failed:\n{answer.error}")
+            results[answer.rank] = pickle.loads(answer.result)
     except queues.Empty:
         missing = sorted(set(range(world_size)) - set(results))
         raise TimeoutError(f"ranks {missing} of {world_size} gave no answer in {timeout_seconds:g} s") from None
@@ -65,8 +73,9 @@ def kill_local(
     try:
         while not when():
             with suppress(queues.Empty):
-                rank, _, error = answers.get(timeout=0.02)
-                raise RuntimeError(f"rank {rank} of {world_size} ended before it could be killed:\n{error or ''}")
+                answer: _Answer = answers.get(timeout=0.02)
+                error = answer.error or ""
+                raise RuntimeError(f"rank {answer.rank} of {world_size} ended before it could be killed:\n{error}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{world_size} ranks did not get to where they should be killed")
     finally:
@@ -74,7 +83,7 @@ def kill_local(
 
 
 def _start(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """The processes, and the queue of their answers (rank, pickled result, error)."""
+    """The processes, and the queue of their answers."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([__name__, fn.__module__])  # the first call decides
     answers, port = context.Queue(), free_port()
@@ -97,9 +106,9 @@ def _entry(launch: Launch, port: int, answers: Any, fn: Callable[..., Any], args
         process: Process = start_process("cpu", 120.0, launch, init_timeout_seconds=110.0)
         result = pickle.dumps(fn(process, *args))
         stop_process(process)
-        answers.put((launch.rank, result, None))
+        answers.put(_Answer(launch.rank, result))
     except BaseException:
-        answers.put((launch.rank, None, traceback.format_exc()))
+        answers.put(_Answer(launch.rank, error=traceback.format_exc()))
     answers.close()
     answers.join_thread()
     os._exit(0)  # see bootstrap.exit_process

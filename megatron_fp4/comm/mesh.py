@@ -40,7 +40,7 @@ GROUPS = {
 class Group:
     """Ranks that share something.
 
-    ranks: global ranks in group order. rank: my index in `ranks`. process_group: None if and only if the size is 1.
+    ranks: global ranks in group order. rank: this one in `ranks`. process_group: None if and only if the size is 1.
     """
 
     name: str
@@ -126,7 +126,7 @@ def draw_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMes
 
 
 def build_ends_group(config: ParallelConfig, world: Group) -> Group:
-    """The first and the last rank of my pipeline, which share tied embeddings; ranks in between are alone.
+    """The first and the last rank of this pipeline, which share tied embeddings; ranks in between are alone.
 
     Collective over the world.
     """

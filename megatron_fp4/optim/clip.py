@@ -1,6 +1,6 @@
 """The global gradient norm, each logical element counted once, and the factor that clips it.
 
-One idea: squared sums in FP64, one per parameter, added over all ranks of the job by one collective; the square root is
+Squared sums in FP64, one per parameter, added over all ranks of the job by one collective; the square root is
 rounded to FP32. FP64 sums of FP32 squares agree to about 1e-15 in any order, so the rounded norm is the same at every
 layout. A replica (tensor-parallel copies, the second copy of a tied embedding) is left out on all ranks but one.
 """

@@ -36,7 +36,8 @@ class GradBuffer:
     def __init__(
         self, buckets: Sequence[Bucket], group: Group, tp: Group, *, overlap: bool, dtype: torch.dtype = torch.float32
     ) -> None:
-        self._buckets, self._group, self._tp = buckets, group, tp
+        self._buckets = buckets
+        self._group, self._tp = group, tp
         self._overlap = overlap and group.size > 1
         self._flats = [torch.zeros(bucket.numel, dtype=dtype, device=bucket.kind.device) for bucket in buckets]
         bounds = (bucket.bounds(group.rank) for bucket in buckets)
@@ -92,7 +93,8 @@ class GradBuffer:
                 pending.finish()
         if self._armed:
             self._expected = [list(counts) for counts in self._counts]
-        self._pending, self._late, self._armed = [], set(), False
+        self._pending, self._late = [], set()
+        self._armed = False
 
     def _ready(self, index: int, position: int) -> None:
         """One contribution to a parameter is complete."""

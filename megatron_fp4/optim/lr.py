@@ -1,6 +1,6 @@
 """The learning rate as a pure function of consumed tokens.
 
-One idea: no scheduler object and no state. A step asks for the rate at the tokens consumed so far, its own batch
+No scheduler object and no state: a step asks for the rate at the tokens consumed so far, its own batch
 included, so that the first step has a positive rate and the last one exactly `min_lr`. A changed batch size or a
 resume cannot shift the schedule.
 """

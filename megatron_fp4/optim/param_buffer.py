@@ -51,7 +51,7 @@ class ParamBuffer:
             self.wait()
 
     def wait(self, indices: Sequence[int] | None = None) -> None:
-        """Until the buckets `indices` (default: all) may be read."""
+        """Return when the buckets `indices` (default: all) may be read."""
         for index in list(self._pending) if indices is None else indices:
             pending = self._pending.pop(index, None)
             if pending is not None:

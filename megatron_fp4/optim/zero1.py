@@ -1,8 +1,8 @@
 """ZeRO-1: AdamW whose FP32 master weights and moments are divided by rows over the data-parallel ranks.
 
-    backward      main_grad += gradient (FP32)                                     every rank, all rows
-    finish_grads  reduce-scatter: my rows of the sum over dp x cp -> global norm    (tied copies and tp partials before)
-    step          clip -> AdamW on my rows -> all-gather parameters                 (in the parameters' dtype)
+    backward      main_grad += gradient (FP32)                                      every rank, all rows
+    finish_grads  reduce-scatter: own rows of the sum over dp x cp -> global norm   (tied copies and tp partials before)
+    step          clip -> AdamW on own rows -> all-gather parameters                (in the parameters' dtype)
 
 A bucket of parameters is summed, updated and gathered by flat ranges (layout.py), and every range is a list of
 rectangles (state.py), which is what the checkpoint sees. The loss is normalised by the caller; nothing is divided here.
@@ -113,7 +113,7 @@ class Zero1AdamW:
 
     @torch.no_grad()
     def step(self, norm: float, *, lr: float, max_norm: float) -> StepReport:
-        """Clip to `max_norm` (0 = off), update my rows, refresh the parameters. Skipped if the norm is not finite.
+        """Clip to `max_norm` (0 = off), update the own rows, refresh the parameters. Skipped if the norm is not finite.
 
         norm: what `finish_grads` returned.
         """
@@ -142,7 +142,7 @@ class Zero1AdamW:
             self._beside_forward = True
 
     def wait_parameters(self) -> None:
-        """Until every parameter has the values of the last step."""
+        """Return when every parameter has the values of the last step."""
         self._params.wait()
 
     def state_shards(self) -> list[Shard]:

@@ -18,9 +18,11 @@ from megatron_fp4.proofs.parity import Record
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one rectangle is from the reference. error: root mean square of the difference over that of the whole
-    reference tensor (for parameters: of its change since the start). ratio: best factor between the two, and
-    unexplained: the error that remains after it. Both are for diagnosis.
+    """How far one rectangle is from the reference.
+
+    error: root mean square of the difference over that of the whole reference tensor (for parameters: of its change
+    since the start). ratio: best factor between the two, and unexplained: the error that remains after it; both are for
+    diagnosis.
     """
 
     name: str
@@ -31,8 +33,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors of one layout in one case; relative ones, 0 = bitwise equal. The lists hold the worst part of each tensor,
-    from the output of the model to its input (the order of the backward pass).
+    """Errors of one layout in one case; relative ones, 0 = bitwise equal.
+
+    The lists of differences hold the worst rectangle of each tensor, from the output of the model to its input (the
+    order of the backward pass).
     """
 
     initial: list[Difference]
@@ -54,6 +58,7 @@ class Comparison:
 
 
 def worst(differences: Iterable[Difference]) -> float:
+    """The largest error, 0 if there are none."""
     return max((difference.error for difference in differences), default=0.0)
 
 
@@ -104,7 +109,7 @@ def assemble(shards: Iterable[Shard], kind: str) -> dict[str, Tensor]:
 def _differences(
     reference: dict[str, Tensor], shards: Sequence[Shard], kind: str, start: dict[str, Tensor] | None = None
 ) -> list[Difference]:
-    """The worst rectangle of each tensor; every tensor of the reference must be there."""
+    """The worst rectangle of each tensor. Raises AssertionError if `shards` has other tensors than the reference."""
     absent = sorted(set(reference) - {shard.name for shard in shards})
     unknown = sorted({shard.name for shard in shards} - set(reference))
     assert not absent + unknown, f"tensors differ: absent {absent}, unknown {unknown}"
@@ -118,9 +123,10 @@ def _differences(
 
 
 def _model_order(name: str) -> tuple[int, int, str]:
-    first, _, rest = name.partition(".")
-    number = rest.partition(".")[0]
-    return ({"embedding": 0, "blocks": 1}.get(first, 2), int(number) if number.isdigit() else 0, name)
+    """Sorts from the input of the model to its output."""
+    parts = name.split(".")
+    number = int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
+    return ({"embedding": 0, "blocks": 1}.get(parts[0], 2), number, name)
 
 
 def _difference(values: Tensor, where: Rectangle, whole: Tensor, start: Tensor | None) -> Difference:

@@ -31,8 +31,10 @@ from megatron_fp4.train.trainable import Trainable, build_trainable
 
 @dataclass(frozen=True)
 class Case:
-    """What all layouts compute. config: its `parallel` is replaced by the layout's. targets: part of the columns whose
-    tokens are targets, e.g. (0.0, 0.25) for the first quarter; some of them are masked at random.
+    """What all layouts compute.
+
+    config: its `parallel` is replaced by the layout's. targets: part of the columns whose tokens are targets, e.g.
+    (0.0, 0.25) for the first quarter; some of them are masked at random.
     """
 
     name: str
@@ -65,6 +67,7 @@ def run_cases(process: Process, cases: Sequence[Case], parallel: ParallelConfig)
 
 
 def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: ParallelMesh) -> Record:
+    """Run one case on this rank of the layout, whose mesh is `mesh`. Collective over the world."""
     config = replace(case.config, parallel=parallel)
     trainable = build_trainable(config, case.table, EmulatedBackend(compile=False), mesh, process.device)
     optimizer, engine = trainable.optimizer, trainable.engine

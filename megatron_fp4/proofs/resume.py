@@ -1,8 +1,8 @@
 """Is a killed and resumed run the run that was never stopped? For a small model, on synthetic tokens.
 
 The same function runs from the newest checkpoint (or from the start) to a step, saves on the way, and reports losses
-and all optimizer state as rectangles of logical tensors. Called without and with an end by SIGKILL, and at
-other layouts, its reports must be equal.
+and all optimizer state as rectangles of logical tensors. Called without and with an end by SIGKILL, and at other
+layouts, its reports must be equal.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class StretchReport:
 
 
 def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch: Stretch) -> StretchReport:
-    """Collective over the world."""
+    """Run this rank's part of the stretch. Collective over the world."""
     mesh = build_mesh(parallel, process.world)
     config = replace(case.config, parallel=parallel)
     trainable = build_trainable(config, case.table, EmulatedBackend(compile=False), mesh, process.device)
@@ -107,6 +107,7 @@ class Distance:
 
     @property
     def equal(self) -> bool:
+        """Bit for bit."""
         return self.loss == 0.0 and not any(self.tensors.values())
 
 
@@ -210,4 +211,5 @@ def _errors(reference: Sequence[StretchReport], resumed: Sequence[StretchReport]
 
 
 def total_losses(reports: Sequence[StretchReport]) -> dict[int, float]:
+    """The loss of each step, from the parts of all ranks."""
     return {step: sum(report.losses[step] for report in reports) for step in reports[0].losses}

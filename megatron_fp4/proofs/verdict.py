@@ -1,9 +1,9 @@
 """What a comparison means: passed or not, the first tensor that differs, and the likely cause.
 
-One idea: in FP32 compute, sums are made in FP64 and rounded once, so a right layout shows hardly anything. The first
-step is compared sharply; the later ones have some room, because one FP4 code that falls the other way changes every
-step after it. BF16 rounds partial sums, which depend on the layout: that case is coarse. Largest relative errors of
-right layouts (tp 2 and 4, cp 2 and 4, dp 4, tp2 pp2 dp2, tp2 cp2 pp2; 8 blocks, 5 steps), and what passes:
+In FP32 compute, sums are made in FP64 and rounded once, so a right layout shows hardly anything. The first step is
+compared sharply; the later ones have some room, because one FP4 code that falls the other way changes every step after
+it. BF16 rounds partial sums, which depend on the layout: that case is coarse. Largest relative errors of right layouts
+(tp 2 and 4, cp 2 and 4, dp 4, tp2 pp2 dp2, tp2 cp2 pp2; 8 blocks, 5 steps), and what passes:
 
               step 1: loss, norm, gradients         later: loss, norm, parameters
     fp32      1e-7, 6e-8, 1e-7 (1e-6, 1e-6, 2e-6)   1e-7, 6e-8, 3e-5 (1e-6, 1e-6, 1e-3)
@@ -57,25 +57,25 @@ class Failure:
 
 def find_failures(comparison: Comparison, tolerance: Tolerance) -> list[Failure]:
     """Everything beyond the tolerance, in the order in which it is computed. Empty: the layout passed."""
-    found = [Failure("initial value of", d.name, d.error) for d in comparison.initial if d.error > 0.0]
+    failures = [Failure("initial value of", d.name, d.error) for d in comparison.initial if d.error > 0.0]
 
-    def scalar(what: str, error: float, allowed: float) -> None:
+    def check_scalar(what: str, error: float, allowed: float) -> None:
         if not error <= allowed:
-            found.append(Failure(what, "", error))
+            failures.append(Failure(what, "", error))
 
-    scalar("loss of step 1", comparison.losses[0], tolerance.loss)
-    found += [Failure("gradient of", d.name, d.error) for d in comparison.grads if not d.error <= tolerance.grad]
-    scalar("gradient norm of step 1", comparison.norms[0], tolerance.norm)
+    check_scalar("loss of step 1", comparison.losses[0], tolerance.loss)
+    failures += [Failure("gradient of", d.name, d.error) for d in comparison.grads if not d.error <= tolerance.grad]
+    check_scalar("gradient norm of step 1", comparison.norms[0], tolerance.norm)
     for step, differences in comparison.masters.items():
-        found += [
+        failures += [
             Failure(f"after {step} step(s), parameter", d.name, d.error)
             for d in differences
             if not d.error <= tolerance.master
         ]
     for step, (loss, norm) in enumerate(zip(comparison.losses[1:], comparison.norms[1:], strict=True), start=2):
-        scalar(f"loss of step {step}", loss, tolerance.later_loss)
-        scalar(f"gradient norm of step {step}", norm, tolerance.later_norm)
-    return found + [Failure("replica of", name, 1.0) for name in comparison.replicas]
+        check_scalar(f"loss of step {step}", loss, tolerance.later_loss)
+        check_scalar(f"gradient norm of step {step}", norm, tolerance.later_norm)
+    return failures + [Failure("replica of", name, 1.0) for name in comparison.replicas]
 
 
 def likely_cause(
