@@ -37,7 +37,7 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
 
 
 def module_name(path: str) -> str:
-    return "megatron_fp4." + re.sub(r"(/__init__)?\.py$", "", path).replace("/", ".")
+    return re.sub(r"(/__init__)?\.py$", "", f"megatron_fp4/{path}").replace("/", ".")
 
 
 KNOWN = {module_name(path) for path, _ in modules()}

@@ -112,7 +112,9 @@ class CheckpointReader:
 
     def _agreed(self, look: Callable[[], T]) -> T:
         """`look()` of this rank; what went wrong on any rank is raised on all, an unreadable file before damage."""
-        value, damage, unreadable = None, None, None
+        value = None
+        damage = None
+        unreadable = None
         try:
             value = look()
         except UnreadableFile as error:

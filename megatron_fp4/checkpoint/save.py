@@ -65,7 +65,9 @@ class RunningSave:
     reported: bool = False
 
     def report(self, outcome: Saved | NotSaved) -> SaveReport:
-        step, blocking, seconds = self.progress.step, self.blocking_seconds, self.progress.seconds
+        step = self.progress.step
+        blocking = self.blocking_seconds
+        seconds = self.progress.seconds
         if isinstance(outcome, NotSaved):
             return SaveReport(step, SaveStatus.failed, blocking, seconds, error=outcome.reason)
         return SaveReport(step, SaveStatus.committed, blocking, seconds, outcome.num_bytes)

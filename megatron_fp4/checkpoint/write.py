@@ -51,7 +51,9 @@ class Staging:
 
     def copy(self, state: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         """The written shards of `state`, copied to the host; returns when the copy is complete."""
-        copies, buffers, on_gpu = {}, {}, False
+        copies = {}
+        buffers = {}
+        on_gpu = False
         for key, stored in state.items():
             copied = []
             for shard in stored.shards:

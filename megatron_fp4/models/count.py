@@ -150,7 +150,9 @@ def count_flops(config: ModelConfig, seq_length: int, *, causal: bool = True) ->
 
 def _scan_flops(config: ModelConfig, seq_length: int) -> float:
     """FLOPs per token: C B^T of each group and its product with x, inside a chunk; writing and reading the state."""
-    chunk, inner, state = config.mamba_chunk, config.mamba_inner, config.mamba_state
+    chunk = config.mamba_chunk
+    inner = config.mamba_inner
+    state = config.mamba_state
     inside = 2.0 * chunk * (config.mamba_num_groups * state + inner)
     padding = math.ceil(seq_length / chunk) * chunk / seq_length
     return padding * (inside + 4.0 * inner * state)

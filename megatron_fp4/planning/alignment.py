@@ -14,7 +14,9 @@ from megatron_fp4.models.block import LinearInfo
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable
 
-REQUIRED, CONTRACTED, FAST = 16, 32, 128
+REQUIRED = 16
+CONTRACTED = 32
+FAST = 128
 
 
 def alignment_warnings(

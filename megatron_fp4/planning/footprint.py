@@ -158,7 +158,9 @@ def _count(forward: Callable[[], Tensor], drain: Callable[[], None], leaf: Tenso
     forward()  # fills caches: the quantized copies of weights are not activations
     with LiveBytes() as live:
         output = forward()
-        end, shape, dtype = get_gradient_edge(output), output.shape, output.dtype
+        end = get_gradient_edge(output)
+        shape = output.shape
+        dtype = output.dtype
         del output  # it goes on to the next block
         kept = live.now
         torch.autograd.backward([end], [torch.empty(shape, dtype=dtype, device="meta")])

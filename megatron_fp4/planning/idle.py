@@ -44,7 +44,9 @@ class PipelineShape:
     @property
     def bubble(self) -> float:
         """Part of the time in which a rank waits, by the formula of `BUBBLES`."""
-        p, m, v = self.num_ranks, self.num_microbatches, self.num_chunks
+        p = self.num_ranks
+        m = self.num_microbatches
+        v = self.num_chunks
         if p == 1 or (self.schedule == "zbv" and m >= 2 * p):
             return 0.0
         factor = {"interleaved_1f1b": v, "interleaved_zero_bubble": 3 * v, "dualpipev": 3}.get(self.schedule, 1)

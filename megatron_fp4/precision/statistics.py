@@ -137,7 +137,9 @@ class StatisticsProbe:
 
     def take(self) -> Report:
         """What was measured since the last call."""
-        report, self.report, self._seen = self.report, {}, set()
+        report = self.report
+        self.report = {}
+        self._seen = set()
         return report
 
     def _measure(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> None:
