@@ -14,7 +14,9 @@ class Dropout(nn.Module):
 
     def __init__(self, name: str, p: float, context: LayerContext) -> None:
         super().__init__()
-        self._name, self._p, self._context = name, p, context
+        self._name = name
+        self._p = p
+        self._context = context
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         if self._p == 0.0 or not self.training:

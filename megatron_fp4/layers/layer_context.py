@@ -1,7 +1,7 @@
 """What every layer of one model shares, and what travels with the activations.
 
-Nothing is looked up. `LayerContext` is handed to constructors; `Tokens` is handed to `forward` beside the
-activations, so that a recomputed or pipelined layer sees exactly the addresses and positions of its own microbatch.
+Nothing is looked up. `LayerContext` is handed to constructors; `Tokens` is handed to `forward` beside the activations,
+so that a recomputed or pipelined layer sees exactly the addresses and positions of its own microbatch.
 
 Shape letters of the whole floor:
     B sequences in a microbatch, S tokens per sequence on this context-parallel rank, T = B * S, D hidden,

@@ -1,7 +1,7 @@
 """How the blocks of a model are divided into pipeline stages.
 
-One idea: embedding and head weigh like the blocks they cost, and the heaviest stage decides the pace, so the split is
-the contiguous one with the smallest heaviest stage. An explicit list overrides it.
+Embedding and head weigh like the blocks they cost, and the heaviest stage decides the pace, so the split is the
+contiguous one with the smallest heaviest stage. An explicit list overrides it.
 """
 
 from __future__ import annotations

@@ -53,10 +53,10 @@ def _rings(rank: int, world_size: int) -> list[tuple[Tensor, list[Tensor]]]:
 
 
 def _ring(cp: Group, apart: bool) -> tuple[Tensor, list[Tensor]]:
-    mine = zigzag_index(S, cp)
-    q, k, v = (x[:, mine].clone().requires_grad_() for x in qkv())
-    out = context_parallel_attention(q, k, v, documents()[:, mine] if apart else None, cp)
-    (out * torch.arange(S, dtype=torch.float64)[mine][None, :, None, None]).sum().backward()
+    columns = zigzag_index(S, cp)
+    q, k, v = (x[:, columns].clone().requires_grad_() for x in qkv())
+    out = context_parallel_attention(q, k, v, documents()[:, columns] if apart else None, cp)
+    (out * torch.arange(S, dtype=torch.float64)[columns][None, :, None, None]).sum().backward()
     return out.detach(), [x.grad for x in (q, k, v) if x.grad is not None]
 
 
@@ -66,13 +66,13 @@ def test_context_parallel_equals_one_rank() -> None:
         q, k, v = (x.requires_grad_() for x in qkv())
         expected = oracle(q, k, v, documents() if apart else None)
         (expected * torch.arange(S, dtype=torch.float64)[None, :, None, None]).sum().backward()
-        for rank, found in enumerate(ranks):
-            out, grads = found[apart]
-            mine = zigzag_index(S, Group("cp", (0, 1), rank, object()))  # type: ignore[arg-type]
-            torch.testing.assert_close(out, expected[:, mine].detach())
+        for rank, results in enumerate(ranks):
+            out, grads = results[apart]
+            columns = zigzag_index(S, Group("cp", (0, 1), rank, object()))  # type: ignore[arg-type]
+            torch.testing.assert_close(out, expected[:, columns].detach())
             for name, grad, whole in zip("qkv", grads, (q, k, v), strict=True):
                 assert whole.grad is not None
-                torch.testing.assert_close(grad, whole.grad[:, mine], msg=f"gradient of {name} on rank {rank}")
+                torch.testing.assert_close(grad, whole.grad[:, columns], msg=f"gradient of {name} on rank {rank}")
 
 
 def test_zigzag_gives_every_rank_the_same_causal_work() -> None:

@@ -71,13 +71,13 @@ class Log:
 
 
 def run_both(process: Process, cases: list[tuple[Case, ParallelConfig]]) -> list[tuple[Record, list[int], int]]:
-    found = []
+    results = []
     for case, parallel in cases:
         log = Log()
         record = run_case(process, case, parallel, build_mesh(parallel, process.world))
         log.stop()
-        found.append((record, log.beside, log.total))
-    return found
+        results.append((record, log.beside, log.total))
+    return results
 
 
 def layout(overlap: Overlap, **axes: Any) -> ParallelConfig:
@@ -109,11 +109,13 @@ def test_overlap_changes_no_bit_in_any_recipe() -> None:
 
 def test_overlap_with_recomputation_and_stages() -> None:
     """A recomputed linear has a queue of its own in each pass; zero-bubble schedules keep theirs."""
-    plain = case_of("nvfp4")
-    full = replace(plain, config=replace(plain.config, train=replace(plain.config.train, recompute=Recompute.full)))
-    runs = [(case, layout(o, pp=2)) for case in (plain, full) for o in (Overlap.always, Overlap.never)]
+    keeping = case_of("nvfp4")
+    full = replace(
+        keeping, config=replace(keeping.config, train=replace(keeping.config.train, recompute=Recompute.full))
+    )
+    runs = [(case, layout(o, pp=2)) for case in (keeping, full) for o in (Overlap.always, Overlap.never)]
     deferred = layout(Overlap.auto, pp=2, schedule="interleaved_zero_bubble", virtual_stages=1)
-    for results in run_local(run_both, 4, [*runs, (plain, deferred)]):
+    for results in run_local(run_both, 4, [*runs, (keeping, deferred)]):
         for (on, beside, total), (off, _, total_off) in (results[0:2], results[2:4]):
             assert_equal(on, off, "pp2")
             assert sum(beside) > 0

@@ -29,17 +29,17 @@ def _shards(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
     """Per case: loss and gradient of this rank's vocabulary rows."""
     counts = even_counts(VOCABULARY, world_size)
     first = sum(counts[:rank])
-    group, found = world_group(rank, world_size), []
+    group, shards = world_group(rank, world_size), []
     for scale, smoothing in CASES:
         logits, labels = case(scale)
-        mine = logits[:, first : first + counts[rank]].clone().requires_grad_()
+        local = logits[:, first : first + counts[rank]].clone().requires_grad_()
         loss = vocab_parallel_cross_entropy(
-            mine, labels, first=first, vocab_size=VOCABULARY, group=group, smoothing=smoothing
+            local, labels, first=first, vocab_size=VOCABULARY, group=group, smoothing=smoothing
         )
         loss.sum().backward()
-        assert mine.grad is not None
-        found.append((loss.detach(), mine.grad))
-    return found
+        assert local.grad is not None
+        shards.append((loss.detach(), local.grad))
+    return shards
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -50,10 +50,10 @@ def test_against_torch(world_size: int) -> None:
         logits.requires_grad_()
         expected = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
         expected.sum().backward()
-        for loss, _ in (found[number] for found in ranks):
+        for loss, _ in (shards[number] for shards in ranks):
             torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-5 * scale)
             assert loss[3] == 0.0, "an ignored position has no loss"
-        gradient = torch.cat([found[number][1] for found in ranks], dim=1)
+        gradient = torch.cat([shards[number][1] for shards in ranks], dim=1)
         assert logits.grad is not None
         torch.testing.assert_close(gradient, logits.grad, rtol=1e-5, atol=1e-6)
         assert bool((gradient[3] == 0).all()), "an ignored position has no gradient"

@@ -60,13 +60,13 @@ class Counts:
 
 def run_schedules(process: Process, cases: list[tuple[Case, ParallelConfig]]) -> list[tuple[Record, Any]]:
     """Each schedule in turn, in the same processes."""
-    found = []
+    results = []
     for case, parallel in cases:
         counts = Counts()
         record = run_case(process, case, parallel, build_mesh(parallel, process.world))
         counts.stop()
-        found.append((record, (counts.asked, counts.computed, counts.waiting)))
-    return found
+        results.append((record, (counts.asked, counts.computed, counts.waiting)))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +97,12 @@ def _check_schedules(reference: Record, case: Case, layouts: list[ParallelConfig
     for number, layout in enumerate(layouts):
         name = layout.schedule
         records = [results[number][0] for results in per_rank]
-        found = compare(reference, records)
-        assert worst(found.grads) == 0.0, f"{name}: wrong microbatch, order or scale of a gradient"
-        assert found.loss_error == 0.0, f"{name}: a loss is lost, counted twice or scaled"
-        assert found.norm_error == 0.0, f"{name}: the norm is not that of all stages"
-        assert worst(found.masters[STEPS]) == 0.0, f"{name}: a stage is not updated, or with another learning rate"
-        assert not found.replicas, f"{name}: parameters were not refreshed after the step"
+        comparison = compare(reference, records)
+        assert worst(comparison.grads) == 0.0, f"{name}: wrong microbatch, order or scale of a gradient"
+        assert comparison.loss_error == 0.0, f"{name}: a loss is lost, counted twice or scaled"
+        assert comparison.norm_error == 0.0, f"{name}: the norm is not that of all stages"
+        assert worst(comparison.masters[STEPS]) == 0.0, f"{name}: a stage is not updated, or with another learning rate"
+        assert not comparison.replicas, f"{name}: parameters were not refreshed after the step"
         _check_counts([results[number][1] for results in per_rank], layout, case.config.train.global_batch)
 
 
@@ -126,9 +126,11 @@ def test_a_batch_ramp_equals_one_process() -> None:
     layouts = [parallel(2, schedule) for schedule in ("1f1b", "interleaved_1f1b", "zbv")]
     per_rank = run_local(run_schedules, 2, [(case, layout) for layout in layouts])
     for number, layout in enumerate(layouts):
-        found = compare(whole, [results[number][0] for results in per_rank])
-        assert found.loss_error == 0.0, f"{layout.schedule}: a loss of a ramped step is lost, counted twice or scaled"
-        assert worst(found.masters[3]) == 0.0, f"{layout.schedule}: a ramped step has other gradients"
+        comparison = compare(whole, [results[number][0] for results in per_rank])
+        assert comparison.loss_error == 0.0, (
+            f"{layout.schedule}: a loss of a ramped step is lost, counted twice or scaled"
+        )
+        assert worst(comparison.masters[3]) == 0.0, f"{layout.schedule}: a ramped step has other gradients"
 
 
 def test_recompute_equals_keeping(reference: Record) -> None:
@@ -140,8 +142,8 @@ def test_recompute_equals_keeping(reference: Record) -> None:
     per_rank = run_local(run_schedules, 2, cases)
     for number, (case, layout) in enumerate(cases):
         name = f"{layout.schedule}, {case.config.train.recompute.name}"
-        found = compare(reference, [results[number][0] for results in per_rank])
-        assert worst(found.grads) == 0.0, f"{name}: recomputed activations differ"
+        comparison = compare(reference, [results[number][0] for results in per_rank])
+        assert worst(comparison.grads) == 0.0, f"{name}: recomputed activations differ"
         _check_counts([results[number][1] for results in per_rank], layout)
 
 

@@ -114,7 +114,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for parent in ("transformer_engine", "apex"):
         monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-    for name, found in members.items():
+    for name, contents in members.items():
         module = types.ModuleType(name)
-        vars(module).update(found)
+        vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)

@@ -54,21 +54,21 @@ LABELS = torch.tensor([0, 31, 15, 16, IGNORE, 7, 8, 23, 24, IGNORE])
 
 def _losses(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
     """(loss, gradient of this rank's logits), by Transformer Engine's stand-in and by torch."""
-    tp, found = world_group(rank, world_size), []
+    tp, losses = world_group(rank, world_size), []
     whole = torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 4
     weights = torch.arange(1.0, TOKENS + 1)
     with pytest.MonkeyPatch.context() as patch:
         fused_standins.install(patch)
         for impl in (LossImpl.te, LossImpl.torch):
             compute = choose_cross_entropy(impl, VOCABULARY, tp)
-            mine = whole.chunk(world_size, 1)[rank].clone().requires_grad_()
-            loss = compute(mine * 1.0, LABELS)  # a result, as logits are: TE 2.10 writes over it
+            local = whole.chunk(world_size, 1)[rank].clone().requires_grad_()
+            loss = compute(local * 1.0, LABELS)  # a result, as logits are: TE 2.10 writes over it
             (loss.sum() * 0.5 + (loss * weights).sum()).backward()
-            assert mine.grad is not None
-            found.append((loss.detach(), mine.grad))
-            again = mine.detach().clone().requires_grad_()
-            compute(again * 1.0, LABELS).sum().backward()  # the gradient of a sum is an expanded scalar
-    return found
+            assert local.grad is not None
+            losses.append((loss.detach(), local.grad))
+            second = local.detach().clone().requires_grad_()
+            compute(second * 1.0, LABELS).sum().backward()  # the gradient of a sum is an expanded scalar
+    return losses
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -30,14 +30,14 @@ LABELS = torch.tensor([0, 95, 47, IGNORE, 48, 12, 90, IGNORE, 3, 4, 70, 71])
 
 def _modules(root: str) -> dict[str, types.ModuleType]:
     """Packages of Transformer Engine whose own `__init__`, which loads its library, is not run."""
-    found = {}
+    modules = {}
     for name in ("", "pytorch", "pytorch.triton", "common", "common.triton"):
         full = ".".join(["transformer_engine", name]).strip(".")
-        found[full] = types.ModuleType(full)
-        found[full].__path__ = [f"{root}/{full.replace('.', '/')}"]
-    jit = found["transformer_engine.pytorch.jit"] = types.ModuleType("transformer_engine.pytorch.jit")
+        modules[full] = types.ModuleType(full)
+        modules[full].__path__ = [f"{root}/{full.replace('.', '/')}"]
+    jit = modules["transformer_engine.pytorch.jit"] = types.ModuleType("transformer_engine.pytorch.jit")
     jit.no_torch_dynamo = lambda *_, **__: lambda function: function  # type: ignore[attr-defined]
-    return found
+    return modules
 
 
 def _losses(rank: int, world_size: int, root: str) -> list[tuple[Tensor, Tensor]]:
@@ -45,18 +45,18 @@ def _losses(rank: int, world_size: int, root: str) -> list[tuple[Tensor, Tensor]
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, in this process
     sys.modules.update(_modules(root))
     whole = torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 4
-    tp, found = world_group(rank, world_size), []
+    tp, losses = world_group(rank, world_size), []
     for impl in (LossImpl.torch, LossImpl.te):
-        mine = whole.chunk(world_size, 1)[rank].clone().requires_grad_()
-        logits = mine * 1.0
+        local = whole.chunk(world_size, 1)[rank].clone().requires_grad_()
+        logits = local * 1.0
         with pytest.MonkeyPatch.context() as patch:
             if impl is LossImpl.te:
                 patch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
             loss = choose_cross_entropy(impl, VOCABULARY, tp)(logits, LABELS)
             (loss.sum() * 0.125).backward()
-        assert mine.grad is not None
-        found.append((loss.detach(), mine.grad))
-    return found
+        assert local.grad is not None
+        losses.append((loss.detach(), local.grad))
+    return losses
 
 
 @pytest.mark.parametrize("version", WHEELS)

@@ -63,21 +63,21 @@ def run_layout(rank: int, world_size: int, tp: int, cp: int, packed: bool, quant
     for linear in linears_of(mixer).values():
         linear.precision = nvfp4_paper() if quantized else linear.precision
     x_TD, tokens = batch()
-    mine = zigzag_index(S, mesh.cp)
-    local = Tokens(*(part[:, mine] for part in tokens))
-    rows = x_TD.view(B, S, -1)[:, mine].reshape(-1, HIDDEN).chunk(tp)[mesh.tp.rank].clone().requires_grad_()
-    y_TD = mixer(rows, local)
-    weights = torch.sin(torch.arange(B * S * HIDDEN).float()).view(B, S, HIDDEN)[:, mine].reshape(-1, HIDDEN)
+    columns = zigzag_index(S, mesh.cp)
+    local_tokens = Tokens(*(part[:, columns] for part in tokens))
+    rows = x_TD.view(B, S, -1)[:, columns].reshape(-1, HIDDEN).chunk(tp)[mesh.tp.rank].clone().requires_grad_()
+    y_TD = mixer(rows, local_tokens)
+    weights = torch.sin(torch.arange(B * S * HIDDEN).float()).view(B, S, HIDDEN)[:, columns].reshape(-1, HIDDEN)
     (y_TD * weights.chunk(tp)[mesh.tp.rank]).sum().backward()
     assert rows.grad is not None
-    found = {"y": y_TD.detach(), "dx": rows.grad}
+    slices = {"y": y_TD.detach(), "dx": rows.grad}
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is not None, name
         gradient = all_reduce_sum(parameter.grad, mesh.cp)
         for local_rows, where in parameter.placement.pieces():
             assert name.split(".")[0].split("_")[0] in where.name
-            found[where.name] = gradient[local_rows].clone()
-    return found
+            slices[where.name] = gradient[local_rows].clone()
+    return slices
 
 
 Layout = tuple[int, int, bool, bool]
@@ -88,23 +88,23 @@ FOUR_RANKS: list[Layout] = [(2, 2, True, False)]
 
 def run_layouts(rank: int, world_size: int, layouts: list[Layout]) -> list[dict[str, Any]]:
     """Results by value (a tensor's shared memory may go with its process before the parent has opened it)."""
-    found = [run_layout(rank, world_size, *layout) for layout in layouts]
-    return [{name: value.numpy() for name, value in result.items()} for result in found]
+    results = [run_layout(rank, world_size, *layout) for layout in layouts]
+    return [{name: value.numpy() for name, value in result.items()} for result in results]
 
 
 def compare(layout: Layout, results: list[dict[str, Any]], atol: float) -> None:
     tp, cp, packed, quantized = layout
     expected = run_layout(0, 1, 1, 1, packed, quantized)
     for rank, arrays in enumerate(results):
-        found = {name: torch.from_numpy(value) for name, value in arrays.items()}
+        slices = {name: torch.from_numpy(value) for name, value in arrays.items()}
         tp_rank, cp_rank = rank % tp, rank // tp
-        mine = zigzag_index(S, Group("cp", tuple(range(cp)), cp_rank, None if cp == 1 else object()))  # type: ignore[arg-type]
+        columns = zigzag_index(S, Group("cp", tuple(range(cp)), cp_rank, None if cp == 1 else object()))  # type: ignore[arg-type]
         for name, whole in expected.items():
             if name in ("y", "dx"):
-                part = whole.view(B, S, -1)[:, mine].reshape(-1, HIDDEN).chunk(tp)[tp_rank]
+                part = whole.view(B, S, -1)[:, columns].reshape(-1, HIDDEN).chunk(tp)[tp_rank]
             else:
                 part = whole.chunk(tp, dim=1 if name.endswith("out_proj.weight") else 0)[tp_rank]
-            difference = (found[name] - part).abs().max().item()
+            difference = (slices[name] - part).abs().max().item()
             assert difference <= atol * max(1.0, whole.abs().max().item()), f"{name}, {layout}, rank {rank}"
     assert set(results[0]) == set(expected)
 
