@@ -35,9 +35,9 @@ from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.partition import split_stages
 from megatron_fp4.optim import bucket_comm
-from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, WgradSwitch
+from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes
 from megatron_fp4.pipeline.order import bubble, pipeline_order, simulate
-from megatron_fp4.pipeline.schedules import SCHEDULES, stages_of_rank, stages_per_rank
+from megatron_fp4.pipeline.schedules import SCHEDULES, schedule_rule, stages_of_rank, stages_per_rank
 from megatron_fp4.planning.idle import PipelineShape
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.traffic import bytes_sent
@@ -129,7 +129,7 @@ def report_times(layouts: list[Layout], repeats: int) -> None:
 
 class _Sleep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seconds: float, queue: WgradQueue) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seconds: float, queue: WgradQueue | None) -> Tensor:
         ctx.seconds, ctx.queue = seconds, queue
         time.sleep(seconds)
         return x.clone()
@@ -137,16 +137,17 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         time.sleep(ctx.seconds)
-        ctx.queue.put(lambda: time.sleep(ctx.seconds))
-        if not ctx.queue.enabled:
-            ctx.queue.drain()
+        if ctx.queue is None:
+            time.sleep(ctx.seconds)
+        else:
+            ctx.queue.put(lambda: time.sleep(ctx.seconds))
         return dy, None, None
 
 
 class SleepingStage(nn.Module):
     """A stage that takes time and no processor."""
 
-    def __init__(self, seconds: float, queue: WgradQueue) -> None:
+    def __init__(self, seconds: float, queue: WgradQueue | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1, 8))
         self._seconds, self._queue = seconds, queue
@@ -171,15 +172,12 @@ def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches:
     piece_seconds: forward, and each half of the backward, of one rank's part of a microbatch.
     """
     mesh, virtual = build_mesh(parallel, process.world), stages_per_rank(parallel)
-    queues = [WgradQueue() for _ in stages_of_rank(mesh.pp.rank, parallel)]
+    defers_wgrad = schedule_rule(parallel.schedule).defers_wgrad
+    queues = [WgradQueue() if defers_wgrad else None for _ in stages_of_rank(mesh.pp.rank, parallel)]
     stages = [SleepingStage(piece_seconds / virtual, queue) for queue in queues]
-
-    def switch(queue: WgradQueue) -> WgradSwitch:
-        return WgradSwitch(lambda on: setattr(queue, "enabled", on), queue.take)
-
     engine = PipelineEngine(
         stages,
-        [switch(queue) for queue in queues],
+        [queue.take for queue in queues if queue is not None],
         lambda output, labels, scale: output.sum() * scale,
         StageShapes((1, 8), (8, 8), (8, 8), torch.float32),
         parallel,

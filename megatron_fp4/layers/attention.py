@@ -15,7 +15,7 @@ from megatron_fp4.comm.rect import split_evenly
 from megatron_fp4.layers.context_parallel import context_parallel_attention
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_fp4.layers.recompute import run_core
+from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.layers.rope import apply_rope, rope_angles
 
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.out = RowParallelLinear(f"{name}.out", num_heads * head_dim, hidden, context, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        core_TN = run_core(self._core, self.qkv(x_TD, tokens), tokens, recompute=self.recompute_core)
+        core_TN = run_recomputed(self._core, self.qkv(x_TD, tokens), tokens, when=self.recompute_core)
         return self.out(core_TN, tokens)
 
     def _core(self, qkv_TN: Tensor, tokens: Tokens) -> Tensor:

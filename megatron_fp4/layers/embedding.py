@@ -1,11 +1,12 @@
-"""Vocabulary-parallel token embedding.
+"""Vocabulary-parallel token embedding and head.
 
-Rows of the table are spread over tp as evenly as possible, the first ranks taking the remainder, so a vocabulary needs
-no padding rows: nothing has to be masked from the softmax or dropped on export.
+Rows of their tables are spread over tp as evenly as possible, the first ranks taking the remainder, so a vocabulary
+needs no padding rows: nothing has to be masked from the softmax or dropped on export.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.layers.layer_context import LayerContext
+from megatron_fp4.layers.linear import ColumnParallelLinear, ParallelLinear, column_sharding
 from megatron_fp4.layers.parameter import make_parameter, normal_init
 
 
@@ -54,3 +56,15 @@ class VocabParallelEmbedding(nn.Module):
         local_T = (ids_T - self._first).clamp(0, self._stop - self._first - 1)
         x_TD = F.embedding(local_T, self.weight).masked_fill(~is_local_T[:, None], 0.0)
         return scatter_sum_rows(x_TD, self._tp)
+
+
+class VocabParallelHead(ColumnParallelLinear):
+    """x_TD `[T/tp, D]` -> logits_TV `[T, V/tp]` of this rank's vocabulary rows, which need not be equally many.
+
+    weight: this rank's rows of the table; the embedding's if the two are tied.
+    """
+
+    def __init__(self, vocab_size: int, hidden: int, weight: LogicalParameter, context: LayerContext) -> None:
+        first, stop = vocab_range(vocab_size, context.tp)
+        rows = torch.arange(first, stop, device=context.device)
+        ParallelLinear.__init__(self, context, column_sharding("head", rows, hidden, context), weight)

@@ -23,15 +23,15 @@ from torch import Tensor
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.precision.wgrad import WgradQueue
+from megatron_fp4.precision.wgrad import WgradPlan, WgradQueue
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """Handed to every layer at construction.
+    """What every layer of one model, or of one of its pipeline stages, is constructed with.
 
-    dtype: of weights and activations (the compute dtype, BF16 or FP32). queue: weight gradients deferred by zero-bubble
-    pipeline schedules. overlap: compute weight gradients while input gradients travel between tensor-parallel ranks.
+    dtype: type of weights and activations (the compute dtype, BF16 or FP32). wgrad: when linears compute their weight
+    gradients. queue: where those that `wgrad` defers wait for the pipeline schedule; None where it defers none.
     """
 
     tp: Group
@@ -39,10 +39,10 @@ class LayerContext:
     tp_cp: Group
     backend: Backend
     clock: StepClock
-    queue: WgradQueue
     dtype: torch.dtype
     device: torch.device
-    overlap: bool = False
+    wgrad: WgradPlan = WgradPlan.now
+    queue: WgradQueue | None = None
 
     @staticmethod
     def of(
@@ -52,9 +52,11 @@ class LayerContext:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        overlap: bool = False,
+        wgrad: WgradPlan = WgradPlan.now,
     ) -> LayerContext:
-        return LayerContext(mesh.tp, mesh.cp, mesh.tp_cp, backend, clock, WgradQueue(), dtype, device, overlap)
+        """A context on the groups of a mesh, with a queue of its own where weight gradients are deferred."""
+        queue = WgradQueue() if wgrad is WgradPlan.deferred else None
+        return LayerContext(mesh.tp, mesh.cp, mesh.tp_cp, backend, clock, dtype, device, wgrad, queue)
 
 
 def widen(x: Tensor) -> Tensor:

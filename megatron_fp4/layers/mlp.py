@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_fp4.layers.recompute import run_core
+from megatron_fp4.layers.recompute import run_recomputed
 
 
 class Activation(Enum):
@@ -46,7 +46,7 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f"{name}.down", ffn_hidden, hidden, context, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        h_TF = run_core(self._activate, self.up(x_TD, tokens), recompute=self.recompute_core)
+        h_TF = run_recomputed(self._activate, self.up(x_TD, tokens), when=self.recompute_core)
         return self.down(h_TF, tokens)
 
     def _activate(self, h_TF: Tensor) -> Tensor:

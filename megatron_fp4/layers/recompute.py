@@ -1,9 +1,8 @@
-"""Computing the part of a mixer between its two linears a second time in the backward pass, instead of keeping it.
+"""Computing something a second time in the backward pass, instead of keeping what it saves for it.
 
-Attention core and activation are cheap to compute and expensive to keep; the linears, with their quantization, are the
-opposite. So this part alone is recomputed (`recompute=selective`); it draws no random numbers.
-
-Not here: recomputing whole blocks (`Decoder.forward`).
+With `recompute=selective` it is the part of a mixer between its two linears: attention core and activation are cheap to
+compute and expensive to keep; the linears, with their quantization, are the opposite. With `full` it is a whole block.
+Noise has an address, so no random state is kept.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def run_core(core: Callable[..., Tensor], *args: Any, recompute: bool) -> Tensor:
-    """`core(*args)`. recompute: keep only the arguments, and compute the rest a second time in the backward pass."""
-    if recompute and torch.is_grad_enabled():
-        result: Tensor = checkpoint(core, *args, use_reentrant=False, preserve_rng_state=False)
+def run_recomputed(function: Callable[..., Tensor], *args: Any, when: bool) -> Tensor:
+    """`function(*args)`. when: keep only the arguments, and compute the rest a second time in the backward pass."""
+    if when and torch.is_grad_enabled():
+        result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return result
-    return core(*args)
+    return function(*args)

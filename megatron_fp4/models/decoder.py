@@ -1,8 +1,10 @@
 """The decoder, or the part of it that one pipeline stage holds.
 
-One idea: a stage is the same module as the whole model with a shorter range of blocks; the embedding exists where the
-range starts at the first block, the final norm and head where it ends at the last. Modules carry their global block
-number, so that names do not depend on the split.
+A stage is the same module as the whole model with a shorter range of blocks; the embedding exists where the range
+starts at the first block, the final norm and head where it ends at the last. Modules carry their global block number,
+so that names do not depend on the split.
+
+Not here: which stage has which blocks (partition.py), what a block is (block.py).
 """
 
 from __future__ import annotations
@@ -10,20 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.layers.attention import Attention
-from megatron_fp4.layers.embedding import VocabParallelEmbedding, vocab_range, vocab_table
+from megatron_fp4.layers.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_table
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
-from megatron_fp4.layers.linear import ColumnParallelLinear, ParallelLinear
 from megatron_fp4.layers.mlp import MLP
+from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.precision.sharding import Sharding
 
 
 class Recompute(Enum):
@@ -51,25 +50,6 @@ class StageRange:
         return self.stop == self.total
 
 
-class VocabParallelHead(ParallelLinear):
-    """x_TD `[T/tp, D]` -> logits_TV `[T, V/tp]` of this rank's vocabulary rows. weight: the embedding's if tied."""
-
-    forward = ColumnParallelLinear.forward
-
-    def __init__(self, vocab_size: int, hidden: int, weight: LogicalParameter, context: LayerContext) -> None:
-        first, stop = vocab_range(vocab_size, context.tp)
-        sharding = Sharding(
-            name="head",
-            x_group=context.cp,
-            w_group=context.tp,
-            dy_group=context.tp_cp,
-            n_index=torch.arange(first, stop, device=context.device),
-            k_index=torch.arange(hidden, device=context.device),
-        )
-        super().__init__(context, sharding)
-        self.weight = weight
-
-
 class Decoder(nn.Module):
     """Blocks `stage.first .. stage.stop` of the model, with embedding and head where they belong.
 
@@ -89,10 +69,14 @@ class Decoder(nn.Module):
         shared_table: LogicalParameter | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.stage, self.recompute = config, stage, recompute
-        size, hidden, std = config.vocab_size, config.hidden, config.init_std
+        self.config = config
+        self.stage = stage
+        self.recompute = recompute
+        vocab_size, hidden = config.vocab_size, config.hidden
+        tables: list[LogicalParameter] = []
         if stage.has_embedding:
-            self.embedding = VocabParallelEmbedding("embedding", size, hidden, context, std=std)
+            self.embedding = VocabParallelEmbedding("embedding", vocab_size, hidden, context, std=config.init_std)
+            tables.append(self.embedding.weight)
         self.blocks = nn.ModuleDict(
             {
                 str(index): Block(index, config, context, keep_documents_apart=keep_documents_apart)
@@ -105,19 +89,22 @@ class Decoder(nn.Module):
                     mixer.recompute_core = True
         if stage.has_head:
             self.final_norm = make_norm("final_norm", config, context)
-            if config.tied_embeddings and stage.has_embedding:
-                weight = self.embedding.weight
-            elif config.tied_embeddings and shared_table is not None:
-                weight = shared_table
-            elif config.tied_embeddings:
-                weight = vocab_table("embedding.weight", size, hidden, context, std=std, writes=False)
-            else:
-                weight = vocab_table("head.weight", size, hidden, context, std=std)
-            self.head = VocabParallelHead(size, hidden, weight, context)
+            self.head = VocabParallelHead(vocab_size, hidden, self._head_table(context, shared_table), context)
+            tables.append(self.head.weight)
         if config.tied_embeddings and tied_group is not None and tied_group.size > 1:
-            for module in (getattr(self, "embedding", None), getattr(self, "head", None)):
-                if module is not None:
-                    module.weight.tied_group = tied_group
+            for table in tables:
+                table.tied_group = tied_group
+
+    def _head_table(self, context: LayerContext, shared_table: LogicalParameter | None) -> LogicalParameter:
+        config = self.config
+        if config.tied_embeddings and self.stage.has_embedding:
+            return self.embedding.weight
+        if config.tied_embeddings and shared_table is not None:
+            return shared_table
+        name = "embedding.weight" if config.tied_embeddings else "head.weight"
+        return vocab_table(
+            name, config.vocab_size, config.hidden, context, std=config.init_std, writes=not config.tied_embeddings
+        )
 
     def forward(self, x: Tensor, address: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
         """Token ids `[B, S]` (first stage) or x_TD `[T/tp, D]` -> x_TD, or logits `[T, V/tp]` (last stage).
@@ -128,10 +115,7 @@ class Decoder(nn.Module):
         if self.stage.has_embedding:
             x = self.embedding(x)
         for block in self.blocks.values():
-            if self.recompute is Recompute.full and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, tokens)
+            x = run_recomputed(block, x, tokens, when=self.recompute is Recompute.full)
         if self.stage.has_head:
             x = self.head(self.final_norm(x), tokens)
         return x

@@ -1,7 +1,7 @@
 """Forward and backward of one global batch through pipeline stages, by `torch.distributed.pipelining`.
 
-One idea: the schedules are torch's, and the engine keeps to the four rules under which they were measured to equal one
-process bit for bit (torch 2.13):
+The schedules are torch's, and the engine keeps to the four rules under which they were measured to equal one process
+bit for bit (torch 2.13):
 
     static shapes           otherwise the first step runs an extra forward and backward, which noise and main_grad see
     dw_builder              zero-bubble schedules take the queued weight gradients of exactly the microbatch whose
@@ -11,14 +11,15 @@ process bit for bit (torch 2.13):
 
 Evaluation does not go through a schedule: one microbatch passes through the stages, forward only.
 
-This file sees modules, shapes and callables; it knows nothing of models or of what a GEMM is.
+Not here: models, or what a GEMM is. The engine sees modules, shapes and callables; whether linears defer their weight
+gradients was decided when they were made (by the same `ScheduleRule.defers_wgrad`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ from megatron_fp4.pipeline.schedules import rank_of_stage, schedule_rule, stages
 Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[[Tensor, Tensor, float], Tensor]
 """(output of the last stage, labels, scale) -> FP32 scalar."""
+TakeWgrads = Callable[[], Callable[[], None]]
+"""Hands over the weight gradients that wait in one stage now, as a function that computes them."""
 
 
 class Microbatch(Protocol):
@@ -49,17 +52,6 @@ class Microbatch(Protocol):
     def documents(self) -> Tensor: ...
 
 
-class WgradSwitch(NamedTuple):
-    """Controls the deferred weight gradients of one stage.
-
-    enable(True): the stage's linears queue their weight gradients instead of computing them. take(): hands over what is
-    queued now, as a function that computes it.
-    """
-
-    enable: Callable[[bool], None]
-    take: Callable[[], Callable[[], None]]
-
-
 @dataclass(frozen=True)
 class StageShapes:
     """Static shapes of a microbatch. hidden: `(T/tp, D)` between stages. output: of the last stage, `(T, V/tp)`."""
@@ -71,17 +63,17 @@ class StageShapes:
 
 
 class PipelineEngine(Generic[Module]):
-    """Runs this rank's stages over microbatches; the interface of `train.step.Engine`.
+    """Runs this rank's stages over microbatches; the interface of `train.engine.Engine`.
 
-    modules: this rank's stages, in the order of `stages_of_rank`. wgrads: one switch per stage. The number of
-    microbatches may change between steps (a batch-size ramp); `train` raises ValueError (from torch) for one that
-    `schedules.check_pipeline` would have refused.
+    modules: this rank's stages, in the order of `stages_of_rank`. take_wgrads: one per stage if the schedule defers
+    weight gradients, else none. The number of microbatches may change between steps (a batch-size ramp); `train` raises
+    ValueError (from torch) for one that `schedules.check_pipeline` would have refused.
     """
 
     def __init__(
         self,
         modules: Sequence[Module],
-        wgrads: Sequence[WgradSwitch],
+        take_wgrads: Sequence[TakeWgrads],
         loss: Loss,
         shapes: StageShapes,
         config: ParallelConfig,
@@ -91,20 +83,24 @@ class PipelineEngine(Generic[Module]):
         self.stages = list(modules)
         self._numbers = stages_of_rank(pp.rank, config)
         self._last = config.pp * stages_per_rank(config) - 1
-        assert len(self.stages) == len(wgrads) == len(self._numbers), f"{len(self.stages)} stages, {self._numbers}"
+        self._rule = schedule_rule(config.schedule)
+        assert len(self.stages) == len(self._numbers), f"{len(self.stages)} stages, {self._numbers}"
+        assert len(take_wgrads) == (len(self.stages) if self._rule.defers_wgrad else 0), f"{len(take_wgrads)} queues"
         self.reports_loss = self._last in self._numbers
-        self._loss, self._shapes, self._config = loss, shapes, config
-        self._pp, self._device, self._num_microbatches = pp, device, 0
+        self._take_wgrads = list(take_wgrads)
+        self._loss = loss
+        self._shapes = shapes
+        self._config = config
+        self._pp = pp
+        self._device = device
+        self._num_microbatches = 0
         self._scale = 1.0
-        self._rule, self._wgrads = schedule_rule(config.schedule), list(wgrads)
-        for wgrad in wgrads:
-            wgrad.enable(self._rule.defers_wgrad)
         self._schedule: Any = None
 
     def train(
         self, microbatches: Sequence[Microbatch], scale: float, before_last_backward: Callable[[], None]
     ) -> Tensor:
-        """See `train.step.Engine`. before_last_backward is called before the schedule begins: microbatches overlap."""
+        """As `train.engine.Engine` says, but before_last_backward is called first of all: microbatches overlap."""
         if len(microbatches) != self._num_microbatches:
             self._num_microbatches = len(microbatches)
             self._schedule = self._make_schedule()
@@ -113,8 +109,8 @@ class PipelineEngine(Generic[Module]):
         losses: list[Tensor] = []
         first = (_joined(microbatches, "tokens"),) if 0 in self._numbers else ()
         target = _joined(microbatches, "labels") if self.reports_loss else None
-        beside = {name: _joined(microbatches, name) for name in ("address", "positions", "documents")}
-        self._schedule.step(*first, target=target, losses=losses, return_outputs=False, **beside)
+        every_stage = {name: _joined(microbatches, name) for name in ("address", "positions", "documents")}
+        self._schedule.step(*first, target=target, losses=losses, return_outputs=False, **every_stage)
         total = torch.zeros((), device=self._device)
         for loss in losses:
             total += loss.detach()
@@ -159,17 +155,15 @@ class PipelineEngine(Generic[Module]):
         """torch's schedule with new stages, which hold the receive buffers of as many microbatches."""
         rule = self._rule
         stages = [
-            self._make_stage(number, module, wgrad.take if rule.defers_wgrad else None)
-            for number, module, wgrad in zip(self._numbers, self.stages, self._wgrads, strict=True)
+            self._make_stage(number, module, self._take_wgrads[index] if rule.defers_wgrad else None)
+            for index, (number, module) in enumerate(zip(self._numbers, self.stages, strict=True))
         ]
         one_stage = rule.stages == 1 and not rule.and_more
         return rule.factory(
             stages[0] if one_stage else stages, self._num_microbatches, loss_fn=self._scaled_loss, scale_grads=False
         )
 
-    def _make_stage(
-        self, number: int, module: nn.Module, take: Callable[[], Callable[[], None]] | None
-    ) -> PipelineStage:
+    def _make_stage(self, number: int, module: nn.Module, take_wgrads: TakeWgrads | None) -> PipelineStage:
         shapes, last = self._shapes, number == self._last
 
         def example(shape: tuple[int, ...]) -> Tensor:
@@ -184,7 +178,7 @@ class PipelineEngine(Generic[Module]):
             input_args=ids if number == 0 else example(shapes.hidden),
             output_args=example(shapes.output if last else shapes.hidden),
             group=self._pp.process_group,
-            dw_builder=take,
+            dw_builder=take_wgrads,
         )
 
 

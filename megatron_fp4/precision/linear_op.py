@@ -125,10 +125,10 @@ def _weight_gradient(call: _Call, weight: Tensor, dy: QuantizedOperand, x: Quant
         if grad_ready is not None:
             grad_ready()
 
-    if call.queue is not None and call.queue.enabled:
-        call.queue.put(compute)
-    else:
+    if call.queue is None:
         compute()
+    else:
+        call.queue.put(compute)
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -15,12 +14,11 @@ class WgradPlan(Enum):
     deferred = "deferred"  # when the pipeline schedule has time for it (zero bubble): the queue of the stage
 
 
-@dataclass(eq=False)
 class WgradQueue:
-    """Weight gradients that are computed later. Those of a queue that is not `enabled` are computed at once."""
+    """Weight gradients that are computed later."""
 
-    enabled: bool = False
-    _waiting: list[Callable[[], None]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
 
     def put(self, compute: Callable[[], None]) -> None:
         self._waiting.append(compute)

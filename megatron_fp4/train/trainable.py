@@ -20,9 +20,9 @@ from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.models.partition import split_stages
 from megatron_fp4.optim import Zero1AdamW
-from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, WgradSwitch
+from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
-from megatron_fp4.precision import Backend, StepClock, WgradQueue
+from megatron_fp4.precision import Backend, StepClock, WgradPlan
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine, LocalEngine, TokenLoss
@@ -44,8 +44,8 @@ def build_trainable(
     clock = StepClock(config.train.seed)
     dtype = config.precision.compute_dtype.torch_dtype
     numbers = stages_of_rank(mesh.pp.rank, config.parallel)
-    overlap = mesh.tp.size > 1 and config.parallel.overlap_tensor.enabled(device.type)
-    contexts = [LayerContext.of(mesh, backend, clock, dtype, device, overlap=overlap) for _ in numbers]
+    wgrad = _wgrad_plan(config, device)
+    contexts = [LayerContext.of(mesh, backend, clock, dtype, device, wgrad=wgrad) for _ in numbers]
     tied = config.model.tied_embeddings and not schedule_rule(config.parallel.schedule).v_shaped
     tied_group = build_ends_group(config.parallel, mesh.world) if tied and config.parallel.pp > 1 else None
     stages = _make_stages(config, numbers, contexts, tied_group)
@@ -65,7 +65,7 @@ def build_trainable(
         return Trainable(clock, LocalEngine(stages[0], loss), optimizer)
     engine = PipelineEngine(
         stages,
-        [_switch(context.queue) for context in contexts],
+        [context.queue.take for context in contexts if context.queue is not None],
         loss,
         _shapes(config, mesh),
         config.parallel,
@@ -104,11 +104,13 @@ def _make_stages(
     return stages
 
 
-def _switch(queue: WgradQueue) -> WgradSwitch:
-    def enable(on: bool) -> None:
-        queue.enabled = on
-
-    return WgradSwitch(enable, queue.take)
+def _wgrad_plan(config: RunConfig, device: torch.device) -> WgradPlan:
+    """In the bubbles of the schedule if it has a use for them, else beside the sends of tensor parallelism."""
+    parallel = config.parallel
+    if parallel.pp > 1 and schedule_rule(parallel.schedule).defers_wgrad:
+        return WgradPlan.deferred
+    overlap = parallel.tp > 1 and parallel.overlap_tensor.enabled(device.type)
+    return WgradPlan.while_scattering if overlap else WgradPlan.now
 
 
 def _shapes(config: RunConfig, mesh: ParallelMesh) -> StageShapes:

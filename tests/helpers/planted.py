@@ -63,8 +63,8 @@ def summed_twice() -> Iterator[None]:
 def rows_kept() -> Iterator[None]:
     """The backward of a sequence-parallel gather keeps this rank's rows instead of summing those of all."""
 
-    def keeps(x: Tensor, group: Group, *while_sending: Any) -> Tensor:
-        whole = right(x, group, *while_sending)
+    def keeps(x: Tensor, group: Group, **options: Any) -> Tensor:
+        whole = right(x, group, **options)
         parts = enumerate(whole.detach().chunk(group.size))
         return torch.cat([x if rank == group.rank else part for rank, part in parts])
 

@@ -177,7 +177,7 @@ def test_evaluation(schedule: str) -> None:
 
 def test_taking_separates_microbatches() -> None:
     """A drain that also ran the next microbatch's weight gradients would hold up the pipeline and its memory."""
-    queue, done = WgradQueue(enabled=True), []
+    queue, done = WgradQueue(), []
     queue.put(lambda: done.append("first"))
     first = queue.take()
     queue.put(lambda: done.append("second"))

@@ -30,7 +30,7 @@ from megatron_fp4.layers.mamba.convolution import causal_conv
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.layers.mamba.ssd import document_starts, ssd_scan
 from megatron_fp4.layers.parameter import constant_init, make_parameter, sharded_vector, uniform_init
-from megatron_fp4.layers.recompute import run_core
+from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.numerics.random import key_of, uniform
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
@@ -103,7 +103,7 @@ class Mamba2(nn.Module):
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         projected_TW = widen(self.in_proj(x_TD, tokens))
-        gated_TI = run_core(self._core, projected_TW, tokens, recompute=True)
+        gated_TI = run_recomputed(self._core, projected_TW, tokens, when=True)
         return self.out_proj(gated_TI.to(x_TD.dtype), tokens)
 
     def _core(self, projected_TW: Tensor, tokens: Tokens) -> Tensor:
