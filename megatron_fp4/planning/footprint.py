@@ -34,6 +34,7 @@ from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import Kernels, SizedBackend, by_torch, cross_entropy_of, use_fused_norms
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.spec import LinearPrecision
+from megatron_fp4.precision.wgrad import WgradPlan
 
 # Of a model of three blocks: the one in the middle; the embedding alone; final norm and head alone.
 BLOCK = StageRange(1, 2, 3)
@@ -120,9 +121,7 @@ def _footprint(
     """The stage is run on the first rank, which holds the remainder of an uneven vocabulary."""
     meta, backend = torch.device("meta"), SizedBackend(settings.backend, on_gpu=settings.on_gpu)
     mesh = draw_mesh(ParallelConfig(tp=settings.tp, cp=settings.cp, dp=1), settings.tp * settings.cp, rank=0)
-    overlap = settings.on_gpu and settings.tp > 1
-    context = LayerContext.of(mesh, backend, StepClock(0), settings.dtype, meta, overlap=overlap)
-    context.queue.enabled = settings.defers_wgrad
+    context = LayerContext.of(mesh, backend, StepClock(0), settings.dtype, meta, wgrad=_wgrad_plan(settings))
     model = Decoder(
         by_torch(config),
         context,
@@ -147,7 +146,14 @@ def _footprint(
         return cross_entropy(output, ids.reshape(-1)).sum() if stage.has_head else output
 
     with Kernels(on_gpu=settings.on_gpu):
-        return _count(forward, context.queue.drain, hidden)
+        return _count(forward, context.queue.drain if context.queue else lambda: None, hidden)
+
+
+def _wgrad_plan(settings: RankSettings) -> WgradPlan:
+    """As a run chooses it, with the overlap that is on under CUDA."""
+    if settings.defers_wgrad:
+        return WgradPlan.deferred
+    return WgradPlan.while_scattering if settings.on_gpu and settings.tp > 1 else WgradPlan.now
 
 
 def _drop_grad(parameter: Tensor) -> None:
