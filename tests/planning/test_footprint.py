@@ -26,6 +26,7 @@ from megatron_fp4.planning.footprint import LiveBytes, stage_footprint
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.precision import EmulatedBackend, StepClock
 from megatron_fp4.precision.config import BackendName
+from megatron_fp4.precision.wgrad import WgradPlan
 from megatron_fp4.train.engine import TokenLoss
 from tests.helpers.distributed import mesh_for, run_distributed
 from tests.models.test_count import load
@@ -38,8 +39,8 @@ def real_forward(
     config: ModelConfig, mesh: ParallelMesh, settings: RankSettings, *, defers_wgrad: bool = False
 ) -> tuple[Callable[[], Tensor], list[Tensor], LayerContext]:
     """A forward pass with its loss on the CPU, that has run once; the tensors that existed before it; its context."""
-    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), settings.dtype, torch.device("cpu"))
-    context.queue.enabled = defers_wgrad
+    wgrad = WgradPlan.deferred if defers_wgrad else WgradPlan.now
+    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), settings.dtype, torch.device("cpu"), wgrad=wgrad)
     model = Decoder(
         config,
         context,
@@ -131,6 +132,7 @@ def test_deferred_weight_gradients() -> None:
     with LiveBytes() as live:
         forward().backward()
         waiting = live.now
+        assert context.queue is not None
         context.queue.drain()
         assert live.now == 0
     assert planned(config, settings).deferred == waiting > 0
