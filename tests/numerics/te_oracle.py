@@ -25,15 +25,15 @@ _FOLDER = "transformer_engine/pytorch/custom_recipes"
 def _wheel() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path(tempfile.gettempdir()))) / "megatron_fp4_test_oracle"
     folder.mkdir(parents=True, exist_ok=True)
-    found = sorted(folder.glob(f"transformer_engine-{VERSION}-*.whl"))
-    if found:
-        return found[0]
+    wheels = sorted(folder.glob(f"transformer_engine-{VERSION}-*.whl"))
+    if wheels:
+        return wheels[0]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder)]
     done = subprocess.run([*command, f"transformer-engine=={VERSION}"], capture_output=True, text=True, timeout=120)
-    found = sorted(folder.glob(f"transformer_engine-{VERSION}-*.whl"))
-    if done.returncode or not found:
+    wheels = sorted(folder.glob(f"transformer_engine-{VERSION}-*.whl"))
+    if done.returncode or not wheels:
         raise OSError(f"pip download of transformer-engine=={VERSION} failed:\n{done.stderr[-600:]}")
-    return found[0]
+    return wheels[0]
 
 
 def _module(name: str, source: str, **stubs: Any) -> types.ModuleType:

@@ -129,8 +129,8 @@ def test_quantizing_what_was_dequantized_changes_nothing(seed: int, tile: tuple[
     """Values that lie on the grid must stay there: amax is kept, so the same grid is chosen again."""
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
     first = quantize_nvfp4(x, tile=tile)
-    again = quantize_nvfp4(first.dequantize(torch.float32), tile=tile, amax=first.amax)
-    assert torch.equal(again.dequantize(torch.float64), first.dequantize(torch.float64))
+    second = quantize_nvfp4(first.dequantize(torch.float32), tile=tile, amax=first.amax)
+    assert torch.equal(second.dequantize(torch.float64), first.dequantize(torch.float64))
 
 
 @given(st.integers(0, 2**31))

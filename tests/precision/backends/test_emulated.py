@@ -198,8 +198,8 @@ def test_noise_and_signs_follow_the_step(x: Tensor) -> None:
     """Equal steps must repeat (recompute, resume); different steps must not reuse the same noise."""
     backend = EmulatedBackend()
     copy = Copy("dgrad", Operand(N4, rounding=Rounding.sr), 1)
-    first, again, later = (values(backend.quantize(x, origin(x, step), [copy])[0], backend) for step in (3, 3, 4))
-    assert torch.equal(first, again)
+    first, repeated, later = (values(backend.quantize(x, origin(x, step), [copy])[0], backend) for step in (3, 3, 4))
+    assert torch.equal(first, repeated)
     assert not torch.equal(first, later)
 
 

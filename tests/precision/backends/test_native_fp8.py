@@ -69,10 +69,10 @@ def checked_mm(
 ) -> Tensor:
     on_meta = [tensor.to("meta") for tensor in (a, b, scale_a, scale_b)]
     assert [t.stride() for t in on_meta] == [t.stride() for t in (a, b, scale_a, scale_b)]
-    made = scaled_mm(on_meta[0], on_meta[1], on_meta[2], how_a, on_meta[3], how_b, **options)
+    shape_and_type = scaled_mm(on_meta[0], on_meta[1], on_meta[2], how_a, on_meta[3], how_b, **options)
     out = decode(a, scale_a, how_a) @ decode(b.T, scale_b, how_b).T
-    assert made.shape == out.shape
-    return out.to(made.dtype)
+    assert shape_and_type.shape == out.shape
+    return out.to(shape_and_type.dtype)
 
 
 @pytest.fixture

@@ -51,13 +51,13 @@ def modules(name: str, tensors: Results, **settings: Any) -> list[Any]:
     """Real `te.Linear` modules with the weights of the case."""
     import transformer_engine.pytorch as te
 
-    case, made = te_cases.CASES[name], []
+    case, modules = te_cases.CASES[name], []
     for index, (linear, layer) in enumerate(zip(te_cases.names(case), case.layers, strict=True)):
-        made.append(
+        modules.append(
             te.Linear(layer.K, layer.N, bias=False, params_dtype=torch.bfloat16, device="cpu", name=linear, **settings)
         )
-        made[-1].weight.data.copy_(tensors[f"w{index}"])
-    return made
+        modules[-1].weight.data.copy_(tensors[f"w{index}"])
+    return modules
 
 
 def through_modules(name: str, tensors: Results, recipe: Any) -> Results:
@@ -71,13 +71,13 @@ def through_modules(name: str, tensors: Results, recipe: Any) -> Results:
 
 def unequal(what: str, theirs: Results, ours: Results) -> list[str]:
     """Prints one line; returns one per tensor that differs."""
-    found = [
+    mismatches = [
         f"{key}: {int((ours[key] != theirs[key]).sum())} of {ours[key].numel()} elements"
         for key in ours
         if not torch.equal(ours[key], theirs[key])
     ]
-    print(f"  {what}: {'; '.join(found) or 'bit for bit: ' + ', '.join(ours)}")
-    return [f"{what}: {text}" for text in found]
+    print(f"  {what}: {'; '.join(mismatches) or 'bit for bit: ' + ', '.join(ours)}")
+    return [f"{what}: {text}" for text in mismatches]
 
 
 def check_case(name: str) -> tuple[list[str], Results]:
@@ -160,14 +160,14 @@ def main() -> int:
     print("2. stacks of linears:")
     stored: Results = {}
     for name in te_cases.CASES:
-        found, results = check_case(name)
-        wrong += found
+        mismatches, results = check_case(name)
+        wrong += mismatches
         stored |= {f"{name}/{key}": value for key, value in results.items()}
     print("3. phases and accumulation:")
     wrong += check_phases() + check_main_grad()
     print("4. two tensor-parallel ranks:")
-    found, results = check_tensor_parallel()
-    wrong += found
+    mismatches, results = check_tensor_parallel()
+    wrong += mismatches
     if "--save" in sys.argv:
         bits = {key: value.view(torch.int16).numpy().view(np.uint16) for key, value in (stored | results).items()}
         np.savez_compressed(sys.argv[sys.argv.index("--save") + 1], **bits)  # type: ignore[arg-type]

@@ -66,13 +66,13 @@ def compare_all(name: str, plan: PrecisionPlan, recipe: Any, backend: Transforme
     wrong = []
     rows = {row.precision: row for row in plan.table().rows}.values()
     for row in rows:
-        made = real_quantizers(recipe, row.name)
+        quantizers = real_quantizers(recipe, row.name)
         for tensor in TENSORS:
             operands = directions(row.precision, tensor)
-            found = compare(made[tensor], *operands)
+            reasons = compare(quantizers[tensor], *operands)
             for part, operand in backend_quantizers(backend, *operands):
-                found += [f"backend: {text}" for text in differences(part, operand)]
-            wrong += [f"{row.name} {tensor}: {text}" for text in found]
+                reasons += [f"backend: {text}" for text in differences(part, operand)]
+            wrong += [f"{row.name} {tensor}: {text}" for text in reasons]
     print(f"  {name}: {type(recipe).__name__}, {len(rows)} precisions, {len(wrong)} differences")
     return [f"{name}: {line}" for line in wrong]
 
@@ -81,14 +81,14 @@ def real_quantizers(recipe: Any, linear: str) -> dict[str, Any]:
     """The quantizers that a `te.Linear` of this name gets, made by Transformer Engine."""
     from transformer_engine.pytorch.quantization import QuantizerRole, RecipeState
 
-    made = {}
+    quantizers = {}
     for mode, tensors in (("forward", ("input", "weight", "output")), ("backward", ("grad_output", "grad_input"))):
         roles = [QuantizerRole("linear", tensor, linear) for tensor in tensors]
         state = RecipeState.create(
             recipe, mode=mode, num_quantizers=len(roles), roles=roles, device=torch.device("cpu")
         )
-        made.update(zip(tensors, state.make_quantizers(), strict=True))
-    return made
+        quantizers.update(zip(tensors, state.make_quantizers(), strict=True))
+    return quantizers
 
 
 def compare(quantizer: Any, row: Operand, column: Operand) -> list[str]:
@@ -103,8 +103,8 @@ def compare(quantizer: Any, row: Operand, column: Operand) -> list[str]:
 
 def differences(quantizer: Any, operand: Operand) -> list[str]:
     asked = attributes(operand)
-    found = {key: getattr(quantizer, key, "absent") for key in asked} | {"class": type(quantizer).__name__}
-    return [f"{key} is {found[key]}, not {asked[key]}" for key in asked if found[key] != asked[key]]
+    actual = {key: getattr(quantizer, key, "absent") for key in asked} | {"class": type(quantizer).__name__}
+    return [f"{key} is {actual[key]}, not {asked[key]}" for key in asked if actual[key] != asked[key]]
 
 
 def backend_quantizers(backend: TransformerEngineBackend, row: Operand, column: Operand) -> list[tuple[Any, Operand]]:

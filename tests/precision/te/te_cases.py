@@ -115,11 +115,11 @@ def inputs(name: str) -> dict[str, Tensor]:
     case = CASES[name]
     shapes = {"x": (case.tokens, case.layers[0].K), "dy": (case.tokens, case.layers[-1].N)}
     shapes |= {f"w{index}": (layer.N, layer.K) for index, layer in enumerate(case.layers)}
-    made = {}
+    tensors = {}
     for tensor, shape in shapes.items():
         z = normal(key_of("te_cases", name, tensor), *(torch.arange(size) for size in shape))
-        made[tensor] = (z * case.scale(z) * (shape[1] ** -0.5 if tensor.startswith("w") else 1.0)).bfloat16()
-    return made
+        tensors[tensor] = (z * case.scale(z) * (shape[1] ** -0.5 if tensor.startswith("w") else 1.0)).bfloat16()
+    return tensors
 
 
 def plan(name: str, *switches: Switch) -> PrecisionPlan:

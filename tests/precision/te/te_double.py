@@ -103,27 +103,27 @@ class NVFP4Quantizer(Quantizer):
         assert tensor.dtype == torch.bfloat16
         if tensor.shape[0] % 16 or tensor.shape[1] % 16:
             raise RuntimeError(f"shape {tuple(tensor.shape)} is not a multiple of 16")
-        made = self._reference.quantize(tensor)
+        result = self._reference.quantize(tensor)
         return NVFP4TensorStorage(
-            **nvfp4_tensors(made, self.rowwise_usage, self.columnwise_usage),
+            **nvfp4_tensors(result, self.rowwise_usage, self.columnwise_usage),
             fp4_dtype="kFloat4E2M1",
             quantizer=self,
             with_gemm_swizzled_scales=False,
             fake_dtype=tensor.dtype,
-            nvfp4_use_4over6=made.nvfp4_use_4over6,
-            nvfp4_e4m3_max=made.nvfp4_e4m3_max,
+            nvfp4_use_4over6=result.nvfp4_use_4over6,
+            nvfp4_e4m3_max=result.nvfp4_e4m3_max,
         )
 
 
-def nvfp4_tensors(made: Any, row: bool, column: bool) -> dict[str, Tensor | None]:
+def nvfp4_tensors(result: Any, row: bool, column: bool) -> dict[str, Tensor | None]:
     """The tensors of a storage object, from a result of TE's reference quantizer."""
     return {
-        "rowwise_data": made.data if row else None,
-        "rowwise_scale_inv": _padded(made.scale) if row else None,
-        "columnwise_data": made.data_t if column else None,
-        "columnwise_scale_inv": _padded(made.scale_t) if column else None,
-        "amax_rowwise": made.global_amax_row if row else None,
-        "amax_columnwise": made.global_amax_col if column else None,
+        "rowwise_data": result.data if row else None,
+        "rowwise_scale_inv": _padded(result.scale) if row else None,
+        "columnwise_data": result.data_t if column else None,
+        "columnwise_scale_inv": _padded(result.scale_t) if column else None,
+        "amax_rowwise": result.global_amax_row if row else None,
+        "amax_columnwise": result.global_amax_col if column else None,
     }
 
 
@@ -155,9 +155,11 @@ class MXFP8Quantizer(Quantizer):
 
     def __call__(self, tensor: Tensor) -> MXFP8TensorStorage:
         """Column-wise data and scales keep the layout of the tensor (nvfp4's are transposed)."""
-        made = [quantize_power_of_two(x, element="e4m3", tile=(1, 32)) for x in (tensor, tensor.T.contiguous())]
-        codes = [made[0].codes.view(torch.uint8), made[1].codes.view(torch.uint8).T.contiguous()]
-        scales = [_padded(made[0].scales), _padded(made[1].scales).T.contiguous()]
+        along, across = (
+            quantize_power_of_two(x, element="e4m3", tile=(1, 32)) for x in (tensor, tensor.T.contiguous())
+        )
+        codes = [along.codes.view(torch.uint8), across.codes.view(torch.uint8).T.contiguous()]
+        scales = [_padded(along.scales), _padded(across.scales).T.contiguous()]
         row, column = self.rowwise_usage, self.columnwise_usage
         return MXFP8TensorStorage(
             codes[0] if row else None,
@@ -325,18 +327,18 @@ def modules(version: str = VERSION, **replaced: Any) -> dict[str, types.ModuleTy
         "NVFP4QuantizerRef": reference.NVFP4QuantizerRef,
         "Fp4Formats": reference.reference_utils.Fp4Formats,
     }
-    made: dict[str, types.ModuleType] = {}
+    packages: dict[str, types.ModuleType] = {}
     for name in ("transformer_engine", "transformer_engine_torch"):
-        made[name] = types.ModuleType(name)
-    made["transformer_engine"].__dict__["__version__"] = version
-    made["transformer_engine"].__path__ = []
-    made["transformer_engine_torch"].__dict__["DType"] = types.SimpleNamespace(kFloat8E4M3="kFloat8E4M3")
+        packages[name] = types.ModuleType(name)
+    packages["transformer_engine"].__dict__["__version__"] = version
+    packages["transformer_engine"].__path__ = []
+    packages["transformer_engine_torch"].__dict__["DType"] = types.SimpleNamespace(kFloat8E4M3="kFloat8E4M3")
     for name, (place, *_) in SYMBOLS.items():
-        module = made.setdefault(f"transformer_engine.{place}", types.ModuleType(f"transformer_engine.{place}"))
+        module = packages.setdefault(f"transformer_engine.{place}", types.ModuleType(f"transformer_engine.{place}"))
         symbol = replaced[name] if name in replaced else globals().get(name, from_reference.get(name))
         if symbol is not None:
             module.__dict__[name] = symbol
-    return made
+    return packages
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str = VERSION, **replaced: Any) -> None:

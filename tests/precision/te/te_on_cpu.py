@@ -45,13 +45,13 @@ def patch_cuda() -> None:
 
 
 def _on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def made(*args: Any, **kwargs: Any) -> Tensor:
+    def make_on_cpu(*args: Any, **kwargs: Any) -> Tensor:
         device = kwargs.get("device")
         if device is not None and (isinstance(device, int) or "cuda" in str(device)):
             kwargs["device"] = "cpu"
         return make(*args, **kwargs)
 
-    return made
+    return make_on_cpu
 
 
 def patch_kernels() -> None:
@@ -83,7 +83,7 @@ def _quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = No
     reference = reference_nvfp4.NVFP4QuantizerRef
     if quantizer.with_amax_reduction:
         reference = _with_amax_over(quantizer.amax_reduction_group, reference)
-    made = reference(
+    quantized = reference(
         reference_utils.Fp4Formats.E2M1,
         rowwise=quantizer.rowwise_usage,
         columnwise=quantizer.columnwise_usage,
@@ -94,7 +94,7 @@ def _quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = No
         nvfp4_e4m3_max=quantizer.nvfp4_e4m3_max,
         nvfp4_4over6_err_mode=quantizer.nvfp4_4over6_err_mode,
     ).quantize(flat)
-    tensors = nvfp4_tensors(made, quantizer.rowwise_usage, quantizer.columnwise_usage)
+    tensors = nvfp4_tensors(quantized, quantizer.rowwise_usage, quantizer.columnwise_usage)
     if output is not None:
         for name, value in tensors.items():
             setattr(output, f"_{name}", value)

@@ -79,12 +79,12 @@ def parameters(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str | None]:
         if init is None:  # a dataclass: its annotated fields
             fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
             return {ast.unparse(f.target): ast.unparse(f.value) if f.value else None for f in fields}
-        found = parameters(init)
-        return {name: default for name, default in found.items() if name not in ("self", "cls")}
+        taken = parameters(init)
+        return {name: default for name, default in taken.items() if name not in ("self", "cls")}
     args = node.args
-    plain = [*args.posonlyargs, *args.args]
-    defaults: list[ast.expr | None] = [*[None] * (len(plain) - len(args.defaults)), *args.defaults]
-    pairs = [*zip(plain, defaults, strict=True), *zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    positional = [*args.posonlyargs, *args.args]
+    defaults: list[ast.expr | None] = [*[None] * (len(positional) - len(args.defaults)), *args.defaults]
+    pairs = [*zip(positional, defaults, strict=True), *zip(args.kwonlyargs, args.kw_defaults, strict=True)]
     return {arg.arg: ast.unparse(default) if default is not None else None for arg, default in pairs}
 
 

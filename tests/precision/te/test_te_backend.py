@@ -84,8 +84,8 @@ def test_the_double_has_the_signatures_of_the_real_one() -> None:
     for name, module in SYMBOLS_OF_DOUBLE.items():
         node = find(te_double.VERSION, module, name)
         assert node is not None
-        mine = list(inspect.signature(getattr(te_double, name)).parameters)
-        assert mine == list(parameters(node)), f"{name}: the double accepts what Transformer Engine does not"
+        accepted = list(inspect.signature(getattr(te_double, name)).parameters)
+        assert accepted == list(parameters(node)), f"{name}: the double accepts what Transformer Engine does not"
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_operands_equal_the_reference_backend(monkeypatch: pytest.MonkeyPatch, p
     ours = prepare(ReferenceBackend(), precision)
     for name, wanted in copies(precision).items():
         for copy, a, b in zip(wanted, theirs[name], ours[name], strict=True):
-            found = first_mismatch(te_parts(a, copy), reference_parts(b), copy)
-            assert found is None, f"{copy.gemm}.{name} is not the operand that is emulated: {found}"
+            mismatch = first_mismatch(te_parts(a, copy), reference_parts(b), copy)
+            assert mismatch is None, f"{copy.gemm}.{name} is not the operand that is emulated: {mismatch}"
 
 
 def test_four_over_six_equals_the_reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,39 +117,39 @@ def test_four_over_six_equals_the_reference_backend(monkeypatch: pytest.MonkeyPa
         prepare(ReferenceBackend(), precision),
     )
     copy = copies(precision)["w"][0]
-    found = first_mismatch(te_parts(theirs["w"][0], copy), reference_parts(ours["w"][0]), copy)
-    assert found is None, f"bound or error measure is not handed over: {found}"
+    mismatch = first_mismatch(te_parts(theirs["w"][0], copy), reference_parts(ours["w"][0]), copy)
+    assert mismatch is None, f"bound or error measure is not handed over: {mismatch}"
 
 
 def test_products_are_those_of_the_emulation(te: TransformerEngineBackend) -> None:
     theirs, ours, emulated = prepare(te), prepare(EmulatedBackend()), EmulatedBackend()
     pairs = {"fprop": (("x", 0), ("w", 0)), "dgrad": (("dy", 0), ("w", 1)), "wgrad": (("dy", 1), ("x", 1))}
     for gemm, ((a, i), (b, j)) in pairs.items():
-        mine = te.matmul(theirs[a][i], theirs[b][j], out_dtype=torch.float32)
+        product = te.matmul(theirs[a][i], theirs[b][j], out_dtype=torch.float32)
         want = emulated.matmul(ours[a][i], ours[b][j], out_dtype=torch.float32)
-        assert mine.shape == want.shape, f"{gemm}: the GEMM layout is wrong"
-        torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5 * want.abs().max().item(), msg=f"{gemm}: alpha")
+        assert product.shape == want.shape, f"{gemm}: the GEMM layout is wrong"
+        torch.testing.assert_close(product, want, rtol=1e-5, atol=1e-5 * want.abs().max().item(), msg=f"{gemm}: alpha")
 
 
 def test_wgrad_accumulates_inside_the_gemm(te: TransformerEngineBackend) -> None:
-    made = prepare(te)
-    once = te.matmul(made["dy"][1], made["x"][1], out_dtype=torch.float32)
+    operands = prepare(te)
+    once = te.matmul(operands["dy"][1], operands["x"][1], out_dtype=torch.float32)
     total = torch.ones(N, K)
-    result = te.matmul(made["dy"][1], made["x"][1], out_dtype=torch.float32, accumulate_into=total)
+    result = te.matmul(operands["dy"][1], operands["x"][1], out_dtype=torch.float32, accumulate_into=total)
     assert result is total, "main_grad must be the output of the GEMM itself"
     assert torch.equal(total, once + 1)
     narrow = torch.ones(N, K)
-    te.matmul(made["dy"][1], made["x"][1], out_dtype=torch.bfloat16, accumulate_into=narrow)
+    te.matmul(operands["dy"][1], operands["x"][1], out_dtype=torch.bfloat16, accumulate_into=narrow)
     assert torch.equal(narrow, once.bfloat16().float() + 1), "wgrad_output: compute rounds once, then adds in FP32"
 
 
 def test_both_copies_come_from_one_call(te: TransformerEngineBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[bool, bool]] = []
-    plain = te_double.NVFP4Quantizer.__call__
+    original = te_double.NVFP4Quantizer.__call__
 
     def counted(self: Any, x: Tensor) -> Any:
         calls.append((self.rowwise_usage, self.columnwise_usage))
-        return plain(self, x)
+        return original(self, x)
 
     monkeypatch.setattr(te_double.NVFP4Quantizer, "__call__", counted)
     prepare(te)
@@ -168,11 +168,11 @@ def test_a_copy_keeps_only_its_own_direction(te: TransformerEngineBackend) -> No
 
 
 def test_saved_tensors_can_be_put_back(te: TransformerEngineBackend) -> None:
-    made = prepare(te)
-    column = made["x"][1]
-    again = column.with_tensors(()).with_tensors([t.clone() for t in column.tensors])
-    a = te.matmul(made["dy"][1], column, out_dtype=torch.float32)
-    assert torch.equal(a, te.matmul(made["dy"][1], again, out_dtype=torch.float32))
+    operands = prepare(te)
+    column = operands["x"][1]
+    restored = column.with_tensors(()).with_tensors([t.clone() for t in column.tensors])
+    a = te.matmul(operands["dy"][1], column, out_dtype=torch.float32)
+    assert torch.equal(a, te.matmul(operands["dy"][1], restored, out_dtype=torch.float32))
 
 
 def test_directions_of_different_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,20 +180,20 @@ def test_directions_of_different_precision(monkeypatch: pytest.MonkeyPatch) -> N
     te_double.install(monkeypatch)
     precision = replace(RNE, fprop=Fprop())
     te = TransformerEngineBackend(config(precision))
-    made, ours = prepare(te, precision), prepare(EmulatedBackend(), precision)
-    y = te.matmul(made["x"][0], made["w"][0], out_dtype=torch.bfloat16)
+    operands, ours = prepare(te, precision), prepare(EmulatedBackend(), precision)
+    y = te.matmul(operands["x"][0], operands["w"][0], out_dtype=torch.bfloat16)
     assert torch.equal(y, EmulatedBackend().matmul(ours["x"][0], ours["w"][0], out_dtype=torch.bfloat16))
-    te.matmul(made["dy"][1], made["x"][1], out_dtype=torch.float32)
+    te.matmul(operands["dy"][1], operands["x"][1], out_dtype=torch.float32)
 
 
 def test_the_amax_group_is_that_of_the_source(te: TransformerEngineBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[Any] = []
-    plain = te_double.NVFP4Quantizer.__call__
+    original = te_double.NVFP4Quantizer.__call__
 
     def spied(self: Any, x: Tensor) -> Any:
         groups.append(self.amax_reduction_group if self.with_amax_reduction else None)
         self.with_amax_reduction, self.amax_reduction_group = False, None  # what 2.20 does after each call
-        return plain(self, x)
+        return original(self, x)
 
     monkeypatch.setattr(te_double.NVFP4Quantizer, "__call__", spied)
     x = tensor("x", T, K)
@@ -212,11 +212,11 @@ def test_mxfp8_copies_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, ours, emulated = prepare(te, precision), prepare(ReferenceBackend(), precision), EmulatedBackend()
     for name, wanted in copies(precision).items():
         for copy, a, b in zip(wanted, theirs[name], ours[name], strict=True):
-            found = first_mismatch(te_parts(a, copy), reference_parts(b), copy)
-            assert found is None, f"{copy.gemm}.{name}: column-wise MXFP8 is not transposed in TE: {found}"
+            mismatch = first_mismatch(te_parts(a, copy), reference_parts(b), copy)
+            assert mismatch is None, f"{copy.gemm}.{name}: column-wise MXFP8 is not transposed in TE: {mismatch}"
     dw = te.matmul(theirs["dy"][1], theirs["x"][1], out_dtype=torch.float32)
-    made = prepare(emulated, precision)
-    want = emulated.matmul(made["dy"][1], made["x"][1], out_dtype=torch.float32)
+    operands = prepare(emulated, precision)
+    want = emulated.matmul(operands["dy"][1], operands["x"][1], out_dtype=torch.float32)
     torch.testing.assert_close(dw, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
 
 

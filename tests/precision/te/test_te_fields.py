@@ -129,8 +129,8 @@ def by_backend(precision: LinearPrecision) -> list[Any]:
             if operand.quantized:
                 copies = [None, None]
                 copies[1 - along] = Copy("fprop", operand, along)  # type: ignore[call-overload]
-                made = backend._quantizer(*copies, group)
-                asked.append((*made.asked, made.with_amax_reduction))
+                quantizer = backend._quantizer(*copies, group)
+                asked.append((*quantizer.asked, quantizer.with_amax_reduction))
             else:
                 asked.append(())
     return asked

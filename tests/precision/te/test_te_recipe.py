@@ -79,8 +79,13 @@ def test_one_object_per_phase(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_phases(switched: PrecisionPlan) -> None:
     first, second = whole(switched, 0), whole(switched, 1)
-    for again in (whole(switched), whole(switched, 0), whole(switched, phase=0), whole(switched, 0, reference=False)):
-        assert first is again, "a new object each step would rebuild every quantizer"
+    for repeated in (
+        whole(switched),
+        whole(switched, 0),
+        whole(switched, phase=0),
+        whole(switched, 0, reference=False),
+    ):
+        assert first is repeated, "a new object each step would rebuild every quantizer"
     assert first is not second
     assert first.qfactory is not second.qfactory, "TE ignores a switch between recipes with one factory (trap 1)"
 
@@ -104,11 +109,11 @@ def test_directions_of_different_precision(monkeypatch: pytest.MonkeyPatch) -> N
     te_double.install(monkeypatch, NVFP4Quantizer=Recording)
     forward_bf16 = replace(nvfp4_paper(), fprop=Fprop())
     factory = whole(plan(Rule("*", use="r"), r=forward_bf16)).qfactory
-    made = factory(role("input"))
-    assert isinstance(made, te_double.HybridQuantizer)
-    assert isinstance(made.rowwise_quantizer, te_double.IdentityQuantizer)
-    assert made.columnwise_quantizer.settings["with_rht"]
-    assert factory(role("input")) is not made, "sub-quantizers must not be shared between modules"
+    quantizer = factory(role("input"))
+    assert isinstance(quantizer, te_double.HybridQuantizer)
+    assert isinstance(quantizer.rowwise_quantizer, te_double.IdentityQuantizer)
+    assert quantizer.columnwise_quantizer.settings["with_rht"]
+    assert factory(role("input")) is not quantizer, "sub-quantizers must not be shared between modules"
     factory = whole(plan(Rule("*", use="r"), r=uniform(Operand(Format.mxfp8)))).qfactory
     assert isinstance(factory(role("weight")), te_double.MXFP8Quantizer)
 
