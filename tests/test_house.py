@@ -11,8 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_fp4"
 MAX_FILES_PER_ROOM = 16
 MAX_LINES = 260
@@ -27,7 +25,6 @@ MANY_IMPORTS: dict[str, str] = {
     "train/trainable.py": "puts models, layers, optimizer, pipeline and precision together for one rank",
 }
 MANY_TARGETS: dict[str, str] = {}
-PENDING = True  # while rooms are divided: the lists below are not checked yet
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
@@ -65,8 +62,6 @@ def runtime_imports(tree: ast.Module) -> set[str]:
 
 def compare(violations: dict[str, int], exceptions: dict[str, str], rule: str) -> None:
     """Fails where a violation has no exception, or an exception no violation."""
-    if PENDING:
-        return
     unnamed = {path: count for path, count in violations.items() if path not in exceptions}
     assert not unnamed, f"{rule}: {unnamed}"
     needless = exceptions.keys() - violations.keys()
@@ -99,7 +94,6 @@ def test_files_import_few_others() -> None:
     compare(many, MANY_IMPORTS, f"more than {MAX_INTERNAL_IMPORTS} internal imports")
 
 
-@pytest.mark.skipif(PENDING, reason="rooms are being divided")
 def test_a_class_name_means_one_thing() -> None:
     places: dict[str, list[str]] = defaultdict(list)
     for path, tree in modules():
@@ -110,7 +104,6 @@ def test_a_class_name_means_one_thing() -> None:
     assert not ambiguous, ambiguous
 
 
-@pytest.mark.skipif(PENDING, reason="rooms are being divided")
 def test_no_import_circle() -> None:
     """Also not through an import inside a function."""
     graph = {module_name(path): runtime_imports(tree) - {module_name(path)} for path, tree in modules()}
@@ -138,7 +131,6 @@ def test_assignments_have_at_most_two_targets() -> None:
     compare({path: count for path, count in counts.items() if count}, MANY_TARGETS, "more than two targets")
 
 
-@pytest.mark.skipif(PENDING, reason="rooms are being divided")
 def test_docstrings_begin_at_their_beginning() -> None:
     """ "Of delivered sample `index`." saves a word and costs a second reading."""
     for path, tree in modules():
@@ -148,7 +140,6 @@ def test_docstrings_begin_at_their_beginning() -> None:
                 assert begins not in ("Of", "Or", "Also"), f"{path}: {getattr(node, 'name', 'module')}: {text[:60]}"
 
 
-@pytest.mark.skipif(PENDING, reason="rooms are being divided")
 def test_no_label_where_the_idea_itself_can_stand() -> None:
     labelled = [path for path, _ in modules() if "One idea:" in (PACKAGE / path).read_text()]
     assert not labelled, labelled

@@ -32,9 +32,8 @@ from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder, StageRange
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import Kernels, SizedBackend, by_torch, cross_entropy_of, use_fused_norms
-from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision import StepClock, WgradPlan
 from megatron_fp4.precision.spec import LinearPrecision
-from megatron_fp4.precision.wgrad import WgradPlan
 
 # Of a model of three blocks: the one in the middle; the embedding alone; final norm and head alone.
 BLOCK = StageRange(1, 2, 3)

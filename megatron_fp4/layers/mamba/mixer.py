@@ -33,7 +33,9 @@ from megatron_fp4.layers.parameter import constant_init, make_parameter, sharded
 from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.numerics.random import key_of, uniform
 
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+DT_MIN = 1e-3
+DT_MAX = 0.1
+DT_FLOOR = 1e-4
 """Range of the initial step sizes softplus(dt_bias), log-uniform (the defaults of Mamba-2)."""
 
 

@@ -82,7 +82,9 @@ def ssd_scan(
     """
     work = torch.promote_types(x_BSHP.dtype, torch.float32)
     x, dt, A, B, C = (part.to(work) for part in (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN))
-    S, H, G = x.shape[1], x.shape[2], B.shape[2]
+    S = x.shape[1]
+    H = x.shape[2]
+    G = B.shape[2]
     heads = (G, H // G)
     # A padded token has dt = 0: it neither decays nor writes.
     log_decay_BKQGR = _chunked(dt * A, chunk).unflatten(3, heads)
