@@ -1,4 +1,4 @@
-"""Floor 2: what a GEMM is. Values that describe precision, the linear op, and the backends that carry it out."""
+"""Floor 3: what a GEMM is. Values that describe precision, the linear op, and the backends that carry it out."""
 
 from megatron_fp4.precision.backends import Backend, NonFiniteError
 from megatron_fp4.precision.backends.emulated import EmulatedBackend

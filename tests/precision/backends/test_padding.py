@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from megatron_fp4.precision import (
     nvfp4_paper,
     quantized_linear,
 )
+from megatron_fp4.precision.backends import Copy, OperandOrigin
 from megatron_fp4.precision.backends.padded import padded_index
 from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule
 from megatron_fp4.precision.plan import PrecisionPlan
@@ -91,6 +93,33 @@ def test_equals_zeros_written_by_hand(name: str, buffered: bool) -> None:
     y, dx, dw = run(*larger, precision, addresses, buffered)
     for what, got, expected in zip(("y", "dx", "dw"), ours, (y[:T, :N], dx[:T, :K], dw[:N, :K]), strict=True):
         assert torch.equal(got, expected), what
+
+
+def test_padded_weights_are_kept_between_microbatches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend is wrapped anew in each call: the weight cache must know it again, or quantize in every microbatch."""
+    quantize, asked = EmulatedBackend.quantize, []
+
+    def counted(backend: EmulatedBackend, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> Any:
+        asked.append(origin.operand)
+        return quantize(backend, x, origin, copies)
+
+    monkeypatch.setattr(EmulatedBackend, "quantize", counted)
+    single, index = Group.single(), [torch.arange(size) for size in (T, N, K)]
+    backend, cache, clock = EmulatedBackend(), WeightCache(), StepClock(seed=3)
+    sharding = Sharding("linear", single, single, single, index[1], index[2])
+    for _ in range(2):
+        y = quantized_linear(
+            torch.ones(T, K),
+            torch.ones(N, K),
+            rows=index[0],
+            sharding=sharding,
+            precision=with_pad(nvfp4_paper()),
+            backend=backend,
+            clock=clock,
+            cache=cache,
+        )
+        assert y.shape == (T, N)
+    assert asked == ["x", "w", "x"]
 
 
 def test_padding_has_addresses_of_its_own() -> None:
