@@ -43,9 +43,11 @@ class HuggingFaceTokenizer:
         self._never = np.array(
             [token for role, token in self.special.ids().items() if token is not None and role != "unk"]
         )
-        for token in added:
-            token["special"] = token["special"] or token["id"] in self._never
-        self._model = library.Tokenizer.from_str(json.dumps(stored))
+        undeclared = [token for token in added if not token["special"] and token["id"] in self._never]
+        for token in undeclared:
+            token["special"] = True
+        if undeclared:  # a vocabulary of 256k tokens is not read twice without need
+            self._model = library.Tokenizer.from_str(json.dumps(stored))
         self._model.encode_special_tokens = True
         self._model.no_truncation()
         self._model.no_padding()
