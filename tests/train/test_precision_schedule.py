@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from megatron_fp4 import pretrain
+from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.optim import learning_rate
 from megatron_fp4.precision.ledger import GemmMismatch
 from megatron_fp4.train import step as step_module
+from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
 
@@ -72,6 +75,17 @@ def test_a_switch_holds_from_exactly_its_step(tmp_path: Path, capfd: pytest.Capt
     after = output[output.index("step 4: precision changes") :].splitlines()
     assert after[1] == change
     assert any(line.lstrip().startswith("step      4/5") for line in after), "it is said before the step"
+
+
+@pytest.mark.parametrize(("fraction", "start"), [(0.2, 4096), (0.25, 3840), (0.0999, 4609)])
+def test_a_switch_at_the_decay_holds_from_its_first_token(tmp_path: Path, fraction: float, start: int) -> None:
+    """Of 5,120 tokens; 0.0999 of them are 511.488, rounded 511. The rate falls behind that token, not before."""
+    run = tiny_run(tmp_path, "precision.switch=[{at_decay: true}]", f"optim.decay_fraction={fraction}")
+    checked = check_config(to_run_config(compose_config(run.overrides)), 1)
+    assert [tokens for tokens, _ in checked.plan.phases] == [0, start]
+    assert (checked.plan.phase_at(start - 1), checked.plan.phase_at(start)) == (0, 1)
+    rates = [learning_rate(checked.config.optim, start + more, 5120) for more in (0, 1)]
+    assert rates[0] == checked.config.optim.lr > rates[1]
 
 
 def test_after_the_switch_the_run_is_a_fresh_process_in_the_new_precision(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.train.run import TrainingDiverged
+from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import tiny_run
 from tests.train.in_process import make_trainer
@@ -67,6 +68,9 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     said, _, diverged = train_with_a_nan(0, 1, overrides, [2, 4, 5])
     assert diverged
     assert sum("skipped on all ranks" in text for text in said) == 3, "a good step between resets the count"
+    records = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert [record["skipped"] for record in records] == [0.0, 1.0, 0.0, 1.0, 1.0]
+    assert [record["skipped_steps"] for record in records] == [0.0, 1.0, 1.0, 2.0, 3.0]
 
 
 def test_stop_policy_names_the_tensor(tmp_path: Path) -> None:

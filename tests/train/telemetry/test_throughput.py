@@ -1,0 +1,76 @@
+"""Rates by hand: a GEMM runs as fast as its slower operand, and a step's seconds are shared by its devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.models.count import Flops
+from megatron_fp4.precision.operand import Format, Operand
+from megatron_fp4.precision.recipes import nvfp4_paper
+from megatron_fp4.precision.spec import Fprop, LinearPrecision
+from megatron_fp4.precision.table import PrecisionTable, Row
+from megatron_fp4.train.phases import Phases
+from megatron_fp4.train.telemetry.peaks import GPUS, find_gpu, flops_by_rate, rate_of
+from megatron_fp4.train.telemetry.throughput import Throughput
+
+NVFP4 = nvfp4_paper(rht=False, stochastic=False)
+MIXED = LinearPrecision(Fprop(Operand(Format.mxfp8), Operand(Format.nvfp4)), NVFP4.dgrad, LinearPrecision().wgrad)
+"""Fprop mxfp8 x nvfp4, Dgrad nvfp4, Wgrad bf16."""
+TABLE = PrecisionTable((Row("a", NVFP4, ""), Row("b", MIXED, ""), Row("c", LinearPrecision(), "")))
+FLOPS = Flops({"a": 100.0, "b": 10.0, "c": 1.0}, attention=0.5, scan=0.25)
+
+
+@pytest.mark.parametrize(
+    ("formats", "rate"),
+    [
+        ("nvfp4", "fp4"),
+        ("nvfp4/bf16", "bf16"),
+        ("bf16/nvfp4", "bf16"),
+        ("mxfp8/nvfp4", "fp8"),
+        ("nvfp4/mxfp8", "fp8"),
+        ("mxfp4/nvfp4", "fp4"),
+        ("fp8_block/bf16", "bf16"),
+    ],
+)
+def test_a_mixed_gemm_runs_at_the_slower_rate(formats: str, rate: str) -> None:
+    assert rate_of(formats) == rate
+
+
+def test_flops_by_rate() -> None:
+    """FP4: the three GEMMs of a and Dgrad of b. FP8: Fprop of b. BF16: Wgrad of b, all of c, thrice what is no GEMM."""
+    expected = {"fp4": 3 * 100.0 + 10.0, "fp8": 10.0, "bf16": 10.0 + 3 * 1.0 + 3 * 0.75}
+    assert flops_by_rate(FLOPS, TABLE) == expected
+    assert sum(expected.values()) == FLOPS.training
+
+
+def test_rates_of_a_step() -> None:
+    """1000 tokens in 4 s on 2 devices: 125 tokens/s each. One token is 335.25 FLOPs (3 * 111.75)."""
+    throughput = Throughput(to_run_config(compose_config(["model=gpt_tiny"])), 2, torch.device("cpu"))
+    assert "mfu" not in throughput.metrics(phases_of_a_step(), TABLE, 1000), "the peak of a CPU is not known"
+    throughput.gpu, throughput._flops = GPUS["GB300"], FLOPS
+    rates = throughput.metrics(phases_of_a_step(), TABLE, 1000)
+    assert rates["tokens_per_second"] == pytest.approx(250.0)
+    assert rates["step_seconds"] == pytest.approx(4.0)
+    assert rates["data_wait_seconds"] == pytest.approx(0.5)
+    assert rates["tflops"] == pytest.approx(125 * 335.25 / 1e12)
+    assert rates["mfu"] == pytest.approx(125 * 335.25 / 2500e12)
+    assert rates["mfu_mixed"] == pytest.approx(125 * (310 / 15000e12 + 10 / 5000e12 + 15.25 / 2500e12))
+
+
+def phases_of_a_step() -> Phases:
+    """4 s of a step, and 7 s beside it that are none of its own."""
+    phases = Phases(torch.device("cpu"))
+    phases._seconds = {"data": 0.5, "forward_backward": 3.0, "update": 0.5, "log": 5.0, "between": 2.0}
+    return phases
+
+
+def test_a_gpu_is_known_by_its_drivers_name() -> None:
+    for name, key in (("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA B200", "B200"), ("NVIDIA GB200", "GB200")):
+        assert find_gpu(name) is GPUS[key]
+    assert find_gpu("NVIDIA GeForce RTX 5090") is None
+
+
+def test_fp4_operands_run_as_bf16_where_there_is_no_fp4_unit() -> None:
+    assert GPUS["H100"].rate("fp4") == GPUS["H100"].rate("bf16") == 989e12

@@ -1,0 +1,55 @@
+"""The held-out loss, against torch's cross-entropy of the same tokens in FP64, and against what can be said by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_fp4.data.shards.shard import TokenShard
+from megatron_fp4.train.evaluate import evaluate
+from tests.helpers.tiny_run import VOCABULARY, tiny_run
+from tests.train.in_process import TrainerInProcess, make_trainer
+
+NUM_TOKENS, LENGTH = 300, 32  # nine whole samples of 32 targets, and one of 11
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> TrainerInProcess:
+    folder = tmp_path_factory.mktemp("held_out")
+    sets = f"[{{name: a, paths: ['{folder}/shards/toy'], max_tokens: {NUM_TOKENS}, may_overlap: true}}]"
+    run = tiny_run(folder, "precision=bf16", f"data.evaluation={sets}", "train.eval_interval_steps=40")
+    return make_trainer(run.overrides)[0]
+
+
+def measured(trainer: TrainerInProcess) -> float:
+    run = trainer.run
+    return evaluate(run.engine, run.evaluations[0], run.plan.evaluation_table(), run.mesh, run.device)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_mean_over_the_targets_of_the_file(trainer: TrainerInProcess) -> None:
+    """Tokens straight from the shard, one sample at a time; the last one is short, so a mean of means is another."""
+    model = trainer.run.engine.stages[0]
+    paths = trainer.run.config.data.evaluation[0].paths
+    shard = TokenShard(paths[0])
+    tokens = torch.tensor([t for number in range(20) for t in shard.document(number).tolist()][:NUM_TOKENS])
+    losses = []
+    for start in range(0, NUM_TOKENS - 1, LENGTH):
+        sample = tokens[start : start + LENGTH + 1]
+        inputs = F.pad(sample[:-1], (0, LENGTH - len(sample) + 1))[None]  # causal: what follows is not seen
+        logits = model(inputs, torch.arange(LENGTH)[None], torch.arange(LENGTH)[None], None)
+        losses.append(F.cross_entropy(logits[: len(sample) - 1].double(), sample[1:].long(), reduction="none"))
+    expected = torch.cat(losses)
+    assert len(expected) == NUM_TOKENS - 1
+    assert measured(trainer) == pytest.approx(expected.mean().item(), rel=1e-6)
+
+
+def test_a_head_of_zeros_knows_nothing(trainer: TrainerInProcess) -> None:
+    """All tokens are equally likely: ln V nats for each of them."""
+    head = trainer.run.engine.stages[0].get_parameter("head.weight")
+    with torch.no_grad():
+        head.zero_()
+    assert measured(trainer) == pytest.approx(math.log(VOCABULARY), rel=1e-7)
