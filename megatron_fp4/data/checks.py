@@ -1,4 +1,4 @@
-"""Refusals at start-up. Every message names both values and what to do; none of them reads the tokens."""
+"""Refusals at start-up. Every message names both values and what to do; only `check_ids` reads tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from megatron_fp4.data.shards.documents import ShardedDocuments
 if TYPE_CHECKING:
     from megatron_fp4.data.order.plan import Plan
     from megatron_fp4.data.order.samples import SampleStream
+
+BLOCK = 2**24
+"""Tokens whose ids are looked at in one piece."""
 
 
 def check_vocabulary(
@@ -31,6 +34,22 @@ def check_vocabulary(
                 f"data source {source.name!r} holds token id {highest}, but the model's vocabulary is {vocab_size}; "
                 f"it must be at least {highest + 1}"
             )
+
+
+def check_ids(source: ShardedDocuments, num_tokens: int, vocab_size: int) -> None:
+    """The first `num_tokens` tokens of a source have rows in the embedding; reads them, for sets without a manifest."""
+    left = num_tokens
+    for shard in source.shards:
+        for start in range(0, min(left, shard.num_tokens), BLOCK):
+            tokens = shard.tokens[start : start + min(BLOCK, left - start)]
+            lowest, highest = int(tokens.min()), int(tokens.max())
+            if lowest < 0 or highest >= vocab_size:
+                raise ValueError(
+                    f"data source {source.name!r} holds token id {lowest if lowest < 0 else highest} in shard"
+                    f" {shard.prefix}, but the model's vocabulary is {vocab_size}; the shard was written with another"
+                    " tokenizer, or is damaged"
+                )
+        left -= min(left, shard.num_tokens)
 
 
 def check_state(state: dict[str, Any], version: int, config: DataConfig, sources: dict[str, Documents]) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_fp4.data.batch import Batch
-from megatron_fp4.data.checks import check_vocabulary
+from megatron_fp4.data.checks import check_ids, check_vocabulary
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.order.samples import SampleStream
 from megatron_fp4.data.pack import Rows
@@ -69,6 +70,12 @@ class EvalLoader:
         return rows.batch(address, torch.from_numpy(ids))
 
 
+def _has_successor(lengths: NDArray[np.int64], num_tokens: int) -> bool:
+    """Whether two of the first `num_tokens` tokens are neighbours in one document."""
+    starts = np.cumsum(lengths) - lengths
+    return bool(((lengths >= 2) & (starts + 2 <= num_tokens)).any())
+
+
 def build_eval_loader(
     config: DataConfig,
     name: str,
@@ -80,18 +87,29 @@ def build_eval_loader(
     vocab_size: int | None = None,
     tokenizer_fingerprint: str | None = None,
 ) -> EvalLoader:
-    """Open the evaluation set `name` of the config. ValueError names the sets there are."""
+    """Open the evaluation set `name` of the config.
+
+    The tokens of a set without a manifest are read once, for their ids. Raises ValueError for a name that is no set's,
+    a set without a target, ids beyond `vocab_size`.
+    """
     settings = next((item for item in config.evaluation if item.name == name), None)
     if settings is None:
         raise ValueError(f"no evaluation set {name!r}; data.evaluation has {[e.name for e in config.evaluation]}")
     documents = open_documents(name, settings.paths)
     check_vocabulary([documents], vocab_size, tokenizer_fingerprint)
+    if vocab_size is not None and documents.max_token_id is None:
+        check_ids(documents, settings.max_tokens or documents.num_tokens, vocab_size)
     stream = SampleStream(documents, seq_length=config.seq_length, seed=config.seed, shuffle=False)
     tokens = min(documents.num_tokens, settings.max_tokens or documents.num_tokens)
     if tokens < 2:
         raise ValueError(
             f"evaluation set {name!r} has no target: {documents.num_tokens} token(s), max_tokens={settings.max_tokens} "
             "(the first token is never one); give a set of at least 2 tokens"
+        )
+    if config.reset_documents and not _has_successor(documents.lengths, tokens):
+        raise ValueError(
+            f"evaluation set {name!r} has no target: none of its documents has a second token within its {tokens} "
+            "tokens, and under data.reset_documents the first token of a document is no target; give longer documents"
         )
     return EvalLoader(
         name,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from megatron_fp4.precision.config import GEMMS, BackendName, PrecisionConfig, Rule, Switch
@@ -152,11 +152,17 @@ class PrecisionPlan:
         return self.phases[phase][1]
 
     def evaluation_table(self, phase: int = 0) -> PrecisionTable:
-        """Precision of an evaluation during `phase`."""
+        """Precision of an evaluation during `phase`: of a recipe that is named for it, only Fprop is multiplied."""
         if self.config.evaluation == "same":
             return self.table(phase)
-        recipe = self.config.recipe(self.config.evaluation)
-        return PrecisionTable(tuple(Row(row.name, recipe, "evaluation") for row in self.table(phase).rows))
+        precision = LinearPrecision(self.config.recipe(self.config.evaluation).fprop)
+        return PrecisionTable(tuple(Row(row.name, precision, "evaluation") for row in self.table(phase).rows))
+
+    def labelled_tables(self) -> Iterator[tuple[str, PrecisionTable]]:
+        """Every table that the run may compute by, and what errors begin with: "" for those of training."""
+        yield from (("", table) for _, table in self.phases)
+        if self.config.evaluation != "same":
+            yield f"precision.evaluation={self.config.evaluation}, ", self.evaluation_table()
 
     def describe(self) -> str:
         """The table at the start, the recipes in words, and what changes at each switch."""
@@ -173,9 +179,9 @@ class PrecisionPlan:
 
         tp: tensor-parallel size. tokens: rows of one microbatch on a rank (micro batch * sequence / cp).
         """
-        for _, table in self.phases:
+        for label, table in self.labelled_tables():
             for info in linears:
-                _check_linear(info, table[info.name], tp, tokens)
+                _check_linear(label, info, table[info.name], tp, tokens)
 
 
 def _refuse_padding(config: PrecisionConfig) -> None:
@@ -187,7 +193,7 @@ def _refuse_padding(config: PrecisionConfig) -> None:
             )
 
 
-def _check_linear(info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> None:
+def _check_linear(label: str, info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> None:
     rows, columns = info.local_shape(tp)
     outputs = [size // tp for size in info.outputs.values()] if info.column else [rows]
     sizes = {
@@ -200,8 +206,12 @@ def _check_linear(info: Linear, precision: LinearPrecision, tp: int, tokens: int
             for size in sizes[dim][0]:
                 if size % multiple:
                     raise ValueError(
-                        f"{info.name}: {gemm.name} in {gemm_format(gemm)} needs {sizes[dim][1]} to be a multiple of"
-                        f" {multiple}, got {size} (tp = {tp}, parts {dict(info.outputs)}, {tokens} tokens); change the"
-                        f" size, use a smaller tp, let the recipe's GEMM `pad: true`, or leave this linear in bf16 by a"
-                        f" precision rule"
+                        f"{label}{info.name}: {gemm.name} in {gemm_format(gemm)} needs {sizes[dim][1]} to be a multiple"
+                        f" of {multiple}, got {size} (tp = {tp}, parts {dict(info.outputs)}, {tokens} tokens); change"
+                        f" the size, use a smaller tp, let the recipe's GEMM `pad: true`, or "
+                        + (
+                            "evaluate in another precision"
+                            if label
+                            else "leave this linear in bf16 by a precision rule"
+                        )
                     )

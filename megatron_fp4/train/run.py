@@ -34,8 +34,8 @@ class TrainingDiverged(RuntimeError):
 class Position:
     """How far a run is: steps made, and samples consumed by them.
 
-    skipped_in_a_row: the last steps without an update, because something was not finite. skipped_steps: all steps
-    without an update, whatever the reason.
+    skipped_in_a_row: the last steps without an update, because something was not finite or nothing was a target.
+    skipped_steps: all steps without an update, whatever the reason.
     """
 
     step: int = 0
@@ -56,13 +56,16 @@ class Position:
             "skipped_steps": self.skipped_steps,
         }
 
-    def after(self, num_samples: int, update: StepReport) -> Position:
-        """The position behind a step of `num_samples` samples that updated as `update` says."""
+    def after(self, num_samples: int, *, skipped: bool, useless: bool) -> Position:
+        """The position behind a step of `num_samples` samples.
+
+        skipped: without an update. useless: because something was not finite, or nothing was a target.
+        """
         return Position(
             self.step + 1,
             self.samples + num_samples,
-            self.skipped_in_a_row + 1 if update.skipped and update.nonfinite else 0,
-            self.skipped_steps + update.skipped,
+            self.skipped_in_a_row + 1 if skipped and useless else 0,
+            self.skipped_steps + skipped,
         )
 
 
@@ -70,11 +73,12 @@ class Position:
 class StepResult:
     """What a step did, the same on all ranks.
 
-    loss: nats per target token of the global batch. nonfinite: where a NaN or Inf was met, for people; "" if nowhere.
-    tokens_hash: the global batch's, for the data ledger. stop: a rank was asked to stop. position: behind the step.
+    loss: nats per target token of the global batch; None if it has no target. nonfinite: where a NaN or Inf was met,
+    for people; "" if nowhere. tokens_hash: the global batch's, for the data ledger. stop: a rank was asked to stop.
+    position: behind the step.
     """
 
-    loss: float
+    loss: float | None
     update: StepReport
     nonfinite: str
     tokens_hash: int

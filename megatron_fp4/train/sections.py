@@ -119,7 +119,7 @@ class TrainConfig:
     nonfinite: NonFinite = NonFinite.skip
     """What a NaN or Inf in a quantized tensor leads to."""
     max_skipped_steps: Size = 10
-    """End the run after this many steps in a row whose gradients were not finite."""
+    """End the run after this many steps in a row whose gradients were not finite, or which had no target token."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ numbers per rank: the one message of a step, from which every rank computes the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,7 +41,8 @@ def train_step(
     2 forward and backward  microbatches in turn; their gradients add up in FP32
     3 sum                   gradients over all ranks, and their norm; a NaN or Inf on one rank spoils everybody's
     4 agree                 one message of each rank: its part of the loss, whether to stop, the hash of its tokens
-    5 update                clip and AdamW; not after a loss spike or with a norm that is not finite
+    5 update                clip and AdamW; not after a loss spike, without a target token, or with a norm that is not
+                            finite
     6 count                 the position behind the step; where the NaN or Inf was
 
     Raises TokensDifferError and GemmMismatch, and what `guard` raises, on all ranks.
@@ -55,7 +57,8 @@ def train_step(
     run.clock.step = position.step
     optimizer.zero_grad()
     microbatches = make_inputs(batch, run.mesh.cp, run.device).split(config.train.micro_batch)
-    scale = 1.0 / _num_targets(run, batch)
+    num_targets = _num_targets(run, batch)
+    scale = 1.0 / max(1, num_targets)  # without a target the step is computed all the same: ranks stay in step
 
     enter("forward_backward")  # 2
     with watching(run, position.step + 1, table, len(microbatches)):
@@ -76,20 +79,24 @@ def train_step(
     num_samples = config.train.batch_at(position.samples)
     lr = learning_rate(config.optim, (position.samples + num_samples) * config.data.seq_length, config.run_tokens)
     update = StepReport(lr, norm, 0.0, skipped=True)
-    if guard.passes(agreed.loss, position, lambda: run.engine.train(microbatches, scale, lambda: None)):
+    if (num_targets or not math.isfinite(norm)) and guard.passes(
+        agreed.loss, position, lambda: run.engine.train(microbatches, scale, lambda: None)
+    ):
         update = optimizer.step(norm, lr=lr, max_norm=config.optim.clip_norm)
 
     enter("count")  # 6
     nonfinite = nonfinite_report(run, update, events, batch) if update.nonfinite else ""
+    useless = bool(update.nonfinite) or not num_targets
+    position = position.after(num_samples, skipped=update.skipped, useless=useless)
     return StepResult(
-        agreed.loss, update, nonfinite, agreed.tokens_hash, agreed.stop, position.after(num_samples, update)
+        agreed.loss if num_targets else None, update, nonfinite, agreed.tokens_hash, agreed.stop, position
     )
 
 
-def _num_targets(run: Run, batch: Batch) -> float:
-    """Target tokens of the whole global batch."""
+def _num_targets(run: Run, batch: Batch) -> int:
+    """Target tokens of the whole global batch, the same on every rank; 0 if each document in it has one token."""
     count = batch.loss_mask.sum(dtype=torch.float64).view(1).to(run.device)
-    return max(1.0, all_reduce_sum(count, run.mesh.dp).item())
+    return int(all_reduce_sum(count, run.mesh.dp).item())
 
 
 def nonfinite_report(run: Run, update: StepReport, events: list[NonFiniteEvent], batch: Batch) -> str:

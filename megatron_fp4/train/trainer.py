@@ -120,8 +120,9 @@ class Attempt:
         skipped = self.position.skipped_in_a_row
         if skipped >= self.run.config.train.max_skipped_steps:
             raise TrainingDiverged(
-                f"{skipped} steps in a row had gradients that were not finite, up to step {self.position.step}; start"
-                " again from the last checkpoint with a lower optim.lr, other data (data.skip) or a higher precision"
+                f"{skipped} steps in a row had gradients that were not finite, or no target token, up to step"
+                f" {self.position.step}; start again from the last checkpoint with a lower optim.lr, other data"
+                " (data.skip) or a higher precision"
             )
 
     def _after_step(self) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -60,3 +61,28 @@ def test_max_tokens_and_names(tmp_path):
         build_eval_loader(alone, "one", **share)
     with pytest.raises(ValueError, match=r"no evaluation set 'prse'; data.evaluation has \['prose', 'short'\]"):
         build_eval_loader(config, "prse", **share)
+
+
+def test_a_set_of_one_token_documents_is_refused_under_reset(tmp_path):
+    share = {"micro_batch": 1, "dp_rank": 0, "dp_size": 1}
+    ones = config_of(tmp_path, [[5], [6], [7, 8]], reset_documents=True)
+    assert build_eval_loader(ones, "prose", **share).batch(0).loss_mask.sum() == 1
+    sets = [EvaluationConfig("cut", [ones.evaluation[0].paths[0]], max_tokens=3)]
+    cut = DataConfig(seq_length=4, evaluation=sets, reset_documents=True)
+    with pytest.raises(ValueError, match="'cut' has no target: none of its documents has a second token within its 3"):
+        build_eval_loader(cut, "cut", **share)
+    build_eval_loader(DataConfig(seq_length=4, evaluation=sets), "cut", **share)  # across documents they are targets
+
+
+@pytest.mark.parametrize(("token", "dtype", "limit"), [(40, "<u2", 0), (-3, "<i4", 0), (40, "<u2", 9)])
+def test_ids_beyond_the_vocabulary_are_refused_at_start(tmp_path, token, dtype, limit):
+    """A shard without a manifest says nothing of its ids; the first evaluation would have given a plausible loss."""
+    path = write_shard(tmp_path / "foreign", [[5, 6], [7] * 7, [8, 8, 9]], dtype)
+    np.memmap(f"{path}.bin", dtype, "r+")[10] = token  # another writer may store what ours refuses
+    config = DataConfig(seq_length=4, evaluation=[EvaluationConfig("foreign", [path], max_tokens=limit)])
+    share = {"micro_batch": 1, "dp_rank": 0, "dp_size": 1, "vocab_size": 40}
+    if limit:
+        build_eval_loader(config, "foreign", **share)  # what is not read is not looked at
+        return
+    with pytest.raises(ValueError, match=rf"'foreign' holds token id {token} in shard .*, but .* vocabulary is 40"):
+        build_eval_loader(config, "foreign", **share)

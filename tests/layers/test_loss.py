@@ -57,3 +57,15 @@ def test_against_torch(world_size: int) -> None:
         assert logits.grad is not None
         torch.testing.assert_close(gradient, logits.grad, rtol=1e-5, atol=1e-6)
         assert bool((gradient[3] == 0).all()), "an ignored position has no gradient"
+
+
+@pytest.mark.parametrize("label", [VOCABULARY, 10**6, -1])
+def test_a_label_that_is_no_id_has_no_plausible_loss(label: int) -> None:
+    logits, labels = case(1.0)
+    labels[5] = label
+    logits.requires_grad_()
+    loss = vocab_parallel_cross_entropy(logits, labels, first=0, vocab_size=VOCABULARY, group=world_group(0, 1))
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert torch.isnan(loss).nonzero().flatten().tolist() == [5]
+    assert torch.isnan(logits.grad).any(dim=1).nonzero().flatten().tolist() == [5], "the step would update"

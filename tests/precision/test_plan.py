@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.precision.config import KeepBf16, PrecisionConfig, Rule, Switch
+from megatron_fp4.precision.backends.choose import check_backend_shapes
+from megatron_fp4.precision.config import BackendName, KeepBf16, PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.operand import Format, Operand
 from megatron_fp4.precision.plan import PrecisionPlan, matches, selected_blocks
 from megatron_fp4.precision.recipes import nvfp4_paper
@@ -183,6 +185,33 @@ def test_refused_switches(switch: dict[str, Any], message: str) -> None:
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", list(BackendName))
+def test_an_evaluation_recipe_that_the_shapes_refuse_is_refused_at_start(backend: BackendName) -> None:
+    """A head of 104 rows stays in BF16 while training, and would have died in the first evaluation."""
+    linears = model_linears(replace(MODEL, vocab_size=104))
+    recipes = {"nvfp4": nvfp4_paper()}
+    config = PrecisionConfig(recipes=recipes, use="nvfp4", evaluation="nvfp4", backend=backend)
+    plan = PrecisionPlan(config, linears, total_tokens=10_000)
+    with pytest.raises(ValueError, match=r"precision\.evaluation=nvfp4, head: fprop in nvfp4 needs output features"):
+        plan.check_shapes(linears, tp=1, tokens=64)
+    PrecisionPlan(replace(config, evaluation="bf16"), linears).check_shapes(linears, tp=1, tokens=64)
+    backward_only = LinearPrecision(dgrad=nvfp4_paper().dgrad)
+    other = PrecisionConfig(recipes={**recipes, "other": backward_only}, use="nvfp4", evaluation="other")
+    PrecisionPlan(other, linears).check_shapes(linears, tp=1, tokens=64)  # an evaluation has no backward pass
+
+
+def test_an_evaluation_recipe_that_kernels_refuse_is_refused_at_start() -> None:
+    linears = model_linears(replace(MODEL, pattern="*-*-*-", vocab_size=104))
+    backend, recipes = BackendName.transformer_engine, {"nvfp4": nvfp4_paper()}
+    for evaluation in ("bf16", "nvfp4"):
+        plan = PrecisionPlan(PrecisionConfig(backend, recipes=recipes, use="nvfp4", evaluation=evaluation), linears)
+        if evaluation == "bf16":
+            check_backend_shapes(plan, linears, tp=1, tokens=64)
+            continue
+        with pytest.raises(ValueError, match=r"precision\.evaluation=nvfp4, head: operand w of fprop"):
+            check_backend_shapes(plan, linears, tp=1, tokens=64)
 
 
 def test_evaluation_has_its_own_precision() -> None:

@@ -37,11 +37,11 @@ def eager_reason(config: PrecisionConfig) -> str:
 
 
 def check_backend_shapes(plan: PrecisionPlan, linears: Sequence[Linear], *, tp: int, tokens: int) -> None:
-    """Raises ValueError for a local shape that the backend's kernels do not take, in any phase of the plan.
+    """Raises ValueError for a local shape that the backend's kernels do not take, in any table of the plan.
 
     tp: tensor-parallel size. tokens: rows of one microbatch on a rank.
     """
     if plan.config.backend is BackendName.transformer_engine:
-        for _, table in plan.phases:
+        for label, table in plan.labelled_tables():
             for info in linears:
-                check_te_linear(info.name, table[info.name], info.local_shape(tp), tokens)
+                check_te_linear(f"{label}{info.name}", table[info.name], info.local_shape(tp), tokens)

@@ -44,15 +44,16 @@ class Console:
             self._line.start()
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """One line of progress."""
+        """One line of progress. values: without "loss" if the step had no target."""
+        loss = f"loss {values['loss']:.4f}" if "loss" in values else "loss none"
         if self._line is not None:
-            text = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s"
+            text = f"{loss}  {values['tokens_per_second']:,.0f} tokens/s"
             self._line.update(self._line.task_ids[0], completed=step, description=text)
         if step % self._interval and step not in (self._first + 1, self._last):
             return
         per_step = (time.monotonic() - self._began) / (step - self._first)
         self.say(
-            f"step {step:>6}/{self._last}  loss {values['loss']:.4f}  grad norm {values['grad_norm']:.3f}"
+            f"step {step:>6}/{self._last}  {loss}  grad norm {values['grad_norm']:.3f}"
             f"  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
             f"  ETA {format_seconds(per_step * (self._last - step))}"
         )

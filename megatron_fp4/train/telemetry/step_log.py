@@ -52,6 +52,10 @@ class StepLog:
             self._ledger.add(step, first_sample, num_samples, result.tokens_hash)
         if result.nonfinite:
             self._console.say(f"step {step}: update skipped on all ranks, NaN or Inf in {result.nonfinite}")
+        elif result.loss is None:
+            self._console.say(
+                f"step {step}: update skipped on all ranks, none of its {num_samples} samples has a target"
+            )
         values = self._values(result, num_samples * run.config.data.seq_length)
         self._metrics.write(step, values)
         self._console.step(step, values)
@@ -81,8 +85,8 @@ class StepLog:
         """The numbers of a step of `tokens` tokens. Collective on a step that is logged: the norm reads all weights."""
         run, update = self._run, result.update
         position, table = result.position, run.plan.table(self.precision_phase)
-        values = {
-            "loss": result.loss,
+        values = {} if result.loss is None else {"loss": result.loss}
+        values |= {
             "grad_norm": update.grad_norm,
             "lr": update.lr,
             "skipped": float(update.skipped),

@@ -1,4 +1,4 @@
-"""NaN or Inf on one rank: the step is skipped on all ranks, no state changes, and the message says where."""
+"""NaN or Inf on one rank, or nothing to learn: all ranks skip the step, no state changes, and it is said why."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from megatron_fp4.train.run import TrainingDiverged
 from megatron_fp4.train.telemetry.metrics import read_metrics
+from tests.data.toy import write_shard
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import tiny_run
-from tests.train.in_process import make_trainer
+from tests.train.in_process import make_trainer, masters
 
 
 def train_with_a_nan(
@@ -76,3 +77,50 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 def test_stop_policy_names_the_tensor(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"blocks\.1\.attention\.qkv: operand x"):
         train_with_a_nan(0, 1, overrides_for(tmp_path, "train.nonfinite=stop", "train.stop_after_steps=2"), [1])
+
+
+# -- a step without a target ------------------------------------------------------------------------------------------
+
+
+def overrides_with_one_token_documents(tmp_path: Path, *more: str) -> list[str]:
+    """Step 3 reads documents of one token only; under `reset_documents` no position of it is a target."""
+    settings = overrides_for(tmp_path, *more)
+    ones = write_shard(tmp_path / "ones", [[7]] * 300)
+    toy = f"{{name: toy, paths: ['{tmp_path}/shards/toy'], max_epochs: 0}}"
+    tokens = 2 * 4 * 32
+    phases = [
+        f"{{name: before, tokens: {tokens}, weights: {{toy: 1}}}}",
+        f"{{name: none, tokens: {tokens // 2}, weights: {{ones: 1}}}}",
+        "{name: after, weights: {toy: 1}}",
+    ]
+    sources = f"data.sources=[{toy}, {{name: ones, paths: ['{ones}'], max_epochs: 0}}]"
+    return [*settings, sources, f"data.phases=[{', '.join(phases)}]", "data.reset_documents=true"]
+
+
+def test_a_step_without_a_target_changes_no_weight_and_is_said(tmp_path: Path) -> None:
+    states = {}
+    for stop in (2, 3):
+        folder = f"train.run_dir={tmp_path}/to_{stop}"
+        trainer, console = make_trainer(
+            overrides_with_one_token_documents(tmp_path, f"train.stop_after_steps={stop}", folder)
+        )
+        assert trainer.fit() == 0
+        states[stop] = masters(trainer)
+    assert all(torch.equal(tensor, states[3][name]) for name, tensor in states[2].items()), "weights moved by momentum"
+    assert trainer.position.skipped_steps == 1
+    assert trainer.run.optimizer.step_count == 2
+    said = "step 3: update skipped on all ranks, none of its 4 samples has a target"
+    assert said in console.said
+    assert any(text.startswith("step      3/3  loss none  grad norm 0.000") for text in console.said)
+    records = {record["step"]: record for record in read_metrics(tmp_path / "to_3") if "lr" in record}
+    assert "loss" not in records[3], "a loss of 0.0 would be in every mean"
+    assert records[3]["lr"] > 0.0
+    assert records[3]["skipped"] == 1.0
+
+
+def test_data_without_targets_end_the_run(tmp_path: Path) -> None:
+    alone = f"data.sources=[{{name: ones, paths: ['{tmp_path}/ones'], max_epochs: 0}}]"
+    settings = overrides_with_one_token_documents(tmp_path, "train.max_skipped_steps=2", "train.stop_after_steps=5")
+    trainer, _ = make_trainer([*settings, alone, "data.phases=[]"])
+    with pytest.raises(TrainingDiverged, match=r"2 steps in a row .* or no target token, up to step 2"):
+        trainer.fit()
