@@ -15,12 +15,13 @@ from data_tools.documents import Position
 from data_tools.shard_set import SplitWriter, check_not_nested, finished, remove_sets
 from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 from megatron_fp4.data.shards.manifest import read_manifest
+from megatron_fp4.storage.local import local_path
 
 _DOCUMENTS_AT_ONCE = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=local_path, required=True)
     parser.add_argument("--shard-tokens", type=int, default=512 << 20, help="a shard is closed at this many tokens")
     parser.add_argument("--restart", action="store_true", help="delete earlier output instead of going on")
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.cli import run_tool
+from megatron_fp4.storage.local import local_path
 
 Skipped = Counter[str]
 
@@ -124,7 +125,7 @@ def _unusable(data: bytes, seen: set[bytes]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="data_tools.make_corpus", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
+    parser.add_argument("--output", type=local_path, required=True, help="JSONL file to write")
     args = parser.parse_args(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     documents, sizes, skipped = write_corpus(args.output)

@@ -16,6 +16,7 @@ from pathlib import Path
 from data_tools.cli import run_tool
 from data_tools.documents import read_texts
 from data_tools.policies import Policies, Report, add_policy_arguments, policies_of, print_counts
+from megatron_fp4.storage.local import local_path
 
 LONGEST_LINE_BYTES = 4096  # sentencepiece drops longer lines without a word, so they are cut here
 
@@ -71,7 +72,7 @@ def train(lines: Iterator[str], output: Path, *, vocab_size: int, model_type: st
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="data_tools.train_tokenizer", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("inputs", nargs="+", help="files or globs: .jsonl .txt .parquet, also .gz .zst")
-    parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
+    parser.add_argument("--output", type=local_path, required=True, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument("--text-key", default="text")

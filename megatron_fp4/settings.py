@@ -18,6 +18,7 @@ import ast
 import dataclasses
 import inspect
 import math
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +68,8 @@ class Bound:
         return f"{text}, or 0" if self.or_zero else text
 
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
 Size = Annotated[int, Bound(least=1)]
 """How many of something that must be there."""
 Count = Annotated[int, Bound(least=0)]
@@ -114,12 +117,27 @@ class Section:
 
 
 def check_bounds(config: Any, section: str) -> None:
-    """Raise ValueError for the first number outside its bound. section: the key of `config`, as "optim"."""
+    """Raise ValueError for the first number outside its bound, and for text that is a place beyond this machine.
+
+    section: the key of `config`, as "optim".
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (objection := path_objection(text)):
+                raise ValueError(f"{section}.{field.name} = {text}: {objection}")
     for name, bound in bounds_of(config.__class__).items():
         value = getattr(config, name)
         if not bound.allows(value):
             sentence = next(setting.sentence for setting in settings_of(config.__class__) if setting.name == name)
             raise ValueError(f"{section}.{name} = {value}, must be {bound} ({sentence})")
+
+
+def path_objection(path: str) -> str:
+    """Why `path` cannot be a file or folder of this machine; "" if it can."""
+    if URL.match(path):
+        return "no store stands behind URLs here; mount it as a file system and give the path, or copy the files"
+    return "only a shell expands ~ at the start; give the whole path" if path.startswith("~") else ""
 
 
 @cache

@@ -26,6 +26,7 @@ from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.cli.schema import build, twin
 from megatron_fp4.interop.write import write_transformers
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.storage.local import local_path
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -64,7 +65,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         sub = actions.add_parser(name)
         sub.add_argument("checkpoints", nargs=count, type=Path, metavar="CHECKPOINT")
         if writes:
-            sub.add_argument("--to", type=Path, required=True, help="directory to write into")
+            sub.add_argument("--to", type=local_path, required=True, help="directory to write into")
         return sub
 
     action("inspect", "+", writes=False).add_argument("--names", default="", help="only tensors whose key has this")

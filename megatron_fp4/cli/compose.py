@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_fp4.cli.schema import build, twin
+from megatron_fp4.cli.overrides.text import ambiguous_text, ambiguous_yaml, quote_text
+from megatron_fp4.cli.schema import build, field_names, hint_at, inner_hint, join, twin
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.renamed import renamed_keys, renamed_option, renaming_message
 
@@ -36,7 +39,9 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
     directory = config_dir or CONFIG_DIR
     if not (directory / "config.yaml").is_file():
         raise ConfigError(f"{directory} has no config.yaml; install with `pip install -e .`, or pass --config-dir")
-    _check_keys(overrides, directory)
+    groups = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_dir()}
+    overrides = [quote_text(override, groups) for override in overrides]
+    _check_keys(overrides, groups)
     try:
         return _compose(overrides, directory)
     except (HydraException, OmegaConfBaseException) as error:
@@ -60,6 +65,8 @@ def load_run_config(run_dir: Path) -> RunConfig:
     stored = run_dir / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{run_dir} holds no config.yaml; is it the train.run_dir of a run?")
+    if objection := ambiguous_text(stored):
+        raise ConfigError(objection)
     try:
         settings = OmegaConf.load(stored)
         if renamed := renamed_keys(OmegaConf.to_container(settings)):
@@ -82,12 +89,16 @@ def to_yaml(tree: DictConfig) -> str:
 def _compose(overrides: Sequence[str], directory: Path) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=twin(RunConfig))
     with initialize_config_dir(str(directory), version_base="1.3"):
+        if ambiguous := ambiguous_yaml(directory):
+            loader = GlobalHydra.instance().config_loader()
+            used = loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults
+            for objection in (ambiguous[file.config_path] for file in used if file.config_path in ambiguous):
+                raise ConfigError(objection)
         return compose("config", overrides=list(overrides))
 
 
-def _check_keys(overrides: Sequence[str], directory: Path) -> None:
+def _check_keys(overrides: Sequence[str], groups: Mapping[str, Path]) -> None:
     """Name the nearest valid key or option of every override that has none, which hydra's own message lacks."""
-    groups = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_dir()}
     options = {group: sorted(path.stem for path in folder.glob("*.yaml")) for group, folder in groups.items()}
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -95,7 +106,6 @@ def _check_keys(overrides: Sequence[str], directory: Path) -> None:
         raise ConfigError(f"{_short(error)}; an override looks like model.num_layers=4") from None
     if {"precision", "precision/recipe"} <= {override.key_or_group for override in parsed}:
         raise ConfigError("precision=... and precision/recipe=... both choose the recipe; leave one out")
-    schema = OmegaConf.structured(twin(RunConfig))
     for override in parsed:
         key, value = override.key_or_group, override.value()
         if renamed := renamed_option(key, str(value)) or renaming_message(renamed_keys(value, key)):
@@ -106,39 +116,30 @@ def _check_keys(overrides: Sequence[str], directory: Path) -> None:
                 raise ConfigError(f"{key}={value} does not exist{nearest}; {key}: {', '.join(options[key])}")
         elif isinstance(value, str) and value in options.get(key.replace(".", "/"), []):
             raise ConfigError(f"{key}={value}: the options of a group are chosen by {key.replace('.', '/')}={value}")
-        elif not key.startswith("hydra."):
-            _check_key(key, schema, list(options))
+        elif key.partition(".")[0] == "hydra":
+            raise ConfigError(f"{key} has no effect: hydra only merges the YAML; train.run_dir is where a run goes")
+        else:
+            _check_key(key, list(options))
 
 
-def _check_key(key: str, schema: DictConfig, groups: list[str]) -> None:
+def _check_key(key: str, groups: list[str]) -> None:
     """Raises ConfigError for a key that the schema does not have."""
-    node: Any = schema
-    seen: list[str] = []
+    seen, hint = "", hint_at("")
     for part in key.split("."):
-        if not isinstance(node, DictConfig) or _is_free(node):
-            return  # inside a list or a free dictionary, whose keys the schema does not name
-        if part not in node:
-            names = [".".join([*seen, str(name)]) for name in node]
-            wrong = ".".join([*seen, part])
-            everything = names + _all_keys(schema) + ([] if seen else groups)
+        names = field_names(hint)
+        if names and part not in names:
+            wrong, siblings = join(seen, part), [join(seen, name) for name in names]
+            everything = siblings + _all_keys(hint_at("")) + ([] if seen else groups)
             raise ConfigError(f"unknown key '{key}'{_nearest(wrong if seen else key, everything)}")
-        seen.append(part)
-        node = node._get_node(part)
+        seen, hint = join(seen, part), inner_hint(hint, part)
 
 
-def _is_free(node: DictConfig) -> bool:
-    return OmegaConf.get_type(node) is dict
-
-
-def _all_keys(node: DictConfig, prefix: str = "") -> list[str]:
-    """Dotted keys of everything below `node`."""
+def _all_keys(hint: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of everything below a section of the type `hint`, without what lists and dictionaries hold."""
     keys = []
-    for name in map(str, node):
-        key = prefix + name
-        child = node._get_node(name)
-        keys.append(key)
-        if isinstance(child, DictConfig) and not _is_free(child):
-            keys += _all_keys(child, f"{key}.")
+    for name in field_names(hint):
+        key = join(prefix, name)
+        keys += [key, *_all_keys(inner_hint(hint, name), key)]
     return keys
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_fp4.cli.render.html import write_html
 from megatron_fp4.cli.render.plots import write_losses
+from megatron_fp4.storage.local import local_path
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, different_numbers, matching_keys
 
 
@@ -22,8 +23,8 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 1 if `--equal` finds a difference, 2 for a run without metrics."""
     parser = argparse.ArgumentParser(prog="megatron-fp4 report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories (train.run_dir)")
-    parser.add_argument("--plot", type=Path, help="write the loss curves to this PNG")
-    parser.add_argument("--html", type=Path, help="write a page with all plots, one self-contained file")
+    parser.add_argument("--plot", type=local_path, help="write the loss curves to this PNG")
+    parser.add_argument("--html", type=local_path, help="write a page with all plots, one self-contained file")
     parser.add_argument("--equal", nargs=2, type=int, metavar=("FIRST", "LAST"), help="of two runs, bit for bit")
     args = parser.parse_args(arguments)
     try:

@@ -8,10 +8,13 @@ checks values.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from megatron_fp4.train.config import RunConfig
 
 T = TypeVar("T")
 
@@ -55,24 +58,57 @@ def _to_twin(value: Any) -> Any:
     return value
 
 
-def build(cls: type[T], tree: Mapping[str, Any]) -> T:
-    """The dataclass `cls` from nested dictionaries and lists. Raises what the classes' own checks raise."""
+def field_names(hint: Any) -> list[str]:
+    """The fields of a dataclass; none of any other type."""
+    return [field.name for field in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
+
+
+def inner_hint(hint: Any, part: str) -> Any:
+    """The type of `part` of a value of type `hint`, an element where `hint` is a list; None where there is no such."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return get_type_hints(hint).get(part)
+    return get_args(hint)[-1] if get_origin(hint) in (list, dict) else None
+
+
+def hint_at(key: str) -> Any:
+    """The type of a setting or section of a run by its key, such as "optim.lr"; None where there is no such."""
+    hint: Any = RunConfig
+    for part in key.split(".") if key else []:
+        hint = inner_hint(hint, part)
+    return hint
+
+
+def build(cls: type[T], tree: Mapping[str, Any], key: str = "") -> T:
+    """The dataclass `cls` from nested dictionaries and lists. key: of the whole, for messages.
+
+    Raises ValueError for a name that no field has, and what the classes' own checks raise.
+    """
     hints = get_type_hints(cls)
-    return cls(**{name: _build_value(hints[name], value) for name, value in tree.items()})
+    names = field_names(cls)
+    for name in tree:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1)
+            meant = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(names)}"
+            raise ValueError(f"unknown key {join(key, name)!r}; {meant}")
+    return cls(**{name: _build_value(hints[name], value, join(key, name)) for name, value in tree.items()})
 
 
-def _build_value(hint: Any, value: Any) -> Any:
+def join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _build_value(hint: Any, value: Any, key: str) -> Any:
     if value is None:
         return None
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return build(hint, value)
+        return build(hint, value, key)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return _build_value(next(argument for argument in arguments if argument is not type(None)), value)
+        return _build_value(next(argument for argument in arguments if argument is not type(None)), value, key)
     if origin is list:
-        return [_build_value(arguments[0], item) for item in value]
+        return [_build_value(arguments[0], item, f"{key}[{number}]") for number, item in enumerate(value)]
     if origin is dict:
-        return {key: _build_value(arguments[1], item) for key, item in value.items()}
+        return {name: _build_value(arguments[1], item, join(key, name)) for name, item in value.items()}
     if origin is tuple:
         return tuple(value)
     return value

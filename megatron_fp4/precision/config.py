@@ -5,6 +5,7 @@ Two questions, two groups of options: how a GEMM computes (configs/precision/rec
 (No `from __future__ import annotations`: omegaconf reads the annotations.)
 """
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
@@ -63,6 +64,19 @@ class KeepBf16:
         check_bounds(self, "precision.keep_bf16")
 
 
+def regular_expression(match: str) -> str | None:
+    """What stands between the slashes of a rule's match; None for a glob."""
+    return match[1:-1] if len(match) > 1 and match[0] == match[-1] == "/" else None
+
+
+def check_pattern(match: str, key: str) -> None:
+    """Raise ValueError for a broken regular expression between slashes."""
+    try:
+        re.compile(regular_expression(match) or "")
+    except re.error as error:
+        raise ValueError(f"{key}: match = {match!r} is no regular expression: {error}") from None
+
+
 @dataclass(frozen=True)
 class Rule:
     """Which linears use which recipe; the first rule that matches a linear decides."""
@@ -79,6 +93,9 @@ class Rule:
     """Recipe of Dgrad alone; empty = that of use."""
     wgrad: str = ""
     """Recipe of Wgrad alone; empty = that of use."""
+
+    def __post_init__(self) -> None:
+        check_pattern(self.match, "precision.rules")
 
 
 @dataclass(frozen=True)
@@ -100,6 +117,7 @@ class Switch:
 
     def __post_init__(self) -> None:
         check_bounds(self, "precision.switch[]")
+        check_pattern(self.match, "precision.switch")
         if (self.at_tokens > 0) + (self.at_fraction > 0) + self.at_decay != 1:
             raise ValueError(
                 "precision.switch: set exactly one of at_tokens, at_fraction, at_decay; got"

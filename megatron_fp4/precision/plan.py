@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from megatron_fp4.precision.config import GEMMS, BackendName, PrecisionConfig, Rule, Switch
+from megatron_fp4.precision.config import GEMMS, BackendName, PrecisionConfig, Rule, Switch, regular_expression
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable, Row, describe, difference, gemm_format
 
@@ -36,8 +36,9 @@ class Linear(Protocol):
 
 def matches(pattern: str, name: str) -> bool:
     """Glob, or regular expression between slashes."""
-    if len(pattern) > 1 and pattern[0] == pattern[-1] == "/":
-        return re.search(pattern[1:-1], name) is not None
+    expression = regular_expression(pattern)
+    if expression is not None:
+        return re.search(expression, name) is not None
     return fnmatch.fnmatchcase(name, pattern)
 
 

@@ -124,6 +124,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "train")
+        if not self.run_dir.strip():
+            raise ValueError("train.run_dir is empty, which is the present folder; name one for this run")
         if self.total_tokens != int(self.total_tokens):
             raise ValueError(f"train.total_tokens = {self.total_tokens}, must be a whole number")
         check_ramp(self.batch_ramp, self.global_batch)

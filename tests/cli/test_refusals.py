@@ -14,6 +14,7 @@ import torch
 
 from data_tools.train_tokenizer import train
 from megatron_fp4 import pretrain
+from megatron_fp4.cli import main as cli_main
 from megatron_fp4.train import job
 from megatron_fp4.train.faults.signals import EXIT_CONFIG
 from tests.helpers.tiny_run import TinyRun, tiny_run
@@ -86,6 +87,23 @@ RAMP = [
         (["checkpoint.keep_best=1"], "nothing is evaluated"),
         (["train.eval_interval_steps=5"], "train.eval_interval_steps = 5 would have no effect"),
         (["--frobnicate"], "unknown option"),
+        (["hydra.run.dir=outputs"], "hydra.run.dir has no effect"),
+        (["hydra/launcher=basic"], "unknown key 'hydra/launcher'"),
+        (["precision.rules=[{match: '/(/', use: nvfp4}]"], "match = '/(/' is no regular expression: missing )"),
+        (["precision.switch=[{match: '/[/', at_fraction: 0.5}]"], "match = '/[/' is no regular expression"),
+        (
+            ["+precision.recipes.nvfp4.fpropp.x.format=nvfp4"],
+            "unknown key 'precision.recipes.nvfp4.fpropp.x.format'; did you mean 'precision.recipes.nvfp4.fprop'",
+        ),
+        (["+precision.recipes.nvfp4.fprop.x.fromat=nvfp4"], "did you mean 'precision.recipes.nvfp4.fprop.x.format'"),
+        (["+precision.recipes.nvfp4.fprop={y: {format: nvfp4}}"], "Key 'y' not in 'Fprop'"),
+        (["train.run_dir=s3://bucket/run"], "train.run_dir = s3://bucket/run: no store stands behind URLs"),
+        (["train.run_dir='~/run'"], "train.run_dir = ~/run: only a shell expands ~"),
+        (["train.run_dir="], "train.run_dir is empty"),
+        (["data.tokenizer=hf://meta/tokenizer.json"], "data.tokenizer = hf://meta/tokenizer.json: no store"),
+        (["data.index_cache=gs://bucket/index"], "data.index_cache = gs://bucket/index: no store"),
+        (["data.sources=[{name: a, paths: [s3://bucket/a]}]"], "data.sources[0].paths = s3://bucket/a: no store"),
+        (["data.evaluation=[{name: a, paths: [file:///a]}]"], "data.evaluation[0].paths = file:///a: no store"),
         (["optim.warmup_tokens=999999"], "999999"),
         (["precision.backend=transformer_engine", "model.ffn_hidden=272"], "the contracted dimension, 272, must be a"),
         (["precision.backend=native_fp8"], "only GEMMs of two fp8_block operands run on its tensor cores"),
@@ -99,6 +117,26 @@ RAMP = [
 )
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], expected: str) -> None:
     assert expected in refused(capsys, tiny_run(tmp_path), *overrides)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "tokenize", "a.txt", "--tokenizer", "t.model", "--output", "s3://bucket/set"],
+        ["data", "make-corpus", "--output", "s3://bucket/a.jsonl"],
+        ["data", "train-tokenizer", "a.txt", "--output", "~/t.model"],
+        ["data", "merge", "a", "--output", "gs://bucket/set"],
+        ["report", "run", "--html", "s3://bucket/page.html"],
+        ["report", "run", "--plot", "s3://bucket/page.png"],
+        ["checkpoint", "extract", "run", "--to", "s3://bucket/weights"],
+    ],
+)
+def test_outputs_beyond_this_machine(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each wrote into a local folder of that name."""
+    with pytest.raises(SystemExit) as left:
+        cli_main.run(command)
+    assert left.value.code == EXIT_CONFIG
+    assert re.search(r"no store stands behind URLs|only a shell expands ~", capsys.readouterr().err)
 
 
 def test_heads_not_divisible_by_tp(

@@ -1,0 +1,1 @@
+"""What overrides and YAML files say, before hydra merges them."""
