@@ -97,7 +97,7 @@ def _configured() -> RunConfig:
 
 def _explained(section: Section, setting: Setting, configured: RunConfig, refusals: Sequence[str] = ()) -> Explained:
     key = f"{section.key}.{setting.name}"
-    compared = key.partition("[]")[0]  # a resume compares a list as one value
+    compared = key.replace("[]", ".0")  # a resume compares element by element
     source = Path(inspect.getsourcefile(setting.owner) or "").relative_to(PACKAGE.parent)
     return Explained(key, setting, _value(configured, key), rule_of(compared), str(source), refusals)
 

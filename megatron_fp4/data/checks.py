@@ -62,14 +62,15 @@ def check_state(state: dict[str, Any], version: int, config: DataConfig, sources
         if expected != actual:
             raise ValueError(
                 f"the checkpoint was written with {name}={actual}, this run has {expected}; the sample order would "
-                "change under it. Use the checkpoint's value, or start the data anew without its state."
+                "change under it. Use the checkpoint's value, or choose another train.run_dir."
             )
     for name, saved in state["sources"].items():
         documents = sources.get(name)
         if documents is not None and documents.fingerprint != saved["fingerprint"]:
             raise ValueError(
                 f"data source {name!r} changed since the checkpoint: its content was {saved['fingerprint']}, now it is "
-                f"{documents.fingerprint}. Restore the shards, or add the new ones as a source of another name."
+                f"{documents.fingerprint}. Restore the shards, or give the source another name with "
+                "'train.resume_allow=[data.sources*,data.phases*]': it is then read from its beginning."
             )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint import CheckpointStore
+from megatron_fp4.comm.agree import agreed
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.mesh import Group, build_mesh
-from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.checked import CheckedConfig, open_data
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
@@ -33,11 +34,17 @@ class Start:
     changes: str
     remembered: RollbackRecord | None
 
+    @property
+    def of_data(self) -> tuple[dict[str, Any] | None, list[list[int]]]:
+        """State of the training loader, and sample ranges that it does not read: the last arguments of `open_data`."""
+        return self.meta["data"] if self.meta else None, self.remembered.skip if self.remembered else []
+
 
 def build(checked: CheckedConfig, process: Process, phases: Phases | None = None) -> tuple[Run, Start]:
     """Make the run on this rank. Collective: every rank calls it. phases: the process's, where a watchdog has them.
 
-    Raises ValueError for what only a started job can see: the run directory, a checkpoint.
+    Raises ValueError for what only a started job can see: the run directory, a checkpoint, data that do not go on from
+    it. All of that is looked at before the model is made and read.
     """
     config = checked.config
     phases = phases or Phases(process.device)
@@ -51,6 +58,7 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
     chosen = choose_checkpoint(config.train.resume, store)
     phases.enter("build")
     start = _find_start(checked, chosen.meta if chosen else None, process.world)
+    loader, evaluations = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data), process.world)
     backend, probes = probed_backend(config)
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
@@ -59,11 +67,10 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
         loaded = store.load_or_earlier(chosen, optimizer.state_shards())
         if loaded is not chosen:
             start = _find_start(checked, loaded.meta, process.world)
+            loader, evaluations = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data), process.world)
         optimizer.step_count = loaded.meta["optimizer_steps"]
         optimizer.after_load()
     phases.enter("build")
-    skip = start.remembered.skip if start.remembered else []
-    loader, evaluations = open_data(checked, mesh.dp.rank, start.meta["data"] if start.meta else None, skip)
     run = Run(
         config=config,
         mesh=mesh,
@@ -84,6 +91,6 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
 def _find_start(checked: CheckedConfig, meta: dict[str, Any] | None, world: Group) -> Start:
     """Collective. Raises ValueError for a setting that may not differ from the checkpoint's."""
     config = checked.config
-    changes = changes_on_resume(meta["config"], to_json_values(config), config.train.resume_allow) if meta else ""
+    changes = changes_on_resume(meta, config) if meta else ""
     position = Position.from_meta(meta) if meta else Position()
     return Start(position, meta, changes, recall(Path(config.train.run_dir), meta, world))

@@ -96,7 +96,8 @@ class TrainConfig:
     resume: Resume = Resume.auto
     """Whether the run goes on from the newest checkpoint of run_dir."""
     resume_allow: list[str] = field(default_factory=list)
-    """Globs of settings that may differ from the checkpoint's although their rule says ask, such as "data.*"."""
+    """Settings that may differ from the checkpoint's although a resume asks about them, as globs, such as
+    [data.reset_documents,data.sources.*.name]; a refused resume prints the list that it would take."""
     stop_after_steps: Count = 0
     """Save and end at this step without changing any schedule; 0 = run to the end."""
     exit_after_seconds: Annotated[float, Bound(least=0)] = 0.0

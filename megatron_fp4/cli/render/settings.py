@@ -20,6 +20,7 @@ UNITS |= {"mib": "MiB", "batch": "sequences", "length": "tokens", "failures": "s
 ON_RESUME = {
     Policy.refuse: "must stay",
     Policy.ask: "if train.resume_allow names it",
+    Policy.future: "may change for what is to come, logged",
     Policy.note: "may change, logged",
     Policy.ignore: "may change",
 }

@@ -1,23 +1,31 @@
 """What changed between the checkpoint's settings and this run's, and whether that may be.
 
-Settings are two nested dictionaries of JSON values; rules, by glob over dotted keys, say what a difference means. The
-architecture must be the same; data and seeds only change when named in `train.resume_allow`; the rest takes effect and
-stands in a table. Pure functions: the caller reads the settings and logs the table.
+Settings are two nested dictionaries of JSON values; rules, by glob over dotted keys, say what a difference means. An
+element of a list is a key by its number (`data.sources.0.paths`), so that data which only moved is told from other
+data. The architecture must be the same; data and seeds only change when named in `train.resume_allow`; the rest takes
+effect and stands in a table. The caller logs the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
 from megatron_fp4.settings import to_json_values
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.renamed import current_name
+from megatron_fp4.train.resume.past_data import past_changes
 
 ABSENT = "(absent)"
 MAX_CELL = 44
+CONTEXT = 12
+"""Characters that a cut cell shows before the first difference."""
+UNQUOTED = re.compile(r"[^\w.-]")
+"""What hydra or a shell would not take as it is in a list; `?` stands for it in a glob."""
 
 
 class Policy(Enum):
@@ -25,6 +33,7 @@ class Policy(Enum):
 
     refuse = "refuse"  # never resumed: the tensors would not fit, or would mean something else
     ask = "ask"  # refused unless the key is allowed by name
+    future = "future"  # noted where only samples to come are concerned (past_data.py), else asked
     note = "note"  # the config's value is used, and the table says so
     ignore = "ignore"  # not even mentioned (paths, logging)
 
@@ -54,7 +63,12 @@ RULES = (
     ResumeRule("model.mamba_kernel", Policy.note, "who computes it: the same tensors, other last bits"),
     ResumeRule("model.*", Policy.refuse, "architecture: the tensors would not fit"),
     ResumeRule("data.tokenizer", Policy.note, "where it lies; its content is checked against the shards"),
-    ResumeRule("data.sources*.paths*", Policy.note, "where the shards lie; their content is checked"),
+    ResumeRule("data.sources.*.paths", Policy.note, "where the shards lie; their content is checked"),
+    ResumeRule("data.sources.*.max_epochs", Policy.note, "a limit: the sample order does not depend on it"),
+    ResumeRule("data.phases*", Policy.future, "what was read stays; what comes follows the config"),
+    ResumeRule("data.skip*", Policy.future, "what was read stays; what comes follows the config"),
+    ResumeRule("data.seq_length", Policy.refuse, "samples are cut by it: the order would be another one"),
+    ResumeRule("data.seed", Policy.refuse, "the sample order would be another one"),
     ResumeRule("data.evaluation*", Policy.note, "other held-out sets: curves are not comparable"),
     ResumeRule("data.*", Policy.ask, "data: the sample order would not go on"),
     ResumeRule("*seed", Policy.ask, "randomness would not go on"),
@@ -82,13 +96,15 @@ class SettingDifference:
         return "refused" if self.refused else self.configured
 
 
-def changes_on_resume(saved: Mapping[str, Any], configured: Mapping[str, Any], allow: Sequence[str]) -> str:
+def changes_on_resume(meta: Mapping[str, Any], config: RunConfig) -> str:
     """The table of settings that changed since the checkpoint, "" if none. Raises ValueError for what may not change.
 
-    allow: `train.resume_allow`.
+    meta: the checkpoint's small state.
     """
-    changes = compare_settings(saved, configured, allow=allow)
-    refuse_forbidden(changes, 'train.resume_allow=["data.*"] (globs of settings)')
+    saved, configured = meta["config"], to_json_values(config)
+    past = past_changes(meta["data"], saved["data"], configured["data"])
+    changes = compare_settings(saved, configured, allow=config.train.resume_allow, past=past)
+    refuse_forbidden(changes)
     return as_table(changes) if changes else ""
 
 
@@ -97,16 +113,21 @@ def compare_settings(
     configured: Mapping[str, Any],
     rules: Sequence[ResumeRule] = RULES,
     allow: Sequence[str] = (),
+    past: Collection[str] = (),
 ) -> list[SettingDifference]:
     """Every setting that differs, by key.
 
-    allow: globs of keys whose `ask` is answered. A setting that one side does not have at all (another version of the
-    program) is asked about where it would be refused, because only a person can know that its default changes nothing.
-    Saved settings that were renamed since are compared under their present name.
+    allow: globs of keys whose `ask` is answered. past: keys of policy `future` that differ in what is over. A setting
+    that one side does not have at all (another version of the program) is asked about where it would be refused,
+    because only a person can know that its default changes nothing. Saved settings that were renamed since are compared
+    under their present name.
     """
     left, right = {current_name(key): value for key, value in _leaves(saved)}, dict(_leaves(configured))
+    parents = {key[:dot] for key in left.keys() | right.keys() for dot in range(len(key)) if key[dot] == "."}
     differences = []
     for key in sorted(left.keys() | right.keys()):
+        if key in parents and not (left.get(key) or right.get(key)):  # an empty list, beside the other's elements
+            continue
         old, new = left.get(key, ABSENT), right.get(key, ABSENT)
         if type(old) is type(new) is float and old != old and new != new:
             continue
@@ -118,6 +139,8 @@ def compare_settings(
             continue
         if policy is Policy.refuse and ABSENT in (old, new):
             policy = Policy.ask
+        if policy is Policy.future:
+            policy = Policy.ask if any(f"{key}.".startswith(f"{one}.") for one in past) else Policy.note
         allowed = any(fnmatchcase(key, glob) for glob in allow)
         refused = policy is Policy.refuse or (policy is Policy.ask and not allowed)
         differences.append(SettingDifference(key, old, new, policy, refused, rule.reason))
@@ -129,29 +152,29 @@ def rule_of(key: str, rules: Sequence[ResumeRule] = RULES) -> ResumeRule:
     return next((rule for rule in rules if fnmatchcase(key, rule.keys)), ResumeRule("*", Policy.note))
 
 
-def refuse_forbidden(differences: Sequence[SettingDifference], remedy: str) -> None:
-    """Raise ValueError with the table of what is refused, if anything is.
-
-    remedy: how the user allows a key here, e.g. "train.resume_allow=[data.*]".
-    """
+def refuse_forbidden(differences: Sequence[SettingDifference]) -> None:
+    """Raise ValueError with the table of what is refused, and what to do about it, if anything is."""
     refused = [one for one in differences if one.refused]
     if not refused:
         return
     lines = [f"resume refused, {len(refused)} settings differ from the checkpoint's:", as_table(refused)]
     if any(one.policy is Policy.refuse for one in refused):
-        lines.append("settings marked 'refuse' must be as in the checkpoint; or start a new run")
+        lines.append("settings marked 'refuse' must be as in the checkpoint; or choose another train.run_dir")
     if any(one.policy is Policy.ask for one in refused):
-        lines.append(f"settings marked 'ask' can be allowed with {remedy}")
+        # with those that are allowed already: the new list takes the place of the old one
+        keys = [UNQUOTED.sub("?", one.key) for one in differences if one.policy is Policy.ask]
+        lines.append(f"settings marked 'ask' can be allowed with 'train.resume_allow=[{','.join(keys)}]'")
     raise ValueError("\n".join(lines))
 
 
 def as_table(differences: Sequence[SettingDifference]) -> str:
     """Text with the columns setting, checkpoint, config, used, and why."""
     header = ("setting", "checkpoint", "config", "used", "")
-    rows = [
-        (one.key, *map(_cell, (one.saved, one.configured, one.used)), f"{one.policy.value}: {one.reason}")
-        for one in differences
-    ]
+    rows = []
+    for one in differences:
+        saved, configured = _cells(one.saved, one.configured)
+        used = one.used if one.refused else configured
+        rows.append((one.key, saved, configured, used, f"{one.policy.value}: {one.reason}"))
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(4)]
     lines = [
         "  ".join([*(cell.ljust(n) for cell, n in zip(row, widths, strict=False)), row[4]]) for row in (header, *rows)
@@ -159,15 +182,26 @@ def as_table(differences: Sequence[SettingDifference]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys; a list is one value (its order means something); tuples are as lists, as JSON has none."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", to_json_values(value)
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys; a list of mappings has its numbers as keys, another one is one value (its order means something)."""
+    numbered = isinstance(value, list | tuple) and all(isinstance(one, Mapping) for one in value)
+    children = dict(enumerate(value)) if numbered else value if isinstance(value, Mapping) else {}
+    if key and not children:
+        yield key, to_json_values(value)
+    for name, child in children.items():
+        yield from _leaves(child, f"{key}.{name}" if key else str(name))
 
 
-def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..."
+def _cells(saved: Any, configured: Any) -> list[str]:
+    """Both values as text; of a long one the part around the first difference."""
+    texts = [value if isinstance(value, str) else repr(value) for value in (saved, configured)]
+    if texts[0] == texts[1]:
+        texts = [repr(saved), repr(configured)]
+    if max(map(len, texts)) <= MAX_CELL:
+        return texts
+    same = next(
+        (place for place, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts))
+    )
+    start = max(0, same - CONTEXT)
+    windows = [f"{'...' if start else ''}{text[start:]}" for text in texts]
+    return [text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..." for text in windows]

@@ -12,11 +12,12 @@ from megatron_fp4.train.resume.differences import (
     compare_settings,
     refuse_forbidden,
 )
+from megatron_fp4.train.resume.past_data import past_changes
 
 SAVED = {
     "model": {"hidden": 64, "heads": 4},
     "optim": {"lr": 1e-3, "betas": [0.9, 0.95]},
-    "data": {"paths": ["a", "b"], "seed": 1},
+    "data": {"paths": ["a", "b"], "seed": 1, "seq_length": 32, "reset_documents": False},
     "precision": {"recipe": "x"},
     "logging": {"every": 1},
 }
@@ -48,6 +49,8 @@ def test_a_renamed_setting_is_compared_under_its_present_name() -> None:
         ({"precision": {"recipe": "y"}}, "precision.recipe", Policy.note, False),
         ({"model": {"new_option": False}}, "model.new_option", Policy.ask, True),
         ({"optim": {"lr": True}}, "optim.lr", Policy.note, False),
+        ({"data": {"seed": 2}}, "data.seed", Policy.refuse, True),
+        ({"data": {"seq_length": 64}}, "data.seq_length", Policy.refuse, True),
     ],
 )
 def test_policy_per_kind(groups: dict, key: str, policy: Policy, refused: bool) -> None:
@@ -57,18 +60,77 @@ def test_policy_per_kind(groups: dict, key: str, policy: Policy, refused: bool) 
 
 
 def test_allowing_answers_ask_but_not_refuse() -> None:
-    changes = compare_settings(SAVED, changed(data={"seed": 2}, model={"heads": 8}), allow=["data.*", "model.*"])
-    assert {one.key: one.refused for one in changes} == {"data.seed": False, "model.heads": True}
+    groups = {"data": {"reset_documents": True}, "model": {"heads": 8}}
+    changes = compare_settings(SAVED, changed(**groups), allow=["data.*", "model.*"])
+    assert {one.key: one.refused for one in changes} == {"data.reset_documents": False, "model.heads": True}
     with pytest.raises(ValueError, match=r"1 settings differ(.|\n)*model\.heads") as error:
-        refuse_forbidden(changes, "train.resume_allow=[...]")
-    assert "data.seed" not in str(error.value)
+        refuse_forbidden(changes)
+    assert "data.reset_documents" not in str(error.value)
 
 
-def test_refusal_names_the_remedy() -> None:
-    changes = compare_settings(SAVED, changed(data={"seed": 2}))
-    with pytest.raises(ValueError, match=r"can be allowed with train\.resume_allow=\[data\.seed\]"):
-        refuse_forbidden(changes, "train.resume_allow=[data.seed]")
-    refuse_forbidden([one for one in changes if not one.refused], "")
+def test_refusal_names_the_remedy_with_what_is_allowed_already() -> None:
+    """Settings on the command line replace each other: a list of the new keys only would take the old ones back."""
+    now = changed(data={"reset_documents": True, "paths": ["c"]})
+    changes = compare_settings(SAVED, now, allow=["data.paths"])
+    remedy = r"can be allowed with 'train\.resume_allow=\[data\.paths,data\.reset_documents\]'$"
+    with pytest.raises(ValueError, match=remedy):
+        refuse_forbidden(changes)
+    refuse_forbidden([one for one in changes if not one.refused])
+
+
+def sources(*paths: str, name: str = "web", epochs: int = 1) -> dict:
+    return {"data": {"sources": [{"name": name, "paths": list(paths), "max_epochs": epochs}], "phases": []}}
+
+
+def test_data_that_moved_are_told_from_other_data() -> None:
+    """A list compared as one value: the rule for paths never fitted, and both cells were cut to the same text."""
+    old = "/lustre/project/tokenized/web-2024/shards/part-0001"
+    [moved] = compare_settings(sources(old), sources(old.replace("0001", "0002")))
+    assert (moved.key, moved.policy, moved.refused) == ("data.sources.0.paths", Policy.note, False)
+    row = as_table([moved]).splitlines()[1].split("  ")
+    cells = [cell.strip() for cell in row if cell.strip()]
+    assert cells[1].endswith("0001']"), cells
+    assert cells[2].endswith("0002']"), cells
+    assert cells[2] == cells[3]
+    [more] = compare_settings(sources(old), sources(old, epochs=3))
+    assert (more.policy, more.refused) == (Policy.note, False), "the remedy of a source that is too small"
+    [renamed] = compare_settings(sources(old), sources(old, name="books"))
+    assert (renamed.key, renamed.refused) == ("data.sources.0.name", True)
+    added = {"data": {"sources": [*sources(old)["data"]["sources"], {"name": "new", "paths": []}], "phases": []}}
+    rows = {one.key: (one.saved, one.refused) for one in compare_settings(sources(old), added)}
+    assert rows == {"data.sources.1.name": (ABSENT, True), "data.sources.1.paths": (ABSENT, False)}
+
+
+def phases(*lengths_and_weights: tuple[int, float], skip: tuple[tuple[int, int], ...] = ()) -> dict:
+    """Phases of so many tokens in which the source web has such a weight, code 1."""
+    blends = [{"name": "", "tokens": tokens, "weights": {"web": w, "code": 1.0}} for tokens, w in lengths_and_weights]
+    return {"phases": blends, "skip": [list(span) for span in skip], "sources": []}
+
+
+@pytest.mark.parametrize(
+    ("configured", "past"),
+    [
+        (phases((320, 1.0), (320, 2.0), (0, 9.0)), []),
+        (phases((320, 1.0), (0, 2.0)), []),
+        (phases((320, 1.0), (640, 2.0), (0, 3.0)), []),
+        (phases((320, 1.0), (64, 2.0), (256, 9.0), (0, 3.0)), ["data.phases"]),
+        (phases((320, 1.0), (96, 2.0), (0, 3.0)), []),
+        (phases((320, 9.0), (320, 2.0), (0, 3.0)), ["data.phases"]),
+        (phases((288, 1.0), (352, 2.0), (0, 3.0)), ["data.phases"]),
+        (phases((320, 1.0), (320, 9.0), (0, 3.0)), ["data.phases"]),
+        (phases(), ["data.phases"]),
+        (phases((320, 1.0), (320, 2.0), (0, 3.0), skip=((13, 20),)), []),
+        (phases((320, 1.0), (320, 2.0), (0, 3.0), skip=((12, 20),)), ["data.skip"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else str([list(p.values())[1:] for p in value["phases"]]),
+)
+def test_what_a_change_of_phases_says_about_samples_that_were_read(configured: dict, past: list[str]) -> None:
+    """13 samples of 32 tokens were read: ten of the first phase, three of the second, at the weight 2."""
+    saved = phases((320, 1.0), (320, 2.0), (0, 3.0))
+    state = {"plan": {"segments": [], "skip": []}, "consumed_samples": 13, "seq_length": 32}
+    assert past_changes(state, saved, configured) == past
+    refused = [one for one in compare_settings({"data": saved}, {"data": configured}, past=past) if one.refused]
+    assert bool(refused) is bool(past)
 
 
 def test_first_fitting_rule_decides_and_one_side_may_lack_a_key() -> None:
