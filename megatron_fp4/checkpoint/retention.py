@@ -8,6 +8,7 @@ between leaves only rubbish, which the next start sweeps up.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -27,6 +28,7 @@ from megatron_fp4.checkpoint.directory import (
     temporary_name,
 )
 from megatron_fp4.storage.durable import fsync_directory, write_durably
+from megatron_fp4.storage.lock import holds
 from megatron_fp4.storage.owner import Owner
 
 log = logging.getLogger(__name__)
@@ -101,14 +103,17 @@ def set_latest(root: Path, step: int) -> None:
 def sweep(root: Path) -> list[str]:
     """Remove what ended runs left behind (rank 0, at start); never the directory of a live writer. Returns the names.
 
-    A checkpoint that was moved aside for its replacement, which then never came, gets its name back.
+    A process that holds the lock of the run directory, in which `root` lies, is the only one that may write there.
+    Without it a writer on another host is alive until it has touched nothing for STALE_SECONDS. A checkpoint that was
+    moved aside for its replacement, which then never came, gets its name back.
     """
     removed = []
+    stale_seconds = -math.inf if holds(root.parent) else STALE_SECONDS
     for path in root.glob(f"{LATEST}.tmp-*"):
         if time.time() - path.stat().st_mtime > TEMPORARY_SECONDS:
             path.unlink()
     for one in list(temporary_directories(root)):
-        if one.stage in ("writing", "replaced") and one.owner.lives(_age_seconds(one.path), STALE_SECONDS):
+        if one.stage in ("writing", "replaced") and one.owner.lives(_age_seconds(one.path), stale_seconds):
             continue
         if one.stage == "replaced" and not (root / one.checkpoint).exists():
             os.rename(one.path, root / one.checkpoint)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_fp4.storage.owner import Owner
 
@@ -48,6 +49,10 @@ def exclusively(path: str | os.PathLike[str]) -> Generator[None, None, None]:
 
 class RunLocked(RuntimeError):
     """Another launch holds the run directory; the message has its pid and host."""
+
+
+class RunUnwritable(RunLocked):
+    """Nobody can hold the run directory: the file system refuses to write there."""
 
 
 @dataclass(frozen=True)
@@ -96,20 +101,29 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock, over a dead holder if need be (logged). Raises RunLocked if the holder lives.
+        """Take the lock, over a dead holder if need be (logged). Raises RunLocked if the holder lives, RunUnwritable.
 
         A holder on another host is watched for this, until it gives a sign of life or for `stale_seconds` at most: the
         job may have been moved away from a node that died a moment ago.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._wait_and_take()
+        except OSError as error:
+            raise RunUnwritable(
+                f"the run directory {self.directory} cannot be written ({error}); make room there or get the right to"
+                " write, or choose another train.run_dir"
+            ) from error
+        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._thread.start()
+
+    def _wait_and_take(self) -> None:
         first = self._take(None)
         if first is not None:
             wait = f"waiting up to {self._stale_seconds:g} s for a sign of life"
             log.warning("%s is held by %s; %s", self.path, first.describe(), wait)
         while first is not None and self._take(first) is not None:
             time.sleep(min(1.0, self._heartbeat_seconds / 4))
-        self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
-        self._thread.start()
 
     def _take(self, seen: Holder | None) -> Holder | None:
         """Take the lock; or return the holder if it is not known yet whether it lives. seen: the one at first look."""
@@ -157,10 +171,14 @@ class RunLock:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             raise RunLocked(f"the run directory {self.directory} was taken by another launch just now") from None
-        with open(descriptor, "w") as stream:
-            json.dump(body, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with open(descriptor, "w") as stream:
+                json.dump(body, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError:
+            self.path.unlink()  # an empty lock would hold off the launches of other hosts
+            raise
 
     def _holder(self, now: float) -> Holder | None:
         try:
@@ -170,8 +188,7 @@ class RunLock:
             return None
         try:
             body = json.loads(text)
-            owner = Owner(str(body["host"]), int(body["pid"]), int(body["start"]))
-            return Holder(owner, str(body["since"]), str(body["nonce"]), touched, now - touched)
+            return Holder(_owner(body), str(body["since"]), str(body["nonce"]), touched, now - touched)
         except (ValueError, KeyError, TypeError):  # torn by a crash while it was written
             return Holder(None, "unknown", "", touched, now - touched)
 
@@ -187,6 +204,18 @@ class RunLock:
                 os.utime(self.path)
             except OSError as error:
                 log.warning("no heartbeat for %s: %s", self.path, error)
+
+
+def holds(directory: Path) -> bool:
+    """Whether this process has the lock of `directory`: then no other that ever wrote there lives."""
+    try:
+        return _owner(json.loads((directory / LOCK).read_text())) == Owner.me()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _owner(body: dict[str, Any]) -> Owner:
+    return Owner(str(body["host"]), int(body["pid"]), int(body["start"]))
 
 
 def _may_live(holder: Holder, stale_seconds: float) -> bool:

@@ -15,6 +15,7 @@ from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, CorruptCh
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import FileRecord, problem_of, read_manifest
+from megatron_fp4.storage.lock import RunLock
 from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards
 
 ONE = Layout()
@@ -182,3 +183,16 @@ def test_small_state_is_json_only(root: Path) -> None:
     text = (root / "step_00000020" / ".metadata").read_bytes()
     assert str(root).encode() not in text, "a checkpoint must not remember where it was written"
     assert b"megatron" not in text, "no object of this library may be pickled"
+
+
+def test_leftovers_of_another_host_go_at_once_where_the_lock_is_held(tmp_path: Path) -> None:
+    """The holder of the run's lock is the only writer; without the lock the other host may be one for an hour."""
+    left = tmp_path / "checkpoints" / "step_00000030.writing-node-17.4242.1.0"
+    left.mkdir(parents=True)
+    open_store(left.parent)
+    assert left.exists(), "the directory of a live writer was removed"
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    open_store(left.parent)
+    lock.release()
+    assert not left.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fp4.storage.lock import LOCK, Holder, RunLock, RunLocked
+from megatron_fp4.storage import lock as lock_module
+from megatron_fp4.storage.lock import LOCK, Holder, RunLock, RunLocked, RunUnwritable
 from megatron_fp4.storage.owner import Owner, start_of
 
 HOLD = """
@@ -129,6 +131,29 @@ def test_only_one_of_many_launches_takes_over_a_stale_lock(tmp_path: Path) -> No
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert codes.count(0) == 1, f"{codes.count(0)} launches hold the same directory"
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_said_and_leaves_no_empty_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty lock has no owner: the next start, also on this host, would wait 180 s for its sign of life."""
+    monkeypatch.setattr(lock_module.os, "fsync", no_space)
+    with pytest.raises(RunUnwritable, match=r"cannot be written \(\[Errno 28\] No space left on device\); make room"):
+        RunLock(tmp_path).acquire()
+    assert not (tmp_path / LOCK).exists()
+    monkeypatch.undo()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.release()
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_directory_that_cannot_be_is_said(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunUnwritable, match=r"or choose another train\.run_dir"):
+        RunLock(tmp_path / name).acquire()
 
 
 def test_a_zombie_is_dead() -> None:
