@@ -3,7 +3,8 @@
 What the disk refuses is kept in memory, to the byte, and written before the next line. So a full disk neither ends a
 run nor tears or loses a line, as long as it has room again before the end.
 
-Not here: fsync. A power cut may take the last lines; what must survive one is written by durable.py.
+Not here: fsync. A power cut may take the last lines, or leave blocks of zeros in their place, which `read_lines` tells
+from the lines around them; what must survive one is written by durable.py.
 """
 
 from __future__ import annotations
@@ -11,10 +12,45 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a file of JSON objects, each with a step. value: None if damaged; text is then what is left of it."""
+
+    text: bytes
+    value: dict[str, Any] | None
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a file, in order; none if there is no file. One without a step is damaged, too.
+
+    Zeros end a line as well, and make one damaged line: a good one may follow them. Half a line at the end, which a
+    killed run leaves, is no line.
+    """
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for raw in file:
+            *texts, end = raw.split(b"\0") if b"\0" in raw else [raw]
+            lines = [_parse(text) for text in (*texts, end if end.endswith(b"\n") else b"") if text.strip()]
+            yield from (line for line in lines if line.value is not None)
+            if texts or any(line.value is None for line in lines):
+                yield Line(b"\0".join(line.text for line in lines if line.value is None), None)
+
+
+def _parse(text: bytes) -> Line:
+    try:
+        value = json.loads(text)
+    except ValueError:  # also of bytes that are no text
+        value = None
+    return Line(text.strip(), value if isinstance(value, dict) and type(value.get("step")) is int else None)
 
 
 class AppendFile:

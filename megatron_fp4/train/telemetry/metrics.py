@@ -2,22 +2,23 @@
 
 `metrics.jsonl` in the run directory is the truth, one object per record, complete whatever happens to the copies for
 people (sinks.py). After a resume from an earlier step, or a rollback to one, records beyond that step are dropped, so
-each step stands once.
+each step stands once. What a power cut has damaged is set aside in `metrics.jsonl.damaged`, and no reason to stop.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.storage.append import AppendFile
+from megatron_fp4.storage.append import AppendFile, read_lines
+from megatron_fp4.storage.durable import write_durably
 from megatron_fp4.train.sections import LoggingConfig, WandbMode
 from megatron_fp4.train.telemetry.sinks import BackgroundSink, Sink, TensorBoardSink, WandbSink
 
+log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -32,10 +33,14 @@ class JsonlSink:
         self._file = self._open(resume_step)
 
     def _open(self, last_step: int) -> AppendFile:
-        kept = [line for line in read_lines(self._path) if json.loads(line)["step"] <= last_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, self._path)
+        lines = list(read_lines(self._path))
+        kept = [line.text for line in lines if line.value is not None and line.value["step"] <= last_step]
+        if damaged := [line.text for line in lines if line.value is None]:
+            aside = self._path.with_name(f"{self._path.name}.damaged")
+            with open(aside, "ab") as file:
+                file.writelines(text + b"\n" for text in damaged)
+            log.warning("%s: %d damaged line(s) were set aside in %s", self._path, len(damaged), aside.name)
+        write_durably(self._path, *(text + b"\n" for text in kept))
         return AppendFile(self._path)
 
     def rewind(self, step: int) -> None:
@@ -50,17 +55,13 @@ class JsonlSink:
         self._file.close()
 
 
-def read_lines(path: Path) -> list[str]:
-    """Complete lines of a metrics file; a line cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [line.strip() for line in lines if line.endswith("\n") and line.strip()]
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order."""
-    return [json.loads(line) for line in read_lines(run_dir / METRICS_FILE)]
+    """All records of a run, in order; damaged lines are left out, which is logged."""
+    lines = [line.value for line in read_lines(run_dir / METRICS_FILE)]
+    records = [value for value in lines if value is not None]
+    if len(records) < len(lines):
+        log.warning("%s: %d damaged line(s) are left out", run_dir / METRICS_FILE, len(lines) - len(records))
+    return records
 
 
 class Metrics:
