@@ -1,9 +1,11 @@
 """Run torchrun's agent so that the program's exit code and its stop signals get through.
 
 One idea: a launcher must be transparent. Plain torchrun turns every failure into exit code 1, and on SIGTERM it
-ends itself with a traceback while the ranks still save. Here SIGTERM and SIGUSR1 go to the ranks and nothing else
-happens; the agent then sees them leave, and this program leaves with the code of the rank that left first: 85
-(stopped on request, state saved) stays 85, 2 (configuration error) stays 2, a signal becomes 128 + its number.
+ends itself with a traceback while the ranks still save. Here SIGTERM, SIGUSR1 and Ctrl-C go to the ranks, which have a
+session of their own and see no terminal, and nothing else happens; the agent then sees them leave, and this program
+leaves with the code of the rank that left first: 85 (stopped on request, state saved) stays 85, 2 (configuration error)
+stays 2, a signal becomes 128 + its number. The ranks end at once when Ctrl-C comes for the second time; those that do
+not are killed when it comes for the third.
 
 Not here: rendezvous and process start, which are torch.distributed.run's. Used by launch/torchrun.sh.
 """
@@ -16,10 +18,12 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # importing torch takes seconds, and would answer with a traceback
 
-STOPPED_ON_REQUEST, CONFIGURATION_ERROR = 85, 2
+from torch.distributed import run  # noqa: E402 (see above)
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+
+STOPPED_ON_REQUEST, CONFIGURATION_ERROR, INTERRUPTED = 85, 2, 128 + signal.SIGINT
 # After the first rank has left, the others get this long before SIGKILL: enough to finish a save.
 # The same as `srun --wait` in launch/slurm.sbatch.
 SHUTDOWN_TIMEOUT_SECONDS = 60
@@ -41,25 +45,36 @@ def children() -> list[int]:
     return found
 
 
-def forward(signum: int, _frame: FrameType | None) -> None:
-    """Hand the signal to the ranks; they agree on a step, save, and leave."""
-    for pid in children():
-        os.kill(pid, signum)
+class Forwarding:
+    """Hands signals to the ranks; they agree on a step, save, and leave."""
+
+    def __init__(self) -> None:
+        self.interrupts = 0
+        self.reached = False
+
+    def __call__(self, signum: int, _frame: FrameType | None) -> None:
+        self.interrupts += signum == signal.SIGINT
+        for pid in children():
+            self.reached = True
+            os.kill(pid, signal.SIGKILL if self.interrupts > 2 else signum)
+        if not self.reached:  # no rank is started yet, and nothing would ever come of the request
+            os._exit(128 + signum)
 
 
 def main(argv: list[str]) -> int:
     """Start the ranks, wait for them, return their exit code."""
     args = run.parse_args(argv)
-    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"  # SIGTERM is ours
+    args.signals_to_handle = "SIGHUP,SIGQUIT"  # the others are ours
     args.shutdown_timeout = SHUTDOWN_TIMEOUT_SECONDS
-    signal.signal(signal.SIGTERM, forward)
-    signal.signal(signal.SIGUSR1, forward)
+    forward = Forwarding()
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, forward)
     try:
         run.run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        if code not in (STOPPED_ON_REQUEST, CONFIGURATION_ERROR):  # those two have said why themselves
+        if code not in (STOPPED_ON_REQUEST, CONFIGURATION_ERROR, INTERRUPTED):  # those have said why themselves
             print(error, file=sys.stderr)
         print(f"launch/torchrun.sh: rank {rank} left first, with exit code {code}", file=sys.stderr)
         return code

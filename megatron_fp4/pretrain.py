@@ -3,6 +3,11 @@
 Arguments: cli/pretrain.py. Life: train/job.py.
 """
 
+import signal
+
+if __name__ == "__main__":  # what is imported next takes seconds, and would answer Ctrl-C with a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from megatron_fp4.cli.pretrain import console_main, main
 
 __all__ = ["console_main", "main"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ def main() -> None:
         code = run(sys.argv[1:])
     except SystemExit as end:  # argparse has said why
         code = end.code if isinstance(end.code, int) else 0
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
         code = 1

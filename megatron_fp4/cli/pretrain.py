@@ -1,7 +1,8 @@
 """`megatron-fp4 pretrain` and `python -m megatron_fp4.pretrain`: the arguments of a rank, whose life is train/job.py.
 
 Arguments are hydra overrides of `configs/`. Exit codes: 0 done; 2 the configuration is refused (nothing was started);
-85 stopped on request with the state saved, start the same command again; 86 a rank hung; anything else is a failure.
+85 stopped on request with the state saved, start the same command again; 86 a rank hung; 130 ended at once by Ctrl-C;
+anything else is a failure.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config, to_yaml
 from megatron_fp4.comm.bootstrap import exit_process, read_launch
+from megatron_fp4.train.faults.signals import EXIT_INTERRUPTED
 from megatron_fp4.train.job import refuse, refuse_here, run_rank
 
 HELP = """usage: pretrain [experiment=NAME] [group=option ...] [key=value ...] [--config-dir DIR] [--cfg]
@@ -73,6 +75,8 @@ def console_main() -> None:
     """Entry of a process: never leaves a rank hanging in interpreter shutdown."""
     try:
         code = main()
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -12,13 +12,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from megatron_fp4.comm.collectives import all_reduce_sum
+from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.layers.linear import assign_precision, linears_of
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.inputs import make_inputs
+
+AGREE_BATCHES = 8
+"""A request to stop is heard every so many batches of an evaluation: the ranks must leave it at the same one."""
+
+
+class EvaluationStopped(Exception):
+    """A rank was asked to stop in the middle of an evaluation."""
 
 
 @contextmanager
@@ -44,11 +51,17 @@ def evaluate(
     mesh: ParallelMesh,
     device: torch.device,
     beat: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> float:
-    """Mean loss in nats per target token over the whole set; the same number on every rank. beat: after each batch."""
+    """Mean loss in nats per target token over the whole set; the same on every rank. beat: called after each batch.
+
+    stop: whether this rank is asked to stop. Raises EvaluationStopped on all ranks soon after one was.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(list(engine.stages), table):
-        for batch in loader:
+        for number, batch in enumerate(loader):
+            if number % AGREE_BATCHES == 0 and _any_rank(stop(), mesh, device):
+                raise EvaluationStopped
             loss = engine.evaluate(make_inputs(batch, mesh.cp, device))
             if mesh.tp.rank == 0 and engine.reports_loss:
                 sums[0] += loss.double()
@@ -57,3 +70,7 @@ def evaluate(
             beat()
     total, count = all_reduce_sum(sums, mesh.world).tolist()
     return total / count
+
+
+def _any_rank(stop: bool, mesh: ParallelMesh, device: torch.device) -> bool:
+    return bool(all_reduce_max(torch.tensor([float(stop)], device=device), mesh.world).item())

@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.data.overlap import check_heldout
 from megatron_fp4.settings import to_json_values
+from megatron_fp4.storage.durable import write_durably
 from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked
 from megatron_fp4.train.build import Start, build
 from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
@@ -68,7 +70,8 @@ def run_rank(config: RunConfig, config_text: str, launch: Launch) -> int:
             check_machine(checked.config, device)
         except (ValueError, FileNotFoundError) as error:
             return refuse_here(error, launch)
-        return _meet_and_train(checked, config_text, launch, phases, watchdog)
+        with StopRequest(config.train.exit_after_seconds, speaks=launch.rank == 0) as stop:
+            return _meet_and_train(checked, config_text, launch, phases, watchdog, stop)
 
 
 def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
@@ -100,11 +103,9 @@ def refuse_here(error: Exception, launch: Launch) -> int:
 
 
 def _meet_and_train(
-    checked: CheckedConfig, config_text: str, launch: Launch, phases: Phases, watchdog: Watchdog
+    checked: CheckedConfig, config_text: str, launch: Launch, phases: Phases, watchdog: Watchdog, stop: StopRequest
 ) -> int:
     config, parallel = checked.config, checked.config.parallel
-    stop = StopRequest(config.train.exit_after_seconds)
-    stop.install()
     phases.enter("rendezvous")
     try:
         process = start_process(
@@ -131,15 +132,16 @@ def _lock_and_train(
         lock = lock_run_directory(config.train.run_dir, process.world, on_lost=lambda: exit_process(1))
     except RunLocked as error:
         return refuse(error, speaks=is_main)
+    stop.last_act = lock.release
     console = Console(enabled=is_main, interval_steps=config.train.log_interval_steps)
     try:
         try:
             run, start = build(checked, process, phases)
+            phases.enter("announce")
+            _announce(run, start, checked, config_text, console)
+            outputs = _open_outputs(run, start, console, stop)
         except ValueError as error:
             return refuse(error, speaks=is_main)
-        phases.enter("announce")
-        _announce(run, start, checked, config_text, console)
-        outputs = _open_outputs(run, start, console, stop)
         try:
             return fit(run, start, outputs)
         finally:
@@ -160,25 +162,37 @@ def lock_run_directory(
 
 
 def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, console: Console) -> None:
-    """Say what will run, and store it in the run directory."""
+    """Say what will run, and store it in the run directory. Collective. Raises ValueError: see `_write`."""
     paragraphs = [config_text, *describe_run(checked, run.mesh.world.size, run.device)]
     if start.meta:
         paragraphs += describe_resume(checked, start.meta, start.changes, str(start.remembered or ""))
     for paragraph in paragraphs:
         console.say(paragraph)
-    if run.mesh.is_main:
-        run_dir = Path(run.config.train.run_dir)
-        (run_dir / "config.yaml").write_text(config_text)
-        (run_dir / "precision.txt").write_text(checked.plan.describe() + "\n")
+    texts = {"config.yaml": config_text, "precision.txt": f"{checked.plan.describe()}\n"}
+    for name, text in texts.items():
+        path = Path(run.config.train.run_dir) / name
+        _write(partial(write_durably, path, text.encode()), run)
 
 
 def _open_outputs(run: Run, start: Start, console: Console, stop: StopRequest) -> Outputs:
-    """Collective: all ranks store the same wandb id."""
+    """Collective: all ranks store the same wandb id. Raises ValueError: see `_write`."""
     wandb_id = start.meta["wandb_id"] if start.meta else uuid.uuid4().hex[:12]
     wandb_id = broadcast_object(wandb_id, run.mesh.world)
-    metrics = Metrics()
-    if run.mesh.is_main:
-        settings, run_dir = to_json_values(run.config), Path(run.config.train.run_dir)
-        step = start.position.step
-        metrics = Metrics.open(run.config.logging, run_dir, resume_step=step, wandb_id=wandb_id, settings=settings)
+    settings, run_dir = to_json_values(run.config), Path(run.config.train.run_dir)
+    step, opened = start.position.step, list[Metrics]()
+
+    def open_metrics() -> None:
+        config = run.config.logging
+        opened.append(Metrics.open(config, run_dir, resume_step=step, wandb_id=wandb_id, settings=settings))
+
+    _write(open_metrics, run)
+    metrics = opened[0] if opened else Metrics()
     return Outputs(metrics, console, stop, SpikeGuard(run, console, start.meta, start.remembered), wandb_id)
+
+
+def _write(write: Callable[[], object], run: Run) -> None:
+    """`write()` on the main rank. Collective. Raises ValueError on all ranks if the file system refuses it."""
+    try:
+        decided_by_rank0(lambda: write() is None, run.mesh.world, OSError)
+    except OSError as error:
+        raise ValueError(f"the run directory {run.config.train.run_dir} cannot be written ({error})") from None

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_fp4.data.prefetch import Prefetcher
 from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.train.build import Start
-from megatron_fp4.train.evaluate import evaluate
+from megatron_fp4.train.evaluate import EvaluationStopped, evaluate
 from megatron_fp4.train.faults.guard import RollBack, SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
 from megatron_fp4.train.resume.saving import Saves, meta_of
@@ -92,14 +93,16 @@ class Attempt:
         stopped = False
         console.start(self.position.step, self._last_step)
         while self.position.step < self._last_step and not stopped:
-            stopped = self._step()
-            self._after_step()
+            stopped = self._step() or self._after_step()
         run.phases.enter("save")
         self._saves.finish(self.position, self._meta, self._score)
-        if stopped:
-            reason = self.outputs.stop.reason or "another rank"
-            console.say(f"stopped on request ({reason}) after step {self.position.step}")
-        return EXIT_REQUEUE if stopped else EXIT_OK
+        if not stopped:
+            return EXIT_OK
+        step, reason = self.position.step, self.outputs.stop.reason or "another rank"
+        console.say(f"stopped on request ({reason}) after step {step}")
+        if self._evaluation_is_due():
+            self._evaluate_after_stop()
+        return EXIT_REQUEUE
 
     def _step(self) -> bool:
         """Make and tell one step; returns whether any rank asked to stop. Raises RollBack, TrainingDiverged."""
@@ -108,7 +111,7 @@ class Attempt:
         self._log.begin(self.position)
         run.phases.enter("data")
         batch = next(self._batches).batch
-        result = train_step(run, batch, self.position, outputs.guard, lambda: bool(outputs.stop.reason))
+        result = train_step(run, batch, self.position, outputs.guard, outputs.stop.requested)
         self.position = result.position
         self._score = None
         self._log.end(first_sample, result)
@@ -125,24 +128,43 @@ class Attempt:
                 " (data.skip) or a higher precision"
             )
 
-    def _after_step(self) -> None:
-        """Evaluate and save where it is due; tell what became of earlier saves."""
-        config, step = self.run.config, self.position.step
-        ended = not config.stages(self.position.samples)
-        if config.train.eval_interval_steps and (step % config.train.eval_interval_steps == 0 or ended):
-            self._evaluate()
-        if config.train.save_interval_steps and step % config.train.save_interval_steps == 0:
+    def _after_step(self) -> bool:
+        """Evaluate and save where it is due; tell what became of earlier saves.
+
+        Returns whether a request to stop has ended an evaluation: then the state is to be saved first of all.
+        """
+        if self._evaluation_is_due():
+            try:
+                self._evaluate(self.outputs.stop.requested)
+            except EvaluationStopped:
+                return True
+        interval = self.run.config.train.save_interval_steps
+        if interval and self.position.step % interval == 0:
             self.run.phases.enter("save")
             self._saves.save(self.position, self._meta, self._score)
         self._saves.poll()
+        return False
 
-    def _evaluate(self) -> None:
+    def _evaluation_is_due(self) -> bool:
+        config, step = self.run.config, self.position.step
+        interval = config.train.eval_interval_steps
+        return bool(interval) and (step % interval == 0 or not config.stages(self.position.samples))
+
+    def _evaluate_after_stop(self) -> None:
+        """The end of a run is evaluated now or never; before it, whoever asked to stop may not wait so long."""
+        if self.position.step == self._last_step:
+            self._evaluate(lambda: False)
+        else:
+            self.outputs.console.say(f"step {self.position.step}: not evaluated, because of the request to stop")
+
+    def _evaluate(self, stop: Callable[[], bool]) -> None:
+        """stop: whether this rank is asked to stop. Raises EvaluationStopped on all ranks soon after one was."""
         run, step = self.run, self.position.step
         run.phases.enter("evaluate")
         table = run.plan.evaluation_table(self._log.precision_phase)
         for loader in run.evaluations:
             began = time.perf_counter()
-            loss = evaluate(run.engine, loader, table, run.mesh, run.device, run.phases.beat)
+            loss = evaluate(run.engine, loader, table, run.mesh, run.device, run.phases.beat, stop)
             if self._score is None:
                 self._score = loss
             self.outputs.metrics.write(step, {f"eval/{loader.name}/loss": loss})

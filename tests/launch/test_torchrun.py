@@ -104,17 +104,33 @@ def recorded(run_dir: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_reaches_the_ranks_and_code_85_comes_back(tmp_path: Path, signum: signal.Signals) -> None:
-    run = start(tmp_path, "steps=1000", "step_seconds=0.05", "slow_exit=1")
+def wait_for_start(run_dir: Path) -> None:
     deadline = time.monotonic() + 60
-    while not recorded(tmp_path):
+    while not recorded(run_dir):
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_reaches_the_ranks_and_code_85_comes_back(tmp_path: Path, signum: signal.Signals) -> None:
+    run = start(tmp_path, "steps=1000", "step_seconds=0.05", "slow_exit=1")
+    wait_for_start(tmp_path)
     run.send_signal(signum)
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 85, f"torchrun's own 1, or a rank was killed while it saved:\n{output}"
     assert recorded(tmp_path)[-1]["signal"] == signum
+    assert "Traceback" not in output
+
+
+def test_the_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
+    run = start(tmp_path, "steps=1000", "step_seconds=20")
+    wait_for_start(tmp_path)
+    for _ in range(2):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    output, _ = run.communicate(timeout=15)
+    assert run.returncode == 128 + signal.SIGINT, output
+    assert "Traceback" not in output
 
 
 def test_crash_of_one_rank_gives_its_code(tmp_path: Path) -> None:

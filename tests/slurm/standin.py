@@ -1,9 +1,9 @@
 """A program that obeys the trainer's contract with its launcher, and nothing else.
 
 One idea: everything that launch/ must guarantee can be seen without a model. It joins the job through
-`comm.bootstrap`, counts steps, agrees with the other ranks on stopping (SIGTERM or SIGUSR1 to any rank), saves, and
-leaves with 0 (done), 85 (stopped on request, state saved) or 2 (configuration error). Each attempt appends one line
-to `events.jsonl` in the run directory when it starts and one when it ends.
+`comm.bootstrap`, counts steps, agrees with the other ranks on stopping (SIGTERM, SIGUSR1 or a first SIGINT to any
+rank), saves, and leaves with 0 (done), 85 (stopped on request, state saved) or 2 (configuration error). Each attempt
+appends one line to `events.jsonl` in the run directory when it starts and one when it ends.
 
 Arguments: train.run_dir=DIR steps=N more=N step_seconds=S crash_at=STEP slow_exit=SECONDS; any other is only recorded.
 `steps` is how many an attempt makes that starts anew, `more` one that goes on from a saved state.
@@ -66,8 +66,14 @@ def train(process: Process, settings: dict[str, str], asked: list[int]) -> int:
 
 def main() -> int:
     asked: list[int] = []
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signum, lambda number, _frame: asked.append(number))
+
+    def receive(number: int, _frame: object) -> None:
+        asked.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, receive)
     settings = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     try:
         process = start_process("cpu", 60.0)

@@ -104,7 +104,7 @@ def test_a_hang_outside_the_steps(tmp_path: Path, phase: str, step: int) -> None
     processes = start_ranks(run.with_overrides("parallel.dp=2"), 2, f"hang,1,{step},{phase}")
     waiting, hanging = outputs(processes)
     codes = [process.returncode for process in processes]
-    # Evaluating needs the other rank only at its end: it may not have been late yet, and ends as a victim.
+    # Evaluating needs the other rank only now and then: it may not have been late yet, and ends as a victim.
     assert codes[1] == EXIT_HUNG, hanging[-2000:]
     assert codes[0] == EXIT_HUNG or (codes[0] == 1 and phase == "evaluate"), waiting[-2000:]
     assert f"rank 1 hangs: step {step}, phase {phase}, at " in waiting + hanging

@@ -17,6 +17,7 @@ from megatron_fp4.checkpoint import SaveFailed, commit
 from megatron_fp4.data.ledger import read_step
 from megatron_fp4.storage import append
 from megatron_fp4.storage.lock import RunLock
+from megatron_fp4.train import job
 from megatron_fp4.train.sections import LoggingConfig, WandbMode
 from megatron_fp4.train.telemetry import sinks
 from megatron_fp4.train.telemetry.metrics import read_metrics
@@ -191,3 +192,46 @@ def test_a_second_launch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         lock.release()
     assert "is in use by" in capsys.readouterr().err
     assert not (run.run_dir / "metrics.jsonl").exists(), "the refused launch wrote into the other's run"
+
+
+def test_a_refused_start_leaves_no_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run(tmp_path, *SHORT, "train.resume=required")
+    assert pretrain.main(run.overrides) == 2
+    assert "train.resume=required, but" in capsys.readouterr().err
+    assert not (run.run_dir / "run.lock").exists(), "a start from another host would wait 180 s"
+
+
+def test_a_run_directory_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It cannot be there at all; or the disk is full after the lock was written."""
+    run = tiny_run(tmp_path, *SHORT)
+    (tmp_path / "file").write_text("")
+    assert pretrain.main(run.with_overrides(run_dir=tmp_path / "file" / "run").overrides) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: the run directory {tmp_path}/file/run cannot be written (")
+    assert error.count("\n") == 1
+
+    def full(path: Path, *_: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(job, "write_durably", full)
+    assert pretrain.main(run.overrides) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (run.run_dir / "run.lock").exists()
+
+
+def test_metrics_that_a_power_cut_has_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Blocks that were never written read as zeros. The run goes on, says so, and loses no good line."""
+    run = tiny_run(tmp_path, *SHORT, "train.save_interval_steps=3")
+    make_trainer(run.overrides)[0].fit()
+    metrics = run.run_dir / "metrics.jsonl"
+    first, second, *others = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join([first, b"\0" * 4096, second, b'{"step": 2, "lo', b"\0" * 99, b"\n", *others]))
+    with caplog.at_level("WARNING"):
+        trainer, _ = make_trainer((*run.overrides, "train.stop_after_steps=7"))
+    assert "metrics.jsonl: 2 damaged line(s) were set aside in metrics.jsonl.damaged" in caplog.text
+    trainer.fit()
+    steps = [record["step"] for record in read_metrics(run.run_dir) if "loss" in record]
+    assert steps == [1, 2, 3, 4, 5, 6, 7], "a good line was lost"
+    assert (run.run_dir / "metrics.jsonl.damaged").read_bytes() == b'\n{"step": 2, "lo\n'
