@@ -7,8 +7,10 @@ only. Not here: what the tensors mean, and how they are named (state.py).
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megatron_fp4.comm.rect import Rectangle, Shard
+from megatron_fp4.storage.patience import UnreadableFile, read_patiently
 
 
 @dataclass(eq=False)
@@ -94,11 +97,30 @@ class ShardLoadPlanner(DefaultLoadPlanner):
 
 
 def read_into(state: dict[str, StoredTensor], directory: str | os.PathLike[str], metadata: Metadata) -> None:
-    """Fill the rectangles from a checkpoint's files. metadata: the checkpoint's. Raises whatever DCP meets."""
+    """Fill the rectangles from a checkpoint's files. metadata: the checkpoint's.
+
+    Raises UnreadableFile, after several tries; ValueError for bytes that are no tensors, in spite of a good hash or
+    without one.
+    """
+    directory = Path(directory)
+    try:
+        read_patiently(lambda: _read_once(state, directory, metadata), directory)
+    except UnreadableFile:
+        raise
+    except Exception as error:  # whatever torch raises about a damaged file
+        raise ValueError(f"checkpoint {directory.name} is refused: {type(error).__name__}: {error}") from error
+
+
+def _read_once(state: dict[str, StoredTensor], directory: Path, metadata: Metadata) -> None:
     reader = FileSystemReader(directory)
     reader.set_up_storage_reader(metadata, is_coordinator=False)
     planner = ShardLoadPlanner(state, metadata)
-    reader.read_data(planner.create_local_plan(), planner).wait()
+    try:
+        reader.read_data(planner.create_local_plan(), planner).wait()
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # not the system's word: a damaged offset or archive
+            raise ValueError(str(error)) from error
+        raise
 
 
 def stored_metadata(metadata: Metadata, key: str) -> TensorStorageMetadata:

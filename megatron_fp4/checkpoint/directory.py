@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,14 +109,14 @@ def load_order(root: Path) -> list[int]:
     return [step for step in steps[::-1] if step <= named]
 
 
-def read_state(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The small state: {"step", "tokens", "score", "meta"}.
+def read_state(directory: str | os.PathLike[str], pauses: Sequence[float] | None = None) -> dict[str, Any]:
+    """The small state: {"step", "tokens", "score", "meta"}. pauses: see `read_patiently`.
 
     Raises ValueError naming the file if it is missing or damaged; UnreadableFile.
     """
     path = Path(directory) / STATE
     try:
-        state = json.loads(read_patiently(path.read_bytes, path))
+        state = json.loads(read_patiently(path.read_bytes, path, pauses))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -8,7 +8,6 @@ file system that does not answer (UnreadableFile) never does.
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, TypeVar, cast
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
-from megatron_fp4.checkpoint.dcp import StoredTensor, read_into
+from megatron_fp4.checkpoint.dcp import read_into
 from megatron_fp4.checkpoint.directory import (
     check_step,
     complete_steps,
@@ -34,7 +33,7 @@ from megatron_fp4.comm.agree import agreed, decided_by_rank0, errors_by_rank
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import problem_of, read_manifest, share_of
-from megatron_fp4.storage.patience import UnreadableFile, read_patiently
+from megatron_fp4.storage.patience import UnreadableFile
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -67,13 +66,14 @@ class CheckpointReader:
     def __init__(self, root: Path, group: Group, config: CheckpointConfig, beat: Callable[[], None]) -> None:
         self.root, self.group = root, group
         self.config, self._beat = config, beat
-        self._damaged: set[int] = set()  # passed over by `choose`
+        self.damaged: set[int] = set()
+        """Steps whose checkpoint was passed over, until it is written anew."""
 
-    def choose(self, step: int | None) -> Verified:
+    def choose(self, step: int | None, before: int | None = None) -> Verified:
         """See `CheckpointStore.choose`."""
-        candidates, complete = decided_by_rank0(lambda: self._candidates(step), self.group)
-        if not candidates and step is None and self._damaged:
-            raise CorruptCheckpoint(f"no intact checkpoint under {self.root}; tried {sorted(self._damaged)}")
+        candidates, complete = decided_by_rank0(lambda: self._candidates(step, before), self.group)
+        if not candidates and step is None and self.damaged:
+            raise CorruptCheckpoint(f"no intact checkpoint under {self.root}; tried {sorted(self.damaged)}")
         if not candidates:
             asked = "no checkpoint" if step is None else f"no checkpoint {step_name(step)}"
             raise FileNotFoundError(f"{asked} under {self.root}; complete ones: {complete}")
@@ -92,15 +92,15 @@ class CheckpointReader:
         )
 
     def _pass_over(self, step: int, damage: CorruptCheckpoint) -> None:
-        self._damaged.add(step)
+        self.damaged.add(step)
         if self.group.rank == 0:
             log.warning("checkpoint %s is refused, trying the previous one: %s", step_name(step), damage)
 
-    def _candidates(self, step: int | None) -> tuple[list[int], list[int]]:
+    def _candidates(self, step: int | None, before: int | None) -> tuple[list[int], list[int]]:
         """Steps to try, and the complete ones for the error message."""
-        order = [one for one in load_order(self.root) if one not in self._damaged] if step is None else [step]
+        order = [one for one in load_order(self.root) if one not in self.damaged] if step is None else [step]
         present = present_steps(self.root)
-        return [one for one in order if one in present], complete_steps(self.root)
+        return [one for one in order if one in present and (before is None or one < before)], complete_steps(self.root)
 
     def _verified(self, directory: Path) -> Verified:
         """The checkpoint in `directory`. Collective. Raises CorruptCheckpoint and UnreadableFile on all ranks."""
@@ -152,7 +152,7 @@ class CheckpointReader:
         state = agreed(lambda: stored_tensors(shards), self.group)
         check_matches(state, chosen.metadata, self.group, str(chosen.directory))
         self._beat()
-        self._agreed(lambda: _read_tensors(state, chosen))
+        self._agreed(lambda: read_into(state, chosen.directory, chosen.metadata))
 
     def load_or_earlier(self, chosen: Verified, shards: Sequence[Shard]) -> Verified:
         """See `CheckpointStore.load_or_earlier`."""
@@ -164,24 +164,4 @@ class CheckpointReader:
                 if self.config.on_corrupt is OnCorrupt.fail:
                     raise
                 self._pass_over(chosen.step, damage)
-                chosen = self.choose(None)
-
-
-def _read_tensors(state: dict[str, StoredTensor], chosen: Verified) -> None:
-    """Raises ValueError for bytes that are no tensors in spite of a good hash (or with verify=False)."""
-    try:
-        read_patiently(lambda: _read_once(state, chosen), chosen.directory)
-    except UnreadableFile:
-        raise
-    except Exception as error:  # whatever torch raises about a damaged file
-        name = chosen.directory.name
-        raise ValueError(f"checkpoint {name} is refused: {type(error).__name__}: {error}") from error
-
-
-def _read_once(state: dict[str, StoredTensor], chosen: Verified) -> None:
-    try:
-        read_into(state, chosen.directory, chosen.metadata)
-    except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # not the system's word: a damaged offset or archive
-            raise ValueError(str(error)) from error
-        raise
+                chosen = self.choose(None, before=chosen.step)

@@ -30,6 +30,7 @@ from megatron_fp4.checkpoint.directory import (
 from megatron_fp4.storage.durable import fsync_directory, write_durably
 from megatron_fp4.storage.lock import holds
 from megatron_fp4.storage.owner import Owner
+from megatron_fp4.storage.patience import UnreadableFile
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,10 @@ def retain(root: Path, newest: int, number: int, config: CheckpointConfig) -> No
         existing = []
         for step in complete_steps(root):
             try:
-                state = read_state(root / step_name(step))
+                state = read_state(root / step_name(step), pauses=())
+            except UnreadableFile as error:  # it may be the best one: the next save decides again
+                log.warning("old checkpoints under %s are not removed yet: %s", root, error)
+                return
             except ValueError:  # damaged: only its age counts
                 state = {}
             existing.append(KeptStep(step, state.get("tokens"), state.get("score")))

@@ -70,6 +70,7 @@ class CheckpointStore:
         Raises ValueError on overlapping or incomplete shards or unstorable meta (a bug); SaveFailed by `max_failures`.
         Disk trouble raises nothing else: the report says `failed`.
         """
+        self.reader.damaged.discard(step)
         return self.saver.save(step, shards, meta, tokens, score)
 
     def poll(self) -> list[SaveReport]:
@@ -88,14 +89,14 @@ class CheckpointStore:
         """`wait`, to be called before the process groups are destroyed."""
         return self.saver.wait()
 
-    def choose(self, step: int | None = None) -> Verified:
-        """Checkpoint `step`, or the newest intact one, its files verified. Needs no model.
+    def choose(self, step: int | None = None, *, before: int | None = None) -> Verified:
+        """Checkpoint `step`, or the newest intact one (of an earlier step than `before`), its files verified.
 
         Raises FileNotFoundError if there is none, CorruptCheckpoint where damage does not lead to an earlier one, and
         UnreadableFile where the file system does not answer.
         """
         self.saver.conclude()
-        return self.reader.choose(step)
+        return self.reader.choose(step, before)
 
     def load(self, chosen: Verified, shards: Sequence[Shard]) -> None:
         """Fill the shards' tensors in place. Replicas are filled too; kinds that no shard has are not read.

@@ -24,12 +24,11 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         report = json.loads((args.bundle / REPORT).read_text())
-        config = load_run_config(args.bundle)
+        config, step = load_run_config(args.bundle), report["step"]
+        losses = replay(args.bundle, in_bf16(config) if args.precision == "bf16" else config, step)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    step = report["step"]
-    losses = replay(args.bundle, in_bf16(config) if args.precision == "bf16" else config, step)
     for number, loss in losses.items():
         print(f"step {number}: loss {loss:.6f}")
     print(f"step {step} in the run: loss {report['loss']:.6f}, running mean {report['mean']:.6f}")

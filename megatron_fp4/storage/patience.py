@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,12 +22,14 @@ class UnreadableFile(ValueError):
     """The file system refused to read a file that is there; whether the file is intact is not known."""
 
 
-def read_patiently(read: Callable[[], T], path: Path) -> T:
-    """`read()`, again after a pause where it raises OSError. Raises UnreadableFile after the last try.
+def read_patiently(read: Callable[[], T], path: Path, pauses: Sequence[float] | None = None) -> T:
+    """`read()`, again after each of the pauses while it raises OSError. Raises UnreadableFile after the last try.
+
+    pauses: seconds; None for RETRY_SECONDS.
 
     FileNotFoundError and every other exception pass at once.
     """
-    for pause in (*RETRY_SECONDS, None):
+    for pause in (*(RETRY_SECONDS if pauses is None else pauses), None):
         try:
             return read()
         except FileNotFoundError:

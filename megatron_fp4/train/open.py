@@ -40,7 +40,10 @@ def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = No
             shards.append(Shard(where, {"master": master}, writes=False))
             targets.append((parameter[rows], master))
     chosen = store.choose(step)
-    store.load(chosen, shards)
+    if step is None:
+        chosen = store.load_or_earlier(chosen, shards)
+    else:
+        store.load(chosen, shards)
     for weights, master in targets:
         weights.copy_(master)
     return chosen.meta

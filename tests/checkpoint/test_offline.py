@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_fp4.checkpoint import offline
+from megatron_fp4.checkpoint import dcp, offline
 from megatron_fp4.checkpoint.directory import read_state
+from megatron_fp4.storage import patience
+from megatron_fp4.storage.patience import UnreadableFile
 from tests.checkpoint.synthetic import Layout, logical_shapes, save_one, shards_of, two_pieces, whole
 
 
@@ -42,3 +47,26 @@ def test_verify(tmp_path: Path) -> None:
     assert "state.json has 2 bytes, expected" in problems[1]
     with pytest.raises(ValueError, match=r"\.metadata is missing"):
         offline.list_tensors(path)
+
+
+def test_tensors_of_a_file_server_that_pauses_and_of_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "RETRY_SECONDS", (0.0, 0.0))
+    path = save_one(tmp_path, 3, two_pieces(1.0))
+    right, failures = dcp.FileSystemReader.read_data, iter(range(2))
+
+    def read_data(*arguments: Any) -> Any:
+        if next(failures, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return right(*arguments)
+
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", read_data)
+    assert bool((offline.read_tensor(path, "master/w") == 1.0).any()), "it answers at the third try"
+    failures = iter(range(99))
+    with pytest.raises(UnreadableFile, match="Stale file handle"):
+        offline.read_tensor(path, "master/w")
+    monkeypatch.undo()
+    os.truncate(path / "__0_0.distcp", 300)
+    with pytest.raises(ValueError, match="checkpoint step_00000003 is refused"):
+        offline.read_tensor(path, "master/w")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import pytest
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, CorruptCheckpoint, OnCorrupt, Verified, load
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
+from megatron_fp4.storage import patience
 from megatron_fp4.storage.durable import FileRecord, problem_of, read_manifest
 from megatron_fp4.storage.lock import RunLock
 from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards
@@ -169,6 +171,28 @@ def test_retention_on_disk(tmp_path: Path) -> None:
     # 2: best; 4 and 7: the first at or after 100 and 200 tokens; 8 and 9: the last two
     assert store.complete_steps() == [2, 4, 7, 8, 9]
     assert len(os.listdir(tmp_path)) == 1 + 5, "a deleted one left files"
+
+
+def test_an_unreadable_state_deletes_nothing_and_delays_no_save(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was waited for 15 s a checkpoint, in the writing thread, and then taken for one without a score."""
+    read_bytes = Path.read_bytes
+
+    def stale(path: Path) -> bytes:
+        if path.parent.name == "step_00000010":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_bytes(path)
+
+    store = open_store(root, keep_last=1, keep_best=1)
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    monkeypatch.setattr(patience.time, "sleep", lambda _: pytest.fail("the save waited"))
+    store.save(30, shards_of(ONE, 0, filled=True), {})
+    assert store.complete_steps() == [10, 20, 30]
+    assert "are not removed yet" in caplog.text
+    monkeypatch.undo()
+    store.save(40, shards_of(ONE, 0, filled=True), {})
+    assert store.complete_steps() == [40]
 
 
 def test_token_rule_without_tokens_is_an_error(tmp_path: Path) -> None:

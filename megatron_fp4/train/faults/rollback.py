@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fp4.checkpoint import CorruptCheckpoint
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.data.order.plan import Plan
@@ -77,20 +78,23 @@ def checkpoint_before(run: Run, step: int) -> int | None:
 
 
 def roll_back(run: Run, first_step: int, end_sample: int, rollbacks: int) -> tuple[dict[str, Any], range]:
-    """Load the newest checkpoint before `first_step` and skip what was delivered since, up to the `end_sample`th.
+    """Load the newest intact checkpoint before `first_step`; skip what was delivered since, up to the `end_sample`th.
 
     rollbacks: of this run, this one included; recorded for the case that it is killed before its next checkpoint.
     Returns the checkpoint's small state and the skipped sample ids. Collective. Raises TrainingDiverged if there is no
     such checkpoint.
     """
-    target = checkpoint_before(run, first_step)
-    if target is None:
+    remedy = "set train.save_interval_steps, or start anew with a lower optim.lr or other data (data.skip)"
+    if checkpoint_before(run, first_step) is None:
         raise TrainingDiverged(
-            f"loss spikes since step {first_step}, and no checkpoint before it to roll back to; set"
-            " train.save_interval_steps, or start anew with a lower optim.lr or other data (data.skip)"
+            f"loss spikes since step {first_step}, no checkpoint before it to roll back to; {remedy}"
         )
-    chosen = run.store.choose(target)
-    run.store.load(chosen, run.optimizer.state_shards())
+    try:
+        chosen = run.store.choose(before=first_step)
+        chosen = run.store.load_or_earlier(chosen, run.optimizer.state_shards())
+    except CorruptCheckpoint as damage:
+        raise TrainingDiverged(f"loss spikes since step {first_step}, and {damage}; {remedy}") from None
+    target = chosen.step
     run.optimizer.step_count = chosen.meta["optimizer_steps"]
     run.optimizer.after_load()
     plan = run.loader.plan

@@ -127,6 +127,41 @@ def test_the_bundle_of_a_quantized_run_and_its_replay(tmp_path: Path) -> None:
     assert bf16 == pytest.approx(quantized, rel=0.05)
 
 
+def damage_in_step_11(trainer: TrainerInProcess, *steps: int) -> None:
+    """Cut a file of these checkpoints short before the spikes."""
+    right = trainer.run.phases.begin
+
+    def begin(step: int, *, exact: bool = False) -> None:
+        right(step, exact=exact)
+        while step == 11 and damaged:
+            path = trainer.run.store.root / f"step_{damaged.pop():08}" / "__0_0.distcp"
+            os.truncate(path, path.stat().st_size - 9)
+
+    damaged = list(steps)
+    trainer.run.phases.begin = begin  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_rollback_passes_over_a_damaged_checkpoint(tmp_path: Path, verify: bool) -> None:
+    """As a resume does; also where the damage is seen only when the tensors are read."""
+    run = tiny_run(tmp_path, *LADDER, f"checkpoint.verify={verify}", "model.num_layers=1")
+    trainer, console = make_trainer(run.overrides)
+    plant(trainer, range(40, 48))
+    damage_in_step_11(trainer, 8)
+    assert trainer.fit() == 0
+    assert any("from step 12 to checkpoint 4; samples 16 to 47 are skipped" in text for text in console.said)
+    assert trainer.run.store.choose(8).step == 8, "written anew, and still taken for damaged"
+    assert trainer.run.store.choose(before=12).step == 8
+
+
+def test_a_rollback_without_an_intact_checkpoint_ends_the_run(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tiny_run(tmp_path, *LADDER, "model.num_layers=1").overrides)
+    plant(trainer, range(40, 48))
+    damage_in_step_11(trainer, 4, 8)
+    with pytest.raises(TrainingDiverged, match=r"loss spikes since step 11, and no intact checkpoint under"):
+        trainer.fit()
+
+
 def killed_after_the_rollback(overrides: list[str], bad_ids: range) -> None:
     """SIGKILL in step 10, when it is made for the second time."""
     trainer, _ = make_trainer(overrides)
