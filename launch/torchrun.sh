@@ -6,7 +6,8 @@
 #
 # Everything from the first argument that is no launch option (or from `--`) goes to the program as it is, spaces and
 # quotes included. The exit code is the program's: 0 done, 2 configuration error, 85 stopped on request with the
-# state saved (start the same command again to go on), anything else a failure. SIGTERM and SIGUSR1 go to the ranks.
+# state saved (start the same command again to go on), anything else a failure. SIGTERM, SIGUSR1 and Ctrl-C go to the
+# ranks; the second Ctrl-C ends them at once.
 #
 # Variables: MEGATRON_FP4_MODULE (what to run, default megatron_fp4.pretrain), MEGATRON_FP4_PYTHON (interpreter,
 # default .venv/bin/python of this checkout, else python3), and those of launch/env.sh.
