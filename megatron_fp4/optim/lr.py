@@ -52,9 +52,7 @@ def learning_rate(config: OptimConfig, tokens_seen: int, total_tokens: int) -> f
         start, style = config.warmup_tokens, DecayStyle.cosine
     else:
         start, style = total_tokens - decay_tokens(config, total_tokens), config.decay_style
-    if tokens_seen <= start and start < total_tokens:
-        return config.lr
-    if start == total_tokens:  # no decay phase: the rate stays at its peak to the end
+    if tokens_seen <= start or start == total_tokens:  # before the decay, or without one
         return config.lr
     done = min(1.0, (tokens_seen - start) / (total_tokens - start))
     return config.min_lr + decay_factor(style, done) * (config.lr - config.min_lr)

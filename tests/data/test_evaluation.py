@@ -4,7 +4,7 @@ import torch
 
 from megatron_fp4.data.config import DataConfig, EvaluationConfig
 from megatron_fp4.data.evaluation import build_eval_loader
-from tests.data.toy import EOS, numbered, write_shard
+from tests.data.toy import EOS, numbered, write_set, write_shard
 
 
 def config_of(tmp_path, documents, **options):
@@ -42,6 +42,10 @@ def test_padding_is_by_position_even_if_pad_is_eos(tmp_path):
     assert batch.labels.tolist() == [[6, EOS, 7, 8], [EOS, EOS, EOS, EOS], [EOS] * 4]
     assert batch.loss_mask.tolist() == [[True] * 4, [True, False, False, False], [False] * 4]
     assert batch.sample_ids.tolist() == [0, 1, -1]
+    other = build_eval_loader(
+        config_of(tmp_path, [[5, 6, EOS], [7, 8, EOS]]), "prose", micro_batch=3, dp_rank=0, dp_size=1, pad_id=9
+    )
+    assert other.batch(0).labels.tolist() == [[6, EOS, 7, 8], [EOS, 9, 9, 9], [9] * 4]
 
 
 def test_documents_reset_in_evaluation_too(tmp_path):
@@ -50,6 +54,26 @@ def test_documents_reset_in_evaluation_too(tmp_path):
     assert batch.documents[0].tolist() == [0, 0, 0, 1]
     assert batch.loss_mask[0].tolist() == [True, True, False, True]
     assert batch.documents[1].tolist() == [0, 0, 1, 1]  # padding is a document of its own
+
+
+def test_an_address_is_the_place_in_the_set_on_every_rank(tmp_path):
+    """Noise is drawn by it: sample n begins at 4 n, whoever holds it."""
+    config = config_of(tmp_path, numbered([20]))
+    rank = build_eval_loader(config, "prose", micro_batch=2, dp_rank=1, dp_size=2)
+    assert rank.name == "prose"
+    assert rank.batch(0).address.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def test_two_tokens_are_one_target_and_strange_ids_are_refused(tmp_path):
+    share = {"micro_batch": 1, "dp_rank": 0, "dp_size": 1}
+    committed = write_set(tmp_path / "set", [[[5, 6]]], fingerprint="theirs")
+    two = DataConfig(evaluation=[EvaluationConfig("two", [committed])])
+    loader = build_eval_loader(two, "two", vocab_size=7, tokenizer_fingerprint="theirs", **share)
+    assert (loader.num_targets, len(loader)) == (1, 1)
+    with pytest.raises(ValueError, match="data source 'two' holds token id 6, but the model's vocabulary is 6"):
+        build_eval_loader(two, "two", vocab_size=6, **share)
+    with pytest.raises(ValueError, match="data source 'two' was tokenized with tokenizer theirs, but ours"):
+        build_eval_loader(two, "two", tokenizer_fingerprint="ours", **share)
 
 
 def test_max_tokens_and_names(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,13 @@ def test_wsd_corners(style: DecayStyle) -> None:
     assert learning_rate(config, 801, TOTAL) < 0.1, "the decay begins too late"
     assert learning_rate(config, TOTAL, TOTAL) == 0.01, "min_lr is not reached exactly at the last token"
     assert learning_rate(config, TOTAL + 77, TOTAL) == 0.01, "the rate moves after the end"
+
+
+def test_the_last_step_before_the_decay_has_the_peak_itself() -> None:
+    """Not 0.0011 + (0.0034 - 0.0011), which is 0.0034000000000000002."""
+    config = OptimConfig(lr=0.0034, min_lr=0.0011, decay_fraction=0.2)
+    assert learning_rate(config, 800, TOTAL) == 0.0034
+    assert learning_rate(replace(config, schedule=Schedule.cosine), 0, TOTAL) == 0.0034
 
 
 def test_decay_styles_in_the_middle() -> None:

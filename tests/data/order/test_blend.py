@@ -63,10 +63,10 @@ def test_long_periods_are_rounded_but_keep_every_source():
 
 
 def test_the_place_that_is_left_goes_to_the_largest_remainder():
-    """Tenths of the longest period: 2,000,000.7, 1,000,000.2 and 1,194,303.1 parts; one is left, for the .7."""
+    """Tenths of the longest period: 2,000,000.1, 1,000,000.7 and 1,194,303.2 parts; one is left, for the .7."""
     assert MAX_PERIOD == 4_194_304
-    assert integer_weights([20_000_007, 10_000_002, 11_943_031]) == (2_000_001, 1_000_000, 1_194_303)
-    assert integer_weights([11_943_031, 10_000_002, 20_000_007]) == (1_194_303, 1_000_000, 2_000_001)
+    assert integer_weights([20_000_001, 10_000_007, 0, 11_943_032]) == (2_000_000, 1_000_001, 0, 1_194_303)
+    assert integer_weights([11_943_032, 0, 10_000_007, 20_000_001]) == (1_194_303, 0, 1_000_001, 2_000_000)
 
 
 @pytest.mark.parametrize("weights", [[], [0.0, 0.0], [-1.0, 2.0], [float("nan")], [float("inf"), 1.0]])

@@ -43,6 +43,26 @@ def test_half_written_or_stale_files_are_built_again(source, tmp_path, damage):
     assert cache.built == 2
 
 
+def test_a_folder_is_made_once_and_a_name_with_a_slash_is_one_file(source, tmp_path):
+    for _ in range(2):
+        cache = IndexCache(tmp_path / "node" / "cache")
+    nested = open_documents("web/en", [str(tmp_path / "s")])
+    assert np.array_equal(cache.get(nested, KEY).order, build_index(source.lengths, KEY).order)
+    (name,) = files(tmp_path / "node" / "cache")
+    assert name.startswith("web_en-")
+
+
+def test_the_index_of_an_order(source):
+    """Lengths 3 1 4 1 5 9 2 6 as stored; shuffled, the starts are the sums of the lengths in that order."""
+    stored = build_index(source.lengths, None)
+    assert stored.order.tolist() == list(range(8))
+    assert stored.starts.tolist() == [0, 3, 4, 8, 9, 14, 23, 25, 31]
+    shuffled = build_index(source.lengths, KEY)
+    assert sorted(shuffled.order.tolist()) == list(range(8)) != shuffled.order.tolist()
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6]
+    assert shuffled.starts.tolist() == [sum(lengths[d] for d in shuffled.order[:n]) for n in range(9)]
+
+
 def test_other_content_is_another_file(source, tmp_path):
     cache = IndexCache(tmp_path / "cache")
     cache.get(source, KEY)

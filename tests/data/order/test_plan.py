@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fp4.data.config import PhaseConfig
-from megatron_fp4.data.order.plan import Plan, merge_ranges
+from megatron_fp4.data.order.plan import Plan, Segment, merge_ranges
 
 SIZES = {"web": 1000, "code": 500, "math": 100}
 
@@ -104,6 +104,37 @@ def test_bounds_are_not_more_than_one_sample_above(weights, sample):
     segment = plan.segments[plan.segment_of(sample)]
     for name, exact in segment.cursors_at(sample).items():
         assert exact <= segment.at_most(sample)[name] <= exact + 1
+
+
+def test_a_source_that_a_segment_has_not_met_starts_at_its_first_sample():
+    segment = Segment(10, "late", ("web", "math"), (3, 1), {"web": 7, "code": 5})
+    assert segment.cursors_at(18) == segment.at_most(18) == {"web": 7 + 6, "code": 5, "math": 2}
+    assert segment.at_most(19) == {"web": 7 + 7, "code": 5, "math": 3}, "6.75 and 2.25 more, rounded up"
+
+
+def test_the_segment_of_a_sample_counts_its_sources():
+    """Samples 0 to 99 are web's alone, the others half web's, half code's."""
+    plan = plan_of(("one", 800, {"web": 1.0}), ("two", 0, {"web": 0.5, "code": 0.5}))
+    assert [plan.segment_of(sample) for sample in (0, 99, 100, 10**9)] == [0, 0, 1, 1]
+    assert plan.cursors_at(40) == {"web": 40, "code": 0, "math": 0}
+    assert plan.cursors_at(110) == {"web": 105, "code": 5, "math": 0}
+
+
+def test_a_plan_comes_back_from_its_text_whole():
+    plan = plan_of(("one", 80, {"web": 0.7, "code": 0.3}), ("two", 0, {"math": 1.0}), skip=[[3, 5], [9, 12]])
+    back = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert back.segments == plan.segments
+    assert [segment.phase for segment in back.segments] == ["one", "two"]
+    assert back.skip == [(3, 5), (9, 12)]
+    assert back.ids(0, 8).tolist() == [0, 1, 2, 5, 6, 7, 8, 12]
+
+
+def test_a_segment_in_words():
+    plan = plan_of(("one", 80_000, {"web": 0.7, "code": 0.3}), ("two", 0, {"math": 1.0, "web": 2.0}))
+    assert [segment.describe(8) for segment in plan.segments] == [
+        "data phase 'one' from token 0 on: web 0.7, code 0.3, math 0",
+        "data phase 'two' from token 80,000 on: web 0.666667, code 0, math 0.333333",
+    ]
 
 
 def test_impossible_weights_name_their_phase():
