@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fp4.comm.collectives import even_counts
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.loss import IGNORE, vocab_parallel_cross_entropy
 from tests.helpers.distributed import run_distributed, world_group
 
@@ -69,3 +72,41 @@ def test_a_label_that_is_no_id_has_no_plausible_loss(label: int) -> None:
     assert logits.grad is not None
     assert torch.isnan(loss).nonzero().flatten().tolist() == [5]
     assert torch.isnan(logits.grad).any(dim=1).nonzero().flatten().tolist() == [5], "the step would update"
+
+
+def test_a_rank_adds_what_its_rows_of_the_vocabulary_know() -> None:
+    """Rows 10 to 12 of 20: a label before or behind them is another rank's, an ignored one nobody's.
+
+    Here nobody else adds anything, so a token whose label is elsewhere has log(sum exp(z - max z)), and the softmax as
+    its gradient.
+    """
+    logits = torch.tensor([[1.0, 3.0, 2.0]] * 6, requires_grad=True)
+    labels = torch.tensor([10, 12, 9, 13, IGNORE, 19])
+    loss = vocab_parallel_cross_entropy(logits, labels, first=10, vocab_size=20, group=Group.single())
+    sum_of_exp = math.exp(-2) + 1 + math.exp(-1)
+    elsewhere = math.log(sum_of_exp)
+    expected = [elsewhere + 2, elsewhere + 1, elsewhere, elsewhere, 0.0, elsewhere]
+    torch.testing.assert_close(loss, torch.tensor(expected))
+    loss.sum().backward()
+    softmax = torch.tensor([math.exp(-2), 1.0, math.exp(-1)]) / sum_of_exp
+    first, last = softmax - torch.tensor([1.0, 0, 0]), softmax - torch.tensor([0, 0, 1.0])
+    rows = [first, last, softmax, softmax, torch.zeros(3), softmax]
+    torch.testing.assert_close(logits.grad, torch.stack(rows))
+
+
+def test_a_label_behind_the_vocabulary_has_no_loss_though_padded_rows_hold_it() -> None:
+    """A vocabulary of 20 in 24 rows: 19 is a token, 20 is padding, -1 is none."""
+    logits = torch.zeros(3, 24)
+    loss = vocab_parallel_cross_entropy(
+        logits, torch.tensor([19, 20, -1]), first=0, vocab_size=20, group=Group.single()
+    )
+    assert loss[0] == pytest.approx(math.log(24))
+    assert loss.isnan().tolist() == [False, True, True]
+
+
+def test_sums_of_the_vocabulary_are_in_fp64() -> None:
+    """Terms of 2^-26 beside a 1 are lost one by one in FP32; 2^17 of them are 2^-9 together."""
+    logits = torch.full((1, 2**17 + 1), math.log(2.0**-26))
+    logits[0, 0] = 0.0
+    loss = vocab_parallel_cross_entropy(logits, torch.tensor([0]), first=0, vocab_size=2**17 + 1, group=Group.single())
+    assert loss.item() == pytest.approx(math.log1p(2.0**-9), rel=1e-5)

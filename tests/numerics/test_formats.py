@@ -56,6 +56,13 @@ def test_e8m0_rounds_up() -> None:
     assert np.array_equal(codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32), expected.numpy())
 
 
+def test_e8m0_at_the_ends_of_its_range() -> None:
+    """2^-127 is a denormal of FP32, and its lowest; nothing above 2^126 has an inverse that FP32 holds as a normal."""
+    x = torch.tensor([0.0, 2.0**-149, 2.0**-127, 2.0**-127 + 2.0**-149, 2.0**126, torch.finfo(torch.float32).max])
+    expected = [2.0**-127, 2.0**-127, 2.0**-127, 2.0**-126, 2.0**126, 2.0**126]
+    assert rounding.power_of_two_at_least(x).tolist() == expected
+
+
 def test_packing() -> None:
     """Even element in the low nibble, as the hardware reads it."""
     codes = torch.arange(16, dtype=torch.uint8).view(1, 16)

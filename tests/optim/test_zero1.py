@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
-from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement
 from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
@@ -247,3 +248,67 @@ def test_replica_that_is_owned_elsewhere_is_not_counted() -> None:
     parameters["blocks.1.norm.weight"].main_grad[0] = 3.0
     assert optimizer.finish_grads() == 3.0, "the second copy of a tied weight enters the norm"
     assert {shard.name for shard in optimizer.state_shards() if not shard.writes} == {"head.weight"}
+
+
+def test_sums_in_fp64_keep_what_fp32_loses() -> None:
+    """2^24 + 1 - 2^24 is 1 in FP64 and 0 in FP32; what AdamW sees is the sum, rounded once."""
+    ours, theirs = make_parameters(), make_parameters()
+    optimizer = Zero1AdamW(ours.items(), CONFIG, ParallelMesh.single_process(), False, sum_dtype=torch.float64)
+    optimizer.zero_grad()
+    for parameter in ours.values():
+        for part in (2.0**24, 1.0, -(2.0**24)):
+            contribute(parameter, torch.full(parameter.shape, part, dtype=torch.float64))
+    norm = optimizer.finish_grads()
+    assert norm == pytest.approx(sum(parameter.numel() for parameter in ours.values()) ** 0.5, rel=1e-7)
+    optimizer.step(norm, lr=1e-3, max_norm=0.0)
+    reference = reference_of(theirs)
+    for parameter in theirs.values():
+        parameter.grad = torch.ones(parameter.shape)
+    for group in reference.param_groups:
+        group["lr"] = 1e-3
+    reference.step()
+    assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize(("mib", "num_buckets"), [(0.01, 2), (1.0, 1), (1e-9, 4)])
+def test_buckets_hold_the_mib_that_are_configured(mib: float, num_buckets: int) -> None:
+    """Four matrices of 2048 elements; 0.01 MiB are 2621 elements, which the second of a bucket exceeds."""
+    weights = {f"w{n}": LogicalParameter.whole(f"w{n}", torch.zeros(32, 64)) for n in range(4)}
+    assert len(optimizer_of(weights, OptimConfig(bucket_mib=mib)).buckets) == num_buckets
+
+
+class OneOfTwo(Group):
+    """A group of two ranks that nothing communicates over."""
+
+    def __init__(self, rank: int) -> None:
+        object.__setattr__(self, "name", "tp")
+        object.__setattr__(self, "ranks", (0, 1))
+        object.__setattr__(self, "rank", rank)
+
+
+@pytest.mark.parametrize(("rank", "counts"), [(0, True), (1, False)])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_a_replica_is_summed_with_sequence_parallel_and_counted_on_one_rank(
+    rank: int, counts: bool, sequence_parallel: bool
+) -> None:
+    def replica() -> dict[str, LogicalParameter]:
+        norm = LogicalParameter.whole("norm", torch.ones(64))
+        norm.placement = Placement(norm.placement.rectangles, tp_replicated=True)
+        return {"norm": norm, "w": LogicalParameter.whole("w", torch.zeros(32, 64))}
+
+    mesh = dataclasses.replace(ParallelMesh.single_process(), tp=OneOfTwo(rank))
+    optimizer = Zero1AdamW(replica().items(), CONFIG, mesh, sequence_parallel)
+    summed = [(bucket.kind.tp_summed, [slot.name for slot in bucket.slots]) for bucket in optimizer.buckets]
+    assert summed == ([(False, ["w"]), (True, ["norm"])] if sequence_parallel else [(False, ["w", "norm"])])
+    assert {shard.name: shard.writes for shard in optimizer.state_shards()} == {"norm": counts, "w": True}
+    alone = Zero1AdamW(replica().items(), CONFIG, ParallelMesh.single_process(), True)
+    assert not any(bucket.kind.tp_summed for bucket in alone.buckets), "one rank has nobody to sum with"
+
+
+@pytest.mark.parametrize(
+    ("overlap", "expected"), [(Overlap.always, True), (Overlap.never, False), (Overlap.auto, False)]
+)
+def test_gradients_travel_during_backward_where_it_is_asked_for(overlap: Overlap, expected: bool) -> None:
+    mesh = dataclasses.replace(ParallelMesh.single_process(), dp_cp=OneOfTwo(0))
+    optimizer = Zero1AdamW(make_parameters().items(), OptimConfig(overlap_reduce=overlap), mesh, False)
+    assert optimizer._grads._overlap is expected

@@ -129,6 +129,27 @@ def test_a_plan_comes_back_from_its_text_whole():
     assert back.ids(0, 8).tolist() == [0, 1, 2, 5, 6, 7, 8, 12]
 
 
+def test_a_new_source_begins_at_its_first_sample_and_an_empty_one_is_weighed_as_one():
+    old = Plan([Segment(0, "old", ("web",), (1,), {"web": 3})])
+    new = Plan([Segment(0, "new", ("web", "math"), (1, 1), {})])
+    joined = old.continued(new, 4)
+    assert [segment.phase for segment in joined.segments] == ["old", "new"]
+    assert joined.locate(np.arange(8))[4:] == [("web", 7), ("math", 0), ("web", 8), ("math", 1)]
+    assert new.locate(np.arange(2)) == [("web", 0), ("math", 0)]
+    assert Plan.from_config([], {"web": 0, "code": 2}, 8).segments[0].weights == (1, 2)
+    assert Plan.from_config([], {"web": 1}, 8).segments[0].phase == "all"
+
+
+def test_a_change_at_a_segments_first_sample_replaces_that_segment():
+    """Phase two would begin at sample 10, where the run is now: nothing of it is past."""
+    old = plan_of(("one", 80, {"web": 1.0}), ("two", 0, {"code": 1.0}), skip=[[4, 6], [10, 12]])
+    new = plan_of(("one", 80, {"web": 1.0}), ("three", 0, {"math": 1.0}), skip=[[8, 10], [14, 15]])
+    joined = old.continued(new, 10)
+    assert [(segment.first, segment.phase) for segment in joined.segments] == [(0, "one"), (10, "three")]
+    assert joined.locate(np.arange(9, 12)) == [("web", 9), ("math", 0), ("math", 1)]
+    assert joined.skip == [(4, 6), (14, 15)]
+
+
 def test_a_segment_in_words():
     plan = plan_of(("one", 80_000, {"web": 0.7, "code": 0.3}), ("two", 0, {"math": 1.0, "web": 2.0}))
     assert [segment.describe(8) for segment in plan.segments] == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -67,9 +69,23 @@ def phases_of_a_step() -> Phases:
 
 
 def test_a_gpu_is_known_by_its_drivers_name() -> None:
-    for name, key in (("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA B200", "B200"), ("NVIDIA GB200", "GB200")):
-        assert find_gpu(name) is GPUS[key]
+    names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA B200": "B200", "NVIDIA GB200": "GB200", "H100-SXM5-80GB": "H100"}
+    assert {name: find_gpu(name) for name in names} == {name: GPUS[key] for name, key in names.items()}
     assert find_gpu("NVIDIA GeForce RTX 5090") is None
+
+
+def test_the_peaks_are_said_with_their_source() -> None:
+    config, cuda = to_run_config(compose_config(["model=gpt_tiny"])), torch.device("cuda", 3)
+    with mock.patch("torch.cuda.get_device_name", lambda device: "NVIDIA B200" if device == cuda else "other"):
+        throughput = Throughput(config, 2, cuda)
+    assert throughput.gpu is GPUS["B200"]
+    assert (
+        throughput.describe()
+        == "MFU against B200: bf16 2250, fp8 4500, fp4 9000 TFLOP/s dense (NVIDIA DGX B200 data sheet / 8)"
+    )
+    unknown = Throughput(config, 2, torch.device("cpu"))
+    unknown._flops = FLOPS
+    assert unknown.describe() == "model FLOPs per token: 335.2; no peak is known for this device, so no MFU"
 
 
 def test_fp4_operands_run_as_bf16_where_there_is_no_fp4_unit() -> None:
