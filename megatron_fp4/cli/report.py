@@ -1,9 +1,10 @@
 """`megatron-fp4 report RUN [RUN ...] --html out.html`: the curves of one run, or several against the first.
 
+Runs are compared at equal consumed tokens, as far as both have come; the settings in which they differ stand first.
 `--html` writes one page with all plots (render/html.py), `--plot` only the loss curves as a PNG.
 
 `--equal FIRST LAST` compares the losses and gradient norms of those steps bit for bit and fails if any differs: the
-proof that a resumed run and an uninterrupted one are the same run.
+proof that a resumed run and an uninterrupted one are the same run. What would prove nothing is refused.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_fp4.cli.render.comparison import comparison, stored_settings
 from megatron_fp4.cli.render.html import write_html
 from megatron_fp4.cli.render.plots import write_losses
 from megatron_fp4.storage.local import local_path
-from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, different_numbers, matching_keys
+from megatron_fp4.train.telemetry.gaps import different_numbers
+from megatron_fp4.train.telemetry.series import RunSeries, read_runs
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code: 1 if `--equal` finds a difference, 2 for a run without metrics."""
+    """Returns the exit code: 1 if `--equal` finds a difference, 2 for runs that cannot be compared."""
     parser = argparse.ArgumentParser(prog="megatron-fp4 report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories (train.run_dir)")
     parser.add_argument("--plot", type=local_path, help="write the loss curves to this PNG")
@@ -28,13 +31,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--equal", nargs=2, type=int, metavar=("FIRST", "LAST"), help="of two runs, bit for bit")
     args = parser.parse_args(arguments)
     try:
-        runs = [RunSeries.read(run) for run in args.runs]
+        runs = read_runs(args.runs, stored_settings)
         if args.equal:
             return _compare(runs, *args.equal)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(summary(runs))
+    print(comparison(runs))
     if args.plot:
         write_losses(runs, args.plot)
         print(f"loss curves: {args.plot}")
@@ -42,23 +45,6 @@ def main(arguments: Sequence[str]) -> int:
         write_html(runs, args.html)
         print(f"report: {args.html}")
     return 0
-
-
-def summary(runs: Sequence[RunSeries]) -> str:
-    """Last training loss and every held-out loss per run, with the gap to the first run in percent."""
-    labels = {"loss": f"training loss (mean of the last {SMOOTH_STEPS} steps)"}
-    labels |= {key: key for key in matching_keys(runs, "eval/.*")}
-    lines = []
-    for run in runs:
-        for key, label in labels.items():
-            value, base = run.last(key), runs[0].last(key)
-            if value is None:
-                continue
-            gap = ""
-            if base is not None and run is not runs[0]:
-                gap = f"   {100 * (value - base) / base:+.2f}% against {runs[0].name}"
-            lines.append(f"{run.name:<12} step {run.last_step:>6}  {label:<44} {value:.4f}{gap}")
-    return "\n".join(lines)
 
 
 def _compare(runs: Sequence[RunSeries], first: int, last: int) -> int:

@@ -50,6 +50,11 @@ class EvalLoader:
         self._reset_documents = reset_documents
         self._pad_id = pad_id
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the content of its documents."""
+        return self._stream.documents.fingerprint
+
     def __len__(self) -> int:
         return self.num_batches
 

@@ -4,9 +4,9 @@ The answer is a pure function of (config, plan, step's samples), so nothing big 
 with a 63-bit hash of the step's tokens. A hash adds up over samples (modulo 2^63), so each data-parallel rank hashes
 its own rows and the sum is the same for every layout.
 
-`<run>/ledger.jsonl`: a line {"config", "plan", "sources", "step", "first_sample"} at each (re)start, which voids later
-steps of earlier starts, and a line {"step", "first_sample", "num_samples", "hash", "phase"} per step (the data
-phase of its last sample). One rank writes.
+`<run>/ledger.jsonl`: a line {"config", "plan", "sources", "held_out", "tokenizers", "step", "first_sample"} at each
+(re)start, which voids later steps of earlier starts, and a line {"step", "first_sample", "num_samples", "hash",
+"phase"} per step (the data phase of its last sample). One rank writes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ import numpy as np
 
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.config import config_from_dict
+from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.loader import Loader, open_streams
 from megatron_fp4.data.order.plan import Plan
+from megatron_fp4.data.shards.documents import ShardedDocuments
 from megatron_fp4.storage.append import AppendFile
 
 LEDGER = "ledger.jsonl"
@@ -47,17 +50,45 @@ def combine_hashes(hashes: Iterable[int]) -> int:
     return sum(hashes) % _MODULUS
 
 
+@dataclass(frozen=True)
+class DataIdentity:
+    """What a run reads, by content, wherever it lies.
+
+    sources, held_out: name -> fingerprint of the documents. tokenizers: fingerprints that the sources' manifests name,
+    sorted; empty for shards without a manifest, and in the ledgers of older runs.
+    """
+
+    sources: dict[str, str]
+    held_out: dict[str, str]
+    tokenizers: list[str]
+
+
 class LedgerWriter:
     """Appends to a run's ledger; flushed line by line."""
 
-    def __init__(self, run_folder: str | Path, loader: Loader, *, step: int, first_sample: int) -> None:
+    def __init__(
+        self,
+        run_folder: str | Path,
+        loader: Loader,
+        *,
+        step: int,
+        first_sample: int,
+        evaluations: Iterable[EvalLoader] = (),
+    ) -> None:
         self._path = Path(run_folder) / LEDGER
         self._drop_half_line()
         self._lines = AppendFile(self._path)
         self._plan = loader.plan
-        fingerprints = {name: stream.documents.fingerprint for name, stream in loader.streams.items()}
+        documents = {name: stream.documents for name, stream in loader.streams.items()}
         start = {"step": step, "first_sample": first_sample, "config": _absolute(dataclasses.asdict(loader.config))}
-        self._lines.add({**start, "plan": loader.plan.to_json(), "sources": fingerprints})
+        identity = DataIdentity(
+            sources={name: one.fingerprint for name, one in documents.items()},
+            held_out={one.name: one.fingerprint for one in evaluations},
+            tokenizers=sorted(
+                {name for one in documents.values() if isinstance(one, ShardedDocuments) for name in one.tokenizers}
+            ),
+        )
+        self._lines.add({**start, "plan": loader.plan.to_json(), **dataclasses.asdict(identity)})
 
     def add(self, step: int, first_sample: int, num_samples: int, hash_of_step: int) -> None:
         phase = self._plan.segments[self._plan.segment_of(self._plan.id_of(first_sample + num_samples - 1))].phase
@@ -110,22 +141,31 @@ def read_step(run_folder: str | Path, step: int) -> LoggedStep:
     return logged
 
 
-def _lines(run_folder: str | Path) -> Iterator[dict[str, Any]]:
+def _lines(run_folder: str | Path, having: str = "") -> Iterator[dict[str, Any]]:
+    """The objects of the lines in which the text `having` occurs."""
     path = Path(run_folder) / LEDGER
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the directory of a run that wrote a ledger")
     with open(path, encoding="utf-8") as file:
         for text in file:
-            if text.endswith("\n"):  # a killed run may leave half a line, at the end only
+            if having in text and text.endswith("\n"):  # a killed run may leave half a line, at the end only
                 yield json.loads(text)
 
 
 def last_start(run_folder: str | Path) -> dict[str, Any]:
     """The data settings of a run's latest (re)start."""
-    starts = [line for line in _lines(run_folder) if "config" in line]
-    if not starts:
+    start = next((line for line in reversed(list(_lines(run_folder, '"config"'))) if "config" in line), None)
+    if start is None:
         raise ValueError(f"{Path(run_folder) / LEDGER} is empty: the run has not started")
-    return starts[-1]
+    return start
+
+
+def read_identity(run_folder: str | Path) -> DataIdentity | None:
+    """What the latest (re)start of a run read; None where it kept no ledger."""
+    if not (Path(run_folder) / LEDGER).is_file():
+        return None
+    start = last_start(run_folder)
+    return DataIdentity(start["sources"], start.get("held_out", {}), start.get("tokenizers", []))
 
 
 def reopen(start: dict[str, Any], tokenizer_fingerprint: str | None = None) -> Loader:

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_fp4.cli.render.comparison import comparison, number
 from megatron_fp4.cli.render.plots import all_plots
 from megatron_fp4.train.faults.guard import SPIKE_LOG
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
 
+RATE_COLUMNS = ("tokens_per_second", "wall_tokens_per_second", "tflops", "mfu")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.1em; margin: 2em 0 .4em; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 12px; }
 .plots svg { width: 100%; height: auto; }
+pre { font-size: 12px; overflow-x: auto; }
 table { border-collapse: collapse; }
 th, td { padding: 2px 14px 2px 0; text-align: left; border-bottom: 1px solid #ddd; }
 td { font-variant-numeric: tabular-nums; } .note { color: #666; }
@@ -28,9 +31,14 @@ def write_html(runs: Sequence[RunSeries], path: Path) -> None:
     """Write the page; runs after the first are compared with it."""
     names = [run.name for run in runs]
     title = html.escape(" against ".join(reversed(names)) if len(runs) > 1 else f"run {names[0]}")
-    note = f"Lines of the loss are means of {SMOOTH_STEPS} steps, dots are held-out losses."
+    note = (
+        f"Lines of the loss are means of {SMOOTH_STEPS} steps, dots are held-out losses; a dotted line is a step whose"
+        f" loss is not finite. Rates in the table are medians of all steps, the gradient norm is that of the last"
+        f" {SMOOTH_STEPS}. Gaps are at equal consumed tokens."
+    )
     body = [
         f"<h1>{title}</h1>",
+        f"<pre>{html.escape(comparison(runs))}</pre>",
         _table(runs),
         '<div class="plots">',
         *all_plots(runs),
@@ -44,14 +52,14 @@ def write_html(runs: Sequence[RunSeries], path: Path) -> None:
 
 
 def _table(runs: Sequence[RunSeries]) -> str:
-    """Last step and last values per run."""
+    """Last step, and what stands for each metric, per run."""
     evaluations = matching_keys(runs, "eval/.*/loss")
-    keys = ["loss", *evaluations, "grad_norm", "tokens_per_second", "tflops", "mfu", "skipped_steps"]
+    keys = ["loss", *evaluations, "grad_norm", *RATE_COLUMNS, "skipped_steps"]
     keys = [key for key in keys if matching_keys(runs, re.escape(key))]
     rows = ["<tr><th>run</th><th>step</th>" + "".join(f"<th>{html.escape(key)}</th>" for key in keys) + "</tr>"]
     for run in runs:
-        values = [run.last(key) for key in keys]
-        cells = [html.escape(run.name), str(run.last_step), *("" if v is None else f"{v:,.4g}" for v in values)]
+        values = [run.summary(key) for key in keys]
+        cells = [html.escape(run.name), str(run.last_step), *("" if v is None else number(v, ",.4g") for v in values)]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<table>{''.join(rows)}</table>"
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.train.telemetry.series import Curve, RunSeries, gap_percent, matching_keys
+from megatron_fp4.train.telemetry.gaps import gap_percent, mark_of, no_gap_because
+from megatron_fp4.train.telemetry.series import Curve, RunSeries, matching_keys
 
 LOSS = "loss (nats per token)"
 
@@ -28,18 +30,20 @@ PANELS = (
     Panel("gradient norm", "grad_norm", log=True),
     Panel("parameter norm", "param_norm"),
     Panel("learning rate", "lr"),
-    Panel("tokens per second", "tokens_per_second"),
+    Panel("tokens per second: in steps, by the clock", "(wall_)?tokens_per_second"),
+    Panel("part of the time since the last step that was spent in the step", "goodput"),
     Panel("model TFLOP/s per device", "tflops"),
     Panel("utilization (of BF16 peak, of mixed peak), percent", "mfu|mfu_mixed", scale=100.0),
     Panel("seconds waited for data in a step", "data_wait_seconds"),
     Panel("steps without an update, so far", "skipped_steps"),
     Panel("seconds of a save: blocking, in all", "save/blocking_seconds|save/seconds"),
     Panel("seconds of the slowest rank, by phase", "straggler/(?!waited).*/seconds"),
+    Panel("seconds of the device in a step, by phase", "device/.*"),
 )
 
 
 def all_plots(runs: Sequence[RunSeries]) -> list[str]:
-    """An SVG element for the losses, for what they differ by, and for each panel that has a point."""
+    """An SVG element for the losses, for what they differ by at equal tokens, and for each panel that has a point."""
     plots = [_svg(LOSS, partial(_draw_losses, runs=runs))]
     if len(runs) > 1:
         plots.append(_svg(f"loss against {runs[0].name}, percent", partial(_draw_gaps, runs=runs)))
@@ -87,10 +91,17 @@ def _line(axes: Any, curve: Curve, *style: str, scale: float = 1.0, **look: Any)
 
 
 def _draw_losses(axes: Any, runs: Sequence[RunSeries]) -> None:
+    """Where a loss is not finite the line is broken, and a dotted one stands across."""
     for number, run in enumerate(runs):
         color = f"C{number}"
-        _line(axes, run.curve("loss"), color=color, alpha=0.2, lw=0.8)
-        _line(axes, run.curve("loss").smooth(), color=color, lw=1.3, label=run.name)
+        loss, label = run.curve("loss"), run.name
+        if run is not runs[0] and (mark := no_gap_because(run, runs[0]) or mark_of(run, runs[0], "loss")):
+            label = f"{run.name} ({mark})"
+        for tokens, value in zip(loss.tokens, loss.values, strict=True):
+            if not math.isfinite(value):
+                axes.axvline(tokens / 1e6, color=color, lw=0.8, ls=":")
+        _line(axes, loss, color=color, alpha=0.2, lw=0.8)
+        _line(axes, loss.smooth(), color=color, lw=1.3, label=label)
         for key in matching_keys([run], "eval/.*/loss"):
             _line(axes, run.curve(key), "o", color=color, ms=4, label=f"{run.name}: {key.split('/')[1]}")
 
@@ -98,7 +109,10 @@ def _draw_losses(axes: Any, runs: Sequence[RunSeries]) -> None:
 def _draw_gaps(axes: Any, runs: Sequence[RunSeries]) -> None:
     base, *others = runs
     for number, run in enumerate(others, 1):
-        _line(axes, gap_percent(run, base), color=f"C{number}", lw=1.3, label=run.name)
+        if not no_gap_because(run, base):
+            mark = mark_of(run, base, "loss")
+            label = f"{run.name} ({mark})" if mark else run.name
+            _line(axes, gap_percent(run, base), color=f"C{number}", lw=1.3, label=label)
     axes.axhline(0.0, color="#888", lw=0.8)
 
 

@@ -1,60 +1,97 @@
 """The numbers of a run as its `metrics.jsonl` has them, by step: what text, plots and pages about runs are made of.
 
-Not here: how they are shown (cli/report.py, cli/render/), and the writing of the file (metrics.py).
+A curve lies over consumed tokens, not over steps: two runs with other batch sizes have no step in common, and a run
+that is half finished has only its own half. NaN and infinities, which the file holds as text, are numbers here.
+
+Not here: two runs side by side (gaps.py), the clock (goodput.py), how they are shown (cli/report.py, cli/render/), and
+the writing of the file (metrics.py).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+import statistics
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_fp4.data.ledger import DataIdentity, read_identity
 from megatron_fp4.train.telemetry.metrics import read_metrics
 
 SMOOTH_STEPS = 20
 """Steps whose mean stands for the training loss of one step."""
+RATES = r"(wall_)?tokens_per_second|step_seconds|data_wait_seconds|tflops|mfu|mfu_mixed|device/.*"
+"""Metrics of which the median of all steps is shown: one step says nothing about speed."""
+NOT_FINITE = ("nan", "inf", "-inf")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric over consumed tokens, in the order of the steps; values that are not finite are left out."""
+    """A metric over consumed tokens, which rise."""
 
     tokens: list[float]
     values: list[float]
 
     def smooth(self) -> Curve:
-        """The means of the last SMOOTH_STEPS values."""
+        """The means of the last SMOOTH_STEPS values; NaN where one of them is."""
         windows = (self.values[max(0, end - SMOOTH_STEPS) : end] for end in range(1, len(self.values) + 1))
         return Curve(self.tokens, [sum(window) / len(window) for window in windows])
+
+    def at(self, tokens: Sequence[float]) -> Curve:
+        """The values at these tokens, between two points on the line that joins them.
+
+        Raises IndexError for tokens before the first point or behind the last.
+        """
+        return Curve(list(tokens), [self._value_at(one) for one in tokens])
+
+    def _value_at(self, tokens: float) -> float:
+        right = bisect_left(self.tokens, tokens)
+        if self.tokens[right] == tokens:
+            return self.values[right]
+        if right == 0:
+            raise IndexError(f"{tokens:g} tokens, the curve begins at {self.tokens[0]:g}")
+        left = right - 1
+        part = (tokens - self.tokens[left]) / (self.tokens[right] - self.tokens[left])
+        return self.values[left] + part * (self.values[right] - self.values[left])
 
 
 @dataclass(frozen=True)
 class RunSeries:
-    """One run. steps: everything that was recorded of a step, by step."""
+    """One run.
+
+    name: tells it from the others of a report. steps: everything that was recorded of a step, by step. settings: as its
+    config.yaml has them, None where there is none. data: content of what it read, None where it kept no ledger.
+    """
 
     folder: Path
+    name: str
     steps: dict[int, dict[str, Any]]
+    settings: Mapping[str, Any] | None = None
+    data: DataIdentity | None = None
 
     @staticmethod
-    def read(folder: Path) -> RunSeries:
-        """The series of a run directory. Raises ValueError if it holds no complete record."""
+    def read(folder: Path, name: str = "", settings: Mapping[str, Any] | None = None) -> RunSeries:
+        """The series of a run directory. name: "" = the directory's. Raises ValueError without a complete record."""
         steps: dict[int, dict[str, Any]] = {}
         for record in read_metrics(folder):
-            steps.setdefault(record["step"], {}).update(record)
-        if not steps:
-            raise ValueError(f"run {folder.name} has no metrics.jsonl with complete records")
-        return RunSeries(folder, dict(sorted(steps.items())))
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
+            numbers = {key: float(value) if value in NOT_FINITE else value for key, value in record.items()}
+            steps.setdefault(record["step"], {}).update(numbers)
+        if not any("consumed_tokens" in values for values in steps.values()):
+            raise ValueError(f"run {folder} has no metrics.jsonl with complete records of steps")
+        return RunSeries(folder, name or folder.name, dict(sorted(steps.items())), settings, read_identity(folder))
 
     @property
     def last_step(self) -> int:
         return max(self.steps)
+
+    @property
+    def last_tokens(self) -> float:
+        """Tokens consumed by the newest step."""
+        return max(values.get("consumed_tokens", 0.0) for values in self.steps.values())
 
     @cached_property
     def keys(self) -> frozenset[str]:
@@ -70,31 +107,63 @@ class RunSeries:
                 curve.values.append(float(values[key]))
         return curve
 
-    def last(self, key: str) -> float | None:
-        """The newest value of a metric; of the loss the mean of the last SMOOTH_STEPS. None if there is none."""
-        curve = self.curve(key).smooth() if key == "loss" else self.curve(key)
-        return curve.values[-1] if curve.values else None
+    def summary(self, key: str) -> float | None:
+        """What stands for a metric in a table, None if there is none of it.
+
+        Of the loss the mean of the last SMOOTH_STEPS, of the gradient norm their median, of RATES the median of all
+        steps, of everything else the newest value.
+        """
+        curve = self.curve(key)
+        if not curve.values:
+            return None
+        if key == "loss":
+            return curve.smooth().values[-1]
+        if key == "grad_norm":
+            return median(curve.values[-SMOOTH_STEPS:])
+        return median(curve.values) if re.fullmatch(RATES, key) else curve.values[-1]
+
+    def not_finite(self, key: str) -> list[int]:
+        """The steps at which a metric is NaN or infinite."""
+        pairs = ((step, values.get(key)) for step, values in self.steps.items())
+        return [step for step, value in pairs if isinstance(value, float) and not math.isfinite(value)]
+
+
+def median(values: Iterable[float]) -> float:
+    """Their median without those that are not finite; NaN if none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.median(finite) if finite else math.nan
+
+
+def read_runs(
+    folders: Sequence[Path], read_settings: Callable[[Path], Mapping[str, Any] | None] = lambda _: None
+) -> list[RunSeries]:
+    """The series of several runs, whose names differ. Raises ValueError for a run that is named twice, or without one.
+
+    read_settings: a run directory -> what its config.yaml holds.
+    """
+    places = [folder.resolve() for folder in folders]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise ValueError(f"run {folders[number]} is named twice: compared with itself it is always equal")
+    names = distinguishing_names(places)
+    return [RunSeries.read(folder, name, read_settings(folder)) for folder, name in zip(folders, names, strict=True)]
+
+
+def distinguishing_names(places: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as few as no other path ends in: `a/run` and `b/run`.
+
+    places: absolute, all different.
+    """
+    names = []
+    for place in places:
+        others = [other.parts for other in places if other != place]
+        count = 1
+        while any(parts[-count:] == place.parts[-count:] for parts in others):
+            count += 1
+        names.append("/".join(place.parts[-count:]).replace("//", "/"))
+    return names
 
 
 def matching_keys(runs: Iterable[RunSeries], pattern: str) -> list[str]:
     """The metrics of any of the runs that match a regular expression as a whole."""
     return sorted({key for run in runs for key in run.keys if re.fullmatch(pattern, key)})
-
-
-def gap_percent(run: RunSeries, base: RunSeries) -> Curve:
-    """Difference of the smoothed training losses at equal steps, in percent of `base`."""
-    steps = [step for step, values in run.steps.items() if "loss" in values and "loss" in base.steps.get(step, {})]
-    ours, theirs = (RunSeries(of.folder, {step: of.steps[step] for step in steps}).curve("loss") for of in (run, base))
-    pairs = zip(ours.smooth().values, theirs.smooth().values, strict=True)
-    return Curve(ours.tokens, [100 * (a - b) / b for a, b in pairs])
-
-
-def different_numbers(run: RunSeries, other: RunSeries, first: int, last: int) -> list[str]:
-    """Where loss and gradient norm of steps `first` to `last` are not the same, bit for bit, or not in both."""
-    return [
-        f"step {step}: {key} {ours.get(key)} in {run.name}, {theirs.get(key)} in {other.name}"
-        for step in range(first, last + 1)
-        for ours, theirs in [(run.steps.get(step, {}), other.steps.get(step, {}))]
-        for key in ("loss", "grad_norm")
-        if key not in ours or ours[key] != theirs.get(key)
-    ]

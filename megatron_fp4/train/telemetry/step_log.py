@@ -34,7 +34,9 @@ class StepLog:
         self._ledger: LedgerWriter | None = None
         if run.mesh.is_main:
             folder, step = run.config.train.run_dir, position.step + 1
-            self._ledger = LedgerWriter(folder, run.loader, step=step, first_sample=position.samples)
+            self._ledger = LedgerWriter(
+                folder, run.loader, step=step, first_sample=position.samples, evaluations=run.evaluations
+            )
 
     def begin(self, position: Position) -> None:
         """The step after `position` begins: what changes with it is said."""

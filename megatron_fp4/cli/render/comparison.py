@@ -1,0 +1,157 @@
+"""Runs side by side as text: first the settings in which they differ, then what a reader must know, then the numbers.
+
+Every gap is to the first run, at the last consumed tokens that both have (train/telemetry/gaps.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_fp4.train.resume.differences import ABSENT, compare_settings
+from megatron_fp4.train.telemetry.gaps import changed_data, last_gap, mark_of, no_gap_because
+from megatron_fp4.train.telemetry.goodput import goodput_of
+from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
+
+MAX_CELL = 40
+
+
+def stored_settings(run_dir: Path) -> Mapping[str, Any] | None:
+    """What the config.yaml of a run holds, also of a version with other settings. None where there is none.
+
+    Raises ValueError if it cannot be read.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        settings: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    return settings if isinstance(settings, dict) else None
+
+
+def comparison(runs: Sequence[RunSeries]) -> str:
+    """All of it, for one run or several."""
+    return "\n".join([*differing_settings(runs), *notes(runs), *summary(runs)])
+
+
+def differing_settings(runs: Sequence[RunSeries]) -> list[str]:
+    """A table with a row for each setting in which a run differs from the first; empty if none does."""
+    base, *others = runs
+    rows: dict[str, dict[str, Any]] = {}
+    for run in others:
+        if base.settings is not None and run.settings is not None:
+            for one in compare_settings(base.settings, run.settings):
+                rows.setdefault(one.key, {base.name: one.saved})[run.name] = one.configured
+    if not rows:
+        return []
+    table = [["settings that differ", *(run.name for run in runs)]]
+    for key, values in _joined_recipes(rows).items():
+        cells = [values.get(run.name, values[base.name] if run.settings is not None else "?") for run in runs]
+        table.append([f"  {key}", *_cells(cells)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _joined_recipes(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows, those of a recipe that one side does not have at all as one row."""
+    joined: dict[str, dict[str, Any]] = {}
+    for key, values in rows.items():
+        recipe = ".".join(key.split(".")[:3])
+        of_recipe = [row for name, row in rows.items() if name.startswith(f"{recipe}.")]
+        if recipe.startswith("precision.recipes.") and all(ABSENT in row.values() for row in of_recipe):
+            present = {name: value if value == ABSENT else "(a recipe)" for name, value in values.items()}
+            joined.setdefault(recipe, present).update(present)
+        else:
+            joined[key] = values
+    return joined
+
+
+def _cells(values: Sequence[Any]) -> list[str]:
+    """The values as text; of long ones the part from a little before the first difference on."""
+    texts = [value if isinstance(value, str) and value else repr(value) for value in values]
+    if max(map(len, texts)) <= MAX_CELL:
+        return texts
+    shortest = min(map(len, texts))
+    first = next((place for place in range(shortest) if len({text[place] for text in texts}) > 1), shortest)
+    start = max(0, first - 8) if len(set(texts)) > 1 else 0
+    cut = [f"...{text[start:]}" if start else text for text in texts]
+    return [text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..." for text in cut]
+
+
+def notes(runs: Sequence[RunSeries]) -> list[str]:
+    """Where a comparison with the first run means less than it seems to, a line each."""
+    base, *others = runs
+    unknown = [run.name for run in runs if run.settings is None] if others else []
+    lines = [f"note: {name} has no config.yaml, so its settings are not compared" for name in unknown]
+    for run in others:
+        pair = f"{run.name} and {base.name}"
+        if reason := no_gap_because(run, base):
+            lines.append(f"note: {pair} are not compared, {reason}")
+        elif changed := changed_data(run, base):
+            lines.append(f"note: {pair} were trained on other data ({', '.join(changed)}): their gap says little")
+    return lines
+
+
+def summary(runs: Sequence[RunSeries]) -> list[str]:
+    """Per run: training loss, every held-out loss, each with its gap to the first run, and the speed."""
+    labels = {"loss": f"training loss (mean of the last {SMOOTH_STEPS} steps)"}
+    labels |= {key: key for key in matching_keys(runs, "eval/.*/loss")}
+    width = max(12, *(len(run.name) for run in runs))
+    lines = []
+    for run in runs:
+        for key, label in labels.items():
+            value = run.summary(key)
+            if value is not None:
+                text = f"{run.name:<{width}} step {run.last_step:>6}  {label:<44} {number(value)}"
+                lines.append(f"{text}{_not_finite(run, key)}{_gap(run, runs[0], key)}")
+        if speed := _speed(run):
+            lines.append(f"{run.name:<{width}} {speed}")
+    return lines
+
+
+def number(value: float, how: str = ".4f") -> str:
+    """A number as text; NaN as people write it."""
+    return format(value, how) if value == value else "NaN"
+
+
+def _not_finite(run: RunSeries, key: str) -> str:
+    steps = run.not_finite(key)
+    if not steps:
+        return ""
+    return f" (NaN or infinite in {len(steps)} step(s), the last {steps[-1]})"
+
+
+def _gap(run: RunSeries, base: RunSeries, key: str) -> str:
+    if run is base or not base.curve(key).values:
+        return ""
+    if reason := no_gap_because(run, base):
+        return f"   no gap: {reason}"
+    gap = last_gap(run, base, key)
+    if gap is None:
+        return f"   no gap: no tokens that {base.name} has too"
+    marks = ["interpolated"] if gap.interpolated and key != "loss" else []
+    marks += [mark] if (mark := mark_of(run, base, key)) else []
+    text = f"   {number(gap.percent, '+.2f')}% against {base.name} at {gap.tokens / 1e6:,.2f} M tokens"
+    return text + (f" ({', '.join(marks)})" if marks else "")
+
+
+def _speed(run: RunSeries) -> str:
+    """`1,912 tokens/s in the median step, 1,650 by the clock; goodput 86% (...)`."""
+    rate, good = run.summary("tokens_per_second"), goodput_of(run)
+    if rate is None:
+        return ""
+    text = f"{number(rate, ',.0f')} tokens/s in the median step"
+    if mfu := run.summary("mfu"):
+        text += f", MFU {mfu:.1%}"
+    if good is None:
+        return text
+    return (
+        f"{text}; {good.tokens_per_second:,.0f} by the clock, goodput {good.in_steps:.1%} (evaluation, saves, logging,"
+        f" start-up {good.beside_steps:.1%}; between launches, or made again {good.between_launches:.1%})"
+    )
