@@ -1,7 +1,7 @@
 """`megatron-fp4 evaluate RUN --precision bf16 --precision same`: held-out loss of a trained model, per precision.
 
-One process, whatever layout wrote the checkpoint. `same` is the precision that the run trained in; a recipe's name puts
-every linear into that recipe.
+One process, whatever layout wrote the checkpoint. `same` is the precision in which the last step before the checkpoint
+computed, behind a switch another one than at the start; a recipe's name puts every linear into that recipe.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.train.checked import open_data
+from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.train.checked import check_config, open_data
 from megatron_fp4.train.engine import LocalEngine, TokenLoss
 from megatron_fp4.train.evaluate import evaluate
-from megatron_fp4.train.open import open_trained
+from megatron_fp4.train.open import TrainedModel, open_trained
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,17 +32,25 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     mesh, device = ParallelMesh.single_process(), torch.device("cpu")
     try:
-        checked, model = open_trained(load_run_config(args.run), args.step)
-        _, loaders = open_data(checked, dp_rank=0)
+        trained = open_trained(load_run_config(args.run), args.step)
+        config = trained.checked.config
+        _, loaders = open_data(trained.checked, dp_rank=0)
         if not loaders:
             raise ValueError("the run has no held-out set (data.evaluation)")
-        engine = LocalEngine(model, TokenLoss(checked.config.model.vocab_size, mesh.tp))
-        for precision in args.precision or ["bf16", "same"]:
-            plan = PrecisionPlan(replace(checked.config.precision, evaluation=precision), checked.linears)
+        tables = {name: _table(trained, name) for name in args.precision or ["bf16", "same"]}
+        engine = LocalEngine(trained.model, TokenLoss(config.model.vocab_size, mesh.tp))
+        for precision, table in tables.items():
             for loader in loaders:
-                loss = evaluate(engine, loader, plan.evaluation_table(), mesh, device)
-                print(f"{args.run.name}: {loader.name} loss {loss:.4f} computed in {precision}", flush=True)
+                loss = evaluate(engine, loader, table, mesh, device)
+                print(f"{args.run.resolve().name}: {loader.name} loss {loss:.4f} computed in {precision}", flush=True)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _table(trained: TrainedModel, precision: str) -> PrecisionTable:
+    """What the run would have evaluated in with `precision.evaluation` set to this. Raises ValueError."""
+    config = trained.checked.config
+    config = replace(config, precision=replace(config.precision, evaluation=precision))
+    return check_config(config, world_size=1).plan.evaluation_table(trained.phase)

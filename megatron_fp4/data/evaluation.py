@@ -52,7 +52,7 @@ class EvalLoader:
 
     @property
     def fingerprint(self) -> str:
-        """Of the content of its documents."""
+        """Fingerprint of its documents: equal where their content is."""
         return self._stream.documents.fingerprint
 
     def __len__(self) -> int:

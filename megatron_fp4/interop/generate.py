@@ -20,10 +20,10 @@ class TextGenerator:
     """
 
     def __init__(self, config: RunConfig, step: int | None = None) -> None:
-        checked, self.model = open_trained(config, step)
-        if checked.tokenizer is None:
+        trained = open_trained(config, step)
+        if trained.checked.tokenizer is None:
             raise ValueError("the run has no data.tokenizer, so text cannot be turned into tokens")
-        self.tokenizer = checked.tokenizer
+        self.tokenizer, self.model = trained.checked.tokenizer, trained.model
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> Tensor:

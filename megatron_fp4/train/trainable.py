@@ -75,10 +75,12 @@ def build_trainable(
     return Trainable(clock, engine, optimizer)
 
 
-def draw_stages(config: RunConfig, backend: Backend, mesh: ParallelMesh, device: torch.device) -> list[Decoder]:
+def draw_stages(
+    config: RunConfig, backend: Backend, mesh: ParallelMesh, device: torch.device, clock: StepClock | None = None
+) -> list[Decoder]:
     """The stages of one rank, built but not filled. Not collective: the mesh may be drawn, the device `meta`."""
     numbers = stages_of_rank(mesh.pp.rank, config.parallel)
-    clock, dtype = StepClock(config.train.seed), config.precision.compute_dtype.torch_dtype
+    clock, dtype = clock or StepClock(config.train.seed), config.precision.compute_dtype.torch_dtype
     return _make_stages(config, numbers, [LayerContext.of(mesh, backend, clock, dtype, device) for _ in numbers], None)
 
 

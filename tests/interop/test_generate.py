@@ -37,8 +37,8 @@ def counting(tokens: Tensor, *_: Any) -> Tensor:
 
 @pytest.fixture
 def generator(monkeypatch: pytest.MonkeyPatch) -> TextGenerator:
-    checked = SimpleNamespace(tokenizer=Letters())
-    monkeypatch.setattr("megatron_fp4.interop.generate.open_trained", lambda *_: (checked, counting))
+    trained = SimpleNamespace(checked=SimpleNamespace(tokenizer=Letters()), model=counting)
+    monkeypatch.setattr("megatron_fp4.interop.generate.open_trained", lambda *_: trained)
     return TextGenerator(config=None)  # type: ignore[arg-type]
 
 
@@ -60,8 +60,7 @@ def test_draws_follow_seed_and_temperature(generator: TextGenerator) -> None:
 
 
 def test_a_run_without_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "megatron_fp4.interop.generate.open_trained", lambda *_: (SimpleNamespace(tokenizer=None), None)
-    )
+    trained = SimpleNamespace(checked=SimpleNamespace(tokenizer=None), model=None)
+    monkeypatch.setattr("megatron_fp4.interop.generate.open_trained", lambda *_: trained)
     with pytest.raises(ValueError, match=r"no data\.tokenizer"):
         TextGenerator(config=None)  # type: ignore[arg-type]
