@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from megatron_fp4.checkpoint import CheckpointStore
+from megatron_fp4.checkpoint.weights import load_weights
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import Group, ParallelMesh
-from megatron_fp4.comm.parameter import logical_parameters
-from megatron_fp4.comm.rect import Shard
 from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.precision.backends.choose import make_backend
@@ -25,29 +23,6 @@ from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.requirements import by_torch
 from megatron_fp4.train.trainable import draw_stages
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = None) -> dict[str, Any]:
-    """Fill `model` from checkpoint `step` (None: the newest intact one), at any layout; returns its small state.
-
-    Masters are FP32 in the file and rounded to the parameters' dtype here, as in training.
-    """
-    shards: list[Shard] = []
-    targets: list[tuple[Tensor, Tensor]] = []
-    for parameter in logical_parameters(model):
-        for rows, where in parameter.placement.pieces():
-            master = torch.empty(where.shape, dtype=torch.float32, device=parameter.device)
-            shards.append(Shard(where, {"master": master}, writes=False))
-            targets.append((parameter[rows], master))
-    chosen = store.choose(step)
-    if step is None:
-        chosen = store.load_or_earlier(chosen, shards)
-    else:
-        store.load(chosen, shards)
-    for weights, master in targets:
-        weights.copy_(master)
-    return chosen.meta
 
 
 @dataclass(frozen=True)

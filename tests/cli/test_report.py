@@ -195,6 +195,16 @@ def test_nan_and_bit_for_bit(tmp_path: Path, report: Report) -> None:
     assert (code, "nothing but NaN" in err) == (2, True)
 
 
+def test_a_step_without_a_target_has_no_loss_in_either(tmp_path: Path, report: Report) -> None:
+    """Equal where both lack it, a difference where one does."""
+    records = [{"step": step, "consumed_tokens": 1e6 * step, "grad_norm": 1.0, "loss": 2.0} for step in range(1, 4)]
+    without = [{key: value for key, value in record.items() if key != "loss"} for record in records]
+    a, b = (write_records(tmp_path / name, [records[0], without[1], records[2]]) for name in ("a", "b"))
+    assert report(a, b, "--equal", 1, 3)[0] == 0
+    code, _, err = report(a, write_records(tmp_path / "c", records), "--equal", 1, 3)
+    assert (code, "the first: step 2: loss None in a, 2.0 in c" in err) == (1, True)
+
+
 def settings_of(lr: float, shard: str, tokenizer: str = "tok.model", **data: object) -> str:
     return json.dumps(
         {

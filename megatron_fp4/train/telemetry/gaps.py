@@ -152,7 +152,10 @@ def different_numbers(run: RunSeries, other: RunSeries, first: int, last: int) -
         )
     different, num_finite = [], 0
     for step, key in itertools.product(steps, ("loss", "grad_norm")):
-        ours, theirs = (one.steps.get(step, {}).get(key) for one in (run, other))
+        recorded = [one.steps.get(step, {}) for one in (run, other)]
+        ours, theirs = (values.get(key) for values in recorded)
+        if ours is None and theirs is None and all("consumed_tokens" in values for values in recorded):
+            continue  # a step without a target has no loss
         if ours is None or theirs is None or not (ours == theirs or (math.isnan(ours) and math.isnan(theirs))):
             different.append(f"step {step}: {key} {ours} in {run.name}, {theirs} in {other.name}")
         else:
