@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -312,3 +313,26 @@ def test_gradients_travel_during_backward_where_it_is_asked_for(overlap: Overlap
     mesh = dataclasses.replace(ParallelMesh.single_process(), dp_cp=OneOfTwo(0))
     optimizer = Zero1AdamW(make_parameters().items(), OptimConfig(overlap_reduce=overlap), mesh, False)
     assert optimizer._grads._overlap is expected
+
+
+@pytest.mark.parametrize("overlap", [Overlap.always, Overlap.never, Overlap.auto])
+def test_parameters_arrive_beside_a_forward_only_after_a_step_that_one_follows(overlap: Overlap) -> None:
+    """Whoever reads the parameters of a load, or of a step without hooks in the forward, must not get old ones."""
+    model = Toy()
+    optimizer = optimizer_of(dict(model.named_parameters()), OptimConfig(overlap_gather=overlap))
+    waits: list[bool] = []
+    optimizer._params.refresh = lambda masters, wait: waits.append(wait)  # type: ignore[method-assign]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        optimizer.step(optimizer.finish_grads(), lr=1e-3, max_norm=0.0)
+
+    step()
+    with mock.patch.object(optimizer._params, "gather_beside_forward") as hooks:
+        optimizer.gather_beside_forward(model)
+        optimizer.gather_beside_forward(model)
+    beside = overlap is Overlap.always  # auto: on CPUs nothing is gained
+    assert hooks.call_count == beside, "hooks of a second call would wait twice"
+    step()
+    optimizer.after_load()
+    assert waits == [True, not beside, True]
