@@ -54,6 +54,14 @@ class RunLocked(RuntimeError):
 class RunUnwritable(RunLocked):
     """Nobody can hold the run directory: the file system refuses to write there."""
 
+    @staticmethod
+    def by(error: OSError, directory: str | os.PathLike[str]) -> RunUnwritable:
+        """With the file system's own words, and the remedy."""
+        return RunUnwritable(
+            f"the run directory {directory} cannot be written ({error}); make room there or get the right to write, or"
+            " choose another train.run_dir"
+        )
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -110,10 +118,7 @@ class RunLock:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._wait_and_take()
         except OSError as error:
-            raise RunUnwritable(
-                f"the run directory {self.directory} cannot be written ({error}); make room there or get the right to"
-                " write, or choose another train.run_dir"
-            ) from error
+            raise RunUnwritable.by(error, self.directory) from error
         self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self._thread.start()
 

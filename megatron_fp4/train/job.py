@@ -25,10 +25,12 @@ from megatron_fp4.comm.bootstrap import Launch, Process, choose_device, exit_pro
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.data.ledger import LEDGER
 from megatron_fp4.data.overlap import check_heldout
 from megatron_fp4.settings import to_json_values
-from megatron_fp4.storage.durable import write_durably
-from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked
+from megatron_fp4.storage.append import AppendFile
+from megatron_fp4.storage.durable import write_durably, write_temporary
+from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked, RunUnwritable
 from megatron_fp4.train.build import Start, build
 from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
 from megatron_fp4.train.config import RunConfig
@@ -157,8 +159,22 @@ def lock_run_directory(
 ) -> RunLock:
     """Rank 0 takes the lock; the refusal is raised on all ranks. `release` and `on_lost` act on rank 0 only."""
     lock = RunLock(directory, on_lost=on_lost)
-    decided_by_rank0(lock.acquire, group, RunLocked)
+    decided_by_rank0(lambda: _take(lock), group, RunLocked)
     return lock
+
+
+def _take(lock: RunLock) -> None:
+    """Also write where the first step and the first save will, if that is there: they would fail after all the work."""
+    lock.acquire()
+    ledger, checkpoints = lock.directory / LEDGER, lock.directory / "checkpoints"
+    try:
+        if ledger.exists():
+            AppendFile(ledger).close()
+        if checkpoints.exists():
+            write_temporary(checkpoints / "trial", b"trial")[0].unlink()
+    except OSError as error:
+        lock.release()
+        raise RunUnwritable.by(error, lock.directory) from error
 
 
 def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, console: Console) -> None:
@@ -195,4 +211,4 @@ def _write(write: Callable[[], object], run: Run) -> None:
     try:
         decided_by_rank0(lambda: write() is None, run.mesh.world, OSError)
     except OSError as error:
-        raise ValueError(f"the run directory {run.config.train.run_dir} cannot be written ({error})") from None
+        raise ValueError(str(RunUnwritable.by(error, run.config.train.run_dir))) from None

@@ -133,6 +133,19 @@ def test_the_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+def test_ctrl_c_before_a_rank_is_started(tmp_path: Path) -> None:
+    """torch is being imported, for seconds: a traceback of that would be the answer."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "launch" / "supervise.py"), "--standalone", "-m", STANDIN]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert run.stderr is not None
+    lines = iter(run.stderr)
+    while "torch" not in next(lines):
+        pass
+    run.send_signal(signal.SIGINT)
+    assert "Traceback" not in "".join(lines)
+    assert run.wait(15) == -signal.SIGINT
+
+
 def test_crash_of_one_rank_gives_its_code(tmp_path: Path) -> None:
     run = start(tmp_path, "steps=1000", "step_seconds=0.05", "crash_at=2")
     output, _ = run.communicate(timeout=90)

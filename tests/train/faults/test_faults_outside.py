@@ -212,6 +212,17 @@ def test_a_run_directory_that_cannot_be_written(
     assert error.startswith(f"error: the run directory {tmp_path}/file/run cannot be written (")
     assert error.count("\n") == 1
 
+    (run.run_dir / "checkpoints").mkdir(parents=True)
+    (run.run_dir / "ledger.jsonl").mkdir()
+    assert pretrain.main(run.overrides) == 2
+    assert "ledger.jsonl" in capsys.readouterr().err, "it would have been a traceback in the first step"
+    (run.run_dir / "ledger.jsonl").rmdir()
+    (run.run_dir / "checkpoints").rmdir()
+    (run.run_dir / "checkpoints").write_text("")
+    assert pretrain.main(run.overrides) == 2
+    assert "checkpoints" in capsys.readouterr().err, "a run would find out at its first save"
+    (run.run_dir / "checkpoints").unlink()
+
     def full(path: Path, *_: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
