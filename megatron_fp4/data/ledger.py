@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.loader import Loader, open_streams
 from megatron_fp4.data.order.plan import Plan
 from megatron_fp4.data.shards.documents import ShardedDocuments
-from megatron_fp4.storage.append import AppendFile
+from megatron_fp4.storage.append import AppendFile, read_values
 
 LEDGER = "ledger.jsonl"
 _MODULUS = 1 << 63
@@ -141,20 +140,17 @@ def read_step(run_folder: str | Path, step: int) -> LoggedStep:
     return logged
 
 
-def _lines(run_folder: str | Path, having: str = "") -> Iterator[dict[str, Any]]:
+def _lines(run_folder: str | Path, having: bytes = b"") -> Iterator[dict[str, Any]]:
     """The objects of the lines in which the text `having` occurs."""
     path = Path(run_folder) / LEDGER
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the directory of a run that wrote a ledger")
-    with open(path, encoding="utf-8") as file:
-        for text in file:
-            if having in text and text.endswith("\n"):  # a killed run may leave half a line, at the end only
-                yield json.loads(text)
+    yield from read_values(path, having)
 
 
 def last_start(run_folder: str | Path) -> dict[str, Any]:
     """The data settings of a run's latest (re)start."""
-    start = next((line for line in reversed(list(_lines(run_folder, '"config"'))) if "config" in line), None)
+    start = next((line for line in reversed(list(_lines(run_folder, b'"config"'))) if "config" in line), None)
     if start is None:
         raise ValueError(f"{Path(run_folder) / LEDGER} is empty: the run has not started")
     return start

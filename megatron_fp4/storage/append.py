@@ -28,8 +28,8 @@ class Line:
     value: dict[str, Any] | None
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file, in order; none if there is no file. One without a step is damaged, too.
+def read_lines(path: Path, having: bytes = b"") -> Iterator[Line]:
+    """The lines of a file in which `having` occurs, in order; none if there is no file. One without a step is damaged.
 
     Zeros end a line as well, and make one damaged line: a good one may follow them. Half a line at the end, which a
     killed run leaves, is no line.
@@ -37,12 +37,23 @@ def read_lines(path: Path) -> Iterator[Line]:
     if not path.exists():
         return
     with open(path, "rb") as file:
-        for raw in file:
+        for raw in filter(lambda line: having in line, file):
             *texts, end = raw.split(b"\0") if b"\0" in raw else [raw]
             lines = [_parse(text) for text in (*texts, end if end.endswith(b"\n") else b"") if text.strip()]
             yield from (line for line in lines if line.value is not None)
             if texts or any(line.value is None for line in lines):
                 yield Line(b"\0".join(line.text for line in lines if line.value is None), None)
+
+
+def read_values(path: Path, having: bytes = b"") -> Iterator[dict[str, Any]]:
+    """As `read_lines`, without the damaged ones; how many those were is logged at the end."""
+    damaged = 0
+    for line in read_lines(path, having):
+        if line.value is not None:
+            yield line.value
+        damaged += line.value is None
+    if damaged:
+        log.warning("%s: %d damaged line(s) are left out", path, damaged)
 
 
 def _parse(text: bytes) -> Line:
@@ -58,8 +69,10 @@ class AppendFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._waiting = bytearray()
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._file).st_size
+        torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"  # half a line that a killed run left
+        self._waiting = bytearray(b"\n" if torn else b"")
         self._refused = False
 
     def add(self, line: dict[str, Any]) -> None:

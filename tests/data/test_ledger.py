@@ -87,6 +87,15 @@ def test_half_a_line_of_a_killed_run(config, tmp_path):
     assert read_step(tmp_path, 2).first_sample == 8
 
 
+def test_zeros_of_a_power_cut(config, tmp_path):
+    loader = loader_of(config)
+    run(tmp_path, loader, range(4))
+    path = tmp_path / LEDGER
+    path.write_bytes(path.read_bytes().replace(b'{"step": 2', b"\0" * 4096 + b'{"step": 2'))
+    assert read_step(tmp_path, 2).first_sample == 8
+    assert last_start(tmp_path)["config"]["seq_length"] == 8
+
+
 def test_other_data_is_refused(config, tmp_path):
     run(tmp_path, loader_of(config), range(3))
     logged = read_step(tmp_path, 1)

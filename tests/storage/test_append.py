@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fp4.storage.append import Line, read_lines
+from megatron_fp4.storage.append import AppendFile, Line, read_lines, read_values
 
 GOOD = [b'{"step": 1, "loss": 2.5}', b'{"step": 2}', b'{"step": 3}']
 
@@ -33,6 +33,18 @@ def test_what_stands_between_good_lines(tmp_path: Path, content: bytes, damaged:
     lines = list(read_lines(path))
     assert [line.text for line in lines if line.value is not None] == (GOOD if content else [])
     assert [line for line in lines if line.value is None] == [Line(text, None) for text in damaged]
+
+
+def test_what_is_appended_to_half_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The next line was glued to it, and both were lost."""
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(GOOD[1] + b'\n{"step": 3, "lo')
+    for step in (4, 5):
+        file = AppendFile(path)
+        file.add({"step": step})
+        file.close()
+    assert [value["step"] for value in read_values(path)] == [2, 4, 5]
+    assert "lines.jsonl: 1 damaged line(s) are left out" in caplog.text
 
 
 def test_no_file(tmp_path: Path) -> None:

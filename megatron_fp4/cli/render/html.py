@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_fp4.cli.render.comparison import comparison, number
 from megatron_fp4.cli.render.plots import all_plots
+from megatron_fp4.storage.append import read_values
 from megatron_fp4.train.faults.guard import SPIKE_LOG
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
 
@@ -69,7 +69,7 @@ def _spikes(run: RunSeries) -> str:
     path = run.folder / SPIKE_LOG
     if not path.exists():
         return ""
-    entries = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    entries = list(read_values(path))
     rows = [
         f"<tr><td>{entry['step']}</td><td>{html.escape(entry['action'])}</td><td>"
         + html.escape(", ".join(_value(*item) for item in entry.items() if item[0] not in ("step", "action")))

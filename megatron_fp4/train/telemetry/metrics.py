@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.storage.append import AppendFile, read_lines
+from megatron_fp4.storage.append import AppendFile, read_lines, read_values
 from megatron_fp4.storage.durable import write_durably
 from megatron_fp4.train.sections import LoggingConfig, WandbMode
 from megatron_fp4.train.telemetry.sinks import BackgroundSink, Sink, TensorBoardSink, WandbSink
@@ -57,11 +57,7 @@ class JsonlSink:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All records of a run, in order; damaged lines are left out, which is logged."""
-    lines = [line.value for line in read_lines(run_dir / METRICS_FILE)]
-    records = [value for value in lines if value is not None]
-    if len(records) < len(lines):
-        log.warning("%s: %d damaged line(s) are left out", run_dir / METRICS_FILE, len(lines) - len(records))
-    return records
+    return list(read_values(run_dir / METRICS_FILE))
 
 
 class Metrics:
