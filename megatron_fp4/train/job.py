@@ -164,7 +164,7 @@ def lock_run_directory(
 
 
 def _take(lock: RunLock) -> None:
-    """Also write where the first step and the first save will, if that is there: they would fail after all the work."""
+    """Take it, and write where the first step and the first save will: they would fail after the work of a start."""
     lock.acquire()
     ledger, checkpoints = lock.directory / LEDGER, lock.directory / "checkpoints"
     try:
