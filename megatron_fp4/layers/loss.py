@@ -36,8 +36,6 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         largest_T = all_reduce_max(z_TV.amax(dim=-1), group)
         z_TV = z_TV - largest_T[:, None]
         is_target_T = labels_T != IGNORE
-        weight_T = is_target_T.float()  # NaN for a label that no rank has: a plausible loss would hide it
-        weight_T.masked_fill_(is_target_T & ((labels_T < 0) | (labels_T >= vocab_size)), float("nan"))
         local_T = labels_T - first
         is_local_T = is_target_T & (local_T >= 0) & (local_T < z_TV.shape[-1])
         index_T = local_T.clamp(0, z_TV.shape[-1] - 1)
@@ -46,20 +44,22 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         exp_TV = z_TV.exp_()
         parts = torch.stack([exp_TV.sum(-1, dtype=torch.float64), label_logit_T.double(), total_T])
         sums = all_reduce_sum(parts, group).float()
+        # a label that no rank has: without it, the loss of its token would be plausible, and its gradient too
+        sums[0].masked_fill_(is_target_T & ((labels_T < 0) | (labels_T >= vocab_size)), float("nan"))
         loss_T = sums[0].log() - (1.0 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
-        ctx.save_for_backward(exp_TV.div_(sums[0][:, None]), index_T, is_local_T, weight_T)
+        ctx.save_for_backward(exp_TV.div_(sums[0][:, None]), index_T, is_local_T, is_target_T)
         ctx.smoothing = smoothing
         ctx.vocab_size = vocab_size
         ctx.dtype = logits_TV.dtype
-        return (loss_T * weight_T).masked_fill(~is_target_T, 0.0)
+        return loss_T.masked_fill(~is_target_T, 0.0)
 
     @staticmethod
     def backward(ctx: Any, g_T: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
-        softmax_TV, index_T, is_local_T, weight_T = ctx.saved_tensors
+        softmax_TV, index_T, is_local_T, is_target_T = ctx.saved_tensors
         dz_TV = softmax_TV - ctx.smoothing / ctx.vocab_size
         rows = torch.arange(dz_TV.shape[0], device=dz_TV.device)
         dz_TV[rows, index_T] -= (1.0 - ctx.smoothing) * is_local_T.float()
-        dz_TV *= (g_T * weight_T)[:, None]
+        dz_TV *= (g_T * is_target_T)[:, None]
         return dz_TV.to(ctx.dtype), None, None, None, None, None
 
 
