@@ -40,8 +40,15 @@ class Sizes:
     mamba_chunk: int = 5
 
 
-def make_mixer(mesh: ParallelMesh, sizes: Sizes = Sizes(), *, packed: bool = True, **options: Any) -> Mamba2:
-    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(seed=3), torch.float32, torch.device("cpu"))
+def make_mixer(
+    mesh: ParallelMesh,
+    sizes: Sizes = Sizes(),
+    *,
+    packed: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Mamba2:
+    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(seed=3), dtype, torch.device("cpu"))
     mixer = Mamba2("blocks.0.mamba", sizes, context, keep_documents_apart=packed, std=0.2, out_std=0.2, **options)
     initialize_parameters(mixer, seed=3)
     return mixer
@@ -142,9 +149,13 @@ def test_documents_do_not_see_each_other() -> None:
 
 
 def test_initial_values() -> None:
-    """A_log counts the heads of the whole layer; steps are in Mamba-2's range; only matrices decay."""
-    mixer = make_mixer(ParallelMesh.single_process(), replace(Sizes(), mamba_num_heads=64))
-    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 65.0))
+    """Decay rates and steps are in Mamba-2's ranges however many heads there are; only matrices decay."""
+    mixer = make_mixer(ParallelMesh.single_process(), replace(Sizes(), mamba_num_heads=128))
+    rates = mixer.A_log.exp()
+    assert rates.min() >= 0.999
+    assert rates.max() <= 16.001, "a head of a large layer forgets faster than any of Mamba-2's"
+    assert abs(rates.mean() - 8.5) < 1.2, "uniform: the mean of 128 draws is 8.5 +- 0.4"
+    assert abs(rates.std() - 15 / 12**0.5) < 0.6
     steps = torch.nn.functional.softplus(mixer.dt_bias)
     assert steps.min() >= 1e-3 * 0.999
     assert steps.max() <= 0.1 * 1.001
@@ -154,6 +165,24 @@ def test_initial_values() -> None:
     assert mixer.conv_weight.abs().max() <= 0.5
     decays = {name for name, p in mixer.named_parameters() if p.placement.decay}
     assert decays == {"in_proj.weight", "out_proj.weight", "conv_weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_numbers_of_a_head_are_kept_in_fp32(dtype: torch.dtype) -> None:
+    """In BF16 the step sizes would be off by up to 1.6 %, and small updates would be lost in the forward pass."""
+    mixer = make_mixer(ParallelMesh.single_process(), dtype=dtype)
+    kept = {name for name, parameter in mixer.named_parameters() if parameter.dtype == torch.float32}
+    assert kept >= {"A_log", "dt_bias", "D"}
+    assert (len(kept) == 3) == (dtype == torch.bfloat16), "the others are in the compute dtype"
+    x_TD, tokens = batch()
+    exact = make_mixer(ParallelMesh.single_process(), dtype=torch.float32)
+    for name in ("A_log", "dt_bias", "D"):
+        assert torch.equal(getattr(mixer, name), getattr(exact, name)), f"{name} is rounded"
+    y_TD = mixer(x_TD.to(dtype).requires_grad_(), tokens)
+    assert y_TD.dtype == dtype
+    y_TD.float().square().sum().backward()
+    assert mixer.dt_bias.grad is not None
+    assert mixer.dt_bias.grad.dtype == torch.float32
 
 
 def test_groups_that_do_not_divide_are_refused_with_the_numbers() -> None:
