@@ -33,15 +33,21 @@ class StageRunner:
     ) -> Result:
         """`stage(**arguments)`."""
         assert not args, "arguments are given by name"
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        tensors: dict[str, Tensor] = {}
+        key: list[Any] = [stage]  # one pass over the arguments: small tensors feel every microsecond of a call
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                tensors[name] = value
+                key += (name, value.dim(), value.dtype, value.device.type)
+            else:
+                key += (name, value)
         if not self._compile or (stage in EAGER_ON_CUDA and any(tensor.is_cuda for tensor in tensors.values())):
             return stage(*args, **arguments)
-        constants = {name: value for name, value in arguments.items() if name not in tensors}
-        kinds = tuple((name, tensor.dim(), tensor.dtype, tensor.device.type) for name, tensor in tensors.items())
-        key = (stage, kinds, tuple(constants.items()))
-        if key not in self._kernels:
-            self._kernels[key] = _compiled(stage, constants)
-        result: Result = self._kernels[key](**tensors)
+        kernel = self._kernels.get(tuple(key))
+        if kernel is None:
+            constants = {name: value for name, value in arguments.items() if name not in tensors}
+            kernel = self._kernels[tuple(key)] = _compiled(stage, constants)
+        result: Result = kernel(**tensors)
         return result
 
 

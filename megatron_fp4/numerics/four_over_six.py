@@ -11,27 +11,29 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import rounding
-from megatron_fp4.numerics.stages import BlockScales, block_encode
+from megatron_fp4.numerics.stages import BlockScales, block_encode, encode_scale
 
 
-def candidates(largest: Tensor, encode: Tensor, decode: Tensor) -> tuple[BlockScales, BlockScales]:
-    """E4M3 scales that map the block maxima `largest` to 6 and to 4, and their 1 / (scale * S_dec)."""
+def candidates(largest: Tensor, amax: Tensor, aim: float) -> tuple[BlockScales, BlockScales]:
+    """E4M3 scales that map the block maxima `largest` to 6 and to 4, and their 1 / (scale * S_dec).
+
+    amax, aim: see `stages.encode_scale`; amax is broadcastable to `largest`.
+    """
+    encode, decode = encode_scale(amax, aim)
     target = (largest.to(torch.float32) / torch.full_like(largest, 6.0, dtype=torch.float32)) * encode
     to_six, to_four = rounding.round_e4m3(target), rounding.round_e4m3(target * 1.5)
     return BlockScales(to_six, block_encode(to_six, decode)), BlockScales(to_four, block_encode(to_four, decode))
 
 
-def errors(
-    x: Tensor, scale: Tensor, multiplier: Tensor, amax: Tensor, largest: float, measure: str, lanes: int
-) -> Tensor:
+def errors(x: Tensor, scale: Tensor, multiplier: Tensor, amax: Tensor, aim: float, measure: str, lanes: int) -> Tensor:
     """Absolute (mae) or squared (mse) error of each element, FP32, `[n/lanes, lanes]` or `[R/lanes, lanes, C]`.
 
     x `[n]` (lines of `lanes` elements) or `[R, C]` (lines of `lanes` rows). scale, multiplier and amax: FP32, one per
-    line (amax: or a scalar), broadcastable to the result. largest: the value that S_enc maps amax to.
+    line (amax: or a scalar), broadcastable to the result. aim: the value that S_enc maps amax to.
     """
     values = x.unflatten(0, (-1, lanes)).to(torch.float32)
     decoded = (rounding.round_e2m1(values * multiplier) * scale) * amax
-    difference = decoded / torch.full_like(decoded, largest) - values
+    difference = decoded / torch.full_like(decoded, aim) - values
     return difference * difference if measure == "mse" else difference.abs()
 
 

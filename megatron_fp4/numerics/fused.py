@@ -68,12 +68,11 @@ class Passes:
         amax: FP32, a scalar, or `[R, 1]` or `[1, C]` for one global scale per row of the operand. scale_order: "te" or
         "paper". headroom: enlarge the block scales by 17/16. bound: the largest block scale.
         """
-        encode, decode = stages.encode_scale(_broadcastable(amax), rounding.E2M1_MAX * bound)
         return self._run(
             stages.nvfp4_scales,
             largest=block_maxima,
-            encode=encode,
-            decode=decode,
+            amax=_broadcastable(amax),
+            aim=rounding.E2M1_MAX * bound,
             scale_order=scale_order,
             headroom=headroom,
         )
@@ -85,10 +84,10 @@ class Passes:
 
         along: the dimension of x that is contracted. measure: "mae" or "mse".
         """
-        encode, decode = stages.encode_scale(_broadcastable(amax), rounding.E2M1_MAX * bound)
-        to_six, to_four = self._run(over.candidates, largest=block_maxima, encode=encode, decode=decode)
+        aim = rounding.E2M1_MAX * bound
+        to_six, to_four = self._run(over.candidates, largest=block_maxima, amax=_broadcastable(amax), aim=aim)
         error_of_six, error_of_four = (
-            self._errors(x, scales, amax, tile=tile, along=along, largest=rounding.E2M1_MAX * bound, measure=measure)
+            self._errors(x, scales, amax, tile=tile, along=along, aim=aim, measure=measure)
             for scales in (to_six, to_four)
         )
         better = error_of_four < error_of_six
@@ -97,11 +96,11 @@ class Passes:
         )
 
     def _errors(
-        self, x: Tensor, scales: BlockScales, amax: Tensor, *, tile: Tile, along: int, largest: float, measure: str
+        self, x: Tensor, scales: BlockScales, amax: Tensor, *, tile: Tile, along: int, aim: float, measure: str
     ) -> Tensor:
         """Error per tile `[R/r, C/c]`, summed in Transformer Engine's order: along each line, then over the lines.
 
-        A line is the part of a tile that is contracted together. largest: the value that the global scale maps amax to.
+        A line is the part of a tile that is contracted together. aim: the value that the global scale maps amax to.
         """
         across = 1 - along
         lanes, lines = tile[along], tile[across]
@@ -117,7 +116,7 @@ class Passes:
             scale=beside_lanes(scale),
             multiplier=beside_lanes(multiplier),
             amax=amax if amax.dim() == 0 else beside_lanes(amax.expand(shape)),
-            largest=largest,
+            aim=aim,
             measure=measure,
             lanes=lanes,
         )

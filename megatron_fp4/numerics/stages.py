@@ -46,12 +46,12 @@ class Noise(NamedTuple):
         return Noise(*row_words(key, rows), column_words(key, cols), bits)
 
 
-def encode_scale(amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Global encode scale S_enc = largest / amax (2688 / amax) and decode scale 1 / S_enc, FP32, of amax's shape.
+def encode_scale(amax: Tensor, aim: float) -> tuple[Tensor, Tensor]:
+    """Global encode scale S_enc = aim / amax and decode scale 1 / S_enc, FP32, of amax's shape; aim: 2688 in NVFP4.
 
     A true division of tensors: PyTorch computes `2688.0 / amax` as a reciprocal times 2688, which has other bits.
     """
-    encode = (torch.full_like(amax, largest) / amax).clamp(max=rounding.FLT_MAX)
+    encode = (torch.full_like(amax, aim) / amax).clamp(max=rounding.FLT_MAX)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     return encode, torch.ones_like(encode) / encode
 
@@ -82,8 +82,9 @@ def largest_of(block_maxima: Tensor) -> Tensor:
     return block_maxima.to(torch.float32).amax()
 
 
-def nvfp4_scales(largest: Tensor, encode: Tensor, decode: Tensor, scale_order: str, headroom: bool) -> BlockScales:
-    """E4M3 block scale and 1 / (scale * S_dec) of the block maxima `largest`. encode, decode: broadcastable."""
+def nvfp4_scales(largest: Tensor, amax: Tensor, aim: float, scale_order: str, headroom: bool) -> BlockScales:
+    """E4M3 block scale and 1 / (scale * S_dec) of the block maxima `largest`; amax: broadcastable, aim: see above."""
+    encode, decode = encode_scale(amax, aim)
     if scale_order == "te":
         target = largest.to(torch.float32) * (encode * (1.0 / 6.0))
     else:
