@@ -143,3 +143,13 @@ def test_docstrings_begin_at_their_beginning() -> None:
 def test_no_label_where_the_idea_itself_can_stand() -> None:
     labelled = [path for path, _ in modules() if "One idea:" in (PACKAGE / path).read_text()]
     assert not labelled, labelled
+
+
+def test_every_room_says_its_floor() -> None:
+    """The table of docs/architecture.md and the first line of each top room agree."""
+    rows = re.findall(r"^\| ([\d, ]+) \| (.*?) \|", (PACKAGE.parent / "docs/architecture.md").read_text(), re.MULTILINE)
+    floors = {room: floor for floor, rooms in rows for room in re.findall(r"`(\w+)/`", rooms)}
+    assert set(floors) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    for room, floor in floors.items():
+        docstring = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
+        assert f"floor {floor}" in docstring.splitlines()[0].lower(), f"megatron_fp4/{room}/__init__.py: not floor {floor}"

@@ -1,1 +1,1 @@
-"""The console: `megatron-fp4 COMMAND`. Only this floor and pretrain.py import hydra and omegaconf (floor 6)."""
+"""The console: `megatron-fp4 COMMAND`. Only this floor and pretrain.py import hydra and omegaconf (floor 8)."""

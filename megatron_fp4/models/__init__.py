@@ -1,1 +1,1 @@
-"""Model architectures: blocks in a pattern, and how they are split into pipeline stages (floor 4)."""
+"""Model architectures: blocks in a pattern, and how they are split into pipeline stages (floor 5)."""

@@ -1,1 +1,1 @@
-"""Pipeline stages and schedules (floor 3)."""
+"""Pipeline stages and schedules (floor 4)."""

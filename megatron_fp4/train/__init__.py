@@ -1,1 +1,1 @@
-"""Assemble a run from its configuration and carry it out (floor 5)."""
+"""Assemble a run from its configuration and carry it out (floor 6)."""

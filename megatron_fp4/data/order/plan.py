@@ -31,7 +31,7 @@ class Segment:
     sources: tuple[str, ...]
     weights: tuple[int, ...]
     cursors: dict[str, int]
-    schedule: BlendSchedule = field(compare=False, repr=False, default=None)  # type: ignore[assignment]
+    schedule: BlendSchedule = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", BlendSchedule(self.weights))
