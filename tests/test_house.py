@@ -152,4 +152,6 @@ def test_every_room_says_its_floor() -> None:
     assert set(floors) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     for room, floor in floors.items():
         docstring = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text())) or ""
-        assert f"floor {floor}" in docstring.splitlines()[0].lower(), f"megatron_fp4/{room}/__init__.py: not floor {floor}"
+        assert f"floor {floor}" in docstring.splitlines()[0].lower(), (
+            f"megatron_fp4/{room}/__init__.py: not floor {floor}"
+        )

@@ -31,7 +31,8 @@ class LayerContext:
     """What every layer of one model, or of one of its pipeline stages, is constructed with.
 
     dtype: type of weights and activations (the compute dtype, BF16 or FP32). wgrad: when linears compute their weight
-    gradients. queue: where those that `wgrad` defers wait for the pipeline schedule; None where it defers none.
+    gradients. queue: where those that `wgrad` defers wait for the pipeline schedule; None where it defers none. Raises
+    ValueError where a gradient would wait for nobody.
     """
 
     tp: Group
@@ -43,6 +44,12 @@ class LayerContext:
     device: torch.device
     wgrad: WgradPlan = WgradPlan.now
     queue: WgradQueue | None = None
+
+    def __post_init__(self) -> None:
+        if self.wgrad is WgradPlan.while_scattering and self.tp.size == 1:
+            raise ValueError("on one tensor-parallel rank nothing is scattered that weight gradients could run beside")
+        if (self.queue is not None) != (self.wgrad is WgradPlan.deferred):
+            raise ValueError(f"wgrad = {self.wgrad.name}, but queue = {self.queue}: gradients wait in it if deferred")
 
     @staticmethod
     def of(

@@ -54,7 +54,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return loss_T.masked_fill(~is_target_T, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, g_T: Tensor) -> tuple[Tensor, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (g_T,) = grads
         softmax_TV, index_T, is_local_T, is_target_T = ctx.saved_tensors
         dz_TV = softmax_TV - ctx.smoothing / ctx.vocab_size
         rows = torch.arange(dz_TV.shape[0], device=dz_TV.device)

@@ -88,7 +88,7 @@ class _FusedNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         x, _, *weight = ctx.saved_tensors
         return torch.empty_like(x), *map(torch.empty_like, weight)
 
@@ -102,7 +102,7 @@ class _FusedLoss(torch.autograd.Function):
         return logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, g_T: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (dz_TV,) = ctx.saved_tensors
         return dz_TV
 

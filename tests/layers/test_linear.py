@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.rect import Rectangle, Shard
+from megatron_fp4.layers import lab
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.parameter import initialize_parameters
-from megatron_fp4.precision import EmulatedBackend, nvfp4_paper
+from megatron_fp4.precision import EmulatedBackend, WgradPlan, nvfp4_paper
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.spec import LinearPrecision
 from tests.helpers import planted
@@ -32,8 +34,7 @@ def run(mesh: ParallelMesh, precision: LinearPrecision) -> list[Shard]:
     initialize_parameters(nn.ModuleList([up, down]), 0)
     random = torch.Generator().manual_seed(3)
     x, dy = (torch.randn(T, D, generator=random).chunk(mesh.tp.size)[mesh.tp.rank] for _ in "xy")
-    ids = torch.arange(T).view(1, T)
-    tokens = Tokens(ids, ids, torch.zeros_like(ids))
+    tokens = Tokens.of_one_document(T)
     for linear in (up, down):
         linear.precision = precision
         linear.weight.main_grad = torch.zeros(linear.weight.shape, dtype=torch.float64)
@@ -95,3 +96,24 @@ def test_print_shows_the_precision() -> None:
     assert "(up): ColumnParallelLinear(blocks.0.mlp.up, 64 -> 128, bf16)" in str(model)
     model["up"].precision = nvfp4_paper()  # type: ignore[assignment]
     assert f"(up): ColumnParallelLinear(blocks.0.mlp.up, 64 -> 128, {nvfp4_paper()})" in str(model)
+
+
+def test_a_weight_gradient_comes_when_it_is_planned() -> None:
+    """A deferred one that is computed at once spoils the schedule; one that nobody computes is lost without a word."""
+    mesh, x = ParallelMesh.single_process(), torch.randn(T, D, requires_grad=True)
+    grads = {}
+    for plan in (WgradPlan.now, WgradPlan.deferred):
+        context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), torch.float32, x.device, wgrad=plan)
+        up = ColumnParallelLinear("up", D, {"": F}, context, std=0.1)
+        initialize_parameters(up, 0)
+        up.weight.main_grad = grads[plan] = torch.zeros(F, D)
+        up(x, Tokens.of_one_document(T)).sum().backward()
+        if context.queue is not None:
+            assert not grads[plan].any(), "it did not wait"
+            context.queue.drain()
+    assert grads[WgradPlan.now].any()
+    assert torch.equal(grads[WgradPlan.now], grads[WgradPlan.deferred])
+    with pytest.raises(ValueError, match="nothing is scattered"):
+        LayerContext.of(mesh, EmulatedBackend(), StepClock(0), x.dtype, x.device, wgrad=WgradPlan.while_scattering)
+    with pytest.raises(ValueError, match="wgrad = deferred, but queue = None"):
+        replace(lab(), wgrad=WgradPlan.deferred)
