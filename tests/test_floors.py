@@ -33,6 +33,24 @@ def test_every_module_says_what_it_is_for() -> None:
         assert path.read_text().lstrip().startswith('"""'), f"{path.relative_to(PACKAGE)} has no docstring"
 
 
+GPU_PACKAGES = {
+    "transformer_engine": ("precision/te/", "precision/backends/", "layers/fused/", "optim/fused_adam.py"),
+    "apex": ("layers/fused/", "optim/fused_adam.py"),
+    "mamba_ssm": ("layers/mamba/",),
+    "causal_conv1d": ("layers/mamba/",),
+    "flash_attn": ("layers/fused/",),
+    "triton": ("kernels/",),
+}
+"""Packages that need a GPU, and who may import them; import-linter does not see `import_module`."""
+
+
+@pytest.mark.parametrize("package", GPU_PACKAGES)
+def test_packages_for_gpus_are_imported_in_their_rooms(package: str) -> None:
+    imports = re.compile(rf"^\s*(from|import) {package}|import_module\(\s*f?[\"']{package}", re.MULTILINE)
+    importers = {path.relative_to(PACKAGE).as_posix() for path in sources(".") if imports.search(path.read_text())}
+    assert [path for path in importers if not path.startswith(GPU_PACKAGES[package])] == []
+
+
 def test_no_global_statements() -> None:
     for path in sources("."):
         assert not re.search(r"^\s+global ", path.read_text(), flags=re.MULTILINE), path

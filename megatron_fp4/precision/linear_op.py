@@ -22,7 +22,7 @@ from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOpe
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.sharding import Sharding
 from megatron_fp4.precision.spec import LinearPrecision, WgradOutput
-from megatron_fp4.precision.weight_cache import WeightCache
+from megatron_fp4.precision.weight_cache import WeightCache, WeightVersion
 from megatron_fp4.precision.wgrad import WgradQueue
 
 
@@ -43,32 +43,32 @@ class _Call:
     clock: StepClock
     seed: int
     step: int
-    weights_version: int
+    version: WeightVersion
     differentiable: bool
 
     def weights(self, weight: Tensor) -> tuple[QuantizedOperand, ...]:
         """The Fprop copy of the weight, and the Dgrad copy where a backward pass may follow."""
-        if self.clock.weights_version != self.weights_version:
+        now = WeightVersion.of(weight, self.clock)
+        if now != self.version:
             raise RuntimeError(
-                f"{self.sharding.name}: the weights changed (version {self.weights_version} -> "
-                f"{self.clock.weights_version}) between a forward pass and its backward pass; "
-                f"Dgrad would use other weights than Fprop"
+                f"{self.sharding.name}: the weights changed ({self.version} -> {now}) between a forward pass and its "
+                f"backward pass; Dgrad would use other weights than Fprop"
             )
         return self.cache.get(
             weight,
             self.copies["w"] if self.differentiable else self.copies["w"][:1],
             backend=self.backend,
             sharding=self.sharding,
-            version=self.weights_version,
+            version=self.version,
             seed=self.seed,
             step=self.step,
         )
 
 
 class _Linear(torch.autograd.Function):
-    """y = x w^T and its gradients: three GEMMs, each `a [M, C] @ b [N, C].T` of two operands quantized for it alone.
+    """y = x w^T and its gradients: three GEMMs, each `first @ second.T` of two operands quantized for it alone.
 
-        GEMM    a             b             contracted   output               algebra
+        GEMM    first         second        contracted   output               algebra
         Fprop   x    [T, K]   w    [N, K]   K            y  [T, N] x.dtype    y[t,n]  = sum_k x[t,k] w[n,k]
         Dgrad   dy   [T, N]   w^T  [K, N]   N            dx [T, K] x.dtype    dx[t,k] = sum_n dy[t,n] w[n,k]
         Wgrad   dy^T [N, T]   x^T  [K, T]   T            dw [N, K] FP32       dw[n,k] = sum_t dy[t,n] x[t,k]
@@ -164,7 +164,7 @@ def quantized_linear(
         clock=clock,
         seed=clock.seed,
         step=clock.step,
-        weights_version=clock.weights_version,
+        version=WeightVersion.of(weight, clock),
         differentiable=torch.is_grad_enabled(),
     )
     y: Tensor = _Linear.apply(x, weight, call)

@@ -9,12 +9,31 @@ not tell two steps apart: an evaluation comes after the update of one step and b
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand
 from megatron_fp4.precision.backends.randomness import varies_by_step
+from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.sharding import Sharding
+
+
+class WeightVersion(NamedTuple):
+    """What changes when the values of a weight do.
+
+    update: the `StepClock`'s count; the update of a sharded optimizer arrives through views, which no tensor counts.
+    edit: torch's count of changes in place (another optimizer, an initialisation). storage: its address, which is
+    another one after `weight.data = ...`.
+    """
+
+    update: int
+    edit: int
+    storage: int
+
+    @staticmethod
+    def of(weight: Tensor, clock: StepClock) -> WeightVersion:
+        return WeightVersion(clock.weights_version, weight._version, weight.untyped_storage()._cdata)
 
 
 class WeightCache:
@@ -30,11 +49,11 @@ class WeightCache:
         *,
         backend: Backend,
         sharding: Sharding,
-        version: int,
+        version: WeightVersion,
         seed: int,
         step: int,
     ) -> tuple[QuantizedOperand, ...]:
-        """`backend.quantize` of the weight `[N, K]`, or what it gave the last time. version: of the weight's values."""
+        """`backend.quantize` of the weight `[N, K]`, or what it gave the last time."""
         common = (version, weight.device, weight.dtype, backend, sharding)
         keys = [(copy, *common, (seed, step) if varies_by_step(copy.operand) else None) for copy in copies]
         if any(key not in self._operands for key in keys):
