@@ -61,6 +61,8 @@ class StepLog:
         values = self._values(result, num_samples * run.config.data.seq_length)
         self._metrics.write(step, values)
         self._console.step(step, values)
+        if run.phases.timer and (device := run.phases.timer.previous_step()):
+            self._metrics.write(step - 1, {f"device/{phase}_seconds": value for phase, value in device.items()})
         if self._compares_ranks(step):
             seconds = straggler_metrics(run.phases, run.mesh.world, run.device)
             self._metrics.write(step, seconds)

@@ -3,9 +3,15 @@
 Model FLOPs per token are arithmetic (models/count.py), so throughput is tokens per second times a constant, and
 utilization is its ratio to a peak: BF16's, or that of the mix of rates at which the GEMMs of the present precision
 could run (peaks.py). On a device that is not in that table there is no utilization.
+
+These are of the step alone. What the clock says is beside them: since the end of the step before, evaluations, saves
+and logging included, and in the first step of a launch its start-up. A whole run, with the time between its launches,
+is goodput.py's.
 """
 
 from __future__ import annotations
+
+import time
 
 import torch
 
@@ -28,14 +34,20 @@ class Throughput:
         """The rates of the last step, which had `tokens` tokens.
 
         tflops: TFLOP/s of the model (no recomputation) per device. mfu, mfu_mixed: 0 to 1, against BF16's peak and
-        against that of the precisions in `table`.
+        against that of the precisions in `table`. wall_seconds: since this was called last. goodput: the step's part
+        of them, 0 to 1. wall_time: now, in seconds since 1970.
         """
         seconds, tokens_per_device = phases.step_seconds(), tokens / self._num_devices
+        wall_seconds = max(phases.lap(), seconds)
         flops_per_second = self._flops.training * tokens_per_device / seconds
         rates = {
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
             "data_wait_seconds": phases.seconds("data"),
+            "wall_time": time.time(),
+            "wall_seconds": wall_seconds,
+            "wall_tokens_per_second": tokens / wall_seconds,
+            "goodput": seconds / wall_seconds,
             "tflops": flops_per_second / 1e12,
         }
         if self.gpu:
