@@ -100,8 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--heldout", nargs="+", help="shards that must have no document in common with the paths")
     args = parser.parse_args(argv)
     vocab_size = load_tokenizer(args.tokenizer).vocab_size if args.tokenizer else args.vocab_size
-    bad = 0
-    for listed in list_shards(args.paths):
+    bad, shards = 0, list_shards(args.paths)
+    if not shards:
+        raise ValueError(f"{', '.join(args.paths)}: the manifest names no shard, so there is nothing to verify")
+    for listed in shards:
         problems = problems_of(listed, vocab_size)
         checked = "checksums, " if listed.entry is not None else "no manifest: no checksums, "
         print(f"{'BAD ' if problems else 'good'} {listed.prefix} ({checked}sizes, index, ids)")

@@ -38,17 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = choose_device(config.train.device, 0)
         ranks = typical_ranks(config.parallel, world_size)
         shards = build_shards(checked, backend, device, world_size=world_size, ranks=ranks)
+        linears = [linear for linear in distinct_linears(checked, shards, device) if linear.precision.quantized]
+        if not linears:
+            raise ValueError("the precision rules quantize no GEMM at the start, so there is nothing to compare")
     except (ConfigError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     order = backend.api.features.scale_order
     print(f"Transformer Engine {backend.api.version}, block scale = {ORDERS[order]}, on {device}")
     differences = 0
-    for linear in distinct_linears(checked, shards, device):
-        if linear.precision.quantized:
-            print(linear)
-            for finding in cross_check(linear, backend, device):
-                differences += finding.wrong
-                print(f"  {'DIFFERS' if finding.wrong else 'equal  '} {finding}")
+    for linear in linears:
+        print(linear)
+        for finding in cross_check(linear, backend, device):
+            differences += finding.wrong
+            print(f"  {'DIFFERS' if finding.wrong else 'equal  '} {finding}")
     print(f"{differences} differences" if differences else "no difference")
     return 1 if differences else 0

@@ -105,3 +105,13 @@ def test_nothing_to_compare(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     assert "install transformer-engine" in said(capsys, tmp_path, expect=2)
+
+
+def test_nothing_to_compare_is_no_agreement(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    te_double.install(monkeypatch)
+    code = crosscheck.main(tiny_run(tmp_path, "precision=bf16").overrides)
+    output = capsys.readouterr()
+    assert (code, output.out) == (2, "")
+    assert "quantize no GEMM at the start, so there is nothing to compare" in output.err

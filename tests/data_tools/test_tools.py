@@ -77,6 +77,12 @@ def test_verify_truncation_index_and_ids(tmp_path, shards, capsys):
     assert "good" in out  # the other shard is still checked
 
 
+def test_verify_of_nothing_is_refused(tmp_path, capsys):
+    code, out, err = run(capsys, "verify", write_set(tmp_path / "empty", []))
+    assert (code, out) == (2, "")
+    assert "the manifest names no shard, so there is nothing to verify" in err
+
+
 def test_verify_plain_megatron_shard(tmp_path, capsys):
     prefix = write_shard(tmp_path / "plain", [[1, 2], [3]])
     code, out, _ = run(capsys, "verify", prefix)
