@@ -67,9 +67,9 @@ def test_an_address_is_the_place_in_the_set_on_every_rank(tmp_path):
 def test_two_tokens_are_one_target_and_strange_ids_are_refused(tmp_path):
     share = {"micro_batch": 1, "dp_rank": 0, "dp_size": 1}
     committed = write_set(tmp_path / "set", [[[5, 6]]], fingerprint="theirs")
-    two = DataConfig(evaluation=[EvaluationConfig("two", [committed])])
+    two = DataConfig(seq_length=4, evaluation=[EvaluationConfig("two", [committed])])
     loader = build_eval_loader(two, "two", vocab_size=7, tokenizer_fingerprint="theirs", **share)
-    assert (loader.num_targets, len(loader)) == (1, 1)
+    assert (loader.num_targets, len(loader), loader.batch(0).labels.tolist()) == (1, 1, [[6, 0, 0, 0]])
     with pytest.raises(ValueError, match="data source 'two' holds token id 6, but the model's vocabulary is 6"):
         build_eval_loader(two, "two", vocab_size=6, **share)
     with pytest.raises(ValueError, match="data source 'two' was tokenized with tokenizer theirs, but ours"):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_fp4.data.shards.shard import TokenShard
-from megatron_fp4.train.evaluate import evaluate
+from megatron_fp4.train import evaluate as evaluate_module
+from megatron_fp4.train.evaluate import EvaluationStopped, evaluate
 from tests.helpers.tiny_run import VOCABULARY, tiny_run
 from tests.train.in_process import TrainerInProcess, make_trainer
 
@@ -53,3 +54,28 @@ def test_a_head_of_zeros_knows_nothing(trainer: TrainerInProcess) -> None:
     with torch.no_grad():
         head.zero_()
     assert measured(trainer) == pytest.approx(math.log(VOCABULARY), rel=1e-7)
+
+
+def test_a_stop_is_asked_for_every_few_batches(trainer: TrainerInProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten samples in five batches: with every second one the ranks agree, before batches 0, 2 and 4."""
+    monkeypatch.setattr(evaluate_module, "AGREE_BATCHES", 2)
+    run = trainer.run
+    batches = 0
+
+    def beat() -> None:
+        nonlocal batches
+        batches += 1
+
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(batches)
+        return answer
+
+    answer, arguments = False, (run.engine, run.evaluations[0], run.plan.evaluation_table(), run.mesh, run.device)
+    evaluate(*arguments, beat, stop)
+    assert (batches, asked) == (5, [0, 2, 4])
+    answer = True
+    with pytest.raises(EvaluationStopped):
+        evaluate(*arguments, beat, stop)
+    assert batches == 5, "nothing is computed once a rank was asked to stop"
