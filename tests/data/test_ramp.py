@@ -25,6 +25,7 @@ def test_three_increments_over_96_samples():
     assert sizes(RAMP, 16, 17) == [4] * 8 + [8] * 4 + [12] * 3 + [16] * 2
     assert batch_stages(0, 140, RAMP, 16) == [(0, 4, 8), (32, 8, 4), (64, 12, 3), (100, 16, 2)]
     assert batch_sizes(RAMP, 16) == [4, 8, 12, 16]
+    assert batch_sizes(BatchRampConfig(1, 1, 96), 3) == [1, 2, 3]
 
 
 def test_megatrons_rule():
