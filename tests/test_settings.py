@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fp4.cli import explain
-from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.cli.compose import CONFIG_DIR, compose_config, to_run_config
 from megatron_fp4.cli.schema import build
 from megatron_fp4.precision.operand import Format, Rounding
 from megatron_fp4.settings import Bound, Section, Setting, sections
@@ -109,6 +109,23 @@ def test_explain_takes_the_keys_of_overrides(capsys: pytest.CaptureFixture[str],
 def test_explain_names_the_nearest_key(capsys: pytest.CaptureFixture[str], asked: str, nearest: str) -> None:
     assert explain.main([asked]) == 2
     assert nearest in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "group", [str(path.relative_to(CONFIG_DIR)) for path in CONFIG_DIR.rglob("*") if path.is_dir()]
+)
+def test_explain_lists_the_options_of_a_group(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with a sentence, so each YAML file begins with one."""
+    assert explain.main([group]) == 0
+    text = capsys.readouterr().out
+    options = explain.config_group(group)
+    assert sorted(options) == sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    assert [option for option, sentence in options.items() if not sentence or f"  {option} " not in text] == []
+
+
+def test_explain_names_what_is_inside_a_section(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain.main(["precision.recipes.nvfp4"]) == 0
+    assert "inside: precision.recipes.NAME.fprop, precision.recipes.NAME.fprop.x," in capsys.readouterr().out
 
 
 def test_explain_alone_lists_the_sections(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
     try:
         return _compose(overrides, directory)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_short(error)) from None
+        raise ConfigError("".join(_renamed_in_experiments(overrides, directory)) or _short(error)) from None
 
 
 def to_run_config(tree: DictConfig) -> RunConfig:
@@ -160,10 +160,24 @@ def _short(error: BaseException) -> str:
     return "; ".join(dict.fromkeys(useful))
 
 
+def _renamed_in_experiments(overrides: Sequence[str], directory: Path) -> Iterator[str]:
+    """The present names of options in the defaults lists of the experiments that are asked for."""
+    for override in overrides:
+        group, _, option = override.partition("=")
+        file = directory / group / f"{option}.yaml"
+        if group == "experiment" and file.is_file():
+            for entry in OmegaConf.load(file).get("defaults") or ():
+                for key, chosen in entry.items() if isinstance(entry, DictConfig) else ():
+                    name = str(key).removeprefix("override").strip(" /")
+                    if renamed := renamed_option(name, str(chosen)):
+                        yield f"{file}: {renamed}"
+                    elif name == "precision":
+                        yield f"{file} overrides /precision, which is for the command line; an experiment overrides "
+                        yield "/precision/recipe and /precision/rules"
+
+
 def _renamed_in_yaml(lines: Sequence[str]) -> Iterator[str]:
     """The present names of what hydra does not find in a YAML file, which the check of overrides does not see."""
     for line in lines:
         if key := re.match(r"full_key: (\S+)", line):
             yield renaming_message(renamed_keys({}, key[1]))
-        if re.search(r"Could not override 'precision'", line):
-            yield "an experiment overrides /precision/recipe and /precision/rules; /precision is for the command line"

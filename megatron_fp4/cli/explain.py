@@ -3,6 +3,7 @@
     megatron-fp4 explain                      the sections
     megatron-fp4 explain optim                a section as a table
     megatron-fp4 explain train.global_batch   meaning, unit, default, bounds, owner, whether a resume may change it
+    megatron-fp4 explain precision/recipe     the options of a group of configs/
     megatron-fp4 explain --markdown           docs/settings.md
 
 Everything is read from the dataclasses and their source (settings.py), the rules of a resume, and the composed
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_fp4
-from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.cli.compose import CONFIG_DIR, compose_config, to_run_config
 from megatron_fp4.cli.render import settings as render
 from megatron_fp4.cli.render.settings import Explained
 from megatron_fp4.settings import Section, Setting, sections
@@ -61,19 +62,35 @@ def page() -> str:
 
 
 def explain(asked: str) -> str:
-    """The text about a setting or a section; a list or mapping of sections is both. Raises ValueError for others."""
+    """The text about a setting, a section or a group; a list or mapping of sections is both. Raises ValueError."""
     settings = {
         f"{section.key}.{setting.name}": (section, setting)
         for section in sections(RunConfig)
         for setting in section.settings
     }
     tables = {section.key: section for section in sections(RunConfig)}
+    if (options := config_group(asked)) and asked not in tables:
+        return render.options(asked, options)
     key = _find(asked, [*settings, *tables])
     texts = [render.one(_explained(*settings[key], _configured(), list(refusals(key))))] if key in settings else []
     for part in (tables[name] for name in (key, f"{key}[]", f"{key}.NAME") if name in tables):
         rows = [_explained(part, setting, _configured()) for setting in part.settings]
         texts.append(render.table(part, rows))
+    if inner := [name for name in tables if name.startswith(f"{key}.") and key in tables]:
+        texts.append(render.also("inside", inner))
+    if options:
+        texts.append(render.options(asked, options))
+    if groups := [group.name for group in (CONFIG_DIR / asked).glob("*") if group.is_dir()]:
+        texts.append(render.also("groups of configs/", [f"{asked}/{group}" for group in sorted(groups)]))
     return "\n\n".join(texts)
+
+
+def config_group(name: str) -> dict[str, str]:
+    """Option -> the first sentence of its YAML file, of a group of configs/; nothing where it is no group."""
+    texts = {path.stem: path.read_text() for path in sorted((CONFIG_DIR / name).glob("*.yaml"))}
+    comments = {option: re.match(r"(?:# @package.*\n)?((?:#.*\n)*)", text) for option, text in texts.items()}
+    sentences = {option: " ".join(re.findall(r"# ?(.*)", head[1])) for option, head in comments.items() if head}
+    return {option: re.split(r"(?<=[.;])\s", sentence)[0].rstrip(".;") for option, sentence in sentences.items()}
 
 
 def refusals(key: str) -> Iterator[str]:

@@ -61,6 +61,8 @@ def renaming_message(keys: Mapping[str, str]) -> str:
 
 
 def renamed_option(group: str, option: str) -> str:
-    """The message for an option that has another name today; "" for one that has not."""
-    old = f"{group}={option}"
-    return renaming_message({old: RENAMED_OPTIONS[old]}) if old in RENAMED_OPTIONS else ""
+    """The message for an option that has another name today, or stands in another group; "" for one that has not."""
+    old = f"{group.partition('/')[0]}={option}"
+    if RENAMED_OPTIONS.get(old, f"{group}={option}") == f"{group}={option}":
+        return ""
+    return renaming_message({f"{group}={option}": RENAMED_OPTIONS[old]})

@@ -139,10 +139,17 @@ def test_recipe_and_rules_of_an_experiment_change_apart(options: list[str], use:
     assert (precision.use, precision.keep_bf16.last) == (use, last)
 
 
-def test_an_experiment_of_ones_own_that_chooses_precision_as_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("bf16", "an experiment overrides /precision/recipe and /precision/rules"),
+        ("nvfp4_paper", r"mine\.yaml: precision=nvfp4_paper is now called precision/rules=paper_12b$"),
+    ],
+)
+def test_an_experiment_of_ones_own_that_chooses_precision_as_before(tmp_path: Path, option: str, message: str) -> None:
     directory = tmp_path / "configs"
     shutil.copytree(CONFIG_DIR, directory)
     experiment = directory / "experiment/mine.yaml"
-    experiment.write_text("# @package _global_\ndefaults: [override /precision: bf16]\n")
-    with pytest.raises(ConfigError, match="an experiment overrides /precision/recipe and /precision/rules"):
+    experiment.write_text(f"# @package _global_\ndefaults: [override /precision: {option}]\n")
+    with pytest.raises(ConfigError, match=message):
         compose_config(["experiment=mine"], directory)

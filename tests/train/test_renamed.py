@@ -59,3 +59,6 @@ def test_new_options_exist_and_old_ones_do_not() -> None:
             assert (CONFIGS / group / f"{name}.yaml").exists() is expected, option
         assert renamed_option(*old.split("=")) == f"{old} is now called {new}"
     assert renamed_option("precision", "bf16") == ""
+    for group in ("precision/recipe", "precision/rules"):
+        assert renamed_option(group, "nvfp4_paper") == f"{group}=nvfp4_paper is now called precision/rules=paper_12b"
+    assert renamed_option("precision/recipe", "nvfp4_rht4") == "", "where it stands today"

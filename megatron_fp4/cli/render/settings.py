@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from typing import Any, Union, get_args, get_origin
@@ -84,6 +84,22 @@ def table(section: Section, settings: Iterable[Explained]) -> str:
         for line in itertools.zip_longest(*row, fillvalue="")
     ]
     return "\n".join([*_wrapped("", f"{section.key}: {section.about}", 120), "", *lines])
+
+
+def options(group: str, sentences: Mapping[str, str]) -> str:
+    """The options of a group of configs/, each with what its file says of itself."""
+    width = max(map(len, sentences))
+    lines = [
+        line
+        for option, sentence in sentences.items()
+        for line in textwrap.wrap(f"{option:<{width}}  {sentence}", 116, subsequent_indent=" " * (width + 2))
+    ]
+    return "\n".join([f"{group}=... (configs/{group}/):", *(f"  {line}" for line in lines)])
+
+
+def also(label: str, keys: Sequence[str]) -> str:
+    """Where to ask on."""
+    return f"{label}: {', '.join(keys)}"
 
 
 def contents(sections: Iterable[Section]) -> str:
