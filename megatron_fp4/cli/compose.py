@@ -166,7 +166,7 @@ def _renamed_in_experiments(overrides: Sequence[str], directory: Path) -> Iterat
         group, _, option = override.partition("=")
         file = directory / group / f"{option}.yaml"
         if group == "experiment" and file.is_file():
-            for entry in OmegaConf.load(file).get("defaults") or ():
+            for entry in OmegaConf.select(OmegaConf.load(file), "defaults") or ():
                 for key, chosen in entry.items() if isinstance(entry, DictConfig) else ():
                     name = str(key).removeprefix("override").strip(" /")
                     if renamed := renamed_option(name, str(chosen)):
