@@ -9,6 +9,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.train.checked import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -16,7 +20,7 @@ PAGES = [ROOT / "README.md", *DOCS]
 EXAMPLES = [page for page in PAGES if "\n>>> import" in page.read_text()]
 
 FILE = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|sh|yaml|sbatch|toml|md))(?::([\w.]+))?`")
-SNIPPET = re.compile(r"<!-- from ([\w./]+\.py):([\w.]+) -->\n```python\n(.*?)```", re.DOTALL)
+SNIPPET = re.compile(r"<!-- from ([\w./]+?)(?::([\w.]+))? -->\n```(?:python|yaml)\n(.*?)```", re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 ELSEWHERE = ("tools/preprocess_data.py", "build_tools/pytorch.py")  # files of Megatron-LM and Transformer Engine
 
@@ -68,12 +72,27 @@ def test_named_files_and_definitions_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
 def test_snippets_are_the_code(page: Path) -> None:
+    """Those under a line `<!-- from FILE[:NAME] -->`; a line of three dots stands for what is left out."""
+    assert len(SNIPPET.findall(page.read_text())) == page.read_text().count("<!-- from ")
     for name, member, shown in SNIPPET.findall(page.read_text()):
-        node = definition(ROOT / name, member)
-        source = ast.get_source_segment((ROOT / name).read_text(), node, padded=True) or ""
+        source = (ROOT / name).read_text()
+        if member:
+            source = ast.get_source_segment(source, definition(ROOT / name, member), padded=True) or ""
         body = lines_of(shown).split("\n...\n")
         for part in body:
             assert lines_of(part) in lines_of(source), f"{page.name}: {name}:{member} has changed; show what it is now"
+
+
+def test_the_readme_shows_the_table_of_its_rules() -> None:
+    yaml, table = re.findall(r"```(?:yaml)?\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[:2]
+    precision = OmegaConf.to_container(OmegaConf.create(yaml))
+    assert isinstance(precision, dict)
+    overrides = ["model=gpt_tiny", "model.num_layers=5", "model.vocab_size=1024"]
+    tree = OmegaConf.merge(compose_config(overrides), {"precision": precision})
+    assert isinstance(tree, DictConfig)
+    printed = check_config(to_run_config(tree), world_size=1).plan.describe()
+    for part in table.strip("\n").split("\n...\n"):
+        assert part in printed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)

@@ -18,6 +18,9 @@ class Dropout(nn.Module):
         self._p = p
         self._context = context
 
+    def extra_repr(self) -> str:
+        return f"p={self._p}"
+
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         if self._p == 0.0 or not self.training:
             return x_TD

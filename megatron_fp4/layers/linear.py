@@ -51,7 +51,8 @@ class ParallelLinear(nn.Module):
         """What `print(model)` shows of the layer: its name, the features on this rank, and its precision."""
         rows, columns = self.weight.shape
         here = " on this rank" if self._context.tp.size > 1 else ""
-        return f"{self.name}, {columns} -> {rows}{here}, {self.precision}"
+        high = str(self._context.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+        return f"{self.name}, {columns} -> {rows}{here}, {self.precision if self.precision.quantized else high}"
 
     def gemm(self, x_TK: Tensor, tokens: Tokens, queue: WgradQueue | None) -> Tensor:
         """`[T, K_local] -> [T, N_local]` in the layer's precision. queue: where Wgrad waits; None: nowhere."""

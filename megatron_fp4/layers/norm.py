@@ -31,6 +31,9 @@ class RMSNorm(nn.Module):
         self.weight = make_parameter((hidden,), placement, constant_init(1.0), context.dtype, context.device)
         self._fused = fused_norm(impl, self.weight, eps)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
     def forward(self, x_TD: Tensor) -> Tensor:
         if self._fused is not None:
             return self._fused(x_TD)

@@ -73,19 +73,22 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
-    """Block `index` of the model: x_TD `[T/tp, D]` -> `[T/tp, D]`."""
+    """Block `index` of the model: x_TD `[T/tp, D]` -> `[T/tp, D]`.
+
+    Its children are its residual branches by kind (`attention`, `mlp`, `mamba`), in the order of execution. A parameter
+    of one, `blocks.0.attention.mixer.qkv.weight` to torch, has the logical name `blocks.0.attention.qkv.weight`.
+    """
 
     def __init__(self, index: int, config: ModelConfig, context: LayerContext, *, keep_documents_apart: bool) -> None:
         super().__init__()
-        self.residuals = nn.ModuleList()
         for kind in MIXERS[config.blocks[index]]:
             name = f"blocks.{index}.{kind}"
             norm = make_norm(f"{name}_norm", config, context)
             mixer = make_mixer(kind, name, config, context, keep_documents_apart=keep_documents_apart)
-            self.residuals.append(Residual(norm, mixer, Dropout(f"{name}_dropout", config.dropout, context)))
+            self.add_module(kind, Residual(norm, mixer, Dropout(f"{name}_dropout", config.dropout, context)))
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        for residual in self.residuals:
+        for residual in self.children():
             x_TD = residual(x_TD, tokens)
         return x_TD
 

@@ -10,7 +10,7 @@ An empty pattern means `num_layers` transformer blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from megatron_fp4.layers.fused.loss import LossImpl
@@ -111,6 +111,10 @@ class ModelConfig:
                 f"model.mamba_num_heads = {self.mamba_num_heads} is not a multiple of model.mamba_num_groups ="
                 f" {self.mamba_num_groups}"
             )
+
+    def by_torch(self) -> ModelConfig:
+        """The same model of layers that can be built on any device."""
+        return replace(self, norm_impl=NormImpl.torch, loss_impl=LossImpl.torch, mamba_kernel=MambaKernel.torch)
 
     @property
     def blocks(self) -> str:

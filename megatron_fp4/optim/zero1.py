@@ -155,8 +155,9 @@ class Zero1AdamW:
         assert self._finished, "finish_grads comes first"
         return [shard for owned in self._owned for shard in owned.shards({"grad": owned.tensors.grad})]
 
-    def after_load(self) -> None:
-        """Parameters = masters, after the state (and `step_count`) was filled in. Collective over dp x cp."""
+    def after_load(self, step_count: int) -> None:
+        """Parameters = masters, after the state of `step_count` steps was filled in. Collective over dp x cp."""
+        self.step_count = step_count
         self._refresh(wait=True)
 
     # -- internals ------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from megatron_fp4.models.block import block_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder, StageRange
 from megatron_fp4.planning.settings import RankSettings
-from megatron_fp4.planning.stand_ins import Kernels, SizedBackend, by_torch, cross_entropy_of, use_fused_norms
+from megatron_fp4.planning.stand_ins import Kernels, SizedBackend, cross_entropy_of, use_fused_norms
 from megatron_fp4.precision import StepClock, WgradPlan
 from megatron_fp4.precision.spec import LinearPrecision
 
@@ -120,9 +120,10 @@ def _footprint(
     """The stage is run on the first rank, which holds the remainder of an uneven vocabulary."""
     meta, backend = torch.device("meta"), SizedBackend(settings.backend, on_gpu=settings.on_gpu)
     mesh = draw_mesh(ParallelConfig(tp=settings.tp, cp=settings.cp, dp=1), settings.tp * settings.cp, rank=0)
-    context = LayerContext.of(mesh, backend, StepClock(0), settings.dtype, meta, wgrad=_wgrad_plan(settings))
+    wgrad = WgradPlan.choose(defer=settings.defers_wgrad, overlap=settings.on_gpu and settings.tp > 1)
+    context = LayerContext.of(mesh, backend, StepClock(0), settings.dtype, meta, wgrad=wgrad)
     model = Decoder(
-        by_torch(config),
+        config.by_torch(),
         context,
         stage,
         keep_documents_apart=settings.keep_documents_apart,
@@ -146,13 +147,6 @@ def _footprint(
 
     with Kernels(on_gpu=settings.on_gpu):
         return _count(forward, context.queue.drain if context.queue else lambda: None, hidden)
-
-
-def _wgrad_plan(settings: RankSettings) -> WgradPlan:
-    """As a run chooses it, with the overlap that is on under CUDA."""
-    if settings.defers_wgrad:
-        return WgradPlan.deferred
-    return WgradPlan.while_scattering if settings.on_gpu and settings.tp > 1 else WgradPlan.now
 
 
 def _drop_grad(parameter: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.fused.loss import CrossEntropy, LossImpl, choose_cross_entropy
 from megatron_fp4.layers.fused.norm import NormImpl
-from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand
@@ -105,11 +104,6 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (dz_TV,) = ctx.saved_tensors
         return dz_TV
-
-
-def by_torch(config: ModelConfig) -> ModelConfig:
-    """The same model of layers that can be built on any device."""
-    return replace(config, norm_impl=NormImpl.torch, loss_impl=LossImpl.torch, mamba_kernel=MambaKernel.torch)
 
 
 def use_fused_norms(model: nn.Module, impl: NormImpl) -> None:

@@ -13,6 +13,13 @@ class WgradPlan(Enum):
     while_scattering = "while_scattering"  # while dx travels between tensor-parallel ranks: a queue of this one call
     deferred = "deferred"  # when the pipeline schedule has time for it (zero bubble): the queue of the stage
 
+    @staticmethod
+    def choose(*, defer: bool, overlap: bool) -> WgradPlan:
+        """Deferred if the pipeline schedule has a use for it, else beside the sends of tensor parallelism."""
+        if defer:
+            return WgradPlan.deferred
+        return WgradPlan.while_scattering if overlap else WgradPlan.now
+
 
 class WgradQueue:
     """Weight gradients that are computed later."""

@@ -71,8 +71,8 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
     if store.latest() is not None:
         chosen = store.choose()
         store.load(chosen, optimizer.state_shards())
-        began, optimizer.step_count = chosen.step, chosen.meta["optimizer_steps"]
-        optimizer.after_load()
+        optimizer.after_load(chosen.meta["optimizer_steps"])
+        began = chosen.step
     losses: dict[int, float] = {}
     for step in range(began, stretch.last_step):
         if process.world.rank == 0 and stretch.mark and step + 1 == stretch.mark_step:

@@ -68,8 +68,7 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
         if loaded is not chosen:
             start = _find_start(checked, loaded.meta, process.world)
             loader, evaluations = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data), process.world)
-        optimizer.step_count = loaded.meta["optimizer_steps"]
-        optimizer.after_load()
+        optimizer.after_load(loaded.meta["optimizer_steps"])
     phases.enter("build")
     run = Run(
         config=config,

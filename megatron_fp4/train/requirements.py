@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
-from megatron_fp4.layers.fused.norm import NormImpl, fused_norm
+from megatron_fp4.layers.fused.norm import fused_norm
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.config import Impl
@@ -71,11 +71,10 @@ def by_torch(config: RunConfig) -> RunConfig:
 
     The emulated backend makes the operands that the other backends make (docs/transformer_engine.md).
     """
-    model = replace(config.model, norm_impl=NormImpl.torch, loss_impl=LossImpl.torch, mamba_kernel=MambaKernel.torch)
     optim, precision = replace(config.optim, impl=Impl.torch), config.precision
     if precision.backend is not BackendName.reference:
         precision = replace(precision, backend=BackendName.emulated)
-    return replace(config, model=model, optim=optim, precision=precision)
+    return replace(config, model=config.model.by_torch(), optim=optim, precision=precision)
 
 
 def _implementations(config: RunConfig) -> dict[str, str]:

@@ -107,12 +107,11 @@ def _make_stages(
 
 
 def _wgrad_plan(config: RunConfig, device: torch.device) -> WgradPlan:
-    """In the bubbles of the schedule if it has a use for them, else beside the sends of tensor parallelism."""
     parallel = config.parallel
-    if parallel.pp > 1 and schedule_rule(parallel.schedule).defers_wgrad:
-        return WgradPlan.deferred
-    overlap = parallel.tp > 1 and parallel.overlap_tensor.enabled(device.type)
-    return WgradPlan.while_scattering if overlap else WgradPlan.now
+    return WgradPlan.choose(
+        defer=parallel.pp > 1 and schedule_rule(parallel.schedule).defers_wgrad,
+        overlap=parallel.tp > 1 and parallel.overlap_tensor.enabled(device.type),
+    )
 
 
 def _shapes(config: RunConfig, mesh: ParallelMesh) -> StageShapes:

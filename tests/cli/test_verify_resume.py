@@ -31,10 +31,10 @@ def forgets_moments(process: Process, case: Case, parallel: ParallelConfig, stre
     """A resume whose second moments start from zero."""
     right = Zero1AdamW.after_load
 
-    def after_load(self: Zero1AdamW) -> None:
+    def after_load(self: Zero1AdamW, step_count: int) -> None:
         for shard in self.state_shards():
             shard.tensors["exp_avg_sq"].zero_()
-        right(self)
+        right(self, step_count)
 
     Zero1AdamW.after_load = after_load  # type: ignore[method-assign]
     return run_stretch(process, case, parallel, stretch)

@@ -156,8 +156,7 @@ def test_state_shards_are_the_logical_tensors_and_load_in_place() -> None:
     for shard in shards.values():
         for tensor in shard.tensors.values():
             tensor.fill_(3.0)
-    optimizer.step_count = 41
-    optimizer.after_load()
+    optimizer.after_load(41)
     assert all(bool((parameter == 3.0).all()) for parameter in parameters.values()), "masters were not loaded in place"
     assert changes == [1]
 
@@ -201,8 +200,7 @@ def test_restored_state_continues_bit_for_bit() -> None:
     for shard in second.state_shards():
         for kind, tensor in shard.tensors.items():
             tensor.copy_(source[shard.name][kind])
-    second.step_count = first.step_count
-    second.after_load()
+    second.after_load(first.step_count)
     run(first, whole, range(3, 6))
     run(second, restored, range(3, 6))
     assert all(torch.equal(whole[name], restored[name]) for name in SHAPES)
@@ -334,5 +332,5 @@ def test_parameters_arrive_beside_a_forward_only_after_a_step_that_one_follows(o
     beside = overlap is Overlap.always  # auto: on CPUs nothing is gained
     assert hooks.call_count == beside, "hooks of a second call would wait twice"
     step()
-    optimizer.after_load()
+    optimizer.after_load(optimizer.step_count)
     assert waits == [True, not beside, True]

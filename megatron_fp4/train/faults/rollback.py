@@ -95,8 +95,7 @@ def roll_back(run: Run, first_step: int, end_sample: int, rollbacks: int) -> tup
     except CorruptCheckpoint as damage:
         raise TrainingDiverged(f"loss spikes since step {first_step}, and {damage}; {remedy}") from None
     target = chosen.step
-    run.optimizer.step_count = chosen.meta["optimizer_steps"]
-    run.optimizer.after_load()
+    run.optimizer.after_load(chosen.meta["optimizer_steps"])
     plan = run.loader.plan
     skipped = range(int(plan.id_of(chosen.meta["consumed_samples"])), int(plan.id_of(end_sample - 1)) + 1)
     run.loader.plan = Plan(plan.segments, [*plan.skip, (skipped.start, skipped.stop)])
