@@ -52,7 +52,7 @@ class Bound:
         )
 
     def __str__(self) -> str:
-        """As in "must be in [0, 1)", "must be at least 1", "must be positive"."""
+        """What follows "must be": "in [0, 1)", "at least 1", "positive"."""
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}

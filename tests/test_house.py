@@ -131,13 +131,17 @@ def test_assignments_have_at_most_two_targets() -> None:
     compare({path: count for path, count in counts.items() if count}, MANY_TARGETS, "more than two targets")
 
 
+BEGINNINGS = ("Of", "Or", "Also", "And", "As", "But", "By", "For", "Nothing", "Those")
+"""Words with which a docstring goes on from something that is not there."""
+
+
 def test_docstrings_begin_at_their_beginning() -> None:
     """ "Of delivered sample `index`." saves a word and costs a second reading."""
     for path, tree in modules():
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
                 begins = text.split(maxsplit=1)[0]
-                assert begins not in ("Of", "Or", "Also"), f"{path}: {getattr(node, 'name', 'module')}: {text[:60]}"
+                assert begins.rstrip(",:") not in BEGINNINGS, f"{path}: {getattr(node, 'name', 'module')}: {text[:60]}"
 
 
 def test_no_label_where_the_idea_itself_can_stand() -> None:

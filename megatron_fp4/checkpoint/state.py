@@ -80,7 +80,7 @@ def plan_layout(state: dict[str, StoredTensor], group: Group) -> SaveLayout:
 
 
 def _whole(plans: list[SavePlan]) -> Metadata:
-    """Nothing twice (DCP would drop one copy), nothing left out, and DCP's own checks for bounds and overlap."""
+    """One plan of all ranks' parts: none twice (DCP would drop one copy), none left out, bounds and overlap as DCP checks."""
     seen: set[MetadataIndex] = set()
     covered: dict[str, int] = {}
     shapes: dict[str, torch.Size] = {}

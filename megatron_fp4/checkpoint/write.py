@@ -166,11 +166,11 @@ class SaveInProgress:
         return self._done.is_set()
 
     def overdue(self) -> bool:
-        """For the writer: past its time."""
+        """Whether the writer is past its time."""
         return self._elapsed() > self._timeout_seconds
 
     def hangs(self) -> bool:
-        """For the main thread: neither finished nor able to notice that it is overdue."""
+        """Whether the writer, seen from the main thread, has neither finished nor can notice that it is overdue."""
         return not self.finished and self._elapsed() > self._timeout_seconds + GRACE_SECONDS
 
     def claim_commit(self) -> bool:

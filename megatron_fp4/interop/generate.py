@@ -15,7 +15,7 @@ from megatron_fp4.train.open import open_trained
 class TextGenerator:
     """The model and the tokenizer of a run, in its evaluation precision.
 
-    step: of the checkpoint, None for the newest. Raises ValueError or FileNotFoundError where run, checkpoint or
+    step: which checkpoint, None for the newest. Raises ValueError or FileNotFoundError where run, checkpoint or
     tokenizer are not there.
     """
 

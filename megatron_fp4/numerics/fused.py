@@ -80,7 +80,7 @@ class Passes:
     def four_over_six_scales(
         self, x: Tensor, block_maxima: Tensor, amax: Tensor, *, tile: Tile, along: int, bound: float, measure: str
     ) -> BlockScales:
-        """As `two_level_scales`, but of each tile the better one of two candidates, which map its maximum to 6 or 4.
+        """The scales of each tile that have the smaller error: those that map its maximum to 6, or those that map it to 4.
 
         along: the dimension of x that is contracted. measure: "mae" or "mse".
         """
@@ -140,7 +140,7 @@ class Passes:
     ) -> Tensor:
         """`code * scale` of every element, in x's shape; noise: for stochastic rounding, of e2m1 only.
 
-        dtype: of the result, by default x's; BF16 and FP32 hold it exactly.
+        dtype: type of the result, by default x's; BF16 and FP32 hold it exactly.
         """
         dtype = dtype or x.dtype
         if tile[0] == 1:  # a block lies in one piece in memory

@@ -29,7 +29,7 @@ from megatron_fp4.optim.layout import Bucket
 class GradBuffer:
     """Main gradients of all parameters; reduces them over `group` (dp x cp), after `tp` and tied stages where needed.
 
-    overlap: send full buckets during the armed backward. It changes no bit of the result. dtype: of the sums.
+    overlap: send full buckets during the armed backward. It changes no bit of the result. dtype: type of the sums.
     parts: this rank's part of each bucket, views; the sums after `finish`.
     """
 

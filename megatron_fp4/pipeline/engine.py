@@ -54,7 +54,7 @@ class Microbatch(Protocol):
 
 @dataclass(frozen=True)
 class StageShapes:
-    """Static shapes of a microbatch. hidden: `(T/tp, D)` between stages. output: of the last stage, `(T, V/tp)`."""
+    """Static shapes of a microbatch. hidden: `(T/tp, D)` between stages. output: what the last stage gives, `(T, V/tp)`."""
 
     tokens: tuple[int, int]
     hidden: tuple[int, int]
@@ -100,7 +100,7 @@ class PipelineEngine(Generic[Module]):
     def train(
         self, microbatches: Sequence[Microbatch], scale: float, before_last_backward: Callable[[], None]
     ) -> Tensor:
-        """As `train.engine.Engine` says, but before_last_backward is called first of all: microbatches overlap."""
+        """See `train.engine.Engine`; before_last_backward is called first of all, because microbatches overlap."""
         if len(microbatches) != self._num_microbatches:
             self._num_microbatches = len(microbatches)
             self._schedule = self._make_schedule()

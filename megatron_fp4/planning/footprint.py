@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; to skip it, torch would import torch._dynamo, which takes seconds."""
+        """False: nothing is compiled here, and to skip it torch would import torch._dynamo, which takes seconds."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -135,7 +135,7 @@ class Resumed:
 class ResumeTrial:
     """One case, by local gloo processes: the run without a stop, the killed one, and those that go on from the latter.
 
-    layout: of the run that is killed. steps: before the save, and as many after it. root: a folder that does not exist
+    layout: what the killed run uses. steps: before the save, and as many after it. root: a folder that does not exist
     yet, for the checkpoints. timeout_seconds: for one run.
     """
 

@@ -46,7 +46,7 @@ def read_lines(path: Path, having: bytes = b"") -> Iterator[Line]:
 
 
 def read_values(path: Path, having: bytes = b"") -> Iterator[dict[str, Any]]:
-    """As `read_lines`, without the damaged ones; how many those were is logged at the end."""
+    """The values of `read_lines` without the damaged lines; how many those were is logged at the end."""
     damaged = 0
     for line in read_lines(path, having):
         if line.value is not None:

@@ -66,7 +66,7 @@ class BlendSchedule:
         return periods * self.weights + np.bincount(self._sources[:rest], minlength=len(self.weights))
 
     def locate(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For places [n]: the source of each, and how many samples of that source came before it."""
+        """The source of each of the places [n], and how many samples of that source came before it."""
         periods, rests = np.divmod(places, self.period)
         self._extend(int(rests.max()) + 1 if len(rests) else 0)
         sources = self._sources[rests].astype(np.int64)

@@ -132,7 +132,7 @@ class Plan:
         return sample_id - sum(max(0, min(end, sample_id) - begin) for begin, end in self.skip)
 
     def locate(self, ids: NDArray[np.int64]) -> list[tuple[str, int]]:
-        """For each id: (source name, number of the sample in that source's own order)."""
+        """(source name, number of the sample in that source's own order) of each id."""
         firsts = np.array([segment.first for segment in self.segments])
         owners = np.searchsorted(firsts, ids, side="right") - 1
         out: list[tuple[str, int]] = [("", 0)] * len(ids)

@@ -107,7 +107,7 @@ def resolve(
 
 
 def choice_of(options: Any) -> SpecialChoice:
-    """From parsed arguments `--bos`, `--eos`, `--pad`."""
+    """The choice that the parsed arguments `--bos`, `--eos`, `--pad` make."""
     return SpecialChoice(**{item.name: getattr(options, item.name) or "" for item in fields(SpecialChoice)})
 
 

@@ -163,7 +163,7 @@ def late_ranks(notices: dict[int, Notice], size: int) -> list[int]:
 
 
 def summary(notices: dict[int, Notice], late: list[int], timeout_seconds: float) -> str:
-    """For the log: the late ranks one by one, the others counted by where they are."""
+    """The line of the log: late ranks one by one, the others counted by where they are."""
     lines = [f"no progress for {timeout_seconds:g} s (train.hang_timeout_seconds); the job ends"]
     for rank in late:
         what = f"hangs: {notices[rank]}" if rank in notices else "gives no sign of life (stopped, or its node is gone)"

@@ -13,7 +13,7 @@ from megatron_fp4.data.order.plan import Plan, merge_ranges
 
 
 def past_changes(state: Mapping[str, Any], saved: Mapping[str, Any], configured: Mapping[str, Any]) -> list[str]:
-    """Those of data.phases and data.skip that differ before the resumed sample.
+    """The entries of data.phases and data.skip that differ before the resumed sample.
 
     state: of the training loader, in the checkpoint. saved, configured: the section `data`, as JSON values.
     """

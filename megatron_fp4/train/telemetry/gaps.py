@@ -107,7 +107,7 @@ def _data_settings(run: RunSeries) -> Mapping[str, Any]:
 
 
 def _same_file(first: str, second: str) -> bool:
-    """By name, or by content where both can be read."""
+    """Whether the two are one: by name, or by content where both can be read."""
     paths = Path(first), Path(second)
     return first == second or (all(map(Path.is_file, paths)) and paths[0].read_bytes() == paths[1].read_bytes())
 
