@@ -80,7 +80,7 @@ def plan_layout(state: dict[str, StoredTensor], group: Group) -> SaveLayout:
 
 
 def _whole(plans: list[SavePlan]) -> Metadata:
-    """One plan of all ranks' parts: none twice (DCP would drop one copy), none left out, bounds and overlap as DCP checks."""
+    """The plans as one, with every part once (DCP would drop a second copy), and with DCP's own checks of bounds."""
     seen: set[MetadataIndex] = set()
     covered: dict[str, int] = {}
     shapes: dict[str, torch.Size] = {}

@@ -80,7 +80,7 @@ class Passes:
     def four_over_six_scales(
         self, x: Tensor, block_maxima: Tensor, amax: Tensor, *, tile: Tile, along: int, bound: float, measure: str
     ) -> BlockScales:
-        """The scales of each tile that have the smaller error: those that map its maximum to 6, or those that map it to 4.
+        """The scales of each tile that have the smaller error, of those that map its maximum to 6 and to 4.
 
         along: the dimension of x that is contracted. measure: "mae" or "mse".
         """

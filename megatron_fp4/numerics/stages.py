@@ -42,7 +42,7 @@ class Noise(NamedTuple):
 
     @staticmethod
     def at(key: int, rows: Tensor, cols: Tensor, bits: int = 8) -> Noise:
-        """The bits of the elements with the global indices rows `[R]` and cols `[C]`, int64; key: see `random.key_of`."""
+        """The bits of the elements with global indices rows `[R]` and cols `[C]`, int64; key: see `random.key_of`."""
         return Noise(*row_words(key, rows), column_words(key, cols), bits)
 
 

@@ -42,7 +42,7 @@ class FusedAdamW:
 
 
 def apex_adamw(groups: Sequence[UpdateGroup], config: OptimConfig) -> FusedAdamW:
-    """AdamW by `apex.optimizers.FusedAdam`. Raises ValueError with the remedy if Apex or its CUDA extension is missing."""
+    """AdamW by Apex's `FusedAdam`. Raises ValueError with the remedy if Apex or its CUDA extension is missing."""
     try:
         return FusedAdamW(importlib.import_module("apex.optimizers").FusedAdam, groups, config)
     except (ImportError, AttributeError, RuntimeError, TypeError) as error:  # TypeError: torch without CUDA types
@@ -53,7 +53,7 @@ def apex_adamw(groups: Sequence[UpdateGroup], config: OptimConfig) -> FusedAdamW
 
 
 def te_adamw(groups: Sequence[UpdateGroup], config: OptimConfig) -> FusedAdamW:
-    """AdamW by Transformer Engine's kernel. Raises ValueError with the remedy if the package or a CUDA device is missing."""
+    """AdamW by Transformer Engine. Raises ValueError with the remedy if the package or a CUDA device is missing."""
     try:
         module = importlib.import_module("transformer_engine.pytorch.optimizers")
         return FusedAdamW(module.FusedAdam, groups, config)

@@ -54,7 +54,7 @@ class Microbatch(Protocol):
 
 @dataclass(frozen=True)
 class StageShapes:
-    """Static shapes of a microbatch. hidden: `(T/tp, D)` between stages. output: what the last stage gives, `(T, V/tp)`."""
+    """Static shapes of a microbatch. hidden: `(T/tp, D)` between stages. output: logits, `(T, V/tp)`."""
 
     tokens: tuple[int, int]
     hidden: tuple[int, int]

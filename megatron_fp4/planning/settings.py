@@ -18,7 +18,7 @@ from megatron_fp4.train.checked import CheckedConfig
 class RankSettings:
     """Sizes of the layout and of a microbatch, and the choices that change what is kept.
 
-    dtype: type of weights and activations. table: precision of every linear; None for `dtype` everywhere. on_gpu: False for
+    dtype: of weights, activations. table: precision of every linear; None for `dtype` everywhere. on_gpu: False for
     the kernels that torch has on a CPU, which keep more. defers_wgrad: the pipeline's schedule computes weight
     gradients later. num_microbatches: per step.
     """

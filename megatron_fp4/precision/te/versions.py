@@ -68,8 +68,8 @@ FOUR_OVER_SIX_PASSED = ("nvfp4_use_4over6", "nvfp4_e4m3_max", "nvfp4_4over6_err_
 class Features:
     """What one version does.
 
-    scale_order: how its block scales are made. four_over_six: `NVFP4Quantizer` has it. mixed_directions: `te.Linear` can quantize
-    the two directions of a tensor differently, or leave one in BF16 (Hybrid and Identity quantizers).
+    scale_order: how block scales are made. four_over_six: `NVFP4Quantizer` has it. mixed_directions: `te.Linear` can
+    quantize the two directions of a tensor differently, or leave one in BF16 (Hybrid and Identity quantizers).
     """
 
     scale_order: ScaleOrder
