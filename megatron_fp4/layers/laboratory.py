@@ -39,7 +39,8 @@ def lab(
     """A context of one process for trying layers.
 
     seed: key of dropout and rounding noise. backend: a name that `precision.backend` takes; it is not compiled.
-    dtype: the compute dtype, of weights and activations. Raises ValueError for an unknown backend, or one that this machine lacks.
+    dtype: the compute dtype, of weights and activations. Raises ValueError for an unknown backend, or one that this
+    machine lacks.
     """
     config = PrecisionConfig(backend=BackendName(backend), compile=False)
     return LayerContext.of(
