@@ -24,6 +24,20 @@ class Prefetched(NamedTuple):
     data_wait_seconds: float
 
 
+class _Failed(NamedTuple):
+    error: Exception
+
+
+class _End(NamedTuple):
+    """No step is left."""
+
+
+class _Made(NamedTuple):
+    first_sample: int
+    num_samples: int
+    batch: Batch
+
+
 class Prefetcher:
     """Iterator over the batches of `steps` [(first sample, number of samples), ...]; use it in a `with`.
 
@@ -34,7 +48,7 @@ class Prefetcher:
     def __init__(self, loader: Loader, steps: Iterable[tuple[int, int]], *, depth: int = 2) -> None:
         self._loader = loader
         self._steps = iter(steps)
-        self._ready: queue.Queue[tuple[int, int, Batch | Exception] | None] = queue.Queue(max(1, depth))
+        self._ready: queue.Queue[_Made | _Failed | _End] = queue.Queue(max(1, depth))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         if depth:
@@ -47,14 +61,13 @@ class Prefetcher:
     def __next__(self) -> Prefetched:
         began = time.perf_counter()
         item = self._make() if self._thread is None else self._ready.get()
-        if item is None:
-            self._ready.put(None)  # every later call ends too
+        if isinstance(item, _End):
+            self._ready.put(item)  # every later call ends too
             raise StopIteration
-        first, number, batch = item
-        if isinstance(batch, Exception):
+        if isinstance(item, _Failed):
             self.close()
-            raise batch
-        return Prefetched(first, number, batch, time.perf_counter() - began)
+            raise item.error
+        return Prefetched(*item, time.perf_counter() - began)
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -71,18 +84,18 @@ class Prefetcher:
             except queue.Empty:
                 self._thread.join(0.01)
 
-    def _make(self) -> tuple[int, int, Batch | Exception] | None:
+    def _make(self) -> _Made | _Failed | _End:
         step = next(self._steps, None)
         if step is None:
-            return None
+            return _End()
         try:
-            return *step, self._loader.batch(*step)
+            return _Made(*step, self._loader.batch(*step))
         except Exception as error:
-            return *step, error
+            return _Failed(error)
 
     def _work(self) -> None:
         while not self._stop.is_set():
             item = self._make()
             self._ready.put(item)
-            if item is None or isinstance(item[2], Exception):
+            if not isinstance(item, _Made):
                 return
