@@ -93,7 +93,7 @@ def test_print_shows_the_precision() -> None:
         ParallelMesh.single_process(), EmulatedBackend(), StepClock(0), torch.float32, torch.device("cpu")
     )
     model = nn.ModuleDict({"up": ColumnParallelLinear("blocks.0.mlp.up", D, {"": F}, context, std=0.1)})
-    assert "(up): ColumnParallelLinear(blocks.0.mlp.up, 64 -> 128, bf16)" in str(model)
+    assert "(up): ColumnParallelLinear(blocks.0.mlp.up, 64 -> 128, fp32)" in str(model)
     model["up"].precision = nvfp4_paper()  # type: ignore[assignment]
     assert f"(up): ColumnParallelLinear(blocks.0.mlp.up, 64 -> 128, {nvfp4_paper()})" in str(model)
 
