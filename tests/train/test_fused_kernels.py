@@ -18,7 +18,7 @@ from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.proofs.parity import synthetic_inputs
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.requirements import by_torch
-from megatron_fp4.train.resume.differences import changes_on_resume
+from megatron_fp4.train.resume.differences import as_table, compare_settings, refuse_forbidden
 from megatron_fp4.train.trainable import build_trainable
 from tests.helpers.parity import parity_case
 from tests.layers.fused import fused_standins
@@ -68,7 +68,10 @@ def test_a_resumed_run_may_choose_others() -> None:
     chosen = to_json_values(
         to_run_config(compose_config(["model.norm_impl=te", "model.loss_impl=te", "optim.impl=te"]))
     )
-    table = changes_on_resume(saved, chosen, [])
-    assert "model.norm_impl" in table
+    changes = compare_settings(saved, chosen)
+    refuse_forbidden(changes)
+    assert "model.norm_impl" in as_table(changes)
     older = {name: value for name, value in saved["model"].items() if not name.endswith("_impl")}
-    changes_on_resume({**saved, "model": older}, saved, [])  # a checkpoint from before these settings existed
+    refuse_forbidden(
+        compare_settings({**saved, "model": older}, saved)
+    )  # a checkpoint from before these settings existed
