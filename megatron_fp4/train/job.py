@@ -117,6 +117,7 @@ def _meet_and_train(
         return refuse(error, speaks=launch.rank == 0)
     phases.device = process.device
     watchdog.meet(process.world)
+    watchdog.last_act = lambda: stop.last_act()
     if process.device.type == "cpu":
         keep_freed_memory()
     try:

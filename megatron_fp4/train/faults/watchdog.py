@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from types import FrameType
 
@@ -54,12 +55,14 @@ class Notice:
 class Watchdog:
     """Watches the calling thread while used in a `with`. timeout_seconds: longest time in one phase; 0 = no watch.
 
-    rank: this process's in the world. extra_seconds: what a phase may take on top, by name.
+    rank: this process's in the world. extra_seconds: what a phase may take on top, by name. last_act: what the end of a
+    job still does on this rank, if it is done in a moment.
     """
 
     def __init__(
         self, phases: Phases, rank: int, timeout_seconds: float, extra_seconds: dict[str, float] | None = None
     ) -> None:
+        self.last_act: Callable[[], None] = lambda: None
         self._phases = phases
         self._rank = rank
         self._timeout = timeout_seconds
@@ -127,6 +130,7 @@ class Watchdog:
             self._say(f"stack of the main thread of rank {self._rank}:\n{stack}")
         if self._board is None or self._board.claim():  # who ends first: a later one may end as its victim, unheard
             self._say(summary(notices, late, self._timeout))
+        threading.Thread(target=self.last_act, daemon=True).start()
         time.sleep(self._poll)  # nobody leaves before the others have read the board, which one of them may hold
         exit_process(EXIT_HUNG)
 

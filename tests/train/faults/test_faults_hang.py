@@ -49,7 +49,8 @@ def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 def test_a_hanging_rank_is_named_with_its_stack(tmp_path: Path) -> None:
     """Rank 1 hangs in its forward pass at tp 2; rank 0 waits for it in a collective of the same phase."""
-    processes = start_ranks(tiny_run(tmp_path, "parallel.tp=2", TIMEOUT), 2, "hang,1,3,forward_backward")
+    run = tiny_run(tmp_path, "parallel.tp=2", TIMEOUT)
+    processes = start_ranks(run, 2, "hang,1,3,forward_backward")
     waiting, hanging = outputs(processes)
     codes = [process.returncode for process in processes]
     assert codes == [EXIT_HUNG, EXIT_HUNG], f"the job must end by the watchdog:\n{waiting[-2000:]}\n{hanging[-2000:]}"
@@ -58,6 +59,7 @@ def test_a_hanging_rank_is_named_with_its_stack(tmp_path: Path) -> None:
     assert "rank 1 hangs: step 3, phase forward_backward" in named, "the log must name rank, step and phase"
     assert "1 other rank(s): step 3, phase forward_backward, waiting in the collective" in named
     assert "stack of the main thread of rank 1" in hanging
+    assert not (run.run_dir / "run.lock").exists(), "a start from another host would wait 180 s"
     assert "in hang\n    time.sleep" in hanging, "the stack must show the line that hangs"
     assert "stack of" not in waiting, "the stack of a rank that only waits would hide the cause"
 
