@@ -157,10 +157,11 @@ def last_start(run_folder: str | Path) -> dict[str, Any]:
 
 
 def read_identity(run_folder: str | Path) -> DataIdentity | None:
-    """What the latest (re)start of a run read; None where it kept no ledger."""
-    if not (Path(run_folder) / LEDGER).is_file():
+    """What the latest (re)start of a run read; None where no ledger says it."""
+    try:
+        start = last_start(run_folder)
+    except (ValueError, FileNotFoundError):
         return None
-    start = last_start(run_folder)
     return DataIdentity(start["sources"], start.get("held_out", {}), start.get("tokenizers", []))
 
 

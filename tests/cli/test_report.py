@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_fp4.cli.report import main
+from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, Curve
 
 
 def write_records(folder: Path, records: Sequence[dict[str, Any]]) -> Path:
@@ -113,6 +114,17 @@ def test_runs_of_equal_loss_per_token_have_no_gap(batch: int, num_tokens: int, t
         last = num_tokens // batch * batch
         evaluated = max(tokens for tokens in range(20, last + 1, 20) if tokens % batch == 0)
         assert (code, gaps) == (0, [("+0.00", f"{last}.00"), ("+0.00", f"{evaluated}.00")])
+
+
+def test_lines_of_runs_with_other_steps_are_means_of_as_many_tokens() -> None:
+    """20 steps of 2 tokens and 40 of 1: the same mean of the same losses; alone, each is the mean of its 20 steps."""
+    fine = Curve([float(token) for token in range(1, 101)], [float(token) for token in range(1, 101)])
+    coarse = Curve(fine.tokens[1::2], [token - 0.5 for token in fine.tokens[1::2]])
+    window = SMOOTH_STEPS * max(fine.spacing, coarse.spacing)
+    assert (window, coarse.smooth_over(window)) == (40.0, coarse.smooth())
+    assert fine.smooth_over(window).values[-1] == coarse.smooth().values[-1] == 80.5
+    assert fine.smooth_over(SMOOTH_STEPS * fine.spacing) == fine.smooth()
+    assert Curve([5.0], [1.0]).smooth_over(0.0).values == [1.0]
 
 
 def test_runs_without_common_tokens_have_no_gap(tmp_path: Path, report: Report) -> None:
@@ -248,7 +260,13 @@ def test_a_source_that_only_moved_is_the_same(tmp_path: Path, report: Report) ->
     """By the content that the ledgers name."""
     for name, content in (("base", "x"), ("moved", "x"), ("changed", "y")):
         run_of_batch(tmp_path / name, 1, 40, settings_of(1e-3, name))
-        start = {"config": {}, "sources": {"web": content}, "held_out": {"held": content}, "tokenizers": ["t"]}
+        start = {
+            "step": 1,
+            "config": {},
+            "sources": {"web": content},
+            "held_out": {"held": content},
+            "tokenizers": ["t"],
+        }
         (tmp_path / name / "ledger.jsonl").write_text(json.dumps(start) + "\n")
     assert "other" not in report(tmp_path / "base", tmp_path / "moved")[1]
     out = report(tmp_path / "base", tmp_path / "changed")[1]

@@ -136,8 +136,10 @@ def _gap(run: RunSeries, base: RunSeries, key: str) -> str:
     if gap is None:
         return f"   no gap: no tokens that {base.name} has too"
     marks = ["interpolated"] if gap.interpolated and key != "loss" else []
+    marks += ["steps of another size"] if gap.other_steps and key == "loss" else []
     marks += [mark] if (mark := mark_of(run, base, key)) else []
-    text = f"   {number(gap.percent, '+.2f')}% against {base.name} at {gap.tokens / 1e6:,.2f} M tokens"
+    tokens = f"{gap.tokens / 1e6:,.2f} M" if gap.tokens >= 1e6 else f"{gap.tokens:,.0f}"
+    text = f"   {number(gap.percent, '+.2f')}% against {base.name} at {tokens} tokens"
     return text + (f" ({', '.join(marks)})" if marks else "")
 
 

@@ -32,7 +32,8 @@ def write_html(runs: Sequence[RunSeries], path: Path) -> None:
     names = [run.name for run in runs]
     title = html.escape(" against ".join(reversed(names)) if len(runs) > 1 else f"run {names[0]}")
     note = (
-        f"Lines of the loss are means of {SMOOTH_STEPS} steps, dots are held-out losses; a dotted line is a step whose"
+        f"Lines of the loss are means of {SMOOTH_STEPS} steps (of the run with the largest, and of as many tokens of"
+        f" the others), dots are held-out losses; a dotted line is a step whose"
         f" loss is not finite. Rates in the table are medians of all steps, the gradient norm is that of the last"
         f" {SMOOTH_STEPS}. Gaps are at equal consumed tokens."
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.train.telemetry.gaps import gap_percent, mark_of, no_gap_because
-from megatron_fp4.train.telemetry.series import Curve, RunSeries, matching_keys
+from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, Curve, RunSeries, matching_keys
 
 LOSS = "loss (nats per token)"
 
@@ -92,6 +92,7 @@ def _line(axes: Any, curve: Curve, *style: str, scale: float = 1.0, **look: Any)
 
 def _draw_losses(axes: Any, runs: Sequence[RunSeries]) -> None:
     """Where a loss is not finite the line is broken, and a dotted one stands across."""
+    window = SMOOTH_STEPS * max(run.curve("loss").spacing for run in runs)
     for number, run in enumerate(runs):
         color = f"C{number}"
         loss, label = run.curve("loss"), run.name
@@ -101,7 +102,7 @@ def _draw_losses(axes: Any, runs: Sequence[RunSeries]) -> None:
             if not math.isfinite(value):
                 axes.axvline(tokens / 1e6, color=color, lw=0.8, ls=":")
         _line(axes, loss, color=color, alpha=0.2, lw=0.8)
-        _line(axes, loss.smooth(), color=color, lw=1.3, label=label)
+        _line(axes, loss.smooth_over(window), color=color, lw=1.3, label=label)
         for key in matching_keys([run], "eval/.*/loss"):
             _line(axes, run.curve(key), "o", color=color, ms=4, label=f"{run.name}: {key.split('/')[1]}")
 

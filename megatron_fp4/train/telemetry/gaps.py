@@ -26,12 +26,14 @@ NOT_DATA = ("tokenizer", "evaluation", "prefetch_batches", "index_cache")
 class Gap:
     """Difference of a loss to another run's, in percent, at `tokens` consumed by both.
 
-    interpolated: one of the two has no value there, only before and after.
+    interpolated: one of the two has no value there, only before and after. other_steps: one of the two has more values
+    up to there than the other, of which the gap takes as many: the training loss is then noisier.
     """
 
     tokens: float
     percent: float
     interpolated: bool
+    other_steps: bool
 
 
 def gap_percent(run: RunSeries, base: RunSeries, key: str = "loss") -> Curve:
@@ -55,8 +57,9 @@ def last_gap(run: RunSeries, base: RunSeries, key: str) -> Gap | None:
     if not gaps.tokens:
         return None
     tokens = gaps.tokens[-1]
-    everywhere = all(tokens in one.curve(key).tokens for one in (run, base))
-    return Gap(tokens, gaps.values[-1], not everywhere)
+    both = [one.curve(key).tokens for one in (run, base)]
+    counts = {sum(gaps.tokens[0] <= one <= tokens for one in of_run) for of_run in both}
+    return Gap(tokens, gaps.values[-1], not all(tokens in of_run for of_run in both), len(counts) > 1)
 
 
 def _common_tokens(ours: Curve, theirs: Curve, *, exact: bool) -> list[float]:

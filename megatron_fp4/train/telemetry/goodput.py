@@ -42,4 +42,4 @@ def goodput_of(run: RunSeries) -> Goodput | None:
     before = first["consumed_tokens"] - first["tokens_per_second"] * first["step_seconds"]
     in_steps, launched = (sum(values[key] for values in steps) / seconds for key in ("step_seconds", "wall_seconds"))
     tokens = last["consumed_tokens"] - before
-    return Goodput(seconds, tokens / seconds, in_steps, launched - in_steps, 1.0 - launched)
+    return Goodput(seconds, tokens / seconds, in_steps, launched - in_steps, max(0.0, 1.0 - launched))

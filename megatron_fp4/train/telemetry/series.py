@@ -9,10 +9,11 @@ the writing of the file (metrics.py).
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,17 @@ class Curve:
         """The means of the last SMOOTH_STEPS values; NaN where one of them is."""
         windows = (self.values[max(0, end - SMOOTH_STEPS) : end] for end in range(1, len(self.values) + 1))
         return Curve(self.tokens, [sum(window) / len(window) for window in windows])
+
+    def smooth_over(self, tokens: float) -> Curve:
+        """The means of the values of the last `tokens` tokens: lines of runs with other steps then lag alike."""
+        firsts = (bisect_right(self.tokens, end - tokens) for end in self.tokens)
+        windows = (self.values[min(first, last) : last + 1] for last, first in enumerate(firsts))
+        return Curve(self.tokens, [sum(window) / len(window) for window in windows])
+
+    @property
+    def spacing(self) -> float:
+        """Median tokens from one point to the next; 0 for fewer than two points."""
+        return median([b - a for a, b in itertools.pairwise(self.tokens)]) if len(self.tokens) > 1 else 0.0
 
     def at(self, tokens: Sequence[float]) -> Curve:
         """The values at these tokens, between two points on the line that joins them.
