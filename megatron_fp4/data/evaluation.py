@@ -17,7 +17,7 @@ from megatron_fp4.data.checks import check_ids, check_vocabulary
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.order.samples import SampleStream
 from megatron_fp4.data.pack import Rows
-from megatron_fp4.data.shards.documents import open_documents
+from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 
 
 class EvalLoader:
@@ -29,7 +29,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        name: str,
+        documents: ShardedDocuments,
         stream: SampleStream,
         *,
         num_tokens: int,
@@ -39,7 +39,8 @@ class EvalLoader:
         reset_documents: bool,
         pad_id: int,
     ) -> None:
-        self.name = name
+        self.name = documents.name
+        self.documents = documents
         self.num_targets = num_tokens - 1  # nothing precedes the first token
         self.num_samples = -(-self.num_targets // stream.seq_length)
         self.num_batches = -(-self.num_samples // (micro_batch * dp_size))
@@ -117,7 +118,7 @@ def build_eval_loader(
             "tokens, and under data.reset_documents the first token of a document is no target; give longer documents"
         )
     return EvalLoader(
-        name,
+        documents,
         stream,
         num_tokens=tokens,
         micro_batch=micro_batch,

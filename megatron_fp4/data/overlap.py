@@ -10,12 +10,14 @@ Not here: near duplicates. Equal documents are equal token for token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_fp4.data.config import DataConfig
-from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
+from megatron_fp4.data.evaluation import EvalLoader
+from megatron_fp4.data.loader import Loader
+from megatron_fp4.data.shards.documents import ShardedDocuments
 from megatron_fp4.data.shards.shard import TokenShard
 
 MAX_DOCUMENTS_AT_START = 1_000_000_000
@@ -62,38 +64,55 @@ def common_documents(heldout: ShardedDocuments, source: ShardedDocuments, hashes
     return np.sort(order[is_common])
 
 
-def check_heldout(config: DataConfig) -> list[str]:
+@dataclass(frozen=True)
+class Compared:
+    """common: numbers of the held-out documents that the source has too, int64."""
+
+    common: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class NotCompared:
+    """reason: why, with the name of the source and the remedy."""
+
+    reason: str
+
+
+def check_heldout(loader: Loader, evaluations: Sequence[EvalLoader]) -> list[str]:
     """Compare every evaluation set with every source; returns lines about what could not be compared.
 
     Raises ValueError for a set with documents of a source, unless it `may_overlap`.
     """
-    told: list[str] = []
-    sources = [open_documents(source.name, source.paths) for source in config.sources]
-    for settings in config.evaluation:
-        if settings.may_overlap:
-            continue
-        heldout = open_documents(settings.name, settings.paths)
-        told += _uncompared(settings.name, [_check(heldout, source) for source in sources])
-    return told
+    sources = [stream.documents for stream in loader.streams.values()]
+    may_overlap = {settings.name: settings.may_overlap for settings in loader.config.evaluation}
+    lines: list[str] = []
+    for heldout in (evaluation.documents for evaluation in evaluations if not may_overlap[evaluation.name]):
+        for source in sources:
+            if isinstance(source, ShardedDocuments):
+                outcome = _compare_at_start(heldout, source)
+                if isinstance(outcome, NotCompared):
+                    lines.append(f"held-out set {heldout.name!r} was not compared with {outcome.reason}")
+                elif len(outcome.common):
+                    raise _overlapping(heldout, source, outcome)
+    return lines
 
 
-def _uncompared(name: str, reasons: Sequence[str]) -> list[str]:
-    return [f"held-out set {name!r} was not compared with {reason}" for reason in reasons if reason]
-
-
-def _check(heldout: ShardedDocuments, source: ShardedDocuments) -> str:
-    """Why the two were not compared, "" if they were."""
+def _compare_at_start(heldout: ShardedDocuments, source: ShardedDocuments) -> Compared | NotCompared:
     remedy = "`megatron-fp4 data verify SOURCE --heldout SET` does it"
     if source.num_documents > MAX_DOCUMENTS_AT_START:
-        return f"source {source.name!r}, whose {source.num_documents:,} documents take too long at a start; {remedy}"
+        much = f"whose {source.num_documents:,} documents take too long at a start"
+        return NotCompared(f"source {source.name!r}, {much}; {remedy}")
     common = common_documents(heldout, source, stored_hashes)
     if common is None:
-        return f"source {source.name!r}: shards without .hashes (of another tool, or an older version); {remedy}"
-    if len(common):
-        place = heldout.place(int(common[0]))
-        raise ValueError(
-            f"evaluation set {heldout.name!r} holds {len(common)} document(s) that source {source.name!r} trains on,"
-            f" first document {place.document} of {place.shard}; choose other held-out text, or set may_overlap:"
-            " true in its entry of data.evaluation"
-        )
-    return ""
+        why = "shards without .hashes (of another tool, or an older version)"
+        return NotCompared(f"source {source.name!r}: {why}; {remedy}")
+    return Compared(common)
+
+
+def _overlapping(heldout: ShardedDocuments, source: ShardedDocuments, outcome: Compared) -> ValueError:
+    place = heldout.place(int(outcome.common[0]))
+    return ValueError(
+        f"evaluation set {heldout.name!r} holds {len(outcome.common)} document(s) that source {source.name!r} trains"
+        f" on, first document {place.document} of {place.shard}; choose other held-out text, or set may_overlap: true"
+        " in its entry of data.evaluation"
+    )

@@ -25,6 +25,7 @@ from megatron_fp4.comm.bootstrap import Launch, Process, choose_device, exit_pro
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.data.foreign import check_unnamed
 from megatron_fp4.data.ledger import LEDGER
 from megatron_fp4.data.overlap import check_heldout
 from megatron_fp4.settings import to_json_values
@@ -65,9 +66,9 @@ def run_rank(config: RunConfig, config_text: str, launch: Launch) -> int:
         phases.enter("index")
         try:
             device = choose_device(config.train.device, launch.local_rank)
-            open_data(checked, dp_rank=0)
+            data = open_data(checked, dp_rank=0)
             if launch.rank == 0:
-                for line in check_heldout(checked.config.data):
+                for line in [*check_heldout(*data), *check_unnamed(*data, checked.tokenizer)]:
                     log.warning(line)
             check_machine(checked.config, device)
         except (ValueError, FileNotFoundError) as error:

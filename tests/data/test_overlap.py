@@ -11,10 +11,11 @@ import pytest
 from data_tools.cli import main
 from megatron_fp4 import pretrain
 from megatron_fp4.data.config import DataConfig, EvaluationConfig, SourceConfig
+from megatron_fp4.data.evaluation import build_eval_loader
 from megatron_fp4.data.overlap import any_hashes, check_heldout, common_documents, stored_hashes
 from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.shards.shard import TokenShard
-from tests.data.toy import write_shard
+from tests.data.toy import loader_of, write_shard
 from tests.helpers.tiny_run import tiny_run
 
 WEB = [list(range(n, n + 12)) for n in range(100)]
@@ -24,6 +25,12 @@ HELD = [list(range(n, n + 12)) for n in range(500, 520)]
 def config(source: str, heldout: str, *, may_overlap: bool = False) -> DataConfig:
     held = EvaluationConfig("held", [heldout], may_overlap=may_overlap)
     return DataConfig([SourceConfig("web", [source])], evaluation=[held])
+
+
+def heldout_lines(source: str, heldout: str, *, may_overlap: bool = False) -> list[str]:
+    settings = config(source, heldout, may_overlap=may_overlap)
+    evaluation = build_eval_loader(settings, "held", micro_batch=1, dp_rank=0, dp_size=1)
+    return check_heldout(loader_of(settings), [evaluation])
 
 
 def test_common_documents_are_those_of_a_comparison_of_all_pairs(tmp_path):
@@ -42,9 +49,9 @@ def test_common_documents_are_those_of_a_comparison_of_all_pairs(tmp_path):
 def test_a_run_that_would_train_on_its_heldout_text_is_refused(tmp_path):
     web, held = write_shard(tmp_path / "web", WEB), write_shard(tmp_path / "held", [*HELD, WEB[5]])
     with pytest.raises(ValueError, match=r"'held' holds 1 document\(s\) that source 'web' trains on.*document 20 of"):
-        check_heldout(config(web, held))
-    assert check_heldout(config(web, held, may_overlap=True)) == []
-    assert check_heldout(config(web, write_shard(tmp_path / "other", HELD))) == []
+        heldout_lines(web, held)
+    assert heldout_lines(web, held, may_overlap=True) == []
+    assert heldout_lines(web, write_shard(tmp_path / "other", HELD)) == []
 
 
 def test_the_command_refuses_it_before_a_step(tmp_path, capsys):
@@ -58,7 +65,7 @@ def test_the_command_refuses_it_before_a_step(tmp_path, capsys):
 def test_what_was_not_compared_is_said(tmp_path):
     web, held = write_shard(tmp_path / "web", WEB), write_shard(tmp_path / "held", [WEB[5]])
     os.unlink(f"{web}.hashes")
-    (line,) = check_heldout(config(web, held))
+    (line,) = heldout_lines(web, held)
     assert "'held' was not compared with source 'web'" in line
     assert "data verify SOURCE --heldout SET" in line
 

@@ -29,15 +29,21 @@ class ShardedDocuments:
     """The documents of several shards in order; a `Documents` (data/documents.py).
 
     `tokenizers` are the fingerprints that the manifests name (none for plain Megatron shards), `max_token_id` is the
-    largest id that they name, or None without a manifest.
+    largest id that they name, or None without a manifest. `unnamed` are the shards of which nothing names a tokenizer.
     """
 
     def __init__(
-        self, name: str, shards: Sequence[TokenShard], fingerprint: str, manifests: Sequence[dict[str, Any]] = ()
+        self,
+        name: str,
+        shards: Sequence[TokenShard],
+        fingerprint: str,
+        manifests: Sequence[dict[str, Any]] = (),
+        unnamed: Sequence[TokenShard] = (),
     ):
         self.name = name
         self.shards = list(shards)
         self.fingerprint = fingerprint
+        self.unnamed = list(unnamed)
         self.tokenizers = sorted({m["tokenizer"]["fingerprint"] for m in manifests if m["tokenizer"]})
         known = [int(m["max_token_id"]) for m in manifests]
         self.max_token_id = max(known) if known else None
@@ -76,6 +82,7 @@ def open_documents(name: str, paths: Sequence[str]) -> ShardedDocuments:
     """Open shard-set directories, prefixes and globs of prefixes as one source, in the given order."""
     shards: list[TokenShard] = []
     manifests: list[dict[str, Any]] = []
+    unnamed: list[TokenShard] = []
     content = hashlib.blake2b(digest_size=16)
     if not paths:
         raise ValueError(f"data source {name!r} has no paths")
@@ -85,12 +92,14 @@ def open_documents(name: str, paths: Sequence[str]) -> ShardedDocuments:
             manifests.append(manifest)
             for entry in manifest["shards"]:
                 shards.append(_open_listed(Path(path), entry))
+                unnamed += [] if manifest["tokenizer"] else shards[-1:]
                 content.update(entry["files"]["bin"]["sha256"].encode() + entry["files"]["idx"]["sha256"].encode())
             continue
         for prefix in _prefixes(name, path):
             shards.append(TokenShard(prefix))
+            unnamed.append(shards[-1])
             content.update(_sampled_digest(shards[-1]))
-    return ShardedDocuments(name, shards, content.hexdigest(), manifests)
+    return ShardedDocuments(name, shards, content.hexdigest(), manifests, unnamed)
 
 
 def _open_listed(folder: Path, entry: dict[str, Any]) -> TokenShard:
