@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_fp4.cli.overrides.text import ambiguous_text, ambiguous_yaml, quote_text
 from megatron_fp4.cli.schema import build, field_names, hint_at, inner_hint, join, twin
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.refusals.effect import idle_settings
 from megatron_fp4.train.renamed import renamed_keys, renamed_option, renaming_message
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -43,9 +44,11 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
     overrides = [quote_text(override, groups) for override in overrides]
     _check_keys(overrides, groups)
     try:
-        return _compose(overrides, directory)
+        tree = _compose(overrides, directory)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("".join(_renamed_in_experiments(overrides, directory)) or _short(error)) from None
+    _check_effect(overrides, tree)
+    return tree
 
 
 def to_run_config(tree: DictConfig) -> RunConfig:
@@ -120,6 +123,19 @@ def _check_keys(overrides: Sequence[str], groups: Mapping[str, Path]) -> None:
             raise ConfigError(f"{key} has no effect: hydra only merges the YAML; train.run_dir is where a run goes")
         else:
             _check_key(key, list(options))
+
+
+def _check_effect(overrides: Sequence[str], tree: DictConfig) -> None:
+    """Refuse what was typed and changes nothing; what is wrong in itself is said by `to_run_config`."""
+    try:
+        idle = idle_settings(to_run_config(tree))
+    except ConfigError:
+        return
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+")
+        for setting, reason in idle.items():
+            if key == setting or key.startswith(f"{setting}."):
+                raise ConfigError(f"{key} has no effect: {reason}; leave it out, or change that")
 
 
 def _check_key(key: str, groups: list[str]) -> None:

@@ -13,7 +13,7 @@ from megatron_fp4.proofs.machine import check_disk, check_links, check_memory
 from megatron_fp4.proofs.shards import check_model, distinct_linears, typical_ranks
 from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.requirements import check_kernels
+from megatron_fp4.train.refusals.requirements import check_kernels
 
 
 def run_checks(

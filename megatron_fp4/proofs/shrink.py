@@ -43,7 +43,7 @@ from megatron_fp4.proofs.shrink_precision import (
     small_table,
 )
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.requirements import by_torch
+from megatron_fp4.train.refusals.requirements import by_torch
 
 MAX_GLOBAL_BATCH = 64
 MAX_LR = 1e-4

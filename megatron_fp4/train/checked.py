@@ -3,7 +3,7 @@
 Everything that can be refused without the other ranks is refused here, so a bad setting ends a job before any process
 group exists. `megatron-fp4 plan` passes the same checks as a run.
 
-Not here: what depends on this rank's machine (requirements.py).
+Not here: what depends on this rank's machine (refusals/requirements.py).
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ from megatron_fp4.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.models.partition import split_stages
-from megatron_fp4.optim.lr import check_schedule, decay_tokens
 from megatron_fp4.pipeline.schedules import check_pipeline
-from megatron_fp4.precision.backends.choose import check_backend_shapes
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.requirements import check_choices
+from megatron_fp4.train.refusals.effect import check_decay, idle_notes
+from megatron_fp4.train.refusals.precision_plan import make_plan
+from megatron_fp4.train.refusals.requirements import check_choices
 
 
 @dataclass(frozen=True)
 class CheckedConfig:
-    """What is known before the ranks meet. config: the run's, with the size of the vocabulary filled in."""
+    """What is known before the ranks meet. config: the run's, with the size of the vocabulary filled in.
+
+    notes: a line for each setting without effect.
+    """
 
     config: RunConfig
     linears: list[LinearInfo]
     plan: PrecisionPlan
     dp: int
     tokenizer: Tokenizer | None
+    notes: list[str]
 
 
 def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
@@ -50,7 +54,9 @@ def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
     check_model_layout(config.model, config.parallel, seq_length=config.data.seq_length, tokens=tokens)
     split_stages(config.model, num_stages, config.parallel.stage_split)
     linears = model_linears(config.model)
-    return CheckedConfig(config, linears, _make_plan(config, linears, tokens), dp, tokenizer)
+    plan = make_plan(config, linears, tokens)
+    check_decay(config)
+    return CheckedConfig(config, linears, plan, dp, tokenizer, _notes(config, plan))
 
 
 def _check_batches(config: RunConfig, dp: int) -> int:
@@ -80,20 +86,12 @@ def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer | None) -> RunConfi
     return config
 
 
-def _make_plan(config: RunConfig, linears: list[LinearInfo], tokens: int) -> PrecisionPlan:
-    """The precision of every linear in every phase, all local shapes checked. tokens: a rank's, of one microbatch."""
-    total, tp = config.run_tokens, config.parallel.tp
-    check_schedule(config.optim, total)
-    decay_start = total - decay_tokens(config.optim, total)
-    plan = PrecisionPlan(config.precision, linears, total_tokens=total, decay_start=decay_start)
-    plan.check_shapes(linears, tp=tp, tokens=tokens)
-    check_backend_shapes(plan, linears, tp=tp, tokens=tokens)
+def _notes(config: RunConfig, plan: PrecisionPlan) -> list[str]:
+    """What is said of settings without effect that do not mislead: one YAML file serves for runs that are compared."""
+    notes = idle_notes(config)
     if config.train.statistics_interval_steps and not any(table.num_quantized_gemms for _, table in plan.phases):
-        raise ValueError(
-            f"train.statistics_interval_steps = {config.train.statistics_interval_steps} would have no effect: the"
-            " precision rules quantize no GEMM; set it to 0"
-        )
-    return plan
+        notes.append("no effect of train.statistics_interval_steps: no GEMM of this run is quantized")
+    return notes
 
 
 def open_data(

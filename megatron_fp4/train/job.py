@@ -39,7 +39,7 @@ from megatron_fp4.train.faults.guard import SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_CONFIG, StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
 from megatron_fp4.train.phases import Phases
-from megatron_fp4.train.requirements import check_machine
+from megatron_fp4.train.refusals.requirements import check_machine
 from megatron_fp4.train.run import Run
 from megatron_fp4.train.telemetry.announce import describe_resume, describe_run
 from megatron_fp4.train.telemetry.console import Console

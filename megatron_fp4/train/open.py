@@ -21,7 +21,7 @@ from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.requirements import by_torch
+from megatron_fp4.train.refusals.requirements import by_torch
 from megatron_fp4.train.trainable import draw_stages
 
 

@@ -17,7 +17,7 @@ from megatron_fp4.precision import EmulatedBackend
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.proofs.parity import synthetic_inputs
 from megatron_fp4.settings import to_json_values
-from megatron_fp4.train.requirements import by_torch
+from megatron_fp4.train.refusals.requirements import by_torch
 from megatron_fp4.train.resume.differences import as_table, compare_settings, refuse_forbidden
 from megatron_fp4.train.trainable import build_trainable
 from tests.helpers.parity import parity_case

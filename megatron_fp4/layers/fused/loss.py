@@ -26,7 +26,7 @@ class LossImpl(Enum):
 def choose_cross_entropy(impl: LossImpl, vocab_size: int, tp: Group, smoothing: float = 0.0) -> CrossEntropy:
     """The implementation that `model.loss_impl` names. Raises ValueError with the remedy if it cannot be used."""
     if impl is LossImpl.te:
-        assert not smoothing, "refused by train.requirements"
+        assert not smoothing, "refused by train.refusals.requirements"
         return _te_cross_entropy(vocab_size, tp)
     first, _ = vocab_range(vocab_size, tp)
 

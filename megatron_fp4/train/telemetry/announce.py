@@ -36,7 +36,7 @@ def describe_run(checked: CheckedConfig, world_size: int, device: torch.device) 
         ramp = ", ".join(f"{stage.num_steps:,} of {stage.size}" for stage in stages)
         paragraphs.append(f"batch-size ramp, steps and their samples: {ramp}")
     paragraphs.append(Throughput(config, world_size, device).describe())
-    return paragraphs
+    return paragraphs + [f"note: {note}" for note in checked.notes]
 
 
 def describe_resume(checked: CheckedConfig, meta: dict[str, Any], changes: str, rollback: str) -> list[str]:

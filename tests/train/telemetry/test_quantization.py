@@ -59,12 +59,6 @@ def test_statistics_are_written_and_change_nothing(tmp_path: Path) -> None:
     assert table[0].split()[:3] == ["operand", "SNR", "dB"]
 
 
-def test_statistics_of_a_bf16_run_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run = tiny_run(tmp_path, "precision=bf16", "train.statistics_interval_steps=2")
-    assert pretrain.main([*run.overrides]) == 2
-    assert "train.statistics_interval_steps = 2 would have no effect" in capfd.readouterr().err
-
-
 def origin(name: str, rows: int = 16) -> OperandOrigin:
     return OperandOrigin(name, "x", torch.arange(rows), torch.arange(32), Group.single(), seed=1, step=3)
 

@@ -1,0 +1,102 @@
+"""Settings that change nothing in this run, each with the reason.
+
+Whoever types one that should decide a result expects it to matter and is refused (cli/compose.py). One that a YAML file
+holds is a note at start, so that one file serves for runs that are compared; so is one that decides no result, such as
+the limits of a rule that is off. What would mislead wherever it stands is refused here.
+
+Not here: numbers outside their bounds (settings.py); parts of one section that exclude each other (its own checks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.optim.config import Schedule
+from megatron_fp4.optim.lr import decay_tokens
+from megatron_fp4.precision.config import PrecisionConfig
+from megatron_fp4.settings import settings_of
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.sections import WandbMode
+
+ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_base")
+MLP = ("ffn_hidden", "activation")
+KERNEL = "mamba_kernel"
+SPIKES = ("window_steps", "min_steps", "max_skips", "max_rollbacks")
+
+
+def idle_settings(config: RunConfig) -> dict[str, str]:
+    """The key of every setting that should decide a result and changes nothing, whatever its value -> why."""
+    return dict(_without_result(config))
+
+
+def idle_notes(config: RunConfig) -> list[str]:
+    """The settings without effect that are not at their defaults, those of one reason in a line."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in (*_without_result(config), *_switched_off(config)):
+        if _is_set(config, key):
+            by_reason.setdefault(reason, []).append(key)
+    return [f"no effect of {', '.join(keys)}: {reason}" for reason, keys in by_reason.items()]
+
+
+def check_decay(config: RunConfig) -> None:
+    """Raises ValueError for a final learning rate that is never reached."""
+    optim = config.optim
+    if optim.min_lr and optim.schedule is Schedule.wsd and not decay_tokens(optim, config.run_tokens):
+        raise ValueError(
+            f"optim.min_lr = {optim.min_lr:g} has no effect: optim.decay_fraction = {optim.decay_fraction:g} of"
+            f" {config.run_tokens} tokens is no decay; set optim.min_lr=0, or a larger optim.decay_fraction"
+        )
+
+
+def named_recipes(precision: PrecisionConfig) -> set[str]:
+    """Recipes that a rule, a switch, the evaluation or `use` names."""
+    names = {precision.use, precision.evaluation} | {switch.use for switch in precision.switch}
+    for rule in precision.rules:
+        names |= {rule.use, rule.fprop, rule.dgrad, rule.wgrad}
+    return names
+
+
+def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
+    schedule = config.optim.schedule
+    if schedule is not Schedule.wsd:
+        for name in ("decay_fraction", "decay_style"):
+            yield f"optim.{name}", f"optim.schedule={schedule.name} has no last phase; wsd has"
+    yield from _without_block(config.model)
+    for name in config.precision.recipes:
+        if name not in named_recipes(config.precision):
+            yield f"precision.recipes.{name}", "neither precision.use nor a rule, a switch or the evaluation names it"
+
+
+def _switched_off(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if "M" not in config.model.blocks:
+        yield f"model.{KERNEL}", "no block of the model has Mamba-2 (model.pattern)"
+    if not config.train.spikes.enabled:
+        for name in SPIKES:
+            yield f"train.spikes.{name}", "train.spikes.ratio and train.spikes.z_score are 0 (off)"
+    if config.logging.wandb is WandbMode.disabled:
+        for name in ("wandb_project", "wandb_name"):
+            yield f"logging.{name}", "logging.wandb=disabled"
+    if not config.train.save_interval_steps:
+        yield "checkpoint.keep_every_tokens", "train.save_interval_steps = 0 saves at the end only"
+
+
+def _without_block(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    mamba = [item.name for item in settings_of(ModelConfig) if item.name.startswith("mamba_") and item.name != KERNEL]
+    for letters, names, what in (("M", mamba, "Mamba-2"), ("T*", ATTENTION, "attention"), ("T-", MLP, "an MLP")):
+        if not set(letters) & set(model.blocks):
+            for name in names:
+                yield f"model.{name}", f"no block of the model has {what} (model.pattern)"
+
+
+def _is_set(config: RunConfig, key: str) -> bool:
+    """Whether the value at `key` is another one than the default; a recipe has none."""
+    section, _, name = key.rpartition(".")
+    if section == "precision.recipes":
+        return True
+    value: Any = config
+    for part in section.split("."):
+        value = getattr(value, part)
+    default = next(setting.default for setting in settings_of(value.__class__) if setting.name == name)
+    return bool(getattr(value, name) != default)
