@@ -76,6 +76,10 @@ Count = Annotated[int, Bound(least=0)]
 """How many of something that may be absent."""
 
 
+MAX_SECONDS = 1e9
+"""Thirty years; the clocks of Python and of process groups take no number beyond."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One field of a configuration's dataclass. type: without its bound. sentence: "" if none stands under it."""
@@ -135,6 +139,8 @@ def check_bounds(config: Any, section: str) -> None:
 
 def path_objection(path: str) -> str:
     """Why `path` cannot be a file or folder of this machine; "" if it can."""
+    if "\0" in path:
+        return "no name of a file holds the character NUL"
     if URL.match(path):
         return "no store stands behind URLs here; mount it as a file system and give the path, or copy the files"
     return "only a shell expands ~ at the start; give the whole path" if path.startswith("~") else ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from megatron_fp4.settings import Bound, Count, Size, check_bounds
+from megatron_fp4.settings import MAX_SECONDS, Bound, Count, Size, check_bounds
 
 
 class OnCorrupt(Enum):
@@ -36,7 +36,7 @@ class CheckpointConfig:
     keep_best: Count = 0
     """Checkpoints with the lowest loss on the first evaluation set that stay too; a save at a step without an
     evaluation has none; 0 = none."""
-    timeout_seconds: Annotated[float, Bound(above=0)] = 300.0
+    timeout_seconds: Annotated[float, Bound(above=0, most=MAX_SECONDS)] = 300.0
     """A save that takes longer has failed; below parallel.timeout_seconds, because at the next save the other ranks
     wait in a collective for the slowest one."""
     max_failures: Count = 0

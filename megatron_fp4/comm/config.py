@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from megatron_fp4.settings import Bound, Count, Size, check_bounds
+from megatron_fp4.settings import MAX_SECONDS, Bound, Count, Size, check_bounds
 
 
 class Overlap(Enum):
@@ -43,9 +43,9 @@ class ParallelConfig:
     """Blocks of each stage, such as 9,8,8,7; cost = so that the heaviest stage is as light as can be."""
     overlap_tensor: Overlap = Overlap.auto
     """Send the input gradient of a column-parallel linear while its weight gradient is computed; changes no bit."""
-    timeout_seconds: Annotated[float, Bound(above=0)] = 600.0
+    timeout_seconds: Annotated[float, Bound(above=0, most=MAX_SECONDS)] = 600.0
     """Longest wait of a rank in a collective, after which the job ends."""
-    init_timeout_seconds: Annotated[float, Bound(above=0)] = 180.0
+    init_timeout_seconds: Annotated[float, Bound(above=0, most=MAX_SECONDS)] = 180.0
     """Longest wait for all ranks to meet at the start."""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from megatron_fp4.data.ramp import BatchRampConfig, batch_size, batch_sizes, check_ramp
 from megatron_fp4.models.decoder import Recompute
-from megatron_fp4.settings import Bound, Count, Size, check_bounds
+from megatron_fp4.settings import MAX_SECONDS, Bound, Count, Size, check_bounds
 
 
 class Resume(Enum):
@@ -89,7 +89,7 @@ class TrainConfig:
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     label_smoothing: Annotated[float, Bound(least=0, below=1)] = 0.0
     """Part of the training loss that is spread evenly over the vocabulary; evaluations are not smoothed; 0 = off."""
-    total_tokens: Annotated[float, Bound(least=1)] = 1e6
+    total_tokens: Annotated[float, Bound(least=1, most=1e15)] = 1e6
     """Length of the run in tokens, a whole number; rounded down to whole steps of global_batch x data.seq_length."""
     recompute: Recompute = Recompute.none
     """What the backward pass computes a second time instead of keeping it in memory."""
@@ -100,9 +100,9 @@ class TrainConfig:
     [data.reset_documents,data.sources.*.name]; a refused resume prints the list that it would take."""
     stop_after_steps: Count = 0
     """Save and end at this step without changing any schedule; 0 = run to the end."""
-    exit_after_seconds: Annotated[float, Bound(least=0)] = 0.0
+    exit_after_seconds: Annotated[float, Bound(least=0, most=MAX_SECONDS)] = 0.0
     """Save and exit, to be queued again, after this much wall-clock time; 0 = never."""
-    hang_timeout_seconds: Annotated[float, Bound(least=0)] = 480.0
+    hang_timeout_seconds: Annotated[float, Bound(least=0, most=MAX_SECONDS)] = 480.0
     """A rank that is longer in one phase of a step ends the job; above the slowest phase, which is the first step with
     its compilation, and below parallel.timeout_seconds; 0 = never."""
     log_interval_steps: Count = 10
