@@ -16,6 +16,7 @@ left is swept at the next start (retention.py). directory.py has the names, dcp.
 """
 
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
+from megatron_fp4.checkpoint.directory import latest_step
 from megatron_fp4.checkpoint.load import CorruptCheckpoint, Verified
 from megatron_fp4.checkpoint.outcome import SaveFailed, SaveReport, SaveStatus
 from megatron_fp4.checkpoint.store import CheckpointStore
@@ -29,4 +30,5 @@ __all__ = [
     "SaveReport",
     "SaveStatus",
     "Verified",
+    "latest_step",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_fp4.layers.recompute import run_recomputed
+from megatron_fp4.layers.recompute import recomputing, run_recomputed
 
 
 class Activation(Enum):
@@ -46,8 +46,10 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f"{name}.down", ffn_hidden, hidden, context, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        h_TF = run_recomputed(self._activate, self.up(x_TD, tokens), when=self.recompute_core)
-        return self.down(h_TF, tokens)
+        u_TF = self.up(x_TD, tokens)
+        h_TF = run_recomputed(self._activate, u_TF, when=self.recompute_core)
+        with recomputing(self._activate, u_TF, h_TF, when=self.recompute_core):
+            return self.down(h_TF, tokens)
 
     def _activate(self, h_TF: Tensor) -> Tensor:
         if self.activation is Activation.swiglu:

@@ -2,12 +2,14 @@
 
 With `recompute=selective` it is the part of a mixer between its two linears: attention core and activation are cheap to
 compute and expensive to keep; the linears, with their quantization, are the opposite. With `full` it is a whole block.
-Noise has an address, so no random state is kept.
+Noise has an address, so no random state is kept. The linear behind an activation would keep its input, the activation's
+result, as large as the argument that is kept for it: `recomputing` leaves the result out, so only one of them is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,3 +23,34 @@ def run_recomputed(function: Callable[..., Tensor], *args: Any, when: bool) -> T
         result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return result
     return function(*args)
+
+
+@contextmanager
+def recomputing(
+    function: Callable[[Tensor], Tensor], argument: Tensor, result: Tensor, *, when: bool
+) -> Iterator[None]:
+    """Around what is computed from `result = function(argument)`, a cheap one: its backward pass makes `result` anew.
+
+    What is saved of other tensors, or as a copy in another type, is kept as ever.
+    """
+    if not when or not torch.is_grad_enabled():
+        yield
+        return
+    kept, place = argument.detach(), _place(result)
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if _place(tensor) == place else tensor
+
+    def unpack(saved: Tensor | None) -> Tensor:
+        if saved is not None:
+            return saved
+        with torch.no_grad():
+            return function(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Where in which memory a tensor lies, on the meta device too, which has no addresses."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()

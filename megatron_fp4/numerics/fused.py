@@ -163,6 +163,7 @@ class Passes:
                 multiplier=multiplier,
                 noise=self._random(noise).view(lines.shape),
                 noise_unit=2.0**-noise.bits,
+                centred=noise.centred,
                 lanes=lanes,
                 dtype=dtype,
             )

@@ -25,7 +25,7 @@ def exponent_power(x: Tensor) -> Tensor:
 def round_e2m1(x: Tensor, noise: Tensor | None = None) -> Tensor:
     """The E2M1 values nearest to `x` (ties to even), or, with noise, stochastically rounded; saturates at +-6.
 
-    noise: FP32 in [0, 1 - 2^-20], of x's shape (closer to 1, FP32 addition itself could round up). |x| is counted in
+    noise: FP32 in [0, 1 - 2^-21], of x's shape (closer to 1, FP32 addition itself could round up). |x| is counted in
     steps of the grid at |x| (0.5 below 2, 1 below 4, 2 above), the noise is added and the sum rounded down. This is
     Transformer Engine's software form (`ptx.cuh`): a sum that crosses into the next binade rounds down to its first
     grid point either way. Nearest-even rounding gives +0 for both zeros (one operation less).

@@ -33,17 +33,22 @@ class BlockScales(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """The random bits of a tensor `[R, C]`, by their address: int32 `[R]`, `[R]`, `[C]`. bits: per element, 8 or 20."""
+    """The random bits of a tensor `[R, C]`, by their address: int32 `[R]`, `[R]`, `[C]`.
+
+    bits: per element, 8 or 20. centred: k of them stand for (k + 1/2) / 2^bits instead of k / 2^bits, whose mean is
+    half a unit too low.
+    """
 
     row_a: Tensor
     row_b: Tensor
     column: Tensor
     bits: int
+    centred: bool
 
     @staticmethod
-    def at(key: int, rows: Tensor, cols: Tensor, bits: int = 8) -> Noise:
+    def at(key: int, rows: Tensor, cols: Tensor, bits: int = 8, *, centred: bool = False) -> Noise:
         """The bits of the elements with global indices rows `[R]` and cols `[C]`, int64; key: see `random.key_of`."""
-        return Noise(*row_words(key, rows), column_words(key, cols), bits)
+        return Noise(*row_words(key, rows), column_words(key, cols), bits, centred)
 
 
 def encode_scale(amax: Tensor, aim: float) -> tuple[Tensor, Tensor]:
@@ -130,11 +135,20 @@ def apply_e2m1(x: Tensor, scale: Tensor, multiplier: Tensor, lanes: int, dtype: 
 
 
 def apply_e2m1_stochastic(
-    x: Tensor, scale: Tensor, multiplier: Tensor, noise: Tensor, noise_unit: float, lanes: int, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor,
+    multiplier: Tensor,
+    noise: Tensor,
+    noise_unit: float,
+    centred: bool,
+    lanes: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Stochastically rounded E2M1 code * scale. noise: integers of x's shape, multiplied by `noise_unit`."""
+    """Stochastically rounded E2M1 code * scale. noise: integers of x's shape, in `noise_unit`; centred: see `Noise`."""
     blocked = x.unflatten(0, (-1, lanes)).to(torch.float32)
     uniform = noise.unflatten(0, (-1, lanes)).to(torch.float32) * noise_unit
+    if centred:
+        uniform = uniform + noise_unit * 0.5
     return (rounding.round_e2m1(blocked * multiplier, uniform) * scale).to(dtype)
 
 

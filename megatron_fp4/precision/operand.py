@@ -27,7 +27,7 @@ class Format(Enum):
 class Rounding(Enum):
     rne = "rne"  # to nearest, ties to even
     sr = "sr"  # stochastic, as Transformer Engine does it: block maxima above 6 are clipped, a bias of about 1%
-    sr_headroom = "sr_headroom"  # stochastic with the block scale enlarged by 17/16, so that nothing is clipped
+    sr_headroom = "sr_headroom"  # stochastic without bias: the block scale is enlarged by 17/16, so nothing is clipped
 
 
 class Signs(Enum):
@@ -129,6 +129,11 @@ class Operand:
     @property
     def stochastic(self) -> bool:
         return self.rounding is not Rounding.rne
+
+    @property
+    def centred_noise(self) -> bool:
+        """Whether noise of b bits is (k + 1/2) / 2^b, without bias; as Transformer Engine's of nvfp4 it is k / 2^b."""
+        return self.rounding is Rounding.sr_headroom or (self.stochastic and self.format is Format.mxfp4)
 
     @property
     def transposes(self) -> bool:

@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore
-from megatron_fp4.checkpoint.directory import latest_step
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, latest_step
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import kill_local, run_local
@@ -24,6 +23,7 @@ from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.proofs.distance import assemble
 from megatron_fp4.proofs.layouts import Layout
 from megatron_fp4.proofs.parity import Case, copies, synthetic_inputs
+from megatron_fp4.train.evaluate import evaluating
 from megatron_fp4.train.trainable import build_trainable
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -61,7 +61,11 @@ class StretchReport:
 
 
 def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch: Stretch) -> StretchReport:
-    """Run this rank's part of the stretch. Collective over the world."""
+    """Run this rank's part of the stretch. Collective over the world.
+
+    Where the run evaluates, this one does so after every step, in the precision of training, whose quantized weights
+    are kept: those of an evaluation must not serve the next step.
+    """
     mesh = build_mesh(parallel, process.world)
     config = replace(case.config, parallel=parallel)
     trainable = build_trainable(config, case.table, EmulatedBackend(compile=False), mesh, process.device)
@@ -89,6 +93,9 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
         optimizer.step(norm, lr=config.optim.lr, max_norm=config.optim.clip_norm)
         if step + 1 == stretch.save_step:
             store.save(step + 1, optimizer.state_shards(), {"optimizer_steps": optimizer.step_count})
+        if config.train.eval_interval_steps:
+            with evaluating(list(engine.stages), case.table):
+                engine.evaluate(microbatches[0])
     store.close()
     return StretchReport(began, losses, copies(optimizer.state_shards(), *KINDS))
 

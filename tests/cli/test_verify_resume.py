@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+from torch import Tensor
 
 from megatron_fp4.cli import verify_resume
-from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.comm.bootstrap import Launch, Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.optim import Zero1AdamW
+from megatron_fp4.precision import WeightCache
+from megatron_fp4.precision.backends import Copy
 from megatron_fp4.proofs import resume
+from megatron_fp4.proofs.layouts import parse_layout
 from megatron_fp4.proofs.parity import Case
 from megatron_fp4.proofs.resume import Stretch, StretchReport, run_stretch
+from megatron_fp4.proofs.shrink import shrink
+from tests.helpers.distributed import world_group
 
 TINY = ["model=gpt_tiny", "model.num_layers=2", "--layout", "dp2", "--others", "dp1", "--steps", "2"]
 
@@ -25,6 +37,31 @@ def test_a_right_resume_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.count("equal bit for bit") >= 3, "fp32, bf16 and the recipe at the same layout"
     assert "fp32    dp2 killed, resumed at dp1" in out
     assert "batch-size ramp: steps of 4, 4, 8, 12 samples" in out
+
+
+def forgets_the_step(self: WeightCache, weight: Tensor, copies: Sequence[Copy], **about: Any) -> tuple[Any, ...]:
+    """A cache that goes by the version of the weights alone."""
+    for copy in copies:
+        if (about["version"], copy) not in self._operands:
+            origin = about["sharding"].w(about["seed"], about["step"])
+            self._operands[about["version"], copy] = about["backend"].quantize(weight.detach(), origin, [copy])[0]
+    return tuple(self._operands[about["version"], copy] for copy in copies)
+
+
+@pytest.mark.parametrize("planted", [False, True], ids=["", "a cache without the step"])
+def test_evaluations_between_steps_are_part_of_it(
+    planted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are rounded stochastically: those that an evaluation has kept must not serve the next step."""
+    settings = ["model=gpt_tiny", "model.num_layers=2", "precision/recipe=nvfp4_sr_weights"]
+    config = to_run_config(compose_config([*settings, "train.eval_interval_steps=2"]))
+    case = shrink(config, [parse_layout("dp1")])[-1]
+    process = Process(Launch(0, 1), world_group(0, 1), torch.device("cpu"))
+    if planted:
+        monkeypatch.setattr(WeightCache, "get", forgets_the_step)
+    whole, resumed = (run_stretch(process, case, ParallelConfig(), Stretch(str(tmp_path), 2, 4)) for _ in range(2))
+    assert (whole.began, resumed.began) == (0, 2)
+    assert resume.distance([whole], [resumed]).equal is not planted
 
 
 def forgets_moments(process: Process, case: Case, parallel: ParallelConfig, stretch: Stretch) -> StretchReport:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_fp4.numerics import key_of, quantize_nvfp4, quantize_power_of_two, random_bits
 from megatron_fp4.numerics.fused import Passes
-from megatron_fp4.numerics.stages import Noise
+from megatron_fp4.numerics.stages import Noise, apply_e2m1_stochastic
 
 KEY = key_of(3, "noise")
 PASSES = Passes(compile=False)
@@ -100,6 +100,29 @@ def test_fused_power_of_two_formats(element: str, tile: tuple[int, int], bits: i
     expected = quantize_power_of_two(x, element=element, tile=tile, noise=value).operand()
     scales = PASSES.power_of_two_scales(PASSES.block_maxima(x, tile), element)
     assert torch.equal(PASSES.rounded(x, scales, tile=tile, element=element, noise=addressed), expected)
+
+
+def stochastic(x: Tensor, words: Tensor, bits: int, *, centred: bool) -> Tensor:
+    """Elements in code units, rounded with the given random integers."""
+    ones = torch.ones(x.numel() // 16, 1)
+    unit = 2.0**-bits
+    rounded = apply_e2m1_stochastic(x, ones, ones, words, unit, centred=centred, lanes=16, dtype=torch.float32)
+    return rounded.view(x.shape)
+
+
+@pytest.mark.parametrize(("low", "step"), [(0.5, 0.5), (2.0, 1.0), (4.0, 2.0)])
+@pytest.mark.parametrize(("centred", "bias"), [(False, -1 / 512), (True, 0.0)])
+def test_bias_of_stochastic_rounding(low: float, step: float, centred: bool, bias: float) -> None:
+    """2048 elements between two codes, each with all 256 bytes: Transformer Engine's noise is half a unit too low."""
+    x = low + step * (torch.arange(2048) + 0.5).repeat_interleave(256) / 2048
+    rounded = stochastic(x, torch.arange(256).repeat(2048), 8, centred=centred)
+    assert float((rounded.double() - x.double()).mean()) / step == pytest.approx(bias, abs=1e-9)
+
+
+@pytest.mark.parametrize("bits", [8, 20])
+def test_the_largest_noise_moves_no_element_that_is_a_code(bits: int) -> None:
+    codes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]).repeat(2)
+    assert torch.equal(stochastic(codes, torch.full((16,), 2**bits - 1), bits, centred=True), codes)
 
 
 @pytest.mark.parametrize("scope_dim", [0, 1])

@@ -74,6 +74,23 @@ def planned(config: ModelConfig, settings: RankSettings) -> footprint.Footprint:
     return stage_footprint(config, whole_model(config), settings)
 
 
+def test_selective_recomputation_is_worth_its_name() -> None:
+    """Of a squared-ReLU MLP only what enters the activation is kept, not its result too: the input of `down`."""
+    config = replace(load("hybrid_tiny"), pattern="--", num_layers=2, vocab_size=1024)
+    for quantized in (False, True):
+        none, selective = (
+            planned(config, settings_for(config, quantized=quantized, recompute=mode)).kept
+            for mode in (Recompute.none, Recompute.selective)
+        )
+        one_per_block = len(config.blocks) * BATCH * LENGTH * config.ffn_hidden * 2
+        assert none - selective == one_per_block, f"{none} -> {selective}"
+    hybrid = replace(load("hybrid_tiny"), vocab_size=1024)
+    none, selective = (
+        planned(hybrid, settings_for(hybrid, recompute=mode)).kept for mode in (Recompute.none, Recompute.selective)
+    )
+    assert selective < 0.95 * none
+
+
 @pytest.mark.parametrize("documents", [False, True], ids=["", "documents"])
 @pytest.mark.parametrize("kind", ["bf16", "nvfp4", "fp32"])
 @pytest.mark.parametrize("recompute", list(Recompute), ids=lambda mode: mode.name)
@@ -102,7 +119,9 @@ def test_kept_to_the_byte(name: str, recompute: Recompute, kind: str, documents:
         loss = forward()
     for tensor in earlier:
         saved.pop(tensor.untyped_storage()._cdata, None)
-    assert planned(config, settings).kept == alive == sum(t.untyped_storage().nbytes() for t in saved.values())
+    assert planned(config, settings).kept == alive
+    if recompute is not Recompute.selective:  # which has hooks of its own, of which torch tells ours nothing
+        assert alive == sum(t.untyped_storage().nbytes() for t in saved.values())
     del graph, loss
 
 

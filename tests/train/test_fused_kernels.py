@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,11 +15,11 @@ from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim.config import Impl
-from megatron_fp4.precision import EmulatedBackend
+from megatron_fp4.precision import EmulatedBackend, Format, LinearPrecision, Operand, Rounding, nvfp4_paper
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.proofs.parity import synthetic_inputs
 from megatron_fp4.settings import to_json_values
-from megatron_fp4.train.refusals.requirements import by_torch
+from megatron_fp4.train.refusals.requirements import by_torch, check_choices
 from megatron_fp4.train.resume.differences import as_table, compare_settings, refuse_forbidden
 from megatron_fp4.train.trainable import build_trainable
 from tests.helpers.parity import parity_case
@@ -75,3 +77,21 @@ def test_a_resumed_run_may_choose_others() -> None:
     refuse_forbidden(
         compare_settings({**saved, "model": older}, saved)
     )  # a checkpoint from before these settings existed
+
+
+@pytest.mark.parametrize("tensor", ["x", "w"])
+def test_te_with_a_stochastic_forward_pass_that_runs_twice_is_refused(tensor: str) -> None:
+    """Its noise has no address: the second forward pass would be another one."""
+    case = parity_case(PrecisionConfig(), train={"recompute": Recompute.full})
+    stochastic = Operand(Format.nvfp4, rounding=Rounding.sr)
+    recipe = LinearPrecision(replace(nvfp4_paper().fprop, **{tensor: stochastic}))
+    by_te = PrecisionConfig(BackendName.transformer_engine, recipes={"sr_forward": recipe}, use="sr_forward")
+    config = replace(case.config, precision=by_te)
+    with pytest.raises(
+        ValueError, match=r"train\.recompute=full .* recipe sr_forward, whose Fprop rounds stochastically"
+    ):
+        check_choices(config)
+    for mode in (Recompute.none, Recompute.selective):
+        check_choices(replace(config, train=replace(config.train, recompute=mode)))
+    check_choices(replace(config, precision=replace(by_te, backend=BackendName.emulated)))
+    check_choices(replace(config, precision=replace(by_te, recipes={"nvfp4": nvfp4_paper()})))

@@ -129,7 +129,8 @@ class EmulatedBackend:
         operand = copy.operand
         noise = None
         if operand.stochastic:
-            noise = Noise.at(noise_key(origin, copy), origin.rows, origin.cols, operand.noise_bits)
+            key, centred = noise_key(origin, copy), operand.centred_noise
+            noise = Noise.at(key, origin.rows, origin.cols, operand.noise_bits, centred=centred)
         element = "e2m1" if operand.format in (Format.nvfp4, Format.mxfp4) else "e4m3"
         scales = self._scales(blocks, amax, copy, element)
         return self.passes.rounded(blocks.x, scales, tile=copy.stored_tile, element=element, noise=noise, dtype=dtype)

@@ -105,7 +105,7 @@ def _quantized(x: Tensor, amax: Tensor, origin: OperandOrigin, copy: Copy) -> _C
         bits = random_bits(noise_key(origin, copy), origin.rows, origin.cols)
         bits = bits if copy.along == 1 else bits.T
         kept = (bits >> (32 - operand.noise_bits)) & ((1 << operand.noise_bits) - 1)
-        noise = kept.float() / 2**operand.noise_bits
+        noise = (kept.float() + (0.5 if operand.centred_noise else 0.0)) / 2**operand.noise_bits
     if operand.format is not Format.nvfp4:
         element = "e2m1" if operand.format is Format.mxfp4 else "e4m3"
         quantized = quantize_power_of_two(x, element=element, tile=operand.tile, noise=noise)

@@ -17,6 +17,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
 from megatron_fp4.layers.fused.norm import fused_norm
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
+from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.config import Impl
 from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
@@ -32,6 +33,16 @@ def check_choices(config: RunConfig) -> None:
         raise ValueError(
             f"train.label_smoothing = {config.train.label_smoothing} with model.loss_impl=te, whose smoothing over"
             " vocabulary parts was never compared with ours; set model.loss_impl=torch, or train.label_smoothing=0"
+        )
+    recipes = config.precision.recipes.items()
+    redrawn = [name for name, recipe in recipes if any(operand.stochastic for operand in recipe.fprop.operands)]
+    by_te = config.precision.backend is BackendName.transformer_engine
+    if by_te and redrawn and config.train.recompute is Recompute.full:
+        raise ValueError(
+            f"train.recompute=full with precision.backend=transformer_engine and precision recipe {redrawn[0]}, whose"
+            " Fprop rounds stochastically: Transformer Engine draws other bits when a block is computed again, so the"
+            " backward pass would be that of other activations; set train.recompute=selective, round fprop to nearest,"
+            " or use precision.backend=emulated, whose noise has an address"
         )
     if config.precision.compute_dtype is ComputeDtype.fp32:
         for name, impl in _implementations(config).items():

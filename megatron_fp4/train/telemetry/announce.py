@@ -12,8 +12,10 @@ import torch
 from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.text.tokenizer import describe_tokenizer
 from megatron_fp4.precision.backends.choose import eager_reason
+from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.table import difference_to_stored
 from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.telemetry.throughput import Throughput
 
 
@@ -31,12 +33,30 @@ def describe_run(checked: CheckedConfig, world_size: int, device: torch.device) 
         f"global batch {config.train.global_batch} = micro batch {config.train.micro_batch} * accumulation"
         f" {accumulation} * dp {checked.dp}; {config.tokens_per_step:,} tokens a step, {config.total_steps:,} steps",
     ]
+    if note := _wgrad_groups(config, checked.plan):
+        paragraphs.append(note)
     stages = config.stages()
     if len(stages) > 1:
         ramp = ", ".join(f"{stage.num_steps:,} of {stage.size}" for stage in stages)
         paragraphs.append(f"batch-size ramp, steps and their samples: {ramp}")
     paragraphs.append(Throughput(config, world_size, device).describe())
     return paragraphs + [f"note: {note}" for note in checked.notes]
+
+
+def _wgrad_groups(config: RunConfig, plan: PrecisionPlan) -> str:
+    """Says that weight gradients depend on the layout, where blocks of Wgrad reach over a run of tokens; else ""."""
+    tables = (table for _, table in plan.phases)
+    group = max(row.precision.wgrad.multiples()["T"] for table in tables for row in table.rows)
+    S, cp = config.data.seq_length, config.parallel.cp
+    run_of_tokens = S // (2 * cp) if cp > 1 else S
+    if run_of_tokens % group == 0 or (cp == 1 and config.train.micro_batch == 1):
+        return ""
+    formula = f"data.seq_length / (2 * cp) = {S} / {2 * cp}" if cp > 1 else "data.seq_length"
+    return (
+        f"Wgrad quantizes {group} tokens together, but a run of tokens on a rank is {run_of_tokens} ({formula}), no"
+        " multiple of that: weight gradients are others, equally valid ones, than at another parallel.cp or"
+        f" train.micro_batch; a multiple of {group} makes them equal"
+    )
 
 
 def describe_resume(checked: CheckedConfig, meta: dict[str, Any], changes: str, rollback: str) -> list[str]:

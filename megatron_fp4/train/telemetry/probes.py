@@ -19,7 +19,7 @@ from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.run import Run
 from megatron_fp4.train.sections import NonFinite
-from megatron_fp4.train.telemetry.quantization import measures
+from megatron_fp4.train.telemetry.quantization import begin_measuring, measures
 
 MAX_LINES = 20
 
@@ -47,7 +47,9 @@ def watching(run: Run, step: int, table: PrecisionTable, num_microbatches: int) 
     if gemms is not None:
         gemms.recording = checks
     if statistics is not None:
-        statistics.recording = measures(run, step)
+        statistics.recording = False
+        if measures(run, step):
+            begin_measuring(run, statistics)
     yield
     if statistics is not None:
         statistics.recording = False

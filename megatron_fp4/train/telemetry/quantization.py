@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.precision.statistics import Report, report_table
+from megatron_fp4.precision.statistics import Report, StatisticsProbe, report_table
 from megatron_fp4.train.run import Run
 from megatron_fp4.train.telemetry.metrics import Metrics
 
@@ -26,6 +26,12 @@ def measures(run: Run, step: int) -> bool:
     """Whether the operands of `step` are measured."""
     interval = run.config.train.statistics_interval_steps
     return interval > 0 and step % interval == 0
+
+
+def begin_measuring(run: Run, statistics: StatisticsProbe) -> None:
+    """Record what is quantized from now on, weights too: those that are kept from the last pass are made anew."""
+    statistics.recording = True
+    run.clock.weights_version += 1
 
 
 def write_statistics(run: Run, step: int, metrics: Metrics) -> None:
@@ -52,7 +58,7 @@ def measure_again(run: Run, step: int, rerun_step: Callable[[], object]) -> Repo
         return {}
     if measures(run, step):
         return _gather(statistics.report, run.mesh)
-    statistics.recording = True
+    begin_measuring(run, statistics)
     rerun_step()
     statistics.recording = False
     return _gather(statistics.take(), run.mesh)

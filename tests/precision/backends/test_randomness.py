@@ -49,3 +49,12 @@ def test_every_field_of_an_operand_was_tried() -> None:
     """A new field may bring new randomness."""
     for field in dataclasses.fields(Operand):
         assert len({getattr(operand, field.name) for operand in OPERANDS}) > 1, field.name
+
+
+def test_noise_is_centred_where_transformer_engine_does_not_round() -> None:
+    """What it rounds must have its distribution, a bias of 1/512 of a step included."""
+    centred = {str(operand) for operand in OPERANDS if operand.centred_noise}
+    assert centred == {
+        str(Operand(N4, rounding=Rounding.sr_headroom)),
+        str(Operand(Format.mxfp4, rounding=Rounding.sr)),
+    }

@@ -16,6 +16,7 @@ from megatron_fp4.precision.backends import Copy, NonFiniteWatch, OperandOrigin
 from megatron_fp4.precision.statistics import StatisticsProbe
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
+from tests.train.in_process import falsify_loss, make_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,20 @@ def test_statistics_are_written_and_change_nothing(tmp_path: Path) -> None:
     table = (measured.run_dir / "quantization" / "step_00000004.txt").read_text().splitlines()
     assert len(table) == 1 + 4 * 5
     assert table[0].split()[:3] == ["operand", "SNR", "dB"]
+
+
+def test_weights_are_measured_though_their_copies_are_kept(tmp_path: Path) -> None:
+    """After a skipped update, and when a bad step is computed again, kept copies would pass by the probe."""
+    spikes = [f"train.spikes.{name}={value}" for name, value in {"ratio": 1.5, "min_steps": 2, "max_skips": 5}.items()]
+    settings = ("train.statistics_interval_steps=4", "train.stop_after_steps=4", *spikes)
+    trainer, _ = make_trainer(tiny_run(tmp_path, *settings).overrides)
+    losses = iter((1.0, 1.0, 9.0))  # step 3 is a spike: it is computed again for its bundle, and nothing is updated
+    falsify_loss(trainer, lambda: next(losses, 1.0))
+    assert trainer.fit() == 0
+    assert trainer.position.skipped_steps == 1
+    run_dir = tmp_path / "run"
+    for table in ("spikes/step_00000003/quantization.txt", "quantization/step_00000004.txt"):
+        assert "blocks.0.mlp.up/fprop.w" in (run_dir / table).read_text(), f"{table}: no line of a weight"
 
 
 def origin(name: str, rows: int = 16) -> OperandOrigin:
