@@ -79,7 +79,6 @@ def write_bundle(run: Run, judgement: Judgement, bad: BadStep) -> Path:
 def _measure(run: Run, bad: BadStep) -> Report:
     """Quantization statistics of the step; what its second backward adds to the gradients is never used."""
     run.optimizer.zero_grad()
-    run.clock.weights_version += 1  # else the weights' operands would be taken from the first time, unseen
     statistics = measure_again(run, bad.step, bad.rerun_step)
     if run.probes.nonfinite:
         run.probes.nonfinite.take()  # what the first time has told already
