@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.documents import Position
+from data_tools.records import Position
 from data_tools.shard_set import SplitWriter, check_not_nested, finished, remove_sets
 from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 from megatron_fp4.data.shards.manifest import read_manifest

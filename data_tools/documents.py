@@ -4,25 +4,27 @@ Reading is split in two. `read_batches` cuts a file into batches of raw records 
 never more than one record over) with the position after them; it is cheap and runs in one process. `texts_of` turns
 raw records into texts and counts every record that is not one; it is the dear part and runs in the workers.
 A batch's borders depend on the input alone, so any number of workers, or a resumed run, gives the same result.
+
+Not here: what a batch is (records.py), Parquet files (parquet.py).
 """
 
 from __future__ import annotations
 
 import glob
 import gzip
-import importlib
 import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
+from data_tools.parquet import parquet_batches
 from data_tools.policies import Policies, Report
+from data_tools.records import BEGIN, Position, RawBatch, require
 from data_tools.zstd import ZstdReader
 
 BATCH_BYTES = 1 << 20
-PARQUET_ROWS = 1024
 _BOM = b"\xef\xbb\xbf"  # some programs open a UTF-8 file with it; it is no part of the text
 KINDS = {
     ".jsonl": "jsonl",
@@ -32,25 +34,6 @@ KINDS = {
     ".text": "text",
     ".md": "text",
 }
-
-
-class Position(NamedTuple):
-    """Where reading goes on: number of the file and, in it, bytes (uncompressed) or rows read."""
-
-    file: int
-    offset: int
-
-
-BEGIN = Position(0, 0)
-
-
-class RawBatch(NamedTuple):
-    where: str  # file and offset of the first record, for messages
-    kind: str  # jsonl | text | parquet
-    records: list[Any]  # bytes, or str | None for parquet
-    dropped: int  # over-long records left out
-    end: Position
-    file_bytes: int  # bytes of the stored files read so far, for progress
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -92,7 +75,7 @@ def read_batches(
         offset = start.offset if number == start.file else 0
         try:
             if kind_of(files[number]) == "parquet":
-                yield from _parquet_batches(files[number], number, offset, text_key, done)
+                yield from parquet_batches(files[number], number, offset, text_key, done)
             else:
                 yield from _line_batches(files[number], number, offset, policies, batch_bytes, done)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -165,42 +148,8 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.suffix == ".zst":
-        return io.BufferedReader(ZstdReader(raw, path, _require("zstandard", path)), 1 << 20)
+        return io.BufferedReader(ZstdReader(raw, path, require("zstandard", path)), 1 << 20)
     return raw
-
-
-def _parquet_batches(path: Path, number: int, offset: int, text_key: str, done: int) -> Iterator[RawBatch]:
-    parquet = _require("pyarrow.parquet", path)
-    try:
-        opened = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow's messages name no file
-        raise ValueError(f"{path}: {error}") from None
-    with opened as file:
-        if text_key not in file.schema_arrow.names:
-            raise ValueError(f"{path} has no column {text_key!r}; its columns are {file.schema_arrow.names}")
-        size, rows, at = path.stat().st_size, file.metadata.num_rows, 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if at + count <= offset:
-                at += count
-                continue
-            for part in file.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[text_key]):
-                end = at + part.num_rows
-                if end > offset:
-                    records = _records_of(part.column(0).slice(max(0, offset - at)))
-                    where = f"{path}, row {max(at, offset)}"
-                    yield RawBatch(where, "parquet", records, 0, Position(number, end), done + size * end // rows)
-                at = end
-
-
-def _records_of(column: Any) -> list[Any]:
-    """The values of an Arrow column; all as bytes where a string is not UTF-8: the policies decide about those."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        arrow = importlib.import_module("pyarrow")
-        strings = column.dictionary_decode() if arrow.types.is_dictionary(column.type) else column
-        return strings.cast(arrow.large_binary()).to_pylist()
 
 
 def texts_of(batch: RawBatch, text_key: str, policies: Policies, report: Report) -> list[str]:
@@ -257,11 +206,3 @@ def read_texts(files: Sequence[Path], text_key: str, policies: Policies, report:
     """All documents of the files, in this process."""
     for batch in read_batches(files, policies, text_key=text_key):
         yield from texts_of(batch, text_key, policies, report)
-
-
-def _require(module: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        raise ValueError(f"{path}: reading it needs the package {package!r}: pip install {package}") from None

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.documents import Position
+from data_tools.records import Position
 from megatron_fp4.data.shards.manifest import MANIFEST, PROGRESS, FileDigest, commit, digest_file, write_json
 from megatron_fp4.data.shards.writer import ShardWriter
 

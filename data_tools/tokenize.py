@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.cli import run_tool
-from data_tools.documents import RawBatch, expand_inputs, read_batches, texts_of
+from data_tools.documents import expand_inputs, read_batches, texts_of
 from data_tools.policies import Policies, Report, add_policy_arguments, policies_of, print_counts
 from data_tools.pool import ordered_map
 from data_tools.progress import ProgressBar
+from data_tools.records import RawBatch
 from data_tools.shard_set import SplitWriter, check_not_nested, finished, remove_sets
 from megatron_fp4.data.shards.shard import token_dtype
 from megatron_fp4.data.text.special import SpecialChoice, choice_of

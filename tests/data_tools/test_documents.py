@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from data_tools.documents import Position, expand_inputs, read_batches, read_texts, texts_of
+from data_tools.documents import expand_inputs, read_batches, read_texts, texts_of
 from data_tools.policies import Policies, Report
+from data_tools.records import Position
 
 TEXTS = ["first", "second line\nand more", "third é", "x" * 50]
 
