@@ -192,6 +192,16 @@ def test_without_byte_pieces_neighbouring_unknowns_are_one_token(tmp_path: Path)
         assert model.encode_batch([text])[0].tolist() == model._model.encode(text)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("text", [*SPELLED, "", " ", "\n" * 1000, "x" + " " * 1_000_000 + "y"])
+def test_without_byte_pieces_text_makes_no_special_token(tmp_path: Path, text: str) -> None:
+    """Except the one for unknown characters, which the tools count."""
+    model = load_tokenizer(toy.sentencepiece_model(tmp_path / "t.model", byte_fallback=False))
+    ids = model.encode_batch([text])[0].tolist()
+    special = model.special
+    assert not {special.bos, special.eos, special.pad} & set(ids)
+    assert special.unk in ids or model.decode(ids) == text
+
+
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(" ,.?!abÄÖ1\n", max_size=20))
 def test_random_text_without_byte_pieces(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
