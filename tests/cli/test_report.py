@@ -244,6 +244,13 @@ def test_settings_that_differ_stand_first(tmp_path: Path, report: Report) -> Non
     assert "other" not in out
 
 
+def test_settings_that_cannot_be_read_are_one_sentence(tmp_path: Path, report: Report) -> None:
+    base = run_of_batch(tmp_path / "base", 1, 40, "a: [1\nb: {")
+    code, out, err = report(base)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "config.yaml cannot be read: " in err
+
+
 def test_other_data_is_marked(tmp_path: Path, report: Report) -> None:
     base = run_of_batch(tmp_path / "base", 1, 40, settings_of(1e-3, "shards"))
     other = run_of_batch(tmp_path / "other", 1, 40, settings_of(1e-3, "more shards", seq_length=64))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,8 +31,8 @@ def stored_settings(run_dir: Path) -> Mapping[str, Any] | None:
         return None
     try:
         settings: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}; mend it, or move it away") from None
     return settings if isinstance(settings, dict) else None
 
 
