@@ -29,7 +29,8 @@ import torch.multiprocessing as mp
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore
 from megatron_fp4.comm import collectives
-from megatron_fp4.comm.bootstrap import Launch, exit_process, start_process
+from megatron_fp4.comm.bootstrap import exit_process, start_process
+from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Rectangle, Shard
 

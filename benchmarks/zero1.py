@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_fp4.comm.bootstrap import Launch, exit_process, start_process
+from megatron_fp4.comm.bootstrap import exit_process, start_process
 from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle

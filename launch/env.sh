@@ -2,7 +2,7 @@
 # Environment of every rank, sourced by launch/torchrun.sh and launch/slurm.sbatch.
 #
 # One idea: a variable is here only with its reason, and a value that you exported before stays. Rank, world size and
-# rendezvous are not set here: the launchers do that, and only megatron_fp4/comm/bootstrap.py reads them.
+# rendezvous are not set here: the launchers do that, and only megatron_fp4/comm/launch.py reads them.
 
 # The last lines of a killed rank must be in the log: Python buffers stdout when it is a file.
 export PYTHONUNBUFFERED=${PYTHONUNBUFFERED:-1}

@@ -78,7 +78,7 @@ if [[ -z $python ]]; then
   if [[ -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
 fi
 
-# megatron_fp4.comm.bootstrap refuses to train when the world is another size.
+# megatron_fp4.comm.launch refuses to train when the world is another size.
 export MEGATRON_FP4_EXPECTED_WORLD_SIZE=${MEGATRON_FP4_EXPECTED_WORLD_SIZE:-$((nnodes * nproc_per_node))}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # run this checkout, from whatever folder
 exec "$python" "$root/launch/supervise.py" "${rendezvous[@]}" --nproc-per-node "$nproc_per_node" \

@@ -25,7 +25,7 @@ def test_these_floors_do_not_know_what_fp4_is(folder: str) -> None:
 def test_the_environment_is_read_in_one_file() -> None:
     reads = r"os\.environ(\.get\(|\[)|= os\.environ\b|os\.environ if|getenv"
     readers = [path for path in sources(".") if re.search(reads, path.read_text())]
-    assert [path.relative_to(PACKAGE).as_posix() for path in readers] == ["comm/bootstrap.py"]
+    assert [path.relative_to(PACKAGE).as_posix() for path in readers] == ["comm/launch.py"]
 
 
 def test_every_module_says_what_it_is_for() -> None:

@@ -7,6 +7,7 @@ mistake becomes one message with the nearest valid key, or with the name that a 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,30 @@ def to_run_config(tree: DictConfig) -> RunConfig:
         raise ConfigError(_short(error)) from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def resolve(tree: DictConfig) -> DictConfig:
+    """The tree with every interpolation (`${oc.env:NAME}`, `${now:...}`) replaced by its value. Raises ConfigError."""
+    resolved = copy.deepcopy(tree)
+    try:
+        OmegaConf.resolve(resolved)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_short(error)) from None
+    return resolved
+
+
+def as_written(tree: DictConfig) -> dict[str, Any]:
+    """The settings as nested dictionaries, interpolations as they were written."""
+    settings = OmegaConf.to_container(tree, resolve=False, enum_to_str=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def from_yaml(text: str) -> DictConfig:
+    """The tree of which `to_yaml` made `text`."""
+    tree = OmegaConf.merge(OmegaConf.structured(twin(RunConfig)), OmegaConf.create(text))
+    assert isinstance(tree, DictConfig)
+    return tree
 
 
 def load_run_config(run_dir: Path) -> RunConfig:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fp4 import __version__
-from megatron_fp4.comm.bootstrap import environment, read_launch
+from megatron_fp4.comm.launch import environment, read_launch
 from megatron_fp4.precision.operand import Format
 from megatron_fp4.precision.te.api import load_api
 from megatron_fp4.precision.te.refusals import check_capability

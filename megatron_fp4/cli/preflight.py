@@ -16,8 +16,9 @@ import sys
 from collections.abc import Sequence
 
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
-from megatron_fp4.comm.bootstrap import Process, exit_process, read_launch, start_process, stop_process
+from megatron_fp4.comm.bootstrap import Process, exit_process, start_process, stop_process
 from megatron_fp4.comm.collectives import all_gather_object
+from megatron_fp4.comm.launch import read_launch
 from megatron_fp4.planning.report import run_plan
 from megatron_fp4.proofs.checks import CheckResult
 from megatron_fp4.proofs.preflight import run_checks

@@ -13,10 +13,24 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config, to_yaml
-from megatron_fp4.comm.bootstrap import exit_process, read_launch
+from omegaconf import DictConfig
+
+from megatron_fp4.cli.compose import (
+    ConfigError,
+    as_written,
+    compose_config,
+    from_yaml,
+    resolve,
+    to_run_config,
+    to_yaml,
+)
+from megatron_fp4.comm.bootstrap import exit_process
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.launch import Launch, read_launch
+from megatron_fp4.comm.rendezvous import RanksNotMet, meet
+from megatron_fp4.train.arrival.refusals import GivenSettings, give_up, refuse, refuse_start
 from megatron_fp4.train.faults.signals import EXIT_INTERRUPTED
-from megatron_fp4.train.job import refuse, refuse_here, run_rank
+from megatron_fp4.train.job import run_rank
 
 HELP = """usage: pretrain [experiment=NAME] [group=option ...] [key=value ...] [--config-dir DIR] [--cfg]
 
@@ -39,19 +53,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         launch = read_launch()
     except ValueError as error:
-        return refuse(error, speaks=True)
+        return refuse(error)
     try:
         config_dir, show, overrides = _split_arguments(arguments)
         tree = compose_config(overrides, config_dir)
         if show:
-            print(to_yaml(tree))
+            print(to_yaml(resolve(tree)))
             return 0
-        config = to_run_config(tree)
-    except ValueError as error:
-        return refuse(error, speaks=launch.rank == 0)
-    except FileNotFoundError as error:
-        return refuse_here(error, launch)
-    return run_rank(config, to_yaml(tree), launch)
+        settings = read_settings(tree, launch)
+    except RanksNotMet as error:
+        return give_up(error)
+    except (ValueError, FileNotFoundError) as error:
+        return refuse_start(error, launch)
+    return run_rank(settings, launch)
+
+
+def read_settings(tree: DictConfig, launch: Launch) -> GivenSettings:
+    """The resolved settings. Interpolations are resolved once, on rank 0, for all: environment and clock differ.
+
+    So where there are any, the ranks meet first. Raises ValueError, RanksNotMet.
+    """
+    written = as_written(tree)
+    if launch.world_size == 1 or "${" not in to_yaml(tree):
+        tree = resolve(tree)
+        return GivenSettings(to_run_config(tree), to_yaml(tree), written)
+    text = to_yaml(resolve(tree)) if launch.rank == 0 else ""
+    patience = ParallelConfig().init_timeout_seconds  # what the settings say is not known yet
+    rendezvous = meet(launch, patience)
+    text = rendezvous.decided_by_rank0("the settings", text, lambda said: said[0], patience)
+    return GivenSettings(to_run_config(from_yaml(text)), text, written, rendezvous)
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, bool, list[str]]:

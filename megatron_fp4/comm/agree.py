@@ -61,3 +61,14 @@ def errors_by_rank(errors: Sequence[str | None]) -> str | None:
     """One text that names each rank that has an error, or None."""
     texts = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error]
     return "; ".join(texts[:MAX_LISTED]) or None
+
+
+def number_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text: [2, 3, 4, 7] -> "2-4,7"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_fp4.comm.bootstrap import Launch, Process, start_process, stop_process
+from megatron_fp4.comm.bootstrap import Process, start_process, stop_process
+from megatron_fp4.comm.launch import Launch
 
 
 class _Answer(NamedTuple):

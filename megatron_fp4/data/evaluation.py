@@ -44,6 +44,7 @@ class EvalLoader:
         self.num_targets = num_tokens - 1  # nothing precedes the first token
         self.num_samples = -(-self.num_targets // stream.seq_length)
         self.num_batches = -(-self.num_samples // (micro_batch * dp_size))
+        self.documents = stream.documents
         self._stream = stream
         self._micro_batch = micro_batch
         self._dp_rank = dp_rank
@@ -61,6 +62,10 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return (self.batch(index) for index in range(self.num_batches))
+
+    def build_index(self) -> None:
+        """Build what a pass needs, so that the first one does not wait for it."""
+        self._stream.pieces(0, 1)
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index` of this rank."""

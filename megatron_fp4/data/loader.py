@@ -92,6 +92,12 @@ class Loader:
         address = torch.from_numpy(places[:, None] * length + np.arange(length))
         return rows.batch(address, torch.from_numpy(ids))
 
+    def build_indices(self, consumed_samples: int) -> None:
+        """Build what the first samples from here on need of every source, so that no step waits for it."""
+        cursors = self.plan.cursors_at(self.plan.id_of(consumed_samples))
+        for name, stream in self.streams.items():
+            stream.pieces(cursors.get(name, 0))
+
     def origins(self, first_sample: int, num_samples: int) -> list[SampleOrigin]:
         """What every sample of a step is made of, in global order, all data-parallel ranks (the audit ledger)."""
         return self._origins(self.plan.ids(first_sample, num_samples))

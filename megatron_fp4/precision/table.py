@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_fp4.comm.agree import number_ranges
 from megatron_fp4.precision.operand import Format
 from megatron_fp4.precision.spec import Gemm, LinearPrecision
 
@@ -111,19 +112,8 @@ def _split_name(name: str) -> tuple[int | None, str]:
 
 def _group_name(suffix: str, blocks: Sequence[int | None]) -> str:
     numbers = [block for block in blocks if block is not None]
-    return f"blocks.{_ranges(numbers)}.{suffix}" if numbers else suffix
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[2, 3, 4, 7] -> `{2-4,7}`."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    text = ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
-    return text if len(numbers) == 1 else f"{{{text}}}"
+    ranges = number_ranges(numbers) if len(numbers) == 1 else f"{{{number_ranges(numbers)}}}"
+    return f"blocks.{ranges}.{suffix}" if numbers else suffix
 
 
 def difference(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

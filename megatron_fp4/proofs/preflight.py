@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_fp4.comm.bootstrap import Launch, Process
+from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.launch import Launch
 from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.table import summary
 from megatron_fp4.proofs.checks import CheckResult, attempt

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_fp4.comm.bootstrap import Launch, start_process
+from megatron_fp4.comm.bootstrap import start_alone
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.precision.config import PrecisionConfig
 from megatron_fp4.train.build import build
@@ -36,7 +36,7 @@ def replay(bundle: Path, config: RunConfig, last_step: int) -> dict[int, float]:
         if checkpoints.is_dir():
             shutil.copytree(checkpoints, run_dir / "checkpoints")
         config = _quiet(config, run_dir, last_step)
-        run, start = build(check_config(config, 1), start_process(config.train.device, launch=Launch()))
+        run, start = build(check_config(config, 1), start_alone(config.train.device))
         metrics = Metrics.open(config.logging, run_dir, resume_step=0, wandb_id="replay", settings={})
         console = Console(enabled=False, interval_steps=1)
         fit(run, start, Outputs(metrics, console, StopRequest(), SpikeGuard(run, console), "replay"))

@@ -20,6 +20,9 @@ from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.telemetry.probes import probed_backend
 from megatron_fp4.train.trainable import build_trainable
 
+INDEX_SECONDS = 3600.0
+"""The first start may build the indices of billions of documents; benchmarks/data.py: about ten million a second."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -69,6 +72,11 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
             start = _find_start(checked, loaded.meta, process.world)
             loader, evaluations = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data), process.world)
         optimizer.after_load(loaded.meta["optimizer_steps"])
+    phases.enter("index")
+    loader.build_indices(start.position.samples)
+    for evaluation in evaluations:
+        evaluation.build_index()
+    process.rendezvous.wait_for_all("its indices", INDEX_SECONDS)  # a collective is not so patient
     phases.enter("build")
     run = Run(
         config=config,

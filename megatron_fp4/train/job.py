@@ -1,42 +1,47 @@
-"""A rank's life in a job: check, meet, lock, build, fit, leave.
+"""A rank's life in a job: check, meet, agree, lock, build, fit, leave.
 
-Whatever can be refused by one rank alone is refused before the ranks meet; the watchdog watches the whole life. The
-exit codes are those of faults/signals.py.
+Whatever can be refused by one rank alone is refused before the ranks meet, and whatever they must have alike before
+there is a process group; the watchdog watches the whole life. The exit codes are those of faults/signals.py.
 
-Not here: arguments and YAML (cli/pretrain.py); the resolved settings come as text, for the log and the run directory.
+Not here: arguments and YAML (cli/pretrain.py), what is compared and how a rank refuses (arrival/). The resolved
+settings come as text, for the log and the run directory.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
-import sys
-import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from megatron_fp4.comm.agree import decided_by_rank0
-from megatron_fp4.comm.bootstrap import Launch, Process, choose_device, exit_process, start_process, stop_process
+from megatron_fp4.comm.bootstrap import Process, choose_device, exit_process, start_process, stop_process
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.host_memory import keep_freed_memory
+from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rendezvous import RanksNotMet, Rendezvous, meet
+from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.foreign import check_unnamed
 from megatron_fp4.data.ledger import LEDGER
+from megatron_fp4.data.loader import Loader
 from megatron_fp4.data.overlap import check_heldout
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.storage.append import AppendFile
 from megatron_fp4.storage.durable import write_durably, write_temporary
 from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked, RunUnwritable
-from megatron_fp4.train.build import Start, build
+from megatron_fp4.train.arrival.agreement import Part, agree_on, parts_of_run, parts_of_start
+from megatron_fp4.train.arrival.refusals import GivenSettings, give_up, refuse, refuse_start, refuse_together
+from megatron_fp4.train.build import INDEX_SECONDS, Start, build
 from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.guard import SpikeGuard
-from megatron_fp4.train.faults.signals import EXIT_CONFIG, StopRequest
+from megatron_fp4.train.faults.signals import StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.refusals.requirements import check_machine
@@ -47,34 +52,37 @@ from megatron_fp4.train.telemetry.metrics import Metrics
 from megatron_fp4.train.trainer import Outputs, fit
 
 log = logging.getLogger(__name__)
-SILENT_SECONDS = 10.0
-INDEX_SECONDS = 3600.0
-"""The first start may build the indices of billions of documents; benchmarks/data.py: about ten million a second."""
 
 
-def run_rank(config: RunConfig, config_text: str, launch: Launch) -> int:
-    """Live as one rank; returns the exit code. config_text: the resolved settings as YAML."""
+class _Prepared(NamedTuple):
+    """What a rank has before it meets the others. parts: what they compare."""
+
+    checked: CheckedConfig
+    data: tuple[Loader, list[EvalLoader]]
+    parts: Mapping[str, Part]
+
+
+def run_rank(settings: GivenSettings, launch: Launch) -> int:
+    """Live as one rank; returns the exit code."""
     phases = Phases(torch.device("cpu"))  # the device is known when the ranks have met
-    with _watchdog(config, phases, launch) as watchdog:
+    with _watchdog(settings.config, phases, launch) as watchdog:
         phases.enter("prepare")
+        parts = parts_of_start(settings.written)
         try:
-            checked = check_config(config, launch.world_size)
-        except ValueError as error:
-            return refuse(error, speaks=launch.rank == 0)
-        except FileNotFoundError as error:
-            return refuse_here(error, launch)
-        phases.enter("index")
-        try:
-            device = choose_device(config.train.device, launch.local_rank)
+            checked = check_config(settings.config, launch.world_size)
+            phases.enter("index")
+            device = choose_device(settings.config.train.device, launch.local_rank)
             data = open_data(checked, dp_rank=0)
-            if launch.rank == 0:
-                for line in [*check_heldout(*data), *check_unnamed(*data, checked.tokenizer)]:
-                    log.warning(line)
+            parts |= parts_of_run(checked, *data, device.type)
             check_machine(checked.config, device)
         except (ValueError, FileNotFoundError) as error:
-            return refuse_here(error, launch)
-        with StopRequest(config.train.exit_after_seconds, speaks=launch.rank == 0) as stop:
-            return _meet_and_train(checked, config_text, launch, phases, watchdog, stop)
+            phases.enter("rendezvous")
+            return refuse_start(error, launch, parts, settings.rendezvous)
+        with StopRequest(settings.config.train.exit_after_seconds, speaks=launch.rank == 0) as stop:
+            try:
+                return _meet_and_train(_Prepared(checked, data, parts), settings, launch, phases, watchdog, stop)
+            except RanksNotMet as error:
+                return give_up(error)
 
 
 def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
@@ -88,43 +96,44 @@ def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
     return Watchdog(phases, launch.rank, config.train.hang_timeout_seconds, extra)
 
 
-def refuse(error: Exception, *, speaks: bool) -> int:
-    """Say why, on the rank that speaks. The others leave later: a launcher ends all ranks as soon as one has left."""
-    if speaks:
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        time.sleep(SILENT_SECONDS)
-    return EXIT_CONFIG
-
-
-def refuse_here(error: Exception, launch: Launch) -> int:
-    """Refuse what only one node may see, or only the local ranks above its number of GPUs: the first of them speaks."""
-    speaks = launch.local_rank in (0, torch.cuda.device_count())
-    if launch.num_nodes > 1:
-        error = ValueError(f"on {socket.gethostname()}: {error}")
-    return refuse(error, speaks=speaks)
-
-
 def _meet_and_train(
-    checked: CheckedConfig, config_text: str, launch: Launch, phases: Phases, watchdog: Watchdog, stop: StopRequest
+    prepared: _Prepared, settings: GivenSettings, launch: Launch, phases: Phases, watchdog: Watchdog, stop: StopRequest
 ) -> int:
-    config, parallel = checked.config, checked.config.parallel
+    config, parallel = prepared.checked.config, prepared.checked.config.parallel
+    patience = min(parallel.init_timeout_seconds, parallel.timeout_seconds)
     phases.enter("rendezvous")
     try:
-        process = start_process(
-            config.train.device, parallel.timeout_seconds, launch, init_timeout_seconds=parallel.init_timeout_seconds
-        )
+        rendezvous = settings.rendezvous or meet(launch, patience)
     except ValueError as error:
         return refuse(error, speaks=launch.rank == 0)
+    try:
+        agree_on(prepared.parts, rendezvous, patience)
+        phases.enter("index")
+        _look_at_data(prepared, rendezvous)
+    except ValueError as error:
+        return refuse_together(error, rendezvous)
+    phases.enter("rendezvous")
+    process = start_process(config.train.device, parallel.timeout_seconds, launch, patience, rendezvous)
     phases.device = process.device
     watchdog.meet(process.world)
     watchdog.last_act = lambda: stop.last_act()
     if process.device.type == "cpu":
         keep_freed_memory()
     try:
-        return _lock_and_train(checked, config_text, process, phases, stop)
+        return _lock_and_train(prepared.checked, settings.text, process, phases, stop)
     finally:
         stop_process(process)
+
+
+def _look_at_data(prepared: _Prepared, rendezvous: Rendezvous) -> None:
+    """Compare held-out text and tokenizer with the data, on rank 0, which warns. Raises ValueError on all ranks."""
+
+    def look(_: Sequence[str]) -> str:
+        for line in [*check_heldout(*prepared.data), *check_unnamed(*prepared.data, prepared.checked.tokenizer)]:
+            log.warning(line)
+        return ""
+
+    rendezvous.decided_by_rank0("held-out text", "", look, INDEX_SECONDS)
 
 
 def _lock_and_train(

@@ -16,7 +16,8 @@ import torch.multiprocessing as mp
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, commit
 from megatron_fp4.checkpoint.write import Staging
-from megatron_fp4.comm.bootstrap import Launch, start_process
+from megatron_fp4.comm.bootstrap import start_process
+from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.local import free_port
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage.durable import HashingFile

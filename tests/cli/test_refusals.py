@@ -15,7 +15,6 @@ import torch
 from data_tools.train_tokenizer import train
 from megatron_fp4 import pretrain
 from megatron_fp4.cli import main as cli_main
-from megatron_fp4.train import job
 from megatron_fp4.train.faults.signals import EXIT_CONFIG
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.precision.te import te_double
@@ -260,7 +259,6 @@ def test_what_one_node_lacks_is_said_by_that_node(
     local_rank: int,
     speaks: bool,
 ) -> None:
-    monkeypatch.setattr(job, "SILENT_SECONDS", 0.0)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     launched = {"RANK": rank, "WORLD_SIZE": 8, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "node0"}
     for name, value in launched.items():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.cli.compose import compose_config, to_run_config, to_yaml
-from megatron_fp4.comm.bootstrap import Launch, Process
+from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.launch import Launch
 from megatron_fp4.train import trainer
 from megatron_fp4.train.build import Start, build
 from megatron_fp4.train.checked import check_config

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fp4.comm.bootstrap import environment
+from megatron_fp4.comm.launch import environment
 from megatron_fp4.precision.te.versions import SYMBOLS, Features, Symbol, features_of, number_of
 
 PACKAGE = "transformer_engine"

@@ -24,6 +24,8 @@ from types import FrameType
 from megatron_fp4.comm.bootstrap import exit_process
 
 EXIT_OK = 0
+EXIT_FAILED = 1
+"""A restart may help."""
 EXIT_CONFIG = 2
 EXIT_REQUEUE = 85
 """Stopped on request with the state saved: start the same command again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 import subprocess
 from contextlib import suppress
@@ -27,6 +28,16 @@ def versions() -> dict[str, str]:
     with suppress(metadata.PackageNotFoundError):
         packages["transformer_engine"] = metadata.version("transformer-engine")
     return packages
+
+
+def source_digest() -> str:
+    """Digest of this package's source files: tells two checkouts apart that git calls by one name ("...-dirty")."""
+    root = Path(megatron_fp4.__file__).parent
+    content = hashlib.blake2b(digest_size=8)
+    for path in sorted(root.rglob("*.py")):
+        text = path.read_bytes()
+        content.update(f"{path.relative_to(root).as_posix()} {len(text)}\n".encode() + text)
+    return content.hexdigest()
 
 
 @functools.cache

@@ -1,0 +1,165 @@
+"""Where the ranks of a job meet: a key-value store in which they can speak before any process group exists.
+
+A collective needs a device, a backend and time-outs, and those are settings, which two ranks may have read differently.
+The store of the rendezvous needs an address and a rank. So what must be equal on all ranks is compared here, in one
+exchange: every rank says a few bytes, rank 0 looks at all of them and says one thing, which every rank receives.
+
+Not here: what is compared (train/arrival/agreement.py); the notice board of a job that hangs (board.py).
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_fp4.comm.agree import number_ranges
+from megatron_fp4.comm.launch import Launch, MeetingPlace, meeting_place
+
+SPARE_SECONDS = 30.0
+"""How much longer a rank waits for the word of one that itself waits."""
+MAX_LISTED_HOSTS = 20
+AGREED, REFUSED = "=", "!"
+
+
+class RanksNotMet(RuntimeError):
+    """The ranks did not meet, or one left; the message names those that did not come. A restart may help."""
+
+
+class Rendezvous:
+    """The ranks that have met. store: None for a world of one rank."""
+
+    def __init__(self, launch: Launch, store: dist.Store | None) -> None:
+        self.rank = launch.rank
+        self.world_size = launch.world_size
+        self.store = store
+        self._exchanges = 0
+
+    def decided_by_rank0(
+        self, name: str, said: str, decide: Callable[[Sequence[str]], str], timeout_seconds: float
+    ) -> str:
+        """What `decide` of rank 0 makes of what every rank said, in rank order; the same on all ranks.
+
+        Every rank calls it, with the same names in the same order. A ValueError of `decide` is raised on all ranks.
+        Raises RanksNotMet if a rank has not spoken in time; rank 0 names it.
+        """
+        if self.store is None:
+            return decide([said])
+        self._exchanges += 1
+        key, timeout = f"exchange/{self._exchanges}", timedelta(seconds=timeout_seconds)
+        speakers = [f"{key}/{rank}" for rank in range(self.world_size)]
+        try:
+            self.store.set(speakers[self.rank], said)
+            if self.rank == 0:
+                self.store.wait(speakers, timeout)
+                self.store.set(
+                    f"{key}/decision", _decision(decide, [text.decode() for text in self.store.multi_get(speakers)])
+                )
+            else:  # rank 0 speaks of who is late, so it is given the time to
+                self.store.wait([f"{key}/decision"], timeout + timedelta(seconds=SPARE_SECONDS))
+            decision = self.store.get(f"{key}/decision").decode()
+        except dist.DistError as error:
+            raise RanksNotMet(self._silent(name, speakers, timeout_seconds)) from error
+        if decision.startswith(REFUSED):
+            raise ValueError(decision.removeprefix(REFUSED))
+        return decision.removeprefix(AGREED)
+
+    def wait_for_all(self, name: str, timeout_seconds: float) -> None:
+        """Return when every rank has called this: a barrier with a patience of its own. Raises RanksNotMet."""
+        self.decided_by_rank0(name, "", lambda _: "", timeout_seconds)
+
+    def leave(self) -> None:
+        """Return when every rank has called this, or after some seconds: rank 0 holds the store for the others."""
+        if self.store is None:
+            return
+        with suppress(dist.DistError):  # rank 0 has left already
+            self.store.add("left", 1)
+            end = time.monotonic() + SPARE_SECONDS
+            while self.rank == 0 and self.store.add("left", 0) < self.world_size and time.monotonic() < end:
+                time.sleep(0.05)
+
+    def _silent(self, name: str, speakers: Sequence[str], seconds: float) -> str:
+        assert self.store is not None
+        try:
+            silent = [rank for rank, key in enumerate(speakers) if self.rank == 0 and not self.store.check([key])]
+        except dist.DistError:
+            return f"rank {self.rank}: rank 0 has left, see its message"
+        who = f"rank(s) {number_ranges(silent)}" if silent else "rank 0"
+        return f"rank {self.rank}: no word from {who} about {name} within {seconds:g} s"
+
+
+def _decision(decide: Callable[[Sequence[str]], str], said: Sequence[str]) -> str:
+    try:
+        return AGREED + decide(said)
+    except ValueError as error:
+        return REFUSED + str(error)
+
+
+def meet(launch: Launch, patience_seconds: float) -> Rendezvous:
+    """Wait for all ranks of the job at MASTER_ADDR:MASTER_PORT.
+
+    Raises ValueError if the launcher gave no address, RanksNotMet with the ranks that did not come in time.
+    """
+    if launch.world_size == 1:
+        return Rendezvous(launch, None)
+    place = meeting_place(launch)
+    try:
+        store = _open_store(launch, place, patience_seconds)
+    except dist.DistError as error:
+        raise RanksNotMet(
+            f"rank {launch.rank} (host {socket.gethostname()}) did not reach rank 0 at {place} within"
+            f" {patience_seconds:g} s (parallel.init_timeout_seconds): {_first_line(error)}; rank 0 was not started or"
+            " has failed, or the address cannot be reached from this node"
+        ) from error
+    try:
+        store.set(f"arrived/{launch.rank}", socket.gethostname())
+        if store.add("arrivals", 1) == launch.world_size:
+            store.set("all_arrived", "yes")
+        store.wait(["all_arrived"], timedelta(seconds=patience_seconds))
+    except dist.DistError as error:
+        raise RanksNotMet(_absent(launch, store, place, patience_seconds)) from error
+    return Rendezvous(launch, store)
+
+
+def _open_store(launch: Launch, place: MeetingPlace, patience_seconds: float) -> dist.Store:
+    store = dist.TCPStore(
+        place.address,
+        place.port,
+        launch.world_size,
+        is_master=launch.rank == 0 and not place.held_by_agent,
+        timeout=timedelta(seconds=patience_seconds),
+        wait_for_workers=False,  # its own waiting does not say who is missing
+        multi_tenant=True,
+    )
+    return dist.PrefixStore("megatron_fp4", store)
+
+
+def _absent(launch: Launch, store: dist.Store, place: MeetingPlace, seconds: float) -> str:
+    """Who has not come, in a sentence: the first rank that gives up looks, and tells the others."""
+    try:
+        if store.add("absence/claimed", 1) == 1:
+            store.set("absence", _absence(launch.world_size, store, place, seconds))
+        store.wait(["absence"], timedelta(seconds=SPARE_SECONDS))
+        return store.get("absence").decode()
+    except dist.DistError:
+        return f"rank {launch.rank}: rank 0 has left the rendezvous at {place}, see its message"
+
+
+def _absence(world_size: int, store: dist.Store, place: MeetingPlace, seconds: float) -> str:
+    came = [rank for rank in range(world_size) if store.check([f"arrived/{rank}"])]
+    absent = sorted(set(range(world_size)) - set(came))
+    hosts = list(dict.fromkeys(store.get(f"arrived/{rank}").decode() for rank in came))
+    listed = ", ".join(hosts[:MAX_LISTED_HOSTS]) + (", ..." if len(hosts) > MAX_LISTED_HOSTS else "")
+    return (
+        f"the {world_size} ranks did not meet at {place} within {seconds:g} s (parallel.init_timeout_seconds):"
+        f" {len(absent)} did not come, rank(s) {number_ranges(absent)}; rank(s) {number_ranges(came)} came, from"
+        f" {listed}; a rank was not started or has failed, or its node cannot reach the address"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

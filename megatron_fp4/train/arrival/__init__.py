@@ -1,0 +1,1 @@
+"""How a rank comes to its job: what all ranks must have alike, and how one refuses so that all end."""

@@ -1,0 +1,44 @@
+"""Epoch indices are built in the phase that may take an hour, and not in a step's eight minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.launch import Launch
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.data.order import samples
+from megatron_fp4.train.build import build
+from megatron_fp4.train.checked import check_config
+from megatron_fp4.train.phases import Phases
+from tests.helpers.tiny_run import tiny_run, write_toy_shard
+
+
+def test_indices_are_built_in_the_phase_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a source that only a later phase reads, and of the held-out set, too."""
+    held, late = (write_toy_shard(tmp_path / name / name, seed=seed) for seed, name in ((1, "held"), (2, "late")))
+    sources = f"{{name: toy, paths: ['{tmp_path}/shards/toy'], max_epochs: 0}}, {{name: late, paths: ['{late}']}}"
+    run = tiny_run(
+        tmp_path, "precision=bf16", f"data.sources=[{sources}]", f"data.evaluation=[{{name: held, paths: ['{held}']}}]",
+        "train.eval_interval_steps=1",
+        "data.phases=[{name: one, tokens: 2560, weights: {toy: 1}}, {name: two, weights: {toy: 1, late: 1}}]",
+    )  # fmt: skip
+    phases, seen = Phases(torch.device("cpu")), list[str]()
+    right = samples.build_index
+
+    def build_index(*arguments: Any) -> Any:
+        seen.append(phases.current.name)
+        return right(*arguments)
+
+    monkeypatch.setattr(samples, "build_index", build_index)
+    process = Process(Launch(), Group.single("world"), torch.device("cpu"))
+    trained, _ = build(check_config(to_run_config(compose_config(run.overrides)), 1), process, phases)
+    assert seen == ["index"] * 3, "one for each of toy, late and held"
+    trained.loader.batch(0, 4)
+    next(iter(trained.evaluations[0]))
+    assert len(seen) == 3, "a step or an evaluation had to build one"
