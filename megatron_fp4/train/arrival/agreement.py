@@ -91,7 +91,7 @@ class _Comparison:
         self.world_size = 0
 
     def speakers(self, said: Sequence[str]) -> str:
-        """For each part that differs, the first rank of some kinds: they are to say what they have."""
+        """The first rank of some kinds of each part that differs: these are to say what they have."""
         self.world_size = len(said)
         ranks: dict[str, dict[str, list[int]]] = {}
         for rank, text in enumerate(said):
