@@ -44,7 +44,6 @@ class EvalLoader:
         self.num_targets = num_tokens - 1  # nothing precedes the first token
         self.num_samples = -(-self.num_targets // stream.seq_length)
         self.num_batches = -(-self.num_samples // (micro_batch * dp_size))
-        self.documents = stream.documents
         self._stream = stream
         self._micro_batch = micro_batch
         self._dp_rank = dp_rank
