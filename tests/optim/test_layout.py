@@ -94,6 +94,20 @@ def test_uneven_parts_where_padding_would_be_large() -> None:
     assert not bucket.even
 
 
+@pytest.mark.parametrize(
+    ("rows", "ranks", "parts"),
+    [
+        (7, 3, (128, 192, 128)),  # equal parts end at 149 and 298: 128 is 21 before, 320 is 22 behind
+        (3, 2, (64, 128)),  # the middle, 96, is as far from 64 as from 128: the lower one
+        (4, 2, (128, 128)),
+        (2, 4, (0, 64, 0, 64)),  # 32, 64 and 96 of 128: 0, 64, and 64 once more
+    ],
+)
+def test_cuts_fall_on_the_nearest_row(rows: int, ranks: int, parts: tuple[int, ...]) -> None:
+    (bucket,) = lay_out([(rows, 64)], ranks, bucket_numel=10**6)
+    assert bucket.parts == parts
+
+
 def test_buckets_follow_backward_order_and_split_by_dtype() -> None:
     named = [
         ("a", parameter("a", 8, 64)),

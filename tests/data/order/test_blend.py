@@ -47,6 +47,37 @@ def test_is_a_pure_function_however_it_is_asked():
     assert all(np.array_equal(x, y) for x, y in zip(late, again, strict=True))
 
 
+def one_by_one(weights, number):
+    """The rule of the module's docstring without its heaps: of the open windows, the one that closes first."""
+    period, taken, order = sum(weights), [0] * len(weights), []
+    for n in range(number):
+        place = n % period
+        if place == 0:
+            taken = [0] * len(weights)
+        windows = [
+            (-((taken[k] + 1) * period // -w), k)
+            for k, w in enumerate(weights)
+            if w and taken[k] * period // w <= place
+        ]
+        k = min(windows)[1]
+        order.append((k, n // period * weights[k] + taken[k]))
+        taken[k] += 1
+    return order
+
+
+@pytest.mark.parametrize("weights", [(1, 3), (3, 2, 5), (4, 0, 3, 7), (5, 6, 7, 8), (1700, 801, 900)])
+def test_the_window_that_closes_first_is_served_however_much_was_asked_before(weights):
+    """A period of 3,401 is worked out in pieces: the first 1,024 places, then more."""
+    number = min(7000, 3 * sum(weights))
+    expected = one_by_one(weights, number)
+    schedule = BlendSchedule(weights)
+    assert schedule.counts(0).tolist() == [0] * len(weights)
+    assert all(len(found) == 0 for found in schedule.locate(np.zeros(0, np.int64)))
+    for end in (1, 5, 1025, 1500, 2049, number):
+        sources, ranks = schedule.locate(np.arange(min(end, number)))
+        assert list(zip(sources.tolist(), ranks.tolist(), strict=True)) == expected[:end]
+
+
 def test_zero_weight_is_never_taken_and_tiny_weight_is():
     sources, _ = BlendSchedule(integer_weights([0.0, 1e-6, 1.0])).locate(np.arange(1_000_001))
     assert np.bincount(sources, minlength=3).tolist() == [0, 1, 1_000_000]
