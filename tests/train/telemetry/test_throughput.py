@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from unittest import mock
 
 import pytest
@@ -59,6 +60,20 @@ def test_rates_of_a_step() -> None:
     assert rates["tflops"] == pytest.approx(125 * 335.25 / 1e12)
     assert rates["mfu"] == pytest.approx(125 * 335.25 / 2500e12)
     assert rates["mfu_mixed"] == pytest.approx(125 * (310 / 15000e12 + 10 / 5000e12 + 15.25 / 2500e12))
+
+
+def test_rates_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 s of steps within 5 s: 200 tokens a second, four fifths of the time; a lap is never shorter than its step."""
+    throughput = Throughput(to_run_config(compose_config(["model=gpt_tiny"])), 2, torch.device("cpu"))
+    monkeypatch.setattr(time, "time", lambda: 1.7e9)
+    for lap, wall_seconds in ((5.0, 5.0), (3.0, 4.0)):
+        phases = phases_of_a_step()
+        monkeypatch.setattr(phases, "lap", lambda lap=lap: lap)
+        rates = throughput.metrics(phases, TABLE, 1000)
+        assert rates["wall_time"] == 1.7e9
+        assert rates["wall_seconds"] == pytest.approx(wall_seconds)
+        assert rates["wall_tokens_per_second"] == pytest.approx(1000 / wall_seconds)
+        assert rates["goodput"] == pytest.approx(4 / wall_seconds)
 
 
 def phases_of_a_step() -> Phases:
