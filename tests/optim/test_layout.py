@@ -100,6 +100,7 @@ def test_uneven_parts_where_padding_would_be_large() -> None:
         (7, 3, (128, 192, 128)),  # equal parts end at 149 and 298: 128 is 21 before, 320 is 22 behind
         (3, 2, (64, 128)),  # the middle, 96, is as far from 64 as from 128: the lower one
         (4, 2, (128, 128)),
+        (4, 5, (64, 64, 64, 64, 64)),  # padding of 64 is a quarter of 256, which is still little
         (2, 4, (0, 64, 0, 64)),  # 32, 64 and 96 of 128: 0, 64, and 64 once more
     ],
 )
@@ -127,6 +128,16 @@ def test_replicated_parameters_are_deferred_when_their_gradients_are_partial() -
     assert [bucket.kind.tp_summed for bucket in partial] == [False, True]
     whole = make_buckets(named, FakeGroup(2), bucket_numel=10**6, sum_replicated_over_tp=False)
     assert [len(bucket.slots) for bucket in whole] == [2]
+
+
+def test_a_tied_parameter_waits_for_the_end_of_the_step() -> None:
+    table = parameter("table", 8, 64)
+    table.tied_group = FakeGroup(2)
+    named = [("w", parameter("w", 8, 64)), ("table", table)]
+    buckets = make_buckets(named, FakeGroup(2), bucket_numel=10**6, sum_replicated_over_tp=False)
+    assert [[slot.name for slot in bucket.slots] for bucket in buckets] == [["w"], ["table"]]
+    assert [bucket.kind.tied_group for bucket in buckets] == [None, table.tied_group]
+    assert [bucket.kind.deferred for bucket in buckets] == [False, True]
 
 
 def test_refused_parameters() -> None:

@@ -76,6 +76,7 @@ def test_the_window_that_closes_first_is_served_however_much_was_asked_before(we
     for end in (1, 5, 1025, 1500, 2049, number):
         sources, ranks = schedule.locate(np.arange(min(end, number)))
         assert list(zip(sources.tolist(), ranks.tolist(), strict=True)) == expected[:end]
+        assert sources.dtype == ranks.dtype == np.int64, "numbers of samples are whole, beyond 2^53 too"
 
 
 def test_zero_weight_is_never_taken_and_tiny_weight_is():

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_fp4.data.order.epoch_index import IndexCache
 from megatron_fp4.data.order.samples import SampleStream
 from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 from megatron_fp4.data.shards.shard import TokenShard
@@ -70,6 +71,14 @@ def test_epochs_differ_and_seeds_differ(tmp_path):
     first = [ids_of(stream, i).tolist() for i in range(15)]
     assert first != [ids_of(stream, i + 16).tolist() for i in range(15)]
     assert first != [ids_of(other, i).tolist() for i in range(15)]
+
+
+def test_the_order_of_documents_is_cached_where_it_may_be(tmp_path):
+    cache = IndexCache(tmp_path / "cache")
+    cached, computed = stream_of(tmp_path, [5, 1, 4, 6, 1], 4, cache=cache), stream_of(tmp_path, [5, 1, 4, 6, 1], 4)
+    for _ in range(2):
+        assert ids_of(cached, 1).tolist() == ids_of(computed, 1).tolist()
+    assert cache.built == 1
 
 
 def test_one_document_and_fewer_tokens_than_a_sample(tmp_path):
