@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fp4.data.order.epoch_index import IndexCache
+from megatron_fp4.data.order.permute import digest, permute
 from megatron_fp4.data.order.samples import SampleStream
 from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 from megatron_fp4.data.shards.shard import TokenShard
@@ -71,6 +72,19 @@ def test_epochs_differ_and_seeds_differ(tmp_path):
     first = [ids_of(stream, i).tolist() for i in range(15)]
     assert first != [ids_of(stream, i + 16).tolist() for i in range(15)]
     assert first != [ids_of(other, i).tolist() for i in range(15)]
+
+
+def test_the_order_of_documents_and_samples_is_named_by_seed_source_and_epoch(tmp_path):
+    """Ten documents of a token each, samples of one: document 8 comes first, as test_permute.py has it, id 9."""
+    stream = stream_of(tmp_path, [1] * 10, 1, seed=1234)
+    slots = [stream.slot(i) for i in range(20)]
+    flat = {slot: int(ids_of(stream, i)[0]) for i, slot in enumerate(slots)}
+    assert [flat[slot] for slot in range(10)] == [9, 4, 1, 6, 3, 7, 8, 2, 5, 10]
+    for epoch in (0, 1):
+        documents = permute(digest(1234, "documents", "web", epoch), 10, np.arange(10))
+        assert [flat[10 * epoch + n] for n in range(10)] == (documents + 1).tolist()
+        samples = permute(digest(1234, "samples", "web", epoch), 9, np.arange(9))  # the tenth reaches into the next
+        assert slots[10 * epoch : 10 * epoch + 10] == [*(10 * epoch + samples).tolist(), 10 * epoch + 9]
 
 
 def test_the_order_of_documents_is_cached_where_it_may_be(tmp_path):
