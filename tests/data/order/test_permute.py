@@ -21,6 +21,27 @@ def test_is_frozen():
     assert permute(digest(1234, "documents", "web", 0), 10, np.arange(10)).tolist() == [8, 3, 0, 5, 2, 6, 7, 1, 4, 9]
 
 
+def spelled_out(key, size, index):
+    """One place in Python's own integers: four rounds on the fewest bits (6 at least) that hold size - 1."""
+    words = [int.from_bytes(key[8 * n : 8 * n + 8], "little") for n in range(8)]
+    bits = next(b for b in range(6, 64) if size <= 2**b)
+    place = index
+    while True:
+        for r in range(4):
+            place = (place * (words[2 * r] | 1) + words[2 * r + 1]) % 2**bits
+            place ^= place >> (bits + 1) // 2
+        if place < size:
+            return place
+
+
+@pytest.mark.parametrize("size", [2, 10, 63, 64, 65, 128, 129, 1000])
+def test_equals_the_rule_in_whole_numbers(size):
+    key = digest("rule", size)
+    places = permute(key, size, np.arange(size))
+    assert places.dtype == permute(key, 1, np.arange(1)).dtype == np.int64
+    assert places.tolist() == [spelled_out(key, size, n) for n in range(size)]
+
+
 def test_all_orders_of_a_small_set_occur():
     orders = {tuple(permute(digest(s), 4, np.arange(4)).tolist()) for s in range(600)}
     assert len(orders) == 24
