@@ -184,7 +184,7 @@ def publish(directory: Path, step: int, number: int) -> None:
     final = root / step_name(step)
     replaced = root / temporary_name(step, "replaced", Owner.me(), number)
     new_latest, _ = write_temporary(root / LATEST, f"{step_name(step)}\n".encode())
-    if final.exists():
+    if os.path.lexists(final):  # also a link to what is gone
         os.rename(final, replaced)
     os.rename(directory, final)
     fsync_directory(root)

@@ -26,7 +26,8 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Stop the step loop only for the copy to host memory; false = until the checkpoint is complete, without a copy."""
     verify: bool = True
-    """Check sizes and hashes of all files before a load, each rank a share of them."""
+    """Check sizes and hashes of all files before a load, each rank a share of them; false = only those of the small
+    files, which hold names and positions and no tensors."""
     on_corrupt: OnCorrupt = OnCorrupt.previous
     """What a resume does when the newest checkpoint is torn or altered."""
     keep_last: Size = 2

@@ -11,7 +11,6 @@ here.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 from megatron_fp4.storage.durable import MANIFEST, Manifest
 from megatron_fp4.storage.owner import Owner
-from megatron_fp4.storage.patience import read_patiently
+from megatron_fp4.storage.patience import read_json
 
 LATEST = "latest"
 STATE = "state.json"
@@ -81,7 +80,7 @@ def named_by_latest(root: Path) -> int | None:
 def step_to_load(root: Path) -> int | None:
     """The step that a resume tries first, whether or not it is intact; None where there is nothing to go on from.
 
-    Raises ValueError where `latest` names a checkpoint and there is none at all.
+    Raises ValueError where there is none at all, and `latest` names one or a directory looks like one.
     """
     order, named = load_order(root), named_by_latest(root)
     if not order and named is not None:
@@ -89,7 +88,19 @@ def step_to_load(root: Path) -> int | None:
             f"{root / LATEST} names {step_name(named)}, and there is no checkpoint under {root}; bring it back, or"
             " remove that file to begin anew"
         )
+    if not order and (strange := _strange_name(root)):
+        raise ValueError(
+            f"{root / strange} looks like a checkpoint and has no name of one ({step_name(200)} is one), and there is"
+            " no other; give it its name back, or remove it to begin anew"
+        )
     return order[0] if order else None
+
+
+def _strange_name(root: Path) -> str | None:
+    """A directory that looks like a checkpoint, by its name or its manifest, and has no name of one."""
+    temporary = {one.path.name for one in temporary_directories(root)}
+    names = sorted(set(os.listdir(root)) - temporary) if root.is_dir() else []
+    return next((name for name in names if name.startswith("step_") or (root / name / MANIFEST).exists()), None)
 
 
 def latest_step(root: Path) -> int | None:
@@ -116,11 +127,9 @@ def read_state(directory: str | os.PathLike[str], pauses: Sequence[float] | None
     """
     path = Path(directory) / STATE
     try:
-        state = json.loads(read_patiently(path.read_bytes, path, pauses))
+        state = read_json(path, pauses)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     if not isinstance(state, dict) or not isinstance(state.get("meta"), dict) or type(state.get("step")) is not int:
         raise ValueError(f"{path} is damaged: not a JSON object with a step and meta")
     return state

@@ -19,14 +19,17 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
 from megatron_fp4.checkpoint.dcp import read_into
 from megatron_fp4.checkpoint.directory import (
+    LATEST,
+    STATE,
     check_step,
     complete_steps,
     load_order,
+    named_by_latest,
     present_steps,
     read_state,
     step_name,
 )
-from megatron_fp4.checkpoint.metadata import read_metadata
+from megatron_fp4.checkpoint.metadata import METADATA, read_metadata
 from megatron_fp4.checkpoint.state import check_matches, stored_tensors
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.agree import agreed, decided_by_rank0, errors_by_rank
@@ -71,7 +74,12 @@ class CheckpointReader:
 
     def choose(self, step: int | None, before: int | None = None) -> Verified:
         """See `CheckpointStore.choose`."""
-        candidates, complete = decided_by_rank0(lambda: self._candidates(step, before), self.group)
+        candidates, complete, gone = decided_by_rank0(lambda: self._candidates(step, before), self.group)
+        if gone is not None:
+            damage = CorruptCheckpoint(f"{self.root / LATEST} names {step_name(gone)}, which is not there")
+            if self.config.on_corrupt is OnCorrupt.fail:
+                raise damage
+            self._pass_over(gone, damage)
         if not candidates and step is None and self.damaged:
             raise CorruptCheckpoint(f"no intact checkpoint under {self.root}; tried {sorted(self.damaged)}")
         if not candidates:
@@ -96,11 +104,13 @@ class CheckpointReader:
         if self.group.rank == 0:
             log.warning("checkpoint %s is refused, trying the previous one: %s", step_name(step), damage)
 
-    def _candidates(self, step: int | None, before: int | None) -> tuple[list[int], list[int]]:
-        """Steps to try, and the complete ones for the error message."""
+    def _candidates(self, step: int | None, before: int | None) -> tuple[list[int], list[int], int | None]:
+        """Steps to try; the complete ones for the error message; the step that `latest` names if that is gone."""
         order = [one for one in load_order(self.root) if one not in self.damaged] if step is None else [step]
-        present = present_steps(self.root)
-        return [one for one in order if one in present and (before is None or one < before)], complete_steps(self.root)
+        present, named = present_steps(self.root), named_by_latest(self.root)
+        candidates = [one for one in order if one in present and (before is None or one < before)]
+        told = step is not None or named in self.damaged or named in present
+        return candidates, complete_steps(self.root), None if told else named
 
     def _verified(self, directory: Path) -> Verified:
         """The checkpoint in `directory`. Collective. Raises CorruptCheckpoint and UnreadableFile on all ranks."""
@@ -133,7 +143,8 @@ class CheckpointReader:
         """Raises ValueError for what is wrong with the manifest, or with this rank's share of the files."""
         files = read_manifest(directory).files
         problems = []
-        for name in share_of(files, self.group.rank, self.group.size) if self.config.verify else []:
+        to_check = files if self.config.verify else {name: files[name] for name in (METADATA, STATE) if name in files}
+        for name in share_of(to_check, self.group.rank, self.group.size):
             problems.append(problem_of(directory, name, files[name]))
             self._beat()
         if text := "; ".join(problem for problem in problems if problem):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.checkpoint.dcp import read_into, stored_metadata
-from megatron_fp4.checkpoint.directory import STATE, check_step, latest_step, read_state, step_name
+from megatron_fp4.checkpoint.directory import STATE, check_step, load_order, read_state, step_name
 from megatron_fp4.checkpoint.metadata import read_metadata
 from megatron_fp4.checkpoint.state import stored_tensors
 from megatron_fp4.comm.rect import Rectangle, Shard
@@ -45,17 +45,18 @@ class TensorInfo:
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """A checkpoint's directory from itself, or from the directory of all checkpoints (then what `latest` names).
+    """A checkpoint's directory from itself, or from the directory of all checkpoints.
 
-    Raises FileNotFoundError.
+    Then it is what `latest` names, or the newest; whether it is complete is for its reader to see. Raises
+    FileNotFoundError.
     """
     path = Path(path)
     if (path / STATE).exists():
         return path
-    step = latest_step(path)
-    if step is None:
-        raise FileNotFoundError(f"{path} is neither a checkpoint nor a directory with complete ones")
-    return path / step_name(step)
+    order = load_order(path)
+    if not order:
+        raise FileNotFoundError(f"{path} is neither a checkpoint nor a directory with some")
+    return path / step_name(order[0])
 
 
 def list_tensors(directory: str | os.PathLike[str]) -> list[TensorInfo]:

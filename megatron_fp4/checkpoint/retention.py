@@ -12,8 +12,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,17 +114,30 @@ def sweep(root: Path) -> list[str]:
     removed = []
     stale_seconds = -math.inf if holds(root.parent) else STALE_SECONDS
     for path in root.glob(f"{LATEST}.tmp-*"):
-        if time.time() - path.stat().st_mtime > TEMPORARY_SECONDS:
-            path.unlink()
+        with _logged(path):
+            if time.time() - path.stat().st_mtime > TEMPORARY_SECONDS:
+                path.unlink()
     for one in list(temporary_directories(root)):
-        if one.stage in ("writing", "replaced") and one.owner.lives(_age_seconds(one.path), stale_seconds):
-            continue
-        if one.stage == "replaced" and not (root / one.checkpoint).exists():
-            os.rename(one.path, root / one.checkpoint)
-            continue
-        shutil.rmtree(one.path, ignore_errors=True)
-        removed.append(one.path.name)
+        with _logged(one.path):
+            if one.stage in ("writing", "replaced") and one.owner.lives(_age_seconds(one.path), stale_seconds):
+                continue
+            if one.stage == "replaced" and not (root / one.checkpoint).exists():
+                os.rename(one.path, root / one.checkpoint)
+                continue
+            shutil.rmtree(one.path)
+            removed.append(one.path.name)
     return removed
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """What cannot be swept is said, and no reason to stop: whoever only reads may not write there."""
+    try:
+        yield
+    except FileNotFoundError:  # another process was faster
+        pass
+    except OSError as error:
+        log.warning("%s, left by a run that ended, is not removed: %s", path, error)
 
 
 def sweep_failed(root: Path) -> None:

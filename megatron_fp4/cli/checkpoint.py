@@ -42,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if args.action == "verify":
             return _verify(paths)
+        if problems := [problem for path in paths for problem in offline.verify(path)]:
+            raise ValueError(f"a damaged checkpoint makes no other: {problems[0]}")
         if args.action == "average":
             weights = args.weights and [float(weight) for weight in args.weights]
             print(f"written: {edit.average(paths, args.to, weights=weights)}")

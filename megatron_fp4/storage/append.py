@@ -59,7 +59,7 @@ def read_values(path: Path, having: bytes = b"") -> Iterator[dict[str, Any]]:
 def _parse(text: bytes) -> Line:
     try:
         value = json.loads(text)
-    except ValueError:  # also of bytes that are no text
+    except (ValueError, RecursionError):  # also of bytes that are no text, and of endless brackets
         value = None
     return Line(text.strip(), value if isinstance(value, dict) and type(value.get("step")) is int else None)
 

@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from megatron_fp4.storage.owner import Owner
-from megatron_fp4.storage.patience import read_patiently
+from megatron_fp4.storage.patience import read_json, read_patiently
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -140,14 +140,15 @@ def read_manifest(directory: Path) -> Manifest:
     """Raises ValueError, naming the file, if the manifest is missing or not one; UnreadableFile."""
     path = directory / MANIFEST
     try:
-        body = json.loads(read_patiently(path.read_bytes, path))
-        if body["format_version"] > FORMAT_VERSION:
-            raise ValueError(f"{path}: format version {body['format_version']}; this program reads {FORMAT_VERSION}")
-        files = {name: FileRecord(int(one["bytes"]), str(one["xxh3_64"])) for name, one in body["files"].items()}
-        step = int(body["step"])
+        body = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: the checkpoint was not completed, or was altered") from None
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    try:
+        if body["format_version"] > FORMAT_VERSION:
+            raise ValueError(f"format version {body['format_version']}; this program reads {FORMAT_VERSION}")
+        files = {name: FileRecord(int(one["bytes"]), str(one["xxh3_64"])) for name, one in body["files"].items()}
+        step = int(body["step"])
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     if outside := [name for name in files if not is_file_name(name)]:
         raise ValueError(f"{path} lists {outside[0]!r}, which is no file of its directory")

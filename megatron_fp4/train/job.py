@@ -181,7 +181,7 @@ def _take(lock: RunLock) -> None:
     try:
         if ledger.exists():
             AppendFile(ledger).close()
-        if checkpoints.exists():
+        if os.path.lexists(checkpoints):  # also a link to a disk that is not there
             write_temporary(checkpoints / "trial", b"trial")[0].unlink()
     except OSError as error:
         lock.release()

@@ -51,6 +51,9 @@ def test_verify_finds_a_flipped_byte(run: TinyRun, tmp_path: Path, capsys: pytes
     out = capsys.readouterr().out
     assert f"{copy}: DAMAGED" in out
     assert damaged.name in out, "the damaged file must be named"
+    for action in ("average", "extract", "export"):
+        assert main([action, str(copy), "--to", str(tmp_path / action)]) == 2, "it made another one of the damaged one"
+        assert f"error: a damaged checkpoint makes no other: {damaged}" in capsys.readouterr().err
 
 
 def test_average_and_extract(run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,9 +23,13 @@ GOOD = [b'{"step": 1, "loss": 2.5}', b'{"step": 2}', b'{"step": 3}']
         (b"\n".join(GOOD) + b'\n\xff\xfe{"step"\n[1]\n{"loss": 1}\n{"step": "4"}\n', [
             b'\xff\xfe{"step"', b"[1]", b'{"loss": 1}', b'{"step": "4"}',
         ]),
+        (b"[" * 100_000 + b"\n" + b"\n".join(GOOD) + b"\n", [b"[" * 100_000]),
         (b"", []),
     ],
-    ids=["whole", "killed", "zeros", "zeros before a line", "zeros in a line", "zeros at the end", "others", "empty"],
+    ids=[
+        "whole", "killed", "zeros", "zeros before a line", "zeros in a line", "zeros at the end", "others", "brackets",
+        "empty",
+    ],
 )  # fmt: skip
 def test_what_stands_between_good_lines(tmp_path: Path, content: bytes, damaged: list[bytes]) -> None:
     path = tmp_path / "lines.jsonl"

@@ -8,6 +8,7 @@ one that was not. The file belongs to the checkpoint of its step and to earlier 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint import CorruptCheckpoint
-from megatron_fp4.comm.collectives import broadcast_object
+from megatron_fp4.comm.agree import decided_by_rank0
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.data.order.plan import Plan
 from megatron_fp4.storage.durable import fsync_directory, write_durably
+from megatron_fp4.storage.patience import UnreadableFile, read_json
 from megatron_fp4.train.run import Run, TrainingDiverged
 
 log = logging.getLogger(__name__)
@@ -56,20 +58,29 @@ def recall(run_dir: Path, meta: dict[str, Any] | None, world: Group) -> Rollback
     meta: the checkpoint's small state, None in a run that begins anew. Collective. Raises ValueError on all ranks if
     the file is damaged.
     """
-    text, path = "", run_dir / RECORD
-    if world.rank == 0 and path.exists():
-        if meta is None:
-            path.unlink()
-        else:
-            text = path.read_text()
-    text = broadcast_object(text, world)
-    if meta is None or not text:
-        return None
+    path = run_dir / RECORD
+    record = decided_by_rank0(lambda: _forget(path) if meta is None else _read_record(path), world)
+    return record if record and meta and meta["step"] <= record.step else None
+
+
+def _forget(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+def _read_record(path: Path) -> RollbackRecord | None:
+    """None if there is no file. Raises ValueError if it is damaged; UnreadableFile."""
     try:
-        record = RollbackRecord(**json.loads(text))
+        record = RollbackRecord(**read_json(path))
+        numbers = [record.step, record.rollbacks, *itertools.chain(*record.skip)]
+        if not all(type(number) is int for number in numbers):
+            raise TypeError(f"not all of {numbers} are whole numbers")
+    except FileNotFoundError:
+        return None
+    except UnreadableFile:
+        raise
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to go on without the rollback") from error
-    return record if meta["step"] <= record.step else None
+    return record
 
 
 def checkpoint_before(run: Run, step: int) -> int | None:

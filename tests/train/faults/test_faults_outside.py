@@ -222,6 +222,10 @@ def test_a_run_directory_that_cannot_be_written(
     assert pretrain.main(run.overrides) == 2
     assert "checkpoints" in capsys.readouterr().err, "a run would find out at its first save"
     (run.run_dir / "checkpoints").unlink()
+    (run.run_dir / "checkpoints").symlink_to(tmp_path / "unmounted")
+    assert pretrain.main(run.overrides) == 2
+    assert "checkpoints" in capsys.readouterr().err, "the run began at step 1, and would have saved nothing"
+    (run.run_dir / "checkpoints").unlink()
 
     def full(path: Path, *_: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.data.ledger import read_step
+from megatron_fp4.train.faults.rollback import RECORD, recall
 from megatron_fp4.train.faults.spikes import Action, SpikeLadder
 from megatron_fp4.train.run import TrainingDiverged
 from megatron_fp4.train.sections import SpikeConfig
@@ -210,6 +212,22 @@ def test_a_rollback_outlives_a_kill_before_the_next_save(tmp_path: Path) -> None
     anew, _ = make_trainer(run.overrides)
     assert anew.run.loader.plan.skip == [], "a run that begins anew took over a rollback of another one"
     assert not (run.run_dir / "rollback.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\0",
+        b"null",
+        b'{"step": "8", "skip": [], "rollbacks": 1}',
+        b'{"step": 8, "skip": ["ab"], "rollbacks": 1}',
+        b'{"step": 8, "skip": [1], "rollbacks": 1}',
+    ],
+)
+def test_a_damaged_record_of_a_rollback(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / RECORD).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{RECORD} is damaged .*; remove it to go on without the rollback"):
+        recall(tmp_path, {"step": 4}, Group.single("world"))
 
 
 def test_a_skipped_batch_changes_nothing(tmp_path: Path) -> None:
