@@ -101,8 +101,8 @@ def main() -> None:
         "torch BF16 linear": lambda: F.linear(x, plain).backward(dy),
         "torch FP32 linear": lambda: F.linear(wide[0], wide[1]).backward(wide[2]),
     }
-    made = {name: Layer(w, precision, backend, args.tokens) for name, precision in layers.items()}
-    for name, layer in made.items():
+    layers_by_name = {name: Layer(w, precision, backend, args.tokens) for name, precision in layers.items()}
+    for name, layer in layers_by_name.items():
         candidates[name] = lambda layer=layer: layer.step(x, dy)  # type: ignore[misc]
     renewed = Layer(w, full, backend, args.tokens)
     candidates["nvfp4 paper, FP32 wgrad, weights renewed"] = lambda: renewed.step(x, dy, new_weights=True)
@@ -110,7 +110,7 @@ def main() -> None:
     shape = f"{args.tokens} tokens, {args.inputs} -> {args.outputs}"
     title = f"linear {shape}, forward + backward, {args.threads} threads, {args.clock} time"
     print_table(title, seconds, "torch BF16 linear")
-    for name, layer in made.items():
+    for name, layer in layers_by_name.items():
         print(f"saved for backward: {saved_bytes(layer, x) / x.nbytes:.4f} x the bytes of x   ({name})")
 
 

@@ -4,7 +4,7 @@
     python -m benchmarks.parallel bubble
     python -m benchmarks.parallel bytes
 
-One idea: each question gets the measurement that a small machine can answer. Times of layouts are ratios to one process
+Each question gets the measurement that a small machine can answer. Times of layouts are ratios to one process
 that does the same global batch in the same run (more ranks than cores: expect above 1). Pipeline bubbles are measured
 with stages that sleep instead of computing, so that cores do not matter and only the schedule does; beside them stand
 the formula of the literature and what the schedule's own order of actions allows ("order"). Bytes are counted at
@@ -248,7 +248,7 @@ def _count_sends(name: str, sent: list[float]) -> None:
 
 def _by_formula(parallel: ParallelConfig, mesh: ParallelMesh) -> float:
     ranges = split_stages(MODEL, parallel.pp * stages_per_rank(parallel))
-    mine = [ranges[number] for number in stages_of_rank(mesh.pp.rank, parallel)]
+    local_ranges = [ranges[number] for number in stages_of_rank(mesh.pp.rank, parallel)]
     settings = RankSettings(
         tp=mesh.tp.size,
         cp=mesh.cp.size,
@@ -257,7 +257,7 @@ def _by_formula(parallel: ParallelConfig, mesh: ParallelMesh) -> float:
         seq_length=SEQ_LENGTH,
         num_microbatches=GLOBAL_BATCH // mesh.dp.size,
     )
-    return sum(bytes_sent(MODEL, mine, settings).values())
+    return sum(bytes_sent(MODEL, local_ranges, settings).values())
 
 
 def report_bytes(layouts: list[Layout]) -> None:

@@ -17,7 +17,7 @@ Quantizer = tuple[str, Callable[[], Tensor]]
 
 def peers(x: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Those that are installed, for `x [R, C]`."""
-    found: dict[str, Callable[[], Tensor]] = {}
+    timed: dict[str, Callable[[], Tensor]] = {}
     for name, quantizers in (
         ("Transformer Engine reference", transformer_engine),
         ("torchao", torchao),
@@ -25,10 +25,10 @@ def peers(x: Tensor) -> dict[str, Callable[[], Tensor]]:
         ("compressed-tensors", compressed_tensors),
     ):
         try:
-            found.update(quantizers(x))
+            timed.update(quantizers(x))
         except ImportError as error:
             print(f"{name} is left out: {error}; pip install -e .[bench]")
-    return found
+    return timed
 
 
 def transformer_engine(x: Tensor) -> Iterator[Quantizer]:

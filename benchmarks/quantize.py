@@ -65,12 +65,12 @@ def main() -> None:
         "1x16 codes and scales, spelled out": lambda: quantize_nvfp4(x),
     }
     if args.peers:
-        found = peers(x)
+        quantizers = peers(x)
         ours_decoded = decoded(quantize_nvfp4(x).codes)
-        for name, quantize in found.items():
+        for name, quantize in quantizers.items():
             share = (decoded(quantize()) != ours_decoded).double().mean().item()
             print(f"{name}: {share:.4%} of the codes are not ours")
-        candidates |= found
+        candidates |= quantizers
     seconds = paired_seconds(candidates, args.rounds, CLOCKS[args.clock])
     title = f"quantize {args.rows}x{args.cols} bf16 with amax pass, {args.threads} threads, {args.clock} time"
     print_table(title, seconds, next(iter(candidates)))

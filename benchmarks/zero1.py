@@ -2,7 +2,7 @@
 
     python -m benchmarks.zero1 --ranks 4 --dtype float32
 
-One idea: all contenders live in the same processes and take turns, so that a busy machine slows them alike; the median
+All contenders live in the same processes and take turns, so that a busy machine slows them alike; the median
 and the fastest of their turns are compared with DDP's. "model only" is forward and backward without any communication
 or update. Tokens are drawn anew for every step: a model that has learnt its batch has denormal gradients, whose slow
 arithmetic would be what is measured.

@@ -1,6 +1,6 @@
 """Print the requirements that the container image still needs: pyproject.toml's, without what the base image ships.
 
-One idea: pyproject.toml stays the only list of dependencies. The base image has torch (built for its CUDA), so torch
+Pyproject.toml stays the only list of dependencies. The base image has torch (built for its CUDA), so torch
 is left out; everything else, with the `data` extra, is printed one a line. Standard library only: it runs before
 anything is installed. Used by the Dockerfile: `python image_requirements.py pyproject.toml`.
 """

@@ -1,6 +1,6 @@
 """Run torchrun's agent so that the program's exit code and its stop signals get through.
 
-One idea: a launcher must be transparent. Plain torchrun turns every failure into exit code 1, and on SIGTERM it
+A launcher must be transparent. Plain torchrun turns every failure into exit code 1, and on SIGTERM it
 ends itself with a traceback while the ranks still save. Here SIGTERM, SIGUSR1 and Ctrl-C go to the ranks, which have a
 session of their own and see no terminal, and nothing else happens; the agent then sees them leave, and this program
 leaves with the code of the rank that left first: 85 (stopped on request, state saved) stays 85, 2 (configuration error)
@@ -31,7 +31,7 @@ SHUTDOWN_TIMEOUT_SECONDS = 60
 
 def children() -> list[int]:
     """Process ids of the direct children, which are the ranks."""
-    found = []
+    numbers = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -41,8 +41,8 @@ def children() -> list[int]:
             continue
         parent = int(stat.rpartition(")")[2].split()[1])  # the name before ")" may hold spaces
         if parent == os.getpid():
-            found.append(int(entry.name))
-    return found
+            numbers.append(int(entry.name))
+    return numbers
 
 
 class Forwarding:

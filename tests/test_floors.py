@@ -18,8 +18,8 @@ def sources(folder: str) -> list[Path]:
 def test_these_floors_do_not_know_what_fp4_is(folder: str) -> None:
     for path in sources(folder):
         text = re.sub(r"megatron[_-]fp4", "", path.read_text(), flags=re.IGNORECASE)
-        found = re.search(r"nvfp4|fp4|amax", text, flags=re.IGNORECASE)
-        assert found is None, f"{path.relative_to(PACKAGE)} speaks of {found.group()}" if found else ""
+        word = re.search(r"nvfp4|fp4|amax", text, flags=re.IGNORECASE)
+        assert word is None, f"{path.relative_to(PACKAGE)} speaks of {word.group()}" if word else ""
 
 
 def test_the_environment_is_read_in_one_file() -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_fp4"
+TREES = ("megatron_fp4", "data_tools", "benchmarks", "launch", "tests")
+BARE_NAMES = ("again", "found", "made", "meanwhile", "met", "mine", "said", "there", "told")
 MAX_FILES_PER_ROOM = 16
 MAX_LINES = 260
 MAX_FUNCTION_LINES = 60
@@ -144,9 +146,35 @@ def test_docstrings_begin_at_their_beginning() -> None:
                 assert begins.rstrip(",:") not in BEGINNINGS, f"{path}: {getattr(node, 'name', 'module')}: {text[:60]}"
 
 
+def every_file() -> list[Path]:
+    return [path for tree in TREES for path in sorted((PACKAGE.parent / tree).rglob("*.py")) if path != Path(__file__)]
+
+
 def test_no_label_where_the_idea_itself_can_stand() -> None:
-    labelled = [path for path, _ in modules() if "One idea:" in (PACKAGE / path).read_text()]
+    labelled = [path for path in every_file() if "One idea:" in path.read_text()]
     assert not labelled, labelled
+
+
+def names_given(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of every variable, argument, function and class that `tree` defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.lineno, node.name
+
+
+def test_names_say_what_a_thing_is() -> None:
+    """`found` is how it came; what is it?"""
+    bare = [
+        f"{path}:{line}: {name}"
+        for path in every_file()
+        for line, name in names_given(ast.parse(path.read_text()))
+        if name in BARE_NAMES
+    ]
+    assert bare == []
 
 
 def test_every_room_says_its_floor() -> None:

@@ -65,10 +65,10 @@ def test_explain_knows_every_key(section: Section) -> None:
 
 def test_explain_says_what_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain.main(["train.global_batch"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for text in ("int, in sequences", "default     8\n", "at least 1", "may change, logged", "gradient_accumulation"):
-        assert text in said
-    (place,) = re.findall(r"stands in +(\S+):(\d+)", said)
+        assert text in printed
+    (place,) = re.findall(r"stands in +(\S+):(\d+)", printed)
     assert "global_batch: Size = 8" in (DOCS.parent / place[0]).read_text().splitlines()[int(place[1]) - 1]
     assert explain.main(["optim.min_lr"]) == 0
     assert "0.0; in configs/ 3e-06" in capsys.readouterr().out

@@ -80,7 +80,7 @@ def read_settings(tree: DictConfig, launch: Launch) -> GivenSettings:
     text = to_yaml(resolve(tree)) if launch.rank == 0 else ""
     patience = ParallelConfig().init_timeout_seconds  # what the settings say is not known yet
     rendezvous = meet(launch, patience)
-    text = rendezvous.decided_by_rank0("the settings", text, lambda said: said[0], patience)
+    text = rendezvous.decided_by_rank0("the settings", text, lambda message: message[0], patience)
     return GivenSettings(to_run_config(from_yaml(text)), text, written, rendezvous)
 
 

@@ -191,8 +191,8 @@ def _tasks(env: Mapping[str, str]) -> int:
     """Tasks of the slurm step, else of the allocation; 0 = slurm does not say."""
     counts = {name: _count(env, name, least=1) for name in SLURM_COUNTS if name in env}
     if len(set(counts.values())) > 1:
-        said = ", ".join(f"{name} = {value}" for name, value in counts.items())
-        raise ValueError(f"slurm's variables contradict each other: {said}; one was exported by hand, unset it")
+        message = ", ".join(f"{name} = {value}" for name, value in counts.items())
+        raise ValueError(f"slurm's variables contradict each other: {message}; one was exported by hand, unset it")
     return next(iter(counts.values()), 0)
 
 

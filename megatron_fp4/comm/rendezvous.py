@@ -40,7 +40,7 @@ class Rendezvous:
         self._exchanges = 0
 
     def decided_by_rank0(
-        self, name: str, said: str, decide: Callable[[Sequence[str]], str], timeout_seconds: float
+        self, name: str, message: str, decide: Callable[[Sequence[str]], str], timeout_seconds: float
     ) -> str:
         """What `decide` of rank 0 makes of what every rank said, in rank order; the same on all ranks.
 
@@ -48,12 +48,12 @@ class Rendezvous:
         Raises RanksNotMet if a rank has not spoken in time; rank 0 names it.
         """
         if self.store is None:
-            return decide([said])
+            return decide([message])
         self._exchanges += 1
         key, timeout = f"exchange/{self._exchanges}", timedelta(seconds=timeout_seconds)
         speakers = [f"{key}/{rank}" for rank in range(self.world_size)]
         try:
-            self.store.set(speakers[self.rank], said)
+            self.store.set(speakers[self.rank], message)
             if self.rank == 0:
                 self.store.wait(speakers, timeout)
                 self.store.set(
@@ -92,9 +92,9 @@ class Rendezvous:
         return f"rank {self.rank}: no word from {who} about {name} within {seconds:g} s"
 
 
-def _decision(decide: Callable[[Sequence[str]], str], said: Sequence[str]) -> str:
+def _decision(decide: Callable[[Sequence[str]], str], message: Sequence[str]) -> str:
     try:
-        return AGREED + decide(said)
+        return AGREED + decide(message)
     except ValueError as error:
         return REFUSED + str(error)
 

@@ -105,11 +105,11 @@ def test_the_stored_configuration_of_an_old_run_is_refused_with_the_new_names(tm
     (tmp_path / "config.yaml").write_text(stored)
     with pytest.raises(ConfigError) as caught:
         load_run_config(tmp_path)
-    said = str(caught.value)
-    assert said.startswith(str(tmp_path / "config.yaml"))
+    printed = str(caught.value)
+    assert printed.startswith(str(tmp_path / "config.yaml"))
     for gemm in ("dgrad", "wgrad"):
         old = f"precision.recipes.nvfp4.{gemm}.a"
-        assert f"{old} is now called precision.recipes.nvfp4.{gemm}.dy" in said
+        assert f"{old} is now called precision.recipes.nvfp4.{gemm}.dy" in printed
 
 
 def test_an_old_name_in_an_experiment_of_ones_own(tmp_path: Path) -> None:

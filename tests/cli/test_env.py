@@ -44,9 +44,9 @@ def test_variables_that_change_a_run(capsys: pytest.CaptureFixture[str], monkeyp
         monkeypatch.setenv(name, value)
     env.main([])
     text = capsys.readouterr().out
-    found = {line.split()[0]: line.split()[1] for line in text.splitlines() if len(line.split()) > 1}
+    versions = {line.split()[0]: line.split()[1] for line in text.splitlines() if len(line.split()) > 1}
     for name, value in wanted.items():
-        assert found[name] == value
+        assert versions[name] == value
     assert "secret" not in text
     assert "in a job of slurm" in text
     for name in [name for name in os.environ if name.startswith(env.VARIABLES)]:
@@ -71,9 +71,9 @@ def test_versions_are_compared_with_the_image(
     assert "image has 2.17" not in capsys.readouterr().out, "2.17.1 is a 2.17"
     installed["transformer-engine"] = "2.1"
     env.main([])
-    said = capsys.readouterr().out
-    assert "2.1   (the Dockerfile's image has 2.17)" in said
-    assert re.search(r"^apex +0\.1$", said, re.MULTILINE)
+    printed = capsys.readouterr().out
+    assert "2.1   (the Dockerfile's image has 2.17)" in printed
+    assert re.search(r"^apex +0\.1$", printed, re.MULTILINE)
 
 
 def test_commands_are_listed() -> None:

@@ -25,7 +25,7 @@ from tests.helpers.tiny_run import tiny_run
 from tests.precision.te import te_double
 
 
-def said(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str, expect: int) -> str:
+def printed(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str, expect: int) -> str:
     run = tiny_run(folder, *overrides)
     code = preflight.main(run.overrides)
     output = capsys.readouterr()
@@ -39,7 +39,7 @@ def lines(text: str, name: str) -> list[str]:
 
 
 def test_passes_on_a_good_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, tmp_path, expect=0)
+    text = printed(capsys, tmp_path, expect=0)
     assert "verdict: this run can start" in text
     assert "GEMMs in NVFP4; the rest BF16 because of" in text, "the summary of the precision plan is missing"
     for name in ("configuration", "data", "backend", "kernels", "precision", "model", "gemms", "disk"):
@@ -57,7 +57,7 @@ def test_zeros_from_a_quantizer(
         return plain(self, torch.zeros_like(x) if source.operand == operand else x, source, copies)
 
     monkeypatch.setattr(EmulatedBackend, "quantize", broken)
-    text = said(capsys, tmp_path, expect=1)
+    text = printed(capsys, tmp_path, expect=1)
     cause = {"dy": "wgrad (gradient of the weight) is all zero", "w": "fprop (y) is all zero"}[operand]
     assert any(cause in line and "blocks.0." in line for line in lines(text, "gemms")), text
     assert "do not start this run (gemms)" in text
@@ -72,7 +72,7 @@ def test_nan_and_wrong_scale_from_a_gemm(
         return plain(self, a, b, **settings).mul_(3.0)
 
     monkeypatch.setattr(EmulatedBackend, "matmul", broken)
-    assert "has a relative error of" in said(capsys, tmp_path, expect=1), "a wrong alpha passes"
+    assert "has a relative error of" in printed(capsys, tmp_path, expect=1), "a wrong alpha passes"
 
     def poisoned(self: Any, a: Any, b: Any, **settings: Any) -> Any:
         result = plain(self, a, b, **settings)
@@ -80,18 +80,18 @@ def test_nan_and_wrong_scale_from_a_gemm(
         return result
 
     monkeypatch.setattr(EmulatedBackend, "matmul", poisoned)
-    assert "elements that are NaN or Inf" in said(capsys, tmp_path, expect=1)
+    assert "elements that are NaN or Inf" in printed(capsys, tmp_path, expect=1)
 
 
 def test_local_size_not_a_multiple_of_16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, tmp_path, "parallel.tp=2", "model.ffn_hidden=272", expect=1)
+    text = printed(capsys, tmp_path, "parallel.tp=2", "model.ffn_hidden=272", expect=1)
     (line,) = lines(text, "configuration")
     assert line.startswith("FAILED")
     assert "multiple of 16, got 136" in line, "the local size must be named"
 
 
 def test_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, tmp_path, "data.sources=[{name: toy, paths: [/nowhere/shard]}]", expect=1)
+    text = printed(capsys, tmp_path, "data.sources=[{name: toy, paths: [/nowhere/shard]}]", expect=1)
     (line,) = lines(text, "data")
     assert line.startswith("FAILED")
     assert "/nowhere/shard" in line
@@ -100,7 +100,7 @@ def test_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_too_small_a_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
-    text = said(capsys, tmp_path, expect=1)
+    text = printed(capsys, tmp_path, expect=1)
     (line,) = lines(text, "disk")
     assert line.startswith("FAILED")
     assert "3 checkpoints of" in line
@@ -111,7 +111,7 @@ def test_transformer_engine_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    text = said(capsys, tmp_path, "precision.backend=transformer_engine", expect=1)
+    text = printed(capsys, tmp_path, "precision.backend=transformer_engine", expect=1)
     assert "install transformer-engine" in lines(text, "backend")[0]
 
 
@@ -120,7 +120,7 @@ def test_transformer_engine_is_compared_code_by_code(
 ) -> None:
     te_double.install(monkeypatch)
     settings = ("precision/recipe=nvfp4_no_sr", "precision.backend=transformer_engine", "precision.compile=false")
-    assert "code by code" in lines(said(capsys, tmp_path, *settings, expect=0), "gemms")[0]
+    assert "code by code" in lines(printed(capsys, tmp_path, *settings, expect=0), "gemms")[0]
     plain = te_double._padded
 
     def one_bit(scale: Any) -> Any:
@@ -129,7 +129,7 @@ def test_transformer_engine_is_compared_code_by_code(
         return scale
 
     monkeypatch.setattr(te_double, "_padded", one_bit)
-    text = said(capsys, tmp_path, *settings, expect=1)
+    text = printed(capsys, tmp_path, *settings, expect=1)
     assert any("scales[5, 1]" in line for line in lines(text, "gemms")), text
 
 
@@ -138,9 +138,9 @@ def links(process: Process) -> list[tuple[str, bool | None, str]]:
 
 
 def test_clocks_and_links_of_two_ranks() -> None:
-    for mine in run_local(links, 2):
-        assert [(name, ok) for name, ok, _ in mine] == [("clocks", True), ("links", True)]
-        assert "over 2 ranks" in mine[1][2]
+    for link in run_local(links, 2):
+        assert [(name, ok) for name, ok, _ in link] == [("clocks", True), ("links", True)]
+        assert "over 2 ranks" in link[1][2]
 
 
 def shards_of(folder: Path, *overrides: str) -> tuple[CheckedConfig, list[ModelShard]]:
@@ -198,13 +198,13 @@ def test_a_constructor_that_refuses(
         raise RuntimeError("no kernel for head_dim 16")
 
     monkeypatch.setattr(Attention, "__init__", broken)
-    text = said(capsys, tmp_path, expect=1)
+    text = printed(capsys, tmp_path, expect=1)
     assert "the shards cannot be built: RuntimeError: no kernel for head_dim 16" in lines(text, "model")[0]
     assert not lines(text, "gemms"), "there is no shape to try"
 
 
 def test_a_fused_kernel_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, tmp_path, "model.norm_impl=apex", expect=1)
+    text = printed(capsys, tmp_path, "model.norm_impl=apex", expect=1)
     (line,) = lines(text, "kernels")
     assert line.startswith("FAILED")
     assert "model.norm_impl=apex has CUDA kernels only" in line

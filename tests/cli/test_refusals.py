@@ -23,12 +23,12 @@ from tests.precision.te import te_double
 def refused(capsys: pytest.CaptureFixture[str], run: TinyRun, *overrides: str) -> str:
     """Run the program in this process and return what it said."""
     code = pretrain.main([*run.overrides, *overrides])
-    said = capsys.readouterr()
-    assert code == EXIT_CONFIG, f"expected a refusal, got {code}: {said.out}"
-    assert said.err.startswith("error: "), said.err
-    assert "Traceback" not in said.err
+    printed = capsys.readouterr()
+    assert code == EXIT_CONFIG, f"expected a refusal, got {code}: {printed.out}"
+    assert printed.err.startswith("error: "), printed.err
+    assert "Traceback" not in printed.err
     assert not run.run_dir.exists(), "a refused run must leave nothing behind"
-    return said.err
+    return printed.err
 
 
 RAMP = [
@@ -143,8 +143,8 @@ def test_heads_not_divisible_by_tp(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    said = refused(capsys, tiny_run(tmp_path), "parallel.tp=4", "model.num_kv_heads=2")
-    assert "model.num_kv_heads = 2 is not divisible by parallel.tp = 4" in said
+    printed = refused(capsys, tiny_run(tmp_path), "parallel.tp=4", "model.num_kv_heads=2")
+    assert "model.num_kv_heads = 2 is not divisible by parallel.tp = 4" in printed
 
 
 @pytest.mark.parametrize(
@@ -174,17 +174,17 @@ def test_hidden_not_a_multiple_of_16_per_rank(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = refused(capsys, tiny_run(tmp_path), "parallel.tp=2", "model.ffn_hidden=272")
-    assert "136" in said, "the local size must be named"
-    assert "multiple of 16" in said
+    printed = refused(capsys, tiny_run(tmp_path), "parallel.tp=2", "model.ffn_hidden=272")
+    assert "136" in printed, "the local size must be named"
+    assert "multiple of 16" in printed
 
 
 def test_a_vocabulary_below_the_tokenizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The shards happen to hold no id beyond it; other text would."""
     lines = (f"word {number} and {number * number}" for number in range(500))
     train(lines, tmp_path / "t.model", vocab_size=280, model_type="bpe", threads=1)
-    said = refused(capsys, tiny_run(tmp_path), f"data.tokenizer={tmp_path}/t.model", "model.vocab_size=200")
-    assert "model.vocab_size = 200 is less than the 280 of the tokenizer" in said
+    printed = refused(capsys, tiny_run(tmp_path), f"data.tokenizer={tmp_path}/t.model", "model.vocab_size=200")
+    assert "model.vocab_size = 200 is less than the 280 of the tokenizer" in printed
 
 
 def test_missing_truncated_and_foreign_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,9 +193,9 @@ def test_missing_truncated_and_foreign_shards(tmp_path: Path, capsys: pytest.Cap
     assert "/nowhere/tokenizer.model" in refused(capsys, run, "data.tokenizer=/nowhere/tokenizer.model")
     shard = tmp_path / "shards/toy.bin"
     os.truncate(shard, shard.stat().st_size - 2)
-    said = refused(capsys, run)
-    assert "toy" in said
-    assert str(shard.stat().st_size) in said.replace(",", ""), "expected and actual size must be named"
+    printed = refused(capsys, run)
+    assert "toy" in printed
+    assert str(shard.stat().st_size) in printed.replace(",", ""), "expected and actual size must be named"
 
 
 def test_token_beyond_the_vocabulary(tmp_path: Path) -> None:
@@ -209,27 +209,27 @@ def test_vocabulary_that_a_fused_loss_cannot_split(
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = refused(capsys, tiny_run(tmp_path), "parallel.tp=2", "model.loss_impl=te", "model.vocab_size=97")
-    assert "equal parts of the vocabulary: model.vocab_size = 97 is not divisible by parallel.tp = 2" in said
+    printed = refused(capsys, tiny_run(tmp_path), "parallel.tp=2", "model.loss_impl=te", "model.vocab_size=97")
+    assert "equal parts of the vocabulary: model.vocab_size = 97 is not divisible by parallel.tp = 2" in printed
 
 
 def test_transformer_engine_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    said = refused(capsys, tiny_run(tmp_path), "precision.backend=transformer_engine")
-    assert "Transformer Engine cannot be imported" in said
-    assert "install transformer-engine" in said
-    assert said.count("\n") == 1, "one clear message"
+    printed = refused(capsys, tiny_run(tmp_path), "precision.backend=transformer_engine")
+    assert "Transformer Engine cannot be imported" in printed
+    assert "install transformer-engine" in printed
+    assert printed.count("\n") == 1, "one clear message"
 
 
 def test_a_recipe_that_this_version_cannot_compute(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     te_double.install(monkeypatch)
-    said = refused(capsys, tiny_run(tmp_path), "precision=mxfp4", "precision.backend=transformer_engine")
-    assert "mxfp4 has no quantizer there" in said
-    assert "version 2.20.2" in said
+    printed = refused(capsys, tiny_run(tmp_path), "precision=mxfp4", "precision.backend=transformer_engine")
+    assert "mxfp4 has no quantizer there" in printed
+    assert "version 2.20.2" in printed
 
 
 def test_quantizers_that_need_a_gpu(
@@ -240,8 +240,10 @@ def test_quantizers_that_need_a_gpu(
             raise RuntimeError("Found no NVIDIA driver on your system")
 
     te_double.install(monkeypatch, NVFP4Quantizer=NoGpu)
-    said = refused(capsys, tiny_run(tmp_path), "precision/recipe=nvfp4_no_sr", "precision.backend=transformer_engine")
-    assert "needs a CUDA GPU, and torch sees none" in said
+    printed = refused(
+        capsys, tiny_run(tmp_path), "precision/recipe=nvfp4_no_sr", "precision.backend=transformer_engine"
+    )
+    assert "needs a CUDA GPU, and torch sees none" in printed
 
 
 def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,5 +267,5 @@ def test_what_one_node_lacks_is_said_by_that_node(
         monkeypatch.setenv(name, str(value))
     run = tiny_run(tmp_path, "precision.backend=transformer_engine", "train.global_batch=16")
     assert pretrain.main(run.overrides) == EXIT_CONFIG
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: on {socket.gethostname()}: ") if speaks else not said, said
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: on {socket.gethostname()}: ") if speaks else not printed, printed

@@ -79,7 +79,7 @@ def test_a_comparison_in_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         "gradient norm",
         "seconds of a save: blocking",
     ):
-        assert any(found.startswith(title) for found in titles), f"no plot of {title}"
+        assert any(shown.startswith(title) for shown in titles), f"no plot of {title}"
     assert "utilization" not in text, "a plot without a single point"
     assert not re.search(r'(src|href)="(?!#)', text.replace('xlink:href="#', "")), "the page needs another file"
     assert "<script" not in text

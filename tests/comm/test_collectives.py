@@ -25,7 +25,7 @@ def _all(rank: int, world_size: int) -> dict[str, Any]:
     big = torch.full((5000,), 0.1 * (rank + 1))
     x9 = torch.arange(9.0).view(9, 1).repeat(1, 2) + 100 * rank
     small = torch.tensor([1.0, float("nan") if rank == 1 else 2.0])
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "sum": collectives.all_reduce_sum(x, group),
         "sum_big": collectives.all_reduce_sum(big, group),
         "sum_bf16": collectives.all_reduce_sum(torch.tensor([256.0 if rank == 0 else 1.0]).bfloat16(), group),
@@ -41,52 +41,52 @@ def _all(rank: int, world_size: int) -> dict[str, Any]:
         "one speaks": collectives.all_gather_if_any("x" * rank * (rank == 1), "", group),
         "untouched": torch.equal(x, inputs(rank)),
     }
-    return found
+    return results
 
 
 def test_every_collective() -> None:
     ranks = run_distributed(_all, WORLD)
     parts = [inputs(rank) for rank in range(WORLD)]
     total = (parts[0] + parts[1]) + parts[2]
-    for rank, found in enumerate(ranks):
-        assert torch.equal(found["sum"], total), "the sum is not in rank order"
-        assert len(found["sum_big"].unique()) == 1, "the sum depends on the position in the buffer"
-        assert found["sum_bf16"].item() == 258.0, "BF16 was accumulated in BF16"
-        assert found["sum_fp64"].item() == 2.0**30 + 2 * 2.0**-20, "FP64 was accumulated in FP32"
-        assert found["max"][0] == 1.0
-        assert torch.isnan(found["max"][1]), "NaN on one rank must reach all"
-        assert torch.equal(found["gather"], torch.cat([parts[r][: r + 1] for r in range(WORLD)]))
-        assert torch.equal(found["scatter"], total.split([3, 2, 2])[rank])
-        assert found["even"].shape == (3, 2)
-        assert torch.equal(found["broadcast"], parts[2])
-        assert torch.equal(found["fp8"], torch.cat(parts).to(torch.float8_e4m3fn).float())
-        assert [item["rank"] for item in found["object"]] == [0, 1, 2]
-        assert found["silent"] == ["", "", ""]
-        assert found["one speaks"] == ["", "x", ""]
-        assert found["untouched"], "a collective changed its input"
+    for rank, results in enumerate(ranks):
+        assert torch.equal(results["sum"], total), "the sum is not in rank order"
+        assert len(results["sum_big"].unique()) == 1, "the sum depends on the position in the buffer"
+        assert results["sum_bf16"].item() == 258.0, "BF16 was accumulated in BF16"
+        assert results["sum_fp64"].item() == 2.0**30 + 2 * 2.0**-20, "FP64 was accumulated in FP32"
+        assert results["max"][0] == 1.0
+        assert torch.isnan(results["max"][1]), "NaN on one rank must reach all"
+        assert torch.equal(results["gather"], torch.cat([parts[r][: r + 1] for r in range(WORLD)]))
+        assert torch.equal(results["scatter"], total.split([3, 2, 2])[rank])
+        assert results["even"].shape == (3, 2)
+        assert torch.equal(results["broadcast"], parts[2])
+        assert torch.equal(results["fp8"], torch.cat(parts).to(torch.float8_e4m3fn).float())
+        assert [item["rank"] for item in results["object"]] == [0, 1, 2]
+        assert results["silent"] == ["", "", ""]
+        assert results["one speaks"] == ["", "x", ""]
+        assert results["untouched"], "a collective changed its input"
 
 
 def _gradients(rank: int, world_size: int) -> dict[str, Tensor]:
     group = world_group(rank, world_size)
-    found = {}
+    results = {}
     for name, rows in (("gather_rows", 2), ("scatter_sum_rows", 6), ("scatter_rows", 6), ("copy_to_group", 2)):
         x = torch.ones(rows, 1, requires_grad=True)
         y = getattr(autograd, name)(x, group)
         weight = torch.arange(1.0, len(y) + 1).view(-1, 1) * (rank + 1)
         (y * weight).sum().backward()
         assert x.grad is not None
-        found[name] = x.grad.flatten()
-    return found
+        results[name] = x.grad.flatten()
+    return results
 
 
 def test_gradients_are_the_adjoint_collectives() -> None:
-    for rank, found in enumerate(run_distributed(_gradients, WORLD)):
+    for rank, results in enumerate(run_distributed(_gradients, WORLD)):
         rows = torch.arange(1.0, 7.0)
-        assert torch.equal(found["gather_rows"], 6 * rows[2 * rank : 2 * rank + 2]), "gradients must be summed"
+        assert torch.equal(results["gather_rows"], 6 * rows[2 * rank : 2 * rank + 2]), "gradients must be summed"
         per_rank = torch.cat([torch.arange(1.0, 3.0) * (r + 1) for r in range(WORLD)])
-        assert torch.equal(found["scatter_sum_rows"], per_rank)
-        assert torch.equal(found["scatter_rows"], per_rank)
-        assert torch.equal(found["copy_to_group"], 6 * torch.arange(1.0, 3.0))
+        assert torch.equal(results["scatter_sum_rows"], per_rank)
+        assert torch.equal(results["scatter_rows"], per_rank)
+        assert torch.equal(results["copy_to_group"], 6 * torch.arange(1.0, 3.0))
 
 
 def test_a_group_of_one_returns_its_input() -> None:

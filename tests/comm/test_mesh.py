@@ -44,11 +44,11 @@ def _groups(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def test_groups_of_every_rank() -> None:
-    found = run_distributed(_groups, 4)
-    assert [groups["tp"][0] for groups in found] == [(0, 1), (0, 1), (2, 3), (2, 3)]
-    assert [groups["pp"][0] for groups in found] == [(0, 2), (1, 3), (0, 2), (1, 3)]
-    assert [groups["dp"][0] for groups in found] == [(0,), (1,), (2,), (3,)]
-    for rank, groups in enumerate(found):
+    ranks = run_distributed(_groups, 4)
+    assert [groups["tp"][0] for groups in ranks] == [(0, 1), (0, 1), (2, 3), (2, 3)]
+    assert [groups["pp"][0] for groups in ranks] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    assert [groups["dp"][0] for groups in ranks] == [(0,), (1,), (2,), (3,)]
+    for rank, groups in enumerate(ranks):
         for name, (ranks, index) in groups.items():
             assert ranks[index] == rank, f"rank {rank} is at the wrong place in {name}"
 

@@ -28,7 +28,7 @@ def wrong(tmp_path: Path) -> Tokenizer:
     return load_tokenizer(toy.sentencepiece_model(tmp_path / "wrong.model", byte_fallback=True))
 
 
-def said(paths: list[str], tokenizer: Tokenizer | None, heldout: str = "") -> list[str]:
+def printed(paths: list[str], tokenizer: Tokenizer | None, heldout: str = "") -> list[str]:
     evaluation = [EvaluationConfig("held", [heldout])] if heldout else []
     config = DataConfig([SourceConfig("web", paths)], evaluation=evaluation, seq_length=16)
     loaders = [build_eval_loader(config, item.name, micro_batch=1, dp_rank=0, dp_size=1) for item in evaluation]
@@ -42,7 +42,7 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def test_a_document_is_shown_as_text(tmp_path: Path, right: Tokenizer, wrong: Tokenizer) -> None:
     shards = write_shard(tmp_path / "web", [[], ids(right, TEXT)])
     for tokenizer in (right, wrong):
-        (line,) = said([shards], tokenizer)
+        (line,) = printed([shards], tokenizer)
         assert f"nothing says which tokenizer made the shards of 'web' ({shards})" in line
         assert f"data.tokenizer = {tokenizer.path} is the wrong one" in line
         assert (TEXT in line) == (tokenizer is right)
@@ -51,7 +51,7 @@ def test_a_document_is_shown_as_text(tmp_path: Path, right: Tokenizer, wrong: To
 
 def test_of_a_long_document_beginning_and_end(tmp_path: Path, right: Tokenizer) -> None:
     text = TEXT * 40 + "an end"
-    (line,) = said([write_shard(tmp_path / "web", [ids(right, text)])], right)
+    (line,) = printed([write_shard(tmp_path / "web", [ids(right, text)])], right)
     begins, _, ends = line.splitlines()[1].strip().partition(" ... ")
     assert text.startswith(begins.strip("'"))
     assert text.endswith(ends.partition("<|endoftext|>")[0].strip("'"))
@@ -61,9 +61,9 @@ def test_of_a_long_document_beginning_and_end(tmp_path: Path, right: Tokenizer) 
 def test_every_source_and_set_of_unknown_origin(tmp_path: Path, right: Tokenizer) -> None:
     named = write_set(tmp_path / "set", [[ids(right, TEXT)]], right.fingerprint)
     plain = write_shard(tmp_path / "plain", [ids(right, TEXT)])
-    assert said([named], right, named) == []
-    assert said([plain], None, plain) == []
-    assert [line.split("'")[1] for line in said([named, plain], right, plain)] == ["web", "held"]
+    assert printed([named], right, named) == []
+    assert printed([plain], None, plain) == []
+    assert [line.split("'")[1] for line in printed([named, plain], right, plain)] == ["web", "held"]
 
 
 def test_ids_beyond_the_tokenizer_prove_that_it_is_another(
@@ -75,7 +75,7 @@ def test_ids_beyond_the_tokenizer_prove_that_it_is_another(
     with pytest.raises(
         ValueError, match=f"{shards} of 'web' holds token id {highest}, which the tokenizer .* does not"
     ):
-        said([shards], right)
+        printed([shards], right)
     run = tiny_run(tmp_path, f"data.sources=[{{name: web, paths: ['{shards}'], max_epochs: 0}}]")
     overrides = [*run.overrides, f"data.tokenizer={right.path}", f"model.vocab_size={highest + 1}"]
     assert pretrain.main(overrides) == 2

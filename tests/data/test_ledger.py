@@ -53,13 +53,13 @@ def test_recomputed_and_replayed(config, tmp_path, monkeypatch):
     run(tmp_path, loader, range(5))
     monkeypatch.chdir("/")  # relative paths of the run must not matter
     logged = read_step(tmp_path, 3)
-    again = reopen(logged.start)
-    assert torch.equal(replay(again, logged).tokens, loader.batch(12, 4).tokens)
-    rows = ledger(again, 12, 4)
+    reopened = reopen(logged.start)
+    assert torch.equal(replay(reopened, logged).tokens, loader.batch(12, 4).tokens)
+    rows = ledger(reopened, 12, 4)
     assert {row["sample_id"] for row in rows} == {12, 13, 14, 15}
     assert all(sum(r["length"] for r in rows if r["sample_id"] == i) == 9 for i in range(12, 16))
     row = rows[0]
-    shard = again.streams[row["source"]].documents.shards[0]
+    shard = reopened.streams[row["source"]].documents.shards[0]
     ids = shard.document(row["document"])[row["offset"] : row["offset"] + row["length"]]
     assert ids.tolist() == loader.batch(12, 4).tokens[0].tolist()[: row["length"]]
 

@@ -18,9 +18,9 @@ def loader(tmp_path):
 def test_same_batches_in_order(loader, depth):
     steps = [(0, 2), (2, 4), (6, 8)]
     with Prefetcher(loader, steps, depth=depth) as batches:
-        made = list(batches)
-    assert [(m.first_sample, m.num_samples) for m in made] == steps
-    assert all(torch.equal(m.batch.tokens, loader.batch(*s).tokens) for m, s in zip(made, steps, strict=True))
+        items = list(batches)
+    assert [(m.first_sample, m.num_samples) for m in items] == steps
+    assert all(torch.equal(m.batch.tokens, loader.batch(*s).tokens) for m, s in zip(items, steps, strict=True))
 
 
 def test_a_stall_is_measured_and_readiness_is_not_a_stall(loader):

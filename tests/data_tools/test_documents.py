@@ -118,8 +118,8 @@ def test_truncated_gzip_is_named(tmp_path):
 def test_globs(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "odd[1].jsonl"):
         (tmp_path / name).write_text("")
-    found = expand_inputs([str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl"), str(tmp_path / "odd[1].jsonl")])
-    assert [path.name for path in found] == ["a.jsonl", "b.jsonl", "odd[1].jsonl"]
+    inputs = expand_inputs([str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl"), str(tmp_path / "odd[1].jsonl")])
+    assert [path.name for path in inputs] == ["a.jsonl", "b.jsonl", "odd[1].jsonl"]
     with pytest.raises(ValueError, match="no input file matches"):
         expand_inputs([str(tmp_path / "*.txt")])
     (tmp_path / "a.csv").write_text("")

@@ -31,13 +31,13 @@ def contents(folder):
 
 def documents_of(folder, tokenizer):
     source = open_documents("x", [str(folder)])
-    found = []
+    texts = []
     for number in range(source.num_documents):
         ids = source.document(number)
         assert ids[-1] == tokenizer.special.eos
         assert (ids[:-1] != tokenizer.special.eos).all()
-        found.append(tokenizer.decode(ids[:-1].tolist()))
-    return found
+        texts.append(tokenizer.decode(ids[:-1].tolist()))
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def test_documents_come_back_in_order_with_one_eos(corpus, model, tmp_path, caps
     }
     assert manifest["sources"] == [{"name": "c.jsonl", "bytes": corpus.stat().st_size}]
     assert len(manifest["shards"][0]["files"]["bin"]["sha256"]) == 64
-    said = capsys.readouterr()
-    assert "16,000 documents" in said.out
-    assert re.search(r"100\.0% +\d+\.\d\d MB/s  left +0 s", said.err)
+    printed = capsys.readouterr()
+    assert "16,000 documents" in printed.out
+    assert re.search(r"100\.0% +\d+\.\d\d MB/s  left +0 s", printed.err)
     assert not (tmp_path / "o" / PROGRESS).exists()
 
 

@@ -91,8 +91,8 @@ def test_verify_plain_megatron_shard(tmp_path, capsys):
 
 
 def test_inspect_refuses_another_tokenizer(shards, tmp_path, model, capsys):
-    mine = load_tokenizer(model).fingerprint
-    expected = f"was tokenized with tokenizer tok, but {mine} is used here"
+    fingerprint = load_tokenizer(model).fingerprint
+    expected = f"was tokenized with tokenizer tok, but {fingerprint} is used here"
     assert expected in run(capsys, "inspect", shards, "--document", 4, "--tokenizer", model)[2]
     LedgerWriter(
         tmp_path, loader_of(DataConfig([SourceConfig("web", [shards], 0)], seq_length=4)), step=0, first_sample=0

@@ -1,6 +1,6 @@
 """Run a launch script with stand-ins for the programs it would start, and see the command lines they got.
 
-One idea: what a launch script decides is the command line and the environment of the next program. The stand-ins on
+What a launch script decides is the command line and the environment of the next program. The stand-ins on
 PATH record both as JSON, so a test compares lists of arguments, not text.
 """
 

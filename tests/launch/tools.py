@@ -9,6 +9,6 @@ from pathlib import Path
 
 def linter(name: str) -> str:
     """Path of the program `name`; an assertion with the remedy if it is not installed."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    assert found, f"{name} is not installed: pip install -e '.[test]'"
-    return found
+    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    assert path, f"{name} is not installed: pip install -e '.[test]'"
+    return path

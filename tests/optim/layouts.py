@@ -126,11 +126,11 @@ def train(
     model = LocalModel.build(mesh, dtype)
     optimizer = Zero1AdamW(model.parameters.items(), config, mesh, sequence_parallel)
     norms = []
-    mine = range(mesh.dp_cp.rank, NUM_PARTS, mesh.dp_cp.size)
+    local_parts = range(mesh.dp_cp.rank, NUM_PARTS, mesh.dp_cp.size)
     for step in range(num_steps):
         optimizer.zero_grad()
-        for part in mine:
-            if part == mine[-1]:
+        for part in local_parts:
+            if part == local_parts[-1]:
                 optimizer.begin_last_microbatch()
             model.backward(step, part, sequence_parallel)
         norm = optimizer.finish_grads()

@@ -76,7 +76,7 @@ def poisoned_step(mesh: ParallelMesh) -> tuple[bool, tuple[str, ...], bool, floa
 
 def all_cases(rank: int, world_size: int) -> bytes:
     mesh = mesh_for(rank, world_size)
-    mine = range(rank, MICROBATCHES, world_size)
+    local_microbatches = range(rank, MICROBATCHES, world_size)
     off, on = Overlap.never, Overlap.always
     resent = 0
     original = grad_buffer_module.PendingSum.drop
@@ -91,12 +91,12 @@ def all_cases(rank: int, world_size: int) -> bytes:
         runs = {"off": (off, off, {}), "reduce": (on, off, {}), "gather": (off, on, {}), "both": (on, on, {})}
         runs["one bucket"] = (on, off, {"bucket_mib": 1.0})
         for name, (reduce, gather, more) in runs.items():
-            model = train(mesh, config_of(reduce, gather, **more), dtype, mine)
+            model = train(mesh, config_of(reduce, gather, **more), dtype, local_microbatches)
             results[f"{name} {dtype}"] = ([p.detach() for p in model.parameters()], model.sent_early)
-    model = train(mesh, config_of(on, off), torch.float32, mine, armed=False)
+    model = train(mesh, config_of(on, off), torch.float32, local_microbatches, armed=False)
     results["never armed"] = ([p.detach() for p in model.parameters()], model.sent_early)
     grad_buffer_module.PendingSum.drop = counting  # type: ignore[method-assign]
-    model = train(mesh, config_of(on, off), torch.float32, mine)
+    model = train(mesh, config_of(on, off), torch.float32, local_microbatches)
     grad_buffer_module.PendingSum.drop = original  # type: ignore[method-assign]
     results["resent"] = resent
     results["poisoned"] = poisoned_step(mesh)

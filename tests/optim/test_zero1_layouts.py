@@ -110,11 +110,11 @@ def test_layout_changes_no_bit(
     outcomes = [rank[layout, variant] for rank in worlds[SIZES[layout][0]]]
     for rank, outcome in enumerate(outcomes):
         assert outcome.norms == reference.norms, f"rank {rank}: a gradient is counted twice, not summed, or left out"
-    found, expected = assemble(outcomes), assemble([reference])
+    actual, expected = assemble(outcomes), assemble([reference])
     for kind, tensors in expected.items():
-        assert found[kind].keys() == tensors.keys(), f"{kind}: parameters without state"
+        assert actual[kind].keys() == tensors.keys(), f"{kind}: parameters without state"
         for name, tensor in tensors.items():
-            assert torch.equal(found[kind][name], tensor), f"{kind}/{name} depends on the layout"
+            assert torch.equal(actual[kind][name], tensor), f"{kind}/{name} depends on the layout"
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp3", "dp4", "cp2 dp2"])

@@ -50,7 +50,7 @@ class Ledger:
         optimizer.finish_grads()
         return loss.item()
 
-    def found(self, *recomputed: str) -> list[str]:
+    def objections(self, *recomputed: str) -> list[str]:
         """The differences of the steps so far to one step of four microbatches."""
         return differences(self.ledger.take(), self.precisions, num_microbatches=4, recomputed=recomputed)
 
@@ -63,7 +63,7 @@ def hybrid(**settings: Any) -> Case:
 def test_each_linear_executes_its_three_gemms_once_per_microbatch(case: Case) -> None:
     model = Ledger(case)
     model.step()
-    assert model.found() == []
+    assert model.objections() == []
     assert len(model.precisions) == 9, "eight linears in the blocks and the head"
 
 
@@ -83,9 +83,9 @@ def test_recomputation_repeats_the_forward_pass_only() -> None:
     model = Ledger(hybrid(train={"recompute": Recompute.full}))
     blocks = [name for name in model.precisions if name.startswith("blocks.")]
     model.step()
-    assert model.found(*blocks) == []
+    assert model.objections(*blocks) == []
     model.step()
-    assert len(model.found()) == len(blocks), "each repeats Fprop; Dgrad, Wgrad and the head are not repeated"
+    assert len(model.objections()) == len(blocks), "each repeats Fprop; Dgrad, Wgrad and the head are not repeated"
 
 
 def test_the_ledger_changes_no_number() -> None:
@@ -112,18 +112,18 @@ def test_a_projection_that_bypasses_its_gemm_is_found() -> None:
 
     linear.forward = bypass  # type: ignore[method-assign]
     model.step()
-    found = model.found()
-    assert len(found) == 3
-    assert "blocks.0.mamba.out_proj fprop x nvfp4, w nvfp4 16x16: executed 0 times for 4 microbatches" in found
+    objections = model.objections()
+    assert len(objections) == 3
+    assert "blocks.0.mamba.out_proj fprop x nvfp4, w nvfp4 16x16: executed 0 times for 4 microbatches" in objections
 
 
 def test_a_precision_that_was_not_assigned_is_found() -> None:
     model = Ledger(parity_case())
     linears_of(model.stages[0])["blocks.1.mlp.up"].precision = LinearPrecision()
     model.step()
-    found = model.found()
-    assert len(found) == 6, "three GEMMs of the table are missing, three others were executed"
-    assert "blocks.1.mlp.up wgrad dy bf16, x bf16: executed 4 times, not in the table" in found
+    objections = model.objections()
+    assert len(objections) == 6, "three GEMMs of the table are missing, three others were executed"
+    assert "blocks.1.mlp.up wgrad dy bf16, x bf16: executed 4 times, not in the table" in objections
 
 
 def test_a_rounding_that_is_not_the_tables_is_found() -> None:
@@ -131,9 +131,9 @@ def test_a_rounding_that_is_not_the_tables_is_found() -> None:
     operands = (Operand(Format.nvfp4), Operand(Format.nvfp4, tile=(16, 16)))
     product = Product("head", "dgrad", ("dy", "w"), operands)
     precision = LinearPrecision(dgrad=parity_case().table["blocks.0.attention.qkv"].dgrad)
-    found = differences(Counter({product: 1}), {"head": precision}, num_microbatches=1)
-    assert "head dgrad dy nvfp4, w nvfp4 16x16: executed 1 times, not in the table" in found
-    assert "head dgrad dy nvfp4 sr, w nvfp4 16x16: executed 0 times for 1 microbatches" in found
+    objections = differences(Counter({product: 1}), {"head": precision}, num_microbatches=1)
+    assert "head dgrad dy nvfp4, w nvfp4 16x16: executed 1 times, not in the table" in objections
+    assert "head dgrad dy nvfp4 sr, w nvfp4 16x16: executed 0 times for 1 microbatches" in objections
 
 
 def test_operands_of_two_linears_in_one_product_are_found() -> None:
@@ -158,12 +158,12 @@ def test_operands_of_two_linears_in_one_product_are_found() -> None:
 def found_on_rank(process: Process, case: Case, parallel: ParallelConfig) -> list[str]:
     model = Ledger(case, parallel, process.world)
     model.step()
-    return model.found()
+    return model.objections()
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_pipeline_schedules_execute_each_gemm_once(schedule: str) -> None:
     """Zero-bubble schedules that split the backward pass run a custom Function twice if its Wgrad is not queued."""
     parallel = ParallelConfig(pp=2, schedule=schedule)
-    for found in run_local(found_on_rank, 2, hybrid(), parallel):
-        assert found == []
+    for objections in run_local(found_on_rank, 2, hybrid(), parallel):
+        assert objections == []

@@ -70,11 +70,11 @@ def test_blocks(text: str, expected: set[int]) -> None:
 
 
 def test_first_match_wins_and_blocks_leave_the_head_out() -> None:
-    found = formats(Rule("*.attention.*"), Rule("*", blocks="last:1"), ALL)
-    assert found["blocks.3.attention.qkv"] == HIGH
-    assert found["blocks.5.mlp.down"] == HIGH
-    assert found["blocks.4.mamba.in_proj"] == QUANTIZED
-    assert found["head"] == QUANTIZED, "'blocks' selects blocks: the head is in none of them"
+    shown = formats(Rule("*.attention.*"), Rule("*", blocks="last:1"), ALL)
+    assert shown["blocks.3.attention.qkv"] == HIGH
+    assert shown["blocks.5.mlp.down"] == HIGH
+    assert shown["blocks.4.mamba.in_proj"] == QUANTIZED
+    assert shown["head"] == QUANTIZED, "'blocks' selects blocks: the head is in none of them"
 
 
 def test_a_rule_names_recipes_per_gemm() -> None:

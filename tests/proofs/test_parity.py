@@ -37,13 +37,13 @@ def records_of(cases: list[Case], layout: str, worker: Worker = run_cases) -> li
 
 def check(cases: list[Case], layout: str, references: list[Record]) -> list[Comparison]:
     """Run the layout and demand that every case passes its tolerance."""
-    found = []
+    verdict = []
     for case, reference, records in zip(cases, references, records_of(cases, layout), strict=True):
         comparison = compare(reference, records)
         failures = find_failures(comparison, TOLERANCES[case.name])
         assert not failures, f"{layout}, {case.name}: {[str(failure) for failure in failures[:5]]}"
-        found.append(comparison)
-    return found
+        verdict.append(comparison)
+    return verdict
 
 
 def alone(*cases: Case) -> list[Record]:
@@ -111,8 +111,8 @@ def test_tied_embeddings_on_two_stages() -> None:
     case = fp32(tied_embeddings=True, pattern="*-", steps=20, activation=Activation.swiglu)
     references = alone(case)
     for layout in ("pp2", "pp2 dp2"):
-        (found,) = check([case], layout, references)
-        assert not found.replicas, "the two copies drifted apart"
+        (verdict,) = check([case], layout, references)
+        assert not verdict.replicas, "the two copies drifted apart"
 
 
 def test_tied_embeddings_in_a_v() -> None:
@@ -155,8 +155,8 @@ def test_overlap_changes_no_bit() -> None:
     off, on = records_of(both, "pp2:interleaved_zero_bubble")
     assert [record.losses for record in on] == [record.losses for record in off]
     off, on = records_of(both, "pp2 dp2")
-    for mine, theirs in zip(on, off, strict=True):
-        assert (mine.losses, mine.norms) == (theirs.losses, theirs.norms), "overlap changed the sum"
+    for ours, theirs in zip(on, off, strict=True):
+        assert (ours.losses, ours.norms) == (theirs.losses, theirs.norms), "overlap changed the sum"
 
 
 # -- planted bugs -----------------------------------------------------------------------------------------------------

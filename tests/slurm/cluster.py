@@ -1,6 +1,6 @@
 """Drive the real slurm cluster of a test: submit launch/slurm.sbatch, wait, read what happened.
 
-One idea: a test says what it submits and what it waits for; the program is a parameter, so that the same checks run
+A test says what it submits and what it waits for; the program is a parameter, so that the same checks run
 with the stand-in (tests/slurm/standin.py) and with the trainer.
 """
 
@@ -37,9 +37,9 @@ class Job:
     def field(self, name: str) -> str:
         """A field of `scontrol show job`, e.g. JobState, ExitCode ("85:0"), Restarts."""
         text = self.cluster.command("scontrol", "show", "job", self.number)
-        found = re.search(rf"\b{name}=(\S+)", text)
-        assert found, f"scontrol show job has no {name}:\n{text}"
-        return found[1]
+        match = re.search(rf"\b{name}=(\S+)", text)
+        assert match, f"scontrol show job has no {name}:\n{text}"
+        return match[1]
 
     @property
     def log(self) -> str:

@@ -1,6 +1,6 @@
 """A program that obeys the trainer's contract with its launcher, and nothing else.
 
-One idea: everything that launch/ must guarantee can be seen without a model. It joins the job through
+Everything that launch/ must guarantee can be seen without a model. It joins the job through
 `comm.bootstrap`, counts steps, agrees with the other ranks on stopping (SIGTERM, SIGUSR1 or a first SIGINT to any
 rank), saves, and leaves with 0 (done), 85 (stopped on request, state saved) or 2 (configuration error). Each attempt
 appends one line to `events.jsonl` in the run directory when it starts and one when it ends.

@@ -148,8 +148,8 @@ def test_the_slowest_rank_of_a_phase_is_named(tmp_path: Path) -> None:
     run = tiny_run(
         tmp_path, "parallel.dp=2", "train.stop_after_steps=3", "train.straggler_interval_steps=2", "precision=bf16"
     )
-    said = run_distributed(slow_rank, 2, list(run.overrides))[0]
-    (line,) = [text for text in said if "slowest ranks" in text]
+    printed = run_distributed(slow_rank, 2, list(run.overrides))[0]
+    (line,) = [text for text in printed if "slowest ranks" in text]
     assert line.startswith("step 2: ")
     assert "forward_backward rank 1 0." in line
     assert "the others waited for rank 1, " in line, "the rank that waits least is the one that is late"

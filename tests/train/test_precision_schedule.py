@@ -114,8 +114,8 @@ def test_resume_lands_in_the_right_phase(tmp_path: Path, capfd: pytest.CaptureFi
         train(pieces, stop)
         outputs[stop] = capfd.readouterr().out
     assert_same_run(whole, pieces, range(1, 9), "a resume computes in another precision than the run without it")
-    said = [stop for stop, text in outputs.items() if "precision differs from the checkpoint's" in text]
-    assert said == [7], "only the resume from step 5, between two phases, starts in another precision"
+    printed = [stop for stop, text in outputs.items() if "precision differs from the checkpoint's" in text]
+    assert printed == [7], "only the resume from step 5, between two phases, starts in another precision"
     assert f"blocks.0.mlp.down: fprop x bf16, w bf16 | {BACKWARD} -> bf16" in outputs[7]
     assert "step 3: precision changes" in outputs[4], "the resume from step 1 goes through the switch at step 3"
 

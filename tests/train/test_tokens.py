@@ -31,9 +31,9 @@ def other_tokens_on_one_rank(rank: int, world_size: int, overrides: list[str]) -
 def test_ranks_with_other_tokens_end_the_run_before_the_update(tmp_path: Path, layout: str) -> None:
     """From the third step on rank 1 reads other samples: all ranks say so, and no update is made from them."""
     run = tiny_run(tmp_path, f"parallel.{layout}=2", "precision=bf16", "checkpoint.asynchronous=false")
-    said = run_distributed(other_tokens_on_one_rank, 2, list(run.overrides))
-    assert said[0] == said[1]
-    assert said[0].startswith("after step 2: data shard 0: 1 of its 2 ranks were fed other tokens")
+    printed = run_distributed(other_tokens_on_one_rank, 2, list(run.overrides))
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("after step 2: data shard 0: 1 of its 2 ranks were fed other tokens")
 
 
 def test_two_evaluations_of_frozen_weights_are_bit_equal(tmp_path: Path) -> None:

@@ -111,13 +111,13 @@ def choice_of(options: Any) -> SpecialChoice:
     return SpecialChoice(**{item.name: getattr(options, item.name) or "" for item in fields(SpecialChoice)})
 
 
-def _token_id(text: str, lookup: Lookup, vocab_size: int, said: str, path: Path) -> int:
+def _token_id(text: str, lookup: Lookup, vocab_size: int, choice: str, path: Path) -> int:
     """The id that a token's text, or the digits of an id, stand for; text first, since "1" may be a token."""
     token = lookup(text)
     if token is None and text.isascii() and text.isdecimal():
         token = int(text)
     if token is None or not 0 <= token < vocab_size:
-        raise ValueError(f"{said} is no token of {path}, whose ids are 0 to {vocab_size - 1}")
+        raise ValueError(f"{choice} is no token of {path}, whose ids are 0 to {vocab_size - 1}")
     return token
 
 

@@ -90,11 +90,11 @@ class _Comparison:
         self.kinds: dict[str, list[list[int]]] = {}
         self.world_size = 0
 
-    def speakers(self, said: Sequence[str]) -> str:
+    def speakers(self, message: Sequence[str]) -> str:
         """The first rank of some kinds of each part that differs: these are to say what they have."""
-        self.world_size = len(said)
+        self.world_size = len(message)
         ranks: dict[str, dict[str, list[int]]] = {}
-        for rank, text in enumerate(said):
+        for rank, text in enumerate(message):
             for name, digest in json.loads(text).items():
                 ranks.setdefault(name, {}).setdefault(digest, []).append(rank)
         for name, kinds in ranks.items():
@@ -115,8 +115,8 @@ class _Comparison:
                 refusals.append(values[0][REFUSAL])
             else:
                 refusals += [f"{owner}: {value[REFUSAL]}" for owner, value in zip(owners, values, strict=True)]
-        said = [f"the ranks differ in {'; '.join(differences)}; {REMEDY}"] if differences else []
-        raise ValueError("; ".join(said + refusals))
+        message = [f"the ranks differ in {'; '.join(differences)}; {REMEDY}"] if differences else []
+        raise ValueError("; ".join(message + refusals))
 
 
 def _compared(parts: Sequence[Part], owners: Sequence[str]) -> str:

@@ -43,8 +43,8 @@ def test_is_a_pure_function_however_it_is_asked():
     a, b = BlendSchedule((7, 11, 13)), BlendSchedule((7, 11, 13))
     late = a.locate(np.array([10**12 + 5, 3]))
     b.locate(np.arange(5))
-    again = b.locate(np.array([10**12 + 5, 3]))
-    assert all(np.array_equal(x, y) for x, y in zip(late, again, strict=True))
+    second = b.locate(np.array([10**12 + 5, 3]))
+    assert all(np.array_equal(x, y) for x, y in zip(late, second, strict=True))
 
 
 def one_by_one(weights, number):

@@ -23,9 +23,9 @@ def test_cached_index_equals_the_built_one(source, tmp_path):
     cache = IndexCache(tmp_path / "cache")
     expected = build_index(source.lengths, KEY)
     for _ in range(2):
-        found = cache.get(source, KEY)
-        assert np.array_equal(found.order, expected.order)
-        assert np.array_equal(found.starts, expected.starts)
+        index = cache.get(source, KEY)
+        assert np.array_equal(index.order, expected.order)
+        assert np.array_equal(index.starts, expected.starts)
     assert cache.built == 1
     assert len(files(tmp_path / "cache")) == 1
 

@@ -29,7 +29,7 @@ OPERANDS = [
 ]
 
 
-def made(operand: Operand, seed: int, step: int) -> tuple[torch.Tensor, ...]:
+def operand_of(operand: Operand, seed: int, step: int) -> tuple[torch.Tensor, ...]:
     x = normal(key_of("randomness"), torch.arange(128), torch.arange(128)).bfloat16()
     origin = OperandOrigin("linear", "w", torch.arange(128), torch.arange(128), Group.single(), seed, step)
     return ReferenceBackend().quantize(x, origin, [Copy("fprop", operand, along=1)])[0].tensors
@@ -38,9 +38,9 @@ def made(operand: Operand, seed: int, step: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("operand", OPERANDS, ids=str)
 def test_seed_and_step_go_into_an_operand_exactly_where_it_says_so(operand: Operand) -> None:
     """An operand that varies and says no: a cached weight with the noise or the signs of another step."""
-    base = made(operand, seed=1, step=3)
+    base = operand_of(operand, seed=1, step=3)
     for seed, step in ((1, 4), (2, 3)):
-        other = made(operand, seed, step)
+        other = operand_of(operand, seed, step)
         equal = all(torch.equal(a.float(), b.float()) for a, b in zip(base, other, strict=True))
         assert equal is not varies_by_step(operand), f"seed {seed}, step {step}"
 

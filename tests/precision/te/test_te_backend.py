@@ -290,9 +290,9 @@ def wgrad(operand: Operand) -> LinearPrecision:
         ),
     ],
 )
-def test_refused_up_front(monkeypatch: pytest.MonkeyPatch, precision: LinearPrecision, said: str) -> None:
+def test_refused_up_front(monkeypatch: pytest.MonkeyPatch, precision: LinearPrecision, printed: str) -> None:
     te_double.install(monkeypatch)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=printed) as caught:
         TransformerEngineBackend(config(precision))
     assert "version 2.20.2" in str(caught.value)
     assert "r0" in str(caught.value), "the recipe must be named"
@@ -363,10 +363,10 @@ def test_compute_dtype_fp32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("shape", "said"), [((64, 48), "48, must be a multiple of 32"), ((40, 64), "40.*16")])
-def test_shapes_that_kernels_refuse(te: TransformerEngineBackend, shape: tuple[int, int], said: str) -> None:
+def test_shapes_that_kernels_refuse(te: TransformerEngineBackend, shape: tuple[int, int], printed: str) -> None:
     x = tensor("odd", *shape)
     wanted: Sequence[Copy] = [Copy("fprop", X, 1)]
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=printed):
         te.quantize(x, origin(x), wanted)
 
 

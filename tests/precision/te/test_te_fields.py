@@ -165,10 +165,10 @@ def test_no_field_is_forgotten() -> None:
 @pytest.mark.parametrize("field", OPERAND)
 def test_honoured_or_refused(field: str, end: int) -> None:
     ask = (by_backend, by_recipe)[end]
-    for base, changed, said in OPERAND[field]:
+    for base, changed, printed in OPERAND[field]:
         for before, after in pairs(base, changed):
-            if said[end]:
-                with pytest.raises(ValueError, match=said[end]):
+            if printed[end]:
+                with pytest.raises(ValueError, match=printed[end]):
                     ask(after)
             else:
                 assert ask(after) != ask(before), f"{field}: {changed} asks for the same as {base}"

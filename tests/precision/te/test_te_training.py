@@ -76,8 +76,8 @@ class BothBackends:
         for copy, a, b, c in zip(copies, theirs, ours, codes, strict=True):
             if copy.operand.quantized:
                 parts = te_parts(a, copy)
-                found = first_mismatch(parts, reference_parts(c), copy)
-                assert found is None, f"step {origin.step}, {origin.name}, {copy.gemm}.{origin.operand}: {found}"
+                mismatch = first_mismatch(parts, reference_parts(c), copy)
+                assert mismatch is None, f"step {origin.step}, {origin.name}, {copy.gemm}.{origin.operand}: {mismatch}"
                 values, _ = self.emulated._operand(b, torch.float32)
                 scales = parts.scales.contiguous().view(torch.float8_e4m3fn).float().repeat_interleave(16, 1)
                 want = e2m1_values(parts.codes) * scales
@@ -92,10 +92,10 @@ class BothBackends:
 
     def matmul(self, a: Both, b: Both, **settings: Any) -> Tensor:
         into = settings.pop("accumulate_into", None)
-        mine = self.te.matmul(a.of_te, b.of_te, **settings)
+        product = self.te.matmul(a.of_te, b.of_te, **settings)
         want = self.emulated.matmul(a.of_emulation, b.of_emulation, **settings)
         bound = 1e-2 * want.abs().max().item() if want.dtype == torch.bfloat16 else 1e-5 * want.abs().max().item()
-        assert (mine.float() - want.float()).abs().max().item() <= bound, "the products differ by more than rounding"
+        assert (product.float() - want.float()).abs().max().item() <= bound, "the products differ by more than rounding"
         self.compared["products"] += 1
         return want if into is None else into.add_(want)
 

@@ -20,22 +20,22 @@ from tests.helpers.tiny_run import tiny_run, write_toy_shard
 
 def outcomes(parts: Sequence[dict[str, Part]], refusals: Sequence[str | None] = ()) -> list[str]:
     """What `agree_on` says on each of as many ranks as there are `parts`; "" = agreed. One thread is a rank."""
-    store, said = dist.HashStore(), ["nothing"] * len(parts)
+    store, printed = dist.HashStore(), ["nothing"] * len(parts)
     refused = [*refusals, *[None] * len(parts)]
 
     def be(rank: int) -> None:
         try:
             agree_on(parts[rank], Rendezvous(Launch(rank, len(parts), 0, 1), store), 20.0, refused[rank])
-            said[rank] = ""
+            printed[rank] = ""
         except ValueError as error:
-            said[rank] = str(error)
+            printed[rank] = str(error)
 
     ranks = [threading.Thread(target=be, args=(rank,)) for rank in range(len(parts))]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(30.0)
-    return said
+    return printed
 
 
 def parts_with(folder: Path, *overrides: str) -> dict[str, Part]:
@@ -47,11 +47,11 @@ def parts_with(folder: Path, *overrides: str) -> dict[str, Part]:
 
 def refused(parts: Sequence[dict[str, Part]], refusals: Sequence[str | None] = ()) -> str:
     """The sentence, which all ranks must say."""
-    said = outcomes(parts, refusals)
-    assert len(set(said)) == 1, said
-    assert said[0], "the ranks agreed"
-    assert "\n" not in said[0], "one sentence"
-    return said[0]
+    printed = outcomes(parts, refusals)
+    assert len(set(printed)) == 1, printed
+    assert printed[0], "the ranks agreed"
+    assert "\n" not in printed[0], "one sentence"
+    return printed[0]
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_every_setting_of_the_two_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, expected: str
 ) -> None:
     monkeypatch.setattr(agreement.socket, "gethostname", lambda: "HOST")
-    said = refused([parts_with(tmp_path), parts_with(tmp_path, override)])
-    assert expected in said
-    assert said.startswith("the ranks differ in settings: ")
-    assert said.endswith("start every rank with the same command, checkout, environment and data")
+    printed = refused([parts_with(tmp_path), parts_with(tmp_path, override)])
+    assert expected in printed
+    assert printed.startswith("the ranks differ in settings: ")
+    assert printed.endswith("start every rank with the same command, checkout, environment and data")
 
 
 def test_equal_ranks_agree_wherever_their_data_lie(tmp_path: Path) -> None:
@@ -85,9 +85,9 @@ def test_equal_ranks_agree_wherever_their_data_lie(tmp_path: Path) -> None:
 def test_data_are_compared_by_content(tmp_path: Path) -> None:
     write_toy_shard(tmp_path / "copy" / "toy", seed=1)
     stale = f"data.sources=[{{name: toy, paths: ['{tmp_path}/copy/toy'], max_epochs: 0}}]"
-    said = refused([parts_with(tmp_path), parts_with(tmp_path), parts_with(tmp_path, stale)])
-    assert said.startswith("the ranks differ in data: toy = ")
-    assert "on ranks 0-1 (" in said
+    printed = refused([parts_with(tmp_path), parts_with(tmp_path), parts_with(tmp_path, stale)])
+    assert printed.startswith("the ranks differ in data: toy = ")
+    assert "on ranks 0-1 (" in printed
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_data_are_compared_by_content(tmp_path: Path) -> None:
 )
 def test_programs_versions_and_tokenizers_are_compared(tmp_path: Path, part: str, value: Part) -> None:
     parts = parts_with(tmp_path)
-    said = refused([parts, {**parts, part: {**parts[part], **value}}])
+    printed = refused([parts, {**parts, part: {**parts[part], **value}}])
     (name,) = value
-    assert said.startswith(f"the ranks differ in {part}: {name} = {parts[part][name]} on rank 0 (")
-    assert f"{value[name]} on rank 1 (" in said
+    assert printed.startswith(f"the ranks differ in {part}: {name} = {parts[part][name]} on rank 0 (")
+    assert f"{value[name]} on rank 1 (" in printed
 
 
 def test_a_variable_that_changes_numbers_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,17 +107,17 @@ def test_a_variable_that_changes_numbers_is_compared(tmp_path: Path, monkeypatch
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    said = refused([parts, parts_with(tmp_path)])
-    assert "environment: NVIDIA_TF32_OVERRIDE = absent on rank 0" in said
-    assert "eth7" not in said, "a node may have its own"
+    printed = refused([parts, parts_with(tmp_path)])
+    assert "environment: NVIDIA_TF32_OVERRIDE = absent on rank 0" in printed
+    assert "eth7" not in printed, "a node may have its own"
 
 
 def test_who_refuses_alone_is_heard(tmp_path: Path) -> None:
     """Such as a rank whose node does not see the data; it has fewer parts, and those are equal."""
     parts = parts_with(tmp_path)
-    said = refused([parts, parts, parts_of_start_only(parts)], [None, None, "shard X does not exist"])
-    assert said.startswith("rank 2 (")
-    assert said.endswith("): shard X does not exist")
+    printed = refused([parts, parts, parts_of_start_only(parts)], [None, None, "shard X does not exist"])
+    assert printed.startswith("rank 2 (")
+    assert printed.endswith("): shard X does not exist")
 
 
 def parts_of_start_only(parts: dict[str, Part]) -> dict[str, Part]:
@@ -126,5 +126,5 @@ def parts_of_start_only(parts: dict[str, Part]) -> dict[str, Part]:
 
 def test_many_kinds_are_counted_not_listed(tmp_path: Path) -> None:
     parts = parts_with(tmp_path)
-    said = refused([{**parts, "settings": {"train.seed": str(rank)}} for rank in range(8)])
-    assert said.count(" on rank ") == agreement.MAX_KINDS
+    printed = refused([{**parts, "settings": {"train.seed": str(rank)}} for rank in range(8)])
+    assert printed.count(" on rank ") == agreement.MAX_KINDS

@@ -30,17 +30,17 @@ def run_ranks(commands: Sequence[Sequence[str]], environments: Sequence[dict[str
         )
         for rank, (command, environment) in enumerate(zip(commands, environments, strict=True))
     ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
 
 
 def test_a_different_layout_learning_rate_and_directory_are_refused_by_all(tmp_path: Path) -> None:
     """Each of the first two trained to the end or hung."""
     run = tiny_run(tmp_path, "precision=bf16", "train.stop_after_steps=1")
     other = run.with_overrides("parallel.tp=2", "optim.lr=0.5", run_dir=tmp_path / "other")
-    (code, said), (other_code, other_said) = run_ranks([run.overrides, other.overrides], [{}, {}])
-    assert (code, other_code) == (EXIT_CONFIG, EXIT_CONFIG), said + other_said
-    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    (code, printed), (other_code, other_said) = run_ranks([run.overrides, other.overrides], [{}, {}])
+    assert (code, other_code) == (EXIT_CONFIG, EXIT_CONFIG), printed + other_said
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     for key in ("parallel.tp = 1 on rank 0", "optim.lr = 0.003 on rank 0", f"{tmp_path}/other on rank 1"):
         assert key in line
     assert "error" not in other_said, "one rank speaks"
@@ -49,10 +49,10 @@ def test_a_different_layout_learning_rate_and_directory_are_refused_by_all(tmp_p
 
 def test_an_override_that_only_one_rank_refuses_ends_all(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "precision=bf16", "train.stop_after_steps=1")
-    (code, said), (other_code, _) = run_ranks([run.overrides, [*run.overrides, "parallel.tp=3"]], [{}, {}])
-    assert (code, other_code) == (EXIT_CONFIG, EXIT_CONFIG), said
-    assert "parallel.tp = 1 on rank 0" in said
-    assert "layout does not fit the world size" in said, "and why rank 1 refused"
+    (code, printed), (other_code, _) = run_ranks([run.overrides, [*run.overrides, "parallel.tp=3"]], [{}, {}])
+    assert (code, other_code) == (EXIT_CONFIG, EXIT_CONFIG), printed
+    assert "parallel.tp = 1 on rank 0" in printed
+    assert "layout does not fit the world size" in printed, "and why rank 1 refused"
 
 
 def test_interpolations_are_rank_0s_on_all_ranks(tmp_path: Path) -> None:

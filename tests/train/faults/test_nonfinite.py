@@ -55,8 +55,8 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(tmp_path: Path) -> None:
         train_with_a_nan, 2, overrides_for(tmp_path, two, "train.run_dir=" + str(tmp_path / "b")), []
     )
     for rank in range(2):
-        said, state, _ = bad[rank]
-        message = next(text for text in said if "skipped on all ranks" in text)
+        printed, state, _ = bad[rank]
+        message = next(text for text in printed if "skipped on all ranks" in text)
         assert "step 3" in message
         assert "blocks.1.attention.qkv (x, rank 1)" in message, "the first tensor and the rank must be named"
         assert "samples [" in message
@@ -66,9 +66,9 @@ def test_a_nan_on_one_rank_skips_the_step_everywhere(tmp_path: Path) -> None:
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     overrides = overrides_for(tmp_path, "train.max_skipped_steps=2", "train.stop_after_steps=9")
-    said, _, diverged = train_with_a_nan(0, 1, overrides, [2, 4, 5])
+    printed, _, diverged = train_with_a_nan(0, 1, overrides, [2, 4, 5])
     assert diverged
-    assert sum("skipped on all ranks" in text for text in said) == 3, "a good step between resets the count"
+    assert sum("skipped on all ranks" in text for text in printed) == 3, "a good step between resets the count"
     records = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
     assert [record["skipped"] for record in records] == [0.0, 1.0, 0.0, 1.0, 1.0]
     assert [record["skipped_steps"] for record in records] == [0.0, 1.0, 1.0, 2.0, 3.0]
@@ -109,8 +109,8 @@ def test_a_step_without_a_target_changes_no_weight_and_is_said(tmp_path: Path) -
     assert all(torch.equal(tensor, states[3][name]) for name, tensor in states[2].items()), "weights moved by momentum"
     assert trainer.position.skipped_steps == 1
     assert trainer.run.optimizer.step_count == 2
-    said = "step 3: update skipped on all ranks, none of its 4 samples has a target"
-    assert said in console.said
+    printed = "step 3: update skipped on all ranks, none of its 4 samples has a target"
+    assert printed in console.said
     assert any(text.startswith("step      3/3  loss none  grad norm 0.000") for text in console.said)
     records = {record["step"]: record for record in read_metrics(tmp_path / "to_3") if "lr" in record}
     assert "loss" not in records[3], "a loss of 0.0 would be in every mean"

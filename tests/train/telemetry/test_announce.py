@@ -12,7 +12,7 @@ from megatron_fp4.train.telemetry.announce import describe_run
 SMALL = ["model=gpt_tiny", "model.vocab_size=96", "train.global_batch=4", "data.sources=[{name: a, paths: [a]}]"]
 
 
-def said(*overrides: str, world_size: int = 1) -> list[str]:
+def printed(*overrides: str, world_size: int = 1) -> list[str]:
     checked = check_config(to_run_config(compose_config([*SMALL, *overrides])), world_size)
     text = describe_run(checked, world_size, torch.device("cpu"))
     return [paragraph for paragraph in text if paragraph.startswith("Wgrad quantizes")]
@@ -34,7 +34,7 @@ def test_wgrad_groups_that_depend_on_the_layout_are_told(
     """A group that reaches from one chunk into another holds other tokens than in one process."""
     sizes = [f"data.seq_length={seq_length}", f"train.micro_batch={micro_batch}", f"parallel.cp={cp}"]
     precision = "precision=nvfp4" if group else "precision=bf16"
-    lines = said(*sizes, precision, world_size=cp)
+    lines = printed(*sizes, precision, world_size=cp)
     assert len(lines) == bool(run)
     if run:
         assert f"quantizes {group} tokens together, but a run of tokens on a rank is {run} (" in lines[0]
