@@ -142,7 +142,7 @@ def test_a_chosen_end_that_words_spell_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("said", ["<nothing>", "99999"])
+@pytest.mark.parametrize("printed", ["<nothing>", "99999"])
 def test_a_choice_that_is_no_token_is_refused(tmp_path: Path, kind: str, printed: str) -> None:
     path = make(kind, tmp_path).path
     with pytest.raises(ValueError, match=rf"--eos {printed} is no token of .*ids are 0 to"):

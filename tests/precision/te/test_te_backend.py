@@ -268,7 +268,7 @@ def wgrad(operand: Operand) -> LinearPrecision:
 
 
 @pytest.mark.parametrize(
-    ("precision", "said"),
+    ("precision", "printed"),
     [
         (fprop(Operand(Format.mxfp4), Operand(Format.mxfp4)), "mxfp4 has no quantizer"),
         (fprop(Operand(), W), "operands in bf16 and nvfp4"),
@@ -362,7 +362,7 @@ def test_compute_dtype_fp32_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         TransformerEngineBackend(config(RNE, compute_dtype=ComputeDtype.fp32))
 
 
-@pytest.mark.parametrize(("shape", "said"), [((64, 48), "48, must be a multiple of 32"), ((40, 64), "40.*16")])
+@pytest.mark.parametrize(("shape", "printed"), [((64, 48), "48, must be a multiple of 32"), ((40, 64), "40.*16")])
 def test_shapes_that_kernels_refuse(te: TransformerEngineBackend, shape: tuple[int, int], printed: str) -> None:
     x = tensor("odd", *shape)
     wanted: Sequence[Copy] = [Copy("fprop", X, 1)]

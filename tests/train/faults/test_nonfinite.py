@@ -20,7 +20,7 @@ from tests.train.in_process import make_trainer, masters
 def train_with_a_nan(
     rank: int, world_size: int, overrides: list[str], bad_steps: list[int]
 ) -> tuple[list[str], dict[str, Any], bool]:
-    """Train; on the last rank the block output is NaN in `bad_steps`. Returns what was said, the state, and
+    """Train; on the last rank the block output is NaN in `bad_steps`. Returns what was printed, the state, and
     whether the run gave up."""
     trainer, console = make_trainer(overrides, rank, world_size)
     run = trainer.run
