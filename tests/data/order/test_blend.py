@@ -72,7 +72,7 @@ def test_the_window_that_closes_first_is_served_however_much_was_asked_before(we
     expected = one_by_one(weights, number)
     schedule = BlendSchedule(weights)
     assert schedule.counts(0).tolist() == [0] * len(weights)
-    assert all(len(found) == 0 for found in schedule.locate(np.zeros(0, np.int64)))
+    assert all(len(located) == 0 for located in schedule.locate(np.zeros(0, np.int64)))
     for end in (1, 5, 1025, 1500, 2049, number):
         sources, ranks = schedule.locate(np.arange(min(end, number)))
         assert list(zip(sources.tolist(), ranks.tolist(), strict=True)) == expected[:end]
