@@ -109,8 +109,8 @@ class CheckpointReader:
         order = [one for one in load_order(self.root) if one not in self.damaged] if step is None else [step]
         present, named = present_steps(self.root), named_by_latest(self.root)
         candidates = [one for one in order if one in present and (before is None or one < before)]
-        told = step is not None or named in self.damaged or named in present
-        return candidates, complete_steps(self.root), None if told else named
+        accounted_for = step is not None or named in self.damaged or named in present
+        return candidates, complete_steps(self.root), None if accounted_for else named
 
     def _verified(self, directory: Path) -> Verified:
         """The checkpoint in `directory`. Collective. Raises CorruptCheckpoint and UnreadableFile on all ranks."""
