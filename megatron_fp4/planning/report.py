@@ -62,6 +62,7 @@ def run_plan(
         "time": time_section(checked, flops, GPUS[gpu], num_gpus, efficiency, slowdowns),
         "memory_per_rank": memory_section(config.model, pipeline, settings, GPUS[gpu].memory_gb * 1e9),
         "bytes_sent_per_step": [bytes_sent(config.model, held.values(), settings) for held in pipeline.chunks],
+        "notes": checked.notes,
         "warnings": alignment_warnings(checked.linears, table, tp=parallel.tp, tokens=settings.tokens),
     }
 

@@ -99,6 +99,14 @@ def test_gpus_without_fp4_are_not_faster() -> None:
     assert "no FP4 unit" in render(report)
 
 
+def test_settings_without_effect_are_noted() -> None:
+    config = twelve_billion(tp=8)
+    config = replace(config, train=replace(config.train, statistics_interval_steps=10))
+    report = run_plan(replace(config, precision=PrecisionConfig(use="bf16")), num_gpus=8 * 92)
+    assert "\nnote: no effect of train.statistics_interval_steps: no GEMM of this run is quantized\n" in render(report)
+    assert run_plan(config, num_gpus=8 * 92)["notes"] == []
+
+
 def test_time_follows_the_phases() -> None:
     """A forward switch to BF16 at 82% costs what its GEMMs cost at the slower rate, for the rest of the run only."""
     config = twelve_billion(tp=8)

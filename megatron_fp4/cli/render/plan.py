@@ -24,6 +24,7 @@ def render(report: Mapping[str, Any]) -> str:
         *_pipeline(report["pipeline"]),
         *_time(report["time"], run["backend"]),
         *_memory(report["memory_per_rank"], report["bytes_sent_per_step"]),
+        *(f"note: {note}" for note in report["notes"]),
         *_warnings(report["warnings"]),
     ]
     return "\n".join(lines)
