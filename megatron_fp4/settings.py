@@ -76,6 +76,10 @@ Count = Annotated[int, Bound(least=0)]
 """How many of something that may be absent."""
 
 
+FP32_LEAST, FP32_MOST = 1e-37, 1e3
+"""For numbers that meet FP32 tensors. A smaller one may be 0 there: AdamW divides an unused embedding's 0 by it. What
+is multiplied by a much larger one overflows, and a weight that has become infinite is saved at the end of the step."""
+
 MAX_SECONDS = 1e9
 """Thirty years; the clocks of Python and of process groups take no number beyond."""
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from megatron_fp4.settings import Count, Size, check_bounds
 
+MAX_SAMPLES = 10**15
+"""Samples that a run may have, skipped ones included: as many tokens as train.total_tokens may be."""
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -87,8 +90,10 @@ class DataConfig:
             if phase.tokens == 0:
                 raise ValueError(f"data.phases[{number}].tokens = 0: only the last phase may be open (0)")
         for span in self.skip:
-            if len(span) != 2 or not 0 <= span[0] < span[1]:
-                raise ValueError(f"data.skip has {list(span)}; each entry is [first, end) with 0 <= first < end")
+            if len(span) != 2 or not 0 <= span[0] < span[1] <= MAX_SAMPLES:
+                raise ValueError(
+                    f"data.skip has {list(span)}; each entry is [first, end) with 0 <= first < end <= {MAX_SAMPLES:,}"
+                )
 
 
 def config_from_dict(value: dict[str, Any]) -> DataConfig:

@@ -17,7 +17,7 @@ from megatron_fp4.layers.fused.loss import LossImpl
 from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
-from megatron_fp4.settings import Bound, Count, Size, check_bounds
+from megatron_fp4.settings import FP32_LEAST, FP32_MOST, Bound, Count, Size, check_bounds
 
 BLOCK_LETTERS = "TM*-"
 
@@ -44,15 +44,15 @@ class ModelConfig:
     """Tokens of the vocabulary, and rows of embedding and head; 0 = the vocabulary of data.tokenizer."""
     activation: Activation = Activation.squared_relu
     """Nonlinearity of the MLPs."""
-    rope_base: Annotated[float, Bound(least=0)] = 10000.0
+    rope_base: Annotated[float, Bound(above=1, most=1e12, or_zero=True)] = 10000.0
     """Base of the rotary position embedding; 0 = no position embedding."""
     tied_embeddings: bool = False
     """Use the embedding's weight for the head too."""
-    norm_eps: Annotated[float, Bound(above=0)] = 1e-5
+    norm_eps: Annotated[float, Bound(least=FP32_LEAST, most=FP32_MOST)] = 1e-5
     """What RMSNorm adds to the mean square, so that nothing is divided by 0."""
     dropout: Annotated[float, Bound(least=0, below=1)] = 0.0
     """Probability with which training zeroes an element that a mixer or MLP adds to the residual stream; 0 = off."""
-    init_std: Annotated[float, Bound(above=0)] = 0.02
+    init_std: Annotated[float, Bound(least=FP32_LEAST, most=FP32_MOST)] = 0.02
     """Standard deviation of initial weights."""
     scale_residual_init: bool = True
     """Start weights that write into the residual stream smaller, by sqrt(number of residual additions)."""
@@ -64,7 +64,7 @@ class ModelConfig:
     """Groups of Mamba-2 heads that share B and C."""
     mamba_state: Size = 128
     """Size of a Mamba-2 head's state, per element of its width."""
-    mamba_conv: Size = 4
+    mamba_conv: Annotated[int, Bound(least=2)] = 4
     """Tokens that the causal convolution of a Mamba-2 mixer sees."""
     mamba_chunk: Size = 128
     """Tokens that the Mamba-2 scan computes as one matrix product; it changes cost and last bits, not the model."""

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Annotated
 
 from megatron_fp4.comm.config import Overlap
-from megatron_fp4.settings import Bound, Count, check_bounds
+from megatron_fp4.settings import FP32_LEAST, FP32_MOST, Bound, Count, check_bounds
 
 
 class Schedule(Enum):
@@ -42,7 +42,7 @@ class Impl(Enum):
 class OptimConfig:
     """AdamW, its learning rate as a function of consumed tokens, clipping, and how gradients travel."""
 
-    lr: Annotated[float, Bound(above=0)] = 3e-4
+    lr: Annotated[float, Bound(above=0, most=FP32_MOST)] = 3e-4
     """Peak learning rate, which the warm-up ends at."""
     min_lr: Annotated[float, Bound(least=0)] = 0.0
     """Learning rate at the last token; at most lr, and without effect in a constant schedule."""
@@ -58,9 +58,9 @@ class OptimConfig:
     """Decay of the mean of the gradients, per step."""
     beta2: Annotated[float, Bound(least=0, below=1)] = 0.95
     """Decay of the mean of the squared gradients, per step."""
-    eps: Annotated[float, Bound(above=0)] = 1e-8
+    eps: Annotated[float, Bound(least=FP32_LEAST, most=FP32_MOST)] = 1e-8
     """What is added to the root of the mean square, so that nothing is divided by 0."""
-    weight_decay: Annotated[float, Bound(least=0)] = 0.1
+    weight_decay: Annotated[float, Bound(least=0, most=FP32_MOST)] = 0.1
     """Part of a weight that a step takes away, times the learning rate; norms, biases and state-space scalars have
     none; 0 = off."""
     clip_norm: Annotated[float, Bound(least=0)] = 1.0

@@ -18,6 +18,8 @@ from megatron_fp4.settings import Bound, Count, check_bounds
 GEMMS = ("fprop", "dgrad", "wgrad")
 HIGH = "bf16"
 """Name of the built-in recipe in which nothing is quantized."""
+SAME = "same"
+"""What precision.evaluation is where it names no recipe: as in training."""
 
 
 class BackendName(Enum):
@@ -157,8 +159,12 @@ class PrecisionConfig:
     """Recipe of every GEMM in an evaluation; same = as in training."""
 
     def __post_init__(self) -> None:
-        if HIGH in self.recipes:
-            raise ValueError(f"precision.recipes.{HIGH} is built in (nothing quantized); choose another name")
+        for name, meaning in {
+            HIGH: "is built in (nothing quantized)",
+            SAME: "is what precision.evaluation says",
+        }.items():
+            if name in self.recipes:
+                raise ValueError(f"precision.recipes.{name} {meaning}; choose another name")
         if not self.use and self.keep_bf16 != KeepBf16():
             raise ValueError(
                 "precision.keep_bf16 would have no effect: without precision.use the rules name every linear; set"

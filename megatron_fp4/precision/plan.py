@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from megatron_fp4.precision.config import GEMMS, BackendName, PrecisionConfig, Rule, Switch, regular_expression
+from megatron_fp4.precision.config import GEMMS, SAME, BackendName, PrecisionConfig, Rule, Switch, regular_expression
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable, Row, describe, difference, gemm_format
 
@@ -74,6 +74,7 @@ def base_table(config: PrecisionConfig, linears: Sequence[Linear]) -> PrecisionT
     num_blocks = 1 + max((info.block for info in linears if info.block is not None), default=-1)
     rows: dict[str, Row] = {}
     for label, rule in ordered_rules(config):
+        config.recipe(rule.use)  # also where fprop, dgrad and wgrad replace it: a name that none has is a slip
         blocks = selected_blocks(rule.blocks, num_blocks) if rule.blocks else None
         names = [
             info.name
@@ -111,7 +112,7 @@ class PrecisionPlan:
         self, config: PrecisionConfig, linears: Sequence[Linear], *, total_tokens: int = 0, decay_start: int = 0
     ) -> None:
         self.config = config
-        if config.evaluation != "same":
+        if config.evaluation != SAME:
             config.recipe(config.evaluation)
         if config.backend is BackendName.transformer_engine:
             _refuse_padding(config)
@@ -154,7 +155,7 @@ class PrecisionPlan:
 
     def evaluation_table(self, phase: int = 0) -> PrecisionTable:
         """Precision of an evaluation during `phase`: of a recipe that is named for it, only Fprop is multiplied."""
-        if self.config.evaluation == "same":
+        if self.config.evaluation == SAME:
             return self.table(phase)
         precision = LinearPrecision(self.config.recipe(self.config.evaluation).fprop)
         return PrecisionTable(tuple(Row(row.name, precision, "evaluation") for row in self.table(phase).rows))
@@ -162,7 +163,7 @@ class PrecisionPlan:
     def labelled_tables(self) -> Iterator[tuple[str, PrecisionTable]]:
         """Every table that the run may compute by, and what errors begin with: "" for those of training."""
         yield from (("", table) for _, table in self.phases)
-        if self.config.evaluation != "same":
+        if self.config.evaluation != SAME:
             yield f"precision.evaluation={self.config.evaluation}, ", self.evaluation_table()
 
     def describe(self) -> str:

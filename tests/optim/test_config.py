@@ -14,7 +14,7 @@ from megatron_fp4.optim.config import DecayStyle, Impl, OptimConfig, Overlap, Sc
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lr": 0.0}, r"optim\.lr = 0\.0, must be positive"),
+        ({"lr": 0.0}, r"optim\.lr = 0\.0, must be in \(0, 1000\]"),
         ({"lr": float("nan")}, r"optim\.lr = nan"),
         ({"lr": 1e-3, "min_lr": 2e-3}, r"min_lr = 0\.002.*optim\.lr = 0\.001"),
         ({"schedule": Schedule.constant, "min_lr": 1e-5}, r"no effect.*constant.*min_lr=0"),

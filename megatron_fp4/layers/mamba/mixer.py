@@ -84,8 +84,6 @@ class Mamba2(nn.Module):
         kernel: MambaKernel = MambaKernel.torch,
     ) -> None:
         super().__init__()
-        if config.mamba_conv < 2:
-            raise ValueError(f"model.mamba_conv = {config.mamba_conv}; the convolution needs at least 2 taps")
         inner = config.mamba_num_heads * config.mamba_head_dim
         states = config.mamba_num_groups * config.mamba_state
         conv_parts = {"x": inner, "B": states, "C": states}

@@ -41,13 +41,16 @@ def idle_notes(config: RunConfig) -> list[str]:
 
 
 def check_decay(config: RunConfig) -> None:
-    """Raises ValueError for a final learning rate that is never reached."""
+    """Raises ValueError for a final learning rate that is never reached, and for a decay of no token."""
     optim = config.optim
-    if optim.min_lr and optim.schedule is Schedule.wsd and not decay_tokens(optim, config.run_tokens):
-        raise ValueError(
-            f"optim.min_lr = {optim.min_lr:g} has no effect: optim.decay_fraction = {optim.decay_fraction:g} of"
-            f" {config.run_tokens} tokens is no decay; set optim.min_lr=0, or a larger optim.decay_fraction"
-        )
+    if optim.schedule is not Schedule.wsd or decay_tokens(optim, config.run_tokens):
+        return
+    for name, value in {"min_lr": optim.min_lr, "decay_fraction": optim.decay_fraction}.items():
+        if value:
+            raise ValueError(
+                f"optim.{name} = {value:g} has no effect: optim.decay_fraction = {optim.decay_fraction:g} of"
+                f" {config.run_tokens} tokens is no decay; set optim.{name}=0, or a larger optim.decay_fraction"
+            )
 
 
 def named_recipes(precision: PrecisionConfig) -> set[str]:

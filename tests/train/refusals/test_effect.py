@@ -71,6 +71,7 @@ def test_what_a_file_says_or_decides_no_result_is_a_note(overrides: list[str], e
     [
         (["optim.decay_fraction=0"], "optim.min_lr = 3e-06 has no effect: optim.decay_fraction = 0 of"),
         (["optim.decay_fraction=1e-9"], "is no decay; set optim.min_lr=0"),
+        (["optim.decay_fraction=1e-9", "optim.min_lr=0"], "optim.decay_fraction = 1e-09 has no effect"),
         ([SWITCH_TO_BF16 % "at_fraction: 1e-9"], "switch at token 0 leaves no step"),
         ([SWITCH_TO_BF16 % "at_tokens: 0.5"], "switch at token 0 leaves no step"),
         ([SWITCH_TO_BF16 % "at_decay: true", "optim.decay_fraction=1.0"], "switch at token 0 leaves no step"),
