@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_fp4.data.order.epoch_index import IndexCache
 from megatron_fp4.data.order.permute import digest, permute
-from megatron_fp4.data.order.samples import SampleStream
+from megatron_fp4.data.order.samples import Piece, SampleStream
 from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 from megatron_fp4.data.shards.shard import TokenShard
 from tests.data.toy import numbered, write_shard
@@ -100,6 +100,35 @@ def test_one_document_and_fewer_tokens_than_a_sample(tmp_path):
     assert stream.available(1) == 0
     assert ids_of(stream, 0).tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
     assert ids_of(stream, 1).tolist() == [2, 3, 1, 2, 3, 1, 2, 3]
+
+
+def test_pieces_name_their_epochs_and_stop_after_the_tokens_asked_for(tmp_path):
+    """Three tokens an epoch, S = 7: sample 1 begins at token 7, the second of epoch 2."""
+    stream = stream_of(tmp_path, [3], 7)
+    assert stream.pieces(0) == [Piece(0, 0, 0, 3), Piece(1, 0, 0, 3), Piece(2, 0, 0, 2)]
+    assert stream.pieces(1) == [Piece(2, 0, 1, 2), Piece(3, 0, 0, 3), Piece(4, 0, 0, 3)]
+    assert stream.pieces(0, 2) == [Piece(0, 0, 0, 2)]
+    assert stream.pieces(1, 3) == [Piece(2, 0, 1, 2), Piece(3, 0, 0, 1)]
+
+
+class CountedCache(IndexCache):
+    asked = 0
+
+    def get(self, documents, key):
+        self.asked += 1
+        return super().get(documents, key)
+
+
+def test_the_orders_of_the_four_epochs_last_read_stay_at_hand(tmp_path):
+    """17 tokens, S = 4: samples 1, 5, 9, 13, 17 begin in epochs 0, 1, 2, 3, 4; an order built anew costs seconds."""
+    cache = CountedCache(tmp_path / "cache")
+    stream = stream_of(tmp_path, [5, 1, 4, 6, 1], 4, cache=cache)
+    for sample, asked in [(1, 1), (5, 2), (9, 3), (13, 4), (1, 4), (5, 4), (9, 4), (13, 4)]:
+        stream.pieces(sample, 1)
+        assert cache.asked == asked
+    for sample, asked in [(17, 5), (17, 5), (13, 5), (9, 5), (5, 5), (1, 6), (5, 6), (9, 6), (13, 6), (17, 7)]:
+        stream.pieces(sample, 1)
+        assert cache.asked == asked
 
 
 def test_empty_documents_give_nothing(tmp_path):
