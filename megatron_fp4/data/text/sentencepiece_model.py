@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,7 @@ class SentencePieceTokenizer:
             declared={},
             own={role: number if number >= 0 else None for role, number in own.items()},
         )
+        self._keep_from_text()
         self._chunks = ChunkEncoder.for_model(self._model) if fast else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -53,6 +55,29 @@ class SentencePieceTokenizer:
 
     def piece(self, token_id: int) -> str:
         return self._model.id_to_piece(int(token_id))
+
+    def _keep_from_text(self) -> None:
+        """Text never becomes what ends a document, or was chosen: a piece that users define becomes a control piece.
+
+        Raises ValueError for one that words are made of.
+        """
+        roles = ["eos", *(role for role, by in self.special.said_by.items() if by == f"--{role}")]
+        tokens = {role: token for role, token in self.special.ids().items() if role in roles and token is not None}
+        tokens = {role: token for role, token in tokens.items() if not self._model.is_control(token)}
+        if not tokens:
+            return
+        schema: Any = require_package("sentencepiece.sentencepiece_model_pb2")
+        proto = schema.ModelProto()
+        proto.ParseFromString(self._model.serialized_model_proto())
+        kinds = schema.ModelProto.SentencePiece
+        for role, token in tokens.items():
+            if proto.pieces[token].type not in (kinds.USER_DEFINED, kinds.UNUSED):
+                raise ValueError(
+                    f"{role} {token} {self.piece(token)!r} is an ordinary piece of {self.path}, which text is made of;"
+                    f" choose another with --{role}"
+                )
+            proto.pieces[token].type = kinds.CONTROL
+        self._model.LoadFromSerializedProto(proto.SerializeToString())
 
     def _id_of(self, text: str) -> int | None:
         token = int(self._model.piece_to_id(text))

@@ -2,11 +2,12 @@
 
 A guess by spelling picks an ordinary piece: `</s>` is a word piece of one vocabulary and an HTML tag in another, while
 the real end is `<|endoftext|>` or `<eos>`. So names count only among tokens that the tokenizer declares special, and
-where two of them could be meant, nobody is chosen and `require` refuses with both.
+where two of them could be meant, or two files say different ends, nobody is chosen and `require` refuses with both.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,7 +21,7 @@ NAMES = {
     "unk": ("<unk>", "[UNK]"),
 }
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-"""In order: the first one that names a role decides it."""
+"""In order: the first one that names a role decides it; of the end all that name it must agree."""
 
 Lookup = Callable[[str], int | None]
 
@@ -84,6 +85,7 @@ def resolve(
     roles that the format has a field for. beside: whether the files beside it are asked. Raises ValueError for a
     choice, or a name in such a file, that is no token.
     """
+    own = {role: number for role, number in (own or {}).items() if number is not None}
     ids: dict[str, int | None] = {}
     candidates: dict[str, Mapping[str, int]] = {}
     said_by: dict[str, str] = {}
@@ -92,17 +94,18 @@ def resolve(
         if chosen:
             ids[role] = _token_id(chosen, lookup, vocab_size, f"--{role} {chosen}", path)
             said_by[role] = f"--{role}"
-        elif own and own.get(role) is not None:
-            ids[role] = own[role]
-        elif beside and (named := next(_named_beside(path, role), None)) is not None:
-            text, source = named
-            ids[role] = _token_id(text, lookup, vocab_size, f"{role} {text!r} of {source}", path)
-            said_by[role] = source.name
-        else:
-            fitting = {name: declared[name] for name in names if name in declared}
-            ids[role] = next(iter(fitting.values())) if len(fitting) == 1 else None
-            if len(fitting) > 1:
-                candidates[role] = fitting
+            continue
+        stated = {f"{role} of {path.name}": own[role]} if role in own else {}
+        named = _ids_beside(path, role, lookup, vocab_size, needed=role == "eos" and not stated) if beside else {}
+        stated |= {f"{role} of {name}": number for name, number in named.items()}
+        if named and role not in own:
+            said_by[role] = next(iter(named))
+        if role != "eos":
+            stated = dict(itertools.islice(stated.items(), 1))
+        fitting = stated or {name: declared[name] for name in names if name in declared}
+        ids[role] = next(iter(fitting.values())) if len(set(fitting.values())) == 1 else None
+        if len(fitting) > 1 and ids[role] is None:
+            candidates[role] = fitting
     return SpecialTokens(ids["bos"], ids["eos"], ids["pad"], ids["unk"], candidates, said_by)
 
 
@@ -112,17 +115,37 @@ def choice_of(options: Any) -> SpecialChoice:
 
 
 def _token_id(text: str, lookup: Lookup, vocab_size: int, choice: str, path: Path) -> int:
-    """The id that a token's text, or the digits of an id, stand for; text first, since "1" may be a token."""
+    """The id that a token's text, or the digits of an id, stand for. Raises ValueError for "2" where both could be."""
     token = lookup(text)
-    if token is None and text.isascii() and text.isdecimal():
-        token = int(text)
-    if token is None or not 0 <= token < vocab_size:
+    number = int(text) if text.isascii() and text.isdecimal() and int(text) < vocab_size else None
+    if token is not None and number is not None and token != number:
+        raise ValueError(
+            f"{choice} may be the id {number}, or the token {text!r} of {path}, whose id is {token}; give the text of"
+            " the token that is meant"
+        )
+    token = number if token is None else token
+    if token is None:
         raise ValueError(f"{choice} is no token of {path}, whose ids are 0 to {vocab_size - 1}")
     return token
 
 
-def _named_beside(path: Path, role: str) -> Iterator[tuple[str, Path]]:
-    """What the files beside the tokenizer say of a role, as the text of a token or of an id."""
+def _ids_beside(path: Path, role: str, lookup: Lookup, vocab_size: int, *, needed: bool) -> dict[str, int]:
+    """What the files beside the tokenizer say of a role, by file. A token that it lacks is refused if it is needed."""
+    ids = {}
+    for token, side in _named_beside(path, role):
+        number = lookup(token) if isinstance(token, str) else token
+        if type(number) is int and 0 <= number < vocab_size:
+            ids[side.name] = number
+        elif needed:
+            raise ValueError(
+                f"{role} {token!r} of {side} is no token of {path}, whose ids are 0 to {vocab_size - 1}; name it with"
+                f" --{role} TOKEN_OR_ID"
+            )
+    return ids
+
+
+def _named_beside(path: Path, role: str) -> Iterator[tuple[Any, Path]]:
+    """What the files beside the tokenizer say of a role: the text of a token, or an id, which is a number there."""
     for name in SIDE_FILES:
         side = path.parent / name
         if not side.is_file() or side == path:
@@ -133,10 +156,12 @@ def _named_beside(path: Path, role: str) -> Iterator[tuple[str, Path]]:
             raise ValueError(f"{side} beside the tokenizer is not valid JSON ({error}); mend or remove it") from None
         if not isinstance(stated, dict):
             continue
-        token = stated.get(f"{role}_token", stated.get(f"{role}_token_id"))
+        token = stated.get(f"{role}_token")
+        if token is None:
+            token = stated.get(f"{role}_token_id")
         if isinstance(token, Sequence) and not isinstance(token, str):
             token = token[0] if len(token) == 1 else None  # several ends are a chat model's, not a document's
         if isinstance(token, dict):
             token = token.get("content")
         if token is not None and token != "":
-            yield str(token), side
+            yield token, side

@@ -11,7 +11,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import operator
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,8 @@ LONGEST_RUN = 100_000
 """Characters of white space, or of anything else, in a row. The library's regular expressions overflow their stack on a
 million blanks; longer runs are encoded in pieces of this length, the same everywhere."""
 _RUNS = re.compile(rf"\s{{{LONGEST_RUN}}}|\S{{{LONGEST_RUN}}}")
+PROBE = "It's 1 text, 23,\t\u65e5\u672c\u8a9e\r\n\n  e\u0301 \U0001f600\u200b!?_ "
+"""Of every kind of character, so that a pattern which leaves text out is noticed."""
 
 R50K_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 CL100K_PATTERN = (
@@ -75,12 +79,21 @@ class TiktokenTokenizer:
         ranks = _ranks(path, data)
         pattern, special = _meaning(path, data)
         self.path = path
+        _check_special(path, special, ranks)
         self._model = library.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        if not pattern or self.decode(self.encode_batch([PROBE])[0].tolist()) != PROBE:
+            raise ValueError(f"the pattern {pattern!r} of {path} leaves text out: {PROBE!r} does not come back")
         self.fingerprint = fingerprint_of(data + json.dumps([pattern, special], sort_keys=True).encode())
         self.vocab_size = int(self._model.n_vocab)
         self.special = resolve(
             choice, path, lookup=self._id_of, vocab_size=self.vocab_size, declared=special, beside=False
         )
+        for role, token in self.special.ids().items():
+            if token is not None and token not in special.values():
+                raise ValueError(
+                    f"{role} {token} is an ordinary token of {path}, which text is made of; choose one of its special"
+                    f" tokens, {special}"
+                )
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         return [np.array(self._encode(text), np.int32) for text in texts]
@@ -116,7 +129,20 @@ def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
             raise ValueError(f"{path}, line {number}: expected 'base64-token rank', got {line[:60]!r}") from None
     if not ranks:
         raise ValueError(f"{path} holds no tokens; copy it again")
+    if missing := 256 - sum(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError(f"{path} ({len(ranks)} tokens) lacks {missing} of the 256 single bytes; copy it again")
+    numbers = set(ranks.values())
+    if len(numbers) < len(ranks) or not 0 <= min(numbers) <= max(numbers) < 2**31:
+        raise ValueError(f"{path}: the ranks must be different numbers of 0 to 2^31 - 1; copy it again")
     return ranks
+
+
+def _check_special(path: Path, special: dict[str, int], ranks: dict[bytes, int]) -> None:
+    """Raises ValueError for ids that are no special token's alone."""
+    taken = Counter([*special.values(), *ranks.values()])
+    for text, number in special.items():
+        if taken[number] > 1 or not 0 <= number < 2**31:
+            raise ValueError(f"{path}: the id {number} of the special token {text!r} is also another token's, or none")
 
 
 def _meaning(path: Path, data: bytes) -> Meaning:
@@ -124,7 +150,8 @@ def _meaning(path: Path, data: bytes) -> Meaning:
     if side.is_file():
         try:
             stated: dict[str, Any] = json.loads(side.read_text(encoding="utf-8"))
-            return Meaning(str(stated["pattern"]), {str(text): int(n) for text, n in stated["special_tokens"].items()})
+            special = {text: operator.index(number) for text, number in stated["special_tokens"].items()}
+            return Meaning("" + stated["pattern"], special)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f'{side}: expected {{"pattern": "...", "special_tokens": {{"<|endoftext|>": 100257}}}},'

@@ -38,11 +38,11 @@ class HuggingFaceTokenizer:
             lookup=vocabulary.get,
             vocab_size=self.vocab_size,
             declared={token["content"]: token["id"] for token in added if token["special"]},
-            own={"unk": vocabulary.get(stored["model"].get("unk_token") or "")},
+            own={"unk": _unknown(stored["model"], vocabulary)},
         )
-        self._never = np.array(
-            [token for role, token in self.special.ids().items() if token is not None and role != "unk"]
-        )
+        known = {role: token for role, token in self.special.ids().items() if token is not None}
+        unknown = self.special.unk  # which often pads, too
+        self._never = np.array([token for role, token in known.items() if token != unknown or role == "eos"])
         undeclared = [token for token in added if not token["special"] and token["id"] in self._never]
         for token in undeclared:
             token["special"] = True
@@ -51,11 +51,17 @@ class HuggingFaceTokenizer:
         self._model.encode_special_tokens = True
         self._model.no_truncation()
         self._model.no_padding()
+        if getattr(self._model.model, "dropout", None):  # of merges, for training: each encoding would be another one
+            self._model.model.dropout = None
+        self._spelled: dict[int, list[int]] = {}
+        if stored["model"].get("type") == "Unigram":
+            special = {token["content"]: token["id"] for token in added if token["special"] and token["id"] != unknown}
+            self._spelled = _by_character(special, vocabulary, unknown)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Raises ValueError where ordinary text would become a special token all the same."""
         encoded = self._model.encode_batch(list(texts), add_special_tokens=False)
-        documents = [np.array(one.ids, np.int32) for one in encoded]
+        documents = [np.array(self._as_text(one.ids), np.int32) for one in encoded]
         for ids in documents:
             control = ids[np.isin(ids, self._never)]
             if len(control):
@@ -65,8 +71,30 @@ class HuggingFaceTokenizer:
                 )
         return documents
 
+    def _as_text(self, ids: list[int]) -> list[int]:
+        """A unigram model holds its special tokens as pieces, which win where text spells them: characters instead."""
+        if self._spelled.keys().isdisjoint(ids):
+            return ids
+        return [part for token in ids for part in self._spelled.get(token, [token])]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def piece(self, token_id: int) -> str:
         return self._model.id_to_token(int(token_id)) or ""
+
+
+def _unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int | None:
+    """The id for what the vocabulary lacks: a unigram model has its number, others its text."""
+    number = model.get("unk_id")
+    return number if number is not None else vocabulary.get(model.get("unk_token") or "")
+
+
+def _by_character(special: dict[str, int], vocabulary: dict[str, int], unknown: int | None) -> dict[int, list[int]]:
+    """The ids that spell each special token; none for one that has a single character, or one that is in no piece."""
+    spelled: dict[int, list[int]] = {}
+    for text, number in special.items():
+        ids = [vocabulary.get(character, unknown) for character in text]
+        if len(text) > 1 and None not in ids:
+            spelled[number] = [token for token in ids if token is not None]
+    return spelled

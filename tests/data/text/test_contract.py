@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,74 @@ def test_a_chosen_end_that_words_spell_is_refused(tmp_path: Path) -> None:
         tokenizer.encode_batch(["a b"])
 
 
+def test_an_id_in_a_file_beside_it_is_an_id(tmp_path: Path) -> None:
+    """Nearly every vocabulary has a piece "2", which is not the token 2."""
+    path = toy.tokenizer_json(tmp_path / "tokenizer.json", {"</s>": True, "<end>": True})
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null}')
+    assert eos_of(load_tokenizer(path)) == 2
+
+
+def test_a_number_that_is_also_a_token_is_refused_with_both(tmp_path: Path) -> None:
+    path = toy.tokenizer_json(tmp_path / "tokenizer.json", {"<end>": True})
+    with pytest.raises(ValueError, match=r"--eos 2 may be the id 2, or the token '2' of .*, whose id is 17; give"):
+        load_tokenizer(path, SpecialChoice(eos="2"))
+
+
+def test_files_that_say_different_ends_are_refused_with_both(tmp_path: Path) -> None:
+    """A chat model's folder: who ends an answer does not end a document."""
+    path = toy.tokenizer_json(tmp_path / "tokenizer.json", {"</s>": True, "<end>": True})
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 320}')
+    both = "321 'eos of tokenizer_config.json' and 320 'eos of generation_config.json'; choose with --eos"
+    with pytest.raises(ValueError, match=both):
+        eos_of(load_tokenizer(path))
+    assert eos_of(load_tokenizer(path, SpecialChoice(eos="</s>"))) == 320
+    model = toy.sentencepiece_model(tmp_path / "t.model", byte_fallback=True)
+    (tmp_path / "generation_config.json").unlink()
+    assert eos_of(load_tokenizer(model)) == 2, "a token that the model does not have is no candidate"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<s>", "pad_token": "<unk>"}')
+    with pytest.raises(ValueError, match=r"2 'eos of t\.model' and 1 'eos of tokenizer_config\.json'"):
+        eos_of(load_tokenizer(model))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tiktoken"])
+def test_a_chosen_end_of_which_text_is_made_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ValueError, match=r"eos \d+.* is an ordinary (piece|token) of .*, which text is made of"):
+        load_tokenizer(make(kind, tmp_path).path, SpecialChoice(eos="a"))
+
+
+@pytest.mark.parametrize("said", ["--eos", "tokenizer_config.json"])
+def test_a_piece_that_users_define_ends_documents_and_nothing_else(tmp_path: Path, said: str) -> None:
+    """Sentencepiece makes such a piece of text that spells it."""
+    path = toy.sentencepiece_model(tmp_path / "t.model", byte_fallback=True, users=["<end>"], eos_id=-1)
+    if said == "--eos":
+        tokenizer = load_tokenizer(path, SpecialChoice(eos="<end>"))
+    else:
+        (tmp_path / said).write_text('{"eos_token": "<end>", "pad_token": "<unk>"}')
+        tokenizer = load_tokenizer(path)
+    assert tokenizer.piece(eos_of(tokenizer)) == "<end>"
+    check_round_trip(tokenizer, "a<end>b")
+
+
+def test_a_unigram_model_spells_its_special_tokens(tmp_path: Path) -> None:
+    """They are pieces of it, and win: `</s>` in a text ended the document, `<mask>` became the token."""
+    tokenizer = load_tokenizer(toy.unigram_json(tmp_path / "tokenizer.json", ["</s>", "<mask>"]))
+    for text in ("a</s>b", "</s>", "a <mask></s> b"):
+        check_round_trip(tokenizer, text)
+        assert 2 not in tokenizer.encode_batch([text])[0]
+    assert tokenizer.special.unk == 0, "unknown characters are counted by it"
+
+
+def test_dropout_in_the_file_does_not_change_the_ids(tmp_path: Path) -> None:
+    path = toy.tokenizer_json(tmp_path / "tokenizer.json", {"<end>": True})
+    wanted = load_tokenizer(path).encode_batch([toy.TEXT])[0].tolist()
+    stored = json.loads(path.read_text())
+    stored["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(stored))
+    assert load_tokenizer(path).encode_batch([toy.TEXT])[0].tolist() == wanted
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("printed", ["<nothing>", "99999"])
 def test_a_choice_that_is_no_token_is_refused(tmp_path: Path, kind: str, printed: str) -> None:
@@ -164,6 +233,45 @@ def test_an_unknown_file_of_ranks_needs_its_side_file(tmp_path: Path) -> None:
         load_tokenizer(path)
     Path(f"{path}.json").write_text('{"special_tokens": {}}')
     with pytest.raises(ValueError, match=r"v\.tiktoken\.json: expected .*pattern"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("special", "pattern", "sentence"),
+    [
+        ({"<|endoftext|>": 97}, PATTERN, r"the id 97 of the special token '<\|endoftext\|>' is also another token's"),
+        ({"<|endoftext|>": -1}, PATTERN, "the id -1 of the special token"),
+        ({"<|endoftext|>": 258, "<pad>": 258}, PATTERN, "the id 258 of the special token"),
+        ({"<|endoftext|>": 258.5}, PATTERN, r"v\.tiktoken\.json: expected"),
+        ({"<|endoftext|>": 258}, 5, r"v\.tiktoken\.json: expected"),
+        ({"<|endoftext|>": 258}, "", "leaves text out"),
+        ({"<|endoftext|>": 258}, r"\p{L}+", r"the pattern .* of .*v\.tiktoken leaves text out"),
+    ],
+)
+def test_a_side_file_that_contradicts_is_refused(
+    tmp_path: Path, special: dict[str, object], pattern: object, sentence: str
+) -> None:
+    path = toy.tiktoken_file(tmp_path / "v.tiktoken", {"pattern": pattern, "special_tokens": special})
+    with pytest.raises(ValueError, match=sentence):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda lines: lines[:100], r"v\.tiktoken \(100 tokens\) lacks 156 of the 256 single bytes"),
+        (lambda lines: [*lines, b"enp6 5"], "ranks must be different numbers"),
+        (lambda lines: [*lines, b"enp6 -5"], "ranks must be different numbers"),
+    ],
+    ids=["cut", "one rank twice", "negative"],
+)
+def test_a_damaged_file_of_ranks_is_refused(
+    tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], sentence: str
+) -> None:
+    """The library panics, at the first text that needs what is missing."""
+    path = toy.tiktoken_file(tmp_path / "v.tiktoken", {"pattern": PATTERN, "special_tokens": {"<|endoftext|>": 300}})
+    path.write_bytes(b"\n".join(change(path.read_bytes().splitlines())))
+    with pytest.raises(ValueError, match=sentence):
         load_tokenizer(path)
 
 

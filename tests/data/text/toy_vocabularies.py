@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ TEXT = """def add(first, second):
 LETTERS = {bytes([b]): b for b in range(256)} | {b"re": 256, b"tu": 257}
 
 
-def sentencepiece_model(path: Path, *, byte_fallback: bool) -> Path:
+def sentencepiece_model(path: Path, *, byte_fallback: bool, users: Sequence[str] = (), eos_id: int = 2) -> Path:
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([line for _ in range(30) for line in TEXT.splitlines() if line]),
@@ -31,7 +32,8 @@ def sentencepiece_model(path: Path, *, byte_fallback: bool) -> Path:
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n", "\t"],
+            user_defined_symbols=["\n", "\t", *users],
+            eos_id=eos_id,
             pad_id=3,
             hard_vocab_limit=False,
             minloglevel=2,
@@ -60,4 +62,16 @@ def tiktoken_file(path: Path, side: dict[str, Any] | None) -> Path:
     path.write_bytes(b"\n".join(lines))
     if side is not None:
         Path(f"{path}.json").write_text(json.dumps(side))
+    return path
+
+
+def unigram_json(path: Path, special: Sequence[str]) -> Path:
+    """A unigram model as converted from sentencepiece: its special tokens are pieces of score 0, so that they win."""
+    letters = sorted(set(f"{TEXT}</>maskb") - set(" \n"))
+    pieces = [("<unk>", 0.0), *((token, 0.0) for token in special), ("\u2581", -2.0), *((one, -3.0) for one in letters)]
+    model = tokenizers.Tokenizer(models.Unigram(pieces, 0))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    model.decoder = decoders.Metaspace(prepend_scheme="never")
+    model.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in special])
+    model.save(str(path))
     return path
