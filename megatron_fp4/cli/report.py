@@ -26,25 +26,32 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 1 if `--equal` finds a difference, 2 for runs that cannot be compared."""
     parser = argparse.ArgumentParser(prog="megatron-fp4 report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories (train.run_dir)")
-    parser.add_argument("--plot", type=local_path, help="write the loss curves to this PNG")
+    parser.add_argument("--plot", type=local_path, help="write the loss curves to this .png, .svg or .pdf")
     parser.add_argument("--html", type=local_path, help="write a page with all plots, one self-contained file")
     parser.add_argument("--equal", nargs=2, type=int, metavar=("FIRST", "LAST"), help="of two runs, bit for bit")
     args = parser.parse_args(arguments)
     try:
+        for path, endings in ((args.plot, (".png", ".svg", ".pdf")), (args.html, (".html", ".htm"))):
+            _refuse_output(path, endings)
         runs = read_runs(args.runs, stored_settings)
         if args.equal:
             return _compare(runs, *args.equal)
-    except ValueError as error:
+        print(comparison(runs))
+        if args.plot:
+            write_losses(runs, args.plot)
+            print(f"loss curves: {args.plot}")
+        if args.html:
+            write_html(runs, args.html)
+            print(f"report: {args.html}")
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(comparison(runs))
-    if args.plot:
-        write_losses(runs, args.plot)
-        print(f"loss curves: {args.plot}")
-    if args.html:
-        write_html(runs, args.html)
-        print(f"report: {args.html}")
     return 0
+
+
+def _refuse_output(path: Path | None, endings: Sequence[str]) -> None:
+    if path and (path.suffix not in endings or path.is_dir()):
+        raise ValueError(f"{path} is no file that can be written here; its ending must be one of {', '.join(endings)}")
 
 
 def _compare(runs: Sequence[RunSeries], first: int, last: int) -> int:

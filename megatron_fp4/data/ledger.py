@@ -57,6 +57,14 @@ class DataIdentity:
     sorted; empty for shards without a manifest, and in the ledgers of older runs.
     """
 
+    @staticmethod
+    def of_start(start: dict[str, Any]) -> DataIdentity:
+        """What a start wrote. Raises ValueError where it did not."""
+        sources, held_out, tokenizers = start.get("sources"), start.get("held_out", {}), start.get("tokenizers", [])
+        if not (isinstance(sources, dict) and isinstance(held_out, dict) and isinstance(tokenizers, list)):
+            raise ValueError(f"the start at step {start['step']} does not say what was read")
+        return DataIdentity(sources, held_out, tokenizers)
+
     sources: dict[str, str]
     held_out: dict[str, str]
     tokenizers: list[str]
@@ -157,12 +165,22 @@ def last_start(run_folder: str | Path) -> dict[str, Any]:
 
 
 def read_identity(run_folder: str | Path) -> DataIdentity | None:
-    """What the latest (re)start of a run read; None where no ledger says it."""
+    """What a run read, at all its (re)starts whose steps count; None where no ledger says it.
+
+    A resume may take other sources (`train.resume_allow`), of which the settings of the last start know nothing.
+    """
+    starts: list[dict[str, Any]] = []
     try:
-        start = last_start(run_folder)
+        for line in (line for line in _lines(run_folder, b'"config"') if "config" in line):
+            starts = [*(start for start in starts if start["step"] < line["step"]), line]
+        every = [DataIdentity.of_start(start) for start in starts]
     except (ValueError, FileNotFoundError):
         return None
-    return DataIdentity(start["sources"], start.get("held_out", {}), start.get("tokenizers", []))
+    if not every:
+        return None
+    sources = {name: content for one in every for name, content in one.sources.items()}
+    tokenizers = sorted({name for one in every for name in one.tokenizers})
+    return DataIdentity(sources, every[-1].held_out, tokenizers)
 
 
 def reopen(start: dict[str, Any], tokenizer_fingerprint: str | None = None) -> Loader:

@@ -164,6 +164,12 @@ def test_a_proof_of_nothing_is_refused(first: int, last: int, sentence: str, tmp
     assert report(*runs, "--equal", 39, 41)[0] == 1, "a step that one of them lacks is a difference"
 
 
+def test_an_end_far_behind_both_runs_takes_no_time(tmp_path: Path, report: Report) -> None:
+    runs = run_of_batch(tmp_path / "a", 1, 40), run_of_batch(tmp_path / "b", 1, 40)
+    code, _, err = report(*runs, "--equal", 1, 10**15)
+    assert (code, err) == (1, f"1 numbers differ; the first: steps 41 to {10**15} are in neither\n")
+
+
 def test_a_run_is_not_compared_with_itself(tmp_path: Path, report: Report) -> None:
     run = run_of_batch(tmp_path / "a", 1, 40)
     (tmp_path / "link").symlink_to(run)
@@ -279,6 +285,85 @@ def test_a_source_that_only_moved_is_the_same(tmp_path: Path, report: Report) ->
     out = report(tmp_path / "base", tmp_path / "changed")[1]
     assert "(other data)" in out
     assert "(other held-out data)" in out
+
+
+def start_of(step: int, content: str) -> dict[str, Any]:
+    return {"step": step, "config": {}, "sources": {"web": content}, "held_out": {"held": content}, "tokenizers": []}
+
+
+def write_ledger(folder: Path, *starts: dict[str, Any]) -> Path:
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    return folder
+
+
+def test_ledgers_know_other_data_without_settings(tmp_path: Path, report: Report) -> None:
+    base, same, other = (
+        write_ledger(run_of_batch(tmp_path / name, 1, 40), start_of(1, content))
+        for name, content in (("base", "x"), ("same", "x"), ("other", "y"))
+    )
+    assert "other" not in report(base, same)[1]
+    out = report(base, other)[1]
+    assert "(other data)" in out
+    assert "(other held-out data)" in out
+
+
+def test_what_was_read_before_a_resume_counts(tmp_path: Path, report: Report) -> None:
+    """Unless the later start voids it: then nothing is left that was trained on it."""
+    base = write_ledger(run_of_batch(tmp_path / "base", 1, 40), start_of(1, "y"))
+    first = {**start_of(1, "x"), "sources": {"old": "x"}}
+    resumed = write_ledger(run_of_batch(tmp_path / "resumed", 1, 40), first, start_of(21, "y"))
+    anew = write_ledger(run_of_batch(tmp_path / "anew", 1, 40), first, start_of(1, "y"))
+    assert "were trained on other data (data.sources)" in report(base, resumed)[1]
+    assert "other" not in report(base, anew)[1]
+
+
+def test_a_ledger_that_does_not_say_what_was_read(tmp_path: Path, report: Report) -> None:
+    base = write_ledger(run_of_batch(tmp_path / "base", 1, 40), {"step": 1, "config": {}})
+    assert report(base, run_of_batch(tmp_path / "run", 1, 40))[0] == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["- 1", "data: text", "data: [1]", "data: {sources: [x]}", "data: {evaluation: {a: b}}"]
+)
+def test_settings_of_something_else_are_one_sentence(tmp_path: Path, report: Report, text: str) -> None:
+    base = run_of_batch(tmp_path / "base", 1, 40, text)
+    code, out, err = report(base, run_of_batch(tmp_path / "run", 1, 40, settings_of(1e-3, "shards")))
+    assert (code, out, err.count("\n"), "does not hold the settings of a run" in err) == (2, "", 1, True)
+
+
+def test_names_are_no_formulas_and_none_is_hidden(tmp_path: Path, report: Report) -> None:
+    """To matplotlib `$...$` is a formula, and what begins with an underscore has no place in a legend."""
+    evaluated = {"step": 3, "consumed_tokens": 3e6, "loss": 1.0, "grad_norm": 1.0, "eval/web/$x_{$/loss": 2.0}
+    runs = [write_records(tmp_path / name, [evaluated]) for name in ("_a", "lr$^$")]
+    page = tmp_path / "page.html"
+    code, _, err = report(*runs, "--html", page, "--plot", tmp_path / "loss.png")
+    assert (code, err) == (0, "")
+    titles = set(re.findall(r">([^<]*)</text>", page.read_text()))
+    assert {"_a", "lr$^$", "_a: web/$x_{$", "loss against _a, percent"} <= titles
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(tmp_path: Path, report: Report) -> None:
+    run = run_of_batch(tmp_path / "run", 1, 40)
+    for option, path in (("--plot", "x.xyz"), ("--plot", "run"), ("--html", "run"), ("--html", "x.png")):
+        code, out, err = report(run, option, tmp_path / path)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+    assert report(run, "--html", tmp_path / "run" / "metrics.jsonl" / "page.html")[0] == 2
+
+
+def test_what_is_no_number_is_not_there(tmp_path: Path, report: Report) -> None:
+    broken = {"step": 1, "loss": None, "grad_norm": "text", "consumed_tokens": "nan", "lr": [1], "tflops": True}
+    records = [broken, {"step": 2, "loss": 2.0, "grad_norm": 1.0, "consumed_tokens": 2e6}]
+    runs = [write_records(tmp_path / name, records) for name in ("a", "b")]
+    assert report(*runs, "--html", tmp_path / "page.html")[0] == 0
+    assert report(*runs, "--equal", 1, 2)[0] == 1, "step 1 has no loss, and does not say that it had no target"
+
+
+def test_metrics_of_two_runs_in_one_file_are_refused(tmp_path: Path, report: Report) -> None:
+    records = [
+        {"step": step, "loss": 2.0, "consumed_tokens": tokens} for step, tokens in ((1, 1e6), (2, 2e6), (3, 5e5))
+    ]
+    code, _, err = report(write_records(tmp_path / "run", records))
+    assert (code, "2e+06 tokens were consumed by step 2, 500000 by step 3" in err) == (2, True)
 
 
 def test_between_tokenizers_there_is_no_gap(tmp_path: Path, report: Report) -> None:

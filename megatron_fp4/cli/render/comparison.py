@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -33,7 +33,16 @@ def stored_settings(run_dir: Path) -> Mapping[str, Any] | None:
         settings: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}; mend it, or move it away") from None
-    return settings if isinstance(settings, dict) else None
+    if not _is_of_a_run(settings):
+        raise ValueError(f"{path} does not hold the settings of a run, in sections; mend it, or move it away")
+    return cast("Mapping[str, Any]", settings)
+
+
+def _is_of_a_run(settings: Any) -> bool:
+    """Whether settings have the form that a comparison reads: sections, and lists of them in `data`."""
+    data = settings.get("data") or {} if isinstance(settings, dict) else None
+    lists = [data.get(name) or [] for name in ("sources", "evaluation")] if isinstance(data, dict) else [[None]]
+    return all(isinstance(items, list) and all(isinstance(item, dict) for item in items) for items in lists)
 
 
 def comparison(runs: Sequence[RunSeries]) -> str:

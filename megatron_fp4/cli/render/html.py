@@ -49,7 +49,7 @@ def write_html(runs: Sequence[RunSeries], path: Path) -> None:
     ]
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}</head><body>\n" + "\n".join(body) + "\n</body></html>\n")
+    path.write_text(f"{head}</head><body>\n" + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
 
 
 def _table(runs: Sequence[RunSeries]) -> str:
@@ -72,7 +72,7 @@ def _spikes(run: RunSeries) -> str:
         return ""
     entries = list(read_values(path))
     rows = [
-        f"<tr><td>{entry['step']}</td><td>{html.escape(entry['action'])}</td><td>"
+        f"<tr><td>{entry['step']}</td><td>{html.escape(str(entry.get('action', '')))}</td><td>"
         + html.escape(", ".join(_value(*item) for item in entry.items() if item[0] not in ("step", "action")))
         + "</td></tr>"
         for entry in entries

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.train.telemetry.gaps import gap_percent, mark_of, no_gap_because
+from megatron_fp4.train.telemetry.gaps import gap_percent, mark_of, no_gap_because, set_of
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, Curve, RunSeries, matching_keys
 
 LOSS = "loss (nats per token)"
@@ -76,14 +77,21 @@ def _save(
     with plt.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": title}):
         figure, axes = plt.subplots(figsize=size)
         draw(axes)
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(_text(title), loc="left", fontsize=10)
         axes.set_xlabel("consumed tokens (millions)")
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+        labels = {line: str(line.get_label()) for line in axes.get_lines()}
+        labels = {line: _text(label) for line, label in labels.items() if not re.fullmatch(r"_child\d+", label)}
+        if labels:  # named one by one: by itself a legend leaves out what begins with an underscore
+            axes.legend([*labels], [*labels.values()], frameon=False, fontsize=8)
         figure.tight_layout()
         figure.savefig(out, **how)
         plt.close(figure)
+
+
+def _text(text: str) -> str:
+    """A name as it is: between dollars it would be a formula."""
+    return text.replace("$", r"\$")
 
 
 def _line(axes: Any, curve: Curve, *style: str, scale: float = 1.0, **look: Any) -> None:
@@ -104,7 +112,7 @@ def _draw_losses(axes: Any, runs: Sequence[RunSeries]) -> None:
         _line(axes, loss, color=color, alpha=0.2, lw=0.8)
         _line(axes, loss.smooth_over(window), color=color, lw=1.3, label=label)
         for key in matching_keys([run], "eval/.*/loss"):
-            _line(axes, run.curve(key), "o", color=color, ms=4, label=f"{run.name}: {key.split('/')[1]}")
+            _line(axes, run.curve(key), "o", color=color, ms=4, label=f"{run.name}: {set_of(key)}")
 
 
 def _draw_gaps(axes: Any, runs: Sequence[RunSeries]) -> None:

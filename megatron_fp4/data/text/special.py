@@ -85,7 +85,7 @@ def resolve(
     roles that the format has a field for. beside: whether the files beside it are asked. Raises ValueError for a
     choice, or a name in such a file, that is no token.
     """
-    own = {role: number for role, number in (own or {}).items() if number is not None}
+    known = {role: number for role, number in (own or {}).items() if number is not None}
     ids: dict[str, int | None] = {}
     candidates: dict[str, Mapping[str, int]] = {}
     said_by: dict[str, str] = {}
@@ -95,10 +95,10 @@ def resolve(
             ids[role] = _token_id(chosen, lookup, vocab_size, f"--{role} {chosen}", path)
             said_by[role] = f"--{role}"
             continue
-        stated = {f"{role} of {path.name}": own[role]} if role in own else {}
+        stated = {f"{role} of {path.name}": known[role]} if role in known else {}
         named = _ids_beside(path, role, lookup, vocab_size, needed=role == "eos" and not stated) if beside else {}
         stated |= {f"{role} of {name}": number for name, number in named.items()}
-        if named and role not in own:
+        if named and role not in known:
             said_by[role] = next(iter(named))
         if role != "eos":
             stated = dict(itertools.islice(stated.items(), 1))

@@ -85,14 +85,15 @@ def mark_of(run: RunSeries, base: RunSeries, key: str) -> str:
     """What stands beside a gap of two losses that are not of the same text; "" where they are, or nothing is known."""
     if key == "loss":
         return "other data" if changed_data(run, base) else ""
-    _, name, *_ = key.split("/")
+    name = set_of(key)
     return "other held-out data" if _held_out(run, base, name) != _held_out(base, run, name) else ""
 
 
 def changed_data(run: RunSeries, base: RunSeries) -> list[str]:
     """The settings of `data` by which the two trained on other text, or in another order.
 
-    A source that lies elsewhere is the same if its content is, as the runs' ledgers have it.
+    A source that lies elsewhere is the same if its content is, as the runs' ledgers have it, which know also what was
+    read before a resume, and by a run without a config.yaml.
     """
     ours, theirs = (_data_settings(one) for one in (run, base))
     changed = []
@@ -102,7 +103,14 @@ def changed_data(run: RunSeries, base: RunSeries) -> list[str]:
             left, right = _by_content(run, base, left), _by_content(base, run, right)
         if left != right:
             changed.append(f"data.{key}")
+    if run.data and base.data and run.data.sources != base.data.sources and "data.sources" not in changed:
+        changed.append("data.sources")
     return changed
+
+
+def set_of(key: str) -> str:
+    """The name of the held-out set of a metric `eval/NAME/loss`."""
+    return key.removeprefix("eval/").removesuffix("/loss")
 
 
 def _data_settings(run: RunSeries) -> Mapping[str, Any]:
@@ -125,10 +133,10 @@ def _by_content(run: RunSeries, other: RunSeries, sources: Any) -> list[dict[str
 
 
 def _held_out(run: RunSeries, other: RunSeries, name: str) -> Any:
-    """What the loss on held-out set `name` is of; None where the settings are not known."""
+    """What the loss on held-out set `name` is of; None where nothing is known."""
     settings = [_data_settings(one) for one in (run, other)]
     if not all(settings):
-        return None
+        return run.data.held_out.get(name) if run.data and other.data else None
     sets = [
         {key: item.get(key) for key in ("name", "paths", "max_tokens")}
         for item in settings[0].get("evaluation") or []
@@ -147,13 +155,14 @@ def different_numbers(run: RunSeries, other: RunSeries, first: int, last: int) -
         raise ValueError(
             f"steps {first} to {last} are no range, so nothing would be compared; give FIRST <= LAST from 1"
         )
-    steps = range(first, last + 1)
+    end = max(run.last_step, other.last_step)
+    steps = range(first, min(last, end) + 1)
     if not any(step in one.steps for step in steps for one in (run, other)):
         raise ValueError(
             f"neither {run.name} (to step {run.last_step}) nor {other.name} (to step {other.last_step}) has a"
             f" step from {first} to {last}"
         )
-    different, num_finite = [], 0
+    different, num_finite = [f"steps {end + 1} to {last} are in neither"] if last > end else [], 0
     for step, key in itertools.product(steps, ("loss", "grad_norm")):
         recorded = [one.steps.get(step, {}) for one in (run, other)]
         ours, theirs = (values.get(key) for values in recorded)

@@ -90,11 +90,18 @@ class RunSeries:
         """The series of a run directory. name: "" = the directory's. Raises ValueError without a complete record."""
         steps: dict[int, dict[str, Any]] = {}
         for record in read_metrics(folder):
-            numbers = {key: float(value) if value in NOT_FINITE else value for key, value in record.items()}
-            steps.setdefault(record["step"], {}).update(numbers)
-        if not any("consumed_tokens" in values for values in steps.values()):
+            steps.setdefault(record["step"], {}).update(_numbers(record))
+        steps = dict(sorted(steps.items()))
+        tokens = [(step, values["consumed_tokens"]) for step, values in steps.items() if "consumed_tokens" in values]
+        if not tokens:
             raise ValueError(f"run {folder} has no metrics.jsonl with complete records of steps")
-        return RunSeries(folder, name or folder.name, dict(sorted(steps.items())), settings, read_identity(folder))
+        for (step, before), (next_step, after) in itertools.pairwise(tokens):
+            if after < before:
+                raise ValueError(
+                    f"run {folder}: {before:g} tokens were consumed by step {step}, {after:g} by step {next_step}; its"
+                    " metrics.jsonl is of several runs"
+                )
+        return RunSeries(folder, name or folder.name, steps, settings, read_identity(folder))
 
     @property
     def last_step(self) -> int:
@@ -138,6 +145,15 @@ class RunSeries:
         """The steps at which a metric is NaN or infinite."""
         pairs = ((step, values.get(key)) for step, values in self.steps.items())
         return [step for step, value in pairs if isinstance(value, float) and not math.isfinite(value)]
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """What is a number in a record; consumed tokens only if they are finite."""
+    numbers = {key: float(value) if value in NOT_FINITE else value for key, value in record.items()}
+    numbers = {key: value for key, value in numbers.items() if type(value) in (int, float)}
+    if not math.isfinite(numbers.get("consumed_tokens", 0.0)):
+        del numbers["consumed_tokens"]
+    return numbers
 
 
 def median(values: Iterable[float]) -> float:
