@@ -57,17 +57,19 @@ class DataIdentity:
     sorted; empty for shards without a manifest, and in the ledgers of older runs.
     """
 
-    @staticmethod
-    def of_start(start: dict[str, Any]) -> DataIdentity:
-        """What a start wrote. Raises ValueError where it did not."""
-        sources, held_out, tokenizers = start.get("sources"), start.get("held_out", {}), start.get("tokenizers", [])
-        if not (isinstance(sources, dict) and isinstance(held_out, dict) and isinstance(tokenizers, list)):
-            raise ValueError(f"the start at step {start['step']} does not say what was read")
-        return DataIdentity(sources, held_out, tokenizers)
-
     sources: dict[str, str]
     held_out: dict[str, str]
     tokenizers: list[str]
+
+    @staticmethod
+    def of_start(start: dict[str, Any]) -> DataIdentity:
+        """What a start wrote. Raises ValueError where it did not."""
+        sources: Any = start.get("sources")
+        identity = DataIdentity(sources, start.get("held_out", {}), start.get("tokenizers", []))
+        contents = identity.sources, identity.held_out
+        if not (all(isinstance(one, dict) for one in contents) and isinstance(identity.tokenizers, list)):
+            raise ValueError(f"the start at step {start['step']} does not say what was read")
+        return identity
 
 
 class LedgerWriter:
