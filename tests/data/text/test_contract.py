@@ -179,14 +179,14 @@ def test_a_chosen_end_of_which_text_is_made_is_refused(tmp_path: Path, kind: str
         load_tokenizer(make(kind, tmp_path).path, SpecialChoice(eos="a"))
 
 
-@pytest.mark.parametrize("said", ["--eos", "tokenizer_config.json"])
-def test_a_piece_that_users_define_ends_documents_and_nothing_else(tmp_path: Path, said: str) -> None:
+@pytest.mark.parametrize("source", ["--eos", "tokenizer_config.json"])
+def test_a_piece_that_users_define_ends_documents_and_nothing_else(tmp_path: Path, source: str) -> None:
     """Sentencepiece makes such a piece of text that spells it."""
     path = toy.sentencepiece_model(tmp_path / "t.model", byte_fallback=True, users=["<end>"], eos_id=-1)
-    if said == "--eos":
+    if source == "--eos":
         tokenizer = load_tokenizer(path, SpecialChoice(eos="<end>"))
     else:
-        (tmp_path / said).write_text('{"eos_token": "<end>", "pad_token": "<unk>"}')
+        (tmp_path / source).write_text('{"eos_token": "<end>", "pad_token": "<unk>"}')
         tokenizer = load_tokenizer(path)
     assert tokenizer.piece(eos_of(tokenizer)) == "<end>"
     check_round_trip(tokenizer, "a<end>b")
