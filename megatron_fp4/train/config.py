@@ -66,10 +66,13 @@ class RunConfig:
         return self.run_samples * self.data.seq_length
 
     def last_step(self, step: int, consumed_samples: int) -> int:
-        """The step at which a run stops that has made `step` steps, of `consumed_samples` samples in all."""
+        """The step at which a run stops that has made `step` steps, of `consumed_samples` samples in all.
+
+        One that is past `train.stop_after_steps` already stops where it is.
+        """
         last = step + sum(stage.num_steps for stage in self.stages(consumed_samples))
         stop = self.train.stop_after_steps
-        return min(stop, last) if stop else last
+        return max(step, min(stop, last)) if stop else last
 
     def check_evaluations(self) -> None:
         """Raises ValueError for evaluations of nothing, and if checkpoints are to be kept by a score that none has."""

@@ -64,6 +64,13 @@ def test_a_phase_that_is_to_come_may_change_and_the_present_one_asks(run: TinyRu
     ]
 
 
+def test_a_stop_that_is_behind_stops_at_once(run: TinyRun) -> None:
+    """It was a traceback, and an exit code that asks for a restart."""
+    resumed, _ = make_trainer(run.with_overrides("train.stop_after_steps=1").overrides)
+    assert resumed.fit() == 0
+    assert resumed.position.step == 2
+
+
 def test_samples_that_are_to_come_may_be_skipped(run: TinyRun) -> None:
     """What the end of a diverged run advises."""
     resumed, _ = make_trainer(run.with_overrides("data.skip=[[8,20]]").overrides)
