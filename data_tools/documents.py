@@ -145,6 +145,8 @@ def _skip_to(stream: IO[bytes], offset: int, path: Path) -> None:
 
 
 def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    if path.suffix in (".gz", ".zst") and not path.stat().st_size:
+        raise ValueError(f"{path}: the compressed file is truncated: it has no bytes; copy it again")
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.suffix == ".zst":

@@ -25,6 +25,9 @@ from data_tools.records import Position
 from megatron_fp4.data.shards.manifest import MANIFEST, PROGRESS, FileDigest, commit, digest_file, write_json
 from megatron_fp4.data.shards.writer import ShardWriter
 
+SEARCHED_LEVELS = 4
+"""How deep other shard sets are looked for inside an output."""
+
 
 class SplitWriter:
     """Writes `folders` (split name -> directory); use it in a `with`. `job` identifies input and options.
@@ -171,11 +174,19 @@ def finished(root: Path, folders: dict[str, Path], job: dict[str, Any]) -> dict[
 
 
 def check_not_nested(folders: dict[str, Path]) -> None:
-    """Refuse an output around or inside another shard set: a glob or a directory would then read both."""
+    """Refuse an output around or inside another shard set: a glob or a directory would then read both.
+
+    Also one that is not finished, whose progress file may lie in the folder around its splits.
+    """
     own = {folder.resolve() for folder in folders.values()}
     for folder in own:
         around = [parent for parent in folder.parents if (parent / MANIFEST).is_file()]
-        inside = [path.parent for path in folder.glob(f"*/{MANIFEST}")]
+        inside = [
+            path.parent
+            for depth in range(1, SEARCHED_LEVELS + 1)
+            for name in (MANIFEST, PROGRESS)
+            for path in folder.glob("/".join([*"*" * depth, name]))
+        ]
         for other in (*around, *inside):
             if other not in own:
                 raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_tools.cli import run_tool
 from data_tools.shards_of import Listed, list_shards
-from megatron_fp4.data.overlap import any_hashes, common_documents
+from megatron_fp4.data.overlap import MIN_TOKENS, any_hashes, common_documents
 from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.shards.manifest import BLOCK_BYTES, digest_file
 from megatron_fp4.data.shards.shard import TokenShard
@@ -51,9 +51,16 @@ def _hash_problems(shard: TokenShard) -> list[str]:
 def _common_problems(heldout: list[str], paths: list[str]) -> list[str]:
     """Documents that both have, by name."""
     held, source = open_documents("heldout", heldout), open_documents("source", paths)
+    num_long = int((held.lengths >= MIN_TOKENS).sum())
+    if not num_long:
+        raise ValueError(
+            f"none of the {held.num_documents:,} documents of {', '.join(heldout)} has {MIN_TOKENS} tokens or more:"
+            " shorter ones are equal by chance, so there is nothing to compare"
+        )
     common = common_documents(held, source, any_hashes)
     assert common is not None, "any_hashes makes what is not stored"
-    print(f"{held.num_documents:,} held-out documents against {source.num_documents:,}: {len(common):,} in common")
+    short = f", {held.num_documents - num_long:,} too short to tell" if num_long < held.num_documents else ""
+    print(f"{num_long:,} held-out documents against {source.num_documents:,}: {len(common):,} in common{short}")
     places = [held.place(int(number)) for number in common[:MAX_LISTED]]
     return [f"document {place.document} of {place.shard} is in the source too" for place in places]
 

@@ -79,6 +79,13 @@ def test_verify_compares_shards_without_hashes_too(tmp_path, capsys):
     assert f"document 20 of {held} is in the source too" in out
 
 
+@pytest.mark.parametrize("documents", [[], [[1, 2, 3], [4] * 7]])
+def test_held_out_documents_that_are_all_too_short_prove_nothing(tmp_path, capsys, documents):
+    web, held = write_shard(tmp_path / "web", WEB), write_shard(tmp_path / "held", documents)
+    assert main(["verify", web, "--heldout", held]) == 2
+    assert "has 8 tokens or more" in capsys.readouterr().err
+
+
 def test_stale_hashes_are_damage(tmp_path, capsys):
     """A shard that was replaced under its hashes would pass for another."""
     web = write_shard(tmp_path / "web", WEB)

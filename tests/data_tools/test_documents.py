@@ -110,9 +110,11 @@ def test_batches_cover_the_file_and_start_anywhere(tmp_path, ending):
 
 
 def test_truncated_gzip_is_named(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS))[:-9])
-    with pytest.raises(ValueError, match=r"a\.jsonl\.gz: the compressed file is truncated"):
-        read(tmp_path / "a.jsonl.gz")
+    whole = gzip.compress(jsonl(TEXTS))
+    for cut in (9, len(whole)):
+        (tmp_path / "a.jsonl.gz").write_bytes(whole[:-cut])
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: the compressed file is truncated"):
+            read(tmp_path / "a.jsonl.gz")
 
 
 def test_globs(tmp_path):
@@ -137,7 +139,7 @@ def test_a_truncated_zst_is_refused_wherever_it_is_cut(tmp_path):
     path.write_bytes(whole)
     assert len(read(path)[0]) == 5000
     skipping = {"invalid_json": "skip", "missing_key": "skip"}
-    for cut in (1, 5, len(whole) // 3, len(whole) // 2):
+    for cut in (1, 5, len(whole) // 3, len(whole) // 2, len(whole)):
         path.write_bytes(whole[:-cut])
         with pytest.raises(ValueError, match=r"a\.jsonl\.zst: the compressed file is truncated"):
             read(path, **skipping)

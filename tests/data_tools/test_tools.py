@@ -211,6 +211,17 @@ def test_nothing_is_overwritten(shards, tmp_path, capsys):
     assert "already complete" in out
 
 
+@pytest.mark.parametrize("inside", ["a/manifest.json", "a/b/manifest.json", "a/progress.json", "a/b/c/progress.json"])
+def test_an_output_around_other_sets_is_refused(shards, tmp_path, capsys, inside):
+    """However deep they lie, and unfinished ones too."""
+    path = tmp_path / "out" / inside
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    status, _, err = run(capsys, "merge", shards, "--output", tmp_path / "out")
+    assert (status, f"would contain the shard set {path.parent.resolve()}" in err) == (2, True)
+    assert run(capsys, "merge", shards, "--output", tmp_path / "beside")[0] == 0
+
+
 def test_two_writers_at_once(shards, tmp_path, capsys):
     with SplitWriter(tmp_path / "m", {"all": tmp_path / "m"}, np.dtype("<u2"), {}):
         status, _, err = run(capsys, "merge", shards, "--output", tmp_path / "m")
