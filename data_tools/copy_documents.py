@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from data_tools.records import Position
 from data_tools.shard_set import SplitWriter, check_not_nested, finished, remove_sets
+from megatron_fp4.data.checks import check_ends
 from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
 from megatron_fp4.data.shards.manifest import read_manifest
 from megatron_fp4.storage.local import local_path
@@ -66,6 +67,7 @@ def _common_facts(paths: list[str], source: ShardedDocuments) -> dict[str, Any]:
     """Tokenizer and special-token policy of the inputs; ValueError if they do not agree."""
     if len(source.tokenizers) > 1:
         raise ValueError(f"the inputs were written with different tokenizers: {source.tokenizers}")
+    check_ends([source])
     manifests = [read_manifest(path) for path in paths if Path(path).is_dir()]
     known = manifests[0] if manifests else {"tokenizer": None, "special_tokens": None}
     names = [{"name": shard.prefix.name, "bytes": shard.bin_path.stat().st_size} for shard in source.shards]

@@ -36,6 +36,20 @@ def check_vocabulary(
             )
 
 
+def check_ends(opened: Sequence[ShardedDocuments]) -> None:
+    """One token ends the documents of all sets: with two, equal texts differ, and a model learns both."""
+    ends: dict[int, str] = {}
+    for documents in opened:
+        for token in documents.ends:
+            ends.setdefault(token, documents.name)
+    if len(ends) > 1:
+        (first, name), (second, other) = list(ends.items())[:2]
+        raise ValueError(
+            f"documents of {name!r} end with token {first}, those of {other!r} with {second}: tokenize one of the two"
+            " again, with the --eos of the other"
+        )
+
+
 def check_ids(source: ShardedDocuments, num_tokens: int, vocab_size: int) -> None:
     """The first `num_tokens` tokens of a source have rows in the embedding; reads them, for sets without a manifest."""
     left = num_tokens

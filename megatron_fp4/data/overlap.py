@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_fp4.data.checks import check_ends
 from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.loader import Loader
 from megatron_fp4.data.shards.documents import ShardedDocuments
@@ -81,9 +82,12 @@ class NotCompared:
 def check_heldout(loader: Loader, evaluations: Sequence[EvalLoader]) -> list[str]:
     """Compare every evaluation set with every source; returns lines about what could not be compared.
 
-    Raises ValueError for a set with documents of a source, unless it `may_overlap`.
+    Raises ValueError for a set with documents of a source, unless it `may_overlap`, and for sets whose documents end
+    with different tokens: none would be equal.
     """
     sources = [stream.documents for stream in loader.streams.values()]
+    opened = [*sources, *(evaluation.documents for evaluation in evaluations)]
+    check_ends([documents for documents in opened if isinstance(documents, ShardedDocuments)])
     may_overlap = {settings.name: settings.may_overlap for settings in loader.config.evaluation}
     lines: list[str] = []
     for heldout in (evaluation.documents for evaluation in evaluations if not may_overlap[evaluation.name]):

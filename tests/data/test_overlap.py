@@ -15,7 +15,7 @@ from megatron_fp4.data.evaluation import build_eval_loader
 from megatron_fp4.data.overlap import any_hashes, check_heldout, common_documents, stored_hashes
 from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.shards.shard import TokenShard
-from tests.data.toy import loader_of, write_shard
+from tests.data.toy import loader_of, write_set, write_shard
 from tests.helpers.tiny_run import tiny_run
 
 WEB = [list(range(n, n + 12)) for n in range(100)]
@@ -60,6 +60,18 @@ def test_the_command_refuses_it_before_a_step(tmp_path, capsys):
     assert pretrain.main([*run.overrides, sets, "train.eval_interval_steps=2"]) == 2
     assert "documents that source 'toy' trains on" in capsys.readouterr().err.replace("document(s)", "documents")
     assert not (run.run_dir / "checkpoints").exists()
+
+
+def test_sets_whose_documents_end_differently_are_refused(tmp_path, capsys):
+    """Equal text would not be equal, and the model would learn two ends."""
+    web, held = (
+        write_set(tmp_path / name, [documents], special_tokens={"eos": eos})
+        for name, documents, eos in (("web", WEB, 0), ("held", HELD, 1))
+    )
+    with pytest.raises(ValueError, match="documents of 'web' end with token 0, those of 'held' with 1: tokenize one"):
+        heldout_lines(web, held)
+    assert main(["merge", web, held, "--output", str(tmp_path / "both")]) == 2
+    assert "end with token" in capsys.readouterr().err
 
 
 def test_what_was_not_compared_is_said(tmp_path):

@@ -21,7 +21,7 @@ def write_shard(prefix: Path, documents: list[list[int]], dtype: str = "<u2") ->
     return str(prefix)
 
 
-def write_set(folder: Path, shards: list[list[list[int]]], fingerprint: str = "tok") -> str:
+def write_set(folder: Path, shards: list[list[list[int]]], fingerprint: str = "tok", **facts: object) -> str:
     """A committed shard set; `shards` is a list of lists of documents."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -40,7 +40,7 @@ def write_set(folder: Path, shards: list[list[list[int]]], fingerprint: str = "t
                 "files": {"bin": digest.result(), "idx": digest_file(Path(f"{writer.prefix}.idx"))},
             }
         )
-    commit(folder, entries, dtype="uint16", tokenizer={"fingerprint": fingerprint, "vocab_size": 100})
+    commit(folder, entries, dtype="uint16", tokenizer={"fingerprint": fingerprint, "vocab_size": 100}, **facts)
     return str(folder)
 
 

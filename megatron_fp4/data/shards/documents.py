@@ -30,6 +30,7 @@ class ShardedDocuments:
 
     `tokenizers` are the fingerprints that the manifests name (none for plain Megatron shards), `max_token_id` is the
     largest id that they name, or None without a manifest. `unnamed` are the shards of which nothing names a tokenizer.
+    `ends` are the ids that end their documents, as the manifests say.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class ShardedDocuments:
         self.fingerprint = fingerprint
         self.unnamed = list(unnamed)
         self.tokenizers = sorted({m["tokenizer"]["fingerprint"] for m in manifests if m["tokenizer"]})
+        special = [m.get("special_tokens") or {} for m in manifests]
+        self.ends = sorted({int(tokens["eos"]) for tokens in special if tokens.get("eos") is not None})
         known = [int(m["max_token_id"]) for m in manifests]
         self.max_token_id = max(known) if known else None
         self._first = np.zeros(len(self.shards) + 1, np.int64)  # number of each shard's first document
