@@ -132,6 +132,8 @@ def read_state(directory: str | os.PathLike[str], pauses: Sequence[float] | None
         raise ValueError(f"{path} is missing") from None
     if not isinstance(state, dict) or not isinstance(state.get("meta"), dict) or type(state.get("step")) is not int:
         raise ValueError(f"{path} is damaged: not a JSON object with a step and meta")
+    if missing := {"tokens", "score"} - state.keys():
+        raise ValueError(f"{path} is damaged: no {', '.join(sorted(missing))}")
     return state
 
 

@@ -121,7 +121,9 @@ def _verify(paths: Sequence[Path]) -> int:
 
 
 def _export(path: Path, to: Path, dtype: torch.dtype) -> Path:
-    settings = read_state(path)["meta"]["config"]  # enums are stored by name, which omegaconf reads
+    settings = read_state(path)["meta"].get("config")  # enums are stored by name, which omegaconf reads
+    if not isinstance(settings, dict) or not settings.keys() >= {"model", "data"}:
+        raise ValueError(f"{path} has no settings of a model, so it cannot be exported")
     merged = OmegaConf.merge(OmegaConf.structured(twin(ModelConfig)), OmegaConf.create(settings["model"]))
     values: Any = OmegaConf.to_container(merged)
     return write_transformers(path, build(ModelConfig, values), settings["data"]["seq_length"], to, dtype)

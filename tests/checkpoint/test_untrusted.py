@@ -17,6 +17,7 @@ import xxhash
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, CorruptCheckpoint, OnCorrupt, offline
+from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.checkpoint.metadata import read_metadata
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage import patience
@@ -183,6 +184,13 @@ def test_what_is_no_file_or_no_directory_is_not_there(tmp_path: Path, name: str)
         shutil.rmtree(path)
         path.write_text("")
     assert open_store(tmp_path).choose().step == 10
+
+
+def test_a_small_state_without_what_every_one_has(tmp_path: Path) -> None:
+    path = save_one(tmp_path, 20, two_pieces(1.0)) / "state.json"
+    path.write_text('{"step": 20, "meta": {}, "tokens": 5}')
+    with pytest.raises(ValueError, match="damaged: no score"):
+        read_state(path.parent)
 
 
 def test_small_state_and_metadata_are_always_hashed(tmp_path: Path) -> None:

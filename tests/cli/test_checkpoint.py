@@ -10,6 +10,7 @@ import torch
 
 from megatron_fp4.checkpoint import offline
 from megatron_fp4.cli.checkpoint import main
+from tests.checkpoint.synthetic import save_one, two_pieces
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import make_trainer
 
@@ -79,6 +80,13 @@ def test_export_is_read_by_transformers(run: TinyRun, tmp_path: Path) -> None:
     newest = offline.resolve(run.run_dir / "checkpoints")
     weight = offline.read_tensor(newest, "master/blocks.1.mlp.down.weight")
     assert torch.equal(model.state_dict()["model.layers.1.mlp.down_proj.weight"], weight)
+
+
+def test_a_checkpoint_without_settings_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = save_one(tmp_path, 3, two_pieces(1.0))
+    assert main(["inspect", str(directory)]) == 0
+    assert main(["export", str(directory), "--to", str(tmp_path / "model")]) == 2
+    assert "has no settings of a model" in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

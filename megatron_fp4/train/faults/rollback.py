@@ -79,7 +79,8 @@ def _read_record(path: Path) -> RollbackRecord | None:
     except UnreadableFile:
         raise
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to go on without the rollback") from error
+        reason = error.__cause__ or error
+        raise ValueError(f"{path} is damaged ({reason}); remove it to go on without the rollback") from error
     return record
 
 
