@@ -14,6 +14,7 @@ Not here: moving data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,11 @@ class Rectangle:
         return Rectangle(name, shape, (0,) * len(shape), shape)
 
     @property
+    def numel(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+    @property
     def slices(self) -> tuple[slice, ...]:
         """Its place in the logical tensor, as an index: `logical[where.slices]`."""
         return tuple(slice(low, low + size) for low, size in zip(self.offset, self.shape, strict=True))
@@ -60,6 +66,26 @@ class Rectangle:
         """Rows `[start, stop)`, counted from its first one."""
         offset = (self.offset[0] + start, *self.offset[1:])
         return replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
+
+    def elements(self, start: int, stop: int) -> Iterator[Rectangle]:
+        """Its row-major elements `[start, stop)` as rectangles, in order.
+
+        At most three of a matrix: the end of a row, whole rows, the beginning of a row.
+        """
+        width = math.prod(self.shape[1:])
+        first = min(-(-start // width) * width, stop)
+        last = max(stop // width * width, first)
+        yield from self._inside_row(start, first)
+        if first < last:
+            yield self.rows(first // width, last // width)
+        yield from self._inside_row(last, stop)
+
+    def _inside_row(self, start: int, stop: int) -> Iterator[Rectangle]:
+        if start < stop:
+            row, first = divmod(start, math.prod(self.shape[1:]))
+            inside = Rectangle(self.name, self.global_shape[1:], self.offset[1:], self.shape[1:])
+            for where in inside.elements(first, first + stop - start):
+                yield replace(self, offset=(self.offset[0] + row, *where.offset), shape=(1, *where.shape))
 
     def index(self, dim: int, device: torch.device | str = "cpu") -> Tensor:
         """Position in the logical tensor along `dim`; int64 `[shape[dim]]`."""
@@ -112,14 +138,18 @@ class Placement:
     def num_rows(self) -> int:
         return sum(where.shape[0] for where in self.rectangles)
 
-    def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[slice, Rectangle]]:
-        """What local rows `[start, stop)` are (default: all): rows, counted from `start`, and their rectangle."""
-        stop, first = self.num_rows if stop is None else stop, 0
+    def pieces(self) -> Iterator[tuple[slice, Rectangle]]:
+        """The local rows of each rectangle."""
+        first = 0
         for where in self.rectangles:
-            low, high = max(start, first), min(stop, first + where.shape[0])
-            if low < high:
-                yield slice(low - start, high - start), where.rows(low - first, high - first)
+            yield slice(first, first + where.shape[0]), where
             first += where.shape[0]
+
+    def elements(self, start: int, stop: int) -> Iterator[Rectangle]:
+        """What local row-major elements `[start, stop)` are, in order."""
+        for where in self.rectangles:
+            yield from where.elements(min(max(start, 0), where.numel), min(max(stop, 0), where.numel))
+            start, stop = start - where.numel, stop - where.numel
 
 
 def split_evenly(size: int, group: Group, *, what: str, multiple_of: int = 1) -> int:

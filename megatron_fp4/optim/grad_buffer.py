@@ -22,8 +22,10 @@ from torch import Tensor
 from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.parameter import LogicalParameter
-from megatron_fp4.optim.bucket_comm import PendingSum
+from megatron_fp4.optim.bucket_comm import PendingSum, sums_in_rank_order
 from megatron_fp4.optim.layout import Bucket
+
+MAX_IN_FLIGHT = 2  # buckets of which parts are received at once, where none were sent during the backward
 
 
 class GradBuffer:
@@ -40,13 +42,13 @@ class GradBuffer:
         self._group, self._tp = group, tp
         self._overlap = overlap and group.size > 1
         self._flats = [torch.zeros(bucket.numel, dtype=dtype, device=bucket.kind.device) for bucket in buckets]
-        bounds = (bucket.bounds(group.rank) for bucket in buckets)
-        self.parts = [flat[low:high] for flat, (low, high) in zip(self._flats, bounds, strict=True)]
+        self.parts = [bucket.part(flat, group.rank) for bucket, flat in zip(buckets, self._flats, strict=True)]
         self._num_early = sum(not bucket.kind.deferred for bucket in buckets)
         self._expected: list[list[int]] | None = None
         self._counts = [[0] * len(bucket.slots) for bucket in buckets]
         self._missing = [0] * len(buckets)
-        self._pending: list[PendingSum] = []  # of buckets 0, 1, ..., in order
+        self._num_sent = 0  # of the buckets, in order
+        self._pending: dict[int, PendingSum] = {}  # of those that were sent and are not finished
         self._late: set[int] = set()
         self._armed = False
         self._absorbers: list[Callable[[], None]] = []
@@ -83,17 +85,20 @@ class GradBuffer:
         """Complete all sums: afterwards every rank's own part of each bucket is the sum over all ranks."""
         for absorb in self._absorbers:  # what reached `.grad` without autograd's hook, as pipeline engines do
             absorb()
-        for bucket, flat in zip(self._buckets, self._flats, strict=True):
-            _sum_replicas(bucket, flat, self._tp)
+        in_order = sums_in_rank_order(self._group)
+        if in_order:  # the same sums, of equal gradients, on all replicas
+            self._sum_replicas(self._flats)
         if self._group.size > 1:
-            while len(self._pending) < len(self._buckets):
-                self._send_next()
             self._resend_late()
-            for pending in self._pending:
-                pending.finish()
+            for index in range(len(self._buckets)):
+                while self._num_sent < min(index + MAX_IN_FLIGHT, len(self._buckets)):
+                    self._send_next()
+                self._pending.pop(index).finish()
+        if not in_order:  # else equal gradients would have sums that are not
+            self._sum_replicas(self.parts)
         if self._armed:
             self._expected = [list(counts) for counts in self._counts]
-        self._pending, self._late = [], set()
+        self._num_sent, self._late = 0, set()
         self._armed = False
 
     def _ready(self, index: int, position: int) -> None:
@@ -101,7 +106,7 @@ class GradBuffer:
         if not self._armed:
             return
         self._counts[index][position] += 1
-        if index < len(self._pending):
+        if index < self._num_sent:
             self._late.add(index)
         elif self._expected and self._counts[index][position] <= self._expected[index][position]:
             self._missing[index] -= 1
@@ -110,23 +115,33 @@ class GradBuffer:
     def _send_full(self) -> None:
         if not self._overlap or self._expected is None:
             return
-        while len(self._pending) < self._num_early and self._missing[len(self._pending)] == 0:
+        while self._num_sent < self._num_early and self._missing[self._num_sent] == 0:
             self._send_next()
 
     def _send_next(self) -> None:
-        index = len(self._pending)
-        self._pending.append(PendingSum(self._flats[index], self._buckets[index], self._group))
+        self._pending[self._num_sent] = PendingSum(self._flats[self._num_sent], self._group)
+        self._num_sent += 1
 
     def _resend_late(self) -> None:
         """Repeat the buckets that any rank changed after sending; all ranks take part in the same ones."""
         if not self._overlap or not self._armed or self._expected is None:
             return
+        while self._num_sent < self._num_early:
+            self._send_next()
         late = torch.zeros(self._num_early, dtype=torch.int32, device=self._flats[0].device)
         for index in self._late:
             late[index] = 1
         for index in all_reduce_max(late, self._group).nonzero().flatten().tolist():
-            self._pending[index].drop()
-            self._pending[index] = PendingSum(self._flats[index], self._buckets[index], self._group)
+            self._pending.pop(index).drop()
+            self._pending[index] = PendingSum(self._flats[index], self._group)
+
+    def _sum_replicas(self, tensors: Sequence[Tensor]) -> None:
+        """Add the gradients of tied copies on other stages and the partial ones of tp ranks; one tensor per bucket."""
+        for bucket, tensor in zip(self._buckets, tensors, strict=True):
+            if bucket.kind.tied_group is not None:
+                tensor.copy_(all_reduce_sum(tensor, bucket.kind.tied_group))
+            if bucket.kind.tp_summed:
+                tensor.copy_(all_reduce_sum(tensor, self._tp))
 
 
 def _equip(parameter: LogicalParameter, flat: Tensor, ready: Callable[[], None]) -> Callable[[], None]:
@@ -144,11 +159,3 @@ def _equip(parameter: LogicalParameter, flat: Tensor, ready: Callable[[], None])
     parameter.grad_ready = ready
     parameter.register_post_accumulate_grad_hook(lambda _parameter: absorb())
     return absorb
-
-
-def _sum_replicas(bucket: Bucket, flat: Tensor, tp: Group) -> None:
-    """Add the gradients of tied copies on other stages and the partial ones of tp ranks, in rank order."""
-    if bucket.kind.tied_group is not None:
-        flat.copy_(all_reduce_sum(flat, bucket.kind.tied_group))
-    if bucket.kind.tp_summed:
-        flat.copy_(all_reduce_sum(flat, tp))

@@ -1,33 +1,34 @@
-"""How parameters lie in flat buckets, and which rows of them each data-parallel rank owns.
+"""How parameters lie in flat buckets, and which elements of them each data-parallel rank owns.
 
-A bucket is a flat range cut into one contiguous part per rank, and every cut falls on a row boundary of the parameter
-it meets, so a rank's part of a parameter is a range of whole rows, a rectangle.
+A bucket is a flat range cut into equal contiguous parts, one per rank, which is what NCCL's reduce-scatter and
+all-gather take. Parameters and cuts lie on multiples of `ALIGN` elements and nowhere else: a rank's piece of a
+parameter begins and ends anywhere in a row, and what that is as rectangles the placement says.
 
-    bucket    | w0 row row row row row row .. | w1 row row row |pad|        parameters start on aligned positions
-    parts     |  rank 0        |  rank 1         |  rank 2         |        equal if a little padding allows it
+    bucket    | w0 row row row row row row .. | w1 row row row |gap| w2 row row |
+    parts     |  rank 0        |  rank 1         |  rank 2         |  rank 3    |
 
-Equal parts let NCCL use its native reduce-scatter and all-gather without staging copies; where they would need more
-than `MAX_PADDING`, the parts are uneven. Cuts inside a parameter fall on multiples of `ALIGN` elements: torch's fused
-kernel computes the last few elements of a tensor (less than a vector) in another precision, and this keeps those
-elements the same at every data-parallel size. Not here: communication (bucket_comm.py).
+The gap makes up for the rounding. In a small bucket, or one of thousands of ranks, it is larger than a part, and the
+ranks in it own nothing of this bucket; it moves on from one bucket to the next, so that these are not always the same
+ranks. Still a rank may own nothing at all, and takes part in every collective.
+
+torch's fused kernel computes the last few elements of a tensor (less than a vector) in another precision; with cuts on
+multiples of `ALIGN` these are the last ones of the parameter at every data-parallel size. Not here: communication
+(bucket_comm.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement
 
 ALIGN = 64  # elements; 128 bytes in BF16, what vectorised loads and tensor cores ask for
-MAX_PADDING = 0.25  # of a bucket's elements
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,39 +44,22 @@ class Slot:
         return self.parameter.placement
 
     @property
-    def num_rows(self) -> int:
-        return self.parameter.shape[0]
-
-    @property
-    def row_numel(self) -> int:
-        return self.parameter.numel() // self.num_rows
-
-    @property
     def stop(self) -> int:
         return self.start + self.parameter.numel()
 
-    @property
-    def granule(self) -> int:
-        """Elements between two possible cuts: whole rows, and a multiple of ALIGN."""
-        return math.lcm(self.row_numel, ALIGN)
-
 
 @dataclass(frozen=True, eq=False)
-class RowRange:
-    """Rows `[first_row, stop_row)` of a parameter, at element `offset` of the owner's part of the bucket."""
+class Piece:
+    """Elements `[start, stop)` of a parameter, at element `offset` of the owner's part of the bucket."""
 
     slot: Slot
-    first_row: int
-    stop_row: int
+    start: int
+    stop: int
     offset: int
 
     @property
     def numel(self) -> int:
-        return (self.stop_row - self.first_row) * self.slot.row_numel
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.stop_row - self.first_row, *self.slot.parameter.shape[1:])
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -98,41 +82,30 @@ class BucketKind:
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Parameters that are reduced and gathered by one collective; `parts[r]` elements belong to rank r."""
+    """Parameters that are reduced and gathered by one collective; `num_parts` ranks have `part_numel` elements each."""
 
     kind: BucketKind
     slots: tuple[Slot, ...]
-    parts: tuple[int, ...]
+    part_numel: int
+    num_parts: int
 
     @property
     def numel(self) -> int:
-        return sum(self.parts)
+        return self.part_numel * self.num_parts
 
-    @property
-    def even(self) -> bool:
-        return len(set(self.parts)) == 1
+    def part(self, flat: Tensor, rank: int) -> Tensor:
+        """`rank`'s part of `flat [numel]`, a view."""
+        return flat.narrow(0, rank * self.part_numel, self.part_numel)
 
-    def bounds(self, rank: int) -> tuple[int, int]:
-        """First and last-plus-one flat element of `rank`'s part."""
-        start = sum(self.parts[:rank])
-        return start, start + self.parts[rank]
-
-    def row_ranges(self, rank: int) -> list[RowRange]:
-        """The rows that `rank` owns, in flat order."""
-        low, high = self.bounds(rank)
-        ranges = []
-        for slot in self.slots:
-            first, stop = (_rows_before(slot, cut) for cut in (low, high))
-            if first < stop:
-                ranges.append(RowRange(slot, first, stop, slot.start + first * slot.row_numel - low))
-        return ranges
-
-
-def _rows_before(slot: Slot, cut: int) -> int:
-    """Rows of the slot that lie before flat position `cut`."""
-    inside = min(max(cut - slot.start, 0), slot.parameter.numel())
-    assert inside % slot.row_numel == 0, f"{slot.name}: cut inside a row"
-    return inside // slot.row_numel
+    def pieces(self, rank: int) -> list[Piece]:
+        """What `rank` owns, in flat order; may be nothing."""
+        low = rank * self.part_numel
+        cuts = [(max(slot.start, low), min(slot.stop, low + self.part_numel), slot) for slot in self.slots]
+        return [
+            Piece(slot, first - slot.start, stop - slot.start, first - low)
+            for first, stop, slot in cuts
+            if first < stop
+        ]
 
 
 def make_buckets(
@@ -148,7 +121,7 @@ def make_buckets(
     without a valid placement, a frozen one, a scalar, or one given twice.
     """
     waiting: dict[BucketKind, list[tuple[str, LogicalParameter]]] = {}
-    closed: list[Bucket] = []
+    closed: list[tuple[BucketKind, list[tuple[str, LogicalParameter]]]] = []
     seen: dict[int, str] = {}
     for name, parameter in reversed(list(named_parameters)):
         if id(parameter) in seen:
@@ -164,10 +137,11 @@ def make_buckets(
         members = waiting.setdefault(kind, [])
         members.append((name, checked))
         if sum(member[1].numel() for member in members) >= bucket_numel:
-            closed.append(_make_bucket(kind, members, group.size))
+            closed.append((kind, members))
             del waiting[kind]
-    closed += [_make_bucket(kind, members, group.size) for kind, members in waiting.items()]
-    return sorted(closed, key=lambda bucket: bucket.kind.deferred)
+    closed += waiting.items()
+    closed.sort(key=lambda each: each[0].deferred)
+    return [_make_bucket(kind, members, group.size, number) for number, (kind, members) in enumerate(closed)]
 
 
 def _checked(name: str, parameter: nn.Parameter) -> LogicalParameter:
@@ -183,35 +157,20 @@ def _checked(name: str, parameter: nn.Parameter) -> LogicalParameter:
     return parameter
 
 
-def _make_bucket(kind: BucketKind, members: Sequence[tuple[str, LogicalParameter]], size: int) -> Bucket:
-    slots: list[Slot] = []
-    for name, parameter in members:
-        unplaced = Slot(name, parameter, 0)
-        end = slots[-1].stop if slots else 0
-        slots.append(Slot(name, parameter, _round_up(end, unplaced.granule)))
-    return Bucket(kind, tuple(slots), tuple(_part_sizes(slots, size)))
-
-
-def _part_sizes(slots: Sequence[Slot], size: int) -> list[int]:
-    """Elements of each rank: equal parts if the padding they need is small, else cuts near the equal ones."""
-    used = slots[-1].stop
-    if size == 1:
-        return [used]
-    even = _round_up(-(-used // size), math.lcm(*(slot.granule for slot in slots)))
-    if even * size - used <= MAX_PADDING * used:
-        return [even] * size
-    cuts = [0, *(_nearest_cut(slots, used * rank // size) for rank in range(1, size)), used]
-    return [high - low for low, high in pairwise(cuts)]
-
-
-def _nearest_cut(slots: Sequence[Slot], position: int) -> int:
-    """The possible cut nearest to `position`; monotonic in it."""
-    for slot in slots:
-        if slot.start < position < slot.stop:
-            below = slot.start + (position - slot.start) // slot.granule * slot.granule
-            above = min(below + slot.granule, slot.stop)
-            return below if position - below <= above - position else above
-    return position
+def _make_bucket(
+    kind: BucketKind, members: Sequence[tuple[str, LogicalParameter]], num_parts: int, number: int
+) -> Bucket:
+    """number: of the bucket; the gap lies after all parameters, after all but one, ..., before all, and so on."""
+    used = sum(_round_up(parameter.numel(), ALIGN) for _, parameter in members)
+    part_numel = _round_up(-(-used // num_parts), ALIGN)
+    first_after_gap = len(members) - number % (len(members) + 1)
+    slots, start = [], 0
+    for index, (name, parameter) in enumerate(members):
+        if index == first_after_gap:
+            start += part_numel * num_parts - used
+        slots.append(Slot(name, parameter, start))
+        start += _round_up(parameter.numel(), ALIGN)
+    return Bucket(kind, tuple(slots), part_numel, num_parts)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -33,8 +33,7 @@ class ParamBuffer:
                 view = flat[slot.start : slot.stop].view(slot.parameter.shape)
                 view.copy_(slot.parameter.detach())
                 slot.parameter.data = view
-        bounds = (bucket.bounds(group.rank) for bucket in buckets)
-        self.parts = [flat[low:high] for flat, (low, high) in zip(self._flats, bounds, strict=True)]
+        self.parts = [bucket.part(flat, group.rank) for bucket, flat in zip(buckets, self._flats, strict=True)]
 
     def refresh(self, masters: Sequence[Tensor], *, wait: bool) -> None:
         """Parameters = masters, rounded. wait=False: gather in the background.
@@ -46,7 +45,7 @@ class ParamBuffer:
         for index in reversed(range(len(self._buckets))):
             self.parts[index].copy_(masters[index])
             if self._group.size > 1:
-                self._pending[index] = PendingGather(self._flats[index], self._buckets[index], self._group)
+                self._pending[index] = PendingGather(self._flats[index], self._group)
         if wait:
             self.wait()
 

@@ -12,23 +12,24 @@ from torch import Tensor
 
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.optim.groups import AdamTensors
-from megatron_fp4.optim.layout import RowRange
+from megatron_fp4.optim.layout import Piece
 
 
 @dataclass(frozen=True, eq=False)
-class OwnedRows:
-    """Rows of a parameter that this rank updates. writes: False where another rank counts and saves the same rows."""
+class OwnedPiece:
+    """What this rank updates of a parameter. writes: False where another rank counts and saves the same elements."""
 
-    rows: RowRange
+    piece: Piece
     tensors: AdamTensors
     writes: bool
 
     def shards(self, flats: dict[str, Tensor]) -> Iterator[Shard]:
-        """The rectangles that these rows are, with views of `flats` (by kind), which hold the rows' elements."""
-        rows = self.rows
-        shaped = {kind: flat.view(rows.shape) for kind, flat in flats.items()}
-        for piece, where in rows.slot.placement.pieces(rows.first_row, rows.stop_row):
-            yield Shard(where, {kind: tensor[piece] for kind, tensor in shaped.items()}, self.writes)
+        """The rectangles that the piece is, with views of `flats` (by kind), which hold its elements."""
+        start = 0
+        for where in self.piece.slot.placement.elements(self.piece.start, self.piece.stop):
+            stop = start + where.numel
+            yield Shard(where, {kind: flat[start:stop].view(where.shape) for kind, flat in flats.items()}, self.writes)
+            start = stop
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""ZeRO-1: AdamW whose FP32 master weights and moments are divided by rows over the data-parallel ranks.
+"""ZeRO-1: AdamW whose FP32 master weights and moments are divided over the data-parallel ranks.
 
-    backward      main_grad += gradient (FP32)                                      every rank, all rows
-    finish_grads  reduce-scatter: own rows of the sum over dp x cp -> global norm   (tied copies and tp partials before)
-    step          clip -> AdamW on own rows -> all-gather parameters                (in the parameters' dtype)
+    backward      main_grad += gradient (FP32)                                      every rank, all elements
+    finish_grads  reduce-scatter: own part of the sum over dp x cp -> global norm   (tied copies and tp partials before)
+    step          clip -> AdamW on own part -> all-gather parameters                (in the parameters' dtype)
 
 A bucket of parameters is summed, updated and gathered by flat ranges (layout.py), and every range is a list of
 rectangles (state.py), which is what the checkpoint sees. The loss is normalised by the caller; nothing is divided here.
@@ -25,9 +25,9 @@ from megatron_fp4.optim.clip import clip_factor, global_norm
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
 from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
-from megatron_fp4.optim.layout import RowRange, make_buckets
+from megatron_fp4.optim.layout import Piece, make_buckets
 from megatron_fp4.optim.param_buffer import ParamBuffer
-from megatron_fp4.optim.state import OwnedRows, StepReport
+from megatron_fp4.optim.state import OwnedPiece, StepReport
 
 FP32_PER_MIB = 2**18
 
@@ -70,9 +70,9 @@ class Zero1AdamW:
         self._params = ParamBuffer(self.buckets, mesh.dp_cp)
         self._parts = [AdamTensors.start(*pair) for pair in zip(self._params.parts, self._grads.parts, strict=True)]
         self._owned = [
-            OwnedRows(rows, part.narrow(rows.offset, rows.numel), self._writes(rows))
+            OwnedPiece(piece, part.narrow(piece.offset, piece.numel), self._writes(piece))
             for bucket, part in zip(self.buckets, self._parts, strict=True)
-            for rows in bucket.row_ranges(mesh.dp_cp.rank)
+            for piece in bucket.pieces(mesh.dp_cp.rank)
         ]
         self._adamw = choose_adamw(self._update_groups(), config)
         self._beside_forward = False
@@ -113,7 +113,7 @@ class Zero1AdamW:
 
     @torch.no_grad()
     def step(self, norm: float, *, lr: float, max_norm: float) -> StepReport:
-        """Clip to `max_norm` (0 = off), update the own rows, refresh the parameters. Skipped if the norm is not finite.
+        """Clip to `max_norm` (0 = off), update the own part, refresh the parameters. Skipped if the norm is not finite.
 
         norm: what `finish_grads` returned.
         """
@@ -122,7 +122,7 @@ class Zero1AdamW:
             return StepReport(lr, norm, 0.0, skipped=True, nonfinite=self._nonfinite_names())
         factor = clip_factor(norm, max_norm)
         if factor < 1.0:
-            torch._foreach_mul_([owned.tensors.grad for owned in self._owned], factor)
+            torch._foreach_mul_([part.grad for part in self._parts], factor)
         self.step_count += 1
         self._params.wait()  # what a module without a forward has not waited for may still be on its way
         self._adamw.update(lr, self.step_count)
@@ -151,7 +151,7 @@ class Zero1AdamW:
         return [shard for owned in self._owned for shard in owned.shards(owned.tensors.state)]
 
     def grad_shards(self) -> list[Shard]:
-        """The summed gradients of the rows that this rank updates, as "grad", between `finish_grads` and `step`."""
+        """The summed gradients of what this rank updates, as "grad", between `finish_grads` and `step`."""
         assert self._finished, "finish_grads comes first"
         return [shard for owned in self._owned for shard in owned.shards({"grad": owned.tensors.grad})]
 
@@ -162,15 +162,15 @@ class Zero1AdamW:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
-    def _writes(self, rows: RowRange) -> bool:
-        """False on a rank that holds a replica of rows which another rank counts and saves."""
-        placement = rows.slot.placement
+    def _writes(self, piece: Piece) -> bool:
+        """False on a rank that holds a replica of elements which another rank counts and saves."""
+        placement = piece.slot.placement
         return placement.writes and (not placement.tp_replicated or self._mesh.tp.rank == 0)
 
     def _update_groups(self) -> list[UpdateGroup]:
         groups: dict[float, UpdateGroup] = {}
         for owned in self._owned:
-            decay = self.config.weight_decay if owned.rows.slot.placement.decay else 0.0
+            decay = self.config.weight_decay if owned.piece.slot.placement.decay else 0.0
             groups.setdefault(decay, UpdateGroup(decay)).members.append(owned.tensors)
         return list(groups.values())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -16,13 +18,29 @@ def test_split_evenly_names_the_numbers() -> None:
         split_evenly(6, group, what="heads", multiple_of=4)
 
 
-def test_pieces_of_some_rows_are_rectangles() -> None:
+def test_elements_of_a_fused_parameter_are_rectangles_of_its_parts() -> None:
     placement = Placement((Rectangle("q", (8, 3), (4, 0), (4, 3)), Rectangle("k", (4, 3), (2, 0), (2, 3))))
-    assert list(placement.pieces(3, 5)) == [
-        (slice(0, 1), Rectangle("q", (8, 3), (7, 0), (1, 3))),
-        (slice(1, 2), Rectangle("k", (4, 3), (2, 0), (1, 3))),
+    assert list(placement.elements(2, 16)) == [
+        Rectangle("q", (8, 3), (4, 2), (1, 1)),
+        Rectangle("q", (8, 3), (5, 0), (3, 3)),
+        Rectangle("k", (4, 3), (2, 0), (1, 3)),
+        Rectangle("k", (4, 3), (3, 0), (1, 1)),
     ]
     assert [rows for rows, _ in placement.pieces()] == [slice(0, 4), slice(4, 6)]
+
+
+@pytest.mark.parametrize("shape", [(30,), (5, 6), (4, 1, 3), (3, 2, 5), (2, 3, 1, 4)])
+def test_any_range_of_elements_is_a_few_rectangles_in_order(shape: tuple[int, ...]) -> None:
+    logical = torch.arange(2 * math.prod(shape)).view(*shape[:-1], -1)  # the rectangle is the right half
+    where = Rectangle("w", tuple(logical.shape), (*[0] * (len(shape) - 1), shape[-1]), shape)
+    flat = logical[where.slices].reshape(-1)
+    for start in range(len(flat) + 1):
+        for stop in range(start, len(flat) + 1):
+            parts = list(where.elements(start, stop))
+            assert len(parts) <= 2 * len(shape) - 1
+            assert all(part.numel for part in parts), "an empty rectangle"
+            values = torch.cat([flat[:0], *(logical[part.slices].reshape(-1) for part in parts)])
+            assert torch.equal(values, flat[start:stop]), f"[{start}, {stop}) is {parts}"
 
 
 def test_a_rectangle_is_its_part_of_the_logical_tensor() -> None:

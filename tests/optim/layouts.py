@@ -110,7 +110,6 @@ class Outcome:
     norms: list[float]
     shards: list[Shard]
     parameters: dict[str, Tensor]
-    part_sizes: list[tuple[int, ...]]
 
 
 def train(
@@ -140,7 +139,7 @@ def train(
         for shard in optimizer.state_shards()
     ]
     parameters = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
-    return Outcome(norms, shards, parameters, [bucket.parts for bucket in optimizer.buckets])
+    return Outcome(norms, shards, parameters)
 
 
 def packed(value: Any) -> bytes:
