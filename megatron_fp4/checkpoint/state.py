@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor, stored_metadata
@@ -80,7 +81,7 @@ def plan_layout(state: dict[str, StoredTensor], group: Group) -> SaveLayout:
 
 
 def _whole(plans: list[SavePlan]) -> Metadata:
-    """The plans as one, with every part once (DCP would drop a second copy), and with DCP's own checks of bounds."""
+    """The plans as one, with every element once: DCP would drop a second copy, and compares all pairs of rectangles."""
     seen: set[MetadataIndex] = set()
     covered: dict[str, int] = {}
     shapes: dict[str, torch.Size] = {}
@@ -102,8 +103,23 @@ def _whole(plans: list[SavePlan]) -> Metadata:
                 f"{key}: the shards of all ranks hold {covered[key]} of the {shape.numel()} elements of shape"
                 f" {tuple(shape)}"
             )
-    _, metadata = ShardSavePlanner({}).create_global_plan(plans)
+    _, metadata = create_default_global_save_plan(plans)
+    for key in shapes:
+        _refuse_overlap(key, stored_metadata(metadata, key).chunks)
     return metadata
+
+
+def _refuse_overlap(key: str, chunks: Iterable[ChunkStorageMetadata]) -> None:
+    """By a sweep along the rows, in which the pieces of the ranks follow each other: few are open at a time."""
+    opened: list[ChunkStorageMetadata] = []
+    for chunk in sorted(chunks, key=lambda chunk: tuple(chunk.offsets)):
+        opened = [other for other in opened if chunk.offsets[0] < other.offsets[0] + other.sizes[0]]
+        for other in opened:
+            places = zip(chunk.offsets, chunk.sizes, other.offsets, other.sizes, strict=True)
+            if all(low < start + size and start < low + length for low, length, start, size in places):
+                raise ValueError(f"{key}: the shards {chunk} and {other} are overlapping")
+        if chunk.offsets:
+            opened.append(chunk)
 
 
 def check_matches(state: Mapping[str, StoredTensor], metadata: Metadata, group: Group, where: str) -> None:

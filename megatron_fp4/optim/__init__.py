@@ -1,4 +1,4 @@
-"""Data-parallel optimization: FP32 main gradients, row-sharded AdamW, clipping and learning-rate schedules (floor 4).
+"""Data-parallel optimization: FP32 main gradients, divided AdamW, clipping and learning-rate schedules (floor 4).
 
 This floor knows parameters, their placements and groups of ranks. It does not know how a layer computed a gradient.
 """

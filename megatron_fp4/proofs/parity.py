@@ -48,8 +48,8 @@ class Case:
 class Record:
     """What one rank saw, as copies.
 
-    losses: its part of the sum, per step. norms: per step. grads: "grad" of the rows that it updates, after the sums of
-    step 1, FP32. masters: "master" of these rows before step 1, after step 1 and after the last, FP32. live:
+    losses: its part of the sum, per step. norms: per step. grads: "grad" of what it updates, after the sums of
+    step 1, FP32. masters: "master" of the same before step 1, after step 1 and after the last, FP32. live:
     "parameter" of all local rows after the last step, in the compute dtype.
     """
 

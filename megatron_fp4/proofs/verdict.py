@@ -102,7 +102,7 @@ def likely_cause(
         )
     if comparison.replicas:
         return "ranks that should hold the same parameters do not: the gather after the update, or a tied copy"
-    return "gradients agree but the update does not: clipping, weight decay, or the rows that a rank updates"
+    return "gradients agree but the update does not: clipping, weight decay, or the elements that a rank updates"
 
 
 def _gradient_cause(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_masters_load_into_another_dtype(store: CheckpointStore) -> None:
     [
         (lambda: [shard("w", 2, 0, of=5), shard("w", 2, 2, of=5)], r"master/w: .* hold 8 of the 10 elements"),
         (lambda: [shard("w", 3, 0, of=5), shard("w", 3, 2, of=5)], "overlapping"),
+        (lambda: [shard("w", 1, 1, of=5), shard("w", 5)], "overlapping"),
         (lambda: [shard("w", 5), shard("w", 5)], "written twice.*writes=False"),
         (lambda: [shard("w", 3, 4, of=5)], "not inside the logical shape"),
         (lambda: [shard("w", 5), shard("w", 4, 0, of=4)], "two shards say"),
@@ -68,6 +70,19 @@ def test_shards_that_are_no_partition_are_refused(
     with pytest.raises(ValueError, match=message):
         store.save(1, shards(), {})
     assert store.complete_steps() == [], "a refused save leaves nothing behind"
+
+
+def test_pieces_of_rows_are_a_partition_or_overlap_inside_a_row(store: CheckpointStore) -> None:
+    def pieces(*cuts: int) -> list[Shard]:
+        places = [where for low, high in pairwise(cuts) for where in Rectangle.whole("w", (3, 50)).elements(low, high)]
+        return [Shard(where, {"master": torch.full(where.shape, 2.0)}) for where in places]
+
+    store.save(1, pieces(0, 7, 11, 60, 149, 150), {})
+    target = torch.zeros(3, 50)
+    store.load(store.choose(1), [whole_shard("w", {"master": target})])
+    assert bool((target == 2.0).all())
+    with pytest.raises(ValueError, match="master/w: .* overlapping"):
+        store.save(2, [*pieces(0, 30), *pieces(29, 150)], {})
 
 
 def test_shards_as_views_of_one_buffer(store: CheckpointStore) -> None:
