@@ -12,6 +12,8 @@ from typing import Annotated
 from megatron_fp4.comm.config import Overlap
 from megatron_fp4.settings import FP32_LEAST, FP32_MOST, Bound, Count, check_bounds
 
+FP32_PER_MIB = 2**18
+
 
 class Schedule(Enum):
     """Shape of the learning rate after the warm-up."""
@@ -74,6 +76,11 @@ class OptimConfig:
     """Reduce full buckets of gradients while the backward pass of the last microbatch goes on."""
     overlap_gather: Overlap = Overlap.auto
     """Gather updated parameters while the next forward pass begins."""
+
+    @property
+    def bucket_numel(self) -> int:
+        """Elements from which on a bucket is full."""
+        return max(1, int(self.bucket_mib * FP32_PER_MIB))
 
     def __post_init__(self) -> None:
         check_bounds(self, "optim")

@@ -29,8 +29,6 @@ from megatron_fp4.optim.layout import Piece, make_buckets
 from megatron_fp4.optim.param_buffer import ParamBuffer
 from megatron_fp4.optim.state import OwnedPiece, StepReport
 
-FP32_PER_MIB = 2**18
-
 
 class Zero1AdamW:
     """The optimizer of one rank.
@@ -59,7 +57,7 @@ class Zero1AdamW:
         self.buckets = make_buckets(
             named_parameters,
             mesh.dp_cp,
-            bucket_numel=max(1, int(config.bucket_mib * FP32_PER_MIB)),
+            bucket_numel=config.bucket_numel,
             sum_replicated_over_tp=sequence_parallel and mesh.tp.size > 1,
         )
         if not self.buckets:

@@ -1,8 +1,8 @@
 """What a run will need and how long it will take: the facts behind `megatron-fp4 plan`, as one dictionary.
 
 The configuration goes through the same checks as a real run (train.checked.check_config). Each section stands in the
-file of its subject: pipeline and ramp in idle.py, time and FLOPs in time.py, memory in memory.py, messages in
-traffic.py, shapes in alignment.py.
+file of its subject: pipeline and ramp in idle.py, time and FLOPs in time.py, memory in memory.py, optimizer state
+in division.py, messages in traffic.py, shapes in alignment.py.
 
 Not here: measured speed (times come from peak rates), and the text for people (cli/render/plan.py).
 """
@@ -15,6 +15,7 @@ from typing import Any
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import Flops, by_kind, count_flops, model_parameters, quantized_parameters
 from megatron_fp4.planning.alignment import alignment_warnings
+from megatron_fp4.planning.division import division_section
 from megatron_fp4.planning.idle import PipelineLayout, imbalance, pipeline_section, ramp_section
 from megatron_fp4.planning.memory import memory_section
 from megatron_fp4.planning.settings import RankSettings
@@ -61,6 +62,7 @@ def run_plan(
         "pipeline": pipeline_section(pipeline, costs, ramp[-1]["bubble"], timeline=schedule),
         "time": time_section(checked, flops, GPUS[gpu], num_gpus, efficiency, slowdowns),
         "memory_per_rank": memory_section(config.model, pipeline, settings, GPUS[gpu].memory_gb * 1e9),
+        "division": division_section(checked, num_gpus),
         "bytes_sent_per_step": [bytes_sent(config.model, held.values(), settings) for held in pipeline.chunks],
         "notes": checked.notes,
         "warnings": alignment_warnings(checked.linears, table, tp=parallel.tp, tokens=settings.tokens),

@@ -81,7 +81,7 @@ def test_pieces_of_rows_are_a_partition_or_overlap_inside_a_row(store: Checkpoin
     target = torch.zeros(3, 50)
     store.load(store.choose(1), [whole_shard("w", {"master": target})])
     assert bool((target == 2.0).all())
-    with pytest.raises(ValueError, match="master/w: .* overlapping"):
+    with pytest.raises(ValueError, match=r"master/w: .* overlapping"):
         store.save(2, [*pieces(0, 30), *pieces(29, 150)], {})
 
 

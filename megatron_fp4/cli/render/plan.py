@@ -24,6 +24,7 @@ def render(report: Mapping[str, Any]) -> str:
         *_pipeline(report["pipeline"]),
         *_time(report["time"], run["backend"]),
         *_memory(report["memory_per_rank"], report["bytes_sent_per_step"]),
+        *_division(report["division"], run["dp"] * run["cp"]),
         *(f"note: {note}" for note in report["notes"]),
         *_warnings(report["warnings"]),
     ]
@@ -123,6 +124,20 @@ def _memory(section: Mapping[str, Any], traffic: list[Mapping[str, float]]) -> l
     for number, axes in enumerate(traffic):
         kinds = ", ".join(f"{axis} {value / 1e9:.2f}" for axis, value in axes.items())
         lines.append(f"  pipeline rank {number}: {kinds}")
+    return lines
+
+
+def _division(entries: list[Mapping[str, Any]], replicas: int) -> list[str]:
+    if replicas == 1:
+        return []
+    lines = _heading(f"Gradients and optimizer state, divided over {replicas} ranks")
+    for number, entry in enumerate(entries):
+        mib = entry["part_numel"] * 4 / 2**20
+        lines.append(
+            f"  pipeline rank {number}: buckets {entry['num_buckets']}, of each up to {mib:.2f} MiB a rank (FP32);"
+            f" padding {entry['padding']:.2%}, largest share {entry['imbalance']:.3f} x the mean,"
+            f" {entry['empty_ranks']} ranks own nothing"
+        )
     return lines
 
 
