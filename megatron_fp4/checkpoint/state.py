@@ -110,7 +110,7 @@ def _whole(plans: list[SavePlan]) -> Metadata:
 
 
 def _refuse_overlap(key: str, chunks: Iterable[ChunkStorageMetadata]) -> None:
-    """By a sweep along the rows, in which the pieces of the ranks follow each other: few are open at a time."""
+    """Sweep along the rows, in which the pieces of the ranks follow each other: few are open at a time."""
     opened: list[ChunkStorageMetadata] = []
     for chunk in sorted(chunks, key=lambda chunk: tuple(chunk.offsets)):
         opened = [other for other in opened if chunk.offsets[0] < other.offsets[0] + other.sizes[0]]

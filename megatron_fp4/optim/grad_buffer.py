@@ -86,16 +86,18 @@ class GradBuffer:
         for absorb in self._absorbers:  # what reached `.grad` without autograd's hook, as pipeline engines do
             absorb()
         in_order = sums_in_rank_order(self._group)
-        if in_order:  # the same sums, of equal gradients, on all replicas
-            self._sum_replicas(self._flats)
+        if in_order:  # equal gradients have equal sums on all replicas
+            for bucket, flat in zip(self._buckets, self._flats, strict=True):
+                _sum_replicas(bucket, flat, self._tp)
         if self._group.size > 1:
             self._resend_late()
             for index in range(len(self._buckets)):
                 while self._num_sent < min(index + MAX_IN_FLIGHT, len(self._buckets)):
                     self._send_next()
                 self._pending.pop(index).finish()
-        if not in_order:  # else equal gradients would have sums that are not
-            self._sum_replicas(self.parts)
+        if not in_order:  # the replicas' own sums need not be equal
+            for bucket, part in zip(self._buckets, self.parts, strict=True):
+                _sum_replicas(bucket, part, self._tp)
         if self._armed:
             self._expected = [list(counts) for counts in self._counts]
         self._num_sent, self._late = 0, set()
@@ -135,14 +137,6 @@ class GradBuffer:
             self._pending.pop(index).drop()
             self._pending[index] = PendingSum(self._flats[index], self._group)
 
-    def _sum_replicas(self, tensors: Sequence[Tensor]) -> None:
-        """Add the gradients of tied copies on other stages and the partial ones of tp ranks; one tensor per bucket."""
-        for bucket, tensor in zip(self._buckets, tensors, strict=True):
-            if bucket.kind.tied_group is not None:
-                tensor.copy_(all_reduce_sum(tensor, bucket.kind.tied_group))
-            if bucket.kind.tp_summed:
-                tensor.copy_(all_reduce_sum(tensor, self._tp))
-
 
 def _equip(parameter: LogicalParameter, flat: Tensor, ready: Callable[[], None]) -> Callable[[], None]:
     """Give a parameter its `main_grad` and `grad_ready`; returns what moves `.grad` over, also hooked to autograd."""
@@ -159,3 +153,11 @@ def _equip(parameter: LogicalParameter, flat: Tensor, ready: Callable[[], None])
     parameter.grad_ready = ready
     parameter.register_post_accumulate_grad_hook(lambda _parameter: absorb())
     return absorb
+
+
+def _sum_replicas(bucket: Bucket, tensor: Tensor, tp: Group) -> None:
+    """Add the gradients of tied copies on other stages and the partial ones of tp ranks."""
+    if bucket.kind.tied_group is not None:
+        tensor.copy_(all_reduce_sum(tensor, bucket.kind.tied_group))
+    if bucket.kind.tp_summed:
+        tensor.copy_(all_reduce_sum(tensor, tp))

@@ -49,7 +49,7 @@ class Slot:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class ParameterPiece:
     """Elements `[start, stop)` of a parameter, at element `offset` of the owner's part of the bucket."""
 
     slot: Slot
@@ -97,12 +97,12 @@ class Bucket:
         """`rank`'s part of `flat [numel]`, a view."""
         return flat.narrow(0, rank * self.part_numel, self.part_numel)
 
-    def pieces(self, rank: int) -> list[Piece]:
+    def pieces(self, rank: int) -> list[ParameterPiece]:
         """What `rank` owns, in flat order; may be nothing."""
         low = rank * self.part_numel
         cuts = [(max(slot.start, low), min(slot.stop, low + self.part_numel), slot) for slot in self.slots]
         return [
-            Piece(slot, first - slot.start, stop - slot.start, first - low)
+            ParameterPiece(slot, first - slot.start, stop - slot.start, first - low)
             for first, stop, slot in cuts
             if first < stop
         ]

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.optim.groups import AdamTensors
-from megatron_fp4.optim.layout import Piece
+from megatron_fp4.optim.layout import ParameterPiece
 
 
 @dataclass(frozen=True, eq=False)
 class OwnedPiece:
     """What this rank updates of a parameter. writes: False where another rank counts and saves the same elements."""
 
-    piece: Piece
+    piece: ParameterPiece
     tensors: AdamTensors
     writes: bool
 

@@ -25,7 +25,7 @@ from megatron_fp4.optim.clip import clip_factor, global_norm
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
 from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
-from megatron_fp4.optim.layout import Piece, make_buckets
+from megatron_fp4.optim.layout import ParameterPiece, make_buckets
 from megatron_fp4.optim.param_buffer import ParamBuffer
 from megatron_fp4.optim.state import OwnedPiece, StepReport
 
@@ -160,7 +160,7 @@ class Zero1AdamW:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
-    def _writes(self, piece: Piece) -> bool:
+    def _writes(self, piece: ParameterPiece) -> bool:
         """False on a rank that holds a replica of elements which another rank counts and saves."""
         placement = piece.slot.placement
         return placement.writes and (not placement.tp_replicated or self._mesh.tp.rank == 0)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import Flops, by_kind, count_flops, model_parameters, quantized_parameters
 from megatron_fp4.planning.alignment import alignment_warnings
 from megatron_fp4.planning.division import division_section
@@ -56,7 +55,7 @@ def run_plan(
     return {
         "run": _run_section(checked, num_gpus, settings.num_microbatches),
         "batch_ramp": ramp if len(ramp) > 1 else [],
-        "parameters": _parameter_section(config.model, table),
+        "parameters": _parameter_section(config, table),
         "precision": _precision_section(checked, flops),
         "flops": flops_section(config, flops, table),
         "pipeline": pipeline_section(pipeline, costs, ramp[-1]["bubble"], timeline=schedule),
@@ -89,7 +88,8 @@ def _run_section(checked: CheckedConfig, num_gpus: int, microbatches: int) -> di
     }
 
 
-def _parameter_section(model: ModelConfig, table: PrecisionTable) -> dict[str, Any]:
+def _parameter_section(config: RunConfig, table: PrecisionTable) -> dict[str, Any]:
+    model = config.model
     kinds = by_kind(model_parameters(model))
     quantized = quantized_parameters(model, [row.name for row in table.rows if row.precision.quantized])
     total = sum(kinds.values())

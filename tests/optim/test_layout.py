@@ -96,18 +96,22 @@ def test_the_gap_moves_from_bucket_to_bucket() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "ranks", "parts"),
+    ("shape", "owned"),
     [
-        (7, 3, (128, 192, 128)),  # equal parts end at 149 and 298: 128 is 21 before, 320 is 22 behind
-        (3, 2, (64, 128)),  # the middle, 96, is as far from 64 as from 128: the lower one
-        (4, 2, (128, 128)),
-        (4, 5, (64, 64, 64, 64, 64)),  # padding of 64 is a quarter of 256, which is still little
-        (2, 4, (0, 64, 0, 64)),  # 32, 64 and 96 of 128: 0, 64, and 64 once more
+        ((7, 64), (192, 192, 64)),  # a third of 448 is 149.3, and 192 the next multiple of 64
+        ((3, 64), (128, 64)),
+        ((4, 64), (128, 128)),
+        ((4, 64), (64, 64, 64, 64, 0)),
+        ((2, 64), (64, 64, 0, 0)),
+        ((5, 30), (128, 22)),  # the first has four rows and the beginning of the fifth
     ],
 )
-def test_cuts_fall_on_the_nearest_row(rows: int, ranks: int, parts: tuple[int, ...]) -> None:
-    (bucket,) = lay_out([(rows, 64)], ranks, bucket_numel=10**6)
-    assert bucket.parts == parts
+def test_parts_are_equal_multiples_of_64_and_the_last_ones_get_what_is_left(
+    shape: tuple[int, ...], owned: tuple[int, ...]
+) -> None:
+    (bucket,) = lay_out([shape], len(owned), bucket_numel=10**6)
+    assert tuple(sum(piece.numel for piece in bucket.pieces(rank)) for rank in range(len(owned))) == owned
+    assert bucket.part_numel == owned[0]
 
 
 def test_buckets_follow_backward_order_and_split_by_dtype() -> None:
