@@ -67,7 +67,7 @@ class BucketKind:
     """What all parameters of a bucket share.
 
     tp_summed: the tensor-parallel ranks hold partial gradients. tied_group: the stages that hold a copy.
-    A bucket with either is reduced at the end of the step, in exact rank order, so that replicas stay bit-equal.
+    A bucket with either is reduced at the end of the step, with its replicas, whose sums stay bit-equal.
     """
 
     dtype: torch.dtype
