@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_fp4.interop.config import transformers_config
 from megatron_fp4.interop.families import Family, family_of, from_transformers, to_transformers
 from megatron_fp4.interop.logical import read_logical, write_logical
+from megatron_fp4.interop.write import rounded
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.config import ModelConfig
@@ -19,6 +20,7 @@ from megatron_fp4.models.count import model_parameters
 from megatron_fp4.models.decoder import Decoder
 from tests.models.test_count import ODD_HYBRID, load, make_decoder
 
+BF16 = torch.bfloat16
 HYBRID = replace(ODD_HYBRID, pattern="M-*M-", norm_eps=1e-4)
 SWIGLU = ModelConfig(
     num_layers=2,
@@ -56,6 +58,13 @@ def our_logits(model: Decoder, tokens: Tensor) -> Tensor:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         return model(tokens, torch.zeros_like(tokens), positions, torch.zeros_like(tokens)).view(*tokens.shape, -1)
+
+
+def test_a_file_in_bf16_keeps_what_training_keeps_in_fp32() -> None:
+    """In BF16 a step size softplus(dt + dt_bias) of the exported model would be off by up to 1.6 %."""
+    logical = read_logical(make_decoder(HYBRID, "cpu"))
+    in_fp32 = {name for name, t in rounded(to_transformers(HYBRID, logical), BF16).items() if t.dtype != BF16}
+    assert in_fp32 == {f"model.layers.{index}.mixer.{name}" for index in (0, 3) for name in ("A_log", "dt_bias", "D")}
 
 
 TOKENS = torch.arange(2 * 21).view(2, 21) * 5 % 56  # 21 is not a multiple of the scan's chunk
