@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from megatron_fp4.cli.overrides.text import ambiguous_text, ambiguous_yaml, quote_text
 from megatron_fp4.cli.schema import build, field_names, hint_at, inner_hint, join, twin
@@ -46,6 +47,8 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
     _check_keys(overrides, groups)
     try:
         tree = _compose(overrides, directory)
+    except YAMLError as error:
+        raise ConfigError(_short(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError("".join(_renamed_in_experiments(overrides, directory)) or _short(error)) from None
     _check_effect(overrides, tree)
@@ -103,7 +106,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
             )
         tree = OmegaConf.merge(OmegaConf.structured(twin(RunConfig)), settings)
         tree.train.run_dir = str(run_dir)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{stored}: {_short(error)}") from None
     assert isinstance(tree, DictConfig)
     return to_run_config(tree)

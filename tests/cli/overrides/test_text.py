@@ -100,6 +100,16 @@ def test_yaml_that_loses_nothing_is_taken(tmp_path: Path, written: str) -> None:
     assert ambiguous_yaml(config_dir(tmp_path, written)) == {}
 
 
+@pytest.mark.parametrize("written", ["x: [", "train: {run_dir: a, run_dir: b}", "optim:\n\tlr: 1"])
+def test_what_is_no_yaml_is_one_sentence_with_the_line(tmp_path: Path, written: str) -> None:
+    with pytest.raises(ConfigError, match=r"mine.yaml\", line \d"):
+        compose_config(["experiment=mine"], config_dir(tmp_path, written))
+    stored = tmp_path / "config.yaml"
+    stored.write_text(f"{written}\n")
+    with pytest.raises(ConfigError, match=r"config.yaml.*line \d"):
+        load_run_config(tmp_path)
+
+
 def test_a_stored_configuration_that_was_edited(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("data: {tokenizer: 1e3}\n")
     with pytest.raises(ConfigError, match="line 1: 1e3 is text here"):
