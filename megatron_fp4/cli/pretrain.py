@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from megatron_fp4.cli.compose import (
     ConfigError,
@@ -27,8 +27,9 @@ from megatron_fp4.cli.compose import (
 from megatron_fp4.comm.bootstrap import exit_process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.launch import Launch, read_launch
-from megatron_fp4.comm.rendezvous import RanksNotMet, meet
-from megatron_fp4.train.arrival.refusals import GivenSettings, give_up, refuse, refuse_start
+from megatron_fp4.comm.rendezvous import RanksNotMet, Rendezvous, meet
+from megatron_fp4.settings import MAX_SECONDS
+from megatron_fp4.train.arrival.refusals import SETTINGS, GivenSettings, give_up, refuse, refuse_start
 from megatron_fp4.train.faults.signals import EXIT_INTERRUPTED
 from megatron_fp4.train.job import run_rank
 
@@ -54,34 +55,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch = read_launch()
     except ValueError as error:
         return refuse(error)
+    rendezvous = None
     try:
         config_dir, show, overrides = _split_arguments(arguments)
         tree = compose_config(overrides, config_dir)
         if show:
             print(to_yaml(resolve(tree)))
             return 0
-        settings = read_settings(tree, launch)
+        rendezvous = meet_for_settings(tree, launch)
+        settings = read_settings(tree, launch, rendezvous)
     except RanksNotMet as error:
         return give_up(error)
     except (ValueError, FileNotFoundError) as error:
-        return refuse_start(error, launch)
+        return refuse_start(error, launch, rendezvous=rendezvous)
     return run_rank(settings, launch)
 
 
-def read_settings(tree: DictConfig, launch: Launch) -> GivenSettings:
-    """The resolved settings. Interpolations are resolved once, on rank 0, for all: environment and clock differ.
+def meet_for_settings(tree: DictConfig, launch: Launch) -> Rendezvous | None:
+    """Interpolations are resolved once, on rank 0, for all: environment and clock differ. With them, the ranks meet.
 
-    So where there are any, the ranks meet first. Raises ValueError, RanksNotMet.
+    None where there are none, or no other ranks. Raises ValueError, RanksNotMet.
     """
-    written = as_written(tree)
     if launch.world_size == 1 or "${" not in to_yaml(tree):
+        return None
+    if launch.rank == 0:
+        resolve(tree)  # what rank 0 cannot resolve is refused at once
+    return meet(launch, _patience(tree))
+
+
+def read_settings(tree: DictConfig, launch: Launch, rendezvous: Rendezvous | None) -> GivenSettings:
+    """The resolved settings, rank 0's if the ranks have met. Raises ValueError, RanksNotMet."""
+    written = as_written(tree)
+    if rendezvous is None:
         tree = resolve(tree)
-        return GivenSettings(to_run_config(tree), to_yaml(tree), written)
-    text = to_yaml(resolve(tree)) if launch.rank == 0 else ""
-    patience = ParallelConfig().init_timeout_seconds  # what the settings say is not known yet
-    rendezvous = meet(launch, patience)
-    text = rendezvous.decided_by_rank0("the settings", text, lambda message: message[0], patience)
-    return GivenSettings(to_run_config(from_yaml(text)), text, written, rendezvous)
+    else:
+        text = to_yaml(resolve(tree)) if launch.rank == 0 else ""
+        tree = from_yaml(rendezvous.told_by_rank0(SETTINGS, text, _patience(tree)))
+    return GivenSettings(to_run_config(tree), to_yaml(tree), written, rendezvous)
+
+
+def _patience(tree: DictConfig) -> float:
+    """parallel.init_timeout_seconds before the settings are checked; its default if it is an interpolation itself."""
+    default = ParallelConfig().init_timeout_seconds
+    if OmegaConf.is_interpolation(tree.parallel, "init_timeout_seconds"):
+        return default
+    seconds = float(tree.parallel.init_timeout_seconds)
+    return seconds if 0 < seconds <= MAX_SECONDS else default
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, bool, list[str]]:

@@ -78,11 +78,15 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 @dataclass(frozen=True)
 class MeetingPlace:
-    """Where the store of the rendezvous is. held_by_agent: torchrun holds it, else rank 0 does."""
+    """Where the store of the rendezvous is. held_by_agent: torchrun holds it, else rank 0 does.
+
+    attempt: torchrun starts failed ranks anew (--max-restarts) and keeps the store, with what the dead ones said.
+    """
 
     address: str
     port: int
     held_by_agent: bool
+    attempt: str = "0"
 
     def __str__(self) -> str:
         return f"{self.address}:{self.port}"
@@ -99,7 +103,12 @@ def meeting_place(launch: Launch) -> MeetingPlace:
     port = _count(os.environ, "MASTER_PORT", least=1)
     if port >= 1 << 16:
         raise ValueError(f"MASTER_PORT = {port}, must be at most 65535")
-    return MeetingPlace(os.environ["MASTER_ADDR"], port, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    return MeetingPlace(
+        os.environ["MASTER_ADDR"],
+        port,
+        held_by_agent=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
 
 
 def is_loopback(address: str) -> bool:

@@ -68,6 +68,22 @@ class Rendezvous:
             raise ValueError(decision.removeprefix(REFUSED))
         return decision.removeprefix(AGREED)
 
+    def told_by_rank0(self, name: str, text: str, timeout_seconds: float) -> str:
+        """`text` of rank 0, on every rank that asks. Rank 0 waits for nobody: not all may know that they must ask.
+
+        Raises RanksNotMet if rank 0 has said nothing in time.
+        """
+        if self.store is None:
+            return text
+        key = f"told/{name}"
+        try:
+            if self.rank == 0:
+                self.store.set(key, text)
+            self.store.wait([key], timedelta(seconds=timeout_seconds))
+            return self.store.get(key).decode()
+        except dist.DistError as error:
+            raise RanksNotMet(self._silent(name, [], timeout_seconds)) from error
+
     def wait_for_all(self, name: str, timeout_seconds: float) -> None:
         """Return when every rank has called this: a barrier with a patience of its own. Raises RanksNotMet."""
         self.decided_by_rank0(name, "", lambda _: "", timeout_seconds)
@@ -110,19 +126,46 @@ def meet(launch: Launch, patience_seconds: float) -> Rendezvous:
     try:
         store = _open_store(launch, place, patience_seconds)
     except dist.DistError as error:
+        if launch.rank == 0 and not place.held_by_agent:
+            raise RanksNotMet(
+                f"rank 0 (host {socket.gethostname()}) cannot open the rendezvous at {place}: {_first_line(error)};"
+                " choose a free port as MASTER_PORT, and this host as MASTER_ADDR, on all ranks"
+            ) from error
         raise RanksNotMet(
             f"rank {launch.rank} (host {socket.gethostname()}) did not reach rank 0 at {place} within"
             f" {patience_seconds:g} s (parallel.init_timeout_seconds): {_first_line(error)}; rank 0 was not started or"
             " has failed, or the address cannot be reached from this node"
         ) from error
     try:
-        store.set(f"arrived/{launch.rank}", socket.gethostname())
-        if store.add("arrivals", 1) == launch.world_size:
-            store.set("all_arrived", "yes")
+        if objection := _objection(launch, store):
+            store.set("all_arrived", REFUSED + objection)
+        else:
+            store.set(f"arrived/{launch.rank}", socket.gethostname())
+            if store.add("arrivals", 1) == launch.world_size:
+                store.set("all_arrived", AGREED)
         store.wait(["all_arrived"], timedelta(seconds=patience_seconds))
+        outcome = store.get("all_arrived").decode()
     except dist.DistError as error:
         raise RanksNotMet(_absent(launch, store, place, patience_seconds)) from error
+    if outcome.startswith(REFUSED):
+        raise ValueError(outcome.removeprefix(REFUSED))
     return Rendezvous(launch, store)
+
+
+def _objection(launch: Launch, store: dist.Store) -> str:
+    """Why this process cannot be one of the ranks that meet here: another has its rank, or counts other ranks."""
+    host = socket.gethostname()
+    if store.add(f"claimed/{launch.rank}", 1) > 1:
+        return (
+            f"two processes say that they are rank {launch.rank}, one of them on {host}; each needs a RANK of its own"
+        )
+    first = store.compare_set("world_size", "", str(launch.world_size)).decode()
+    if first != str(launch.world_size):
+        return (
+            f"WORLD_SIZE = {launch.world_size} on rank {launch.rank} ({host}), but {first} on a rank that came before;"
+            " start every rank with the same number"
+        )
+    return ""
 
 
 def _open_store(launch: Launch, place: MeetingPlace, patience_seconds: float) -> dist.Store:
@@ -135,7 +178,7 @@ def _open_store(launch: Launch, place: MeetingPlace, patience_seconds: float) ->
         wait_for_workers=False,  # its own waiting does not say who is missing
         multi_tenant=True,
     )
-    return dist.PrefixStore("megatron_fp4", store)
+    return dist.PrefixStore(f"megatron_fp4/{place.attempt}", store)
 
 
 def _absent(launch: Launch, store: dist.Store, place: MeetingPlace, seconds: float) -> str:

@@ -36,7 +36,7 @@ from megatron_fp4.storage.append import AppendFile
 from megatron_fp4.storage.durable import write_durably, write_temporary
 from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked, RunUnwritable
 from megatron_fp4.train.arrival.agreement import Part, agree_on, parts_of_run, parts_of_start
-from megatron_fp4.train.arrival.refusals import GivenSettings, give_up, refuse, refuse_start, refuse_together
+from megatron_fp4.train.arrival.refusals import SETTINGS, GivenSettings, give_up, refuse, refuse_start, refuse_together
 from megatron_fp4.train.build import INDEX_SECONDS, Start, build
 from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
 from megatron_fp4.train.config import RunConfig
@@ -104,6 +104,8 @@ def _meet_and_train(
     phases.enter("rendezvous")
     try:
         rendezvous = settings.rendezvous or meet(launch, patience)
+        if launch.rank == 0:
+            rendezvous.told_by_rank0(SETTINGS, settings.text, patience)
     except ValueError as error:
         return refuse(error, speaks=launch.rank == 0)
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,8 +39,12 @@ MAX_CHARACTERS = 80
 
 def parts_of_start(written: Mapping[str, Any]) -> dict[str, Part]:
     """What a rank has before anything was checked. written: the settings, with interpolations as they were written."""
+    settings = {key: value for key, value in _leaves(written) if not PER_NODE.fullmatch(key)}
+    run_dir = settings.get("train.run_dir", "")
+    if "${" not in run_dir:  # a relative one is another directory where the rank was started in another
+        settings["train.run_dir"] = os.path.abspath(run_dir)
     return {
-        "settings": {key: value for key, value in _leaves(written) if not PER_NODE.fullmatch(key)},
+        "settings": settings,
         "program": {"source": source_digest()},
         "versions": versions(),
         "environment": environment(*NUMERIC_VARIABLES),

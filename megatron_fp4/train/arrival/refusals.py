@@ -19,6 +19,8 @@ from megatron_fp4.train.arrival.agreement import Part, agree_on
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.signals import EXIT_CONFIG, EXIT_FAILED
 
+SETTINGS = "the settings"
+"""What rank 0 tells those that have interpolations, which it may not have itself."""
 TELL_SECONDS = 60.0
 """How long a rank that refuses waits for rank 0, to tell it."""
 

@@ -62,7 +62,7 @@ def refused(parts: Sequence[dict[str, Part]], refusals: Sequence[str | None] = (
         ("train.seed=7", "settings: train.seed = 1234 on rank 0 (HOST), 7 on rank 1 (HOST)"),
         ("optim.clip_norm=0.25", "settings: optim.clip_norm = 1.0 on rank 0 (HOST), 0.25 on rank 1 (HOST)"),
         ("parallel.tp=2", "settings: parallel.tp = 1 on rank 0 (HOST), 2 on rank 1 (HOST)"),
-        ("train.run_dir=elsewhere", "/run on rank 0 (HOST), elsewhere on rank 1 (HOST)"),
+        ("train.run_dir=elsewhere", "/elsewhere on rank 1 (HOST)"),
     ],
 )
 def test_every_setting_of_the_two_is_compared(
@@ -73,6 +73,21 @@ def test_every_setting_of_the_two_is_compared(
     assert expected in printed
     assert printed.startswith("the ranks differ in settings: ")
     assert printed.endswith("start every rank with the same command, checkout, environment and data")
+
+
+def test_a_relative_run_directory_is_another_one_in_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint was ever complete: each rank wrote its part below its own working directory."""
+    parts = []
+    for name in ("one", "other", "one"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        parts.append(parts_of_start({"train": {"run_dir": "runs/a"}}))
+    assert outcomes([parts[0], parts[2]]) == ["", ""]
+    printed = refused(parts[:2])
+    assert f"train.run_dir = {tmp_path}/one/runs/a on rank 0" in printed
+    assert f"{tmp_path}/other/runs/a on rank 1" in printed
 
 
 def test_equal_ranks_agree_wherever_their_data_lie(tmp_path: Path) -> None:

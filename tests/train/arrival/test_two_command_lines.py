@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import yaml
 
 from megatron_fp4.checkpoint.offline import resolve
@@ -67,3 +68,16 @@ def test_interpolations_are_rank_0s_on_all_ranks(tmp_path: Path) -> None:
     assert (stored["optim"]["lr"], stored["train"]["run_dir"]) == (0.25, f"{tmp_path}/now")
     assert resolve(tmp_path / "now/checkpoints").name == "step_00000001"
     assert not (tmp_path / "later").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_interpolation_of_one_rank_only_is_a_difference_of_settings(tmp_path: Path, rank: int) -> None:
+    """The ranks took each other's words for answers to other questions: one left without a word, the other waited."""
+    run = tiny_run(tmp_path, "precision=bf16", "train.stop_after_steps=1")
+    commands: list[Sequence[str]] = [run.overrides, run.overrides]
+    commands[rank] = [*run.overrides, "optim.lr=${oc.env:MYLR}"]
+    (code, printed), (other_code, _) = run_ranks(commands, [{"MYLR": "0.003"}] * 2)
+    assert (code, other_code) == (EXIT_CONFIG, EXIT_CONFIG), printed
+    assert "the ranks differ in settings: optim.lr = " in printed
+    assert f"${{oc.env:MYLR}} on rank {rank}" in printed
+    assert f"0.003 on rank {1 - rank}" in printed
