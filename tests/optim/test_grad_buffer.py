@@ -1,0 +1,43 @@
+"""What is received of other ranks lives for two buckets, not for all of them."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.mesh import DrawnGroup, Group
+from megatron_fp4.comm.parameter import LogicalParameter
+from megatron_fp4.optim import grad_buffer
+from megatron_fp4.optim.layout import make_buckets
+
+
+def test_received_parts_are_freed_bucket_by_bucket() -> None:
+    alive = most = 0
+
+    class Receiving:
+        """Stands for a reduce-scatter under way and the memory that it receives in."""
+
+        def __init__(self, flat: Tensor, group: Group) -> None:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+
+        def finish(self) -> None:
+            pass
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    named = [(f"w{number}", LogicalParameter.whole(f"w{number}", torch.zeros(2, 64))) for number in range(6)]
+    group = DrawnGroup("dp_cp", (0, 1), 0)
+    buckets = make_buckets(named, group, bucket_numel=1, sum_replicated_over_tp=False)
+    buffer = grad_buffer.GradBuffer(buckets, group, Group.single(), overlap=False)
+    with (
+        mock.patch.object(grad_buffer, "PendingSum", Receiving),
+        mock.patch.object(grad_buffer, "sums_in_rank_order", return_value=True),
+    ):
+        buffer.finish()
+    assert (most, alive) == (2, 0), "received parts of every bucket stay until the end of the step"
