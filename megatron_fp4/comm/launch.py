@@ -26,6 +26,8 @@ MPI_VARIABLES = (
 )
 """Rank, world size, local rank and local size, as Open MPI, MVAPICH2, and MPICH or Intel MPI name them."""
 SLURM_COUNTS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+NO_STEP = "42949672"
+"""How slurm's reserved step numbers begin: those of a batch script and of salloc's shell, which srun did not start."""
 
 
 @dataclass(frozen=True)
@@ -160,16 +162,16 @@ def _torchrun(env: Mapping[str, str]) -> Launch | None:
 
 def _mpirun(env: Mapping[str, str]) -> Launch | None:
     for names in MPI_VARIABLES:
-        if names[1] not in env:
+        if not (present := [name for name in names[:2] if name in env]):
             continue
         if "SLURM_PROCID" in env and names[0] == "PMI_RANK":
             return None  # srun sets these two for MPI programs of its own
         missing = [name for name in names if name not in env]
-        world_size = _count(env, names[1], least=1)
-        if missing and world_size > 1:
+        world_size = _count(env, names[1], least=1) if names[1] in env else 0
+        if missing and world_size != 1:
             raise ValueError(
-                f"{names[1]} = {world_size} is set and {missing[0]} is not: mpirun sets both; start the program by"
-                f" launch/torchrun.sh, or set {CHOSEN_LAUNCHER}=none to train with one process"
+                f"{present[-1]} = {env[present[-1]]} is set and {missing[0]} is not: mpirun sets both; start the"
+                f" program by launch/torchrun.sh, or set {CHOSEN_LAUNCHER}=none to train with one process"
             )
         if world_size > 1:
             rank, local_rank = _count(env, names[0]), _count(env, names[2])
@@ -186,10 +188,11 @@ def _srun(env: Mapping[str, str]) -> Launch | None:
         raise ValueError(f"SLURM_PROCID = {rank}, but none of {', '.join(SLURM_COUNTS)} says how many tasks there are")
     if tasks <= 1:
         return Launch(rank, 1, 0, 1, "srun") if rank else None
-    if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env:
+    if "SLURM_JOB_ID" in env and env.get("SLURM_STEP_ID", NO_STEP).startswith(NO_STEP):
         raise ValueError(
-            f"{tasks} slurm tasks were asked for, but this is the batch script's own process and not one of them: start"
-            f" the program by srun (launch/slurm.sbatch does), or set {CHOSEN_LAUNCHER}=none to train with one process"
+            f"{tasks} slurm tasks were asked for, but this is the batch script's own process or salloc's, and not one"
+            " of them: start the program by srun (launch/slurm.sbatch does), or set"
+            f" {CHOSEN_LAUNCHER}=none to train with one process"
         )
     if "SLURM_LOCALID" not in env:
         raise ValueError(f"SLURM_PROCID = {rank} of {tasks} tasks, but SLURM_LOCALID is not set: srun sets both")
@@ -198,7 +201,8 @@ def _srun(env: Mapping[str, str]) -> Launch | None:
 
 def _tasks(env: Mapping[str, str]) -> int:
     """Tasks of the slurm step, else of the allocation; 0 = slurm does not say."""
-    counts = {name: _count(env, name, least=1) for name in SLURM_COUNTS if name in env}
+    names = SLURM_COUNTS[1:] if env.get("SLURM_STEP_ID", "").startswith(NO_STEP) else SLURM_COUNTS
+    counts = {name: _count(env, name, least=1) for name in names if name in env}
     if len(set(counts.values())) > 1:
         message = ", ".join(f"{name} = {value}" for name, value in counts.items())
         raise ValueError(f"slurm's variables contradict each other: {message}; one was exported by hand, unset it")

@@ -134,3 +134,23 @@ def test_what_is_refused(environment: dict[str, str], expected: str) -> None:
     with pytest.raises(ValueError, match=expected) as caught:
         read_launch(environment)
     assert not re.search(r"\n", str(caught.value)), "one sentence"
+
+
+SALLOC_SHELL = {
+    "SLURM_JOB_ID": "1", "SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "8", "SLURM_NPROCS": "8", "SLURM_STEP_NUM_TASKS": "1",
+}  # fmt: skip
+
+
+def test_the_shell_of_salloc_is_not_one_of_its_tasks() -> None:
+    """Its own step has one task, the allocation more: that was called a contradiction, for torchrun too."""
+    with pytest.raises(ValueError, match=r"^8 slurm tasks were asked for, .*start the program by srun"):
+        read_launch(SALLOC_SHELL)
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}
+    assert read_launch(SALLOC_SHELL | torchrun) == Launch(3, 8, 3, 8, "torchrun")
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK"])
+def test_a_rank_without_its_world_does_not_train_alone(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} = 3 is set and .* is not"):
+        read_launch({name: "3"})
