@@ -110,6 +110,7 @@ def _meet_and_train(
         return refuse(error, speaks=launch.rank == 0)
     try:
         agree_on(prepared.parts, rendezvous, patience)
+        rendezvous.wait_for_all("the start", patience)  # who has died is not waited for as long as data may take
         phases.enter("index")
         _look_at_data(prepared, rendezvous)
     except ValueError as error:

@@ -81,3 +81,19 @@ def test_an_interpolation_of_one_rank_only_is_a_difference_of_settings(tmp_path:
     assert "the ranks differ in settings: optim.lr = " in printed
     assert f"${{oc.env:MYLR}} on rank {rank}" in printed
     assert f"0.003 on rank {1 - rank}" in printed
+
+
+def test_a_rank_that_dies_after_it_agreed_is_missed_within_the_time_out(tmp_path: Path) -> None:
+    """Rank 0 waited for its next word for as long as a look at all data may take, an hour."""
+    lines = (
+        "import os, megatron_fp4.train.arrival.agreement as agreement",
+        "agree = agreement.agree_on",
+        "agreement.agree_on = lambda *_: (agree(*_), os._exit(9))",
+    )
+    (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
+    run = tiny_run(tmp_path, "precision=bf16", "train.stop_after_steps=1", "parallel.init_timeout_seconds=8")
+    (code, printed), (other_code, _) = run_ranks(
+        [run.overrides] * 2, [{}, {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}]
+    )
+    assert (code, other_code) == (1, 9), printed
+    assert "no word from rank(s) 1 about the start within 8 s" in printed
