@@ -6,7 +6,7 @@ reported is what a run has. Not here: bytes (memory.py, traffic.py).
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def division_section(checked: CheckedConfig, num_gpus: int) -> list[dict[str, An
 
 def drawn_buckets(checked: CheckedConfig, num_gpus: int, rank: int) -> list[Bucket]:
     """The buckets of a rank's optimizer, on the meta device."""
-    config = checked.config
+    config = replace(checked.config, model=checked.config.model.by_torch())
     mesh = draw_mesh(config.parallel, num_gpus, rank)
     backend = SizedBackend(config.precision.backend, on_gpu=True)
     stages = nn.ModuleList(draw_stages(config, backend, mesh, torch.device("meta")))

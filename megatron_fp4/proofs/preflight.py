@@ -33,8 +33,18 @@ def run_checks(
         ranks = typical_ranks(config.parallel, world_size) if alone else [launch.rank]
         results += _check_computation(checked, process, world_size, ranks)
         results.append(check_disk(checked.config))
-        results.append(check_memory(planned_bytes(checked.config, world_size), process.device))
+        results.append(_check_memory(checked.config, world_size, planned_bytes, process))
     return results + check_links(process)
+
+
+def _check_memory(
+    config: RunConfig, world_size: int, planned_bytes: Callable[[RunConfig, int], float], process: Process
+) -> CheckResult:
+    try:
+        needed = planned_bytes(config, world_size)
+    except Exception as error:  # the planner makes the layers too, and a constructor may fail in any way
+        return CheckResult("memory", False, f"cannot be planned: {type(error).__name__}: {error}")
+    return check_memory(needed, process.device)
 
 
 def _check_computation(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from megatron_fp4.cli.render.plan import render
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import DrawnGroup, draw_mesh
 from megatron_fp4.comm.parameter import LogicalParameter
+from megatron_fp4.layers.fused.norm import NormImpl
+from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.optim.layout import make_buckets
 from megatron_fp4.optim.layout_report import layout_report
 from megatron_fp4.planning.report import run_plan
@@ -76,3 +80,10 @@ def test_a_plan_says_how_optimizer_state_is_divided() -> None:
     assert entry["empty_ranks"] == 0
     assert "divided over 736 ranks" in render(report)
     assert "0 ranks own nothing" in render(report)
+
+
+def test_kernels_that_this_machine_lacks_change_no_division() -> None:
+    """A plan for a cluster is made on a laptop."""
+    config = twelve_billion(tp=4)
+    fused = replace(config, model=replace(config.model, norm_impl=NormImpl.apex, mamba_kernel=MambaKernel.mamba_ssm))
+    assert run_plan(fused, num_gpus=2944)["division"] == run_plan(config, num_gpus=2944)["division"]
