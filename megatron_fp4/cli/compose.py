@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_fp4.cli.overrides.text import ambiguous_text, ambiguous_yaml, quote_text
+from megatron_fp4.cli.overrides.text import ambiguous_text, quote_text
 from megatron_fp4.cli.schema import build, field_names, hint_at, inner_hint, join, twin
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.refusals.effect import idle_settings
@@ -120,10 +120,10 @@ def to_yaml(tree: DictConfig) -> str:
 def _compose(overrides: Sequence[str], directory: Path) -> DictConfig:
     ConfigStore.instance().store(name="schema", node=twin(RunConfig))
     with initialize_config_dir(str(directory), version_base="1.3"):
-        if ambiguous := ambiguous_yaml(directory):
-            loader = GlobalHydra.instance().config_loader()
-            used = loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults
-            for objection in (ambiguous[file.config_path] for file in used if file.config_path in ambiguous):
+        loader = GlobalHydra.instance().config_loader()
+        for used in loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults:
+            file = directory / f"{used.config_path}.yaml"
+            if file.is_file() and (objection := ambiguous_text(file, group=str(used.config_path).rpartition("/")[0])):
                 raise ConfigError(objection)
         return compose("config", overrides=list(overrides))
 

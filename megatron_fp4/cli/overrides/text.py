@@ -2,7 +2,7 @@
 
 Hydra reads `train.run_dir=20251129_01` as a number and `1e3` as 1000.0, and text is made of the number: two runs share
 a directory. So `quote_text` puts quotes around such a value of an override, also inside lists and dictionaries. A YAML
-file is not rewritten: `ambiguous_yaml` objects to the line.
+file is not rewritten: `ambiguous_text` objects to the line.
 
 Not here: keys that do not exist (compose.py).
 """
@@ -67,16 +67,6 @@ def _text_spans(value: Any, hint: Any) -> Iterator[tuple[int, int]]:
 def _is_word(element: Any) -> bool:
     primitive = element.primitive()
     return primitive is not None and primitive.QUOTED_VALUE() is None
-
-
-def ambiguous_yaml(directory: Path) -> dict[str, str]:
-    """The files of a config directory with text that YAML reads as something else: name without .yaml -> objection."""
-    objections = {}
-    for path in sorted(directory.rglob("*.yaml")):
-        name = path.relative_to(directory).with_suffix("").as_posix()
-        if objection := ambiguous_text(path, group=name.rpartition("/")[0]):
-            objections[name] = objection
-    return objections
 
 
 def ambiguous_text(path: Path, group: str = "") -> str:

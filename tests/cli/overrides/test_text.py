@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fp4.cli.compose import ConfigError, compose_config, load_run_config, to_run_config, to_yaml
-from megatron_fp4.cli.overrides.text import ambiguous_yaml, quote_text
+from megatron_fp4.cli.overrides.text import ambiguous_text, quote_text
 from megatron_fp4.train.config import RunConfig
 
 NOT_TEXT_TO_HYDRA = ["20251129_01", "1e3", "1.50", "+7", "0.1", "True", "inf", "NaN", "1_000", "-3"]
@@ -97,7 +97,9 @@ def test_a_yaml_file_is_refused_with_the_line(tmp_path: Path, written: str, line
     ["train: {run_dir: '1e3'}", "train: {run_dir: 7}", "train: {run_dir: ${oc.env:HOME}}", "optim: {lr: 1e-3}", "x: ["],
 )
 def test_yaml_that_loses_nothing_is_taken(tmp_path: Path, written: str) -> None:
-    assert ambiguous_yaml(config_dir(tmp_path, written)) == {}
+    directory = config_dir(tmp_path, written)
+    assert ambiguous_text(directory / "config.yaml") == ""
+    assert ambiguous_text(directory / "experiment/mine.yaml", group="experiment") == ""
 
 
 @pytest.mark.parametrize("written", ["x: [", "train: {run_dir: a, run_dir: b}", "optim:\n\tlr: 1"])
