@@ -13,12 +13,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_fp4.train.resume.differences import ABSENT, compare_settings
+from megatron_fp4.train.resume.differences import ABSENT, around_first_difference, compare_settings
 from megatron_fp4.train.telemetry.gaps import changed_data, last_gap, mark_of, no_gap_because
 from megatron_fp4.train.telemetry.goodput import goodput_of
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
 
 MAX_CELL = 40
+CONTEXT = 8
 
 
 def stored_settings(run_dir: Path) -> Mapping[str, Any] | None:
@@ -85,13 +86,7 @@ def _joined_recipes(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, A
 def _cells(values: Sequence[Any]) -> list[str]:
     """The values as text; of long ones the part from a little before the first difference on."""
     texts = [value if isinstance(value, str) and value else repr(value) for value in values]
-    if max(map(len, texts)) <= MAX_CELL:
-        return texts
-    shortest = min(map(len, texts))
-    first = next((place for place in range(shortest) if len({text[place] for text in texts}) > 1), shortest)
-    start = max(0, first - 8) if len(set(texts)) > 1 else 0
-    cut = [f"...{text[start:]}" if start else text for text in texts]
-    return [text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..." for text in cut]
+    return around_first_difference(texts, MAX_CELL, CONTEXT)
 
 
 def notes(runs: Sequence[RunSeries]) -> list[str]:

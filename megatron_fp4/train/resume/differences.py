@@ -197,11 +197,15 @@ def _cells(saved: Any, configured: Any) -> list[str]:
     texts = [value if isinstance(value, str) else repr(value) for value in (saved, configured)]
     if texts[0] == texts[1]:
         texts = [repr(saved), repr(configured)]
-    if max(map(len, texts)) <= MAX_CELL:
-        return texts
-    same = next(
-        (place for place, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts))
-    )
-    start = max(0, same - CONTEXT)
-    windows = [f"{'...' if start else ''}{text[start:]}" for text in texts]
-    return [text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..." for text in windows]
+    return around_first_difference(texts, MAX_CELL, CONTEXT)
+
+
+def around_first_difference(texts: Sequence[str], width: int, context: int) -> list[str]:
+    """The texts, each in `width` characters: if one is longer, all from `context` characters before they differ."""
+    if max(map(len, texts)) <= width:
+        return list(texts)
+    shortest = min(map(len, texts))
+    first = next((place for place in range(shortest) if len({text[place] for text in texts}) > 1), shortest)
+    start = max(0, first - context) if len(set(texts)) > 1 else 0
+    windows = [f"...{text[start:]}" if start else text for text in texts]
+    return [text if len(text) <= width else f"{text[: width - 3]}..." for text in windows]
