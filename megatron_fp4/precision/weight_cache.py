@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand
 from megatron_fp4.precision.backends.randomness import varies_by_step
@@ -23,17 +24,17 @@ class WeightVersion(NamedTuple):
     """What changes when the values of a weight do.
 
     update: the `StepClock`'s count; the update of a sharded optimizer arrives through views, which no tensor counts.
-    edit: torch's count of changes in place (another optimizer, an initialisation). storage: its address, which is
-    another one after `weight.data = ...`.
+    edit: torch's count of changes in place (another optimizer, an initialisation). storage: another one after
+    `weight.data = ...`; a weak reference, because the address of a storage that is gone may be given to the next.
     """
 
     update: int
     edit: int
-    storage: int
+    storage: StorageWeakRef
 
     @staticmethod
     def of(weight: Tensor, clock: StepClock) -> WeightVersion:
-        return WeightVersion(clock.weights_version, weight._version, weight.untyped_storage()._cdata)
+        return WeightVersion(clock.weights_version, weight._version, StorageWeakRef(weight.untyped_storage()))
 
 
 class WeightCache:

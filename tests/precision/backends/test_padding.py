@@ -107,10 +107,11 @@ def test_padded_weights_are_kept_between_microbatches(monkeypatch: pytest.Monkey
     single, index = Group.single(), [torch.arange(size) for size in (T, N, K)]
     backend, cache, clock = EmulatedBackend(), WeightCache(), StepClock(seed=3)
     sharding = Sharding("linear", single, single, single, index[1], index[2])
-    for _ in range(2):
+
+    def linear(x: Tensor, w: Tensor) -> None:
         y = quantized_linear(
-            torch.ones(T, K),
-            torch.ones(N, K),
+            x,
+            w,
             rows=index[0],
             sharding=sharding,
             precision=with_pad(nvfp4_paper()),
@@ -119,7 +120,15 @@ def test_padded_weights_are_kept_between_microbatches(monkeypatch: pytest.Monkey
             cache=cache,
         )
         assert y.shape == (T, N)
+
+    w = torch.ones(N, K)
+    linear(torch.ones(T, K), w)
+    linear(torch.ones(T, K), w)
     assert asked == ["x", "w", "x"]
+    del w
+    for _ in range(20):  # each may get the memory of the one before: it is another weight all the same
+        linear(torch.ones(T, K), torch.ones(N, K))
+    assert asked == ["x", "w", "x", *20 * ["x", "w"]]
 
 
 def test_padding_has_addresses_of_its_own() -> None:
