@@ -91,8 +91,17 @@ class SplitWriter:
             self._roll()
 
     def finish(self, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Close the last shards, commit every split, remove the progress file. Returns the manifests."""
+        """Close the last shards, commit every split, remove the progress file. Returns the manifests.
+
+        Raises ValueError if no document came: the reader's counts say what became of the input.
+        """
         self._roll()
+        if not any(self.shards.values()):
+            counts = ", ".join(f"{name} {count:,}" for name, count in sorted(self.counters.items()) if count)
+            raise ValueError(
+                f"no document came out of the input ({counts or 'it is empty'}), so nothing is committed; look at the"
+                " files, --text-key and the policies"
+            )
         facts = {**facts, "dtype": str(self.dtype), "counters": dict(self.counters), "job": self.job}
         manifests = {name: commit(folder, self.shards[name], **facts) for name, folder in self.folders.items()}
         self._progress.unlink()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_fp4.checkpoint import SaveFailed
 from megatron_fp4.comm.agree import decided_by_rank0
 from megatron_fp4.comm.bootstrap import Process, choose_device, exit_process, start_process, stop_process
 from megatron_fp4.comm.collectives import broadcast_object
@@ -41,11 +42,11 @@ from megatron_fp4.train.build import INDEX_SECONDS, Start, build
 from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.guard import SpikeGuard
-from megatron_fp4.train.faults.signals import StopRequest
+from megatron_fp4.train.faults.signals import EXIT_FAILED, StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.refusals.requirements import check_machine
-from megatron_fp4.train.run import Run
+from megatron_fp4.train.run import Run, TrainingDiverged
 from megatron_fp4.train.telemetry.announce import describe_resume, describe_run
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
@@ -160,6 +161,9 @@ def _lock_and_train(
             return refuse(error, speaks=is_main)
         try:
             return fit(run, start, outputs)
+        except (SaveFailed, TrainingDiverged) as error:  # the same on all ranks
+            refuse(error, speaks=is_main)
+            return EXIT_FAILED
         finally:
             phases.enter("leave")
             outputs.metrics.close()

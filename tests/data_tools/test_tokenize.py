@@ -202,6 +202,16 @@ def test_inputs_in_the_output_folder_are_kept(model, tmp_path):
     assert path.exists()
 
 
+def test_no_document_no_shard_set(model, tmp_path, capsys):
+    """A set of nothing would pass for done until a run refuses it, perhaps weeks later."""
+    (tmp_path / "c.jsonl").write_text('{"text": ""}\n')
+    options = ["tokenize", str(tmp_path / "c.jsonl"), "--output", str(tmp_path / "o"), "--tokenizer", str(model)]
+    assert tools([*options, "--workers", "1"]) == 2
+    assert "no document came out of the input (empty: skip 1), so nothing is committed" in capsys.readouterr().err
+    (tmp_path / "c.jsonl").write_text('{"text": "now"}\n')
+    assert tools([*options, "--workers", "1"]) == 0  # the folder holds nothing that could be lost
+
+
 def test_the_tokenizer_trainer_has_the_same_policies(tmp_path, capsys):
     lines = [json.dumps({"text": text_of(n, 200)}) for n in range(40)]
     (tmp_path / "c.jsonl").write_text("\n".join([*lines, "{broken", json.dumps({"text": ""})]))

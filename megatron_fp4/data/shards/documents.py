@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,21 @@ def open_documents(name: str, paths: Sequence[str]) -> ShardedDocuments:
             shards.append(TokenShard(prefix))
             unnamed.append(shards[-1])
             content.update(_sampled_digest(shards[-1]))
+    _check_once(name, shards)
     return ShardedDocuments(name, shards, content.hexdigest(), manifests, unnamed)
+
+
+def _check_once(name: str, shards: Sequence[TokenShard]) -> None:
+    """No file is named by two paths: its documents would count twice, and nothing in the order would show it."""
+    seen: set[str] = set()
+    for shard in shards:
+        file = os.path.realpath(f"{shard.prefix}.bin")
+        if file in seen:
+            raise ValueError(
+                f"data source {name!r} names shard {shard.prefix} twice, so each epoch would read its documents twice;"
+                " name it once, and read more of a source by its weight or max_epochs"
+            )
+        seen.add(file)
 
 
 def _open_listed(folder: Path, entry: dict[str, Any]) -> TokenShard:

@@ -83,3 +83,13 @@ def test_digest_by_block(tmp_path):
     whole = digest_file(tmp_path / "f")
     assert pieces.result() == whole
     assert (whole["bytes"], len(whole["blocks"])) == (len(data), 3)
+
+
+def test_a_shard_named_twice_is_refused(tmp_path):
+    """By another spelling, through a glob, a link or its folder: each epoch would read its documents twice."""
+    folder = write_set(tmp_path / "set", [[[1, 2], [3]], [[9]]])
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    shard = f"{folder}/shard_00001"
+    for other in (folder, shard, f"{shard}.bin", f"{folder}/shard_*", str(tmp_path / "link")):
+        with pytest.raises(ValueError, match=r"'web' names shard .*/shard_0000. twice"):
+            open_documents("web", [shard, other] if other != folder else [folder, folder])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_fp4.train.faults.signals import EXIT_FAILED
 from megatron_fp4.train.run import TrainingDiverged
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.data.toy import write_shard
 from tests.helpers.distributed import run_distributed
-from tests.helpers.tiny_run import tiny_run
+from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import make_trainer, masters
 
 
@@ -122,5 +124,12 @@ def test_data_without_targets_end_the_run(tmp_path: Path) -> None:
     alone = f"data.sources=[{{name: ones, paths: ['{tmp_path}/ones'], max_epochs: 0}}]"
     settings = overrides_with_one_token_documents(tmp_path, "train.max_skipped_steps=2", "train.stop_after_steps=5")
     trainer, _ = make_trainer([*settings, alone, "data.phases=[]"])
-    with pytest.raises(TrainingDiverged, match=r"2 steps in a row .* or no target token, up to step 2"):
+    message = r"2 steps in a row .* or no target token, up to step 2"
+    with pytest.raises(TrainingDiverged, match=message):
         trainer.fit()
+    command = TinyRun(tmp_path, (*settings, alone, "data.phases=[]")).with_overrides(run_dir=tmp_path / "command")
+    process = command.start()
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == EXIT_FAILED
+    assert re.search(f"^error: {message}", printed, re.MULTILINE)
+    assert "Traceback" not in printed
