@@ -1,4 +1,4 @@
-"""Start and stop of one process of a job: its device, and the world group of all of them.
+"""Start and stop of one process of a job: its device, and the groups of all of them.
 
 Not here: what the launcher said (launch.py), and how the ranks find each other (rendezvous.py).
 """
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout  # no public name in torch 2.13
 
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.launch import Launch, read_launch
-from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.mesh import Group, ParallelMesh, build_mesh
 from megatron_fp4.comm.rendezvous import RanksNotMet, Rendezvous, meet
 
 
@@ -89,6 +90,18 @@ def start_process(
     _set_pg_timeout(timedelta(seconds=timeout_seconds))
     ranks = tuple(range(launch.world_size))
     return Process(launch, Group("world", ranks, launch.rank, dist.group.WORLD), device, rendezvous)
+
+
+def connect_mesh(config: ParallelConfig, process: Process) -> ParallelMesh:
+    """`build_mesh` in the world of `process`. Raises RanksNotMet if a rank does not come to make its groups."""
+    try:
+        return build_mesh(config, process.world)
+    except dist.DistError as error:
+        seconds = min(config.init_timeout_seconds, config.timeout_seconds)
+        raise RanksNotMet(
+            f"rank {process.world.rank}: all {process.world.size} ranks met, but could not make the groups of the"
+            f" layout within {seconds:g} s (parallel.init_timeout_seconds); a rank has left since: {error}"
+        ) from error
 
 
 def start_alone(device_name: str = "auto") -> Process:

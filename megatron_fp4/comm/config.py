@@ -46,7 +46,7 @@ class ParallelConfig:
     timeout_seconds: Annotated[float, Bound(above=0, most=MAX_SECONDS)] = 600.0
     """Longest wait of a rank in a collective, after which the job ends."""
     init_timeout_seconds: Annotated[float, Bound(above=0, most=MAX_SECONDS)] = 180.0
-    """Longest wait for all ranks to meet at the start."""
+    """Longest wait for all ranks to meet at the start, and then to make the groups of the layout."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "parallel")

@@ -8,18 +8,24 @@ small collectives stay inside a node; pipeline stages are outermost:
     e.g. tp=2 cp=1 dp=2 pp=2:     stage 0: [0 1] [2 3]     stage 1: [4 5] [6 7]     (one [tp tp] pair per dp rank)
 
 Groups are values that are passed to whoever needs them; nothing is looked up. A group of one rank has no process
-group: its collectives return their input, and the program runs without torch.distributed.
+group: its collectives return their input, and the program runs without torch.distributed. Groups of the same ranks
+share a process group.
+
+A rank makes one call of torch per axis, whatever the size of the world. NCCL splits the world's communicator, all
+subgroups at once. gloo cannot split; there the members of a subgroup meet in the store and wait for nobody else, which
+cannot deadlock because all ranks take the axes in the same order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout  # no public name in torch 2.13
 
 from megatron_fp4.comm.config import ParallelConfig
 
@@ -31,7 +37,6 @@ GROUPS = {
     "pp": ["pp"],
     "dp_cp": ["dp", "cp"],
     "tp_cp": ["cp", "tp"],
-    "model": ["pp", "tp"],
 }
 """The axes of every group of a `ParallelMesh` but the world, in the order in which they are made."""
 
@@ -80,13 +85,12 @@ class ParallelMesh:
     pp: Group
     dp_cp: Group  # gradients are summed and optimizer state is sharded over it
     tp_cp: Group  # ranks that hold parts of one activation tensor
-    model: Group  # all stages and tensor shards of one model copy (tp x pp)
     world: Group
 
     @staticmethod
     def single_process() -> ParallelMesh:
         """The mesh of one rank, without torch.distributed."""
-        names = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "model", "world")
+        names = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "world")
         return ParallelMesh(*(Group.single(name) for name in names))
 
     @property
@@ -103,13 +107,16 @@ def rank_grid(config: ParallelConfig, world_size: int) -> torch.Tensor:
 def build_mesh(config: ParallelConfig, world: Group) -> ParallelMesh:
     """Cut every group of the mesh out of the world. All ranks must call it, in the same order as everything else.
 
-    Raises ValueError when the sizes do not multiply to the world size (before any process group is made).
+    Raises ValueError when the sizes do not multiply to the world size (before any process group is made), and torch's
+    DistError where the ranks of a group are not connected within `init_timeout_seconds`.
     """
     grid = rank_grid(config, world.size)
-    timeout = timedelta(seconds=config.timeout_seconds)
-    return ParallelMesh(
-        **{name: _cut_group(grid, name, axes, world, timeout) for name, axes in GROUPS.items()}, world=world
-    )
+    groups: dict[tuple[int, ...], Group] = {world.ranks: world}
+    cut: dict[str, Group] = {}
+    for name, axes in GROUPS.items():
+        cut[name] = _cut_group(_rows(grid, axes), name, world, config, groups.get)
+        groups.setdefault(cut[name].ranks, cut[name])
+    return ParallelMesh(**cut, world=world)
 
 
 def draw_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMesh:
@@ -125,36 +132,47 @@ def draw_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMes
     return ParallelMesh(**groups, world=DrawnGroup("world", tuple(range(world_size)), rank))
 
 
-def build_ends_group(config: ParallelConfig, world: Group) -> Group:
+def build_ends_group(config: ParallelConfig, mesh: ParallelMesh) -> Group:
     """The first and the last rank of this pipeline, which share tied embeddings; ranks in between are alone.
 
-    Collective over the world.
+    Collective over the world. Raises as `build_mesh`.
     """
-    grid = rank_grid(config, world.size)
-    timeout = timedelta(seconds=config.timeout_seconds)
-    own_group = Group.single("ends", world.rank)
-    for ranks in grid[[0, -1]].flatten(1).T.tolist() if config.pp > 1 else []:
-        whole = len(ranks) == world.size
-        process_group = world.process_group if whole else dist.new_group(ranks, timeout=timeout)
-        if world.rank in ranks:
-            own_group = Group("ends", tuple(ranks), ranks.index(world.rank), process_group)
-    return own_group
+    rows = rank_grid(config, mesh.world.size)[[0, -1]].flatten(1).T.tolist() if config.pp > 1 else []
+    known = {group.ranks: group for group in (mesh.pp, mesh.world)}
+    return _cut_group(rows, "ends", mesh.world, config, known.get)
 
 
-def _cut_group(grid: torch.Tensor, name: str, axes: Sequence[str], world: Group, timeout: timedelta) -> Group:
-    """The subgroup along `axes` that contains me; every rank creates every subgroup, as torch.distributed demands."""
-    rows = _rows(grid, axes)
-    if len(rows[0]) == 1:
+def _cut_group(
+    rows: list[list[int]],
+    name: str,
+    world: Group,
+    config: ParallelConfig,
+    known: Callable[[tuple[int, ...]], Group | None],
+) -> Group:
+    """The one of the subgroups `rows` that contains this rank, alone if none does. known: groups by their ranks."""
+    own = tuple(next((row for row in rows if world.rank in row), [world.rank]))
+    if all(len(row) == 1 for row in rows):
         return Group.single(name, world.rank)
-    if len(rows) == 1:  # the whole world: no second process group for the same ranks
-        return Group(name, tuple(rows[0]), rows[0].index(world.rank), world.process_group)
-    own_group: Group | None = None
-    for ranks in rows:
-        process_group = dist.new_group(ranks, timeout=timeout)
-        if world.rank in ranks:
-            own_group = Group(name, tuple(ranks), ranks.index(world.rank), process_group)
-    assert own_group is not None
-    return own_group
+    if equal := known(own):
+        return replace(equal, name=name)
+    process_group = _connect(rows, own, world, config)
+    return Group(name, own, own.index(world.rank), process_group if len(own) > 1 else None)
+
+
+def _connect(
+    rows: list[list[int]], own: tuple[int, ...], world: Group, config: ParallelConfig
+) -> dist.ProcessGroup | None:
+    """The process group of the ranks `own`, None for one rank. Every rank calls it; see the module."""
+    patience = timedelta(seconds=min(config.init_timeout_seconds, config.timeout_seconds))
+    if dist.get_backend(world.process_group) == "nccl":
+        process_group = dist.split_group(world.process_group, rows, timeout=patience)
+    elif len(own) > 1:
+        process_group = dist.new_group(list(own), timeout=patience, use_local_synchronization=True)
+    else:
+        return None
+    if process_group is not None and dist.get_backend(process_group) in ("nccl", "gloo"):
+        _set_pg_timeout(timedelta(seconds=config.timeout_seconds), process_group)
+    return process_group
 
 
 def _rows(grid: torch.Tensor, axes: Sequence[str]) -> list[list[int]]:

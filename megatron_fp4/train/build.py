@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.agree import agreed
-from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.mesh import Group, build_mesh
+from megatron_fp4.comm.bootstrap import Process, connect_mesh
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.train.checked import CheckedConfig, open_data
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
@@ -47,12 +47,13 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
     """Make the run on this rank. Collective: every rank calls it. phases: the process's, where a watchdog has them.
 
     Raises ValueError for what only a started job can see: the run directory, a checkpoint, data that do not go on from
-    it. All of that is looked at before the model is made and read.
+    it. All of that is looked at before the model is made and read. Raises RanksNotMet as `connect_mesh`.
     """
     config = checked.config
     phases = phases or Phases(process.device)
+    phases.enter("groups")
+    mesh = connect_mesh(config.parallel, process)
     phases.enter("build")
-    mesh = build_mesh(config.parallel, process.world)
     run_dir = Path(config.train.run_dir)
     if mesh.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)

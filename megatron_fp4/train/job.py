@@ -91,6 +91,7 @@ def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
     extra = {
         "index": INDEX_SECONDS,
         "rendezvous": config.parallel.init_timeout_seconds,
+        "groups": config.parallel.init_timeout_seconds,
         "lock": STALE_SECONDS,
         "save": config.checkpoint.timeout_seconds,
     }

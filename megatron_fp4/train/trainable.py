@@ -47,7 +47,7 @@ def build_trainable(
     wgrad = _wgrad_plan(config, device)
     contexts = [LayerContext.of(mesh, backend, clock, dtype, device, wgrad=wgrad) for _ in numbers]
     tied = config.model.tied_embeddings and not schedule_rule(config.parallel.schedule).v_shaped
-    tied_group = build_ends_group(config.parallel, mesh.world) if tied and config.parallel.pp > 1 else None
+    tied_group = build_ends_group(config.parallel, mesh) if tied and config.parallel.pp > 1 else None
     stages = _make_stages(config, numbers, contexts, tied_group)
     for stage in stages:
         initialize_parameters(stage, config.train.seed)

@@ -39,7 +39,7 @@ def test_a_layout_that_does_not_fit_names_the_equation(config: ParallelConfig, w
 
 def _groups(rank: int, world_size: int) -> dict[str, Any]:
     mesh = mesh_for(rank, world_size, tp=2, pp=2)
-    names = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "model", "world")
+    names = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "world")
     return {name: (getattr(mesh, name).ranks, getattr(mesh, name).rank) for name in names}
 
 
