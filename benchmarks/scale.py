@@ -1,6 +1,7 @@
 """What grows with the number of ranks, counted and not measured: no cluster is needed.
 
     python -m benchmarks.scale groups      calls that make the process groups of a rank
+    python -m benchmarks.scale board       requests of the store when a job hangs
 
 Not here: metadata of checkpoints (checkpoint.py), evenness of the optimizer's parts (`megatron-fp4 plan`).
 """
@@ -17,6 +18,7 @@ from unittest import mock
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_fp4.comm import board
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import Group, build_mesh, rank_grid
 
@@ -63,8 +65,69 @@ def groups() -> None:
             print(f"{world_size:5d}  {name:20s} {count_subgroups(config, world_size):9d}  {calls:5d}  {seconds:7.3f}")
 
 
+class CountingStore:
+    """Answers like the store of a rendezvous, at once, and counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.requests = 0
+
+    def clone(self) -> CountingStore:
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        self.requests += 1
+        self.values[key] = value.encode()
+
+    def add(self, key: str, amount: int) -> int:
+        self.requests += 1
+        self.values[key] = str(int(self.values.get(key, b"0")) + amount).encode()
+        return int(self.values[key])
+
+    def check(self, keys: list[str]) -> bool:
+        self.requests += 1
+        return all(key in self.values for key in keys)
+
+    def wait(self, keys: list[str], _timeout: object) -> None:
+        assert self.check(keys), f"{keys}: nobody else would set them"
+
+    def get(self, key: str) -> bytes:
+        return self.multi_get([key])[0]
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.requests += 1
+        return [self.values[key] for key in keys]
+
+
+def count_board_requests(world_size: int) -> tuple[int, int]:
+    """Requests of all ranks of a job that hangs, and how many ranks print the summary. The last rank is silent."""
+    store, readers = CountingStore(), 0
+
+    def conclude(texts: dict[int, str]) -> str:
+        nonlocal readers
+        readers += 1
+        assert len(texts) == world_size - 1
+        return "[]"
+
+    with mock.patch.object(board, "_get_default_store", return_value=store):
+        ranks = tuple(range(world_size))
+        boards = [board.NoticeBoard(Group("world", ranks, rank, mock.Mock()), "watchdog") for rank in ranks[:-1]]
+    for one in boards:
+        one.post("at a line")
+    for one in boards:
+        one.conclude(conclude, 1.0)
+    return store.requests, readers
+
+
+def board_requests() -> None:
+    print("ranks  requests  if all read all")
+    for world_size in WORLDS:
+        requests, _ = count_board_requests(world_size)
+        print(f"{world_size:5d}  {requests:8d}  {2 * world_size**2:15d}")
+
+
 def main() -> None:
-    tables: dict[str, Any] = {"groups": groups}
+    tables: dict[str, Any] = {"groups": groups, "board": board_requests}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=tables)
     tables[parser.parse_args().table]()

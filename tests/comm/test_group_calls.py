@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.scale import fake_world
 from megatron_fp4.comm.bootstrap import Process, connect_mesh
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.comm.mesh import Group, build_ends_group, build_mesh
+from megatron_fp4.comm.mesh import build_ends_group, build_mesh
 from megatron_fp4.comm.rendezvous import RanksNotMet
 
 LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
@@ -26,15 +24,6 @@ LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
     (8192, {"tp": 1, "cp": 2}, 2),
 ]
 """World, sizes, and groups of different ranks, beside the world."""
-
-
-@contextmanager
-def fake_world(rank: int, world_size: int) -> Iterator[Group]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield Group("world", tuple(range(world_size)), rank, dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("world_size", "sizes", "expected"), LAYOUTS, ids=str)

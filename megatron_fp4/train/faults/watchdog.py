@@ -2,8 +2,8 @@
 
 A rank that waits for others stands in a collective, the late rank does not. A thread of each rank looks at how long the
 main thread has been in its phase. After half the time-out it posts step, phase and place on a board that needs no
-collective; after the whole time-out all ranks read the board, the late one prints the stack of its main thread, the
-first one the summary, and all end with EXIT_HUNG.
+collective; after the whole time-out the first rank reads the board and prints the summary, a late one prints the stack
+of its main thread (one of each kind, where many are late), and all end with EXIT_HUNG.
 
 Before the ranks have met there is no board: a rank that hangs then prints its own stack and ends.
 
@@ -22,16 +22,19 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
 
+from megatron_fp4.comm.agree import number_ranges
 from megatron_fp4.comm.board import NoticeBoard
 from megatron_fp4.comm.bootstrap import exit_process
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.train.faults.signals import EXIT_HUNG
 from megatron_fp4.train.phases import CurrentPhase, Phases
+
+MAX_KINDS = 20
+"""Ranks at the same place are one kind; of so many the log tells."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,14 @@ class Watchdog:
         self._extra = extra_seconds or {}
         self._poll = min(5.0, timeout_seconds / 10)
         self._watched = threading.get_ident()
-        self._world: Group | None = None
-        self._board: NoticeBoard | None = None
+        self._board = NoticeBoard(Group.single("world", rank), "watchdog")
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def meet(self, world: Group) -> None:
         """The ranks of `world` have met: from here on they tell each other where they are."""
         if self._timeout:
-            self._world, self._board = world, NoticeBoard(world, "watchdog")
+            self._board = NoticeBoard(world, "watchdog")
 
     def __enter__(self) -> Watchdog:
         if self._timeout:
@@ -99,8 +101,7 @@ class Watchdog:
             self._arm(current)
             late = time.monotonic() - current.since - self._extra.get(current.name, 0.0)
             try:
-                if self._board is not None:
-                    self._board.post(self._notice(current) if late > self._timeout / 2 else "")
+                self._board.post(self._notice(current) if late > self._timeout / 2 else "")
                 if late > self._timeout:
                     self._end(current)
             except RuntimeError as error:  # the store is gone: its rank is dead, and the others are about to end
@@ -124,22 +125,19 @@ class Watchdog:
         time.sleep(2 * self._poll)  # until the others have posted
         if self._phases.current.since != current.since:
             return  # it goes on after all
-        notices, late = self._notices(current)
-        if self._rank in late:
+        if self._rank in json.loads(self._board.conclude(self._judge, 4 * self._poll)):
             stack = "".join(traceback.format_stack(sys._current_frames()[self._watched]))
             self._say(f"stack of the main thread of rank {self._rank}:\n{stack}")
-        if self._board is None or self._board.claim():  # who ends first: a later one may end as its victim, unheard
-            self._say(summary(notices, late, self._timeout))
         threading.Thread(target=self.last_act, daemon=True).start()
-        time.sleep(self._poll)  # nobody leaves before the others have read the board, which one of them may hold
+        time.sleep(self._poll)  # nobody leaves before the others have heard, of a store which one of them may hold
         exit_process(EXIT_HUNG)
 
-    def _notices(self, current: CurrentPhase) -> tuple[dict[int, Notice], list[int]]:
-        """What all ranks say, and which are late; before they have met, only this one."""
-        if self._board is None or self._world is None:
-            return {self._rank: self._describe(current)}, [self._rank]
-        notices = {rank: Notice(**json.loads(text)) for rank, text in self._board.read().items()}
-        return notices, late_ranks(notices, self._world.size)
+    def _judge(self, texts: dict[int, str]) -> str:
+        """Print the summary; returns the ranks that print their stacks. On the first rank that comes to its end."""
+        notices = {rank: Notice(**json.loads(text)) for rank, text in texts.items()}
+        late = late_ranks(notices, self._board.ranks)
+        self._say(summary(notices, late, self._timeout))
+        return json.dumps([ranks[0] for ranks in by_place(notices, late)[:MAX_KINDS]])
 
     def _say(self, text: str) -> None:
         print(f"watchdog: {text}", file=sys.stderr, flush=True)
@@ -154,24 +152,39 @@ def where(frame: FrameType) -> tuple[str, str]:
     return (line, place) if line.endswith(".wait()") else ("", place)  # of a collective that was started earlier
 
 
-def late_ranks(notices: dict[int, Notice], size: int) -> list[int]:
+def late_ranks(notices: dict[int, Notice], ranks: Sequence[int]) -> list[int]:
     """The ranks for which the others wait: who is in no collective, at the earliest step; else who says nothing; else
     (all wait for each other, so they differ in what they wait for) those at the earliest step.
     """
     busy = {rank: notice.step for rank, notice in notices.items() if not notice.collective}
-    silent = [rank for rank in range(size) if rank not in notices]
+    silent = [rank for rank in ranks if rank not in notices]
     if silent and not busy:
         return silent
     steps = busy or {rank: notice.step for rank, notice in notices.items()}
     return [rank for rank, step in steps.items() if step == min(steps.values())]
 
 
+def by_place(notices: dict[int, Notice], ranks: Iterable[int]) -> list[list[int]]:
+    """The `ranks` that have a notice, ascending, those at the same place in one list; the longest list first."""
+    kinds: dict[Notice, list[int]] = {}
+    for rank in sorted(ranks):
+        if rank in notices:
+            kinds.setdefault(replace(notices[rank], host=""), []).append(rank)
+    return sorted(kinds.values(), key=lambda kind: -len(kind))
+
+
 def summary(notices: dict[int, Notice], late: list[int], timeout_seconds: float) -> str:
-    """The line of the log: late ranks one by one, the others counted by where they are."""
+    """The text of the log: late ranks and the others, together where they stand at the same place."""
     lines = [f"no progress for {timeout_seconds:g} s (train.hang_timeout_seconds); the job ends"]
-    for rank in late:
-        what = f"hangs: {notices[rank]}" if rank in notices else "gives no sign of life (stopped, or its node is gone)"
-        lines.append(f"  rank {rank} {what}")
-    others = Counter(str(notice) for rank, notice in notices.items() if rank not in late)
-    lines += [f"  {count} other rank(s): {text}" for text, count in others.most_common(20)]
+    kinds = by_place(notices, late)[:MAX_KINDS]
+    lines += [f"  {_named(kind, 'hangs', 'hang')}: {notices[kind[0]]}" for kind in kinds]
+    if silent := [rank for rank in late if rank not in notices]:
+        verb = _named(silent, "gives no sign of life", "give no sign of life")
+        lines.append(f"  {verb} (stopped, or the node is gone)")
+    kinds = by_place(notices, notices.keys() - set(late))[:MAX_KINDS]
+    lines += [f"  {len(kind)} other rank(s): {notices[kind[0]]}" for kind in kinds]
     return "\n".join(lines)
+
+
+def _named(ranks: Sequence[int], one: str, several: str) -> str:
+    return f"rank {ranks[0]} {one}" if len(ranks) == 1 else f"{len(ranks)} ranks {several}, {number_ranges(ranks)}"

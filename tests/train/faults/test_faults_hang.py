@@ -14,7 +14,7 @@ import torch
 from megatron_fp4.comm.local import free_port
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.train.faults.signals import EXIT_HUNG
-from megatron_fp4.train.faults.watchdog import Notice, Watchdog, late_ranks, summary
+from megatron_fp4.train.faults.watchdog import Notice, Watchdog, by_place, late_ranks, summary
 from megatron_fp4.train.phases import Phases
 from tests.helpers.tiny_run import ROOT, TinyRun, tiny_run
 from tests.train.in_process import make_trainer
@@ -150,6 +150,24 @@ def notice(step: int, collective: str = "") -> Notice:
     ids=["in no collective", "silent", "an earlier step", "the earliest of several"],
 )
 def test_who_is_late(notices: dict[int, Notice], expected: list[int]) -> None:
-    late = late_ranks(notices, 1 + max(notices))
+    late = late_ranks(notices, range(1 + max(notices)))
     assert late == expected
     assert f"rank {expected[0]} " in summary(notices, late, 3.0)
+
+
+def test_ranks_at_the_same_place_are_one_line() -> None:
+    """All wait for each other (a dead link): 8,192 lines and as many stacks would say no more."""
+    notices = {rank: Notice(5, "reduce", "all_reduce", "file.py:1 f", f"host{rank // 8}") for rank in range(8192)}
+    del notices[77]
+    late = late_ranks(notices, range(8192))
+    assert summary(notices, late, 3.0).splitlines()[1:] == [
+        "  rank 77 gives no sign of life (stopped, or the node is gone)",
+        "  8191 other rank(s): step 5, phase reduce, waiting in the collective all_reduce (host host0)",
+    ]
+    notices[77] = Notice(5, "reduce", "broadcast", "file.py:2 g", "host9")
+    late = late_ranks(notices, range(8192))
+    assert summary(notices, late, 3.0).splitlines()[1:] == [
+        "  8191 ranks hang, 0-76,78-8191: step 5, phase reduce, waiting in the collective all_reduce (host host0)",
+        "  rank 77 hangs: step 5, phase reduce, waiting in the collective broadcast (host host9)",
+    ]
+    assert [kind[0] for kind in by_place(notices, late)] == [0, 77], "two stacks, and not 8,192"
