@@ -2,6 +2,7 @@
 
     python -m benchmarks.scale groups      calls that make the process groups of a rank
     python -m benchmarks.scale board       requests of the store when a job hangs
+    python -m benchmarks.scale objects     bytes that a rank receives of what is told of a run
 
 Not here: metadata of checkpoints (checkpoint.py), evenness of the optimizer's parts (`megatron-fp4 plan`).
 """
@@ -9,18 +10,29 @@ Not here: metadata of checkpoints (checkpoint.py), evenness of the optimizer's p
 from __future__ import annotations
 
 import argparse
+import pickle
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm import board
 from megatron_fp4.comm.config import ParallelConfig
-from megatron_fp4.comm.mesh import Group, build_mesh, rank_grid
+from megatron_fp4.comm.mesh import Group, build_mesh, draw_mesh, rank_grid
+from megatron_fp4.comm.parameter import logical_parameters
+from megatron_fp4.layers.linear import linears_of
+from megatron_fp4.planning.stand_ins import SizedBackend
+from megatron_fp4.precision.statistics import QuantizationStats
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.trainable import draw_stages
 
 WORLDS = (128, 512, 2048, 2944, 8192)
 LAYOUTS: tuple[dict[str, Any], ...] = ({"tp": 4}, {"tp": 8, "pp": 4}, {"tp": 8, "pp": 4, "cp": 2})
@@ -126,8 +138,59 @@ def board_requests() -> None:
         print(f"{world_size:5d}  {requests:8d}  {2 * world_size**2:15d}")
 
 
+RING = 2
+"""NCCL's ring all-reduce: a rank receives the tensor about twice, whatever the number of ranks."""
+OPERANDS = ("fprop.x", "fprop.w", "dgrad.dy", "wgrad.x", "wgrad.dy")
+
+
+class Objects(NamedTuple):
+    """What one rank has to tell, pickled: bytes of the statistics, of the norms and of an error; number of tensors."""
+
+    statistics: int
+    norms: int
+    error: int
+    num_tensors: int
+
+
+def some_statistics() -> QuantizationStats:
+    """Numbers of their own: equal ones would be pickled once."""
+    snr, mse, underflow, saturation, amax, *histogram = (random.random() for _ in range(12))
+    return QuantizationStats(snr, mse, underflow, saturation, tuple(histogram), amax)
+
+
+def objects_of(config: RunConfig, num_gpus: int, rank: int) -> Objects:
+    config = replace(config, model=config.model.by_torch())
+    mesh = draw_mesh(config.parallel, num_gpus, rank)
+    backend = SizedBackend(config.precision.backend, on_gpu=True)
+    stages = draw_stages(config, backend, mesh, torch.device("meta"))
+    linears = [name for stage in stages for name in linears_of(stage)]
+    report = {f"{name}/{operand}": some_statistics() for name in linears for operand in OPERANDS}
+    placements = [parameter.placement for stage in stages for parameter in logical_parameters(stage)]
+    norms = {where.name: random.random() for placement in placements for where in placement.rectangles}
+    error = f"rank {rank}: blocks.17.mlp.up (x, rank {rank}), samples {list(range(10**9, 10**9 + 8))}"
+    return Objects(len(pickle.dumps(report)), len(pickle.dumps(norms)), len(pickle.dumps(error)), len(norms))
+
+
+def objects() -> None:
+    print("bytes that the main rank receives; in brackets, if every rank told all ranks (as all of them would receive)")
+    print(f"ranks  {'statistics':>24s} {'norms by tensor':>24s} {'no error':>22s} {'errors of all':>24s}")
+    for world_size in WORLDS:
+        dp = world_size // 32
+        overrides = ["experiment=paper_12b_10t", "parallel.tp=8", "parallel.pp=4", f"train.global_batch={4 * dp}"]
+        config = to_run_config(compose_config(overrides))
+        of_stages = [objects_of(config, world_size, stage * dp * 8) for stage in range(4)]
+        one = Objects(*map(max, *of_stages))
+        cells = (
+            (4 * one.statistics, world_size * one.statistics),
+            (2 * RING * 8 * one.num_tensors + 4 * one.norms, world_size * one.norms),
+            (world_size, world_size * (8 + 4)),
+            (world_size + 20 * one.error, world_size * one.error),
+        )
+        print(f"{world_size:5d} " + " ".join(f"{now:11,d} ({before:11,d})" for now, before in cells))
+
+
 def main() -> None:
-    tables: dict[str, Any] = {"groups": groups, "board": board_requests}
+    tables: dict[str, Any] = {"groups": groups, "board": board_requests, "objects": objects}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=tables)
     tables[parser.parse_args().table]()

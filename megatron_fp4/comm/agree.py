@@ -53,8 +53,9 @@ def gather_to_rank0(value: Any, group: Group) -> list[Any]:
 
 
 def shared_error(error: str | None, group: Group) -> str | None:
-    """Every rank's errors as one text, the same on all; None if there are none."""
-    return errors_by_rank(collectives.all_gather_object(error, group))
+    """The errors of the first ranks that have one as one text, the same on all; None if there are none."""
+    texts = collectives.tell_first(error or "", group, MAX_LISTED)
+    return "; ".join(f"rank {rank}: {text}" for rank, text in texts.items()) or None
 
 
 def errors_by_rank(errors: Sequence[str | None]) -> str | None:

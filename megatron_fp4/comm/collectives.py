@@ -3,7 +3,8 @@
 A sum must not depend on where an element lies in a buffer or which rank reads it. gloo's own reductions add in an order
 that depends on the buffer position, and add BF16 in BF16 hop by hop, so replicas drift apart; here, on gloo, a sum is
 an all-to-all followed by a local FP32 sum in rank order (which was also measured to be faster). On NCCL the native
-reductions are used: they are consistent across ranks, but add in an order and a precision of NCCL's own.
+reductions are used: they are consistent across ranks, but add in the tensor's own type (BF16 is rounded at every
+addition) and in an order that depends on the number of ranks and nodes, and their maximum ignores NaN.
 
 All functions return their input untouched for a group of one rank, and never modify it otherwise. Over a drawn group
 nothing travels: the result has its shape and no values. Not here: gradients (autograd.py), and the optimizer's
@@ -144,7 +145,10 @@ def _as_bytes(x: Tensor) -> Tensor:
 
 
 def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
-    """Sum over the group, the same bits on every rank; `x.dtype`, new tensor. FP32 in rank order, on NCCL its own."""
+    """Sum over the group, the same bits on every rank; `x.dtype`, new tensor.
+
+    In FP32 and in rank order on gloo; on NCCL in `x.dtype` and an order of NCCL's.
+    """
     if group.size == 1:
         return x
     if _is_drawn(group, x):
@@ -161,7 +165,11 @@ def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
 
 
 def all_reduce_max(x: Tensor, group: Group) -> Tensor:
-    """Maximum over the group; NaN on any rank gives NaN on all (gloo's own MAX would drop it on some)."""
+    """Maximum over the group, the same on every rank.
+
+    NaN on any rank gives NaN on all, on gloo. NCCL's maximum is `fmaxf`, which prefers numbers: there only a NaN on all
+    ranks is one, and whoever looks for NaN looks at its own `x` and lets the ranks agree.
+    """
     if group.size == 1:
         return x
     if _is_drawn(group, x):
@@ -199,10 +207,25 @@ def all_gather_object(value: Any, group: Group) -> list[Any]:
 
 def all_gather_if_any(value: Any, nothing: Any, group: Group) -> list[Any]:
     """Like `all_gather_object`, but costs one message of a byte where the value of every rank equals `nothing`."""
-    device = torch.device("cpu") if group.size == 1 or uses_gloo(group) else torch.device("cuda")
-    if not all_reduce_max(torch.tensor([value != nothing], dtype=torch.uint8, device=device), group).item():
+    if not _who(value != nothing, group).any():
         return [nothing] * group.size
     return all_gather_object(value, group)
+
+
+def tell_first(text: str, group: Group, most: int = 20) -> dict[int, str]:
+    """The texts of the first `most` ranks that have one (not ""), by rank, on all ranks.
+
+    Costs a byte of each rank, and a broadcast of each such text: where all ranks have the same trouble, their texts do
+    not all go to all.
+    """
+    speakers = _who(text != "", group).nonzero().flatten().tolist()[:most]
+    return {rank: broadcast_object(text, group, source=rank) for rank in speakers}
+
+
+def _who(speaks: bool, group: Group) -> Tensor:
+    """Which ranks say yes: uint8 `[size]` on the host."""
+    device = torch.device("cpu") if group.size == 1 or uses_gloo(group) else torch.device("cuda")
+    return all_gather_rows(torch.full((1,), speaks, dtype=torch.uint8, device=device), group).cpu()
 
 
 def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:

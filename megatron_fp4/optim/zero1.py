@@ -12,12 +12,12 @@ A step whose gradient norm is not finite changes no state on any rank. Not here:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
-from megatron_fp4.comm.collectives import all_gather_object
+from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.optim.adam import choose_adamw
@@ -158,6 +158,24 @@ class Zero1AdamW:
         self.step_count = step_count
         self._refresh(wait=True)
 
+    def sum_by_name(self, local: Mapping[str, float]) -> dict[str, float]:
+        """Sums over all ranks of numbers by logical name, of all names and sorted, the same on all. Collective.
+
+        A number per logical tensor is summed over the ranks of the stage, then the pipeline ranks tell each other: what
+        a rank receives does not grow with the replicas.
+        """
+        names = sorted(
+            {where.name for bucket in self.buckets for slot in bucket.slots for where in slot.placement.rectangles}
+        )
+        sums = torch.tensor([local.get(name, 0.0) for name in names], dtype=torch.float64, device=self._device)
+        for group in (self._mesh.dp_cp, self._mesh.tp):
+            sums = all_reduce_sum(sums, group)
+        totals: dict[str, float] = {}
+        for of_stages in all_gather_object(dict(zip(names, sums.tolist(), strict=True)), self._mesh.pp):
+            for name, value in of_stages.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return dict(sorted(totals.items()))
+
     # -- internals ------------------------------------------------------------------------------------------------
 
     def _writes(self, piece: ParameterPiece) -> bool:
@@ -179,5 +197,5 @@ class Zero1AdamW:
 
     def _nonfinite_names(self) -> tuple[str, ...]:
         """Logical names with a NaN or infinite gradient anywhere. Collective; only after a non-finite norm."""
-        names = {shard.name for shard in self.grad_shards() if not bool(torch.isfinite(shard.tensors["grad"]).all())}
-        return tuple(sorted(set().union(*all_gather_object(names, self._mesh.world))))
+        bad = [shard.name for shard in self.grad_shards() if not bool(torch.isfinite(shard.tensors["grad"]).all())]
+        return tuple(name for name, count in self.sum_by_name(dict.fromkeys(bad, 1.0)).items() if count)

@@ -1,6 +1,7 @@
 """NaN and Inf on their way to a quantizer, in which they would become ordinary codes: raised, or recorded.
 
-What a backend measures of a tensor, its largest magnitude, is also what shows them: NaN propagates through a maximum.
+What a backend measures of a tensor, its largest magnitude, is also what shows them: NaN propagates through a maximum of
+torch's. It does not through NCCL's, so a rank looks at what it measured itself too, and may be the only one to see it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def write_bundle(run: Run, judgement: Judgement, bad: BadStep) -> Path:
     Trouble with the disk is logged and does not end the run. The step's gradients are gone afterwards.
     """
     directory = Path(run.config.train.run_dir) / SPIKES / f"step_{bad.step:08}"
-    norms = norms_by_tensor(run.optimizer, run.mesh.world)
+    norms = norms_by_tensor(run.optimizer)
     checkpoint = checkpoint_before(run, bad.first_spike)
     statistics = _measure(run, bad)
     if run.mesh.is_main:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 
-from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.optim import Zero1AdamW
@@ -19,22 +18,18 @@ def parameter_norm(optimizer: Zero1AdamW, world: Group, device: torch.device) ->
     return global_norm([shard.tensors["master"] for shard in optimizer.state_shards() if shard.writes], world, device)
 
 
-def norms_by_tensor(optimizer: Zero1AdamW, world: Group) -> dict[str, dict[str, float]]:
+def norms_by_tensor(optimizer: Zero1AdamW) -> dict[str, dict[str, float]]:
     """{logical name: {"parameter", "gradient"}}, after `finish_grads` and before `step`. Collective; for reports."""
-    parameters = _norms(optimizer.state_shards(), "master", world)
-    gradients = _norms(optimizer.grad_shards(), "grad", world)
+    parameters = _norms(optimizer, optimizer.state_shards(), "master")
+    gradients = _norms(optimizer, optimizer.grad_shards(), "grad")
     return {name: {"parameter": norm, "gradient": gradients[name]} for name, norm in parameters.items()}
 
 
-def _norms(shards: Iterable[Shard], kind: str, world: Group) -> dict[str, float]:
+def _norms(optimizer: Zero1AdamW, shards: Iterable[Shard], kind: str) -> dict[str, float]:
     """The norm of each logical tensor, sorted by name, from the shards of all ranks. Collective."""
     local_squares: dict[str, float] = {}
     for shard in shards:
         if shard.writes:
             square = float(shard.tensors[kind].double().square().sum())
             local_squares[shard.name] = local_squares.get(shard.name, 0.0) + square
-    squares: dict[str, float] = {}
-    for of_rank in all_gather_object(local_squares, world):
-        for name, square in of_rank.items():
-            squares[name] = squares.get(name, 0.0) + square
-    return {name: math.sqrt(square) for name, square in sorted(squares.items())}
+    return {name: math.sqrt(square) for name, square in optimizer.sum_by_name(local_squares).items()}

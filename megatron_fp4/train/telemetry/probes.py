@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_fp4.comm.collectives import all_gather_object
+from megatron_fp4.comm.collectives import tell_first
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.precision.backends import Backend
@@ -68,7 +68,7 @@ def _check(run: Run, gemms: GemmLedger, step: int, table: PrecisionTable, num_mi
         num_microbatches=num_microbatches,
         recomputed=[name for name in names if full and name.startswith("blocks.")],
     )
-    lines = list(dict.fromkeys(line for part in all_gather_object(local_lines, run.mesh.world) for line in part))
-    if lines:
+    parts = tell_first("\n".join(local_lines), run.mesh.world).values()
+    if lines := list(dict.fromkeys(line for part in parts for line in part.splitlines())):
         shown = lines[:MAX_LINES] + ([f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else [])
         raise GemmMismatch(f"step {step}: GEMMs that are not as in the precision table:\n" + "\n".join(shown))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_fp4.comm.collectives import all_gather_object
+from megatron_fp4.comm.agree import gather_to_rank0
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.precision.statistics import Report, StatisticsProbe, report_table
 from megatron_fp4.train.run import Run
@@ -49,7 +49,7 @@ def write_statistics(run: Run, step: int, metrics: Metrics) -> None:
 
 
 def measure_again(run: Run, step: int, rerun_step: Callable[[], object]) -> Report:
-    """Statistics of a step that turned out to be bad; empty where nothing is quantized. Collective over the world.
+    """Statistics, on the main rank, of a step that turned out to be bad; empty elsewhere. Collective over the world.
 
     rerun_step: makes its forward and backward once more, which is not needed on a step that was measured.
     """
@@ -65,11 +65,11 @@ def measure_again(run: Run, step: int, rerun_step: Callable[[], object]) -> Repo
 
 
 def _gather(report: Report, mesh: ParallelMesh) -> Report:
-    """The reports of all pipeline stages, in order of the blocks. Collective over the world."""
-    local_report = report if mesh.tp.rank == mesh.cp.rank == mesh.dp.rank == 0 else {}
+    """The reports of all pipeline stages on the main rank, in order of the blocks. Collective over its pipeline."""
     merged: Report = {}
-    for part in all_gather_object(local_report, mesh.world):
-        merged |= part
+    if mesh.tp.rank == mesh.cp.rank == mesh.dp.rank == 0:
+        for part in gather_to_rank0(report, mesh.pp):
+            merged |= part
     return dict(sorted(merged.items(), key=lambda item: _order(item[0])))
 
 
