@@ -23,6 +23,7 @@ from megatron_fp4.comm.rendezvous import Rendezvous
 from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.loader import Loader
 from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.resume.differences import around_first_difference
 from megatron_fp4.train.resume.provenance import git_state, source_digest, versions
 
 Part = dict[str, str]
@@ -34,7 +35,7 @@ NUMERIC_VARIABLES = ("NVTE_", "NVIDIA_TF32_OVERRIDE", "CUBLAS", "TORCH_ALLOW_TF3
 REMEDY = "start every rank with the same command, checkout, environment and data"
 REFUSAL = "refusal"
 MAX_KEYS, MAX_KINDS = 6, 3
-MAX_CHARACTERS = 80
+MAX_CHARACTERS, CONTEXT = 80, 20
 
 
 def parts_of_start(written: Mapping[str, Any]) -> dict[str, Part]:
@@ -130,7 +131,8 @@ def _compared(parts: Sequence[Part], owners: Sequence[str]) -> str:
     differing = [key for key in keys if len({part.get(key) for part in parts}) > 1]
     texts = []
     for key in differing[:MAX_KEYS]:
-        values = [f"{_short(part.get(key, 'absent'))} on {who}" for part, who in zip(parts, owners, strict=True)]
+        shown = around_first_difference([part.get(key, "absent") for part in parts], MAX_CHARACTERS, CONTEXT)
+        values = [f"{text} on {who}" for text, who in zip(shown, owners, strict=True)]
         texts.append(f"{_short(key)} = {', '.join(values)}")
     more = len(differing) - MAX_KEYS
     return ", ".join(texts) + (f", and {more} more" if more > 0 else "")
