@@ -16,7 +16,11 @@ COMMANDS = {
     "data": ("data_tools.cli", "text to shards, and what is in them (tokenize, inspect, verify, blend, ledger, ...)"),
     "report": ("megatron_fp4.cli.report", "loss curves and held-out losses of runs; bit-for-bit comparison"),
     "explain": ("megatron_fp4.cli.explain", "every setting: meaning, unit, default, bounds, may a resume change it"),
-    "plan": ("megatron_fp4.cli.plan", "parameters, memory, time and traffic of a run, without a GPU"),
+    "plan": ("megatron_fp4.cli.planning.plan", "parameters, memory, time and traffic of a run, without a GPU"),
+    "rehearse": (
+        "megatron_fp4.cli.planning.rehearse",
+        "one real step of any rank of any layout, on tensors without memory",
+    ),
     "verify-parallel": ("megatron_fp4.cli.verify_parallel", "prove that a layout computes the numbers of one process"),
     "preflight": ("megatron_fp4.cli.preflight", "try on these machines what a run will need, before it starts"),
     "crosscheck": ("megatron_fp4.cli.crosscheck", "Transformer Engine against the emulation, code by code"),

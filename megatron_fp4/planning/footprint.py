@@ -31,7 +31,7 @@ from megatron_fp4.models.block import block_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder, StageRange
 from megatron_fp4.planning.settings import RankSettings
-from megatron_fp4.planning.stand_ins import Kernels, SizedBackend, cross_entropy_of, use_fused_norms
+from megatron_fp4.planning.stand_ins import SizedBackend, cross_entropy_of, cuda_kernels, use_fused_norms
 from megatron_fp4.precision import StepClock, WgradPlan
 from megatron_fp4.precision.spec import LinearPrecision
 
@@ -145,7 +145,7 @@ def _footprint(
         output: Tensor = model(ids if stage.has_embedding else hidden.clone(), ids, ids, ids)
         return cross_entropy(output, ids.reshape(-1)).sum() if stage.has_head else output
 
-    with Kernels(on_gpu=settings.on_gpu):
+    with cuda_kernels(on_gpu=settings.on_gpu):
         return _count(forward, context.queue.drain if context.queue else lambda: None, hidden)
 
 

@@ -8,14 +8,15 @@ kernels of packages that need CUDA. These are here, and nothing else is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.fused.loss import CrossEntropy, LossImpl, choose_cross_entropy
@@ -38,39 +39,35 @@ def stored_bytes(operand: Operand, backend: BackendName, compute_bytes: int) -> 
     return float(compute_bytes) if backend in DEQUANTIZING else STORED_BYTES[operand.format]
 
 
-class Kernels(TorchFunctionMode):
+@contextmanager
+def cuda_kernels(*, on_gpu: bool) -> Iterator[None]:
     """Attention by a kernel that makes no matrix of scores, as on every real device; on a GPU also a fused RMSNorm.
 
-    torch's own choice on the meta device is to compute both from small operations, which keep far more.
+    torch's own choice where there is no kernel is to compute both from small operations, which keep far more. They are
+    put in place of torch's functions: a TorchFunctionMode would be off during a backward pass, where recomputation is.
     """
 
-    def __init__(self, *, on_gpu: bool) -> None:
-        super().__init__()
-        self._on_gpu = on_gpu
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func is F.rms_norm and self._on_gpu:
-            return _norm(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
         """Keeps q, k, v, the output, FP32 sums of the softmax, and a mask, which kernels turn into numbers."""
-        if attn_mask is not None:
-            attn_mask = self._mask(q, attn_mask)
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out: Tensor = attend(q, k, v, 0.0, attn_mask is None, attn_mask=attn_mask)[0]
+        mask = None if attn_mask is None else _mask(q, attn_mask, on_gpu=on_gpu)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor = flash(q, k, v, 0.0, mask is None, attn_mask=mask)[0]
         return out
 
-    def _mask(self, q: Tensor, mask: Tensor) -> Tensor | None:
-        from torch.nn.attention.bias import CausalBias  # here: it imports torch._dynamo, which takes seconds
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
+        if on_gpu:
+            stack.enter_context(patch.object(F, "rms_norm", _norm))
+        yield
 
-        if not isinstance(mask, CausalBias):
-            return q.new_empty(mask.shape)
-        by_flag = self._on_gpu or mask.seq_len_q == mask.seq_len_kv
-        return None if by_flag else q.new_empty(mask.seq_len_q, mask.seq_len_kv)
+
+def _mask(q: Tensor, mask: Tensor, *, on_gpu: bool) -> Tensor | None:
+    from torch.nn.attention.bias import CausalBias  # here: it imports torch._dynamo, which takes seconds
+
+    if not isinstance(mask, CausalBias):
+        return q.new_empty(mask.shape)
+    by_flag = on_gpu or mask.seq_len_q == mask.seq_len_kv
+    return None if by_flag else q.new_empty(mask.seq_len_q, mask.seq_len_kv)
 
 
 def _norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:

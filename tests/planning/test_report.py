@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_fp4.cli.plan import main
+from megatron_fp4.cli.planning.plan import main
 from megatron_fp4.cli.render.plan import render
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.data.config import DataConfig

@@ -36,7 +36,7 @@ def scaled_matmul(
     out_dtype: BF16, FP32, or FP64 (for the proof mode, whose sums are in FP64; operands are exact there as well).
     accumulate_into: a tensor to which the product is added in place; it is then also the result.
     """
-    multiply = {"cpu": multiply_on_cpu, "cuda": multiply_on_cuda}.get(a.device.type, multiply_widened)
+    multiply = BY_DEVICE.get(a.device.type, multiply_widened)
     out = multiply(a, b, Factors.of(a_scale, b_scale), out_dtype)
     return out if accumulate_into is None else accumulate_into.add_(out)
 
@@ -96,6 +96,10 @@ def multiply_widened(a: Tensor, b: Tensor, factors: Factors, out_dtype: torch.dt
     """On any device: operands widened, which is exact, to FP32, or to FP64 for a result of that type."""
     wide = torch.float64 if out_dtype == torch.float64 else torch.float32
     return factors.apply(torch.mm(a.to(wide), b.to(wide).T)).to(out_dtype)
+
+
+BY_DEVICE = {"cpu": multiply_on_cpu, "cuda": multiply_on_cuda}
+"""The function of a type of device, where it has one of its own."""
 
 
 def widens(device: torch.device, out_dtype: torch.dtype) -> bool:

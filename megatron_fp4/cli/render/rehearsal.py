@@ -1,0 +1,109 @@
+"""The report of a rehearsal as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MEMORY = 0.03
+"""Part by which the peak may differ from the plan's."""
+TRAFFIC = 0.01
+"""Part by which the bytes of an axis may differ from the plan's."""
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report of `planning.rehearsal.report.rehearse`, one rank after the other, and the verdict."""
+    counts = report["microbatches"]
+    lines = [f"{report['gpus']} GPUs; the second step of each rank is told"]
+    if counts["rehearsed"] < counts["in_run"]:
+        lines.append(
+            f"{counts['rehearsed']} of the {counts['in_run']} microbatches of a step are rehearsed, and planned here:"
+            " the others repeat the last but one"
+        )
+    for entry in report["ranks"]:
+        lines += _rank(entry)
+    found_fault = deviations(report)
+    return "\n".join([*lines, "", *(found_fault or ["verdict: as planned"])])
+
+
+def deviations(report: Mapping[str, Any]) -> list[str]:
+    """One line for everything that is not as planned."""
+    return [f"NOT AS PLANNED: rank {entry['rank']}: {text}" for entry in report["ranks"] for text in _deviations(entry)]
+
+
+def _deviations(entry: Mapping[str, Any]) -> Iterator[str]:
+    memory = entry["memory"]
+    if abs(memory["plan"] - memory["peak"]) > MEMORY * memory["peak"]:
+        yield f"memory {_beside(memory['peak'], memory['plan'])}"
+    for axis, sent in entry["messages"]["axes"].items():
+        if axis != "others" and abs(sent["plan"] - sent["measured"]) > TRAFFIC * max(sent.values()):
+            yield f"{axis} traffic {_beside(sent['measured'], sent['plan'])}"
+
+
+def _rank(entry: Mapping[str, Any]) -> list[str]:
+    place = ", ".join(f"{name} {rank}" for name, rank in entry["place"].items())
+    return [
+        "",
+        f"rank {entry['rank']} ({place}): {entry['seconds']:.0f} s",
+        *_crossings("copies in", entry["copies_in"]),
+        *_crossings("read-backs", entry["read_backs"]),
+        *_memory(entry["memory"]),
+        *(f"  above 1 GB: {e['tensor']} at {e['origin']}, {e['count']} x" for e in entry["large_tensors"]),
+        *_messages(entry["messages"]),
+        *_kernels(entry["kernels"]),
+    ]
+
+
+def _crossings(name: str, counts: Mapping[str, int]) -> list[str]:
+    return [f"  {name}: {sum(counts.values())}", *(f"    {count:>6} x {origin}" for origin, count in counts.items())]
+
+
+def _memory(section: Mapping[str, Any]) -> list[str]:
+    return [
+        f"  memory: peak {_beside(section['peak'], section['plan'])}, at {section['at']}",
+        *(
+            f"    {kind:<28} {_gb(sizes['measured']):>9} planned {_gb(sizes['plan']):>9}"
+            for kind, sizes in section["kinds"].items()
+            if any(sizes.values())
+        ),
+        *(f"      {_gb(size):>9} from {holder}" for holder, size in section["holders"].items()),
+    ]
+
+
+def _messages(section: Mapping[str, Any]) -> list[str]:
+    return [
+        "  sent, GB:",
+        *(
+            f"    {axis:<10} {_gb(sent['measured']):>9} planned {_gb(sent['plan']):>9}"
+            for axis, sent in section["axes"].items()
+            if any(sent.values())
+        ),
+        *(
+            f"      {e['phase']:<17} {e['group']:<6} of {e['ranks']:>5}: {e['count']:>6} x {e['kind']:<20}"
+            f" {_gb(e['sent']):>9}"
+            for e in section["collectives"]
+        ),
+    ]
+
+
+def _kernels(section: Mapping[str, Any]) -> list[str]:
+    calls = section["calls"]
+    parts = [
+        f"    {part:<12} {count:>7}"
+        + (f" in {calls[part]} calls, {count / calls[part]:.0f} each" if part in calls else "")
+        for part, count in section["by_part"].items()
+    ]
+    return [
+        f"  kernels: {section['total']}, of them {section['gemms']} products and {section['compiled_stages']} compiled"
+        " stages",
+        *parts,
+    ]
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.3f}" if size >= 1e6 else f"{size / 1e9:.6f}"
+
+
+def _beside(measured: float, planned: float) -> str:
+    difference = f"{planned / measured - 1:+.1%}" if measured else "nothing was measured"
+    return f"{_gb(measured)} GB, planned {_gb(planned)} ({difference})"

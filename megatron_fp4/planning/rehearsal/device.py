@@ -1,0 +1,53 @@
+"""An accelerator that computes nothing: its tensors have shapes, types and a device, and no memory.
+
+torch lets one device be written in Python (PrivateUse1). Its tensors are fake tensors, which find every operation
+between a tensor of the device and one of the host, as a GPU would. It is the process's for good: torch takes one name.
+
+Not here: what is seen of the operations (watch.py).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.utils import backend_registration
+
+NAME = "rehearsed"
+
+
+class _Module(backend_registration._DummyBackendModule):
+    """What torch asks of `torch.rehearsed`. Recomputation enters autocast, and a checkpoint asks for random state."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def is_autocast_enabled(self) -> bool:
+        return False
+
+    def set_autocast_enabled(self, enabled: bool) -> None:
+        pass
+
+    def get_autocast_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def set_autocast_dtype(self, dtype: torch.dtype) -> None:
+        pass
+
+    def synchronize(self, device: object = None) -> None:
+        pass
+
+    def set_device(self, device: object) -> None:
+        pass
+
+
+@functools.cache
+def rehearsal_device() -> torch.device:
+    """The device, registered at the first call."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    return torch.device(NAME, 0)
+
+
+def is_rehearsed(x: torch.Tensor) -> bool:
+    """Whether a tensor lies on the device."""
+    return x.device.type == NAME
