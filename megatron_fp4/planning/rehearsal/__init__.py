@@ -1,7 +1,10 @@
 """One real step of one rank of any layout, on an accelerator without memory, in a world without other ranks.
 
-device.py     the accelerator          world.py     its process groups       stand_ins.py   what only CUDA has
-watch.py      sees every operation     origin.py    where it was asked for
-copies.py     host and device          live.py      memory                   kernels.py     launches
-messages.py   between ranks            sequence.py  their order on ranks     step.py        the step itself
+device.py    the accelerator                  world.py      its process groups
+on_cuda.py   the configuration                backend.py    how operands are made
+build.py     the rank                         step.py       its steps
+watch.py     sees every operation             origin.py     where in the project it was asked for
+copies.py    between host and device          live.py       memory
+messages.py  between ranks                    kernels.py    launches
+report.py    all of it beside the plan
 """

@@ -7,7 +7,7 @@ the meta device, for the shapes of its results; afterwards it is one launch that
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from megatron_fp4.numerics import compiled
-from megatron_fp4.precision.backends import Backend, Copy, OperandOrigin, QuantizedOperand
 
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
 NO_KERNEL |= {"set_", "resize_", "_unsafe_view", "_reshape_alias", "view", "is_pinned", "_local_scalar_dense"}
@@ -102,33 +101,6 @@ class _CompiledStage:
         return tree_map(
             lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device), self._results[key]
         )
-
-
-class CountedBackend:
-    """See `Backend`: another one, whose kernels are counted by what they are for.
-
-    on_weight: called around the quantization of a weight, whose copies are kept.
-    """
-
-    def __init__(self, inner: Backend, counts: KernelCounts, on_weight: Callable[[], Any]) -> None:
-        self._inner, self._counts, self._on_weight = inner, counts, on_weight
-
-    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
-        """See `Backend.quantize`."""
-        if not any(copy.operand.quantized for copy in copies):
-            return self._inner.quantize(x, origin, copies)
-        with self._counts.computing(f"quantize {origin.operand}"):
-            if origin.operand != "w":
-                return self._inner.quantize(x, origin, copies)
-            with self._on_weight():
-                return self._inner.quantize(x, origin, copies)
-
-    def matmul(
-        self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
-    ) -> Tensor:
-        """See `Backend.matmul`."""
-        with self._counts.computing("multiply"):
-            return self._inner.matmul(a, b, out_dtype=out_dtype, accumulate_into=accumulate_into)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

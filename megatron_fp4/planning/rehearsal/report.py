@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from megatron_fp4.data.ramp import BatchRampConfig
 from megatron_fp4.planning.rehearsal.live import PASSING, LiveKinds
 from megatron_fp4.planning.rehearsal.messages import Message, Messages
+from megatron_fp4.planning.rehearsal.on_cuda import shortened
 from megatron_fp4.planning.rehearsal.step import RehearsedRank, rehearsed_rank
 from megatron_fp4.planning.report import run_plan
 from megatron_fp4.train.checked import check_config
@@ -21,22 +21,6 @@ from megatron_fp4.train.config import RunConfig
 AXES = {"tp": "tensor", "tp_cp": "tensor", "cp": "context", "pp": "pipeline", "dp": "data", "dp_cp": "data"}
 """The plan's word for the messages of a group."""
 ACTIVATIONS = ("activations", "working set")
-
-
-def shortened(config: RunConfig, num_gpus: int) -> RunConfig:
-    """The configuration with no more microbatches a step than show all that a step of it does.
-
-    Without a pipeline two do, the first and the last; with one, twice as many as ranks, which fill and empty it.
-    """
-    dp = config.parallel.resolve_dp(num_gpus)
-    wanted = 2 * config.parallel.pp
-    whole = config.train.gradient_accumulation(dp, config.train.global_batch)
-    train = replace(
-        config.train,
-        global_batch=min(whole, wanted) * config.train.micro_batch * dp,
-        batch_ramp=BatchRampConfig(),
-    )
-    return replace(config, train=train)
 
 
 def choose_ranks(text: str, num_gpus: int, plan: Mapping[str, Any]) -> list[int]:

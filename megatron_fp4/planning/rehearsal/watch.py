@@ -24,6 +24,7 @@ from megatron_fp4.planning.rehearsal.live import LiveKinds
 from megatron_fp4.planning.rehearsal.messages import Messages
 from megatron_fp4.planning.rehearsal.origin import origin
 from megatron_fp4.planning.stand_ins import cuda_kernels
+from megatron_fp4.precision.backends.product import BY_DEVICE, multiply_on_cuda
 
 
 class RehearsalRefused(RuntimeError):
@@ -59,6 +60,7 @@ class Watch(TorchDispatchMode):
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # modes belong to one thread
             stack.enter_context(patch.object(FakeTensor, "tolist", lambda x: self.copies.listed(x)))
             stack.enter_context(patch.object(torch, "tensor", _with_device(torch.tensor, self.copies)))
+            stack.enter_context(patch.dict(BY_DEVICE, {NAME: multiply_on_cuda}))
             stack.enter_context(cuda_kernels(on_gpu=True))
             stack.enter_context(self.kernels.with_compiled_stages(self._phase))
             stack.enter_context(self)

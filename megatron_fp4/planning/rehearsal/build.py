@@ -1,0 +1,58 @@
+"""One rank of a run on the fake device, built by the trainer's own `build_trainable`.
+
+It has no checkpoint store and no loaders: files are not rehearsed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_fp4.comm.mesh import Group, build_mesh
+from megatron_fp4.comm.parameter import logical_parameters
+from megatron_fp4.planning.rehearsal.backend import counted_backend
+from megatron_fp4.planning.rehearsal.messages import group_names
+from megatron_fp4.planning.rehearsal.watch import Watch
+from megatron_fp4.planning.stand_ins import use_fused_norms
+from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.phases import Phases
+from megatron_fp4.train.run import Run
+from megatron_fp4.train.trainable import Trainable, build_trainable
+
+
+def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phases: Phases, watch: Watch) -> Run:
+    """The run of this rank. checked: of the configuration that `on_cuda` makes. Under `watch`."""
+    config = checked.config
+    mesh = build_mesh(config.parallel, world)
+    watch.messages.names = group_names(mesh)
+    backend, probes = counted_backend(config, watch.kernels, lambda: watch.live.making("quantized weights"))
+    trainable = build_trainable(config, checked.plan.table(), backend, mesh, device)
+    for stage in trainable.engine.stages:
+        use_fused_norms(stage, config.model.norm_impl)
+    _label(trainable, watch)
+    nothing: Any = None
+    return Run(
+        config=config,
+        mesh=mesh,
+        device=device,
+        clock=trainable.clock,
+        plan=checked.plan,
+        engine=trainable.engine,
+        optimizer=trainable.optimizer,
+        store=nothing,
+        loader=nothing,
+        evaluations=[],
+        probes=probes,
+        phases=phases,
+    )
+
+
+def _label(trainable: Trainable, watch: Watch) -> None:
+    """Say what the state of a rank is, in the plan's words."""
+    parameters = [parameter for stage in trainable.engine.stages for parameter in logical_parameters(stage)]
+    state = [tensor for shard in trainable.optimizer.state_shards() for tensor in shard.tensors.values()]
+    sums = [parameter.main_grad for parameter in parameters if parameter.main_grad is not None]
+    watch.live.label(state, "optimizer")
+    watch.live.label(parameters, "weights")  # after the state: FP32 weights are their own masters
+    watch.live.label(sums, "main gradients")
