@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -111,7 +112,7 @@ class Recording(TorchDispatchMode):
 
 def group_names(mesh: ParallelMesh) -> dict[tuple[int, ...], str]:
     """The name of each group of at least two ranks; of two groups with the same ranks the narrower one's."""
-    groups = [mesh.world, mesh.model, mesh.tp_cp, mesh.dp_cp, mesh.pp, mesh.dp, mesh.cp, mesh.tp]
+    groups = [getattr(mesh, field.name) for field in reversed(fields(mesh))]
     return {group.ranks: group.name for group in groups if group.size > 1}
 
 
