@@ -1,10 +1,10 @@
-"""Checkpoints: rectangles of logical tensors in torch.distributed.checkpoint files, complete or absent (floor 4).
+"""Checkpoints: rectangles of logical tensors in files that all ranks write side by side, complete or absent (floor 4).
 
     (none)
       | save.py         the ranks agree in one message; rank 0 makes the directory
     step_N.writing-...
-      | write.py        a thread of each rank: its bytes, fsynced; then its mark, part_<rank>.json
-      | commit.py       rank 0's thread, when all marks are there: metadata, small state, manifest
+      | write.py        a thread of each rank: its part of a file, fsynced; then its mark in the store (marks.py)
+      | commit.py       rank 0's thread, when all marks are there: layout, small state, manifest
     sealed
       | commit.py       rename; `latest` is replaced
     step_N              load.py: choose() -> Verified, load(Verified, shards)
@@ -12,7 +12,7 @@
     (gone)
 
 A rank that fails on the way renames step_N.writing-... to step_N.failed-..., which stops the others; what a killed run
-left is swept at the next start (retention.py). directory.py has the names, dcp.py and state.py what is in the files.
+left is swept at the next start (retention.py). directory.py has the names, pieces/ what is in the files.
 """
 
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt

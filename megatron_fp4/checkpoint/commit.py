@@ -1,37 +1,33 @@
 """The commit protocol on the file system: a checkpoint is complete, or it does not exist.
 
-Ranks meet in the directory, not in a collective, so that bytes can be written by background threads while the training
-process groups are in use. A rank that has fsynced its part leaves `part_<rank>.json`; rank 0 watches for all of them,
-writes metadata and manifest, renames, and replaces `latest`. A rank that fails renames the directory away: one call
-that needs no disk space, after which the others' files cannot be created and rank 0 stops waiting.
+Ranks meet in a store, not in a collective, so that bytes can be written by background threads while the training
+process groups are in use. A rank that has fsynced its part leaves a mark (marks.py); rank 0 watches for all of them,
+writes layout and manifest, renames, and replaces `latest`. A rank that fails renames the directory away: one call that
+needs no disk space, after which the others' files cannot be created and rank 0 stops waiting.
 
 Not here: torch.distributed communication, and names (directory.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.utils.serialization import config as serialization_config
-
 from megatron_fp4.checkpoint.config import CheckpointConfig
-from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor
 from megatron_fp4.checkpoint.directory import LATEST, STATE, step_name, temporary_name
+from megatron_fp4.checkpoint.marks import Marks, store_of
 from megatron_fp4.checkpoint.outcome import NotSaved
+from megatron_fp4.checkpoint.pieces.layout import LAYOUT
+from megatron_fp4.checkpoint.pieces.plan import SaveLayout
 from megatron_fp4.checkpoint.retention import retain, sweep_failed
-from megatron_fp4.checkpoint.state import SaveContent, SaveLayout
-from megatron_fp4.checkpoint.write import GivenUp, PartWriter, SaveInProgress
+from megatron_fp4.checkpoint.state import SaveContent
+from megatron_fp4.checkpoint.write import GivenUp, SaveInProgress, write_part
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage.durable import FileRecord, fsync_directory, write_durably, write_manifest, write_temporary
 from megatron_fp4.storage.owner import Owner
 
@@ -40,17 +36,47 @@ MOST_WATCH_SECONDS = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class LocalSave:
-    """What this rank does for one save in `directory`, without communication: it may run in a thread.
-
-    number: distinguishes the changes of this process in directory names. content: NotSaved if it could not be copied
-    to host memory.
-    """
+class SavePlace:
+    """Where the ranks meet for one save. number: distinguishes the changes of one process in directory names."""
 
     directory: Path
     number: int
+    marks: Marks
+
+
+class SavePlaces:
+    """The places of the saves under `root`, one after the other, the same on all ranks of `group`.
+
+    owner: rank 0's process. tag: of rank 0; no other of these has it.
+    """
+
+    def __init__(self, root: Path, group: Group, owner: Owner, tag: str) -> None:
+        self._root, self._num_ranks = root, group.size
+        self._owner, self._tag = owner, tag
+        self._store = store_of(group)
+        self._number = 0
+
+    def next_number(self) -> int:
+        """The number of the next change of this process."""
+        self._number += 1
+        return self._number
+
+    def next(self, step: int) -> SavePlace:
+        """The place of a save of `step`; nothing is made."""
+        number = self.next_number()
+        directory = self._root / temporary_name(step, "writing", self._owner, number)
+        return SavePlace(directory, number, Marks(self._store, f"{self._tag}/{number}", self._num_ranks))
+
+
+@dataclass(frozen=True, eq=False)
+class LocalSave:
+    """What this rank does for one save, without communication: it may run in a thread.
+
+    content: NotSaved if it could not be copied to host memory.
+    """
+
+    place: SavePlace
     rank: int
-    num_ranks: int
     config: CheckpointConfig
     layout: SaveLayout
     content: SaveContent | NotSaved
@@ -61,117 +87,71 @@ class LocalSave:
             if isinstance(self.content, NotSaved):  # raised here, so that no other rank waits for this one
                 raise MemoryError(self.content.reason)
             try:
-                part = write_part(self.directory, self.rank, self.layout.plan, self.content.tensors)
+                record = write_part(self.place.directory, self.layout.part, self.content.shards)
             except FileNotFoundError:
                 raise GivenUp("another rank could not write its part") from None
+            self.place.marks.leave(self.rank, record)
             if self.rank == 0:
                 self._commit(save, self.content.state_json)
         except BaseException:
             self.give_up()
             raise
         if self.rank == 0:
-            retain(self.directory.parent, save.step, self.number, self.config)
-        return part.num_bytes
+            retain(self.place.directory.parent, save.step, self.place.number, self.config)
+        return record.num_bytes
 
     def _commit(self, save: SaveInProgress, state_json: bytes) -> None:
-        assert self.layout.metadata is not None
-        parts = wait_for_parts(self.directory, self.num_ranks, save.overdue)
-        seal(self.directory, save.step, self.layout.metadata, state_json, parts)
+        try:
+            records = wait_for_parts(self.place.directory, self.place.marks, save.overdue)
+        finally:
+            self.place.marks.clear()
+        seal(self.place.directory, save.step, self.layout, state_json, records)
         if not save.claim_commit():
             raise GivenUp("finished after its time-out")
-        publish(self.directory, save.step, self.number)
+        publish(self.place.directory, save.step, self.place.number)
 
     def give_up(self) -> None:
         """Take the directory out of everybody's way; rank 0 frees its disk space."""
         with suppress(OSError):
-            os.rename(self.directory, self.directory.with_name(self.directory.name.replace(".writing-", ".failed-")))
+            os.rename(
+                self.place.directory,
+                self.place.directory.with_name(self.place.directory.name.replace(".writing-", ".failed-")),
+            )
         if self.rank == 0:
-            sweep_failed(self.directory.parent)
+            sweep_failed(self.place.directory.parent)
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one rank wrote, as it says so in its mark, `part_<rank>.json`."""
-
-    files: dict[str, FileRecord]
-    results: list[WriteResult]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(record.num_bytes for record in self.files.values())
-
-    def to_json(self) -> bytes:
-        files = {name: asdict(record) for name, record in self.files.items()}
-        results = [
-            [one.index.fqn, list(one.index.offset or ()), one.size_in_bytes, asdict(one.storage_data)]
-            for one in self.results
-        ]
-        return json.dumps({"files": files, "results": results}).encode()
-
-    @staticmethod
-    def from_json(data: bytes) -> Part:
-        body = json.loads(data)
-        files = {name: FileRecord(**record) for name, record in body["files"].items()}
-        results = [
-            WriteResult(MetadataIndex(fqn, offset), size, _StorageInfo(**info))
-            for fqn, offset, size, info in body["results"]
-        ]
-        return Part(files, results)
-
-
-def mark_name(rank: int) -> str:
-    """The file that says that a rank's part is on disk."""
-    return f"part_{rank}.json"
-
-
-def write_part(directory: Path, rank: int, plan: SavePlan, state: dict[str, StoredTensor]) -> Part:
-    """Write this rank's rectangles and, last, the mark that they are on disk."""
-    writer = PartWriter(directory)
-    plan = SavePlan(plan.items, storage_data=_StoragePrefix(f"__{rank}_"))
-    results = []
-    # For this thread only; the file is hashed as a whole.
-    with serialization_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-        if plan.items:
-            results = writer.write_data(plan, ShardSavePlanner(state)).wait()
-    fsync_directory(directory)
-    part = Part(writer.fs.records, results)
-    # Seen by rank 0 and removed before the commit: it must appear in one step, but need not survive a power cut.
-    mark = directory / mark_name(rank)
-    temporary = mark.with_suffix(".tmp")
-    temporary.write_bytes(part.to_json())
-    os.replace(temporary, mark)
-    return part
-
-
-def wait_for_parts(directory: Path, num_ranks: int, overdue: Callable[[], bool]) -> list[Part]:
+def wait_for_parts(directory: Path, marks: Marks, overdue: Callable[[], bool]) -> list[FileRecord]:
     """Rank 0: the parts of all ranks, when all are there. Raises GivenUp if a rank failed, TimeoutError if overdue."""
-    names = {mark_name(rank): rank for rank in range(num_ranks)}
     pause = WATCH_SECONDS
     while True:
-        try:
-            present = set(os.listdir(directory))
-        except FileNotFoundError:
-            raise GivenUp("another rank could not write its part") from None
-        missing = [str(rank) for name, rank in names.items() if name not in present]
-        if not missing:
-            return [Part.from_json((directory / name).read_bytes()) for name in names]
+        if not directory.is_dir():
+            raise GivenUp("another rank could not write its part")
+        if records := marks.collect():
+            return records
         if overdue():
-            raise TimeoutError(f"no part of rank {', '.join(missing[:20])} within the time-out")
+            late = ", ".join(map(str, marks.absent()[:20]))
+            raise TimeoutError(f"no part of rank {late} within the time-out")
         time.sleep(pause)
         pause = min(pause * 1.2, MOST_WATCH_SECONDS)
 
 
-def seal(directory: Path, step: int, metadata: Metadata, state_json: bytes, parts: list[Part]) -> None:
-    """Rank 0: DCP's metadata, the small state and the manifest; the directory is a whole checkpoint afterwards."""
-    writer = PartWriter(directory)
-    writer.finish(metadata, [part.results for part in parts])
-    files = dict(writer.fs.records)
-    for part in parts:
-        files |= part.files
-    files[STATE] = write_durably(directory / STATE, state_json)
+def seal(directory: Path, step: int, layout: SaveLayout, state_json: bytes, records: Sequence[FileRecord]) -> None:
+    """Rank 0: the layout, the small state and the manifest; the directory is a whole checkpoint afterwards.
+
+    records: of the parts, by rank. The layout is written again with each checkpoint: one that borrowed it from another
+    could not be moved, and would share its damage.
+    """
+    parts: dict[str, list[FileRecord]] = {}
+    for part, record in zip(layout.parts, records, strict=True):
+        if record.num_bytes:
+            parts.setdefault(part.file, []).append(record)
+    files = {
+        **parts,
+        LAYOUT: [write_durably(directory / LAYOUT, layout.content)],
+        STATE: [write_durably(directory / STATE, state_json)],
+    }
     write_manifest(directory, step, files)
-    for rank in range(len(parts)):
-        (directory / mark_name(rank)).unlink()
     fsync_directory(directory)
 
 

@@ -1,9 +1,10 @@
 """Loading: choose a checkpoint whose files are as they were written, then read it in place.
 
-Nothing is believed before its hash was checked, each rank checking a share of the files; and each step of the choice is
-agreed upon, so all ranks hold the same `Verified`. Only a `Verified` can be loaded: a resume, which looks at the small
-state first and at the tensors when the model is built, hashes every byte once. Damage leads to an earlier checkpoint; a
-file system that does not answer (UnreadableFile) never does.
+Nothing is believed before its hash was checked. Rank 0 reads the small files, for thousands of ranks that read the same
+one keep a file server busy, and hands them on; of the tensors' files each rank checks a share, where it can the part
+that it reads next. Each step of the choice is agreed upon, so all ranks hold the same `Verified`. Only a `Verified` can
+be loaded: a resume, which looks at the small state first and at the tensors when the model is built, hashes every byte
+once. Damage leads to an earlier checkpoint; a file system that does not answer (UnreadableFile) never does.
 """
 
 from __future__ import annotations
@@ -14,10 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from torch.distributed.checkpoint.metadata import Metadata
-
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
-from megatron_fp4.checkpoint.dcp import read_into
 from megatron_fp4.checkpoint.directory import (
     LATEST,
     STATE,
@@ -29,13 +27,14 @@ from megatron_fp4.checkpoint.directory import (
     read_state,
     step_name,
 )
-from megatron_fp4.checkpoint.metadata import METADATA, read_metadata
-from megatron_fp4.checkpoint.state import check_matches, stored_tensors
+from megatron_fp4.checkpoint.pieces.read import read_into
+from megatron_fp4.checkpoint.pieces.stored import Description, StoredPieces, read_description
+from megatron_fp4.checkpoint.state import check_matches, shapes_of
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.agree import agreed, decided_by_rank0, errors_by_rank
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.storage.durable import problem_of, read_manifest, share_of
+from megatron_fp4.storage.durable import Manifest, problem_of, share_of
 from megatron_fp4.storage.patience import UnreadableFile
 
 log = logging.getLogger(__name__)
@@ -50,13 +49,13 @@ class CorruptCheckpoint(ValueError):
 class Verified:
     """A checkpoint whose files were as they were written when `choose` looked; the same one on all ranks.
 
-    meta: the small state that was saved with the tensors, and "step". metadata: names, shapes and places of the stored
+    meta: the small state that was saved with the tensors, and "step". pieces: names, shapes and places of the stored
     tensors.
     """
 
     directory: Path
     meta: dict[str, Any]
-    metadata: Metadata
+    pieces: StoredPieces
 
     @property
     def step(self) -> int:
@@ -114,11 +113,11 @@ class CheckpointReader:
 
     def _verified(self, directory: Path) -> Verified:
         """The checkpoint in `directory`. Collective. Raises CorruptCheckpoint and UnreadableFile on all ranks."""
-        self._agreed(lambda: self._check_files(directory))
-        metadata = self._agreed(lambda: read_metadata(directory))
-        own_state = self._agreed(lambda: self._read_state(directory))
-        state = collectives.broadcast_object(own_state, self.group)
-        return Verified(directory, {**state["meta"], "step": state["step"]}, metadata)
+        own = self._agreed(lambda: _read_small_files(directory) if self.group.rank == 0 else None)
+        description, state = collectives.broadcast_object(own, self.group)
+        self._agreed(lambda: self._check_files(directory, description))
+        pieces = self._agreed(lambda: description.parsed(directory))
+        return Verified(directory, {**state["meta"], "step": state["step"]}, pieces)
 
     def _agreed(self, look: Callable[[], T]) -> T:
         """`look()` of this rank; what went wrong on any rank is raised on all, an unreadable file before damage."""
@@ -139,31 +138,29 @@ class CheckpointReader:
             raise CorruptCheckpoint("; ".join(damages))
         return cast(T, value)
 
-    def _check_files(self, directory: Path) -> None:
-        """Raises ValueError for what is wrong with the manifest, or with this rank's share of the files."""
-        files = read_manifest(directory).files
+    def _check_files(self, directory: Path, description: Description) -> None:
+        """Raises ValueError for what is wrong with this rank's share of the files that rank 0 has not checked."""
+        if not self.config.verify:
+            return
+        manifest = description.manifest
+        parts = manifest.parts(name for name in manifest.files if name not in (STATE, description.name))
+        if len(parts) == self.group.size:  # as many ranks as wrote: each reads the same again, then from memory
+            share = [parts[self.group.rank]]
+        else:
+            share = share_of(parts, self.group.rank, self.group.size)
         problems = []
-        to_check = files if self.config.verify else {name: files[name] for name in (METADATA, STATE) if name in files}
-        for name in share_of(to_check, self.group.rank, self.group.size):
-            problems.append(problem_of(directory, name, files[name]))
+        for name, part in share:
+            problems.append(problem_of(directory, name, part, manifest.file_bytes(name)))
             self._beat()
         if text := "; ".join(problem for problem in problems if problem):
             raise ValueError(text)
 
-    def _read_state(self, directory: Path) -> dict[str, Any]:
-        """Rank 0 reads; clients of a shared file system may see it differently."""
-        if self.group.rank != 0:
-            return {}
-        state = read_state(directory)
-        check_step(directory, read_manifest(directory), state)
-        return state
-
     def load(self, chosen: Verified, shards: Sequence[Shard]) -> None:
         """See `CheckpointStore.load`."""
-        state = agreed(lambda: stored_tensors(shards), self.group)
-        check_matches(state, chosen.metadata, self.group, str(chosen.directory))
+        wanted = agreed(lambda: shapes_of(shards), self.group)
+        check_matches(wanted, chosen.pieces.shapes(), self.group, str(chosen.directory))
         self._beat()
-        self._agreed(lambda: read_into(state, chosen.directory, chosen.metadata))
+        self._agreed(lambda: read_into(shards, chosen.directory, chosen.pieces))
 
     def load_or_earlier(self, chosen: Verified, shards: Sequence[Shard]) -> Verified:
         """See `CheckpointStore.load_or_earlier`."""
@@ -176,3 +173,19 @@ class CheckpointReader:
                     raise
                 self._pass_over(chosen.step, damage)
                 chosen = self.choose(None, before=chosen.step)
+
+
+def _read_small_files(directory: Path) -> tuple[Description, dict[str, Any]]:
+    """What rank 0 reads for all, in spite of `verify` with hashes: names and positions. Raises ValueError."""
+    description = read_description(directory)
+    manifest = description.manifest
+    for name in (description.name, STATE):
+        if name in manifest.files and (problem := _problem(directory, name, manifest)):
+            raise ValueError(problem)
+    state = read_state(directory)
+    check_step(directory, manifest, state)
+    return description, state
+
+
+def _problem(directory: Path, name: str, manifest: Manifest) -> str | None:
+    return "; ".join(text for part in manifest.files[name] if (text := problem_of(directory, name, part))) or None

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_fp4.checkpoint.dcp import read_into, stored_metadata
 from megatron_fp4.checkpoint.directory import STATE, check_step, load_order, read_state, step_name
-from megatron_fp4.checkpoint.metadata import read_metadata
-from megatron_fp4.checkpoint.state import stored_tensors
+from megatron_fp4.checkpoint.pieces.layout import dtype_of
+from megatron_fp4.checkpoint.pieces.read import read_into
+from megatron_fp4.checkpoint.pieces.stored import read_pieces
 from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.storage.durable import problem_of, read_manifest
 
@@ -61,12 +61,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 def list_tensors(directory: str | os.PathLike[str]) -> list[TensorInfo]:
     """All stored tensors by key; reads no tensor data."""
-    infos = []
-    metadata = read_metadata(directory)
-    for key in sorted(metadata.state_dict_metadata):
-        stored = stored_metadata(metadata, key)
-        infos.append(TensorInfo(key, tuple(stored.size), stored.properties.dtype, len(stored.chunks)))
-    return infos
+    tensors = read_pieces(directory).tensors()
+    return sorted((TensorInfo(key, shape, dtype_of(dtype), n) for key, shape, dtype, n in tensors), key=lambda i: i.key)
 
 
 def verify(directory: str | os.PathLike[str]) -> list[str]:
@@ -74,11 +70,11 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
     directory = Path(directory)
     try:
         manifest = read_manifest(directory)
-        records = manifest.files.items()
-        if problems := [problem for name, record in records if (problem := problem_of(directory, name, record))]:
+        looks = (problem_of(directory, name, part, manifest.file_bytes(name)) for name, part in manifest.parts())
+        if problems := list(dict.fromkeys(problem for problem in looks if problem)):
             return problems
         check_step(directory, manifest, read_state(directory))
-        read_metadata(directory)
+        read_pieces(directory)
     except ValueError as error:
         return [str(error)]
     return []
@@ -92,15 +88,16 @@ def read_tensor(directory: str | os.PathLike[str], key: str) -> Tensor:
 def read_tensors(directory: str | os.PathLike[str], keys: Sequence[str]) -> dict[str, Tensor]:
     """Whole logical tensors by key; one pass over the files."""
     directory = Path(directory)
-    metadata = read_metadata(directory)
-    if unknown := [key for key in keys if key not in metadata.state_dict_metadata]:
-        known = sorted(metadata.state_dict_metadata)
+    pieces = read_pieces(directory)
+    stored = {key: (shape, dtype) for key, shape, dtype, _ in pieces.tensors()}
+    if unknown := [key for key in keys if key not in stored]:
+        known = sorted(stored)
         raise ValueError(f"{directory} has no tensor {', '.join(unknown[:5])}; it has {len(known)}, e.g. {known[:3]}")
     tensors, shards = {}, []
     for key in keys:
-        stored = stored_metadata(metadata, key)
+        shape, dtype = stored[key]
         kind, name = key.split("/", 1)
-        tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype)
-        shards.append(Shard(Rectangle.whole(name, tuple(stored.size)), {kind: tensors[key]}))
-    read_into(stored_tensors(shards), directory, metadata)
+        tensors[key] = torch.empty(shape, dtype=dtype_of(dtype))
+        shards.append(Shard(Rectangle.whole(name, shape), {kind: tensors[key]}))
+    read_into(shards, directory, pieces)
     return tensors

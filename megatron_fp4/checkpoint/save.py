@@ -17,23 +17,15 @@ from typing import Any
 
 from megatron_fp4.checkpoint import commit
 from megatron_fp4.checkpoint.config import CheckpointConfig
-from megatron_fp4.checkpoint.directory import temporary_name
 from megatron_fp4.checkpoint.outcome import NotSaved, Saved, SaveFailed, SaveReport, SaveStatus
+from megatron_fp4.checkpoint.pieces.plan import SaveLayout, in_writing_order, layout_signature, plan_layout
 from megatron_fp4.checkpoint.retention import discard_after
-from megatron_fp4.checkpoint.state import (
-    SaveContent,
-    SaveLayout,
-    encode_meta,
-    layout_signature,
-    plan_layout,
-    stored_tensors,
-)
+from megatron_fp4.checkpoint.state import SaveContent, encode_meta, shapes_of
 from megatron_fp4.checkpoint.write import SaveInProgress, Staging
 from megatron_fp4.comm import collectives
 from megatron_fp4.comm.agree import decided_by_rank0, errors_by_rank
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.storage.owner import Owner
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +66,15 @@ class RunningSave:
 
 
 class Saver:
-    """At most one save is running; all ranks agree on its outcome before the next one starts.
+    """At most one save is running; all ranks agree on its outcome before the next one starts."""
 
-    owner: rank 0's process, in directory names.
-    """
-
-    def __init__(self, root: Path, group: Group, config: CheckpointConfig, owner: Owner) -> None:
+    def __init__(self, root: Path, group: Group, config: CheckpointConfig, places: commit.SavePlaces) -> None:
         self.root, self.group = root, group
         self.config = config
         self.running: RunningSave | None = None
-        self._owner = owner
+        self._places = places
         self._unreported: list[SaveReport] = []  # of saves that were concluded before `poll` saw their end
         self._failures_in_a_row = 0
-        self._number = 0  # of this process's changes, in directory names
         self._staging = Staging()
         self._layout: SaveLayout | None = None
 
@@ -95,20 +83,17 @@ class Saver:
     ) -> SaveReport:
         """See `CheckpointStore.save`."""
         began = time.monotonic()
-        number = self._next_number()
-        directory = self.root / temporary_name(step, "writing", self._owner, number)
+        place = self._places.next(step)
         small = {"step": step, "tokens": tokens, "score": score, "meta": dict(meta)}
-        content = self._open(directory, shards, small)
+        content = self._open(place.directory, shards, small)
         if isinstance(content, NotSaved):
             seconds = time.monotonic() - began
             return self._count(SaveReport(step, SaveStatus.failed, seconds, error=content.reason))
         assert self._layout is not None
         background = self.config.asynchronous
         local = commit.LocalSave(
-            directory=directory,
-            number=number,
+            place=place,
             rank=self.group.rank,
-            num_ranks=self.group.size,
             config=self.config,
             layout=self._layout,
             content=self._copied(content) if background else content,
@@ -121,10 +106,6 @@ class Saver:
         assert report is not None
         return report
 
-    def _next_number(self) -> int:
-        self._number += 1
-        return self._number
-
     def _open(self, directory: Path, shards: Sequence[Shard], small: dict[str, Any]) -> SaveContent | NotSaved:
         """Conclude the save before and agree on this one; NotSaved if there is no directory to write into.
 
@@ -136,7 +117,7 @@ class Saver:
             content = self._content(shards, small)
         except ValueError as caught:
             refusal = str(caught)
-        signature = layout_signature(content.tensors) if content else None
+        signature = layout_signature(content.shards) if content else None
         replan = self._layout is None or self._layout.signature != signature
         no_directory = None
         if self.group.rank == 0:
@@ -153,7 +134,7 @@ class Saver:
             assert content is not None
             if any(one.replan for one in proposals):  # once in a run
                 self._layout = None
-                self._layout = plan_layout(content.tensors, self.group)
+                self._layout = plan_layout(content.shards, self.group)
         except (ValueError, SaveFailed):
             if self.group.rank == 0 and no_directory is None:
                 directory.rmdir()
@@ -166,12 +147,13 @@ class Saver:
         """Raises ValueError for shards that contradict each other and for what JSON cannot hold."""
         if self.config.keep_every_tokens and small["tokens"] is None:
             raise ValueError("checkpoint.keep_every_tokens is set, but save() was not told the number of tokens")
-        return SaveContent(stored_tensors(shards), encode_meta(small))
+        shapes_of(shards)
+        return SaveContent(tuple(in_writing_order(shards)), encode_meta(small))
 
     def _copied(self, content: SaveContent) -> SaveContent | NotSaved:
         """A copy in host memory, because the step loop goes on while the thread writes."""
         try:
-            return SaveContent(self._staging.copy(content.tensors), content.state_json)
+            return SaveContent(self._staging.copy(content.shards), content.state_json)
         except (RuntimeError, MemoryError) as error:
             return NotSaved(f"no host memory for the copy ({error})")
 
@@ -244,7 +226,7 @@ class Saver:
     def discard_after(self, step: int) -> None:
         """See `CheckpointStore.discard_after`."""
         self.conclude()
-        number = self._next_number()
+        number = self._places.next_number()
         try:
             decided_by_rank0(lambda: discard_after(self.root, step, number), self.group, OSError)
         except OSError as error:

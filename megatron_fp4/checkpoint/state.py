@@ -1,4 +1,4 @@
-"""From shards to what is stored, and back in place.
+"""What is saved beside the bytes, and whether a checkpoint fits what is to be filled from it.
 
 A stored tensor is called "<kind>/<logical name>" ("master/blocks.3.mlp.up.weight"), never by rank, stage or position in
 a list; so a checkpoint has no layout, and any ranks that together hold the rectangles can read it. Small state is JSON
@@ -13,125 +13,49 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan
 
-from megatron_fp4.checkpoint.dcp import ShardSavePlanner, StoredTensor, stored_metadata
-from megatron_fp4.comm.agree import MAX_LISTED, agreed, decided_by_rank0, gather_to_rank0
+from megatron_fp4.comm import collectives
+from megatron_fp4.comm.agree import MAX_LISTED, decided_by_rank0, gather_to_rank0
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 
 
-def stored_tensors(shards: Iterable[Shard]) -> dict[str, StoredTensor]:
-    """{"<kind>/<name>": StoredTensor}. Raises ValueError when two shards disagree about a logical shape."""
-    state: dict[str, StoredTensor] = {}
+def shapes_of(shards: Iterable[Shard]) -> dict[str, tuple[int, ...]]:
+    """The logical shape of each tensor by key. Raises ValueError when two shards disagree about one."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
-        for kind, data in shard.tensors.items():
+        for kind in shard.tensors:
             key, shape = f"{kind}/{shard.name}", shard.where.global_shape
-            stored = state.setdefault(key, StoredTensor(kind, shape))
-            if stored.global_shape != shape:
-                raise ValueError(f"{key}: two shards say {stored.global_shape} and {shape}")
-            if data.numel():
-                stored.shards.append(shard)
-    return state
+            if shapes.setdefault(key, shape) != shape:
+                raise ValueError(f"{key}: two shards say {shapes[key]} and {shape}")
+    return shapes
 
 
 @dataclass(frozen=True, eq=False)
 class SaveContent:
-    """What is to be saved: tensors by key, and the small state as JSON."""
+    """What is to be saved: the shards that this rank writes, in the order of its part, and the small state as JSON."""
 
-    tensors: dict[str, StoredTensor]
+    shards: tuple[Shard, ...]
     state_json: bytes
 
 
-def layout_signature(state: Mapping[str, StoredTensor]) -> tuple[Any, ...]:
-    """Equal signatures of all ranks mean: the plan of the last save still holds."""
-    return tuple(
-        (
-            key,
-            stored.global_shape,
-            *((shard.where, stored.data(shard).dtype, shard.writes) for shard in stored.shards),
-        )
-        for key, stored in state.items()
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class SaveLayout:
-    """Who writes what; planned once in a run, because it holds as long as the signature does.
-
-    plan: this rank's write items. metadata: DCP's, of the whole, on rank 0.
-    """
-
-    signature: tuple[Any, ...]
-    plan: SavePlan
-    metadata: Metadata | None
-
-
-def plan_layout(state: dict[str, StoredTensor], group: Group) -> SaveLayout:
-    """Collective, on the calling thread.
-
-    Raises ValueError on all ranks if the written rectangles overlap or do not cover a logical tensor.
-    """
-    plan = ShardSavePlanner(state).create_local_plan()
-    plans = gather_to_rank0(plan, group)
-    metadata = agreed(lambda: _whole(plans) if group.rank == 0 else None, group)
-    return SaveLayout(layout_signature(state), plan, metadata)
-
-
-def _whole(plans: list[SavePlan]) -> Metadata:
-    """The plans as one, with every element once: DCP would drop a second copy, and compares all pairs of rectangles."""
-    seen: set[MetadataIndex] = set()
-    covered: dict[str, int] = {}
-    shapes: dict[str, torch.Size] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            key, data = item.index.fqn, item.tensor_data
-            assert data is not None
-            if item.index in seen:
-                raise ValueError(
-                    f"{key} at {tuple(item.index.offset or ())} is written twice, the second time by rank {rank};"
-                    " replicas must have writes=False"
-                )
-            seen.add(item.index)
-            shapes[key] = data.size
-            covered[key] = covered.get(key, 0) + data.chunk.sizes.numel()
-    for key, shape in shapes.items():
-        if covered[key] < shape.numel():
-            raise ValueError(
-                f"{key}: the shards of all ranks hold {covered[key]} of the {shape.numel()} elements of shape"
-                f" {tuple(shape)}"
-            )
-    _, metadata = create_default_global_save_plan(plans)
-    for key in shapes:
-        _refuse_overlap(key, stored_metadata(metadata, key).chunks)
-    return metadata
-
-
-def _refuse_overlap(key: str, chunks: Iterable[ChunkStorageMetadata]) -> None:
-    """Sweep along the rows, in which the pieces of the ranks follow each other: few are open at a time."""
-    opened: list[ChunkStorageMetadata] = []
-    for chunk in sorted(chunks, key=lambda chunk: tuple(chunk.offsets)):
-        opened = [other for other in opened if chunk.offsets[0] < other.offsets[0] + other.sizes[0]]
-        for other in opened:
-            places = zip(chunk.offsets, chunk.sizes, other.offsets, other.sizes, strict=True)
-            if all(low < start + size and start < low + length for low, length, start, size in places):
-                raise ValueError(f"{key}: the shards {chunk} and {other} are overlapping")
-        if chunk.offsets:
-            opened.append(chunk)
-
-
-def check_matches(state: Mapping[str, StoredTensor], metadata: Metadata, group: Group, where: str) -> None:
+def check_matches(
+    wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], group: Group, where: str
+) -> None:
     """Compare what all ranks ask for with what is stored. Collective.
 
     Only the kinds that are asked for count: an evaluation that asks for "master" need not name the moments.
     Raises one ValueError on all ranks, listing missing and unexpected names and wrong shapes.
     """
-    wanted_per_rank = gather_to_rank0({key: tensor.global_shape for key, tensor in state.items()}, group)
-    wanted = {key: shape for one in wanted_per_rank for key, shape in one.items()}
-    stored = {key: tuple(stored_metadata(metadata, key).size) for key in metadata.state_dict_metadata}
-    decided_by_rank0(lambda: _refuse_differences(wanted, stored, where), group)
+    names = list(stored)
+    device = "cpu" if group.size == 1 or collectives.uses_gloo(group) else "cuda"
+    own = torch.tensor([key in wanted for key in names], dtype=torch.uint8, device=device)
+    used = collectives.all_reduce_max(own, group).tolist()  # names of all ranks on one would be a hundred megabytes
+    others = {key: shape for key, shape in wanted.items() if stored.get(key) != tuple(shape)}
+    others_per_rank = gather_to_rank0(others, group)  # of most ranks nothing
+    asked = {key: stored[key] for key, used_by_any in zip(names, used, strict=True) if used_by_any}
+    asked |= {key: shape for one in others_per_rank for key, shape in one.items()}
+    decided_by_rank0(lambda: _refuse_differences(asked, stored, where), group)
 
 
 def _refuse_differences(

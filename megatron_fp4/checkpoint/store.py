@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_fp4.checkpoint.commit import SavePlaces
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import complete_steps, step_to_load
 from megatron_fp4.checkpoint.load import CheckpointReader, Verified
@@ -50,8 +52,9 @@ class CheckpointStore:
         if group.rank == 0:
             for name in sweep(self.root):
                 log.warning("removed %s, left by a run that ended while writing it", self.root / name)
-        owner = decided_by_rank0(Owner.me, group)  # and nobody goes on before rank 0 has swept
-        self.saver = Saver(self.root, group, config, owner)
+        # nobody goes on before rank 0 has swept
+        owner, tag = decided_by_rank0(lambda: (Owner.me(), uuid.uuid4().hex), group)
+        self.saver = Saver(self.root, group, config, SavePlaces(self.root, group, owner, tag))
         self.reader = CheckpointReader(self.root, group, config, beat)
 
     def save(

@@ -1,34 +1,31 @@
 """This rank's share of a save, beside the step loop: a copy in host memory, bytes in a file, a deadline.
 
-The bytes are written by a background thread that uses no collective. It needs none, because the plan was made before on
-the main thread and the ranks meet in the directory (commit.py); so it can never interleave with the training's process
-groups. A thread and not a process: writing and hashing release the interpreter lock, no second copy of torch is loaded,
-and its death cannot go unnoticed: an exception is kept and reported, a hang is reported by the deadline, and a kill
-takes the rank with it, which leaves only an unfinished directory.
+The bytes are written by a background thread that uses no collective. It needs none, because the layout was planned
+before on the main thread and the ranks meet in a store (marks.py); so it can never interleave with the training's
+process groups. A thread and not a process: writing and hashing release the interpreter lock, no second copy of torch is
+loaded, and its death cannot go unnoticed: an exception is kept and reported, a hang is reported by the deadline, and a
+kill takes the rank with it, which leaves only an unfinished directory.
 
 Not here: when a checkpoint counts (commit.py), and what the ranks agree on (save.py).
 """
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import StorageMeta
 
-from megatron_fp4.checkpoint.dcp import StoredTensor
 from megatron_fp4.checkpoint.outcome import NotSaved, Saved
+from megatron_fp4.checkpoint.pieces.layout import ALIGN_BYTES, round_up
+from megatron_fp4.checkpoint.pieces.plan import Part
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.storage.durable import FileRecord, HashingFile
+from megatron_fp4.storage.durable import FileRecord, HashingFile, fsync_directory
 
 GRACE_SECONDS = 1.0
 """A writer that keeps the deadline itself is waited for so much longer: it knows better who is late."""
@@ -41,77 +38,55 @@ class GivenUp(RuntimeError):
 
 
 class Staging:
-    """Host buffers (pinned for CUDA), one for each shard that this rank writes, used again by every save.
+    """Host buffers (pinned for CUDA), one for each tensor that this rank writes, used again by every save.
 
     So host memory is flat; the buffers are made anew only if the layout changes.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._buffers: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
 
-    def copy(self, state: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        """The written shards of `state`, copied to the host; returns when the copy is complete."""
-        copies = {}
-        buffers = {}
+    def copy(self, shards: Sequence[Shard]) -> tuple[Shard, ...]:
+        """The shards, copied to the host; returns when the copy is complete."""
+        copies, buffers = [], {}
         on_gpu = False
-        for key, stored in state.items():
-            copied = []
-            for shard in stored.shards:
-                if not shard.writes:
-                    continue
-                data, place = stored.data(shard), (key, shard.where.offset)
+        for shard in shards:
+            copied = {}
+            for kind, data in shard.tensors.items():
+                place = (kind, shard.name, shard.where.offset)
                 buffer = self._buffer(place, data)
                 buffer.copy_(data, non_blocking=True)
                 on_gpu |= data.is_cuda
-                buffers[place] = buffer
-                copied.append(Shard(shard.where, {stored.kind: buffer}))
-            copies[key] = StoredTensor(stored.kind, stored.global_shape, copied)
+                buffers[place] = copied[kind] = buffer
+            copies.append(Shard(shard.where, copied))
         self._buffers = buffers
         if on_gpu:
             torch.cuda.synchronize()
-        return copies
+        return tuple(copies)
 
-    def _buffer(self, place: tuple[str, tuple[int, ...]], data: Tensor) -> Tensor:
+    def _buffer(self, place: tuple[str, str, tuple[int, ...]], data: Tensor) -> Tensor:
         buffer = self._buffers.get(place)
         if buffer is not None and buffer.shape == data.shape and buffer.dtype == data.dtype:
             return buffer
         return torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
 
 
-class HashingFileSystem(FileSystem):
-    """DCP's file system; `records` has an entry for every file written through it, by file name."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, FileRecord] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        assert mode == "wb", mode
-        stream = HashingFile(path)
-        try:
-            yield stream
-            self.records[Path(path).name] = stream.record()
-        except RuntimeError as error:
-            # torch.save closes its archive even so, and that second failure would hide "No space left on device"
-            raise stream.error or error from None
-        finally:
-            with suppress(OSError):  # what was written and synced is closed already; the rest is lost anyway
-                stream.close()
-
-    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        super().rename(path, new_path)
-        self.records[Path(new_path).name] = self.records.pop(Path(path).name)
-
-
-class PartWriter(FileSystemWriter):
-    """DCP's writer that hashes, and does not store where (on the writing machine) the checkpoint was."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory, sync_files=True, per_thread_copy_ahead=0)
-        self.fs: HashingFileSystem = HashingFileSystem()
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
+def write_part(directory: Path, part: Part, shards: Sequence[Shard]) -> FileRecord:
+    """Write this rank's part, `shards` in their order, and return when it is on disk."""
+    if not part.num_bytes:
+        return FileRecord(0, "")
+    with closing(HashingFile(directory / part.file, part.start)) as stream:
+        for shard in shards:
+            for kind in sorted(shard.tensors):
+                data = shard.tensors[kind].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                stream.write(data)
+                if missing := round_up(len(data), ALIGN_BYTES) - len(data):
+                    stream.write(bytes(missing))
+        os.fsync(stream.fileno())
+    record = stream.record()
+    assert record.num_bytes == part.num_bytes, f"{record.num_bytes} bytes written, {part.num_bytes} planned"
+    fsync_directory(directory)
+    return record
 
 
 class SaveInProgress:

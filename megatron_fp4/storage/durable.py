@@ -8,11 +8,12 @@ Not here: which files make a checkpoint (checkpoint/directory.py), and the bytes
 
 from __future__ import annotations
 
+import heapq
 import io
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,35 +25,54 @@ from megatron_fp4.storage.owner import Owner
 from megatron_fp4.storage.patience import read_json, read_patiently
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: one hash for each file. 2: also files in parts, each with its own."""
 READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must look like."""
+    """What `num_bytes` bytes of a file from byte `start` on must look like."""
 
     num_bytes: int
     xxh3_64: str
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_bytes
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says: the step of the checkpoint, and its files by name."""
+    """What a manifest says: the step of the checkpoint, and the parts of each file, ascending, mostly only one."""
 
     step: int
-    files: dict[str, FileRecord]
+    files: dict[str, tuple[FileRecord, ...]]
+
+    def parts(self, names: Iterable[str] | None = None) -> list[tuple[str, FileRecord]]:
+        """The parts of these files or of all."""
+        return [(name, part) for name in (self.files if names is None else names) for part in self.files[name]]
+
+    def file_bytes(self, name: str) -> int:
+        return self.files[name][-1].stop
 
 
 class HashingFile(io.RawIOBase):
-    """A binary file that hashes what is written to it; sequential writes only. `error` is the first that it met."""
+    """A binary file that hashes what is written to it; sequential writes only.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    start: None for a file of its own, which is made anew; else only the bytes from there on are touched.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], start: int | None = None) -> None:
         super().__init__()
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by close())
+        if start is None:
+            self._file = open(path, "wb")  # noqa: SIM115 (closed by close())
+        else:
+            self._file = open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")  # noqa: SIM115
+            self._file.seek(start)
         self._hash = xxhash.xxh3_64()
-        self._num_bytes = 0
-        self.error: OSError | None = None
+        self._start, self._num_bytes = start or 0, 0
 
     def writable(self) -> bool:
         return True
@@ -60,11 +80,7 @@ class HashingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self._hash.update(view)
-        try:
-            self._file.write(view)
-        except OSError as error:
-            self.error = self.error or error
-            raise
+        self._file.write(view)
         self._num_bytes += view.nbytes
         return view.nbytes
 
@@ -84,7 +100,7 @@ class HashingFile(io.RawIOBase):
         super().close()
 
     def record(self) -> FileRecord:
-        return FileRecord(self._num_bytes, self._hash.hexdigest())
+        return FileRecord(self._num_bytes, self._hash.hexdigest(), self._start)
 
 
 def write_temporary(path: Path, *parts: Any) -> tuple[Path, FileRecord]:
@@ -125,15 +141,38 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_manifest(directory: Path, step: int, files: Mapping[str, FileRecord]) -> None:
-    """List all files of a checkpoint; the list's presence under the final name is what makes it complete."""
+def write_manifest(directory: Path, step: int, files: Mapping[str, Sequence[FileRecord]]) -> None:
+    """List all files of a checkpoint; the list's presence under the final name is what makes it complete.
+
+    files: of each the parts, ascending.
+    """
     body = {
         "format_version": FORMAT_VERSION,
         "step": step,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "files": {name: {"bytes": files[name].num_bytes, "xxh3_64": files[name].xxh3_64} for name in sorted(files)},
+        "files": {name: _listed(files[name]) for name in sorted(files)},
     }
     write_durably(directory / MANIFEST, (json.dumps(body, indent=1) + "\n").encode())
+
+
+def _listed(parts: Sequence[FileRecord]) -> dict[str, Any]:
+    """A part is a text, so that it takes one line: its first byte, its number of bytes, its hash."""
+    if len(parts) == 1 and parts[0].start == 0:
+        return {"bytes": parts[0].num_bytes, "xxh3_64": parts[0].xxh3_64}
+    return {"bytes": parts[-1].stop, "parts": [f"{part.start} {part.num_bytes} {part.xxh3_64}" for part in parts]}
+
+
+def _parts(name: str, listed: Mapping[str, Any]) -> tuple[FileRecord, ...]:
+    if "parts" not in listed:
+        return (FileRecord(int(listed["bytes"]), str(listed["xxh3_64"])),)
+    parts = []
+    for text in listed["parts"]:
+        start, num_bytes, digest = text.split()
+        parts.append(FileRecord(int(num_bytes), digest, int(start)))
+    stops = [0, *(part.stop for part in parts)]
+    if any(part.start < stop for part, stop in zip(parts, stops, strict=False)) or stops[-1] != int(listed["bytes"]):
+        raise ValueError(f"the parts of {name} do not follow each other up to its end")
+    return tuple(parts)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -146,7 +185,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         if body["format_version"] > FORMAT_VERSION:
             raise ValueError(f"format version {body['format_version']}; this program reads {FORMAT_VERSION}")
-        files = {name: FileRecord(int(one["bytes"]), str(one["xxh3_64"])) for name, one in body["files"].items()}
+        files = {name: _parts(name, one) for name, one in body["files"].items()}
         step = int(body["step"])
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
@@ -160,39 +199,43 @@ def is_file_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
-def problem_of(directory: Path, name: str, expected: FileRecord) -> str | None:
-    """None if the file is as recorded, else a sentence with its path, the expected and the actual value.
+def problem_of(directory: Path, name: str, expected: FileRecord, file_bytes: int | None = None) -> str | None:
+    """None if the part of the file is as recorded, else a sentence with its path, the expected and the actual value.
 
-    Raises UnreadableFile.
+    file_bytes: what the whole file must have; None if the part is all of it. Raises UnreadableFile.
     """
     path = directory / name
+    expected_bytes = expected.num_bytes if file_bytes is None else file_bytes
     try:
         num_bytes = read_patiently(path.stat, path).st_size
-        if num_bytes != expected.num_bytes:
-            return f"{path} has {num_bytes} bytes, expected {expected.num_bytes}"
-        digest = read_patiently(lambda: _digest(path), path)
+        if num_bytes != expected_bytes:
+            return f"{path} has {num_bytes} bytes, expected {expected_bytes}"
+        digest = read_patiently(lambda: _digest(path, expected.start, expected.num_bytes), path)
     except FileNotFoundError:
-        return f"{path} is missing, expected {expected.num_bytes} bytes"
+        return f"{path} is missing, expected {expected_bytes} bytes"
     if digest != expected.xxh3_64:
-        return f"{path} has xxh3-64 {digest}, expected {expected.xxh3_64}"
+        where = "" if expected.num_bytes == expected_bytes else f" in bytes {expected.start} to {expected.stop}"
+        return f"{path} has xxh3-64 {digest}{where}, expected {expected.xxh3_64}"
     return None
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, start: int, num_bytes: int) -> str:
     digest = xxhash.xxh3_64()
     with open(path, "rb", buffering=0) as stream:
-        while block := stream.read(READ_BYTES):
+        stream.seek(start)
+        while num_bytes > 0 and (block := stream.read(min(READ_BYTES, num_bytes))):
             digest.update(block)
+            num_bytes -= len(block)
     return digest.hexdigest()
 
 
-def share_of(files: Mapping[str, FileRecord], rank: int, size: int) -> list[str]:
-    """The files that rank `rank` of `size` verifies: largest first, each to the rank with the fewest bytes so far."""
-    bytes_of_rank = [0] * size
-    names = []
-    for name in sorted(files, key=lambda name: (-files[name].num_bytes, name)):
-        target = bytes_of_rank.index(min(bytes_of_rank))
-        bytes_of_rank[target] += files[name].num_bytes + 1
+def share_of(parts: Sequence[tuple[str, FileRecord]], rank: int, size: int) -> list[tuple[str, FileRecord]]:
+    """The parts that rank `rank` of `size` verifies: largest first, each to the rank with the fewest bytes so far."""
+    loads = [(0, target) for target in range(size)]
+    share = []
+    for name, part in sorted(parts, key=lambda one: (-one[1].num_bytes, one[0], one[1].start)):
+        num_bytes, target = loads[0]
+        heapq.heapreplace(loads, (num_bytes + part.num_bytes + 1, target))
         if target == rank:
-            names.append(name)
-    return names
+            share.append((name, part))
+    return share

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch.multiprocessing as mp
 
-from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, commit
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, SaveFailed, commit, load
 from megatron_fp4.checkpoint.write import Staging
 from megatron_fp4.comm.bootstrap import start_process
 from megatron_fp4.comm.launch import Launch
@@ -80,7 +80,8 @@ def scenarios(rank: int, world_size: int, root: str) -> dict[str, Any]:
         retry = store.save(3, shards_of(TWO, rank, filled=True, version=3), {})
         retry = store.wait() or retry
         shards = shards_of(TWO, rank, filled=False)
-        store.load(store.choose(), shards)
+        with replaced(load, "read_description", never_ends, on=second):  # rank 0 reads it and hands it on
+            store.load(store.choose(), shards)
         wrong = wrong_shards(shards, TWO, rank, version=3)
         files = sorted(os.listdir(Path(root, name)))
         seen[name] = (report.status.value, report.error, left, retry.status.value, wrong, files, seconds)
@@ -108,7 +109,7 @@ def refusals(root: Path, world: Group) -> dict[str, Any]:
     with replaced(Path, "mkdir", no_space, on=world.rank == 0):
         messages["mkdir"] = refused(lambda: store.save(3, shards, {}), SaveFailed)
     if world.rank == 0:  # a file that rank 1 wrote
-        os.truncate(root / "step_00000002" / "__1_0.distcp", 100)
+        os.truncate(root / "step_00000002" / "data_0000.bin", 5000)
     chosen = store.choose()
     store.load(chosen, shards)
     messages["fallback"] = chosen.step

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_fp4.checkpoint import dcp, offline
+from megatron_fp4.checkpoint import offline
 from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.storage import patience
 from megatron_fp4.storage.patience import UnreadableFile
@@ -41,11 +41,12 @@ def test_verify(tmp_path: Path) -> None:
     path = save_one(tmp_path, 3, two_pieces(1.0))
     assert offline.verify(path) == []
     (path / "state.json").write_text("{}")
-    (path / ".metadata").unlink()
+    (path / "layout.bin").unlink()
     problems = offline.verify(path)
     assert len(problems) == 2
+    assert "layout.bin is missing, expected" in problems[0]
     assert "state.json has 2 bytes, expected" in problems[1]
-    with pytest.raises(ValueError, match=r"\.metadata is missing"):
+    with pytest.raises(ValueError, match=r"layout\.bin is missing"):
         offline.list_tensors(path)
 
 
@@ -54,19 +55,19 @@ def test_tensors_of_a_file_server_that_pauses_and_of_a_damaged_file(
 ) -> None:
     monkeypatch.setattr(patience, "RETRY_SECONDS", (0.0, 0.0))
     path = save_one(tmp_path, 3, two_pieces(1.0))
-    right, failures = dcp.FileSystemReader.read_data, iter(range(2))
+    right, failures = os.preadv, iter(range(2))
 
-    def read_data(*arguments: Any) -> Any:
+    def preadv(*arguments: Any) -> Any:
         if next(failures, None) is not None:
             raise OSError(errno.ESTALE, "Stale file handle")
         return right(*arguments)
 
-    monkeypatch.setattr(dcp.FileSystemReader, "read_data", read_data)
+    monkeypatch.setattr(os, "preadv", preadv)
     assert bool((offline.read_tensor(path, "master/w") == 1.0).any()), "it answers at the third try"
     failures = iter(range(99))
     with pytest.raises(UnreadableFile, match="Stale file handle"):
         offline.read_tensor(path, "master/w")
     monkeypatch.undo()
-    os.truncate(path / "__0_0.distcp", 300)
+    os.truncate(path / "data_0000.bin", 40)
     with pytest.raises(ValueError, match="checkpoint step_00000003 is refused"):
         offline.read_tensor(path, "master/w")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
 import shutil
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -18,27 +22,42 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, CorruptCheckpoint, OnCorrupt, offline
 from megatron_fp4.checkpoint.directory import read_state
-from megatron_fp4.checkpoint.metadata import read_metadata
+from megatron_fp4.checkpoint.pieces.layout import StoredLayout, TensorEntry
+from megatron_fp4.checkpoint.pieces.metadata import MetadataUnpickler
+from megatron_fp4.checkpoint.pieces.read import read_into
+from megatron_fp4.checkpoint.pieces.stored import read_pieces
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage import patience
 from megatron_fp4.storage.durable import FileRecord, read_manifest, write_manifest
 from megatron_fp4.storage.patience import UnreadableFile, read_patiently
 from megatron_fp4.train.resume.saving import choose_checkpoint
 from megatron_fp4.train.sections import Resume
-from tests.checkpoint.synthetic import save_one, two_pieces
+from tests.checkpoint.synthetic import Layout, save_one, shards_of, two_pieces, wrong_shards
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "checkpoint_dcp"
 
 
 def open_store(root: Path, *, verify: bool = True) -> CheckpointStore:
     return CheckpointStore(root, Group.single("world"), CheckpointConfig(asynchronous=False, verify=verify))
 
 
-def rewrite_metadata(directory: Path, change: Callable[[Any], object]) -> None:
-    """Replace `.metadata`, and its record in the manifest, as one who means harm would."""
-    (directory / ".metadata").write_bytes(pickle.dumps(change(read_metadata(directory))))
-    data = (directory / ".metadata").read_bytes()
+def old_one(root: Path) -> Path:
+    """Checkpoint 1 as an earlier version wrote it, "master/w" [5, 3] of ones in two pieces; returns its directory."""
+    shutil.copytree(GOLDEN / "one", root, dirs_exist_ok=True)
+    return root / "step_00000001"
+
+
+def rewrite(directory: Path, name: str, data: bytes) -> None:
+    """Replace a file, and its record in the manifest, as one who means harm would."""
+    (directory / name).write_bytes(data)
     manifest = read_manifest(directory)
     record = FileRecord(len(data), xxhash.xxh3_64(data).hexdigest())
-    write_manifest(directory, manifest.step, {**manifest.files, ".metadata": record})
+    write_manifest(directory, manifest.step, {**manifest.files, name: (record,)})
+
+
+def rewrite_metadata(directory: Path, change: Callable[[Any], object]) -> None:
+    description = MetadataUnpickler(io.BytesIO((directory / ".metadata").read_bytes())).load()
+    rewrite(directory, ".metadata", pickle.dumps(change(description)))
 
 
 def test_the_only_checkpoint_is_incomplete(tmp_path: Path) -> None:
@@ -74,13 +93,13 @@ def test_a_checkpoint_under_another_name_can_be_read(tmp_path: Path) -> None:
 def test_without_hashes_a_truncated_file_leads_to_the_one_before(tmp_path: Path) -> None:
     for step in (10, 20):
         save_one(tmp_path, step, two_pieces(float(step)))
-    os.truncate(tmp_path / "step_00000020" / "__0_0.distcp", 300)
+    os.truncate(tmp_path / "step_00000020" / "data_0000.bin", 40)
     store, shards = open_store(tmp_path, verify=False), two_pieces(0.0)
     chosen = store.choose()
     assert chosen.step == 20
     assert store.load_or_earlier(chosen, shards).step == 10
     assert all((shard.tensors["master"] == 10.0).all() for shard in shards)
-    os.truncate(tmp_path / "step_00000010" / "__0_0.distcp", 300)
+    os.truncate(tmp_path / "step_00000010" / "data_0000.bin", 40)
     store = open_store(tmp_path, verify=False)
     chosen = store.choose()
     with pytest.raises(CorruptCheckpoint, match="no intact checkpoint"):
@@ -121,9 +140,9 @@ class Harm:
 
 
 def test_metadata_runs_nothing(tmp_path: Path) -> None:
-    directory = save_one(tmp_path, 1, two_pieces(1.0))
+    directory = old_one(tmp_path)
     rewrite_metadata(directory, lambda _: Harm(tmp_path / "harm"))
-    for read in (offline.list_tensors, read_metadata):
+    for read in (offline.list_tensors, read_pieces):
         with pytest.raises(ValueError, match=r"\.metadata is refused.*it names posix\.mkdir"):
             read(directory)
     assert "it names posix.mkdir" in offline.verify(directory)[0]
@@ -134,7 +153,7 @@ def test_metadata_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["../outside.distcp", "/etc/passwd", ".."])
 def test_a_path_that_leaves_the_directory(tmp_path: Path, path: str) -> None:
-    directory = save_one(tmp_path, 1, two_pieces(1.0))
+    directory = old_one(tmp_path)
 
     def lead_out(metadata: Any) -> object:
         for place in metadata.storage_data.values():
@@ -149,7 +168,7 @@ def test_a_path_that_leaves_the_directory(tmp_path: Path, path: str) -> None:
 def test_a_manifest_must_list_every_file_and_no_other_place(tmp_path: Path) -> None:
     directory = save_one(tmp_path, 1, two_pieces(1.0))
     path, body = directory / "manifest.json", json.loads((directory / "manifest.json").read_text())
-    for name in ("__0_0.distcp", ".metadata", "state.json"):
+    for name in ("data_0000.bin", "layout.bin", "state.json"):
         path.write_text(json.dumps({**body, "files": {k: v for k, v in body["files"].items() if k != name}}))
         with pytest.raises(CorruptCheckpoint, match=rf"does not list {name}"):
             open_store(tmp_path).choose()
@@ -267,7 +286,7 @@ def enlarge(metadata: Any) -> None:
 )  # fmt: skip
 def test_metadata_that_describes_no_tensors(tmp_path: Path, change: Callable[[Any], object], message: str) -> None:
     """Tracebacks; and where pieces were left out, what was in memory before was taken for a tensor."""
-    directory = save_one(tmp_path, 1, two_pieces(1.0))
+    directory = old_one(tmp_path)
 
     def changed(metadata: Any) -> object:
         change(metadata)
@@ -280,11 +299,67 @@ def test_metadata_that_describes_no_tensors(tmp_path: Path, change: Callable[[An
 
 def test_metadata_changes_no_class(tmp_path: Path) -> None:
     """A pickle may set attributes of whatever it may name."""
-    directory = save_one(tmp_path, 1, two_pieces(1.0))
+    directory = old_one(tmp_path)
     before = dict(vars(Metadata))
     name = pickle.dumps("__repr__", protocol=2)[2:-1]
     data = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}" + name + b"K\x01s\x86b."
     (directory / ".metadata").write_bytes(data)
     with pytest.raises(ValueError, match="it changes Metadata"):
-        read_metadata(directory)
+        read_pieces(directory)
     assert dict(vars(Metadata)) == before
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_by_any_layout(tmp_path: Path) -> None:
+    """Two ranks wrote it through torch.distributed.checkpoint, before layouts had a file of their own."""
+    shutil.copytree(GOLDEN / "two", tmp_path, dirs_exist_ok=True)
+    assert offline.verify(tmp_path / "step_00000007") == []
+    for layout in (Layout(), Layout(tp=4), Layout(pp=2, dp=3)):
+        for rank in range(layout.world_size):
+            store = open_store(tmp_path)
+            masters = shards_of(layout, rank, filled=False, kinds=("master",))
+            read_into(masters, tmp_path / "step_00000007", store.choose().pieces)
+            assert wrong_shards(masters, layout, rank) == []
+    store.save(8, shards_of(Layout(), 0, filled=True, kinds=("master",)), {})
+    assert sorted(one.name for one in (tmp_path / "step_00000008").iterdir()) == [
+        "data_0000.bin", "layout.bin", "manifest.json", "state.json",
+    ]  # fmt: skip
+
+
+def changed_layout(**changes: Any) -> Callable[[StoredLayout], bytes]:
+    return lambda layout: replace(layout, **{name: change(layout) for name, change in changes.items()}).encode()
+
+
+def renamed(name: str, shape: tuple[int, ...], dtype: str, kind: str = "master") -> Callable[[StoredLayout], Any]:
+    return lambda _: (TensorEntry(name, shape, ((kind, dtype),)),)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda it: b"PK" + it.encode(), "it begins with"),
+        (lambda it: it.encode()[:-4], "it is cut short"),
+        (lambda it: it.encode()[:8] + zlib.compress(bytes(1 << 26)), "larger than"),
+        (changed_layout(tensor=lambda it: it.tensor + 1), "a piece is of no tensor"),
+        (changed_layout(tensor=lambda it: it.tensor - 1), "a piece is of no tensor"),
+        (changed_layout(rank=lambda it: it.rank + 7), "a piece is of no rank"),
+        (changed_layout(num_ranks=lambda _: 1 << 40), "1099511627776 ranks"),
+        (changed_layout(ranks_per_file=lambda _: 0), "0 of them a file"),
+        (changed_layout(offset=lambda it: it.offset + 1), r"a piece of master/w is not inside \(5, 3\)"),
+        (changed_layout(offset=lambda it: it.offset - 1), r"a piece of master/w is not inside \(5, 3\)"),
+        (changed_layout(size=lambda it: it.size * 0), r"a piece of master/w is not inside \(5, 3\)"),
+        (changed_layout(size=lambda it: it.size - np.eye(2, dtype=int)), "hold 12 of the 15 elements|overlapping|hold"),
+        (changed_layout(tensors=renamed("w", (5_000_000, 3), "float32")), "have 60000000 bytes, the files"),
+        (changed_layout(tensors=renamed("w", (5, 3), "load")), "'load' is no dtype"),
+        (changed_layout(tensors=renamed("w\x1b[2J", (5, 3), "float32")), "is no name of a tensor"),
+        (changed_layout(tensors=renamed("w", (5, 3), "float32", "a/b")), "is no name of a tensor"),
+        (changed_layout(tensors=renamed("w", (5, 3), "float64")), "a piece is not inside data_0000.bin"),
+    ],
+)  # fmt: skip
+def test_a_layout_that_describes_no_tensors(
+    tmp_path: Path, change: Callable[[StoredLayout], bytes], message: str
+) -> None:
+    directory = save_one(tmp_path, 1, two_pieces(1.0))
+    rewrite(directory, "layout.bin", change(read_pieces(directory).layout))
+    with pytest.raises(ValueError, match=rf"layout\.bin is refused.*({message})"):
+        offline.list_tensors(directory)
+    assert "is refused" in offline.verify(directory)[0]

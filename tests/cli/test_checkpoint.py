@@ -43,7 +43,7 @@ def test_verify_finds_a_flipped_byte(run: TinyRun, tmp_path: Path, capsys: pytes
     copy.mkdir()
     for file in good.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    damaged = next(copy.glob("*.distcp"))
+    damaged = next(copy.glob("data_*.bin"))
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)

@@ -50,10 +50,10 @@ def test_two_hosts_with_equal_pids_write_to_different_temporary_files(
 
 
 def test_every_file_is_verified_by_one_rank_and_the_bytes_are_even() -> None:
-    files = {f"f{number}": FileRecord(number * 100, "") for number in range(20)}
-    shares = [share_of(files, rank, 3) for rank in range(3)]
-    assert sorted(name for share in shares for name in share) == sorted(files)
-    loads = [sum(files[name].num_bytes for name in share) for share in shares]
+    parts = [(f"f{number}", FileRecord(number * 100, "")) for number in range(20)]
+    shares = [share_of(parts, rank, 3) for rank in range(3)]
+    assert sorted(part[0] for share in shares for part in share) == sorted(name for name, _ in parts)
+    loads = [sum(part.num_bytes for _, part in share) for share in shares]
     assert max(loads) - min(loads) <= 300
 
 

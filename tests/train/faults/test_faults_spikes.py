@@ -136,7 +136,7 @@ def damage_in_step_11(trainer: TrainerInProcess, *steps: int) -> None:
     def begin(step: int, *, exact: bool = False) -> None:
         right(step, exact=exact)
         while step == 11 and damaged:
-            path = trainer.run.store.root / f"step_{damaged.pop():08}" / "__0_0.distcp"
+            path = trainer.run.store.root / f"step_{damaged.pop():08}" / "data_0000.bin"
             os.truncate(path, path.stat().st_size - 9)
 
     damaged = list(steps)
