@@ -33,7 +33,7 @@ class TorchAdamW:
     def update(self, lr: float, step: int) -> None:
         for group in self._groups:
             members = group.members
-            count = torch.tensor(float(step), dtype=torch.float32, device=members[0].master.device)
+            count = torch.full((), float(step), dtype=torch.float32, device=members[0].master.device)  # no copy
             torch._fused_adamw_(
                 [member.master for member in members],
                 [member.grad for member in members],

@@ -44,7 +44,7 @@ def sums_in_rank_order(group: Group) -> bool:
 class PendingSum:
     """A started reduce-scatter of `flat` (FP32 or FP64 `[size * n]`), over a group of at least two ranks.
 
-    If `flat` is written before the end, the sum is worthless and has to be started again. Holds what it receives.
+    If `flat` is written before the end, the sum is worthless. Holds what it receives.
     """
 
     def __init__(self, flat: Tensor, group: Group) -> None:
@@ -60,7 +60,8 @@ class PendingSum:
 
     def finish(self) -> None:
         """Wait, and turn this rank's part of `flat` into the sum over all ranks."""
-        self.drop()
+        for work in self._works:
+            work.wait()
         if not self._in_order:
             self._part.copy_(self._received)
             return
@@ -69,11 +70,6 @@ class PendingSum:
             lower[0] += part
         for part in (*lower[:1], *higher):  # in rank order: first this rank's part and the sum of the lower ranks'
             self._part += part
-
-    def drop(self) -> None:
-        """Wait, and forget the sum: what was sent has changed since."""
-        for work in self._works:
-            work.wait()
 
 
 class PendingGather:

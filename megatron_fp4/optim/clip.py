@@ -22,14 +22,19 @@ CHUNK = 2**15  # elements whose FP64 copy stays in a core's cache
 def global_norm(counted: Sequence[Tensor], world: Group, device: torch.device) -> float:
     """Euclidean norm of the FP32 tensors of all ranks together. NaN or infinity anywhere makes it NaN or infinite.
 
-    counted: the parts of gradients that this rank owns and no other rank counts; may be empty.
+    counted: the parts of gradients that this rank owns and no other rank counts; may be empty. Reads the sum back.
     """
-    squared = float(all_reduce_sum(_sum_of_squares(counted, device).view(1), world))
+    return norm_of(float(all_reduce_sum(sum_of_squares(counted, device).view(1), world)))
+
+
+def norm_of(squared: float) -> float:
+    """The norm, rounded to FP32, whose square over all ranks is `squared`; NaN and infinity stay what they are."""
     return float(torch.tensor(math.sqrt(squared), dtype=torch.float32))
 
 
-def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """FP64 scalar. On CPUs torch's norm with another dtype takes three times as long as these chunks of FP64 copies."""
+def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """FP64 scalar on `device`, of this rank's FP32 tensors; may be of none."""
+    # On CPUs torch's norm with another dtype takes three times as long as these chunks of FP64 copies.
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
     if device.type == "cpu":

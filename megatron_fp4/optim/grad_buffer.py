@@ -5,10 +5,11 @@ layer's backward adds its weight gradient itself and calls `parameter.grad_ready
 parameter is moved over by a hook. `arm()` announces the backward after which the sums are complete. From then on a
 bucket that has got as many contributions as in the step before is sent at once, beside the rest of the backward.
 
-The count is a guess, never a condition: what was not sent is sent in `finish()` (unused parameters, the first step),
-and a bucket that gets a contribution after it was sent (a weight used more often than last time) is sent again, after
-the ranks have agreed on it. Buckets leave in their fixed order on every rank. Only a rank's own part of a bucket holds
-the sum afterwards; the rest is this rank's partial gradient.
+The count is a guess, never a condition: what was not sent is sent in `finish()` (unused parameters, the first step, the
+first one of so many microbatches), and a contribution to a bucket that was sent already (a weight used more often than
+last time) makes the sums worthless, which `late` says: only the caller can repeat the step, on all ranks. Buckets leave
+in their fixed order on every rank. Only a rank's own part of a bucket holds the sum afterwards; the rest is this rank's
+partial gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
+from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.bucket_comm import PendingSum, sums_in_rank_order
@@ -32,7 +33,8 @@ class GradBuffer:
     """Main gradients of all parameters; reduces them over `group` (dp x cp), after `tp` and tied stages where needed.
 
     overlap: send full buckets during the armed backward. It changes no bit of the result. dtype: type of the sums.
-    parts: this rank's part of each bucket, views; the sums after `finish`.
+    parts: this rank's part of each bucket, views; the sums after `finish`. late: whether a gradient of this rank came
+    after its bucket had been sent; then the sums of all ranks are worthless.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class GradBuffer:
         self._flats = [torch.zeros(bucket.numel, dtype=dtype, device=bucket.kind.device) for bucket in buckets]
         self.parts = [bucket.part(flat, group.rank) for bucket, flat in zip(buckets, self._flats, strict=True)]
         self._num_early = sum(not bucket.kind.deferred for bucket in buckets)
+        self._known: dict[int, list[list[int]]] = {}  # contributions to each parameter, by number of microbatches
+        self._num_microbatches = 0  # of those that were announced
         self._expected: list[list[int]] | None = None
         self._counts = [[0] * len(bucket.slots) for bucket in buckets]
         self._missing = [0] * len(buckets)
         self._num_sent = 0  # of the buckets, in order
         self._pending: dict[int, PendingSum] = {}  # of those that were sent and are not finished
-        self._late: set[int] = set()
+        self.late = False
         self._armed = False
         self._absorbers: list[Callable[[], None]] = []
         for index, (bucket, flat) in enumerate(zip(buckets, self._flats, strict=True)):
@@ -64,22 +68,17 @@ class GradBuffer:
             flat.zero_()
             for slot in bucket.slots:
                 slot.parameter.grad = None
-        self._armed = False
+        self._armed = self.late = False
 
-    def arm(self) -> None:
-        """The backward that follows is the last before `finish`: full buckets may leave."""
+    def arm(self, num_microbatches: int) -> None:
+        """The backward passes that follow are the last before `finish`: full buckets may leave."""
         assert not self._armed, "begin_last_microbatch was called twice in one step"
-        self._armed = True
+        self._armed, self._num_microbatches = True, num_microbatches
+        self._expected = self._known.get(num_microbatches)
         for index, bucket in enumerate(self._buckets):
             self._counts[index] = [0] * len(bucket.slots)
             self._missing[index] = sum(self._expected[index]) if self._expected else 0
         self._send_full()
-
-    def spoil(self) -> None:
-        """Make the sums NaN on every rank, also if the first bucket has been sent already."""
-        self._flats[0].fill_(float("nan"))
-        if self._pending:
-            self._late.add(0)
 
     def finish(self) -> None:
         """Complete all sums: afterwards every rank's own part of each bucket is the sum over all ranks."""
@@ -90,7 +89,6 @@ class GradBuffer:
             for bucket, flat in zip(self._buckets, self._flats, strict=True):
                 _sum_replicas(bucket, flat, self._tp)
         if self._group.size > 1:
-            self._resend_late()
             for index in range(len(self._buckets)):
                 while self._num_sent < min(index + MAX_IN_FLIGHT, len(self._buckets)):
                     self._send_next()
@@ -99,8 +97,8 @@ class GradBuffer:
             for bucket, part in zip(self._buckets, self.parts, strict=True):
                 _sum_replicas(bucket, part, self._tp)
         if self._armed:
-            self._expected = [list(counts) for counts in self._counts]
-        self._num_sent, self._late = 0, set()
+            self._known[self._num_microbatches] = [list(counts) for counts in self._counts]
+        self._num_sent = 0
         self._armed = False
 
     def _ready(self, index: int, position: int) -> None:
@@ -109,7 +107,7 @@ class GradBuffer:
             return
         self._counts[index][position] += 1
         if index < self._num_sent:
-            self._late.add(index)
+            self.late = True
         elif self._expected and self._counts[index][position] <= self._expected[index][position]:
             self._missing[index] -= 1
             self._send_full()
@@ -123,19 +121,6 @@ class GradBuffer:
     def _send_next(self) -> None:
         self._pending[self._num_sent] = PendingSum(self._flats[self._num_sent], self._group)
         self._num_sent += 1
-
-    def _resend_late(self) -> None:
-        """Repeat the buckets that any rank changed after sending; all ranks take part in the same ones."""
-        if not self._overlap or not self._armed or self._expected is None:
-            return
-        while self._num_sent < self._num_early:
-            self._send_next()
-        late = torch.zeros(self._num_early, dtype=torch.int32, device=self._flats[0].device)
-        for index in self._late:
-            late[index] = 1
-        for index in all_reduce_max(late, self._group).nonzero().flatten().tolist():
-            self._pending.pop(index).drop()
-            self._pending[index] = PendingSum(self._flats[index], self._group)
 
 
 def _equip(parameter: LogicalParameter, flat: Tensor, ready: Callable[[], None]) -> Callable[[], None]:

@@ -1,12 +1,13 @@
 """ZeRO-1: AdamW whose FP32 master weights and moments are divided over the data-parallel ranks.
 
     backward      main_grad += gradient (FP32)                                      every rank, all elements
-    finish_grads  reduce-scatter: own part of the sum over dp x cp -> global norm   (tied copies and tp partials before)
+    sum_grads     reduce-scatter: own part of the sum over dp x cp -> its square    (tied copies and tp partials before)
     step          clip -> AdamW on own part -> all-gather parameters                (in the parameters' dtype)
 
 A bucket of parameters is summed, updated and gathered by flat ranges (layout.py), and every range is a list of
 rectangles (state.py), which is what the checkpoint sees. The loss is normalised by the caller; nothing is divided here.
-A step whose gradient norm is not finite changes no state on any rank. Not here: the update itself (adam.py), files.
+A step whose gradient norm is not finite changes no state on any rank. Nothing is read back from the device but in
+`finish_grads`, which is for whoever has no message between ranks of his own. Not here: the update itself (adam.py).
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.optim.adam import choose_adamw
-from megatron_fp4.optim.clip import clip_factor, global_norm
+from megatron_fp4.optim.clip import clip_factor, norm_of, sum_of_squares
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
 from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
 from megatron_fp4.optim.layout import ParameterPiece, make_buckets
 from megatron_fp4.optim.param_buffer import ParamBuffer
 from megatron_fp4.optim.state import OwnedPiece, StepReport
+
+
+class LateGradientError(RuntimeError):
+    """A gradient was added after its bucket had been sent, on some rank: the sums are worthless on all."""
 
 
 class Zero1AdamW:
@@ -83,37 +88,52 @@ class Zero1AdamW:
         self._grads.zero()
         self._finished = False
 
-    def begin_last_microbatch(self) -> None:
+    def begin_last_microbatch(self, num_microbatches: int = 1) -> None:
         """The backward that follows completes the gradients, so full buckets may be sent during it.
 
-        Call it before the last microbatch, or, where a pipeline schedule runs all microbatches in one call, before that
-        call. Without it everything is sent in `finish_grads`.
+        Call it before the last microbatch, or, where a pipeline schedule runs all of `num_microbatches` in one call,
+        before that call. Without it everything is sent in `sum_grads`.
         """
-        self._grads.arm()
+        self._grads.arm(num_microbatches)
 
-    def spoil_grads(self) -> None:
-        """Make this step's gradients not finite, so that every rank skips it; before `finish_grads`."""
-        self._grads.spoil()
+    @property
+    def grads_came_late(self) -> bool:
+        """Whether a gradient of this rank came after its bucket had been sent: a weight was used more often than in the
+        last step of as many microbatches. Then the sums are worthless on all ranks, and the step is to be repeated from
+        `zero_grad` on, without `begin_last_microbatch`."""
+        return self._grads.late
 
-    def finish_grads(self) -> float:
-        """Complete the sums over all ranks; returns the global norm of the gradients, before clipping.
+    def sum_grads(self) -> Tensor:
+        """Complete the sums over all ranks; returns this rank's part of the squared global norm, before clipping.
 
-        The norm is rounded to FP32 and the same on every rank. Collective over the world, once a step.
+        An FP64 scalar on the device: the parts of all ranks, added in rank order, are what `clip.norm_of` takes.
+        Collective over dp x cp, once a step.
         """
-        assert not self._finished, "finish_grads was called twice in one step"
+        assert not self._finished, "the sums were completed twice in one step"
         self._grads.finish()
         for part, total in zip(self._parts, self._grads.parts, strict=True):
             if part.grad is not total:
                 part.grad.copy_(total)
         self._finished = True
-        counted = [owned.tensors.grad for owned in self._owned if owned.writes]
-        return global_norm(counted, self._mesh.world, self._device)
+        return sum_of_squares([owned.tensors.grad for owned in self._owned if owned.writes], self._device)
+
+    def finish_grads(self) -> float:
+        """`sum_grads`, and the global norm from it, rounded to FP32, the same on every rank. Collective over the world.
+
+        Raises LateGradientError on all ranks.
+        """
+        square = self.sum_grads()
+        parts = torch.stack([square, torch.full_like(square, float(self.grads_came_late))])
+        squared, late = all_reduce_sum(parts, self._mesh.world).tolist()
+        if late:
+            raise LateGradientError("a weight was used more often than in the step before, after its gradient had left")
+        return norm_of(squared)
 
     @torch.no_grad()
     def step(self, norm: float, *, lr: float, max_norm: float) -> StepReport:
         """Clip to `max_norm` (0 = off), update the own part, refresh the parameters. Skipped if the norm is not finite.
 
-        norm: what `finish_grads` returned.
+        norm: what `finish_grads` returns.
         """
         assert self._finished, "finish_grads comes first"
         if not math.isfinite(norm):
@@ -149,7 +169,7 @@ class Zero1AdamW:
         return [shard for owned in self._owned for shard in owned.shards(owned.tensors.state)]
 
     def grad_shards(self) -> list[Shard]:
-        """The summed gradients of what this rank updates, as "grad", between `finish_grads` and `step`."""
+        """The summed gradients of what this rank updates, as "grad", between `sum_grads` and `step`."""
         assert self._finished, "finish_grads comes first"
         return [shard for owned in self._owned for shard in owned.shards({"grad": owned.tensors.grad})]
 

@@ -31,7 +31,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.pipeline.schedules import rank_of_stage, schedule_rule, stages_of_rank, stages_per_rank
 
 Module = TypeVar("Module", bound=nn.Module)
-Loss = Callable[[Tensor, Tensor, float], Tensor]
+Loss = Callable[[Tensor, Tensor, float | Tensor], Tensor]
 """(output of the last stage, labels, scale) -> FP32 scalar."""
 TakeWgrads = Callable[[], Callable[[], None]]
 """Hands over the weight gradients that wait in one stage now, as a function that computes them."""
@@ -94,18 +94,18 @@ class PipelineEngine(Generic[Module]):
         self._pp = pp
         self._device = device
         self._num_microbatches = 0
-        self._scale = 1.0
+        self._scale: float | Tensor = 1.0
         self._schedule: Any = None
 
     def train(
-        self, microbatches: Sequence[Microbatch], scale: float, before_last_backward: Callable[[], None]
+        self, microbatches: Sequence[Microbatch], scale: float | Tensor, before_last_backward: Callable[[int], None]
     ) -> Tensor:
         """See `train.engine.Engine`; before_last_backward is called first of all, because microbatches overlap."""
         if len(microbatches) != self._num_microbatches:
             self._num_microbatches = len(microbatches)
             self._schedule = self._make_schedule()
         self._scale = scale
-        before_last_backward()
+        before_last_backward(len(microbatches))
         losses: list[Tensor] = []
         first = (_joined(microbatches, "tokens"),) if 0 in self._numbers else ()
         target = _joined(microbatches, "labels") if self.reports_loss else None

@@ -14,23 +14,21 @@ from megatron_fp4.precision.table import PrecisionTable
 
 @dataclass
 class Probes:
-    """What was asked for; the others are None.
+    """What looks at a run's operands; what was not asked for is None.
 
-    nonfinite: records every NaN or Inf instead of raising. gemms: counts every GEMM. statistics: measures every
+    nonfinite: records every NaN or Inf, which else would raise. gemms: counts every GEMM. statistics: measures every
     operand. checked_table: the precision table that the GEMMs were compared with last; each is compared once.
     """
 
-    nonfinite: NonFiniteWatch | None = None
+    nonfinite: NonFiniteWatch
     gemms: GemmLedger | None = None
     statistics: StatisticsProbe | None = None
     checked_table: PrecisionTable | None = None
 
 
-def make_probed_backend(
-    config: PrecisionConfig, *, nonfinite: bool, gemms: bool, statistics: bool
-) -> tuple[Backend, Probes]:
+def make_probed_backend(config: PrecisionConfig, *, gemms: bool, statistics: bool) -> tuple[Backend, Probes]:
     """The backend that `precision.backend` names, wrapped in the probes that are asked for."""
-    probes = Probes(nonfinite=NonFiniteWatch() if nonfinite else None)
+    probes = Probes(NonFiniteWatch())
     backend = make_backend(config, probes.nonfinite)
     if statistics:
         backend = probes.statistics = StatisticsProbe(backend)

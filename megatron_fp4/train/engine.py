@@ -29,10 +29,13 @@ class Engine(Protocol):
     reports_loss: bool
     """True on the ranks that hold the last stage."""
 
-    def train(self, microbatches: list[Inputs], scale: float, before_last_backward: Callable[[], None]) -> Tensor:
+    def train(
+        self, microbatches: list[Inputs], scale: float | Tensor, before_last_backward: Callable[[int], None]
+    ) -> Tensor:
         """Accumulate gradients; returns sum of token losses * scale (FP32 scalar, 0 where `reports_loss` is False).
 
-        before_last_backward is called once, when every later gradient contribution is the last of its parameter.
+        scale: also as a scalar on the device. before_last_backward is called once, with the number of microbatches
+        whose backward passes follow, when all gradients will be complete after them.
         """
 
     def evaluate(self, microbatch: Inputs) -> Tensor:
@@ -49,9 +52,10 @@ class TokenLoss:
         self._training = choose_cross_entropy(impl, vocab_size, tp, smoothing)
         self._held_out = choose_cross_entropy(impl, vocab_size, tp)
 
-    def __call__(self, logits_TV: Tensor, labels: Tensor, scale: float) -> Tensor:
+    def __call__(self, logits_TV: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
         cross_entropy = self._training if torch.is_grad_enabled() else self._held_out
-        return cross_entropy(logits_TV, labels.reshape(-1)).sum() * scale
+        total = cross_entropy(logits_TV, labels.reshape(-1)).sum()
+        return total * (scale.to(total.dtype) if isinstance(scale, Tensor) else scale)
 
 
 class LocalEngine:
@@ -63,16 +67,18 @@ class LocalEngine:
         self.stages = [model]
         self._model, self._loss = model, loss
 
-    def _forward(self, inputs: Inputs, scale: float) -> Tensor:
+    def _forward(self, inputs: Inputs, scale: float | Tensor) -> Tensor:
         logits = self._model(inputs.tokens, inputs.address, inputs.positions, inputs.documents)
         return self._loss(logits, inputs.labels, scale)
 
-    def train(self, microbatches: list[Inputs], scale: float, before_last_backward: Callable[[], None]) -> Tensor:
+    def train(
+        self, microbatches: list[Inputs], scale: float | Tensor, before_last_backward: Callable[[int], None]
+    ) -> Tensor:
         total = torch.zeros((), device=microbatches[0].tokens.device)
         for number, inputs in enumerate(microbatches):
             loss = self._forward(inputs, scale)
             if number == len(microbatches) - 1:
-                before_last_backward()
+                before_last_backward(1)
             loss.backward()
             total += loss.detach()
         return total

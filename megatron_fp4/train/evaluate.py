@@ -57,20 +57,22 @@ def evaluate(
 
     stop: whether this rank is asked to stop. Raises EvaluationStopped on all ranks soon after one was.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    num_targets = 0
     with evaluating(list(engine.stages), table):
         for number, batch in enumerate(loader):
             if number % AGREE_BATCHES == 0 and _any_rank(stop(), mesh, device):
                 raise EvaluationStopped
             loss = engine.evaluate(make_inputs(batch, mesh.cp, device))
             if mesh.tp.rank == 0 and engine.reports_loss:
-                sums[0] += loss.double()
+                total += loss.double()
                 if mesh.cp.rank == 0:
-                    sums[1] += batch.loss_mask.sum()
+                    num_targets += int(batch.loss_mask.sum())
             beat()
-    total, count = all_reduce_sum(sums, mesh.world).tolist()
-    return total / count
+    sums = torch.cat([total, torch.full_like(total, num_targets)])
+    loss_sum, count = all_reduce_sum(sums, mesh.world).tolist()
+    return loss_sum / count
 
 
 def _any_rank(stop: bool, mesh: ParallelMesh, device: torch.device) -> bool:
-    return bool(all_reduce_max(torch.tensor([float(stop)], device=device), mesh.world).item())
+    return bool(all_reduce_max(torch.full((1,), float(stop), device=device), mesh.world).item())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.optim.clip import _sum_of_squares, clip_factor, global_norm
+from megatron_fp4.optim.clip import clip_factor, global_norm, sum_of_squares
 
 CPU = torch.device("cpu")
 
@@ -23,10 +23,10 @@ def test_norm_of_several_tensors_is_accumulated_in_fp64() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_both_forms_of_the_sum_are_in_fp64(device: str) -> None:
     """9 + 16 + 144, and a million times 2^-60 beside 1, which FP32 loses. The CUDA form takes CPU tensors too."""
-    total = _sum_of_squares([torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])], torch.device(device))
+    total = sum_of_squares([torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])], torch.device(device))
     assert (total.item(), total.dtype) == (pytest.approx(169.0, rel=1e-15), torch.float64)
     small = [torch.ones(1), torch.full((10**6,), 2.0**-30)]
-    assert _sum_of_squares(small, torch.device(device)).item() - 1 == pytest.approx(10**6 * 2.0**-60, rel=1e-3)
+    assert sum_of_squares(small, torch.device(device)).item() - 1 == pytest.approx(10**6 * 2.0**-60, rel=1e-3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

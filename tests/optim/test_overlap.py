@@ -14,7 +14,7 @@ import torch
 
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
-from megatron_fp4.optim import grad_buffer as grad_buffer_module
+from megatron_fp4.optim.zero1 import LateGradientError
 from tests.helpers.distributed import mesh_for, run_distributed
 from tests.optim.layouts import packed, unpacked
 from tests.optim.synthetic import Toy, tokens_of
@@ -38,18 +38,29 @@ def train(mesh: ParallelMesh, config: OptimConfig, dtype: torch.dtype, microbatc
     optimizer = Zero1AdamW(model.named_parameters(), config, mesh, sequence_parallel=False)
     optimizer.gather_beside_forward(model)
     sent_early = []
-    for step in range(NUM_STEPS):
+    repeated = []
+
+    def accumulate(step: int, *, armed: bool) -> None:
         optimizer.zero_grad()
         for part in microbatches:
             loss = model(tokens_of(step, part), skip_twice=skips(step, mesh.dp_cp.rank)) / 48
-            if part == microbatches[-1] and calls.get("armed", True):
+            if part == microbatches[-1] and armed:
                 optimizer.begin_last_microbatch()
             loss.backward()
+
+    for step in range(NUM_STEPS):
+        accumulate(step, armed=calls.get("armed", True))
         sent_early.append(len(optimizer._grads._pending))
-        norm = optimizer.finish_grads()
+        try:
+            norm = optimizer.finish_grads()
+        except LateGradientError:
+            repeated.append(step)
+            accumulate(step, armed=False)
+            norm = optimizer.finish_grads()
         assert not optimizer.step(norm, lr=1e-2, max_norm=1.0).skipped
     optimizer.wait_parameters()
     model.sent_early = sent_early  # type: ignore[assignment]
+    model.repeated = repeated  # type: ignore[assignment]
     return model
 
 
@@ -61,11 +72,10 @@ def poisoned_step(mesh: ParallelMesh) -> tuple[bool, tuple[str, ...], bool, floa
         before = [{kind: t.clone() for kind, t in shard.tensors.items()} for shard in optimizer.state_shards()]
         weights = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer.zero_grad()
-        optimizer.begin_last_microbatch()
-        model(tokens_of(0, mesh.dp.rank)).backward()
         if poison and mesh.dp.rank == 1:
             model.down.main_grad[3, 2] = math.nan
-            model.down.grad_ready()  # its bucket has left already
+        optimizer.begin_last_microbatch()
+        model(tokens_of(0, mesh.dp.rank)).backward()
         norm = optimizer.finish_grads()
         report = optimizer.step(norm, lr=1e-2, max_norm=1.0)
     shards = optimizer.state_shards()
@@ -74,18 +84,25 @@ def poisoned_step(mesh: ParallelMesh) -> tuple[bool, tuple[str, ...], bool, floa
     return report.skipped, report.nonfinite, same and optimizer.step_count == 1, report.grad_norm
 
 
+def ramped_steps(mesh: ParallelMesh) -> list[int]:
+    """How many buckets leave early in steps of 1, 2, 1, 3, 2 and 3 microbatches, each announced as a whole."""
+    model = Toy()
+    optimizer = Zero1AdamW(model.named_parameters(), config_of(Overlap.always, Overlap.never), mesh, False)
+    sent_early = []
+    for step, count in enumerate((1, 2, 1, 3, 2, 3)):
+        optimizer.zero_grad()
+        optimizer.begin_last_microbatch(count)
+        for part in range(count):
+            model(tokens_of(step, part)).backward()
+        sent_early.append(min(3, len(optimizer._grads._pending)))
+        optimizer.step(optimizer.finish_grads(), lr=1e-2, max_norm=1.0)
+    return sent_early
+
+
 def all_cases(rank: int, world_size: int) -> bytes:
     mesh = mesh_for(rank, world_size)
     local_microbatches = range(rank, MICROBATCHES, world_size)
     off, on = Overlap.never, Overlap.always
-    resent = 0
-    original = grad_buffer_module.PendingSum.drop
-
-    def counting(self: Any) -> None:
-        nonlocal resent
-        resent += 1
-        original(self)
-
     results: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         runs = {"off": (off, off, {}), "reduce": (on, off, {}), "gather": (off, on, {}), "both": (on, on, {})}
@@ -95,11 +112,9 @@ def all_cases(rank: int, world_size: int) -> bytes:
             results[f"{name} {dtype}"] = ([p.detach() for p in model.parameters()], model.sent_early)
     model = train(mesh, config_of(on, off), torch.float32, local_microbatches, armed=False)
     results["never armed"] = ([p.detach() for p in model.parameters()], model.sent_early)
-    grad_buffer_module.PendingSum.drop = counting  # type: ignore[method-assign]
-    model = train(mesh, config_of(on, off), torch.float32, local_microbatches)
-    grad_buffer_module.PendingSum.drop = original  # type: ignore[method-assign]
-    results["resent"] = resent
+    results["repeated"] = train(mesh, config_of(on, off), torch.float32, local_microbatches).repeated
     results["poisoned"] = poisoned_step(mesh)
+    results["ramp"] = ramped_steps(mesh)
     return packed(results)
 
 
@@ -129,10 +144,14 @@ def test_without_the_announcement_all_is_sent_at_the_end(ranks: list[dict[str, A
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_changed_buckets_are_sent_again_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
-    counts = [results["resent"] for results in ranks]
-    assert counts[0] == counts[1], "the ranks disagree on what to send again"
-    assert counts[0] >= 2, "the weight that came late (steps 5 and 8) was not sent again"
+def test_a_late_gradient_is_an_error_on_all_ranks(ranks: list[dict[str, Any]]) -> None:
+    """The weight that was left out comes back in step 5, and in step 8 on rank 1: after its bucket has left."""
+    assert [results["repeated"] for results in ranks] == [[5, 8], [5, 8]]
+
+
+def test_another_number_of_microbatches_is_no_late_gradient(ranks: list[dict[str, Any]]) -> None:
+    """A pipeline announces all of a step at once: of a ramp's next number nothing is known yet."""
+    assert [results["ramp"] for results in ranks] == [[0, 0, 3, 0, 3, 3]] * 2
 
 
 def test_one_rank_poisons_the_step_of_all(ranks: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fp4.train.evaluate import evaluate
-from megatron_fp4.train.step import TokensDifferError
+from megatron_fp4.train.message import TokensDifferError
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import tiny_run

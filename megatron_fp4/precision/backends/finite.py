@@ -43,9 +43,9 @@ class NonFiniteEvent:
 
 
 class NonFiniteWatch:
-    """Records NaN and Inf instead of raising, for a trainer that skips the step on all ranks.
+    """Records NaN and Inf instead of raising, for a trainer whose ranks agree on a step before one of them stops.
 
-    Nothing is read back from the device until `take`, once per step.
+    Nothing is read back from the device until `take`, which only a step that turned out to be bad needs.
     """
 
     def __init__(self) -> None:
@@ -55,8 +55,19 @@ class NonFiniteWatch:
         """largest: max |x| over all copies, a scalar; NaN or Inf if any element is."""
         self._seen.append((origin, largest))
 
+    def forget(self) -> None:
+        """Begin a step: what was seen before is nobody's business any more."""
+        self._seen = []
+
+    def spoil(self, x: Tensor) -> Tensor:
+        """The FP64 tensor `x` if everything seen since `forget` is finite, else NaN; without reading it."""
+        if not self._seen:
+            return x
+        finite = torch.isfinite(torch.stack([largest for _, largest in self._seen])).all()
+        return x.masked_fill(~finite, float("nan"))
+
     def take(self) -> list[NonFiniteEvent]:
-        """Every event since the last call, in order, one per linear and operand."""
+        """Every event since `forget`, in order, one per linear and operand."""
         seen, self._seen = self._seen, []
         if not seen:
             return []

@@ -79,10 +79,7 @@ def write_bundle(run: Run, judgement: Judgement, bad: BadStep) -> Path:
 def _measure(run: Run, bad: BadStep) -> Report:
     """Quantization statistics of the step; what its second backward adds to the gradients is never used."""
     run.optimizer.zero_grad()
-    statistics = measure_again(run, bad.step, bad.rerun_step)
-    if run.probes.nonfinite:
-        run.probes.nonfinite.take()  # what the first time has told already
-    return statistics
+    return measure_again(run, bad.step, bad.rerun_step)
 
 
 def samples_of(run: Run, first_sample: int) -> list[dict[str, Any]]:

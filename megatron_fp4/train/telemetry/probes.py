@@ -18,7 +18,6 @@ from megatron_fp4.precision.probes import Probes, make_probed_backend
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.run import Run
-from megatron_fp4.train.sections import NonFinite
 from megatron_fp4.train.telemetry.quantization import begin_measuring, measures
 
 MAX_LINES = 20
@@ -29,7 +28,6 @@ def probed_backend(config: RunConfig) -> tuple[Backend, Probes]:
     train = config.train
     return make_probed_backend(
         config.precision,
-        nonfinite=train.nonfinite is NonFinite.skip,
         gemms=train.check_gemms,
         statistics=train.statistics_interval_steps > 0 or train.spikes.enabled,
     )

@@ -21,9 +21,9 @@ from tests.train.in_process import make_trainer, masters
 
 def train_with_a_nan(
     rank: int, world_size: int, overrides: list[str], bad_steps: list[int]
-) -> tuple[list[str], dict[str, Any], bool]:
+) -> tuple[list[str], dict[str, Any], str]:
     """Train; on the last rank the block output is NaN in `bad_steps`. Returns what was printed, the state, and
-    whether the run gave up."""
+    why the run gave up, "" if it did not."""
     trainer, console = make_trainer(overrides, rank, world_size)
     run = trainer.run
 
@@ -32,11 +32,11 @@ def train_with_a_nan(
         return out * float("nan") if bad else out
 
     run.engine.stages[0].blocks["0"].register_forward_hook(poison)  # type: ignore[union-attr]
-    diverged = False
+    diverged = ""
     try:
         trainer.fit()
-    except TrainingDiverged:
-        diverged = True
+    except TrainingDiverged as error:
+        diverged = str(error)
     shards = run.optimizer.state_shards()
     state = {f"{kind}/{shard.name}": tensor for shard in shards for kind, tensor in shard.tensors.items()}
     return console.said, state, diverged
@@ -76,9 +76,12 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert [record["skipped_steps"] for record in records] == [0.0, 1.0, 1.0, 2.0, 3.0]
 
 
-def test_stop_policy_names_the_tensor(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"blocks\.1\.attention\.qkv: operand x"):
-        train_with_a_nan(0, 1, overrides_for(tmp_path, "train.nonfinite=stop", "train.stop_after_steps=2"), [1])
+def test_stop_policy_names_the_tensor_on_all_ranks(tmp_path: Path) -> None:
+    """They agree before one of them stops: else the others would wait for it in the next collective."""
+    settings = overrides_for(tmp_path, "train.nonfinite=stop", "train.stop_after_steps=2")
+    reasons = {reason for _, _, reason in run_distributed(train_with_a_nan, 2, settings, [1])}
+    assert len(reasons) == 1
+    assert re.match(r"step 1: NaN or Inf in blocks\.1\.attention\.qkv \(x, rank 1\), samples \[.*=stop", *reasons)
 
 
 # -- a step without a target ------------------------------------------------------------------------------------------
