@@ -25,7 +25,7 @@ class StageRunner:
     """Calls a stage with arguments by name. Those that are no tensors select the kernel; they are constants in it."""
 
     def __init__(self, compile: bool) -> None:
-        self._compile = compile
+        self.compiles = compile
         self._kernels: dict[Any, Callable[..., Any]] = {}
 
     def __call__(
@@ -41,7 +41,7 @@ class StageRunner:
                 key += (name, value.dim(), value.dtype, value.device.type)
             else:
                 key += (name, value)
-        if not self._compile or (stage in EAGER_ON_CUDA and any(tensor.is_cuda for tensor in tensors.values())):
+        if not self.compiles or (stage in EAGER_ON_CUDA and any(tensor.is_cuda for tensor in tensors.values())):
             return stage(*args, **arguments)
         kernel = self._kernels.get(tuple(key))
         if kernel is None:

@@ -128,6 +128,13 @@ class Passes:
         element_max = rounding.E2M1_MAX if element == "e2m1" else rounding.E4M3_MAX
         return self._run(stages.power_scales, largest=block_maxima, element_max=element_max)
 
+    def noise(self, key: int, rows: Tensor, cols: Tensor, bits: int, *, centred: bool) -> Noise:
+        """See `Noise.at`. A key differs from tensor to tensor and from step to step: a compiled kernel gets it as a
+        tensor, which is filled on the device and not copied there."""
+        argument = torch.full((), key, dtype=torch.int64, device=rows.device) if self._run.compiles else key
+        words = self._run(stages.address_words, key=argument, rows=rows, cols=cols)
+        return Noise(*words, bits, centred)
+
     def rounded(
         self,
         x: Tensor,

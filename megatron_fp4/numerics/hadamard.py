@@ -14,12 +14,14 @@ from megatron_fp4.numerics.random import key_of, random_bits
 
 # The 16 signs that Transformer Engine and torchtitan use for all layers and steps.
 SIGNS_16 = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+_NEGATIVE_16 = sum(1 << place for place, sign in enumerate(SIGNS_16) if sign < 0)
 
 
 def fixed_signs(size: int, device: torch.device | str = "cpu") -> Tensor:
     """FP32 `[size]` of +-1: Transformer Engine's vector for 16, otherwise one derived from the size alone."""
     if size == 16:
-        return torch.tensor(SIGNS_16, dtype=torch.float32, device=device)
+        negative = torch.bitwise_right_shift(_NEGATIVE_16, torch.arange(16, device=device)) & 1
+        return 1.0 - 2.0 * negative.to(torch.float32)  # computed there: a list would be copied there
     return signs_from_key(key_of("rht_signs", size), size, device)
 
 

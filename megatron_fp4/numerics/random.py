@@ -51,22 +51,36 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 16)
 
 
-def _hash_index(index: Tensor, key_word: int) -> Tensor:
+Key = int | Tensor
+"""What `key_of` returns, or that as an int64 scalar on the device: an argument of a kernel, no constant in it."""
+
+
+def _low_word(x: Tensor) -> Tensor:
+    """The low half of int64, as the int32 that has its bits."""
+    return ((x & _WORD) ^ 0x80000000).sub_(0x80000000).to(torch.int32)
+
+
+def _key_word(key: Key, shift: int, salt: int) -> Key:
+    """32 bits of the key, differently salted for each use."""
+    if isinstance(key, Tensor):
+        return _low_word(key >> shift) ^ _signed(salt)
+    return _signed(((key >> shift) & _WORD) ^ salt)
+
+
+def _hash_index(index: Tensor, key_word: Key) -> Tensor:
     """int64 `[n]` to int32 `[n]`: both halves of the index, mixed with one word of the key."""
-    low = ((index & _WORD) ^ 0x80000000).sub_(0x80000000).to(torch.int32)
     high = (index >> 32).to(torch.int32)
-    return _mix(_mix(low ^ _signed(key_word)) + high * _GOLDEN)
+    return _mix(_mix(_low_word(index) ^ key_word) + high * _GOLDEN)
 
 
-def row_words(key: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+def row_words(key: Key, rows: Tensor) -> tuple[Tensor, Tensor]:
     """What every element of a row shares: two int32 `[R]` (64 bits, so that no two rows of a batch share a stream)."""
-    low, high = key & _WORD, (key >> 32) & _WORD
-    return _hash_index(rows, low), _hash_index(rows, high ^ 0x5BD1E995)
+    return _hash_index(rows, _key_word(key, 0, 0)), _hash_index(rows, _key_word(key, 32, 0x5BD1E995))
 
 
-def column_words(key: int, cols: Tensor) -> Tensor:
+def column_words(key: Key, cols: Tensor) -> Tensor:
     """What every element of a column shares: int32 `[C]`."""
-    return _hash_index(cols, ((key >> 16) & _WORD) ^ 0x3C6EF372)
+    return _hash_index(cols, _key_word(key, 16, 0x3C6EF372))
 
 
 def combine(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:

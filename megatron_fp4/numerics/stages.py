@@ -5,7 +5,8 @@ per element and spills registers).
 
     max_of_*       x            -> max |x| per tile
     nvfp4_scales   max |x|      -> E4M3 scale and the factor that takes x to code units
-    noise_*        addresses    -> random bits
+    address_words  key, indices -> random words of rows and columns
+    noise_*        these words  -> random bits
     apply_*        x            -> code * scale
 
 The arithmetic is explained in docs/numerics.md and spelled out readably in `block_scale`, which is the oracle.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import rounding
-from megatron_fp4.numerics.random import column_words, combine, row_words
+from megatron_fp4.numerics.random import Key, column_words, combine, row_words
 
 HEADROOM = 17.0 / 16.0  # E4M3 rounds a scale down by at most 1/17 of it
 
@@ -48,7 +49,7 @@ class Noise(NamedTuple):
     @staticmethod
     def at(key: int, rows: Tensor, cols: Tensor, bits: int = 8, *, centred: bool = False) -> Noise:
         """The bits of the elements with global indices rows `[R]` and cols `[C]`, int64; key: see `random.key_of`."""
-        return Noise(*row_words(key, rows), column_words(key, cols), bits, centred)
+        return Noise(*address_words(key, rows, cols), bits, centred)
 
 
 def encode_scale(amax: Tensor, aim: float) -> tuple[Tensor, Tensor]:
@@ -111,6 +112,11 @@ def power_scales(largest: Tensor, element_max: float) -> BlockScales:
     largest = largest.to(torch.float32)
     scale = rounding.power_of_two_at_least(largest / torch.full_like(largest, element_max))
     return BlockScales(scale, rounding.power_of_two_inverse(scale))
+
+
+def address_words(key: Key, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the elements of each row `[R]` (two words) and of each column `[C]` share, int32."""
+    return *row_words(key, rows), column_words(key, cols)
 
 
 def noise_bytes(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:

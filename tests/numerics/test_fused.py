@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_fp4.numerics import key_of, quantize_nvfp4, quantize_power_of_two, random_bits
+from megatron_fp4.numerics import compiled, key_of, quantize_nvfp4, quantize_power_of_two, random_bits
 from megatron_fp4.numerics.fused import Passes
-from megatron_fp4.numerics.stages import Noise, apply_e2m1_stochastic
+from megatron_fp4.numerics.stages import Noise, address_words, apply_e2m1_stochastic
 
 KEY = key_of(3, "noise")
 PASSES = Passes(compile=False)
@@ -165,3 +166,21 @@ def test_square_tiles_have_one_set_of_codes_for_both_directions(seed: int) -> No
     transposed = quantize_nvfp4(w.T.contiguous(), tile=(16, 16)).operand()
     assert torch.equal(direct, transposed.T)
     assert torch.equal(two_level(w, w.abs().amax().float(), tile=(16, 16), along=1), direct)
+
+
+def test_one_compiled_kernel_hashes_the_addresses_of_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a constant, each tensor and step would compile a kernel of its own; eagerly it is some 60 launches."""
+    compiled_stages: list[Any] = []
+
+    def not_really(stage: Any, constants: dict[str, Any]) -> Any:
+        compiled_stages.append(stage)
+        return partial(stage, **constants)
+
+    monkeypatch.setattr(compiled, "_compiled", not_really)
+    passes = Passes(compile=True)
+    rows, cols = torch.arange(64) + 1000, torch.arange(32) + 7
+    for key in (key_of(0, "x"), key_of(1, "x"), key_of(1, "dy")):
+        noise, expected = passes.noise(key, rows, cols, 8, centred=False), Noise.at(key, rows, cols)
+        assert all(torch.equal(*pair) for pair in zip(noise[:3], expected[:3], strict=True))
+        assert noise[3:] == expected[3:]
+    assert compiled_stages == [address_words]

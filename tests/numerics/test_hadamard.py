@@ -61,3 +61,8 @@ def test_refusals() -> None:
         random_hadamard(torch.zeros(2, 24))
     with pytest.raises(ValueError, match="power of two"):
         random_hadamard(torch.zeros(2, 24), size=12)
+
+
+def test_the_16_signs_are_computed_on_the_device() -> None:
+    assert fixed_signs(16).tolist() == list(SIGNS_16)
+    assert fixed_signs(16, "meta").is_meta, "a list is copied from the host, at which the device waits"

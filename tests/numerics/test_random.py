@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_fp4.numerics import key_of, normal, random_bits, uniform
+from megatron_fp4.numerics.stages import address_words
 
 
 def test_keys_are_stable_and_distinct() -> None:
@@ -56,3 +57,13 @@ def test_moments() -> None:
     assert abs(z.std() - 1) < 5 / 2**0.5 / 1024
     assert abs((z**4).mean() - 3) < 5 * 96**0.5 / 1024
     assert z.abs().max() < 6.5
+
+
+def test_a_key_on_the_device_addresses_the_same_numbers() -> None:
+    """As an argument of a compiled kernel; both halves of the key and of the index count."""
+    rows, columns = torch.tensor([0, 5, 2**31, 2**40 + 3]), torch.arange(7) + 2**33
+    for number in range(50):
+        key = key_of(number, "layer")
+        expected = address_words(key, rows, columns)
+        words = address_words(torch.tensor(key), rows, columns)
+        assert all(torch.equal(*pair) for pair in zip(words, expected, strict=True))

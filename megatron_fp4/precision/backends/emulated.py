@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics.fused import Passes
-from megatron_fp4.numerics.stages import BlockScales, Noise
+from megatron_fp4.numerics.stages import BlockScales
 from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
 from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul, widens
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
-from megatron_fp4.precision.backends.randomness import noise_key, signs_for
+from megatron_fp4.precision.backends.randomness import SignVectors, noise_key
 from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding
 
 
@@ -66,6 +66,7 @@ class EmulatedBackend:
 
     def __init__(self, compile: bool = False, watch: NonFiniteWatch | None = None) -> None:
         self.passes = Passes(compile)
+        self._signs = SignVectors()
         self._watch = watch
 
     def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
@@ -115,7 +116,7 @@ class EmulatedBackend:
     def _blocks(self, x: Tensor, origin: OperandOrigin, copy: Copy) -> _Blocks:
         size = copy.operand.rht_size
         if size:
-            x = self.passes.hadamard(x, size, signs_for(origin, copy.operand, x.device), copy.along)
+            x = self.passes.hadamard(x, size, self._signs.of(origin, copy.operand, x.device), copy.along)
         return _Blocks(x, self.passes.block_maxima(x, copy.stored_tile))
 
     def _amax(self, blocks: _Blocks, copy: Copy) -> Tensor:
@@ -130,7 +131,7 @@ class EmulatedBackend:
         noise = None
         if operand.stochastic:
             key, centred = noise_key(origin, copy), operand.centred_noise
-            noise = Noise.at(key, origin.rows, origin.cols, operand.noise_bits, centred=centred)
+            noise = self.passes.noise(key, origin.rows, origin.cols, operand.noise_bits, centred=centred)
         element = "e2m1" if operand.format in (Format.nvfp4, Format.mxfp4) else "e4m3"
         scales = self._scales(blocks, amax, copy, element)
         return self.passes.rounded(blocks.x, scales, tile=copy.stored_tile, element=element, noise=noise, dtype=dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,23 @@ def signs_for(origin: OperandOrigin, operand: Operand, device: torch.device) -> 
     if operand.rht_signs is Signs.fixed:
         return fixed_signs(operand.rht_size, device)
     return signs_from_key(key_of(origin.seed, origin.step, origin.name, "rht"), operand.rht_size, device)
+
+
+class SignVectors:
+    """`signs_for`, each vector made once: the fixed ones for good, those of a step until the next step."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, Tensor | None] = {}
+        self._step = (-1, -1)
+
+    def of(self, origin: OperandOrigin, operand: Operand, device: torch.device) -> Tensor | None:
+        """See `signs_for`."""
+        key: tuple[Hashable, ...] = (operand.rht_size, operand.rht_signs, device)
+        if operand.rht_signs is Signs.per_step:
+            if self._step != (origin.seed, origin.step):
+                self._step = (origin.seed, origin.step)
+                self._kept = {}
+            key = (*key, origin.name)
+        if key not in self._kept:
+            self._kept[key] = signs_for(origin, operand, device)
+        return self._kept[key]

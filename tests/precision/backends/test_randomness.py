@@ -1,60 +1,43 @@
-"""Which operands are others at each step: what the weight cache goes by, against what the quantizer does."""
+"""Sign vectors are made once, not once per transform."""
 
 from __future__ import annotations
 
-import dataclasses
+from unittest import mock
 
-import pytest
 import torch
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.numerics import key_of, normal
-from megatron_fp4.precision import AmaxScope, Format, FourOverSix, Operand, Rounding, ScaleOrder, Signs
-from megatron_fp4.precision.backends import Copy, OperandOrigin
-from megatron_fp4.precision.backends.randomness import varies_by_step
-from megatron_fp4.precision.backends.reference import ReferenceBackend
+from megatron_fp4.precision import EmulatedBackend, Format, Operand, Signs
+from megatron_fp4.precision.backends import Copy, OperandOrigin, randomness
+from megatron_fp4.precision.backends.randomness import SignVectors, signs_for
 
-N4 = Format.nvfp4
-OPERANDS = [
-    Operand(),
-    *(Operand(fmt) for fmt in Format if fmt is not Format.bf16),
-    *(Operand(N4, rounding=rounding) for rounding in Rounding),
-    *(Operand(N4, rht_size=16, rht_signs=signs) for signs in Signs),
-    Operand(N4, rounding=Rounding.sr, noise_bits=20),
-    Operand(N4, tile=(16, 16)),
-    Operand(N4, scale_order=ScaleOrder.paper),
-    Operand(N4, amax_scope=AmaxScope.row),
-    Operand(N4, four_over_six=FourOverSix.mse, four_over_six_bound=448),
-    Operand(Format.mxfp4, rounding=Rounding.sr),
-]
+CPU = torch.device("cpu")
 
 
-def operand_of(operand: Operand, seed: int, step: int) -> tuple[torch.Tensor, ...]:
-    x = normal(key_of("randomness"), torch.arange(128), torch.arange(128)).bfloat16()
-    origin = OperandOrigin("linear", "w", torch.arange(128), torch.arange(128), Group.single(), seed, step)
-    return ReferenceBackend().quantize(x, origin, [Copy("fprop", operand, along=1)])[0].tensors
+def origin(name: str, step: int, seed: int = 1) -> OperandOrigin:
+    index = torch.arange(32)
+    return OperandOrigin(name, "x", index, index, Group.single(), seed=seed, step=step)
 
 
-@pytest.mark.parametrize("operand", OPERANDS, ids=str)
-def test_seed_and_step_go_into_an_operand_exactly_where_it_says_so(operand: Operand) -> None:
-    """An operand that varies and says no: a cached weight with the noise or the signs of another step."""
-    base = operand_of(operand, seed=1, step=3)
-    for seed, step in ((1, 4), (2, 3)):
-        other = operand_of(operand, seed, step)
-        equal = all(torch.equal(a.float(), b.float()) for a, b in zip(base, other, strict=True))
-        assert equal is not varies_by_step(operand), f"seed {seed}, step {step}"
+def test_signs_are_made_once() -> None:
+    """Two microbatches of two linears in two steps; the fixed ones once in all, those of a step once per linear."""
+    x = torch.randn(32, 32)
+    for signs, expected in ((Signs.fixed, 1), (Signs.per_step, 2 * 2)):
+        backend, operand = EmulatedBackend(), Operand(Format.nvfp4, rht_size=16, rht_signs=signs)
+        with mock.patch.object(randomness, "signs_for", wraps=signs_for) as made:
+            for step in range(2):
+                for name in 2 * ("up", "down"):
+                    backend.quantize(x, origin(name, step), [Copy("wgrad", operand, 0)])
+        assert made.call_count == expected, signs
 
 
-def test_every_field_of_an_operand_was_tried() -> None:
-    """A new field may bring new randomness."""
-    for field in dataclasses.fields(Operand):
-        assert len({getattr(operand, field.name) for operand in OPERANDS}) > 1, field.name
-
-
-def test_noise_is_centred_where_transformer_engine_does_not_round() -> None:
-    """What it rounds must have its distribution, a bias of 1/512 of a step included."""
-    centred = {str(operand) for operand in OPERANDS if operand.centred_noise}
-    assert centred == {
-        str(Operand(N4, rounding=Rounding.sr_headroom)),
-        str(Operand(Format.mxfp4, rounding=Rounding.sr)),
-    }
+def test_signs_of_a_step_are_those_of_that_step() -> None:
+    """A step that is made again after another one, as in a replay, has its own; other seeds have others."""
+    operand, vectors = Operand(Format.nvfp4, rht_size=64, rht_signs=Signs.per_step), SignVectors()
+    for step, seed in ((0, 1), (1, 1), (0, 1), (0, 2)):
+        for name in ("up", "down"):
+            at = origin(name, step, seed)
+            kept, expected = vectors.of(at, operand, CPU), signs_for(at, operand, CPU)
+            assert kept is not None
+            assert expected is not None
+            assert torch.equal(kept, expected)
