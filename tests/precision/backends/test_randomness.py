@@ -24,11 +24,11 @@ def test_signs_are_made_once() -> None:
     x = torch.randn(32, 32)
     for signs, expected in ((Signs.fixed, 1), (Signs.per_step, 2 * 2)):
         backend, operand = EmulatedBackend(), Operand(Format.nvfp4, rht_size=16, rht_signs=signs)
-        with mock.patch.object(randomness, "signs_for", wraps=signs_for) as made:
+        with mock.patch.object(randomness, "signs_for", wraps=signs_for) as computed:
             for step in range(2):
                 for name in 2 * ("up", "down"):
                     backend.quantize(x, origin(name, step), [Copy("wgrad", operand, 0)])
-        assert made.call_count == expected, signs
+        assert computed.call_count == expected, signs
 
 
 def test_signs_of_a_step_are_those_of_that_step() -> None:
