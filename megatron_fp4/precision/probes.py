@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_fp4.precision.backends import Backend, NonFiniteWatch
 from megatron_fp4.precision.backends.choose import make_backend
@@ -20,7 +20,7 @@ class Probes:
     operand. checked_table: the precision table that the GEMMs were compared with last; each is compared once.
     """
 
-    nonfinite: NonFiniteWatch
+    nonfinite: NonFiniteWatch = field(default_factory=NonFiniteWatch)
     gemms: GemmLedger | None = None
     statistics: StatisticsProbe | None = None
     checked_table: PrecisionTable | None = None
@@ -28,7 +28,7 @@ class Probes:
 
 def make_probed_backend(config: PrecisionConfig, *, gemms: bool, statistics: bool) -> tuple[Backend, Probes]:
     """The backend that `precision.backend` names, wrapped in the probes that are asked for."""
-    probes = Probes(NonFiniteWatch())
+    probes = Probes()
     backend = make_backend(config, probes.nonfinite)
     if statistics:
         backend = probes.statistics = StatisticsProbe(backend)

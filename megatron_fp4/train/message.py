@@ -44,7 +44,7 @@ class StepMessage:
     def row(self) -> Tensor:
         """int64 `[1, 6]` on the device; of the first two, the bits of their FP64."""
         values = torch.stack([self.loss.double(), self.square]).view(torch.int64)
-        known = (int(self.stop), int(self.late), self.num_targets, self.tokens_hash)
+        known = (int(self.stop), int(not self.late), self.num_targets, self.tokens_hash)
         filled = [torch.full((1,), value, dtype=torch.int64, device=values.device) for value in known]
         return torch.cat([values, *filled])[None]
 
@@ -66,14 +66,13 @@ def exchange(message: StepMessage, mesh: ParallelMesh) -> StepAgreement:
     """Gather every rank's message. Raises TokensDifferError on all ranks if peers of one data shard disagree."""
     rows = all_gather_rows(message.row(), mesh.world).cpu()
     losses, squares = rows[:, :2].T.contiguous().view(torch.float64)
-    stop, late = rows[:, 2:4].any(0).tolist()
     fed = rows[:, 4:].view(mesh.pp.size, mesh.dp.size, -1, 2).transpose(0, 1).flatten(1, 2)  # [dp, pp * cp * tp, 2]
     _check_hashes(fed[..., 1])
     return StepAgreement(
         loss=float(losses.sum()),
         norm=norm_of(functools.reduce(operator.add, squares.tolist())),  # one by one: Python's sum() compensates
-        stop=stop,
-        late=late,
+        stop=bool(rows[:, 2].any()),
+        late=not rows[:, 3].all(),
         num_targets=int(fed[:, 0, 0].sum()),
         tokens_hash=combine_hashes(fed[:, 0, 1].tolist()),
     )
