@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.parity import parity_case
+from megatron_fp4.cli.compose import compose_config, to_run_config
 from tests.helpers.rehearsed import rehearse_all
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,10 +47,16 @@ def test_devices_are_not_mixed(plant: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_what_crosses_is_counted() -> None:
-    """The five tensors of a batch go up; every crossing has its file and line."""
-    case = parity_case(seq_length=64, train={"global_batch": 8})
-    (report,) = rehearse_all([(case.config, 4, "0,3")])
-    for rank in report["ranks"]:
-        assert rank["copies_in"]["train/inputs.py:40"] == 5
-        assert all(":" in place for place in (*rank["copies_in"], *rank["read_backs"]))
+def test_a_step_copies_its_batch_and_reads_its_message() -> None:
+    """Nothing else crosses between host and device: a read-back drains the queue, a copy of a constant waits for it."""
+    settings = [*TINY, "precision.compile=false", "precision.keep_bf16.last=0", "model.num_layers=2"]
+    settings += ["parallel.tp=2", "train.recompute=full", "train.label_smoothing=0.1", "model.dropout=0.1"]
+    hybrid = ["model=hybrid_tiny", "model.pattern='M*-'", "model.num_layers=3", "parallel.tp=1", "parallel.cp=2"]
+    hybrid += ["data.reset_documents=true", "precision/recipe=nvfp4_signs_per_step", "train.nonfinite=stop"]
+    configs = [to_run_config(compose_config([*settings, *more])) for more in ([], hybrid)]
+    for report in rehearse_all([(config, 4, "0,3") for config in configs]):
+        for rank in report["ranks"]:
+            (copied, copies), (read, reads) = *rank["copies_in"].items(), *rank["read_backs"].items()
+            assert copied.startswith("train/inputs.py:"), "the batch is a copy by itself"
+            assert read.startswith("train/message.py:"), "something is read beside the message"
+            assert copies == reads == 1
