@@ -28,6 +28,7 @@ class BackendName(Enum):
     emulated = "emulated"  # the same operands on any device, multiplied exactly in BF16
     reference = "reference"  # the definition, slow
     transformer_engine = "transformer_engine"  # NVIDIA's kernels on the tensor cores of Blackwell
+    triton = "triton"  # our own kernels: the emulated operands as codes, on any GPU of NVIDIA's since Ampere
     native_fp8 = "native_fp8"  # emulated, but fp8_block GEMMs on the FP8 tensor cores of a Hopper GPU
 
 

@@ -14,6 +14,7 @@ from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_ob
 from megatron_fp4.precision.backends.native_fp8 import NativeFp8Backend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
+from megatron_fp4.precision.backends.triton_limits import check_triton_machine
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import Linear, PrecisionPlan
 from megatron_fp4.precision.te.refusals import check_te_linear
@@ -27,6 +28,11 @@ def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -
         return EmulatedBackend(config.compile and not eager_reason(config), watch)
     if config.backend is BackendName.native_fp8:
         return NativeFp8Backend(config, watch)
+    if config.backend is BackendName.triton:
+        check_triton_machine()
+        from megatron_fp4.precision.backends.triton import TritonBackend  # it imports triton, an extra
+
+        return TritonBackend(config, watch)
     return TransformerEngineBackend(config, watch)
 
 

@@ -169,6 +169,11 @@ class EmulatedBackend:
         return (values if operand.along == 1 else values.T), scale
 
 
+def values_operand(values: Tensor, amax: Tensor | None, divisor: float) -> QuantizedOperand:
+    """An operand `[M, K]` of this backend, of code * block_scale that another one has made."""
+    return _Values((values,) if amax is None else (values, amax), 1, divisor)
+
+
 def _scaled(values: Tensor, amax: Tensor, copy: Copy) -> _Values:
     if copy.operand.format is not Format.nvfp4:  # the other formats have no global scale
         return _Values((values,), copy.along)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_fp4.comm.collectives import all_reduce_max
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
-from megatron_fp4.precision.operand import AmaxScope
+from megatron_fp4.precision.operand import AmaxScope, Format
 
 
 class NonFiniteError(FloatingPointError):
@@ -51,9 +51,9 @@ class NonFiniteWatch:
     def __init__(self) -> None:
         self._seen: list[tuple[OperandOrigin, Tensor]] = []
 
-    def see(self, origin: OperandOrigin, largest: Tensor) -> None:
-        """largest: max |x| over all copies, a scalar; NaN or Inf if any element is."""
-        self._seen.append((origin, largest))
+    def see(self, origin: OperandOrigin, largest: Sequence[Tensor]) -> None:
+        """largest: max |x| of some copies, scalars; NaN or Inf if any element is."""
+        self._seen += [(origin, amax) for amax in largest]
 
     def forget(self) -> None:
         """Begin a step: what was seen before is nobody's business any more."""
@@ -80,11 +80,11 @@ class NonFiniteWatch:
         return list(dict.fromkeys(events))
 
 
-def check_finite(largest: Tensor, origin: OperandOrigin, watch: NonFiniteWatch | None) -> None:
-    """largest: max |x|, a scalar. NaN and Inf go to `watch`, or raise NonFiniteError (which reads the scalar back)."""
+def check_finite(largest: Sequence[Tensor], origin: OperandOrigin, watch: NonFiniteWatch | None) -> None:
+    """largest: max |x| of some copies, scalars. NaN and Inf go to `watch`, or raise NonFiniteError (by a read-back)."""
     if watch is not None:
         watch.see(origin, largest)
-    elif not (value := largest.item()) < float("inf"):
+    elif not (value := torch.stack(list(largest)).amax().item()) < float("inf"):
         raise NonFiniteError(origin, value)
 
 
@@ -93,15 +93,18 @@ def reduce_and_check(
 ) -> list[Tensor]:
     """The amax of each copy over its scope, with one collective for all of them; NaN and Inf go to `watch`, or raise.
 
-    local: FP32 amaxes of this rank, scalars (or one per row for amax_scope=row, which is never reduced). The check
-    comes after the collective, so that no rank waits for one that has raised.
+    local: FP32 amaxes of this rank, scalars (or one per row for amax_scope=row, which is never reduced). Only nvfp4
+    has a global scale, so without it there is no collective. The check comes after it, so that no rank waits for one
+    that has raised.
     """
     result = list(local)
-    shared = [i for i, copy in enumerate(copies) if copy.operand.amax_scope is AmaxScope.tensor]
-    if shared:
-        reduced = all_reduce_max(torch.stack([local[i] for i in shared]), origin.group)
-        for position, i in enumerate(shared):
-            result[i] = reduced[position]
+    scopes = [copy.operand.amax_scope if copy.operand.format is Format.nvfp4 else None for copy in copies]
+    shared = [i for i, scope in enumerate(scopes) if scope is AmaxScope.tensor]
+    if shared and origin.group.size > 1:
+        reduced = all_reduce_max(torch.stack([local[i] for i in shared]), origin.group).unbind()
+        for i, amax in zip(shared, reduced, strict=True):
+            result[i] = amax
     if local:
-        check_finite(torch.stack([amax.amax() for amax in (*local, *result)]).amax(), origin, watch)
+        seen = {id(amax): amax for amax in (*local, *result)}.values()  # each once: one launch per tensor on a GPU
+        check_finite([amax if amax.dim() == 0 else amax.amax() for amax in seen], origin, watch)
     return result

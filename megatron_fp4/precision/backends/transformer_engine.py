@@ -158,7 +158,7 @@ class TransformerEngineBackend:
 
     def _check_finite(self, x: Tensor, origin: OperandOrigin) -> None:
         """TE's own amax ignores NaN, so it is measured here."""
-        check_finite(torch.stack(torch.aminmax(x)).abs().amax().float(), origin, self._watch)
+        check_finite([torch.stack(torch.aminmax(x)).abs().amax().float()], origin, self._watch)
 
 
 def _formats(recipes: Mapping[str, LinearPrecision]) -> set[Format]:

@@ -12,6 +12,7 @@ import torch
 from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.text.tokenizer import describe_tokenizer
 from megatron_fp4.precision.backends.choose import eager_reason
+from megatron_fp4.precision.backends.triton_limits import emulated_gemms
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.table import difference_to_stored
 from megatron_fp4.train.checked import CheckedConfig
@@ -25,6 +26,11 @@ def describe_run(checked: CheckedConfig, world_size: int, device: torch.device) 
     paragraphs = [describe(config.parallel, world_size)]
     if reason := eager_reason(config.precision):
         paragraphs.append(f"precision.compile is on, but {reason}: the quantizer runs eagerly (same numbers, slower)")
+    if emulated := emulated_gemms(config.precision):
+        paragraphs.append(
+            "WARNING: precision.backend=triton has no kernels for these GEMMs, which are emulated (same operands):\n  "
+            + "\n  ".join(emulated)
+        )
     if checked.tokenizer:
         paragraphs.append(describe_tokenizer(checked.tokenizer, config.model.vocab_size))
     accumulation = config.train.gradient_accumulation(checked.dp, config.train.global_batch)

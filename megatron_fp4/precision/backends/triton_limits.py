@@ -1,0 +1,67 @@
+"""What `precision.backend=triton` needs of a machine, and what its kernels leave to the emulation."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from megatron_fp4.precision.config import BackendName, PrecisionConfig
+from megatron_fp4.precision.operand import AmaxScope, Format, Operand
+from megatron_fp4.precision.spec import Gemm
+
+LEAST_CAPABILITY = (8, 0)
+REMEDY = "use precision.backend=emulated, which makes the same operands"
+BLOCKS = {Format.nvfp4: 16, Format.mxfp4: 32, Format.mxfp8: 32}
+"""Formats that the kernels know, and their block."""
+
+
+def obstacle(operand: Operand) -> str:
+    """Why the kernels do not make an operand; empty if they do."""
+    if operand.format not in BLOCKS:
+        return f"{operand.format.name} has no kernel here"
+    if operand.amax_scope is AmaxScope.row:
+        return "amax_scope=row"
+    if operand.rht_size > BLOCKS[operand.format]:
+        return f"rht_size={operand.rht_size}, more than a block of {BLOCKS[operand.format]}"
+    return ""
+
+
+def emulated_gemms(config: PrecisionConfig) -> list[str]:
+    """What `precision.backend=triton` leaves to the emulation, one line per GEMM of a recipe; empty if nothing."""
+    if config.backend is not BackendName.triton:
+        return []
+    gemms = [(name, gemm) for name, recipe in config.recipes.items() for gemm in recipe.gemms if gemm.quantized]
+    return [f"recipe {name}, {gemm.name}: {reason}" for name, gemm in gemms if (reason := _gemm_obstacle(gemm))]
+
+
+def _gemm_obstacle(gemm: Gemm) -> str:
+    first, second = gemm.operands
+    for tensor, operand in zip(gemm.tensors, gemm.operands, strict=True):
+        if operand.quantized and (reason := obstacle(operand)):
+            return f"{tensor} has {reason}"
+    if first.format is not second.format:
+        return f"operands in {first.format.name} and {second.format.name}"
+    return ""
+
+
+def check_triton_machine() -> None:
+    """Raises ValueError with the remedy where no kernel can run."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            f"precision.backend=triton needs the package triton: pip install 'megatron-fp4[kernels]'; or {REMEDY}"
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "precision.backend=triton compiles for NVIDIA GPUs, and torch sees no CUDA device: set TRITON_INTERPRET=1"
+            f" to interpret its kernels on the CPU, slowly; or {REMEDY}"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        raise ValueError(
+            f"precision.backend=triton needs a GPU of compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or"
+            f" newer, this one has {capability[0]}.{capability[1]}; {REMEDY}"
+        )
