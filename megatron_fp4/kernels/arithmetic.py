@@ -20,8 +20,6 @@ HEADROOM = tl.constexpr(17.0 / 16.0)
 INTERPRETED = tl.constexpr(values.INTERPRETED)
 ROUND_TO_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, 0f00000000;")
 """The upper half of the result is $1 in BF16: the bits of the rounded FP32 number, in one instruction."""
-PAIR_TO_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
-"""Two numbers, the second in the upper half."""
 
 
 @triton.jit
@@ -64,7 +62,7 @@ def to_bf16(x):
     """x rounded to BF16, nearest even, as int16 bits to be stored."""
     if INTERPRETED:
         return (bf16_bits(x) >> 16).to(tl.int16)
-    return tl.inline_asm_elementwise(PAIR_TO_BF16, "=r,f,f", [x], tl.int16, True, 2)
+    return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
 
 
 @triton.jit

@@ -21,6 +21,8 @@ def obstacle(operand: Operand) -> str:
     """Why the kernels do not make an operand; empty if they do."""
     if operand.format not in BLOCKS:
         return f"{operand.format.name} has no kernel here"
+    if operand.format is Format.mxfp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        return "mxfp8, whose codes Triton reads on compute capability 8.9 and newer only"
     if operand.amax_scope is AmaxScope.row:
         return "amax_scope=row"
     if operand.rht_size > BLOCKS[operand.format]:

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The tests of megatron_fp4/kernels: interpreted on the CPU for the bits, then compiled for GPUs for the instructions.
+# Installs Triton (250 MB, once) beside the environment of tests/setup.sh, where no other test sees it.
+# Usage: tests/kernels/run.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+source tests/setup.sh
+version=3.8.0
+folder="$(dirname "$(dirname "$MEGATRON_FP4_PYTHON")")/triton-$version"
+if [ ! -d "$folder" ]; then
+  echo "installing triton $version into $folder ..."
+  "$MEGATRON_FP4_PYTHON" -m pip install --quiet --no-deps --target "$folder.part" "triton==$version"
+  mv "$folder.part" "$folder"
+fi
+export PYTHONPATH="$PWD:$folder${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+TRITON_INTERPRET=1 python -m pytest tests/kernels -W "ignore::RuntimeWarning" "$@" # numpy warns of 1 / 0, which is meant
+TRITON_INTERPRET=0 exec python -m pytest tests/kernels "$@"
