@@ -25,6 +25,7 @@ from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand
 from megatron_fp4.precision.backends.product import Factors, multiply_on_cpu, multiply_on_cuda, widens
+from megatron_fp4.precision.backends.triton_limits import obstacle
 from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.operand import Format, Operand
 
@@ -32,11 +33,17 @@ STORED_BYTES = {Format.nvfp4: 0.5625, Format.mxfp4: 0.53125, Format.mxfp8: 1.031
 """Bytes per element with block scales, as Transformer Engine stores them."""
 DEQUANTIZING = (BackendName.emulated, BackendName.reference)
 """Backends whose operands are as large as the compute dtype makes them."""
+ACCUMULATING = (BackendName.transformer_engine, BackendName.triton)
+"""Backends whose GEMM adds to the main gradient itself."""
 
 
 def stored_bytes(operand: Operand, backend: BackendName, compute_bytes: int) -> float:
     """Bytes per element of a quantized operand as `backend` holds it."""
-    return float(compute_bytes) if backend in DEQUANTIZING else STORED_BYTES[operand.format]
+    return float(compute_bytes) if _is_dequantized(operand, backend) else STORED_BYTES[operand.format]
+
+
+def _is_dequantized(operand: Operand, backend: BackendName) -> bool:
+    return backend in DEQUANTIZING or (backend is BackendName.triton and bool(obstacle(operand)))
 
 
 @contextmanager
@@ -134,9 +141,15 @@ class _Values(QuantizedOperand):
 
 @dataclass(frozen=True, eq=False)
 class _Codes(QuantizedOperand):
-    """tensors[0]: as many bytes as codes and block scales have. rows: M or N of the product."""
+    """tensors[0]: as many bytes as codes and block scales have. rows, length: of the operand; dtype: of its tensor."""
 
     rows: int
+    length: int
+    dtype: torch.dtype
+
+    def decoded(self) -> _Values:
+        """The operand for a product with one that has no codes."""
+        return _Values((self.tensors[0].new_empty(self.rows, self.length, dtype=self.dtype),), 1)
 
 
 class SizedBackend:
@@ -155,12 +168,13 @@ class SizedBackend:
         for copy in copies:
             if not copy.operand.quantized:
                 operands.append(_Values((x,), copy.along))
-            elif self._name in DEQUANTIZING:
+            elif _is_dequantized(copy.operand, self._name):
                 values = x if copy.deferred else torch.empty_like(x)
                 operands.append(_Values((values, next(amaxes)), copy.along, pending=copy.deferred))
             else:
                 num_bytes = round(x.numel() * stored_bytes(copy.operand, self._name, x.itemsize))
-                operands.append(_Codes((x.new_empty(num_bytes, dtype=torch.uint8),), x.shape[1 - copy.along]))
+                held = x.new_empty(num_bytes, dtype=torch.uint8)
+                operands.append(_Codes((held,), x.shape[1 - copy.along], x.shape[copy.along], x.dtype))
         return tuple(operands)
 
     def matmul(
@@ -168,10 +182,11 @@ class SizedBackend:
     ) -> Tensor:
         """See `Backend.matmul`."""
         if isinstance(a, _Codes) and isinstance(b, _Codes):
-            if accumulate_into is not None and self._name is BackendName.transformer_engine:
-                return accumulate_into  # its GEMM adds there
+            if accumulate_into is not None and self._name in ACCUMULATING:
+                return accumulate_into
             out = a.tensors[0].new_empty(a.rows, b.rows, dtype=out_dtype)
         else:
+            a, b = (one.decoded() if isinstance(one, _Codes) else one for one in (a, b))
             assert isinstance(a, _Values)
             assert isinstance(b, _Values)
             multiply = multiply_on_cuda if self._on_gpu else multiply_on_cpu

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,13 +22,14 @@ from megatron_fp4.kernels.multiply import multiply
 from megatron_fp4.kernels.quantize import measure, measure_transformed, noise_words, quantize
 from megatron_fp4.kernels.values import Coding, PackedOperand, Target
 from megatron_fp4.numerics import QuantizedTensor
+from megatron_fp4.numerics.hadamard import fixed_signs
 from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_obstacle, values_operand
 from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
 from megatron_fp4.precision.backends.randomness import noise_key, signs_for
 from megatron_fp4.precision.backends.triton_limits import BLOCKS, obstacle
 from megatron_fp4.precision.config import PrecisionConfig
-from megatron_fp4.precision.operand import Format, FourOverSix, Operand, Rounding, ScaleOrder
+from megatron_fp4.precision.operand import Format, FourOverSix, Operand, Rounding, ScaleOrder, Signs
 
 CELLS = 1024
 """Zeros that one launch makes."""
@@ -197,5 +199,16 @@ def _turns(operand: Operand) -> bool:
 
 def _sign_mask(origin: OperandOrigin, operand: Operand) -> int:
     """Bit i is set where element i of a group of the transform is negated."""
+    if operand.rht_size and operand.rht_signs is Signs.fixed:
+        return _fixed_sign_mask(operand.rht_size)
     signs = signs_for(origin, operand, torch.device("cpu"))
-    return 0 if signs is None else sum(1 << i for i, sign in enumerate(signs.tolist()) if sign < 0)
+    return 0 if signs is None else _mask(signs)
+
+
+@cache
+def _fixed_sign_mask(size: int) -> int:
+    return _mask(fixed_signs(size))
+
+
+def _mask(signs: Tensor) -> int:
+    return sum(1 << i for i, sign in enumerate(signs.tolist()) if sign < 0)

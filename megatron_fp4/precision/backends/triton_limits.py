@@ -13,6 +13,7 @@ from megatron_fp4.precision.spec import Gemm
 
 LEAST_CAPABILITY = (8, 0)
 REMEDY = "use precision.backend=emulated, which makes the same operands"
+INTERPRETING = f"set TRITON_INTERPRET=1 to interpret its kernels on the CPU, slowly, or {REMEDY}"
 BLOCKS = {Format.nvfp4: 16, Format.mxfp4: 32, Format.mxfp8: 32}
 """Formats that the kernels know, and their block."""
 
@@ -20,9 +21,9 @@ BLOCKS = {Format.nvfp4: 16, Format.mxfp4: 32, Format.mxfp8: 32}
 def obstacle(operand: Operand) -> str:
     """Why the kernels do not make an operand; empty if they do."""
     if operand.format not in BLOCKS:
-        return f"{operand.format.name} has no kernel here"
+        return f"format={operand.format.name}"
     if operand.format is Format.mxfp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
-        return "mxfp8, whose codes Triton reads on compute capability 8.9 and newer only"
+        return "format=mxfp8, whose codes Triton reads on compute capability 8.9 and newer only"
     if operand.amax_scope is AmaxScope.row:
         return "amax_scope=row"
     if operand.rht_size > BLOCKS[operand.format]:
@@ -48,19 +49,29 @@ def _gemm_obstacle(gemm: Gemm) -> str:
     return ""
 
 
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, which reads this variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def check_triton_device(device: torch.device) -> None:
+    """Raises ValueError with the remedy for a rank that is not on a GPU."""
+    if device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"precision.backend=triton compiles for NVIDIA GPUs, and this run is on {device}: {INTERPRETING}"
+        )
+
+
 def check_triton_machine() -> None:
     """Raises ValueError with the remedy where no kernel can run."""
     if importlib.util.find_spec("triton") is None:
         raise ValueError(
             f"precision.backend=triton needs the package triton: pip install 'megatron-fp4[kernels]'; or {REMEDY}"
         )
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if interpreted():
         return
     if not torch.cuda.is_available():
-        raise ValueError(
-            "precision.backend=triton compiles for NVIDIA GPUs, and torch sees no CUDA device: set TRITON_INTERPRET=1"
-            f" to interpret its kernels on the CPU, slowly; or {REMEDY}"
-        )
+        raise ValueError(f"precision.backend=triton compiles for NVIDIA GPUs; torch sees none: {INTERPRETING}")
     capability = torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from megatron_fp4.precision import (
     ScaleOrder,
     Signs,
 )
-from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand, product
+from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand, copies_of, finite, product
 from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
+from megatron_fp4.precision.recipes import RECIPES
 
 N4 = Format.nvfp4
 OPERANDS = [
@@ -89,6 +91,23 @@ def test_operands_equal_the_reference(operand: Operand, dtype: torch.dtype, defe
         if scale is not None and our_scale is not None:
             assert torch.equal(scale[0].flatten(), our_scale[0].flatten()), "global amax"
             assert scale[1] == our_scale[1]
+
+
+@pytest.mark.parametrize(("recipe", "collectives"), [("nvfp4", 3), ("mxfp4", 0), ("mxfp8", 0), ("fp8", 0)])
+def test_formats_without_a_global_scale_share_no_amax(
+    recipe: str, collectives: int, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One collective for each of x, w and dy in nvfp4; elsewhere NaN and Inf are seen without."""
+    groups = []
+    monkeypatch.setattr(finite, "all_reduce_max", lambda amaxes, group: groups.append(group) or amaxes)
+    place = replace(origin(x), group=Group("both", (0, 1), 0, object()))
+    for backend in (EmulatedBackend(), ReferenceBackend()):
+        groups.clear()
+        for copies in copies_of(RECIPES[recipe]).values():
+            backend.quantize(x, place, copies)
+        assert len(groups) == collectives
+        with pytest.raises(NonFiniteError):
+            backend.quantize(torch.full_like(x, float("nan")), place, copies_of(RECIPES[recipe])["x"])
 
 
 @pytest.mark.parametrize(
