@@ -110,7 +110,7 @@ def persistent_gemm_kernel(
     DIVISOR: tl.constexpr, ACCUMULATE: tl.constexpr, ROUND: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """As `gemm_kernel` for nvfp4 on Blackwell's data-center parts: operands and scales arrive by TMA.
+    """`gemm_kernel` for nvfp4 on Blackwell, by programs that stay: operands and scales arrive by TMA.
 
     The first four are descriptors made on the host: codes uint8 `[M, K/2]` in blocks `[BM, BK/2]`; scales float8e4nv
     (as bytes they would not be copied to tensor memory directly) `[1, M/128, K/64, 2, 256]` in the 128x4 layout.

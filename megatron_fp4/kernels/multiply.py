@@ -30,7 +30,7 @@ def multiply(
 
     accumulate: add to `out`, FP32, the product, which is rounded to BF16 before if `rounded`.
     """
-    M, N, K = a.lines, b.lines, a.length
+    (M, N), K = (a.lines, b.lines), a.length
     assert b.length == K
     assert out.is_contiguous()
     to_bf16 = out.dtype == torch.bfloat16

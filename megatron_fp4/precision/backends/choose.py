@@ -11,10 +11,10 @@ import torch
 
 from megatron_fp4.precision.backends import Backend, NonFiniteWatch
 from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_obstacle
-from megatron_fp4.precision.backends.native_fp8 import NativeFp8Backend
+from megatron_fp4.precision.backends.native_fp8 import REMEDY, NativeFp8Backend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
-from megatron_fp4.precision.backends.triton_limits import check_triton_machine
+from megatron_fp4.precision.backends.triton_limits import check_triton_device, check_triton_machine
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import Linear, PrecisionPlan
 from megatron_fp4.precision.te.refusals import check_te_linear
@@ -34,6 +34,14 @@ def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -
 
         return TritonBackend(config, watch)
     return TransformerEngineBackend(config, watch)
+
+
+def check_backend_device(name: BackendName, device: torch.device) -> None:
+    """Raises ValueError with the remedy for a backend that needs a GPU, on a rank that has none."""
+    if name is BackendName.native_fp8 and device.type != "cuda":
+        raise ValueError(f"precision.backend=native_fp8 needs a Hopper GPU, but this run is on {device}{REMEDY}")
+    if name is BackendName.triton:
+        check_triton_device(device)
 
 
 def eager_reason(config: PrecisionConfig) -> str:

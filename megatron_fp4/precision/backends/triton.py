@@ -58,13 +58,13 @@ class TritonBackend:
         made: dict[Copy, QuantizedOperand] = {}
         others = [copy for copy in copies if not copy.operand.quantized or obstacle(copy.operand)]
         if others:
-            made |= zip(others, self._emulated.quantize(x, origin, others), strict=True)
-        coded = [copy for copy in copies if copy not in made]
+            operands |= zip(others, self._emulated.quantize(x, origin, others), strict=True)
+        coded = [copy for copy in copies if copy not in operands]
         if coded:
             for copy in coded:
                 check_shape(x, origin, copy)
-            made |= self._packed(x.contiguous(), origin, coded)
-        return tuple(made[copy] for copy in copies)
+            operands |= self._packed(x.contiguous(), origin, coded)
+        return tuple(operands[copy] for copy in copies)
 
     def matmul(
         self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None

@@ -21,9 +21,7 @@ from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.config import Impl
 from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
-from megatron_fp4.precision.backends.choose import make_backend
-from megatron_fp4.precision.backends.native_fp8 import REMEDY
-from megatron_fp4.precision.backends.triton_limits import check_triton_device
+from megatron_fp4.precision.backends.choose import check_backend_device, make_backend
 from megatron_fp4.precision.config import BackendName, ComputeDtype
 from megatron_fp4.train.config import RunConfig
 
@@ -66,10 +64,7 @@ def check_kernels(config: RunConfig, device: torch.device) -> None:
     for name, impl in _implementations(config).items():
         if impl != "torch" and device.type != "cuda":
             raise ValueError(f"{name}={impl} has CUDA kernels only, but this run is on {device}; set {name}=torch")
-    if config.precision.backend is BackendName.native_fp8 and device.type != "cuda":
-        raise ValueError(f"precision.backend=native_fp8 needs a Hopper GPU, but this run is on {device}{REMEDY}")
-    if config.precision.backend is BackendName.triton:
-        check_triton_device(device)
+    check_backend_device(config.precision.backend, device)
     model = config.model
     elements = AdamTensors.start(torch.zeros(64, device=device), torch.zeros(64, device=device))
     choose_adamw([UpdateGroup(0.0, [elements])], config.optim)
