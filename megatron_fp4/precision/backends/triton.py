@@ -55,7 +55,7 @@ class TritonBackend:
 
     def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """See `Backend.quantize`. Deferred copies are made at once."""
-        made: dict[Copy, QuantizedOperand] = {}
+        operands: dict[Copy, QuantizedOperand] = {}
         others = [copy for copy in copies if not copy.operand.quantized or obstacle(copy.operand)]
         if others:
             operands |= zip(others, self._emulated.quantize(x, origin, others), strict=True)
