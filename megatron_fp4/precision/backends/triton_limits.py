@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 
@@ -50,8 +49,10 @@ def _gemm_obstacle(gemm: Gemm) -> str:
 
 
 def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, which reads this variable when it is imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether Triton runs kernels in its interpreter; needs triton."""
+    from megatron_fp4.kernels.values import INTERPRETED
+
+    return INTERPRETED
 
 
 def check_triton_device(device: torch.device) -> None:

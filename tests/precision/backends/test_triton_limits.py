@@ -14,7 +14,7 @@ import torch
 from megatron_fp4.planning.memory import weight_copy_bytes
 from megatron_fp4.planning.stand_ins import SizedBackend
 from megatron_fp4.precision import Format, LinearPrecision, Operand, nvfp4_paper
-from megatron_fp4.precision.backends import copies_of
+from megatron_fp4.precision.backends import copies_of, triton_limits
 from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.backends.triton_limits import check_triton_device, emulated_gemms
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
@@ -25,7 +25,7 @@ from tests.precision.backends.test_emulated import origin
 
 @pytest.fixture(autouse=True)
 def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_limits, "interpreted", lambda: False)
 
 
 def config(**recipes: LinearPrecision) -> PrecisionConfig:
@@ -45,7 +45,7 @@ def test_refused_on_a_cpu_unless_interpreted(monkeypatch: pytest.MonkeyPatch) ->
         make_backend(config(r=nvfp4_paper()))
     with pytest.raises(ValueError, match="this run is on cpu: set TRITON_INTERPRET=1"):
         check_triton_device(torch.device("cpu"))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_limits, "interpreted", lambda: True)
     check_triton_device(torch.device("cpu"))
 
 
