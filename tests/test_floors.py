@@ -35,7 +35,6 @@ def test_every_module_says_what_it_is_for() -> None:
 
 GPU_PACKAGES = {
     "transformer_engine": ("precision/te/", "precision/backends/", "layers/fused/", "optim/fused_adam.py"),
-    "triton": ("kernels/",),
     "apex": ("layers/fused/", "optim/fused_adam.py"),
     "mamba_ssm": ("layers/mamba/",),
     "causal_conv1d": ("layers/mamba/",),
