@@ -98,8 +98,10 @@ def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettin
     if stage.has_head:
         parts.append(_footprint(ends, HEAD, (settings.precision("head"),), key))
     kept = peak = 0
+    later = sum(part.deferred for part in parts)  # of parts whose backward pass comes before
     for part in parts:
-        peak = max(peak, kept + part.peak)
+        later -= part.deferred
+        peak = max(peak, kept + part.peak + later)
         kept += part.kept
     output = 0 if stage.has_embedding and stage.has_head else _output_bytes(config, stage, settings)
     return Footprint(kept + output, peak + output, sum(part.deferred for part in parts))

@@ -49,13 +49,12 @@ def rank_memory(
     footprints = {number: stage_footprint(config, stage, settings) for number, stage in stages.items()}
     states = [_state(config, stage, settings) for stage in stages.values()]
     state = {kind: sum(part[kind] for part in states) for kind in states[0]}
-    activations = _most_held(works, footprints)
-    in_passing = max(footprint.peak - footprint.kept for footprint in footprints.values())
+    activations, most = _most_held(works, footprints)
     sums = state["main gradients"] / settings.replicas if settings.replicas > 1 else 0.0
     return {
         **state,
         "activations": float(activations),
-        "working set": float(max(in_passing, sums - activations)),  # gradients are summed when nothing else is left
+        "working set": max(most, sums) - activations,  # gradients are summed when nothing else is left
     }
 
 
@@ -64,22 +63,26 @@ def stage_memory(config: ModelConfig, stage: StageRange, settings: RankSettings)
     return rank_memory(config, {0: stage}, settings, ONE_MICROBATCH)
 
 
-def _most_held(works: Sequence[Work], footprints: Mapping[int, Footprint]) -> int:
-    """The most bytes that a rank keeps for backward passes at once."""
+def _most_held(works: Sequence[Work], footprints: Mapping[int, Footprint]) -> tuple[int, int]:
+    """The most bytes that a rank keeps for backward passes at once; and the most with what is alive in passing.
+
+    The two need not be at one moment: a stage with the head needs much in passing, and may keep little before it.
+    """
     deferred = {(work.stage, work.microbatch) for work in works if work.kind == "W"}
-    held = most = 0
+    held = most_kept = most = 0
     for work in works:
         footprint = footprints[work.stage]
         if work.kind == "F":
+            most = max(most, held + footprint.peak)
             held += footprint.kept
         elif work.kind == "W":
             held -= footprint.deferred
-        elif (work.stage, work.microbatch) in deferred:
-            held += footprint.deferred - footprint.kept
         else:
             held -= footprint.kept
-        most = max(most, held)
-    return most
+            most = max(most, held + footprint.peak)
+            held += footprint.deferred if (work.stage, work.microbatch) in deferred else 0
+        most_kept = max(most_kept, held)
+    return most_kept, most
 
 
 def _state(config: ModelConfig, stage: StageRange, settings: RankSettings) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import stage_parameters
@@ -15,6 +16,7 @@ from megatron_fp4.models.decoder import Recompute, StageRange
 from megatron_fp4.planning.settings import RankSettings
 
 FP32 = 4
+INT64 = 8
 LOSS_BYTES = 4 + 3 * 8
 """Per token, reduced over the ranks that hold parts of the vocabulary (layers/loss.py)."""
 
@@ -23,15 +25,17 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     """Bytes per step, for a rank that holds `stages`.
 
     tensor: rows gathered before column-parallel and scattered after row-parallel linears, forward and backward; per
-    token of the loss the largest logit (FP32) and three FP64 sums; once a step the gradients of replicated parameters.
-    context: keys and values, states of Mamba-2. pipeline: activations forward, their gradients back, except between two
-    of `stages` (the point of a V). data: FP32 gradients reduce-scattered once a step, parameters gathered.
+    token of the loss the largest logit (FP32) and three FP64 sums; once a step the gradients of replicated parameters,
+    of which each replica sums its part. context: keys, values and document numbers, states of Mamba-2. pipeline:
+    activations forward, their gradients back, except between two of `stages` (the point of a V); gradients of a tied
+    table. data: FP32 gradients reduce-scattered once a step, parameters gathered.
     """
     mixers = [mixer for s in stages for index in range(s.first, s.stop) for mixer in MIXERS[config.blocks[index]]]
     compute_bytes = settings.dtype.itemsize
     rows = float(settings.tokens * config.hidden * compute_bytes)
-    passes = 6 if settings.recompute is Recompute.full else 4
-    collectives = passes * len(mixers) + 2 * sum(s.has_embedding + s.has_head for s in stages)
+    collectives = 4 * len(mixers) + 2 * sum(s.has_embedding + s.has_head for s in stages)
+    if settings.recompute is Recompute.full:  # it stops where nothing more is needed: before a block's last scatter
+        collectives += 2 * len(mixers) - sum(s.stop - s.first for s in stages)
     inside = {s.first for s in stages} & {s.stop for s in stages}  # where one stage hands over to the next on this rank
     borders = sum((not s.has_embedding) + (not s.has_head) for s in stages) - 2 * len(inside)
     context = sum(_context_bytes(mixer, config, settings) for mixer in mixers)
@@ -39,11 +43,11 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     parameters = sum(parameter.local_numel(settings.tp) for parameter in held)
     replicated = sum(parameter.numel for parameter in held if parameter.sharded is None)
     loss_tokens = settings.num_microbatches * settings.tokens * any(s.has_head for s in stages)
-    reduced = loss_tokens * LOSS_BYTES + replicated * FP32
+    reduced = loss_tokens * LOSS_BYTES + replicated * FP32 / settings.replicas
     return {
         "tensor": (settings.num_microbatches * collectives * rows + 2 * reduced) * _share(settings.tp),
         "context": settings.num_microbatches * context,
-        "pipeline": settings.num_microbatches * borders * rows / settings.tp,
+        "pipeline": settings.num_microbatches * borders * rows / settings.tp + _tied_bytes(config, stages, settings),
         "data": parameters * (FP32 + compute_bytes) * _share(settings.replicas),
     }
 
@@ -52,15 +56,31 @@ def _share(size: int) -> float:
     return (size - 1) / size
 
 
+def _tied_bytes(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> float:
+    """Bytes of the sum over the two copies of a table that the first and the last rank of a pipeline hold.
+
+    Both ends on one rank share one copy. Each replica sums the part that it updates.
+    """
+    one_end = any(s.has_embedding for s in stages) != any(s.has_head for s in stages)
+    if not (config.tied_embeddings and one_end):
+        return 0.0
+    table = even_counts(config.vocab_size, settings.tp)[0] * config.hidden
+    return 2 * FP32 * table / settings.replicas * _share(2)
+
+
 def _context_bytes(mixer: str, config: ModelConfig, settings: RankSettings) -> float:
     """Bytes per microbatch: forward, backward, and once more for what is computed again."""
     others = settings.cp - 1
     if mixer == "attention":
         passes = 2 if settings.recompute is Recompute.none else 3
         key = config.num_kv_heads * config.attention_head_dim / settings.tp
-        return passes * others * settings.tokens * 2 * key * settings.dtype.itemsize
+        documents = INT64 * (passes - 1) * settings.keep_documents_apart  # without a gradient
+        return others * settings.tokens * (passes * 2 * key * settings.dtype.itemsize + documents)
     if mixer == "mamba":  # the part between its projections is always computed again
         passes = 4 if settings.recompute is Recompute.full else 3
-        states = 2 * settings.micro_batch * config.mamba_inner * config.mamba_state / settings.tp
-        return passes * others * states * FP32
+        pieces = 2 * settings.micro_batch / settings.tp
+        states = config.mamba_inner * config.mamba_state + config.mamba_num_heads  # and what survives of earlier ones
+        channels = config.mamba_inner + 2 * config.mamba_num_groups * config.mamba_state
+        tails = (config.mamba_conv - 1) * channels  # what the convolution looks back on
+        return passes * others * pieces * (states * FP32 + tails * settings.dtype.itemsize)
     return 0.0

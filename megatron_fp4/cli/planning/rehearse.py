@@ -6,7 +6,7 @@ The trainer's own objects make the step on tensors that have shapes and no memor
 the step copies between host and device and where, the peak of memory and what every rank sends, both beside the plan's
 figures, and the kernels that it launches. What a GPU would refuse is refused with its file and line.
 
-Exit codes: 0 as planned, 1 memory or traffic are not as planned, 2 refused.
+Exit codes: 0 as planned, 1 not as planned, or ranks wait for each other for ever, 2 refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="configuration, as for pretrain")
     parser.add_argument("--gpus", type=int, default=0, help="world size (default: the product of the parallel sizes)")
     parser.add_argument(
-        "--ranks", default="first,last,worst", help="by commas: first, last, worst (by memory), numbers"
+        "--ranks",
+        default="first,last,worst",
+        help="by commas: first, last, worst (by memory), cell (all of two data-parallel copies), numbers",
     )
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     args = parser.parse_intermixed_args(arguments)

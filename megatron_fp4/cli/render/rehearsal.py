@@ -22,13 +22,15 @@ def render(report: Mapping[str, Any]) -> str:
         )
     for entry in report["ranks"]:
         lines += _rank(entry)
-    found_fault = deviations(report)
-    return "\n".join([*lines, "", *(found_fault or ["verdict: as planned"])])
+    return "\n".join([*lines, "", *(deviations(report) or ["verdict: as planned"])])
 
 
 def deviations(report: Mapping[str, Any]) -> list[str]:
     """One line for everything that is not as planned."""
-    return [f"NOT AS PLANNED: rank {entry['rank']}: {text}" for entry in report["ranks"] for text in _deviations(entry)]
+    lines = [
+        f"NOT AS PLANNED: rank {entry['rank']}: {text}" for entry in report["ranks"] for text in _deviations(entry)
+    ]
+    return [*lines, *(f"DEADLOCK: {text}" for text in report["waiting_for_ever"])]
 
 
 def _deviations(entry: Mapping[str, Any]) -> Iterator[str]:

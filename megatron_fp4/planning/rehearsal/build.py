@@ -12,17 +12,18 @@ import torch
 from megatron_fp4.comm.mesh import Group, build_mesh
 from megatron_fp4.comm.parameter import logical_parameters
 from megatron_fp4.planning.rehearsal.backend import counted_backend
+from megatron_fp4.planning.rehearsal.live import LiveKinds
 from megatron_fp4.planning.rehearsal.messages import group_names
 from megatron_fp4.planning.rehearsal.watch import Watch
 from megatron_fp4.planning.stand_ins import use_fused_norms
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.run import Run
-from megatron_fp4.train.trainable import Trainable, build_trainable
+from megatron_fp4.train.trainable import build_trainable
 
 
 def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phases: Phases, watch: Watch) -> Run:
-    """The run of this rank. checked: of the configuration that `on_cuda` makes. Under `watch`."""
+    """The run of this rank, on any device; what it computes with is counted by `watch`."""
     config = checked.config
     mesh = build_mesh(config.parallel, world)
     watch.messages.names = group_names(mesh)
@@ -30,7 +31,6 @@ def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phase
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, device)
     for stage in trainable.engine.stages:
         use_fused_norms(stage, config.model.norm_impl)
-    _label(trainable, watch)
     nothing: Any = None
     return Run(
         config=config,
@@ -48,11 +48,11 @@ def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phase
     )
 
 
-def _label(trainable: Trainable, watch: Watch) -> None:
+def label_state(run: Run, live: LiveKinds) -> None:
     """Say what the state of a rank is, in the plan's words."""
-    parameters = [parameter for stage in trainable.engine.stages for parameter in logical_parameters(stage)]
-    state = [tensor for shard in trainable.optimizer.state_shards() for tensor in shard.tensors.values()]
+    parameters = [parameter for stage in run.engine.stages for parameter in logical_parameters(stage)]
+    state = [tensor for shard in run.optimizer.state_shards() for tensor in shard.tensors.values()]
     sums = [parameter.main_grad for parameter in parameters if parameter.main_grad is not None]
-    watch.live.label(state, "optimizer")
-    watch.live.label(parameters, "weights")  # after the state: FP32 weights are their own masters
-    watch.live.label(sums, "main gradients")
+    live.label(state, "optimizer")
+    live.label(parameters, "weights")  # after the state: FP32 weights are their own masters
+    live.label(sums, "main gradients")

@@ -17,7 +17,7 @@ NAME = "rehearsed"
 
 
 class _Module(backend_registration._DummyBackendModule):
-    """What torch asks of `torch.rehearsed`. Recomputation enters autocast, and a checkpoint asks for random state."""
+    """What torch asks of `torch.rehearsed`. Recomputation enters autocast; pipeline stages keep random state."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -38,6 +38,12 @@ class _Module(backend_registration._DummyBackendModule):
         pass
 
     def set_device(self, device: object) -> None:
+        pass
+
+    def get_rng_state(self, device: object = None) -> torch.Tensor:
+        return torch.zeros(16, dtype=torch.uint8)
+
+    def set_rng_state(self, state: torch.Tensor, device: object = None) -> None:
         pass
 
 

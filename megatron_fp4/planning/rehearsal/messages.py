@@ -6,7 +6,6 @@ whole in an all-gather or a reduce-scatter, twice that in an all-reduce.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -31,6 +30,9 @@ SHARES: Mapping[str, Callable[[int], float]] = {
 """What part of the largest tensor of a collective a rank sends, in a group of n."""
 
 
+AXES = {"tp": "tensor", "tp_cp": "tensor", "cp": "context", "pp": "pipeline", "ends": "pipeline"}
+
+
 class Message(NamedTuple):
     """One collective, or one half of a message between two ranks.
 
@@ -48,9 +50,20 @@ class Message(NamedTuple):
     origin: str
 
     @property
-    def must_agree(self) -> tuple[Any, ...]:
-        """What every member of the group must issue alike."""
-        return self.kind, self.shape, self.dtype
+    def axis(self) -> str:
+        """The plan's word for what it is for; data and context may share a group."""
+        of_optimizer = self.origin.startswith("optim/") and self.group in ("dp", "dp_cp", "cp")
+        return "data" if of_optimizer else AXES.get(self.group, "others")
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What sender and receiver must say alike."""
+        return self.shape, self.dtype
+
+    @property
+    def must_agree(self) -> tuple[object, ...]:
+        """What every member of the group must issue alike, in the same order."""
+        return self.ranks, self.kind, self.shape, self.dtype
 
 
 class Messages:
@@ -83,13 +96,6 @@ class Messages:
             )
         )
 
-    def sent(self) -> dict[str, float]:
-        """Bytes by group."""
-        total: Counter[str] = Counter()
-        for message in self.sequence:
-            total[message.group] += message.sent  # type: ignore[assignment]  # a Counter of floats
-        return dict(total)
-
 
 class Recording(TorchDispatchMode):
     """Records the messages of real ranks."""
@@ -113,7 +119,8 @@ class Recording(TorchDispatchMode):
 def group_names(mesh: ParallelMesh) -> dict[tuple[int, ...], str]:
     """The name of each group of at least two ranks; of two groups with the same ranks the narrower one's."""
     groups = [getattr(mesh, field.name) for field in reversed(fields(mesh))]
-    return {group.ranks: group.name for group in groups if group.size > 1}
+    ends = {(mesh.pp.ranks[0], mesh.pp.ranks[-1]): "ends"}  # they share tied embeddings
+    return ends | {group.ranks: group.name for group in groups if group.size > 1}
 
 
 def _as_group(value: Any) -> dist.ProcessGroup | None:

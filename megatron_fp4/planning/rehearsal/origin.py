@@ -12,6 +12,8 @@ import megatron_fp4
 
 _PACKAGE = f"{Path(megatron_fp4.__file__).parent}/"
 _OBSERVERS = f"{_PACKAGE}planning/"
+_CARRIERS = ("comm/collectives.py", "comm/autograd.py")
+"""Whoever called these asked for it."""
 _files: dict[CodeType, str] = {}
 """The path within the package of code that has been asked about, "" where it is not the project's."""
 
@@ -40,5 +42,6 @@ def _file_of(code: CodeType) -> str:
     if code not in _files:
         name = code.co_filename
         inside = name.startswith(_PACKAGE) and not name.startswith(_OBSERVERS)
-        _files[code] = name.removeprefix(_PACKAGE) if inside else ""
+        path = name.removeprefix(_PACKAGE)
+        _files[code] = path if inside and path not in _CARRIERS else ""
     return _files[code]

@@ -10,34 +10,39 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
+from megatron_fp4.comm.mesh import rank_grid
 from megatron_fp4.planning.rehearsal.live import PASSING, LiveKinds
 from megatron_fp4.planning.rehearsal.messages import Message, Messages
 from megatron_fp4.planning.rehearsal.on_cuda import shortened
+from megatron_fp4.planning.rehearsal.sequence import misfits
 from megatron_fp4.planning.rehearsal.step import RehearsedRank, rehearsed_rank
 from megatron_fp4.planning.report import run_plan
 from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.config import RunConfig
 
-AXES = {"tp": "tensor", "tp_cp": "tensor", "cp": "context", "pp": "pipeline", "dp": "data", "dp_cp": "data"}
-"""The plan's word for the messages of a group."""
 ACTIVATIONS = ("activations", "working set")
 
 
-def choose_ranks(text: str, num_gpus: int, plan: Mapping[str, Any]) -> list[int]:
+def choose_ranks(text: str, num_gpus: int, config: RunConfig, plan: Mapping[str, Any]) -> list[int]:
     """Global ranks, ascending, that `first,last,worst,17` names. worst: one with the most memory, by the plan.
 
-    Raises ValueError for another word, and for a rank that the world does not have.
+    cell: all ranks of two data-parallel copies, whose messages are then matched with each other. Raises ValueError for
+    another word, and for a rank that the world does not have.
     """
     totals = [entry["total"] for entry in plan["memory_per_rank"]["pipeline_ranks"]]
-    words = {"first": 0, "last": num_gpus - 1, "worst": num_gpus // len(totals) * totals.index(max(totals))}
-    ranks = set()
+    words = {
+        "first": [0],
+        "last": [num_gpus - 1],
+        "worst": [num_gpus // len(totals) * totals.index(max(totals))],
+        "cell": rank_grid(config.parallel, num_gpus)[:, :2].flatten().tolist(),
+    }
+    ranks: set[int] = set()
     for word in text.split(","):
         if word not in words and not word.isdecimal():
-            raise ValueError(f"--ranks {text}: {word!r} is none of first, last, worst or a number")
-        rank = words[word] if word in words else int(word)
-        if rank >= num_gpus:
-            raise ValueError(f"--ranks {text}: there is no rank {rank} among {num_gpus}")
-        ranks.add(rank)
+            raise ValueError(f"--ranks {text}: {word!r} is none of {', '.join(words)} or a number")
+        ranks |= set(words[word] if word in words else [int(word)])
+    if max(ranks) >= num_gpus:
+        raise ValueError(f"--ranks {text}: there is no rank {max(ranks)} among {num_gpus}")
     return sorted(ranks)
 
 
@@ -57,7 +62,7 @@ def rehearse(
     plan = run_plan(short, num_gpus)
     checked = check_config(short, num_gpus)
     reports, sequences = [], {}
-    for rank in choose_ranks(ranks, num_gpus, in_run):
+    for rank in choose_ranks(ranks, num_gpus, config, in_run):
         began = time.monotonic()
         with rehearsed_rank(checked, num_gpus, rank, on_backward_error) as rehearsed:
             of_build = _large(rehearsed.watch.live)
@@ -74,6 +79,7 @@ def rehearse(
             "rehearsed": plan["run"]["microbatches_per_step"],
         },
         "ranks": reports,
+        "waiting_for_ever": misfits(sequences),
     }
 
 
@@ -128,7 +134,7 @@ def _large(live: LiveKinds) -> list[dict[str, Any]]:
 
 def _messages(messages: Messages, planned: Mapping[str, float]) -> dict[str, Any]:
     """Bytes sent by axis, beside the plan's; and every kind of message, in the order of its first."""
-    sent = _summed((AXES.get(group, "others"), size) for group, size in messages.sent().items())
+    sent = _summed((message.axis, message.sent) for message in messages.sequence)
     kinds: dict[tuple[str, str, str], list[Message]] = {}
     for message in messages.sequence:
         kinds.setdefault((message.phase, message.group, message.kind), []).append(message)

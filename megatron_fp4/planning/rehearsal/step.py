@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 
 from megatron_fp4.data.batch import Batch
-from megatron_fp4.planning.rehearsal.build import build_rank
+from megatron_fp4.planning.rehearsal.build import build_rank, label_state
 from megatron_fp4.planning.rehearsal.device import rehearsal_device
 from megatron_fp4.planning.rehearsal.on_cuda import on_cuda
 from megatron_fp4.planning.rehearsal.watch import Watch
@@ -47,17 +47,27 @@ class _Calm:
 
 @contextmanager
 def rehearsed_rank(
-    checked: CheckedConfig, num_gpus: int, rank: int, on_backward_error: Callable[[str], NoReturn]
+    checked: CheckedConfig,
+    num_gpus: int,
+    rank: int,
+    on_backward_error: Callable[[str], NoReturn],
+    *,
+    over_gloo: bool = False,
 ) -> Iterator[RehearsedRank]:
-    """The rank, built; it may step for as long as the context lasts. Raises RehearsalRefused."""
-    checked = replace(checked, config=on_cuda(checked.config))
+    """The rank, built; it may step for as long as the context lasts. Raises RehearsalRefused.
+
+    over_gloo: with the messages of ranks without GPUs instead of NCCL's.
+    """
+    if not over_gloo:
+        checked = replace(checked, config=on_cuda(checked.config))
     train = checked.config.train
     device = rehearsal_device()
     phases = Phases(torch.device("cpu"))
     phases.enter("build")
     watch = Watch(lambda: phases.current.name, on_backward_error)
-    with fake_world(num_gpus, rank) as world, watch.watching():
+    with fake_world(num_gpus, rank, over_gloo=over_gloo) as world, watch.watching():
         run = build_rank(checked, world, device, phases, watch)
+        label_state(run, watch.live)
         yield RehearsedRank(run, watch, train.gradient_accumulation(checked.dp, train.global_batch), Position())
 
 

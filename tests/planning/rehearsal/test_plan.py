@@ -1,0 +1,102 @@
+"""The plan against a rehearsed step: peak of memory within 3 %, bytes of every axis within 1 %, no rank waits for ever.
+
+Both come from different code: the plan from single blocks and formulas, the rehearsal from the trainer's whole step.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from megatron_fp4.cli.render.rehearsal import deviations, render
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.data.config import DataConfig
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.precision import nvfp4_paper
+from megatron_fp4.precision.config import PrecisionConfig, Rule
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.sections import TrainConfig
+from tests.helpers.rehearsed import rehearse_all
+from tests.models.test_count import load
+
+SIZES: dict[str, Any] = {"hidden": 256, "ffn_hidden": 1024, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 4096}
+GPT = replace(load("gpt_tiny"), pattern="*-", num_layers=2, **SIZES)
+DEEP = replace(GPT, pattern="*-*-", num_layers=4)
+TIED = replace(GPT, tied_embeddings=True)
+HYBRID = replace(load("hybrid_tiny"), pattern="M*-M", num_layers=4, vocab_size=4096)
+NVFP4 = PrecisionConfig(recipes={"nvfp4": nvfp4_paper()}, rules=[Rule("head"), Rule("*", use="nvfp4")])
+
+
+def case(
+    model: ModelConfig,
+    num_gpus: int,
+    ranks: str,
+    *,
+    precision: PrecisionConfig | None = None,
+    documents: bool = False,
+    recompute: str = "none",
+    **layout: Any,
+) -> tuple[RunConfig, int, str]:
+    """Configuration, ranks of the world, ranks that are rehearsed; two microbatches a step."""
+    parallel = ParallelConfig(**layout)
+    config = RunConfig(
+        model=model,
+        precision=precision or PrecisionConfig(),
+        parallel=parallel,
+        data=DataConfig(seq_length=512, reset_documents=documents),
+        train=TrainConfig(
+            micro_batch=1, global_batch=2 * parallel.resolve_dp(num_gpus), recompute=Recompute[recompute]
+        ),
+    )
+    return config, num_gpus, ranks
+
+
+CASES = {
+    "gpt": case(GPT, 4, "0", precision=NVFP4, tp=2),
+    "gpt, full": case(GPT, 4, "0", recompute="full", tp=2),
+    "gpt, selective": case(GPT, 2, "0", precision=NVFP4, recompute="selective", tp=2),
+    "gpt, documents over cp": case(GPT, 4, "3", documents=True, tp=2, cp=2),
+    "tied": case(TIED, 4, "0", tp=2),
+    "tied, pipeline": case(TIED, 8, "first,last", tp=2, pp=2),
+    "hybrid, full": case(HYBRID, 4, "0", recompute="full", tp=2),
+    "hybrid over cp": case(HYBRID, 4, "0", tp=2, cp=2),
+    "hybrid, one rank": case(HYBRID, 1, "0", precision=NVFP4),
+    "hybrid, pipeline": case(HYBRID, 8, "last", tp=2, pp=2),
+    "hybrid, zbv": case(HYBRID, 4, "first", pp=2, schedule="zbv"),
+    "gpt, interleaved": case(DEEP, 2, "first,last", recompute="selective", pp=2, schedule="interleaved_1f1b"),
+    "gpt, zero bubble": case(DEEP, 2, "first,last", pp=2, schedule="interleaved_zero_bubble"),
+    "cell": case(GPT, 8, "cell", tp=2, pp=2),
+}
+
+
+@cache
+def reports() -> dict[str, dict[str, Any]]:
+    return dict(zip(CASES, rehearse_all(list(CASES.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_planned(name: str) -> None:
+    report = reports()[name]
+    assert deviations(report) == []
+    assert render(report).endswith("verdict: as planned")
+
+
+def test_a_cell_is_all_ranks_of_two_copies() -> None:
+    assert [entry["rank"] for entry in reports()["cell"]["ranks"]] == list(range(8))
+
+
+def test_a_large_difference_is_told() -> None:
+    """A plan that is 4 % over, and one that knows nothing of an axis."""
+    report = deepcopy(reports()["gpt"])
+    memory = report["ranks"][0]["memory"]
+    memory["plan"] = 1.04 * memory["peak"]
+    report["ranks"][0]["messages"]["axes"]["tensor"]["plan"] = 0.0
+    lines = deviations(report)
+    assert "(+4.0%)" in lines[0]
+    assert "tensor traffic" in lines[1]
+    assert "rank 0" in render(report)
