@@ -6,6 +6,7 @@ are whole padding (loss_mask False, sample id -1), so no token is dropped and ev
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -55,6 +56,12 @@ class EvalLoader:
     def fingerprint(self) -> str:
         """Fingerprint of its documents: equal where their content is."""
         return self._stream.documents.fingerprint
+
+    def of_rank(self, dp_rank: int) -> EvalLoader:
+        """The same set for another data-parallel rank, of the same files."""
+        other = copy.copy(self)
+        other._dp_rank = dp_rank
+        return other
 
     def __len__(self) -> int:
         return self.num_batches

@@ -182,12 +182,14 @@ def build_loader(
     vocab_size: int | None = None,
     tokenizer_fingerprint: str | None = None,
     state: dict[str, Any] | None = None,
+    streams: dict[str, SampleStream] | None = None,
 ) -> Loader:
     """Open the sources and refuse, with both values named, whatever would go wrong later.
 
     total_samples: samples of the whole run; refused if a source would run out within its permitted epochs.
     vocab_size: rows of the model's embedding. tokenizer_fingerprint: the tokenizer's in use.
     state: what `Loader.state_dict` gave; a changed blend or skip list then takes effect from its consumed samples on.
+    streams: those of a loader of the same sources, which are then not opened again.
     """
     group = micro_batch * dp_size
     if micro_batch < 1 or global_batch < 1 or global_batch % group:
@@ -195,7 +197,7 @@ def build_loader(
             f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x data parallel {dp_size} "
             f"= {group}"
         )
-    streams = open_streams(config, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint)
+    streams = streams or open_streams(config, vocab_size=vocab_size, tokenizer_fingerprint=tokenizer_fingerprint)
     sizes = {name: stream.available(1) for name, stream in streams.items()}
     plan = Plan.from_config(config.phases, sizes, config.seq_length, config.skip)
     if state is not None:

@@ -11,7 +11,7 @@ from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.agree import agreed
 from megatron_fp4.comm.bootstrap import Process, connect_mesh
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.train.checked import CheckedConfig, open_data
+from megatron_fp4.train.checked import CheckedConfig, OpenedData, open_data
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.resume.differences import changes_on_resume
@@ -43,8 +43,11 @@ class Start:
         return self.meta["data"] if self.meta else None, self.remembered.skip if self.remembered else []
 
 
-def build(checked: CheckedConfig, process: Process, phases: Phases | None = None) -> tuple[Run, Start]:
+def build(
+    checked: CheckedConfig, process: Process, phases: Phases | None = None, opened: OpenedData | None = None
+) -> tuple[Run, Start]:
     """Make the run on this rank. Collective: every rank calls it. phases: the process's, where a watchdog has them.
+    opened: the data of this configuration, where they are open already.
 
     Raises ValueError for what only a started job can see: the run directory, a checkpoint, data that do not go on from
     it. All of that is looked at before the model is made and read. Raises RanksNotMet as `connect_mesh`.
@@ -62,7 +65,7 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
     chosen = choose_checkpoint(config.train.resume, store)
     phases.enter("build")
     start = _find_start(checked, chosen.meta if chosen else None, process.world)
-    loader, evaluations = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data), process.world)
+    loader, evaluations = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world)
     backend, probes = probed_backend(config)
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
@@ -71,7 +74,9 @@ def build(checked: CheckedConfig, process: Process, phases: Phases | None = None
         loaded = store.load_or_earlier(chosen, optimizer.state_shards())
         if loaded is not chosen:
             start = _find_start(checked, loaded.meta, process.world)
-            loader, evaluations = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data), process.world)
+            loader, evaluations = agreed(
+                partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world
+            )
         optimizer.after_load(loaded.meta["optimizer_steps"])
     phases.enter("index")
     loader.build_indices(start.position.samples)

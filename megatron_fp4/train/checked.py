@@ -94,13 +94,22 @@ def _notes(config: RunConfig, plan: PrecisionPlan) -> list[str]:
     return notes
 
 
+OpenedData = tuple[Loader, list[EvalLoader]]
+"""The training loader and those of the held-out sets."""
+
+
 def open_data(
-    checked: CheckedConfig, dp_rank: int, state: dict[str, Any] | None = None, skip: Sequence[list[int]] = ()
-) -> tuple[Loader, list[EvalLoader]]:
+    checked: CheckedConfig,
+    dp_rank: int,
+    state: dict[str, Any] | None = None,
+    skip: Sequence[list[int]] = (),
+    opened: OpenedData | None = None,
+) -> OpenedData:
     """The training and evaluation loaders of one data-parallel rank.
 
     state: what a checkpoint holds of the training loader. skip: sample ranges that are not read, beside those of the
-    configuration. Raises ValueError or FileNotFoundError.
+    configuration. opened: loaders of another rank, whose files are used and not opened again: on a file system that
+    thousands of ranks share, opening files is what a start waits for. Raises ValueError or FileNotFoundError.
     """
     config, tokenizer = checked.config, checked.tokenizer
     fingerprint = tokenizer.fingerprint if tokenizer else None
@@ -113,8 +122,11 @@ def open_data(
         vocab_size=vocab_size,
         tokenizer_fingerprint=fingerprint,
         state=state,
+        streams=opened[0].streams if opened else None,
         **share,
     )
+    if opened:
+        return loader, [evaluation.of_rank(dp_rank) for evaluation in opened[1]]
     evaluations = [
         build_eval_loader(config.data, item.name, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint, **share)
         for item in config.data.evaluation

@@ -27,10 +27,8 @@ from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rendezvous import RanksNotMet, Rendezvous, meet
-from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.foreign import check_unnamed
 from megatron_fp4.data.ledger import LEDGER
-from megatron_fp4.data.loader import Loader
 from megatron_fp4.data.overlap import check_heldout
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.storage.append import AppendFile
@@ -39,7 +37,7 @@ from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked, RunUnwr
 from megatron_fp4.train.arrival.agreement import Part, agree_on, parts_of_run, parts_of_start
 from megatron_fp4.train.arrival.refusals import SETTINGS, GivenSettings, give_up, refuse, refuse_start, refuse_together
 from megatron_fp4.train.build import INDEX_SECONDS, Start, build
-from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
+from megatron_fp4.train.checked import CheckedConfig, OpenedData, check_config, open_data
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.guard import SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_FAILED, StopRequest
@@ -59,7 +57,7 @@ class _Prepared(NamedTuple):
     """What a rank has before it meets the others. parts: what they compare."""
 
     checked: CheckedConfig
-    data: tuple[Loader, list[EvalLoader]]
+    data: OpenedData
     parts: Mapping[str, Part]
 
 
@@ -125,7 +123,7 @@ def _meet_and_train(
     if process.device.type == "cpu":
         keep_freed_memory()
     try:
-        return _lock_and_train(prepared.checked, settings.text, process, phases, stop)
+        return _lock_and_train(prepared, settings.text, process, phases, stop)
     finally:
         stop_process(process)
 
@@ -141,9 +139,8 @@ def _look_at_data(prepared: _Prepared, rendezvous: Rendezvous) -> None:
     rendezvous.decided_by_rank0("held-out text", "", look, INDEX_SECONDS)
 
 
-def _lock_and_train(
-    checked: CheckedConfig, config_text: str, process: Process, phases: Phases, stop: StopRequest
-) -> int:
+def _lock_and_train(prepared: _Prepared, config_text: str, process: Process, phases: Phases, stop: StopRequest) -> int:
+    checked = prepared.checked
     config, is_main = checked.config, process.world.rank == 0
     phases.enter("lock")
     try:
@@ -154,7 +151,7 @@ def _lock_and_train(
     console = Console(enabled=is_main, interval_steps=config.train.log_interval_steps)
     try:
         try:
-            run, start = build(checked, process, phases)
+            run, start = build(checked, process, phases, prepared.data)
             phases.enter("announce")
             _announce(run, start, checked, config_text, console)
             outputs = _open_outputs(run, start, console, stop)

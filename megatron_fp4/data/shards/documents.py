@@ -9,6 +9,7 @@ Not here: order (data/order/samples.py), what the order needs of a source (data/
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import os
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_fp4.data.documents import DocumentPlace
 from megatron_fp4.data.shards.manifest import read_manifest
-from megatron_fp4.data.shards.shard import TokenShard, map_file
+from megatron_fp4.data.shards.shard import ShardFiles, TokenShard
 
 _SAMPLED_BLOCKS, _SAMPLED_BYTES = 64, 4096
 
@@ -110,8 +111,10 @@ def open_documents(name: str, paths: Sequence[str]) -> ShardedDocuments:
 def _check_once(name: str, shards: Sequence[TokenShard]) -> None:
     """No file is named by two paths: its documents would count twice, and nothing in the order would show it."""
     seen: set[str] = set()
+    folder = functools.cache(os.path.realpath)  # it asks for each part of a path
     for shard in shards:
-        file = os.path.realpath(f"{shard.prefix}.bin")
+        path = shard.bin_path
+        file = os.path.realpath(path) if path.is_symlink() else os.path.join(folder(path.parent), path.name)
         if file in seen:
             raise ValueError(
                 f"data source {name!r} names shard {shard.prefix} twice, so each epoch would read its documents twice;"
@@ -121,17 +124,16 @@ def _check_once(name: str, shards: Sequence[TokenShard]) -> None:
 
 
 def _open_listed(folder: Path, entry: dict[str, Any]) -> TokenShard:
-    for end in ("bin", "idx"):
-        path, expected = folder / f"{entry['name']}.{end}", entry["files"][end]["bytes"]
-        if not path.is_file():
-            raise FileNotFoundError(f"shard file {path} is listed in the manifest but does not exist; copy it again")
-        actual = path.stat().st_size
+    prefix = folder / entry["name"]
+    files = ShardFiles.map(prefix, "is listed in the manifest but does not exist; copy it again")
+    for end, view in (("bin", files.bin), ("idx", files.idx)):
+        expected, actual = entry["files"][end]["bytes"], len(view)
         if actual != expected:
             raise ValueError(
-                f"shard {path}: the manifest says {expected} bytes, the file has {actual}; it differs from byte offset "
-                f"{min(actual, expected)} on. Copy the file again, or tokenize again."
+                f"shard {prefix}.{end}: the manifest says {expected} bytes, the file has {actual}; it differs from byte"
+                f" offset {min(actual, expected)} on. Copy the file again, or tokenize again."
             )
-    shard = TokenShard(folder / entry["name"])
+    shard = TokenShard(prefix, files)
     if (shard.num_documents, shard.num_tokens) != (entry["num_documents"], entry["num_tokens"]):
         raise ValueError(
             f"shard {shard.prefix}: the manifest says {entry['num_documents']} documents and {entry['num_tokens']} "
@@ -152,8 +154,7 @@ def _prefixes(name: str, path: str) -> list[str]:
 
 def _sampled_digest(shard: TokenShard) -> bytes:
     content = hashlib.blake2b(digest_size=16)
-    for path in (shard.idx_path, shard.bin_path):
-        data = map_file(path)
+    for data in shard.files:
         content.update(len(data).to_bytes(8, "little"))
         for start in range(0, len(data), max(_SAMPLED_BYTES, len(data) // _SAMPLED_BLOCKS)):
             content.update(data[start : start + _SAMPLED_BYTES])

@@ -21,6 +21,7 @@ import mmap
 import os
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -63,23 +64,39 @@ def map_file(path: Path) -> memoryview:
         raise ValueError(f"too many open files at {path}: raise the limit (ulimit -n), or merge shards") from None
 
 
+class ShardFiles(NamedTuple):
+    """Both files of a shard, mapped: each is opened once, and its size is the mapping's."""
+
+    idx: memoryview
+    bin: memoryview
+
+    @staticmethod
+    def map(prefix: Path, missing: str = "does not exist; a shard is a .bin and an .idx side by side") -> ShardFiles:
+        """Raises FileNotFoundError: the file, and what `missing` says of it."""
+        views = []
+        for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
+            try:
+                views.append(map_file(path))
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise FileNotFoundError(f"shard file {path} {missing}") from None
+        return ShardFiles(*views)
+
+
 class TokenShard:
-    """A memory-mapped shard. `prefix` is the path without .bin/.idx.
+    """A memory-mapped shard. `prefix` is the path without .bin/.idx. files: its own, where they are mapped already.
 
     `tokens` is flat [num_tokens] of the stored dtype; nothing of the size of the index is ever copied to memory.
     Raises FileNotFoundError or ValueError naming file, expected and actual.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, files: ShardFiles | None = None) -> None:
         self.prefix = Path(str(prefix).removesuffix(".bin").removesuffix(".idx"))
         self.bin_path = Path(f"{self.prefix}.bin")
         self.idx_path = Path(f"{self.prefix}.idx")
-        for path in (self.idx_path, self.bin_path):
-            if not path.is_file():
-                raise FileNotFoundError(f"shard file {path} does not exist; a shard is a .bin and an .idx side by side")
-        self.dtype, self.lengths, self._pointers, self._documents = _read_index(self.idx_path)
+        self.files = files or ShardFiles.map(self.prefix)
+        self.dtype, self.lengths, self._pointers, self._documents = _read_index(self.idx_path, self.files.idx)
         self._check_sizes()
-        self.tokens: NDArray = np.frombuffer(map_file(self.bin_path), dtype=self.dtype, count=self.num_tokens)
+        self.tokens: NDArray = np.frombuffer(self.files.bin, dtype=self.dtype, count=self.num_tokens)
 
     @property
     def num_documents(self) -> int:
@@ -126,7 +143,7 @@ class TokenShard:
 
     def _check_sizes(self) -> None:
         """O(1) agreement of the two files; `check_index` below reads every entry."""
-        expected, actual = self.num_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
+        expected, actual = self.num_tokens * self.dtype.itemsize, len(self.files.bin)
         if expected != actual:
             raise ValueError(
                 f"shard {self.bin_path}: its .idx says {expected} bytes ({self.num_tokens} tokens of {self.dtype}), "
@@ -159,8 +176,9 @@ class TokenShard:
             raise ValueError(f"shard {self.idx_path}: document {at} ends before it begins ({int(steps[at])} sequences)")
 
 
-def _read_index(path: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-    view = map_file(path)
+def _read_index(
+    path: Path, view: memoryview
+) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
     if len(view) < HEADER.size:
         raise ValueError(f"shard {path}: {len(view)} bytes, shorter than the {HEADER.size}-byte header")
     magic, version, code, sequences, documents = HEADER.unpack_from(view)

@@ -25,9 +25,17 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    with suppress(metadata.PackageNotFoundError):
-        packages["transformer_engine"] = metadata.version("transformer-engine")
+    if engine := _transformer_engine():
+        packages["transformer_engine"] = engine
     return packages
+
+
+@functools.cache
+def _transformer_engine() -> str:
+    """Its version, "" where it is not installed; to find out walks all of sys.path, and every save asks."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version("transformer-engine")
+    return ""
 
 
 def source_digest() -> str:
