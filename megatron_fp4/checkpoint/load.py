@@ -131,7 +131,7 @@ class CheckpointReader:
         except ValueError as error:
             damage = str(error)
         self._beat()
-        outcomes = collectives.all_gather_object((damage, unreadable), self.group)
+        outcomes = collectives.all_gather_if_any((damage, unreadable), (None, None), self.group)
         if texts := errors_by_rank([text for _, text in outcomes]):
             raise UnreadableFile(texts)
         if damages := dict.fromkeys(text for text, _ in outcomes if text):

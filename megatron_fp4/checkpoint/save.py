@@ -179,7 +179,7 @@ class Saver:
         """Collective: wait for the running save on all ranks and agree on its outcome, which `poll` still reports."""
         if self.running is None:
             return None
-        return self._conclude(collectives.all_gather_object(self._wait_here(), self.group))
+        return self._conclude(collectives.all_gather_if_any(self._wait_here(), None, self.group))
 
     def _wait_here(self) -> NotSaved | None:
         """Wait for this rank's share of the running save; how it failed, if it did."""

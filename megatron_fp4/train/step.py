@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
+from megatron_fp4.comm.collectives import all_reduce_sum, tell_first
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ledger import step_hash
 from megatron_fp4.layers.linear import assign_precision
@@ -24,6 +24,9 @@ from megatron_fp4.train.message import StepAgreement, StepMessage, exchange
 from megatron_fp4.train.run import Position, Run, StepResult, TrainingDiverged
 from megatron_fp4.train.sections import NonFinite
 from megatron_fp4.train.telemetry.probes import watching
+
+MAX_EVENTS = 20
+"""NaN or Inf of one rank that are told of a step; the first shows where it began."""
 
 
 class UpdateGuard(Protocol):
@@ -128,7 +131,8 @@ def _nonfinite_operands(run: Run, batch: Batch) -> str:
     """
     samples = batch.sample_ids.tolist()
     local_lines = [f"{event}, samples {samples}" for event in run.probes.nonfinite.take()]
-    lines = [line for lines_of_rank in all_gather_object(local_lines, run.mesh.world) for line in lines_of_rank]
+    texts = tell_first("\n".join(local_lines[:MAX_EVENTS]), run.mesh.world)  # where all diverge, all have hundreds
+    lines = [line for text in texts.values() for line in text.splitlines()]
     if lines and run.config.train.nonfinite is NonFinite.stop:
         raise NonFiniteStop(f"step {run.clock.step + 1}: NaN or Inf in {lines[0]} (train.nonfinite=stop)")
     return "; ".join(lines)
