@@ -46,14 +46,21 @@ def _rank(entry: Mapping[str, Any]) -> list[str]:
     place = ", ".join(f"{name} {rank}" for name, rank in entry["place"].items())
     return [
         "",
-        f"rank {entry['rank']} ({place}): {entry['seconds']:.0f} s",
+        f"rank {entry['rank']} ({place}): rehearsed in {entry['seconds']:.0f} s,"
+        f" {entry['processor_seconds']:.0f} s of the processor",
         *_crossings("copies in", entry["copies_in"]),
         *_crossings("read-backs", entry["read_backs"]),
         *_memory(entry["memory"]),
         *(f"  above 1 GB: {e['tensor']} at {e['origin']}, {e['count']} x" for e in entry["large_tensors"]),
         *_messages(entry["messages"]),
         *_kernels(entry["kernels"]),
+        *_evaluation(entry["evaluation"]),
     ]
+
+
+def _evaluation(section: Mapping[str, Any]) -> list[str]:
+    copies, reads = (sum(section[name].values()) for name in ("copies_in", "read_backs"))
+    return [f"  evaluation of one microbatch: peak {_gb(section['peak'])} GB, copies in {copies}, read-backs {reads}"]
 
 
 def _crossings(name: str, counts: Mapping[str, int]) -> list[str]:

@@ -20,10 +20,14 @@ INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe
 
 
 class Copies:
-    """What crossed between host and device: number of times by `file:line`. fake: the mode of the device's tensors."""
+    """What crossed between host and device: number of times by `file:line`. fake: the mode of the device's tensors.
+
+    scalar: what a scalar that is read back is said to be.
+    """
 
     def __init__(self, fake: FakeTensorMode) -> None:
         self._fake = fake
+        self.scalar = 1
         self.copies_in: Counter[str] = Counter()
         self.read_backs: Counter[str] = Counter()
 
@@ -35,7 +39,7 @@ class Copies:
         """The result of an operation that crosses; NotImplemented for one that stays on the device."""
         if name == "aten::_local_scalar_dense":
             self.read_backs[origin()] += 1
-            return _one(args[0].dtype)
+            return torch.full((), self.scalar, dtype=args[0].dtype).item()
         if name == "aten::nonzero":  # as many rows as the device says
             self.read_backs[origin()] += 1
             with self._fake:
@@ -75,7 +79,3 @@ class Copies:
             return NotImplemented
         (self.copies_in if is_rehearsed(target) else self.read_backs)[origin()] += 1
         return target
-
-
-def _one(dtype: torch.dtype) -> float | int | bool:
-    return torch.ones((), dtype=dtype).item()

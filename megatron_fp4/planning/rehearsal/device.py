@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import backend_registration
 
 NAME = "rehearsed"
@@ -55,5 +56,5 @@ def rehearsal_device() -> torch.device:
 
 
 def is_rehearsed(x: torch.Tensor) -> bool:
-    """Whether a tensor lies on the device."""
-    return x.device.type == NAME
+    """Whether a tensor lies on the device. `x.device` of a fake tensor would be dispatched as an operation."""
+    return isinstance(x, FakeTensor) and x.fake_device.type == NAME

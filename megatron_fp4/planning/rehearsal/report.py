@@ -64,14 +64,18 @@ def rehearse(
     reports, sequences = [], {}
     for rank in choose_ranks(ranks, num_gpus, config, in_run):
         began = time.monotonic()
+        busy = time.process_time()
         with rehearsed_rank(checked, num_gpus, rank, on_backward_error) as rehearsed:
             of_build = _large(rehearsed.watch.live)
             rehearsed.step(1 if config.parallel.pp == 1 else None)
             rehearsed.step()
             report = _of_rank(rehearsed, rank, plan)
             sequences[rank] = list(rehearsed.watch.messages.sequence)
+            report["evaluation"] = _of_evaluation(rehearsed)
+            sequences[rank] += rehearsed.watch.messages.sequence
         report["large_tensors"] = of_build + report["large_tensors"]
-        reports.append({**report, "seconds": time.monotonic() - began})
+        seconds = {"seconds": time.monotonic() - began, "processor_seconds": time.process_time() - busy}
+        reports.append({**report, **seconds})
     return {
         "gpus": num_gpus,
         "microbatches": {
@@ -101,6 +105,16 @@ def _of_rank(rehearsed: RehearsedRank, rank: int, plan: Mapping[str, Any]) -> di
             "by_phase": _summed((phase, count) for (phase, _), count in watch.kernels.by_part.items()),
             "calls": dict(watch.kernels.calls),
         },
+    }
+
+
+def _of_evaluation(rehearsed: RehearsedRank) -> dict[str, Any]:
+    rehearsed.evaluate()
+    copies = rehearsed.watch.copies
+    return {
+        "peak": rehearsed.watch.live.peak,
+        "copies_in": dict(copies.copies_in.most_common()),
+        "read_backs": dict(copies.read_backs.most_common()),
     }
 
 

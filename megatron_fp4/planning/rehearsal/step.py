@@ -1,11 +1,11 @@
-"""Make the steps of one rank, by the trainer's own `train_step`. The batch has no text."""
+"""Make the steps of one rank, by the trainer's own `train_step`, and evaluate. The batches have no text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,6 +16,7 @@ from megatron_fp4.planning.rehearsal.on_cuda import on_cuda
 from megatron_fp4.planning.rehearsal.watch import Watch
 from megatron_fp4.planning.rehearsal.world import fake_world
 from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.evaluate import evaluate
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.step import train_step
@@ -36,6 +37,15 @@ class RehearsedRank:
         batch = _batch(number * self.run.config.train.micro_batch, self.run.config.data.seq_length)
         self.watch.clear()
         self.position = train_step(self.run, batch, self.position, _Calm(), lambda: False).position
+
+    def evaluate(self) -> None:
+        """Evaluate one microbatch, after the last step; what that does is in `watch`, from nothing."""
+        run = self.run
+        loader: Any = [_batch(run.config.train.micro_batch, run.config.data.seq_length)]
+        self.watch.clear()
+        self.watch.copies.scalar = 0  # nobody asks to stop
+        run.phases.enter("evaluate")
+        evaluate(run.engine, loader, run.plan.evaluation_table(0), run.mesh, run.device)
 
 
 class _Calm:

@@ -69,6 +69,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
+        if name == "prim::device":
+            return args[0].fake_device
         if name.startswith("c10d::"):
             self.messages.see(name.partition("::")[2], args)
         if not _touches_device(args, kwargs):

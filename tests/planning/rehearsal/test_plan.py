@@ -90,6 +90,13 @@ def test_a_cell_is_all_ranks_of_two_copies() -> None:
     assert [entry["rank"] for entry in reports()["cell"]["ranks"]] == list(range(8))
 
 
+def test_an_evaluation_follows() -> None:
+    """It keeps nothing for a backward pass, and reads its sums once."""
+    for entry in reports()["cell"]["ranks"]:
+        assert entry["evaluation"]["peak"] < entry["memory"]["peak"]
+        assert sum(place.startswith("train/evaluate.py") for place in entry["evaluation"]["read_backs"]) >= 1
+
+
 def test_a_large_difference_is_told() -> None:
     """A plan that is 4 % over, and one that knows nothing of an axis."""
     report = deepcopy(reports()["gpt"])
