@@ -19,7 +19,7 @@ from megatron_fp4.train.run import Position
 from tests.helpers.distributed import run_distributed, world_group
 from tests.helpers.parity import HYBRID, NVFP4, parity_case
 
-LAYOUTS = (ParallelConfig(tp=2), ParallelConfig(pp=2), ParallelConfig(cp=2))
+LAYOUTS = (ParallelConfig(tp=2), ParallelConfig(pp=2))
 RANKS = 4
 REHEARSED = (0, 3)
 
