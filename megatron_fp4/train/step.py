@@ -102,8 +102,12 @@ def _loss_scale(run: Run, batch: Batch) -> Tensor:
 
     Where each document has one token only there is none: the step is computed all the same, and ranks stay in step.
     """
-    count = torch.full((1,), int(batch.loss_mask.sum()), dtype=torch.float64, device=run.device)
-    return (1.0 / all_reduce_sum(count, run.mesh.dp).clamp(min=1.0))[0]
+    mesh = run.mesh
+    # Over the world, one rank of each data shard: dp may be the communicator of dp_cp, where it would queue behind all
+    # parameters that travel beside the forward pass, which would then begin when the last of them is there.
+    counts = mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0
+    count = torch.full((1,), int(batch.loss_mask.sum()) * counts, dtype=torch.float64, device=run.device)
+    return (1.0 / all_reduce_sum(count, mesh.world).clamp(min=1.0))[0]
 
 
 def _agree(run: Run, batch: Batch, loss: Tensor, square: Tensor, stop_requested: Callable[[], bool]) -> StepAgreement:
