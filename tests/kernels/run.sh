@@ -13,5 +13,11 @@ if [ ! -d "$folder" ]; then
   mv "$folder.part" "$folder"
 fi
 export PYTHONPATH="$PWD:$folder${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-TRITON_INTERPRET=1 python -m pytest tests/kernels -W "ignore::RuntimeWarning" "$@" # numpy warns of 1 / 0, which is meant
-TRITON_INTERPRET=0 exec python -m pytest tests/kernels "$@"
+compiled=$(mktemp)
+trap 'rm -f "$compiled"' EXIT
+TRITON_INTERPRET=0 python -m pytest tests/kernels "$@" >"$compiled" 2>&1 & # at once: each uses one core
+status=0
+TRITON_INTERPRET=1 python -m pytest tests/kernels -W "ignore::RuntimeWarning" "$@" || status=$? # 1 / 0 is meant there
+wait $! || status=$?
+cat "$compiled"
+exit "$status"
