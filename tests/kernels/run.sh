@@ -4,6 +4,7 @@
 # Usage: tests/kernels/run.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+# shellcheck source=tests/setup.sh
 source tests/setup.sh
 version=3.8.0
 folder="$(dirname "$(dirname "$MEGATRON_FP4_PYTHON")")/triton-$version"
