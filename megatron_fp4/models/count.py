@@ -10,6 +10,7 @@ the two products of attention, the four of the chunked scan; not norms, activati
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def by_kind(parameters: Iterable[ParameterInfo], tp: int = 1) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
-def stage_parameters(config: ModelConfig, stage: StageRange) -> list[ParameterInfo]:
+@functools.cache
+def stage_parameters(config: ModelConfig, stage: StageRange) -> tuple[ParameterInfo, ...]:
     """The parameters that one pipeline stage holds; a tied table counts on both of its stages."""
 
     def holds(parameter: ParameterInfo) -> bool:
@@ -103,7 +105,7 @@ def stage_parameters(config: ModelConfig, stage: StageRange) -> list[ParameterIn
             return stage.has_embedding or (config.tied_embeddings and stage.has_head)
         return stage.has_head
 
-    return [parameter for parameter in model_parameters(config) if holds(parameter)]
+    return tuple(parameter for parameter in model_parameters(config) if holds(parameter))
 
 
 @dataclass(frozen=True)

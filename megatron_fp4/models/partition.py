@@ -6,6 +6,8 @@ contiguous one with the smallest heaviest stage. An explicit list overrides it.
 
 from __future__ import annotations
 
+import functools
+
 from megatron_fp4.models.block import block_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
@@ -31,7 +33,8 @@ def split_stages(config: ModelConfig, num_stages: int, split: str = "cost") -> l
         raise ValueError(
             f"{num_stages} pipeline stages (pp * virtual stages) need at least as many blocks, got {total}"
         )
-    counts = _cheapest_counts(block_costs(config), num_stages) if split == "cost" else _listed_counts(split)
+    cheapest = split == "cost"
+    counts = list(_cheapest_counts(tuple(block_costs(config)), num_stages)) if cheapest else _listed_counts(split)
     if len(counts) != num_stages or sum(counts) != total or min(counts) < 1:
         raise ValueError(
             f"parallel.stage_split = {split!r} names {len(counts)} stages with {sum(counts)} blocks; expected"
@@ -51,7 +54,8 @@ def _listed_counts(split: str) -> list[int]:
         raise ValueError(f"parallel.stage_split = {split!r}; use 'cost' or block counts such as '9,8,8,7'") from None
 
 
-def _cheapest_counts(costs: list[float], num_stages: int) -> list[int]:
+@functools.cache
+def _cheapest_counts(costs: tuple[float, ...], num_stages: int) -> tuple[int, ...]:
     """Contiguous split with the smallest heaviest part (dynamic programme over prefixes)."""
     prefix = [0.0]
     for cost in costs:
@@ -70,4 +74,4 @@ def _cheapest_counts(costs: list[float], num_stages: int) -> list[int]:
     for stages in range(num_stages, 0, -1):
         counts.append(stop - cut[stages][stop])
         stop = cut[stages][stop]
-    return counts[::-1]
+    return tuple(counts[::-1])

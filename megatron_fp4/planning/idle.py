@@ -8,10 +8,12 @@ planner reckons with what is counted along their own order (pipeline/order.py), 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.models.partition import block_costs, split_stages
@@ -75,13 +77,33 @@ class PipelineLayout:
             PipelineShape(parallel.schedule, parallel.pp, num_microbatches, per_rank),
             stages,
             [{number: stages[number] for number in stages_of_rank(rank, parallel)} for rank in range(parallel.pp)],
-            pipeline_order(parallel, num_microbatches),
+            _order(_pipeline_alone(parallel), num_microbatches),
         )
 
     def costs(self, model: ModelConfig) -> list[float]:
         """Multiply-adds per token of each pipeline rank."""
         costs = block_costs(model)
         return [sum(sum(costs[stage.first : stage.stop]) for stage in held.values()) for held in self.chunks]
+
+
+def idle_part(parallel: ParallelConfig, num_microbatches: int) -> float:
+    """Part of the time in which a pipeline rank waits, by the order of actions; 0 without a pipeline."""
+    return _bubble(_pipeline_alone(parallel), num_microbatches) if parallel.pp > 1 else 0.0
+
+
+def _pipeline_alone(parallel: ParallelConfig) -> ParallelConfig:
+    """What an order depends on, so that layouts share it."""
+    return ParallelConfig(pp=parallel.pp, schedule=parallel.schedule, virtual_stages=parallel.virtual_stages)
+
+
+@functools.cache
+def _order(parallel: ParallelConfig, num_microbatches: int) -> Order:
+    return pipeline_order(parallel, num_microbatches)
+
+
+@functools.cache
+def _bubble(parallel: ParallelConfig, num_microbatches: int) -> float:
+    return bubble(simulate(_order(parallel, num_microbatches)))
 
 
 def imbalance(costs: Sequence[float]) -> float:
@@ -96,7 +118,7 @@ def ramp_section(checked: CheckedConfig) -> list[dict[str, Any]]:
     for stage in config.stages():
         microbatches = config.train.gradient_accumulation(checked.dp, stage.size)
         entry = {"from_tokens": stage.first * config.data.seq_length, "samples": stage.size, "steps": stage.num_steps}
-        idle = bubble(simulate(pipeline_order(parallel, microbatches))) if parallel.pp > 1 else 0.0
+        idle = idle_part(parallel, microbatches)
         entries.append({**entry, "microbatches": microbatches, "bubble": idle})
     return entries
 

@@ -1,105 +1,91 @@
 """What a run will need and how long it will take: the facts behind `megatron-fp4 plan`, as one dictionary.
 
 The configuration goes through the same checks as a real run (train.checked.check_config). Each section stands in the
-file of its subject: pipeline and ramp in idle.py, time and FLOPs in time.py, memory in memory.py, optimizer state
-in division.py, messages in traffic.py, shapes in alignment.py.
+file of its subject: pipeline and ramp in idle.py, time in cost/, memory in memory.py, optimizer state in division.py,
+messages in traffic.py, warnings in verdict.py.
 
-Not here: measured speed (times come from peak rates), and the text for people (cli/render/plan.py).
+Not here: measured speed (times come from published rates), other layouts (search.py), and the text for people
+(cli/render/plan.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from megatron_fp4.models.count import Flops, by_kind, count_flops, model_parameters, quantized_parameters
-from megatron_fp4.planning.alignment import alignment_warnings
+from megatron_fp4.models.count import count_flops
+from megatron_fp4.planning.cost.duration import cost_sections
+from megatron_fp4.planning.cost.hardware import Assumptions, Site
 from megatron_fp4.planning.division import division_section
-from megatron_fp4.planning.idle import PipelineLayout, imbalance, pipeline_section, ramp_section
+from megatron_fp4.planning.facts import parameter_section, precision_section, run_section
+from megatron_fp4.planning.idle import PipelineLayout, pipeline_section, ramp_section
 from megatron_fp4.planning.memory import memory_section
 from megatron_fp4.planning.settings import RankSettings
-from megatron_fp4.planning.time import flops_section, time_section
 from megatron_fp4.planning.traffic import bytes_sent
-from megatron_fp4.precision.table import PrecisionTable, summary
-from megatron_fp4.train.checked import CheckedConfig, check_config
+from megatron_fp4.planning.verdict import admit, fits, warnings_of
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.telemetry.peaks import GPUS
 
 
 def run_plan(
-    config: RunConfig, num_gpus: int = 0, gpu: str = "GB200", efficiency: float = 0.4, *, schedule: bool = False
+    config: RunConfig,
+    num_gpus: int = 0,
+    gpu: str = "GB200",
+    assumptions: Assumptions | None = None,
+    *,
+    schedule: bool = False,
 ) -> dict[str, Any]:
     """The report, of plain values: bytes, FLOPs, seconds, tokens.
 
     num_gpus: world size, 0 for the product of the parallel sizes. schedule: with the timeline of the pipeline. Raises
-    ValueError for everything that a run with this configuration would refuse before it starts, and for an unknown GPU
-    or an efficiency outside (0, 1].
+    ValueError for everything that a run with this configuration would refuse before it starts, but for shapes that
+    Transformer Engine refuses, and for an unknown GPU.
     """
-    if gpu not in GPUS:
-        raise ValueError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
-    if not 0 < efficiency <= 1:
-        raise ValueError(f"efficiency = {efficiency}, must be above 0 and at most 1")
-    if config.model.vocab_size:  # the tokenizer is not needed, and need not be on this machine
-        config = replace(config, data=replace(config.data, tokenizer=""))
+    assumptions = assumptions or Assumptions()
+    machine = assumptions.machine(gpu)
+    config = without_tokenizer(config)
     parallel = config.parallel
     if schedule and parallel.pp == 1:
         raise ValueError("--schedule has no effect with parallel.pp = 1; remove it, or set parallel.pp")
     num_gpus = num_gpus or parallel.smallest_world
-    checked = check_config(config, num_gpus)
+    admission = admit(config, num_gpus)
+    checked = admission.checked
     config, table = checked.config, checked.plan.table()
+    site = Site(machine, assumptions, num_gpus)
     settings = RankSettings.of(checked, table)
     pipeline = PipelineLayout.of(config, settings.num_microbatches)
-    costs, ramp = pipeline.costs(config.model), ramp_section(checked)
-    slowdowns = [(stage["from_tokens"], imbalance(costs) / (1.0 - stage["bubble"])) for stage in ramp]
+    ramp = ramp_section(checked)
     flops = count_flops(config.model, config.data.seq_length)
+    costs = cost_sections(checked, flops, pipeline, ramp, site)
+    memory = memory_section(config.model, pipeline, settings, machine.gpu.memory_gb * 1e9)
+    warnings = warnings_of(admission, memory, costs["whole_run"], settings.tokens)
     return {
-        "run": _run_section(checked, num_gpus, settings.num_microbatches),
+        "fits": fits(warnings, config.precision.backend),
+        "run": run_section(checked, num_gpus, settings.num_microbatches),
         "batch_ramp": ramp if len(ramp) > 1 else [],
-        "parameters": _parameter_section(config, table),
-        "precision": _precision_section(checked, flops),
-        "flops": flops_section(config, flops, table),
-        "pipeline": pipeline_section(pipeline, costs, ramp[-1]["bubble"], timeline=schedule),
-        "time": time_section(checked, flops, GPUS[gpu], num_gpus, efficiency, slowdowns),
-        "memory_per_rank": memory_section(config.model, pipeline, settings, GPUS[gpu].memory_gb * 1e9),
+        "parameters": parameter_section(config, table),
+        "precision": precision_section(checked, flops),
+        "pipeline": pipeline_section(pipeline, pipeline.costs(config.model), ramp[-1]["bubble"], timeline=schedule),
+        **costs,
+        "memory_per_rank": memory,
         "division": division_section(checked, num_gpus),
         "bytes_sent_per_step": [bytes_sent(config.model, held.values(), settings) for held in pipeline.chunks],
+        "assumptions": {"gpu": gpu, "sources": machine.sources, **asdict(assumptions)},
+        "left_out": LEFT_OUT,
         "notes": checked.notes,
-        "warnings": alignment_warnings(checked.linears, table, tp=parallel.tp, tokens=settings.tokens),
+        "warnings": warnings,
     }
 
 
-def _run_section(checked: CheckedConfig, num_gpus: int, microbatches: int) -> dict[str, Any]:
-    config, parallel = checked.config, checked.config.parallel
-    return {
-        "gpus": num_gpus,
-        "tp": parallel.tp,
-        "pp": parallel.pp,
-        "cp": parallel.cp,
-        "dp": checked.dp,
-        "seq_length": config.data.seq_length,
-        "micro_batch": config.train.micro_batch,
-        "microbatches_per_step": microbatches,
-        "global_batch": config.train.global_batch,
-        "tokens_per_step": config.tokens_per_step,
-        "steps": config.total_steps,
-        "total_tokens": int(config.train.total_tokens),
-        "recompute": config.train.recompute.name,
-        "backend": config.precision.backend.name,
-    }
+LEFT_OUT = (
+    "the allocator's fragmentation, CUDA's and NCCL's own memory (a few GB)",
+    "documents kept apart attend to fewer tokens than counted; padding of short ones",
+    "dropout, norms, activations, the short convolution: inside the assumed efficiency",
+    "compilation and the first steps; data loading, which runs beside the step",
+    "the quantizers of the emulated backends, which take many times as long as those counted",
+)
+"""What the numbers do not hold."""
 
 
-def _parameter_section(config: RunConfig, table: PrecisionTable) -> dict[str, Any]:
-    model = config.model
-    kinds = by_kind(model_parameters(model))
-    quantized = quantized_parameters(model, [row.name for row in table.rows if row.precision.quantized])
-    total = sum(kinds.values())
-    return {"total": total, "by_kind": kinds, "quantized": quantized, "quantized_share": quantized / total}
-
-
-def _precision_section(checked: CheckedConfig, flops: Flops) -> list[dict[str, Any]]:
-    """One entry per precision phase of the run."""
-    phases = []
-    for start, table in checked.plan.phases:
-        share = flops.quantized_share({row.name: [g.quantized for g in row.precision.gemms] for row in table.rows})
-        phases.append({"from_tokens": start, "summary": summary(table), "quantized_share_of_flops": share})
-    return phases
+def without_tokenizer(config: RunConfig) -> RunConfig:
+    """Where the size of the vocabulary is set the tokenizer is not needed, and need not be on this machine."""
+    return replace(config, data=replace(config.data, tokenizer="")) if config.model.vocab_size else config

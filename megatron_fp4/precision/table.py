@@ -7,6 +7,7 @@ Not here: the rules that it is made from (plan.py).
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class PrecisionTable:
     def __getitem__(self, name: str) -> LinearPrecision:
         return self.by_name[name]
 
-    @property
+    @functools.cached_property
     def by_name(self) -> dict[str, LinearPrecision]:
         return {row.name: row.precision for row in self.rows}
 

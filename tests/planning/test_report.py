@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.cli.planning.plan import main
 from megatron_fp4.cli.render.plan import render
 from megatron_fp4.comm.config import ParallelConfig
@@ -18,8 +20,10 @@ from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim import OptimConfig
 from megatron_fp4.pipeline.schedules import SCHEDULES
 from megatron_fp4.planning.alignment import alignment_warnings
+from megatron_fp4.planning.cost.hardware import Assumptions
 from megatron_fp4.planning.idle import BUBBLES, PipelineShape, imbalance
 from megatron_fp4.planning.report import run_plan
+from megatron_fp4.planning.scaling import strong_scaling
 from megatron_fp4.precision import nvfp4_paper
 from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.plan import base_table
@@ -76,13 +80,13 @@ def twelve_billion(**parallel: int) -> RunConfig:
 
 
 def test_plan_of_the_12b() -> None:
-    report = run_plan(twelve_billion(tp=8, pp=2), num_gpus=1472, gpu="GB200", efficiency=0.4)
+    report = run_plan(twelve_billion(tp=8, pp=2), num_gpus=1472, gpu="GB200", assumptions=Assumptions(efficiency=0.4))
     assert report["run"]["dp"] == 92
     assert report["run"]["tokens_per_step"] == 6_029_312
     assert report["parameters"]["total"] == 12_310_001_152
     assert report["parameters"]["quantized"] / 1e9 == pytest.approx(9.07, abs=0.01)
     time = report["time"]
-    assert time["step_seconds"] > time["step_seconds_at_peak"]
+    assert time["compute"]["step_seconds"] > time["compute"]["step_seconds_at_peak"]
     assert 1.0 < time["speed_up_over_bf16"] < time["speed_up_limit"]
     share = report["precision"][0]["quantized_share_of_flops"]
     assert time["speed_up_over_bf16"] == pytest.approx(1 / (1 - share + share / 4))  # Amdahl, FP4 = 4 x BF16
@@ -114,12 +118,14 @@ def test_time_follows_the_phases() -> None:
     switch = Switch(at_fraction=0.82, gemms=["fprop"])
     switched = run_plan(replace(config, precision=replace(PAPER, switch=[switch])), num_gpus=8 * 92)
     assert len(switched["precision"]) == 2
-    assert switched["time"]["step_seconds"] == plain["time"]["step_seconds"]
+    assert switched["time"]["step_seconds"] == plain["time"]["step_seconds"], "of the first phase"
     share = plain["precision"][0]["quantized_share_of_flops"]
     slower = share / 3 * (1 - 1 / 4) * plain["time"]["speed_up_over_bf16"]  # relative to a plain step
-    assert switched["time"]["days"] / plain["time"]["days"] == pytest.approx(1 + 0.18 * slower, rel=0.02)
+    assert switched["time"]["compute"]["days"] / plain["time"]["compute"]["days"] == pytest.approx(
+        1 + 0.18 * slower, rel=0.02
+    )
     recomputed = run_plan(replace(config, train=replace(config.train, recompute=Recompute.full)), num_gpus=8 * 92)
-    assert 1.25 < recomputed["time"]["step_seconds"] / plain["time"]["step_seconds"] < 1.34
+    assert 1.25 < recomputed["time"]["compute"]["step_seconds"] / plain["time"]["compute"]["step_seconds"] < 1.34
 
 
 def test_a_batch_ramp_is_planned() -> None:
@@ -138,7 +144,7 @@ def test_a_batch_ramp_is_planned() -> None:
     idle = [(1 - 1 / 9) / (1 - stage["bubble"]) for stage in report["batch_ramp"]]
     parts = [stage["steps"] * stage["samples"] for stage in report["batch_ramp"]]
     mean = sum(part * factor for part, factor in zip(parts, idle, strict=True)) / sum(parts)
-    assert report["time"]["days"] / plain["time"]["days"] == pytest.approx(mean, rel=1e-3)
+    assert report["time"]["compute"]["days"] / plain["time"]["compute"]["days"] == pytest.approx(mean, rel=1e-3)
     assert "steps of 368 samples, 4 microbatch(es), idle 20.0%" in render(report)
 
 
@@ -207,3 +213,53 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*overrides, "--gpus", "three"]) == 2
     assert main(["model=hybrid_tinny"]) == 2
     assert "did you mean 'hybrid_tiny'" in capsys.readouterr().err
+
+
+def test_exit_codes_and_first_message(capsys: pytest.CaptureFixture[str]) -> None:
+    """0 fits, 1 does not (and the first lines name layouts that do), 2 refused; JSON has the same facts."""
+    paper = ["experiment=paper_12b_10t"]
+    assert main(paper) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("THIS LAYOUT CANNOT RUN: 301 GB are 1.62 x the 186 GB of the GPU")
+    assert [line.split()[0] for line in lines[2:5]] == [f"parallel={gpu}_12b_4096" for gpu in ("b200", "gb200", "h100")]
+    assert main([*paper, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["fits"] is False
+    assert [warning["about"] for warning in report["warnings"]] == ["memory"]
+    assert len(report["shipped_layouts"]) == 3
+    assert set(report["assumptions"]) > {"gpu", "sources", "efficiency", "restart_seconds"}
+    native = ["precision.backend=transformer_engine", "parallel.tp=8", "--gpus", "736"]
+    assert main([*paper, *native]) == 1
+    assert "must be a multiple of 32 for Transformer Engine's kernels" in capsys.readouterr().out.splitlines()[0]
+    for refused in (["--gpus", "0"], ["--assume", "rails=x"], ["--memory-share", "2"], ["--plot", "x.txt"], ["--gpu"]):
+        assert main([*paper, *refused]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    assert main([*paper, "--search", "--schedule", "--gpus", "8"]) == 2
+
+
+def test_search_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*PIPELINE, "train.global_batch=8", "--search", "--gpus", "4"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "Batch: 8 = 2^3, so dp may be 1, 2, 4" in text
+    assert text.splitlines()[-1].startswith("  parallel.tp=")
+    assert main([*command, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["fitting"][0]["overrides"][0].startswith("parallel.tp=")
+    assert main([*command, "--memory-share", "1e-6"]) == 1
+
+
+def test_a_plan_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Days fall with the number of GPUs, over every dp that the batch takes."""
+    run = [*PIPELINE, "train.global_batch=8", "train.total_tokens=1e6", "parallel.pp=2"]
+    assert main([*run, "--plot", str(tmp_path / "folder" / "plan.png")]) == 0
+    assert (tmp_path / "folder" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    config = to_run_config(compose_config(run))
+    points = strong_scaling(config, "GB200", Assumptions())
+    assert [point["gpus"] for point in points] == [2, 4, 8], "with one microbatch two stages have no 1F1B"
+    products = [point["days"]["hidden"] for point in points]
+    assert products == sorted(products, reverse=True)
+    capsys.readouterr()
+    assert main([*run, "--plot", "plan.svg"]) == 2
+    assert main([*run, "--micro-batch", "1"]) == 2
+    assert "--micro-batch belongs to --search" in capsys.readouterr().err

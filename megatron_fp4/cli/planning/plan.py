@@ -1,68 +1,146 @@
 """`megatron-fp4 plan`: what a run will need and how long it will take, in seconds and without a GPU.
 
     megatron-fp4 plan experiment=paper_12b_10t parallel.tp=8 parallel.pp=2 --gpus 512 --gpu GB200
+    megatron-fp4 plan experiment=paper_12b_10t --search --gpus 4096
 
-`planning/report.py` makes the report, a dictionary of plain values; `--json` prints it, otherwise render/plan.py
-renders it.
+`planning/report.py` makes the report and `planning/layouts/search.py` the list of layouts, dictionaries of plain
+values, which `--json` prints; otherwise render/ renders them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
+from megatron_fp4.cli.compose import CONFIG_DIR, ConfigError, compose_config, to_run_config
+from megatron_fp4.cli.overrides.shipped import shipped_layouts
 from megatron_fp4.cli.render.plan import render
-from megatron_fp4.planning.report import run_plan
-from megatron_fp4.train.telemetry.peaks import GPUS
+from megatron_fp4.cli.render.plan_plot import write_plan
+from megatron_fp4.cli.render.plan_time import search_lines
+from megatron_fp4.planning.cost.hardware import MACHINES, Assumptions, Site
+from megatron_fp4.planning.layouts.choices import MICRO_BATCHES
+from megatron_fp4.planning.layouts.search import search
+from megatron_fp4.planning.report import run_plan, without_tokenizer
+from megatron_fp4.planning.scaling import strong_scaling
+from megatron_fp4.train.config import RunConfig
 
-HELP = """usage: plan [experiment=NAME] [key=value ...] [--gpus N] [--gpu NAME] [--efficiency PART]
-            [--schedule] [--json]
+HELP = """usage: plan [experiment=NAME] [key=value ...] [--gpus N] [--gpu NAME] [--search] [--micro-batch N]
+            [--memory-share PART] [--efficiency PART] [--assume KEY=VALUE ...] [--schedule] [--plot FILE] [--json]
 
-  --gpus N           world size (default: the product of the parallel sizes)
-  --gpu NAME         {names} (default GB200)
-  --efficiency PART  assumed part of the peak rate that GEMMs reach, for the second time estimate (default 0.4)
-  --schedule         draw the pipeline schedule: what each pipeline rank does in each time slot
-  --json             the report as JSON
+  --gpus N             world size (default: the product of the parallel sizes)
+  --gpu NAME           {names} (default GB200)
+  --search             every layout of the world that fits, fastest first, and why the others fell out
+  --micro-batch N      with --search: layouts of this micro batch only (default: {micro_batches})
+  --memory-share PART  part of a GPU's memory that a layout of --search may plan with (default {share:g})
+  --efficiency PART    assumed part of the peak rate that matrix products reach (default {efficiency:g})
+  --assume KEY=VALUE   replace a figure or an assumption: {keys}
+  --schedule           draw the pipeline schedule: what each pipeline rank does in each time slot
+  --plot FILE          memory, timeline and strong scaling, as a .png
+  --json               the report as JSON
+
+exit codes: 0 it fits, 1 it does not fit or the backend cannot quantize its shapes, 2 the configuration is refused
 """
 
 
+@dataclass
+class Options:
+    """What the command line says besides overrides."""
+
+    gpus: int = 0
+    gpu: str = "GB200"
+    search: bool = False
+    micro_batch: int = 0
+    schedule: bool = False
+    json: bool = False
+    plot: str = ""
+    assume: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+
+
+SHORT = {"--efficiency": "efficiency", "--memory-share": "memory_share"}
+"""Assumptions with an option of their own."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the plan; returns the exit code (2: the configuration is refused)."""
+    """Print the plan; returns the exit code."""
     remaining = list(sys.argv[1:] if arguments is None else arguments)
     if "-h" in remaining or "--help" in remaining:
-        print(HELP.format(names=", ".join(GPUS)))
+        print(_help())
         return 0
     try:
-        options, overrides = _split(remaining)
-        config = to_run_config(compose_config(overrides))
-        report = run_plan(
-            config, options["--gpus"], options["--gpu"], options["--efficiency"], schedule=options["--schedule"]
-        )
+        options = _parse(remaining)
+        config = without_tokenizer(to_run_config(compose_config(options.overrides)))
+        assumptions = Assumptions.of(options.assume)
+        if options.search:
+            return _search(config, options, assumptions)
+        report = run_plan(config, options.gpus, options.gpu, assumptions, schedule=options.schedule)
+        if options.plot:
+            write_plan(report, strong_scaling(config, options.gpu, assumptions), Path(options.plot))
+        report["shipped_layouts"] = [] if report["fits"] else shipped_layouts(config.model, CONFIG_DIR)
     except (ConfigError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(report, indent=2) if options["--json"] else render(report))
-    return 0
+    print(json.dumps(report, indent=2) if options.json else render(report))
+    return 0 if report["fits"] else 1
 
 
-def _split(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Options with their values, and hydra's overrides."""
-    options: dict[str, Any] = {"--gpus": 0, "--gpu": "GB200", "--efficiency": 0.4, "--schedule": False, "--json": False}
-    overrides, remaining = [], iter(arguments)
+def _search(config: RunConfig, options: Options, assumptions: Assumptions) -> int:
+    num_gpus = options.gpus or config.parallel.smallest_world
+    sizes = (options.micro_batch,) if options.micro_batch else MICRO_BATCHES
+    results = search(config, Site(assumptions.machine(options.gpu), assumptions, num_gpus), micro_batches=sizes)
+    print(json.dumps(results, indent=2) if options.json else "\n".join(search_lines(results)))
+    return 0 if results["fitting"] else 1
+
+
+def _help() -> str:
+    defaults = Assumptions()
+    keys = ", ".join(item.name for item in dataclasses.fields(Assumptions))
+    return HELP.format(
+        names=", ".join(MACHINES),
+        share=defaults.memory_share,
+        efficiency=defaults.efficiency,
+        keys=keys,
+        micro_batches=", ".join(map(str, MICRO_BATCHES)),
+    )
+
+
+def _parse(arguments: list[str]) -> Options:
+    """Raises ConfigError for an unknown option or a value that is missing or no number."""
+    options, remaining = Options(), iter(arguments)
     for argument in remaining:
-        if argument in ("--schedule", "--json"):
-            options[argument] = True
-        elif argument in options:
+        name = argument.removeprefix("--")
+        if argument in ("--search", "--schedule", "--json"):
+            setattr(options, name, True)
+        elif argument in ("--gpus", "--gpu", "--micro-batch", "--plot", "--assume", *SHORT):
             value = next(remaining, "")
-            try:
-                options[argument] = type(options[argument])(value)
-            except ValueError:
-                raise ConfigError(f"{argument} {value!r} is not a number") from None
+            if not value:
+                raise ConfigError(f"{argument} needs a value; see --help")
+            _set(options, argument, value)
         elif argument.startswith("-"):
             raise ConfigError(f"unknown option {argument!r}; see --help")
         else:
-            overrides.append(argument)
-    return options, overrides
+            options.overrides.append(argument)
+    if options.search and (options.schedule or options.plot):
+        raise ConfigError("--schedule and --plot are of one layout; leave them out with --search")
+    if options.micro_batch and not options.search:
+        raise ConfigError("--micro-batch belongs to --search; elsewhere it is train.micro_batch=N")
+    return options
+
+
+def _set(options: Options, argument: str, value: str) -> None:
+    if argument in ("--gpus", "--micro-batch"):
+        if not value.isdecimal() or not int(value):
+            raise ConfigError(f"{argument} {value!r} is not a whole number above 0")
+        setattr(options, argument.removeprefix("--").replace("-", "_"), int(value))
+    elif argument in SHORT:
+        options.assume.append(f"{SHORT[argument]}={value}")
+    elif argument == "--assume":
+        options.assume.append(value)
+    elif argument == "--plot" and Path(value).suffix != ".png":
+        raise ConfigError(f"--plot {value}: the name must end with .png")
+    else:
+        setattr(options, argument.removeprefix("--"), value)

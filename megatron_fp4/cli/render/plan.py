@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_fp4.cli.render.plan_time import heading, time_lines, whole_run_lines
 from megatron_fp4.cli.render.schedule import draw
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The report of `plan.run_plan`, one section after the other."""
+    """The report of `planning.report.run_plan`, one section after the other; what does not fit comes first."""
     run = report["run"]
     lines = [
+        *_verdict(report),
         f"{run['gpus']} GPUs = tp {run['tp']} x pp {run['pp']} x cp {run['cp']} x dp {run['dp']};"
         f" {run['tokens_per_step']:,} tokens a step ({run['global_batch']} x {run['seq_length']}),"
         f" {run['steps']:,} steps, {run['total_tokens']:,} tokens",
@@ -22,23 +24,32 @@ def render(report: Mapping[str, Any]) -> str:
         *_precision(report["precision"]),
         *_flops(report["flops"]),
         *_pipeline(report["pipeline"]),
-        *_time(report["time"], run["backend"]),
+        *time_lines(report["time"], run["backend"]),
+        *whole_run_lines(report["whole_run"]),
         *_memory(report["memory_per_rank"], report["bytes_sent_per_step"]),
         *_division(report["division"], run["dp"] * run["cp"]),
         *(f"note: {note}" for note in report["notes"]),
         *_warnings(report["warnings"]),
+        *heading("Left out"),
+        *(f"  {text}" for text in report["left_out"]),
     ]
     return "\n".join(lines)
 
 
-def _heading(text: str) -> list[str]:
-    return ["", text]
+def _verdict(report: Mapping[str, Any]) -> list[str]:
+    """Why a layout cannot run, and which can; empty for one that fits."""
+    if report["fits"]:
+        return []
+    reasons = [entry["text"] for entry in report["warnings"] if entry["severity"] == "error"]
+    lines = [f"THIS LAYOUT CANNOT RUN: {reason}" for reason in reasons]
+    shipped = report.get("shipped_layouts", [])
+    return [*lines, *(["layouts of this model that do:"] if shipped else []), *(f"  {text}" for text in shipped), ""]
 
 
 def _ramp(stages: list[Mapping[str, Any]]) -> list[str]:
     if not stages:
         return []
-    lines = _heading("Batch-size ramp (time per step and memory below are those of the last stage)")
+    lines = heading("Batch-size ramp (time per step and memory below are those of the last stage)")
     for stage in stages:
         lines.append(
             f"  from {stage['from_tokens']:,} tokens: {stage['steps']:,} steps of {stage['samples']} samples,"
@@ -50,14 +61,14 @@ def _ramp(stages: list[Mapping[str, Any]]) -> list[str]:
 def _parameters(section: Mapping[str, Any]) -> list[str]:
     kinds = ", ".join(f"{kind} {count / 1e9:.3f}" for kind, count in section["by_kind"].items())
     return [
-        *_heading(f"Parameters: {section['total'] / 1e9:.3f} B ({section['total']:,})"),
+        *heading(f"Parameters: {section['total'] / 1e9:.3f} B ({section['total']:,})"),
         f"  in billions: {kinds}",
         f"  in quantized linears: {section['quantized'] / 1e9:.3f} B, {section['quantized_share']:.1%}",
     ]
 
 
 def _precision(phases: list[Mapping[str, Any]]) -> list[str]:
-    lines = _heading("Precision")
+    lines = heading("Precision")
     for phase in phases:
         share = f"{phase['quantized_share_of_flops']:.1%} of the training FLOPs"
         lines.append(f"  from {phase['from_tokens']:,} tokens: {share}; {phase['summary']}")
@@ -70,7 +81,7 @@ def _flops(section: Mapping[str, Any]) -> list[str]:
     rates = section["training_per_token_by_rate"]
     shares = ", ".join(f"{name.upper()} {value / section['training_per_token']:.1%}" for name, value in rates.items())
     return [
-        *_heading(
+        *heading(
             f"FLOPs: {section['training_per_token'] / 1e9:.2f} G per token in training, forward {total / 1e9:.2f} G"
         ),
         f"  forward: {kinds}",
@@ -83,7 +94,7 @@ def _pipeline(section: Mapping[str, Any]) -> list[str]:
         return []
     blocks = ", ".join(str(count) for count in section["blocks_per_stage"])
     return [
-        *_heading(f"Pipeline: {section['schedule']}, blocks per stage {blocks}"),
+        *heading(f"Pipeline: {section['schedule']}, blocks per stage {blocks}"),
         f"  idle {section['bubble']:.1%} by the order of actions; {section['bubble_by_formula']:.1%} by the formula"
         f" {section['bubble_formula']}",
         f"  heaviest rank {section['heaviest_rank_over_mean']:.3f} x the mean",
@@ -91,36 +102,14 @@ def _pipeline(section: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _time(section: Mapping[str, Any], backend: str) -> list[str]:
-    rates = ", ".join(f"{name.upper()} {value:,.0f}" for name, value in section["peak_tflops"].items())
-    lines = [
-        *_heading(f"Time on {section['gpu']} ({rates} dense TFLOPS; {section['source']})"),
-        f"  at peak: {section['step_seconds_at_peak']:.3f} s a step, {section['days_at_peak']:.2f} days",
-        f"  at {section['efficiency']:.0%} of peak, with idle time and imbalance: {section['step_seconds']:.3f} s a"
-        f" step, {section['days']:.2f} days, {section['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU",
-        f"  speed-up over BF16 by Amdahl's law: at most {section['speed_up_over_bf16']:.2f}x here,"
-        f" {section['speed_up_limit']:.2f}x if quantized GEMMs took no time",
-    ]
-    if not section["has_fp4"]:
-        lines.append("  this GPU has no FP4 unit: FP4 GEMMs are counted at the BF16 rate (emulation)")
-    elif backend != "transformer_engine":
-        lines.append(f"  backend {backend} multiplies in BF16: these rates need backend transformer_engine")
-    return lines
-
-
 def _memory(section: Mapping[str, Any], traffic: list[Mapping[str, float]]) -> list[str]:
-    lines = _heading(
-        f"Memory per rank, GB (GPU: {section['gpu_bytes'] / 1e9:.0f}; without allocator and NCCL overhead)"
-    )
+    lines = heading(f"Memory per rank, GB (GPU: {section['gpu_bytes'] / 1e9:.0f}; without allocator and NCCL overhead)")
     for number, entry in enumerate(section["pipeline_ranks"]):
         kinds = ", ".join(f"{kind} {value / 1e9:.2f}" for kind, value in entry["bytes"].items())
         lines.append(
             f"  pipeline rank {number}: {entry['total'] / 1e9:.2f} = {kinds} ({entry['in_flight']:g} in flight)"
         )
-    if section["largest"] > section["gpu_bytes"]:
-        over = section["largest"] / section["gpu_bytes"]
-        lines.append(f"  DOES NOT FIT: {over:.2f} x the GPU's memory; raise tp, pp, cp or dp, or recompute")
-    lines += _heading("Sent per rank and step, GB")
+    lines += heading("Sent per rank and step, GB")
     for number, axes in enumerate(traffic):
         kinds = ", ".join(f"{axis} {value / 1e9:.2f}" for axis, value in axes.items())
         lines.append(f"  pipeline rank {number}: {kinds}")
@@ -130,7 +119,7 @@ def _memory(section: Mapping[str, Any], traffic: list[Mapping[str, float]]) -> l
 def _division(entries: list[Mapping[str, Any]], replicas: int) -> list[str]:
     if replicas == 1:
         return []
-    lines = _heading(f"Gradients and optimizer state, divided over {replicas} ranks")
+    lines = heading(f"Gradients and optimizer state, divided over {replicas} ranks")
     for number, entry in enumerate(entries):
         mib = entry["part_numel"] * 4 / 2**20
         lines.append(
@@ -142,6 +131,6 @@ def _division(entries: list[Mapping[str, Any]], replicas: int) -> list[str]:
 
 
 def _warnings(entries: list[Mapping[str, str]]) -> list[str]:
-    if not entries:
-        return _heading("Shapes: every quantized GEMM is 128-aligned")
-    return [*_heading("Shapes"), *(f"  {entry['severity']}: {entry['text']}" for entry in entries)]
+    aligned = [] if any(entry["about"] == "shapes" for entry in entries) else ["every quantized GEMM is 128-aligned"]
+    texts = [f"{entry['about']}: {entry['severity']}: {entry['text']}" for entry in entries]
+    return [*heading("Warnings" if entries else "Shapes"), *(f"  {text}" for text in [*texts, *aligned])]

@@ -2,9 +2,9 @@
 
 A GEMM runs at the rate of its slower operand, and everything that is not a quantized GEMM at BF16's.
 
-Dense rates (without sparsity), per GPU, from NVIDIA's data sheets: H100 SXM and B200 (DGX B200), and GB200 NVL72 and
-GB300 NVL72 divided by 72. The FP4 rates are 4 and 6 times BF16, as in table 1 of arXiv 2509.25149. Cloud vendors quote
-GB200 down to 10% lower.
+Dense rates (without sparsity), per GPU, from NVIDIA's data sheets: H100 and H200 SXM, B200 (DGX B200), GB200 NVL72 and
+GB300 NVL72 divided by 72, RTX PRO 6000. The FP4 rates of the data-center parts are 4 and 6 times BF16, as in table 1 of
+arXiv 2509.25149. Cloud vendors quote GB200 down to 10% lower.
 """
 
 from __future__ import annotations
@@ -40,9 +40,16 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("H100", {"bf16": 989.0, "fp8": 1979.0}, 80.0, "NVIDIA H100 data sheet (SXM), sparse / 2"),
+        Gpu("H200", {"bf16": 989.0, "fp8": 1979.0}, 141.0, "NVIDIA H200 data sheet (SXM), sparse / 2"),
         Gpu("B200", {"bf16": 2250.0, "fp8": 4500.0, "fp4": 9000.0}, 180.0, "NVIDIA DGX B200 data sheet / 8"),
         Gpu("GB200", {"bf16": 2500.0, "fp8": 5000.0, "fp4": 10000.0}, 186.0, "NVIDIA GB200 NVL72 data sheet / 72"),
         Gpu("GB300", {"bf16": 2500.0, "fp8": 5000.0, "fp4": 15000.0}, 279.0, "NVIDIA GB300 NVL72 data sheet / 72"),
+        Gpu(
+            "RTX_PRO_6000",
+            {"bf16": 500.0, "fp8": 1000.0, "fp4": 2000.0},
+            96.0,
+            "NVIDIA RTX PRO 6000 Blackwell data sheet: 4,000 TOPS, of FP4 with sparsity; FP8 a half, BF16 a quarter",
+        ),
     )
 }
 

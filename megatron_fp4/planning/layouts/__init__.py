@@ -1,0 +1,1 @@
+"""Which layouts does a world allow, and which of them is fastest?"""

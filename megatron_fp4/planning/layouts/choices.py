@@ -1,0 +1,122 @@
+"""The layouts that a world allows, each with its time: what `search` (search.py) chooses from.
+
+What layouts share is worked out once: the precision plan depends on the tokens of a microbatch alone, alignment on
+those and tp, the order of a pipeline on pp, schedule and number of microbatches.
+
+Not here: memory, and the order in which layouts are looked at.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_fp4.pipeline.schedules import SCHEDULES
+from megatron_fp4.planning.alignment import alignment_warnings
+from megatron_fp4.planning.cost.hardware import Site
+from megatron_fp4.planning.cost.time import StepTime, step_time
+from megatron_fp4.planning.idle import PipelineLayout, idle_part
+from megatron_fp4.planning.layouts.bound import TimeBound
+from megatron_fp4.planning.layouts.chosen import ChosenLayout
+from megatron_fp4.planning.settings import RankSettings
+from megatron_fp4.precision.config import BackendName
+from megatron_fp4.train.checked import CheckedConfig, check_config
+from megatron_fp4.train.config import RunConfig
+
+LARGEST = {"tp": 16, "pp": 16, "cp": 16}
+MICRO_BATCHES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class TimedLayout:
+    """A layout with its times."""
+
+    layout: ChosenLayout
+    checked: CheckedConfig
+    pipeline: PipelineLayout
+    settings: RankSettings
+    idle: float
+    time: StepTime
+
+
+class Choices:
+    """Layouts of a world. fallen: how many fell out, by the first reason."""
+
+    def __init__(self, config: RunConfig, site: Site, micro_batches: Sequence[int] = MICRO_BATCHES) -> None:
+        self.config, self.site = config, site
+        self._micro_batches = micro_batches
+        self._bound = TimeBound(config, site)
+        self.fallen: Counter[str] = Counter()
+        self._by_tokens: dict[tuple[int, int], CheckedConfig | str] = {}
+        self._aligned: dict[tuple[int, int], bool] = {}
+        backend = config.precision.backend
+        self._native = backend is BackendName.transformer_engine or "fp4" in site.machine.gpu.tflops
+
+    def layouts(self) -> list[ChosenLayout]:
+        """The layouts that a run would not refuse and whose GEMMs the hardware can quantize; the others are counted."""
+        return [layout for layout in self._divisible() if self._allowed(layout)]
+
+    def _divisible(self) -> Iterator[ChosenLayout]:
+        """The layouts whose sizes divide world and batch and whose schedule takes the number of microbatches."""
+        num_gpus, batches = self.site.num_gpus, self.config.train.batch_sizes
+        sizes = [[size for size in range(1, most + 1) if num_gpus % size == 0] for most in LARGEST.values()]
+        for tp, pp, cp in itertools.product(*sizes):
+            if num_gpus % (tp * pp * cp):
+                continue
+            dp = num_gpus // (tp * pp * cp)
+            for micro_batch, schedule in itertools.product(self._micro_batches, SCHEDULES if pp > 1 else ["1f1b"]):
+                if any(size % (micro_batch * dp) for size in batches):
+                    self.fallen["batch"] += 1
+                elif pp > 1 and not all(SCHEDULES[schedule].fits(size // (micro_batch * dp), pp) for size in batches):
+                    self.fallen["schedule"] += 1
+                else:
+                    yield ChosenLayout(tp, pp, cp, dp, micro_batch, schedule)
+
+    def _allowed(self, layout: ChosenLayout) -> bool:
+        reason = self._objection(layout)
+        self.fallen.update([reason] if reason else [])
+        return not reason
+
+    def _objection(self, layout: ChosenLayout) -> str:
+        key = (layout.cp, layout.micro_batch)
+        if key not in self._by_tokens:
+            self._by_tokens[key] = self._check(replace(layout, tp=1, pp=1, dp=1, schedule="1f1b"))
+        checked = self._by_tokens[key]
+        if isinstance(checked, str):
+            return checked
+        config = layout.applied_to(checked.config)
+        if not layout.divides(config):
+            return "model"
+        tokens = layout.tokens(config)
+        key = (layout.tp, tokens)
+        if self._native and key not in self._aligned:
+            shapes = alignment_warnings(checked.linears, checked.plan.table(), tp=layout.tp, tokens=tokens)
+            self._aligned[key] = not any(warning["severity"] == "error" for warning in shapes)
+        return "alignment" if self._native and not self._aligned[key] else ""
+
+    def _check(self, layout: ChosenLayout) -> CheckedConfig | str:
+        try:
+            return check_config(layout.applied_to(self.config), layout.cp)
+        except ValueError as error:
+            return f"refused: {str(error).split(';')[0]}"
+
+    def at_best(self, layout: ChosenLayout) -> float:
+        """Seconds of a step that `timed` will hardly undercut."""
+        return self._bound.seconds(layout, self._checked(layout).plan.table())
+
+    def _checked(self, layout: ChosenLayout) -> CheckedConfig:
+        """With what `check_config` would find: its plan depends on the tokens of a microbatch alone."""
+        checked = self._by_tokens[layout.cp, layout.micro_batch]
+        assert not isinstance(checked, str)
+        return replace(checked, config=layout.applied_to(checked.config), dp=layout.dp)
+
+    def timed(self, layout: ChosenLayout) -> TimedLayout:
+        """Everything but memory, as a plan of this layout alone would say it."""
+        checked = self._checked(layout)
+        settings = RankSettings.of(checked, checked.plan.table())
+        pipeline = PipelineLayout.of(checked.config, settings.num_microbatches)
+        idle = idle_part(checked.config.parallel, settings.num_microbatches)
+        time = step_time(checked.config, self._bound.flops, pipeline, settings, idle, self.site)
+        return TimedLayout(layout, checked, pipeline, settings, idle, time)
