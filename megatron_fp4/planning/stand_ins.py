@@ -24,10 +24,11 @@ from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand
+from megatron_fp4.precision.backends.finite import reduce_amaxes
 from megatron_fp4.precision.backends.product import Factors, multiply_on_cpu, multiply_on_cuda, widens
 from megatron_fp4.precision.backends.triton_limits import obstacle
 from megatron_fp4.precision.config import BackendName
-from megatron_fp4.precision.operand import Format, Operand
+from megatron_fp4.precision.operand import AmaxScope, Format, Operand
 
 STORED_BYTES = {Format.nvfp4: 0.5625, Format.mxfp4: 0.53125, Format.mxfp8: 1.03125, Format.fp8_block: 1.0}
 """Bytes per element with block scales, as Transformer Engine stores them."""
@@ -152,6 +153,18 @@ class _Codes(QuantizedOperand):
         return _Values((self.tensors[0].new_empty(self.rows, self.length, dtype=self.dtype),), 1)
 
 
+def _amax_of_values(x: Tensor, copy: Copy) -> Tensor:
+    per_row = copy.operand.amax_scope is AmaxScope.row
+    return x.new_empty((x.shape[1 - copy.along],) if per_row else (), dtype=torch.float32)
+
+
+def _amaxes_of_codes(x: Tensor, copies: Sequence[Copy]) -> list[Tensor]:
+    """What the Triton backend measures: x itself alone, or with its transform, whose numbers lie side by side."""
+    measured = {copy: x.new_empty(2, dtype=torch.float32).unbind() for copy in copies if copy.operand.rht_size}
+    itself = [*measured.values()][-1][0] if measured else x.new_empty((), dtype=torch.float32)
+    return [measured[copy][1] if copy in measured else itself for copy in copies]
+
+
 class SizedBackend:
     """See `Backend`: operands as large as those of `name`, products of the right shape, on the meta device.
 
@@ -162,20 +175,33 @@ class SizedBackend:
         self._name, self._on_gpu = name, on_gpu
 
     def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
-        """See `Backend.quantize`. The amaxes of all copies are one tensor, as one collective reduces them."""
-        amaxes = iter(x.new_empty(sum(copy.operand.quantized for copy in copies), dtype=torch.float32).unbind())
+        """See `Backend.quantize`. Amaxes are kept as the real backends keep them, but not those of packages."""
+        amaxes = self._amaxes(x, origin, copies)
         operands: list[QuantizedOperand] = []
         for copy in copies:
+            kept = (amaxes[copy],) if copy in amaxes else ()
             if not copy.operand.quantized:
                 operands.append(_Values((x,), copy.along))
             elif _is_dequantized(copy.operand, self._name):
                 values = x if copy.deferred else torch.empty_like(x)
-                operands.append(_Values((values, next(amaxes)), copy.along, pending=copy.deferred))
+                operands.append(_Values((values, *kept), copy.along, pending=copy.deferred))
             else:
                 num_bytes = round(x.numel() * stored_bytes(copy.operand, self._name, x.itemsize))
                 held = x.new_empty(num_bytes, dtype=torch.uint8)
-                operands.append(_Codes((held,), x.shape[1 - copy.along], x.shape[copy.along], x.dtype))
+                operands.append(_Codes((held, *kept), x.shape[1 - copy.along], x.shape[copy.along], x.dtype))
         return tuple(operands)
+
+    def _amaxes(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> dict[Copy, Tensor]:
+        """Those that operands keep: one number per copy, or of two copies if a kernel measures both in one reading."""
+        values = [copy for copy in copies if copy.operand.quantized and _is_dequantized(copy.operand, self._name)]
+        local = [_amax_of_values(x, copy) for copy in values]
+        amaxes = dict(zip(values, reduce_amaxes(local, origin, values), strict=True))
+        kept = {copy: amax for copy, amax in amaxes.items() if copy.deferred or copy.operand.format is Format.nvfp4}
+        if self._name is not BackendName.triton:
+            return kept
+        coded = [copy for copy in copies if copy.operand.format is Format.nvfp4 and copy not in amaxes]
+        local = _amaxes_of_codes(x, coded)
+        return kept | dict(zip(coded, reduce_amaxes(local, origin, coded), strict=True))
 
     def matmul(
         self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None

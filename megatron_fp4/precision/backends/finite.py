@@ -88,14 +88,11 @@ def check_finite(largest: Sequence[Tensor], origin: OperandOrigin, watch: NonFin
         raise NonFiniteError(origin, value)
 
 
-def reduce_and_check(
-    local: Sequence[Tensor], origin: OperandOrigin, copies: Sequence[Copy], watch: NonFiniteWatch | None
-) -> list[Tensor]:
-    """The amax of each copy over its scope, with one collective for all of them; NaN and Inf go to `watch`, or raise.
+def reduce_amaxes(local: Sequence[Tensor], origin: OperandOrigin, copies: Sequence[Copy]) -> list[Tensor]:
+    """The amax of each copy over its scope, with one collective for all of them.
 
     local: FP32 amaxes of this rank, scalars (or one per row for amax_scope=row, which is never reduced). Only nvfp4
-    has a global scale, so without it there is no collective. The check comes after it, so that no rank waits for one
-    that has raised.
+    has a global scale, so without it there is no collective.
     """
     result = list(local)
     scopes = [copy.operand.amax_scope if copy.operand.format is Format.nvfp4 else None for copy in copies]
@@ -104,6 +101,14 @@ def reduce_and_check(
         reduced = all_reduce_max(torch.stack([local[i] for i in shared]), origin.group).unbind()
         for i, amax in zip(shared, reduced, strict=True):
             result[i] = amax
+    return result
+
+
+def reduce_and_check(
+    local: Sequence[Tensor], origin: OperandOrigin, copies: Sequence[Copy], watch: NonFiniteWatch | None
+) -> list[Tensor]:
+    """See `reduce_amaxes`. NaN and Inf go to `watch`, or raise once no rank waits for a message of this one."""
+    result = reduce_amaxes(local, origin, copies)
     if local:
         seen = {id(amax): amax for amax in (*local, *result)}.values()  # each once: one launch per tensor on a GPU
         check_finite([amax if amax.dim() == 0 else amax.amax() for amax in seen], origin, watch)
