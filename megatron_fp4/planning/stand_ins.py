@@ -192,7 +192,7 @@ class SizedBackend:
         return tuple(operands)
 
     def _amaxes(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> dict[Copy, Tensor]:
-        """Those that operands keep: one number per copy, or of two copies if a kernel measures both in one reading."""
+        """The amaxes that operands keep: a number each, or two side by side where one kernel measures both."""
         values = [copy for copy in copies if copy.operand.quantized and _is_dequantized(copy.operand, self._name)]
         local = [_amax_of_values(x, copy) for copy in values]
         amaxes = dict(zip(values, reduce_amaxes(local, origin, values), strict=True))

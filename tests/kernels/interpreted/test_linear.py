@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,13 +14,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.planning.footprint import LiveBytes
 from megatron_fp4.precision import EmulatedBackend, Format, LinearPrecision, Operand, Wgrad, WgradOutput, nvfp4_paper
 from megatron_fp4.precision.backends import NonFiniteWatch, copies_of
 from megatron_fp4.precision.backends.triton import TritonBackend
-from megatron_fp4.precision.config import PrecisionConfig
+from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.recipes import mxfp8
 from megatron_fp4.precision.spec import Fprop
 from tests.kernels.interpreted.test_operands import origin
+from tests.models.test_count import load
+from tests.planning.test_footprint import planned, real_forward, settings_for
 from tests.precision.test_linear_op import Linear, tensors
 
 WITHOUT_LAUNCH = {"empty", "view", "alias", "select", "slice", "detach", "unbind", "_unsafe_view", "as_strided", "t"}
@@ -81,6 +86,21 @@ def test_what_waits_for_the_backward_pass_takes_four_and_a_half_bits() -> None:
     codes, scales, amax = wgrad_x.tensors
     assert 8 * (codes.nbytes + scales.nbytes) == 4.5 * x.numel()
     assert amax.numel() == 1
+
+
+def test_the_plan_is_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte, of a whole model; beside it only pieces of 4 KiB, from which amaxes are cut, here without a rest."""
+    config = replace(load("gpt_tiny"), num_layers=1, vocab_size=1024)
+    settings = settings_for(config, quantized=True, backend=BackendName.triton)
+    backend = TritonBackend(PrecisionConfig(compile=False))
+    monkeypatch.setattr(backend, "_zeros", lambda count, device: torch.zeros(count, dtype=torch.int32))
+    forward, _, _ = real_forward(config, ParallelMesh.single_process(), settings, backend=backend)
+    with LiveBytes() as live:
+        graph = forward().grad_fn
+        gc.collect()  # the interpreter's arguments of a launch are circles
+        alive = live.now
+    assert planned(config, settings).kept == alive
+    del graph
 
 
 RHT_32 = nvfp4_paper().with_operands(lambda o: replace(o, rht_size=32) if o.rht_size else o)
