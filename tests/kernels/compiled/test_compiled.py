@@ -10,7 +10,7 @@ import pytest
 from tests.kernels.compiled.cross_compile import Build, build, gemms, quantizers
 
 PAPER = ("amax, RHT", "rows, stochastic", "columns, RHT, stochastic", "weight 16x16, both")
-"""What is compiled for every target but 103, which is 100 here: these contain what a linear launches."""
+"""What is compiled for every target but 103: these contain what a linear launches. The others only for 100."""
 SLOW = ("columns, mxfp4, RHT 32, stochastic", "weight 16x16, four over six")
 TARGETS = (80, 90, 100, 103, 120)
 ALL_CASES = [
