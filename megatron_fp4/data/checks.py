@@ -99,7 +99,7 @@ def check_enough_data(config: DataConfig, streams: dict[str, SampleStream], plan
             f"set tokens of the last phase, {phases[-1].name!r}, to 0 (to the end of the run), or lengthen the phases"
         )
     limits = {s.name: streams[s.name].available(s.max_epochs) for s in config.sources if s.max_epochs}
-    bounds = plan.segments[plan.segment_of(end)].at_most(end)
+    bounds = plan.most_cursors_at(end)
     if all(bounds.get(name, 0) <= limit for name, limit in limits.items()):
         return  # the exact numbers of a blend of large sources take seconds
     needed = plan.cursors_at(end)

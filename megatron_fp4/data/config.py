@@ -74,8 +74,9 @@ class DataConfig:
     """Held-out sets, which train.eval_interval_steps evaluates; the first one scores checkpoints."""
     skip: list[list[int]] = field(default_factory=list)
     """Spans [first, end) of sample ids that are never delivered, such as [[120000, 120512]]."""
-    index_cache: str = ""
-    """Folder of the epoch indices, shared by the processes of a machine; empty = in memory."""
+    index_cache: str = "auto"
+    """Folder of the epoch indices (16 bytes a document), shared by the processes of a machine; auto = one in this
+    machine's temporary folder, or none for a million documents and fewer; empty = in the memory of each process."""
     prefetch_batches: Count = 2
     """Batches that a thread makes ahead; 0 = no thread."""
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.checks import check_ids, check_vocabulary
 from megatron_fp4.data.config import DataConfig
+from megatron_fp4.data.order.epoch_index import open_cache
 from megatron_fp4.data.order.samples import SampleStream
 from megatron_fp4.data.pack import Rows
 from megatron_fp4.data.shards.documents import ShardedDocuments, open_documents
@@ -116,7 +117,8 @@ def build_eval_loader(
     check_vocabulary([documents], vocab_size, tokenizer_fingerprint)
     if vocab_size is not None and documents.max_token_id is None:
         check_ids(documents, settings.max_tokens or documents.num_tokens, vocab_size)
-    stream = SampleStream(documents, seq_length=config.seq_length, seed=config.seed, shuffle=False)
+    cache = open_cache(config.index_cache, [documents])
+    stream = SampleStream(documents, seq_length=config.seq_length, seed=config.seed, cache=cache, shuffle=False)
     tokens = min(documents.num_tokens, settings.max_tokens or documents.num_tokens)
     if tokens < 2:
         raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.checks import check_enough_data, check_state, check_vocabulary, out_of_data
 from megatron_fp4.data.config import DataConfig
-from megatron_fp4.data.order.epoch_index import IndexCache
+from megatron_fp4.data.order.epoch_index import open_cache
 from megatron_fp4.data.order.plan import Plan
 from megatron_fp4.data.order.samples import Piece, SampleStream
 from megatron_fp4.data.pack import Rows
@@ -98,6 +98,11 @@ class Loader:
         for name, stream in self.streams.items():
             stream.pieces(cursors.get(name, 0))
 
+    @property
+    def waits_for_index(self) -> bool:
+        """Whether a batch waits for the index of an epoch that is being built."""
+        return any(stream.waits_for_index for stream in self.streams.values())
+
     def origins(self, first_sample: int, num_samples: int) -> list[SampleOrigin]:
         """What every sample of a step is made of, in global order, all data-parallel ranks (the audit ledger)."""
         return self._origins(self.plan.ids(first_sample, num_samples))
@@ -155,16 +160,16 @@ class Loader:
 def open_streams(
     config: DataConfig, *, vocab_size: int | None = None, tokenizer_fingerprint: str | None = None
 ) -> dict[str, SampleStream]:
-    """Open every source of the config; indexes go to `config.index_cache` if it is set.
+    """Open every source of the config; indexes go where `config.index_cache` says.
 
     Raises ValueError for shards of another tokenizer than `tokenizer_fingerprint`, or with ids that `vocab_size` rows
-    of an embedding do not have.
+    of an embedding do not have, and where there is no room for indexes.
     """
     if not config.sources:
         raise ValueError("data.sources is empty: name at least one source of token shards")
-    cache = IndexCache(config.index_cache) if config.index_cache else None
     opened = [open_documents(source.name, source.paths) for source in config.sources]
     check_vocabulary(opened, vocab_size, tokenizer_fingerprint)
+    cache = open_cache(config.index_cache, opened)
     return {
         documents.name: SampleStream(documents, seq_length=config.seq_length, seed=config.seed, cache=cache)
         for documents in opened
@@ -206,6 +211,9 @@ def build_loader(
         plan = past.continued(plan, past.id_of(state["consumed_samples"]))
     if total_samples is not None:
         check_enough_data(config, streams, plan, total_samples)
+        for name, num_samples in plan.most_cursors_at(plan.id_of(total_samples)).items():
+            if name in streams:
+                streams[name].read_ahead(num_samples)
     return Loader(
         config,
         streams,

@@ -10,11 +10,13 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.loader import Loader
+
+LOOK_SECONDS = 1.0
 
 
 class Prefetched(NamedTuple):
@@ -42,11 +44,20 @@ class Prefetcher:
     """Iterator over the batches of `steps` [(first sample, number of samples), ...]; use it in a `with`.
 
     depth: batches kept ready. 0 makes each batch when it is asked for (its whole time is then wait). An error of the
-    loader is raised by the `next` that would have returned the batch.
+    loader is raised by the `next` that would have returned the batch. while_waiting: called every second in which a
+    `next` waits for the thread.
     """
 
-    def __init__(self, loader: Loader, steps: Iterable[tuple[int, int]], *, depth: int = 2) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        steps: Iterable[tuple[int, int]],
+        *,
+        depth: int = 2,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
         self._loader = loader
+        self._while_waiting = while_waiting
         self._steps = iter(steps)
         self._ready: queue.Queue[_Made | _Failed | _End] = queue.Queue(max(1, depth))
         self._stop = threading.Event()
@@ -60,7 +71,7 @@ class Prefetcher:
 
     def __next__(self) -> Prefetched:
         began = time.perf_counter()
-        item = self._make() if self._thread is None else self._ready.get()
+        item = self._make() if self._thread is None else self._next_ready()
         if isinstance(item, _End):
             self._ready.put(item)  # every later call ends too
             raise StopIteration
@@ -83,6 +94,13 @@ class Prefetcher:
                 self._ready.get_nowait()
             except queue.Empty:
                 self._thread.join(0.01)
+
+    def _next_ready(self) -> _Made | _Failed | _End:
+        while True:
+            try:
+                return self._ready.get(timeout=LOOK_SECONDS)
+            except queue.Empty:
+                self._while_waiting()
 
     def _make(self) -> _Made | _Failed | _End:
         step = next(self._steps, None)

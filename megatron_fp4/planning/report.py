@@ -2,7 +2,7 @@
 
 The configuration goes through the same checks as a real run (train.checked.check_config). Each section stands in the
 file of its subject: pipeline and ramp in idle.py, time in cost/, memory in memory.py, optimizer state in division.py,
-messages in traffic.py, warnings in verdict.py.
+messages in traffic.py, data indices in indices.py, warnings in verdict.py.
 
 Not here: measured speed (times come from published rates), other layouts (search.py), and the text for people
 (cli/render/plan.py).
@@ -19,6 +19,7 @@ from megatron_fp4.planning.cost.hardware import Assumptions, Site
 from megatron_fp4.planning.division import division_section
 from megatron_fp4.planning.facts import parameter_section, precision_section, run_section
 from megatron_fp4.planning.idle import PipelineLayout, pipeline_section, ramp_section
+from megatron_fp4.planning.indices import index_section
 from megatron_fp4.planning.memory import memory_section
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.traffic import bytes_sent
@@ -71,6 +72,7 @@ def run_plan(
         "bytes_sent_per_step": [bytes_sent(config.model, held.values(), settings) for held in pipeline.chunks],
         "assumptions": {"gpu": gpu, "sources": machine.sources, **asdict(assumptions)},
         "left_out": LEFT_OUT,
+        "data_index": index_section(config.data),
         "notes": checked.notes,
         "warnings": warnings,
     }

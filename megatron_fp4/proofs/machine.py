@@ -15,6 +15,9 @@ import torch
 
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum, barrier
+from megatron_fp4.data.config import DataConfig
+from megatron_fp4.data.order.epoch_index import cache_folder, index_bytes
+from megatron_fp4.data.shards.documents import count_documents
 from megatron_fp4.models.count import by_kind, model_parameters
 from megatron_fp4.proofs.checks import CheckResult
 from megatron_fp4.train.config import RunConfig
@@ -59,6 +62,17 @@ def _write_speed(folder: Path) -> float:
         file.flush()
         os.fsync(file.fileno())
         return WRITE_BYTES / max(time.perf_counter() - began, 1e-6)
+
+
+def check_index(config: DataConfig) -> CheckResult:
+    """Free space for the epoch indices, which may be of billions of documents; two at a time where epochs follow."""
+    documents = sum(count_documents(source.paths) for source in config.sources)
+    folder, needed = cache_folder(config.index_cache, documents), index_bytes(documents)
+    text = f"{documents:,} documents need {_size(needed)} an epoch"
+    if folder is None:
+        return CheckResult("index", True, f"{text}, in the memory of each process")
+    free = shutil.disk_usage(folder).free
+    return CheckResult("index", True, f"{text}, {folder} of this node has {_size(free)} free")
 
 
 def check_memory(needed: float, device: torch.device) -> CheckResult:

@@ -10,7 +10,7 @@ from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.table import summary
 from megatron_fp4.proofs.checks import CheckResult, attempt
 from megatron_fp4.proofs.gemms import check_gemms
-from megatron_fp4.proofs.machine import check_disk, check_links, check_memory
+from megatron_fp4.proofs.machine import check_disk, check_index, check_links, check_memory
 from megatron_fp4.proofs.shards import check_model, distinct_linears, typical_ranks
 from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
 from megatron_fp4.train.config import RunConfig
@@ -29,7 +29,8 @@ def run_checks(
     results: list[CheckResult] = []
     checked = attempt(results, "configuration", lambda: check_config(config, world_size), "accepted")
     if checked is not None:
-        attempt(results, "data", lambda: open_data(checked, dp_rank=0), "tokenizer and shards can be read")
+        if attempt(results, "data", lambda: open_data(checked, dp_rank=0), "tokenizer and shards can be read"):
+            results.append(check_index(checked.config.data))
         ranks = typical_ranks(config.parallel, world_size) if alone else [launch.rank]
         results += _check_computation(checked, process, world_size, ranks)
         results.append(check_disk(checked.config))

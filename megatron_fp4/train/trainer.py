@@ -78,7 +78,8 @@ class Attempt:
         self._saves = Saves(run, position, outputs.metrics, outputs.console)
         self._score: float | None = None
         """Loss on the first held-out set at `position`, if it was evaluated there."""
-        self._batches = Prefetcher(run.loader, steps_to_come, depth=run.config.data.prefetch_batches)
+        depth = run.config.data.prefetch_batches
+        self._batches = Prefetcher(run.loader, steps_to_come, depth=depth, while_waiting=self._name_the_wait)
 
     def __enter__(self) -> Attempt:
         return self
@@ -86,6 +87,11 @@ class Attempt:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._batches.close()
         self._log.close()
+
+    def _name_the_wait(self) -> None:
+        """An index may take an hour, a batch may not."""
+        if self.run.loader.waits_for_index and self.run.phases.current.name == "data":
+            self.run.phases.enter("index")
 
     def run_to_end(self) -> int:
         """See `fit`. Raises RollBack on all ranks."""

@@ -42,7 +42,7 @@ def test_passes_on_a_good_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = printed(capsys, tmp_path, expect=0)
     assert "verdict: this run can start" in text
     assert "GEMMs in NVFP4; the rest BF16 because of" in text, "the summary of the precision plan is missing"
-    for name in ("configuration", "data", "backend", "kernels", "precision", "model", "gemms", "disk"):
+    for name in ("configuration", "data", "index", "backend", "kernels", "precision", "model", "gemms", "disk"):
         assert lines(text, name)[0].startswith("ok"), f"{name} was not checked"
     assert "no GPU was used" in text, "a reader could think that kernels were checked"
 

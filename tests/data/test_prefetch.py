@@ -4,6 +4,7 @@ import time
 import pytest
 import torch
 
+from megatron_fp4.data import prefetch
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.prefetch import Prefetcher
 from tests.data.toy import loader_of, numbered, source
@@ -54,3 +55,17 @@ def test_close_ends_a_thread_that_waits_on_a_full_queue(loader):
     next(prefetcher)
     prefetcher.close()
     assert not prefetcher._thread.is_alive()
+
+
+def test_who_waits_is_asked_for_why(loader, monkeypatch):
+    """A wait for an index is no stall of the data, and may take longer."""
+    monkeypatch.setattr(prefetch, "LOOK_SECONDS", 0.01)
+    asked = threading.Event()
+
+    class Slow:
+        def batch(self, first, number):
+            assert asked.wait(30)
+            return loader.batch(first, number)
+
+    with Prefetcher(Slow(), [(0, 1)], depth=1, while_waiting=asked.set) as batches:
+        assert next(batches).first_sample == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_fp4.data.order import samples
 from megatron_fp4.train.build import build
 from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.phases import Phases
+from megatron_fp4.train.trainer import Attempt
 from tests.helpers.tiny_run import tiny_run, write_toy_shard
 
 
@@ -42,3 +44,17 @@ def test_indices_are_built_in_the_phase_index(tmp_path: Path, monkeypatch: pytes
     trained.loader.batch(0, 4)
     next(iter(trained.evaluations[0]))
     assert len(seen) == 3, "a step or an evaluation had to build one"
+
+
+def test_a_batch_that_waits_for_an_index_is_in_its_phase() -> None:
+    phases, loader = Phases(torch.device("cpu")), SimpleNamespace(waits_for_index=False)
+    attempt: Any = SimpleNamespace(run=SimpleNamespace(loader=loader, phases=phases))
+    phases.enter("data")
+    Attempt._name_the_wait(attempt)
+    assert phases.current.name == "data"
+    loader.waits_for_index = True
+    Attempt._name_the_wait(attempt)
+    since = phases.current
+    assert since.name == "index", "eight minutes for what may take an hour"
+    Attempt._name_the_wait(attempt)
+    assert phases.current is since, "it would never be taken for hung"

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_fp4.cli.render.plan_time import heading, time_lines, whole_run_lines
 from megatron_fp4.cli.render.schedule import draw
+from megatron_fp4.planning.indices import index_text
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -28,6 +29,7 @@ def render(report: Mapping[str, Any]) -> str:
         *whole_run_lines(report["whole_run"]),
         *_memory(report["memory_per_rank"], report["bytes_sent_per_step"]),
         *_division(report["division"], run["dp"] * run["cp"]),
+        *(heading(f"Index of the data: {index_text(report['data_index'])}") if report["data_index"] else []),
         *(f"note: {note}" for note in report["notes"]),
         *_warnings(report["warnings"]),
         *heading("Left out"),

@@ -4,11 +4,17 @@ Two int64 arrays, `order` (document numbers as they are read) and `starts` (toke
 epoch), say everything; they follow from (lengths, key) alone, so a cached file is right if its fingerprint is right.
 The file is built once per machine: under a lock, to a name of its own, flushed, then renamed. The lock only saves
 work: two nodes that share a folder without working locks both build and one renames over the other, same bytes.
+
+Not here: when the next epoch's is built (ahead.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +29,14 @@ from megatron_fp4.storage.lock import exclusively
 
 _MAGIC = b"MEGAEPO1"  # change it when the meaning of the arrays or of `permute` changes
 _HEADER_BYTES = 48  # magic 8 | fingerprint 32 | number of documents 8
+AUTO = "auto"
+IN_MEMORY_DOCUMENTS = 1_000_000
+"""With `auto`, so many documents of all sources have their indices in each process, and more have files."""
+
+
+def index_bytes(num_documents: int) -> int:
+    """What the index of an epoch takes, in a file or in memory."""
+    return 16 * num_documents + 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +55,36 @@ def build_index(lengths: NDArray[np.int64], key: bytes | None) -> EpochIndex:
     return EpochIndex(order, starts)
 
 
+def node_folder() -> Path:
+    """The folder of `auto`: this user's, on this machine."""
+    return Path(tempfile.gettempdir(), f"megatron_fp4_index_{os.getuid()}")
+
+
+def cache_folder(setting: str, num_documents: int) -> Path | None:
+    """Where `data.index_cache` puts the indices of so many documents; None: in the memory of each process."""
+    if setting == AUTO:
+        return node_folder() if num_documents > IN_MEMORY_DOCUMENTS else None
+    return Path(setting) if setting else None
+
+
+def open_cache(setting: str, sources: Sequence[Documents]) -> IndexCache | None:
+    """The cache that `data.index_cache` names; None where each process holds its indices in memory.
+
+    Raises ValueError if there is no folder, or no room in it for the first indices of the sources.
+    """
+    folder = cache_folder(setting, sum(one.num_documents for one in sources))
+    if folder is None:
+        return None
+    cache = IndexCache(folder)
+    if setting == AUTO and cache.folder.stat().st_uid != os.getuid():
+        raise ValueError(
+            f"data.index_cache: {cache.folder} is another user's, who could change the order of the data; remove it, or"
+            " name another folder"
+        )
+    cache.check_room(sources)
+    return cache
+
+
 class IndexCache:
     """Epoch indexes in a folder, memory-mapped, shared by the processes of a machine. `built` counts own builds."""
 
@@ -52,22 +96,38 @@ class IndexCache:
             raise ValueError(f"data.index_cache: {error}; name a folder that can be made, or '' for none") from None
         self.built = 0
 
+    def check_room(self, sources: Sequence[Documents]) -> None:
+        """Raise ValueError unless there is room for an index of each source that has none here."""
+        new = [one for one in sources if not any(self.folder.glob(f"{_file_stem(one)}-*.epoch"))]
+        needed, free = sum(index_bytes(one.num_documents) for one in new), shutil.disk_usage(self.folder).free
+        if needed > free:
+            documents = sum(one.num_documents for one in new)
+            raise ValueError(
+                f"data.index_cache: the indices of an epoch of {documents:,} documents need {needed / 1e9:.1f} GB, and"
+                f" {self.folder} has {free / 1e9:.1f} GB free; name a folder of this machine with room for them"
+            )
+
     def get(self, documents: Documents, key: bytes | None) -> EpochIndex:
         content = f"{documents.fingerprint} {documents.num_documents} {documents.num_tokens}".encode()
         fingerprint = hashlib.blake2b(content + (key or b"stored order"), digest_size=32).digest()
-        path = self.folder / f"{documents.name.replace('/', '_')}-{fingerprint.hex()[:24]}.epoch"
+        path = self.folder / f"{_file_stem(documents)}-{fingerprint.hex()[:24]}.epoch"
         cached = _read(path, fingerprint, documents.num_documents)
         if cached is not None:
             return cached
-        with exclusively(f"{path}.lock"):
+        with exclusively(self.folder / "index.lock"):
             cached = _read(path, fingerprint, documents.num_documents)  # another process may have built it by now
             if cached is None:
+                self.check_room([documents])
                 _write(path, fingerprint, build_index(documents.lengths, key))
                 self.built += 1
                 cached = _read(path, fingerprint, documents.num_documents)
         if cached is None:
             raise OSError(f"index cache {path} was written but does not read back; is the disk of {self.folder} full?")
         return cached
+
+
+def _file_stem(documents: Documents) -> str:
+    return documents.name.replace("/", "_")
 
 
 def _write(path: Path, fingerprint: bytes, index: EpochIndex) -> None:

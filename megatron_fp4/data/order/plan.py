@@ -152,6 +152,10 @@ class Plan:
         """Samples of every source among the ids before `sample_id` (skipped ones count as used up)."""
         return self.segments[self.segment_of(sample_id)].cursors_at(sample_id)
 
+    def most_cursors_at(self, sample_id: int) -> dict[str, int]:
+        """Bounds of `cursors_at`, see `Segment.at_most`."""
+        return self.segments[self.segment_of(sample_id)].at_most(sample_id)
+
     def to_json(self) -> dict[str, Any]:
         return {"segments": [s.to_json() for s in self.segments], "skip": [list(r) for r in self.skip]}
 

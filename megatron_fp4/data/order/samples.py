@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_fp4.data.documents import Documents
+from megatron_fp4.data.order.ahead import IndexBuilder
 from megatron_fp4.data.order.epoch_index import EpochIndex, IndexCache, build_index
 from megatron_fp4.data.order.permute import digest, permute
 
@@ -59,11 +60,21 @@ class SampleStream:
         self.seed = seed
         self.shuffle = shuffle
         self._cache = cache
+        self._builder = IndexBuilder(self._make_index)
         self._epochs: OrderedDict[int, EpochIndex] = OrderedDict()
 
     def available(self, epochs: int) -> int:
         """Samples that need no token beyond the first `epochs` epochs."""
         return max(0, (epochs * self.documents.num_tokens - 1) // self.seq_length)
+
+    @property
+    def waits_for_index(self) -> bool:
+        """Whether a sample waits for the index of an epoch that is being built."""
+        return self._builder.awaited
+
+    def read_ahead(self, num_samples: int) -> None:
+        """Let a thread build the index of each next epoch, up to what `num_samples` samples of this source need."""
+        self._builder.last_epoch = num_samples * self.seq_length // self.documents.num_tokens
 
     def slot(self, index: int) -> int:
         """Slot (position in the stream / S) of the `index`-th sample delivered."""
@@ -106,10 +117,12 @@ class SampleStream:
         if epoch in self._epochs:
             self._epochs.move_to_end(epoch)
             return self._epochs[epoch]
-        key = digest(self.seed, "documents", self.documents.name, epoch) if self.shuffle else None
-        cache = self._cache
-        table = build_index(self.documents.lengths, key) if cache is None else cache.get(self.documents, key)
-        self._epochs[epoch] = table
+        table = self._epochs[epoch] = self._builder.take(epoch)
         while len(self._epochs) > _KEPT_EPOCHS:
             self._epochs.popitem(last=False)
         return table
+
+    def _make_index(self, epoch: int) -> EpochIndex:
+        key = digest(self.seed, "documents", self.documents.name, epoch) if self.shuffle else None
+        cache = self._cache
+        return build_index(self.documents.lengths, key) if cache is None else cache.get(self.documents, key)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_fp4.data.documents import DocumentPlace
 from megatron_fp4.data.shards.manifest import read_manifest
-from megatron_fp4.data.shards.shard import ShardFiles, TokenShard
+from megatron_fp4.data.shards.shard import ShardFiles, TokenShard, num_documents_of
 
 _SAMPLED_BLOCKS, _SAMPLED_BYTES = 64, 4096
 
@@ -106,6 +106,17 @@ def open_documents(name: str, paths: Sequence[str]) -> ShardedDocuments:
             content.update(_sampled_digest(shards[-1]))
     _check_once(name, shards)
     return ShardedDocuments(name, shards, content.hexdigest(), manifests, unnamed)
+
+
+def count_documents(paths: Sequence[str]) -> int:
+    """Documents of a source, from manifests and headers alone. Raises as `open_documents` for what is not there."""
+    count = 0
+    for path in paths:
+        if Path(path).is_dir():
+            count += sum(int(entry["num_documents"]) for entry in read_manifest(path)["shards"])
+        else:
+            count += sum(num_documents_of(Path(f"{prefix}.idx")) for prefix in _prefixes(path, path))
+    return count
 
 
 def _check_once(name: str, shards: Sequence[TokenShard]) -> None:

@@ -176,6 +176,15 @@ class TokenShard:
             raise ValueError(f"shard {self.idx_path}: document {at} ends before it begins ({int(steps[at])} sequences)")
 
 
+def num_documents_of(path: Path) -> int:
+    """What the header of an .idx says. Raises OSError; ValueError for a file that is too short."""
+    with open(path, "rb") as file:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size:
+        raise ValueError(f"shard {path}: {len(header)} bytes, shorter than the {HEADER.size}-byte header")
+    return int(HEADER.unpack(header)[4]) - 1
+
+
 def _read_index(
     path: Path, view: memoryview
 ) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_fp4.data.order.epoch_index import cache_folder, index_bytes
 from megatron_fp4.data.shards.shard import token_dtype
 from megatron_fp4.models.count import Flops, model_parameters
 from megatron_fp4.planning.cost.hardware import Site
@@ -21,8 +22,6 @@ from megatron_fp4.train.checked import CheckedConfig
 HOUR, DAY = 3600.0, 86400.0
 STATE_BYTES = 12
 """Of a checkpoint per parameter: FP32 master and two moments (checkpoint/; the BF16 copy is made from the master)."""
-INDEX_BYTES = 8 + 8
-"""Per document and process: its place in the order and its first token (data/order/epoch_index.py)."""
 FAR, LITTLE = 3.0, 0.001
 """How many times shorter or longer than the best interval a save interval may be without a warning; what a longer one
 may lose of the time."""
@@ -37,7 +36,8 @@ def whole_run_section(checked: CheckedConfig, flops: Flops, seconds: float, site
     wall = productive / saves["goodput"]
     gpu_hours = wall / HOUR * site.num_gpus
     dtype_bytes = token_dtype(config.model.vocab_size).itemsize
-    index = config.run_tokens / assumptions.tokens_per_document * INDEX_BYTES
+    documents = int(config.run_tokens / assumptions.tokens_per_document)
+    index, shared = index_bytes(documents), cache_folder(config.data.index_cache, documents) is not None
     copy = saves["bytes_per_gpu"] if config.checkpoint.asynchronous else 0.0
     return {
         "evaluation_seconds": evaluation,
@@ -50,8 +50,8 @@ def whole_run_section(checked: CheckedConfig, flops: Flops, seconds: float, site
         "data_bytes": config.run_tokens * dtype_bytes,
         "bytes_per_token": dtype_bytes,
         "index_bytes": index,
-        "index_shared": bool(config.data.index_cache),
-        "host_bytes_per_gpu": copy + (0.0 if config.data.index_cache else index),
+        "index_shared": shared,
+        "host_bytes_per_gpu": copy + (0 if shared else index),
         "saves": saves,
     }
 

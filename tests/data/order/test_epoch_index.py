@@ -1,9 +1,14 @@
 import multiprocessing
+import os
+import shutil
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from megatron_fp4.data.order.epoch_index import IndexCache, build_index
+from megatron_fp4.data.order import epoch_index
+from megatron_fp4.data.order.epoch_index import IndexCache, build_index, index_bytes, open_cache
 from megatron_fp4.data.order.permute import digest
 from megatron_fp4.data.shards.documents import open_documents
 from tests.data.order.index_process import KEY, open_index
@@ -69,6 +74,36 @@ def test_other_content_is_another_file(source, tmp_path):
     cache.get(open_documents("web", [write_shard(tmp_path / "t", numbered([3, 1, 4, 1, 5, 9, 2, 7]))]), KEY)
     cache.get(source, digest("other epoch"))
     assert (cache.built, len(files(tmp_path / "cache"))) == (3, 3)
+
+
+def test_auto_is_a_folder_of_the_node_for_many_documents(source, tmp_path, monkeypatch):
+    """A hundred million documents were 1.6 GB in each process."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert open_cache("auto", [source]) is None, "eight documents need no file"
+    assert open_cache("", [source]) is None
+    monkeypatch.setattr(epoch_index, "IN_MEMORY_DOCUMENTS", 7)
+    cache = open_cache("auto", [source])
+    assert cache.folder == tmp_path / f"megatron_fp4_index_{os.getuid()}"
+    assert index_bytes(8) == cache.get(source, KEY).order.nbytes + cache.get(source, KEY).starts.nbytes
+    cache.get(source, digest("other epoch"))
+    assert sorted(path.suffix for path in cache.folder.iterdir()) == [".epoch", ".epoch", ".lock"], "one lock for all"
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    (tmp_path / "megatron_fp4_index_4242").mkdir()
+    with pytest.raises(ValueError, match="is another user's, who could change the order"):
+        open_cache("auto", [source])
+
+
+def test_no_room_is_refused_at_start_with_the_numbers(source, tmp_path, monkeypatch):
+    free = SimpleNamespace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(ValueError, match=r"of 8 documents need 0\.0 GB, and .*cache has 0\.0 GB free; name a folder"):
+        open_cache(str(tmp_path / "cache"), [source])
+    free.free = 136
+    open_cache(str(tmp_path / "cache"), [source]).get(source, KEY)
+    free.free = 0
+    cache = open_cache(str(tmp_path / "cache"), [source])  # a resume needs no more room
+    cache.get(source, KEY)
+    assert cache.built == 0
 
 
 def test_four_processes_on_two_nodes_start_at_once(tmp_path):

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from megatron_fp4.data.shards.documents import open_documents
+from megatron_fp4.data.shards.documents import count_documents, open_documents
 from megatron_fp4.data.shards.manifest import BLOCK_BYTES, MANIFEST, PROGRESS, FileDigest, digest_file, read_manifest
 from tests.data.toy import write_set, write_shard
 
@@ -14,6 +14,17 @@ def test_set_opens_with_its_facts(tmp_path):
     assert (source.num_documents, source.num_tokens, source.max_token_id) == (3, 4, 9)
     assert source.tokenizers == ["tok"]
     assert source.place(2).shard.endswith("shard_00001")
+
+
+def test_documents_are_counted_without_opening_a_shard(tmp_path):
+    """By the manifest of a set, the header of a shard, and a glob."""
+    paths = [write_set(tmp_path / "set", [[[1, 2], [3]], [[9]]]), write_shard(tmp_path / "a_1", [[1], [2]])]
+    write_shard(tmp_path / "a_2", [[3]])
+    paths[1:] = [str(tmp_path / "a_*")]
+    assert count_documents(paths) == 6 == open_documents("web", paths).num_documents
+    (tmp_path / "a_2.idx").write_bytes(b"short")
+    with pytest.raises(ValueError, match="5 bytes, shorter than the 34-byte header"):
+        count_documents(paths)
 
 
 def test_uncommitted_and_foreign_folders(tmp_path):
