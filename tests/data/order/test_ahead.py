@@ -63,7 +63,7 @@ def test_a_stream_reads_on_without_building(tmp_path, monkeypatch):
     stream, other = (SampleStream(open_documents("web", [prefix]), seq_length=8, seed=1) for _ in range(2))
     stream.read_ahead(12)
     ahead = [stream.pieces(index) for index in range(11)]
-    documents = [name for name in threads if not name.startswith("index-")]
-    assert len(documents) == 1, "a sample of a later epoch had to build its order"
-    assert sorted(threads) == sorted([*documents, "index-1", "index-2", "index-3"])
+    of_readers = [name for name in threads if not name.startswith("index-")]
+    assert len(of_readers) == 1, "a sample of a later epoch had to build its order"
+    assert sorted(threads) == sorted([*of_readers, "index-1", "index-2", "index-3"])
     assert ahead == [other.pieces(index) for index in range(11)], "another order"
