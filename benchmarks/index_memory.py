@@ -48,7 +48,7 @@ def open_index(num_documents: int, folder: str, barrier: Any, out: Any) -> None:
     barrier.wait()
     before, began = memory_bytes(), time.perf_counter()
     index = IndexCache(folder).get(documents, KEY) if folder else build_index(documents.lengths, KEY)
-    checked = int(index.order.sum()), int(index.starts[-1])  # every page is touched
+    checked = int(index.order.sum()), int(index.starts.sum())  # every page is touched
     seconds = time.perf_counter() - began
     barrier.wait()
     used = memory_bytes() - before

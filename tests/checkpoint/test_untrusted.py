@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, CorruptCheckpoint, OnCorrupt, offline
 from megatron_fp4.checkpoint.directory import read_state
@@ -363,3 +363,16 @@ def test_a_layout_that_describes_no_tensors(
     with pytest.raises(ValueError, match=rf"layout\.bin is refused.*({message})"):
         offline.list_tensors(directory)
     assert "is refused" in offline.verify(directory)[0]
+
+
+def test_memory_formats_as_python_3_11_0_to_3_11_3_pickle_them() -> None:
+    """By getattr(class, name): that of a memory format is read, any other is refused."""
+
+    def by_getattr(owner: str, name: str) -> bytes:
+        return f"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\n{owner}\nV{name}\ntR.".encode()
+
+    right = by_getattr("_MEM_FORMAT_ENCODING", "TORCH_CONTIGUOUS_FORMAT")
+    assert MetadataUnpickler(io.BytesIO(right)).load() is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    for owner, name in (("_MEM_FORMAT_ENCODING", "__class__"), ("Metadata", "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match=f"asks for {name} of"):
+            MetadataUnpickler(io.BytesIO(by_getattr(owner, name))).load()

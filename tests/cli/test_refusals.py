@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,11 @@ def test_what_one_node_lacks_is_said_by_that_node(
     assert pretrain.main(run.overrides) == EXIT_CONFIG
     printed = capsys.readouterr().err
     assert printed.startswith(f"error: on {socket.gethostname()}: ") if speaks else not printed, printed
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+    """`megatron-fp4 ... | head` closes the pipe while there is more to print."""
+    command = f"{Path(sys.executable).with_name('megatron-fp4')} explain --markdown | head -n 1"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert ended.stdout.count("\n") == 1
+    assert ended.stderr == ""

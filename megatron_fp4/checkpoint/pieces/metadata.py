@@ -50,12 +50,22 @@ ALLOWED = {
 """What a `.metadata` may name, beside torch's dtypes."""
 
 
+def _member(owner: object, name: str) -> object:
+    """A memory format by its name, which is how Python 3.11.0 to 3.11.3 pickle one: getattr(class, name)."""
+    formats = metadata._MEM_FORMAT_ENCODING
+    if owner is not formats or name not in formats.__members__:
+        raise pickle.UnpicklingError(f"it asks for {name} of {owner!r}, which no checkpoint needs")
+    return formats[name]
+
+
 class MetadataUnpickler(pickle.Unpickler):
     """Raises UnpicklingError for every global that is not of `ALLOWED`, before it is imported."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
