@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -54,14 +55,17 @@ def gather_to_rank0(value: Any, group: Group) -> list[Any]:
 
 def shared_error(error: str | None, group: Group) -> str | None:
     """The errors of the first ranks that have one as one text, the same on all; None if there are none."""
-    texts = collectives.tell_first(error or "", group, MAX_LISTED)
-    return "; ".join(f"rank {rank}: {text}" for rank, text in texts.items()) or None
+    return _listed(collectives.tell_first(error or "", group, MAX_LISTED).items())
 
 
 def errors_by_rank(errors: Sequence[str | None]) -> str | None:
     """One text that names each rank that has an error, or None."""
-    texts = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error]
-    return "; ".join(texts[:MAX_LISTED]) or None
+    return _listed([(rank, error) for rank, error in enumerate(errors) if error])
+
+
+def _listed(errors: Iterable[tuple[int, str]]) -> str | None:
+    """The first `MAX_LISTED` as one text; None if there are none."""
+    return "; ".join(f"rank {rank}: {error}" for rank, error in islice(errors, MAX_LISTED)) or None
 
 
 def number_ranges(numbers: Sequence[int]) -> str:
