@@ -29,12 +29,8 @@ def check_cover(layout: StoredLayout) -> None:
     The pieces lie in their tensors.
     """
     rows = list(map(slice, layout.first_rows[:-1].tolist(), layout.first_rows[1:].tolist()))
-    by_key: dict[str, list[int]] = {}
-    for index, entry in enumerate(layout.tensors):
-        for kind, _ in entry.kinds:
-            by_key.setdefault(f"{kind}/{entry.name}", []).append(index)
     sums = [_sums(layout, index, rows[index]) for index in range(len(layout.tensors))]
-    for key, indices in by_key.items():
+    for key, indices in layout.tensors_by_key.items():
         entries = {
             (layout.tensors[index].shape, dict(layout.tensors[index].kinds)[key.split("/")[0]]) for index in indices
         }

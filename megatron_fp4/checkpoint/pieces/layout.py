@@ -78,6 +78,15 @@ class StoredLayout:
         return np.searchsorted(self.tensor, np.arange(len(self.tensors) + 1))
 
     @cached_property
+    def tensors_by_key(self) -> dict[str, list[int]]:
+        """The numbers of the tensors that have pieces of "kind/name": more than one where ranks hold other kinds."""
+        by_key: dict[str, list[int]] = {}
+        for index, entry in enumerate(self.tensors):
+            for kind, _ in entry.kinds:
+                by_key.setdefault(f"{kind}/{entry.name}", []).append(index)
+        return by_key
+
+    @cached_property
     def numel(self) -> NDArray[np.int64]:
         return self.size.prod(1, dtype=np.int64)
 

@@ -97,14 +97,10 @@ def _bytes_at(descriptor: int, position: int, num_bytes: int, path: Path) -> byt
 
 
 def _wanted(shards: Iterable[Shard], pieces: StoredPieces) -> Iterator[PieceToRead]:
-    by_key: dict[str, list[int]] = {}
-    for index, entry in enumerate(pieces.layout.tensors):
-        for kind, _ in entry.kinds:
-            by_key.setdefault(f"{kind}/{entry.name}", []).append(index)
     for shard in shards:
         for kind, target in shard.tensors.items():
             if target.numel():
-                for index in by_key[f"{kind}/{shard.name}"]:
+                for index in pieces.layout.tensors_by_key[f"{kind}/{shard.name}"]:
                     yield from _touched(pieces, index, kind, shard, target)
 
 
