@@ -10,6 +10,7 @@ Not here: torch.distributed communication, and names (directory.py).
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -31,6 +32,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage.durable import FileRecord, fsync_directory, write_durably, write_manifest, write_temporary
 from megatron_fp4.storage.owner import Owner
 
+log = logging.getLogger(__name__)
 WATCH_SECONDS = 0.005
 MOST_WATCH_SECONDS = 0.5
 
@@ -158,7 +160,8 @@ def seal(directory: Path, step: int, layout: SaveLayout, state_json: bytes, reco
 def publish(directory: Path, step: int, number: int) -> None:
     """Give the sealed directory its final name, then advance `latest`. A checkpoint of the same step is replaced.
 
-    The new `latest` is written before the rename: a full disk must not strike between the two.
+    The new `latest` is written before the rename: a full disk must not strike between the two. What fails before
+    `latest` is replaced is taken back, so that the old checkpoint of this step is there for a process that lives on.
     """
     root = directory.parent
     final = root / step_name(step)
@@ -166,8 +169,19 @@ def publish(directory: Path, step: int, number: int) -> None:
     new_latest, _ = write_temporary(root / LATEST, f"{step_name(step)}\n".encode())
     if os.path.lexists(final):  # also a link to what is gone
         os.rename(final, replaced)
-    os.rename(directory, final)
-    fsync_directory(root)
-    os.replace(new_latest, root / LATEST)
-    fsync_directory(root)
+    try:
+        os.rename(directory, final)
+        fsync_directory(root)
+        os.replace(new_latest, root / LATEST)
+    except OSError:
+        with suppress(OSError):
+            if not directory.exists():
+                os.rename(final, directory)
+            if os.path.lexists(replaced):
+                os.rename(replaced, final)
+        raise
+    try:
+        fsync_directory(root)
+    except OSError as error:  # it counts already; after a power cut `latest` may name an older one, or one that is gone
+        log.warning("%s names %s, which a power cut may undo: %s", root / LATEST, final.name, error)
     shutil.rmtree(replaced, ignore_errors=True)

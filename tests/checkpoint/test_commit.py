@@ -6,6 +6,7 @@ unsynced data is not tested here (it needs a machine to be cut); that fsync prec
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -143,6 +144,42 @@ def test_everything_is_synced_before_it_gets_its_name(tmp_path: Path) -> None:
     assert names[:publication].count("fsync") >= 7, "a file or the directory is renamed before it is on disk"
     assert names[publication + 1] == "fsync", "the new name must be on disk before `latest` names it"
     assert names.index("replace", publication) > publication + 1
+
+
+@pytest.mark.parametrize("step", [20, 30])
+def test_what_fails_once_the_directory_is_whole_is_taken_back(tmp_path: Path, step: int) -> None:
+    """In a process that lives on, where no start puts things right: the old checkpoint of the step was hidden."""
+    names: list[str] = []
+    for number in range(1000):
+        root = tmp_path / str(number)
+        config = CheckpointConfig(asynchronous=False, keep_last=9)
+        store = CheckpointStore(root, Group.single("world"), config)
+        for earlier in (10, 20):
+            store.save(earlier, tiny(earlier), {"version": earlier})
+        calls = 0
+
+        def fail(name: str, number: int = number) -> None:
+            nonlocal calls
+            calls += 1
+            names[calls - 1 :] = [name]
+            if calls == number + 1:
+                raise OSError(errno.EIO, f"injected into {name}")
+
+        undo = watched(fail)
+        report = store.save(step, tiny(99), {"version": 99})
+        undo()
+        where = f"call {number + 1} ({names[min(number, len(names) - 1)]}) failed"
+        shards = tiny(0)
+        chosen = store.choose()
+        store.load(chosen, shards)
+        assert chosen.meta["version"] == (20 if report.error else 99), f"{where}: {report}"
+        assert torch.equal(shards[0].tensors["master"], tiny(chosen.meta["version"])[0].tensors["master"]), where
+        assert store.complete_steps() == sorted({10, 20} if report.error else {10, 20, step}), where
+        assert store.save(step, tiny(77), {"version": 77}).error is None, f"{where}: the retry failed too"
+        assert store.choose().meta["version"] == 77, where
+        if calls <= number:
+            return
+    pytest.fail("no end")
 
 
 def leave(root: Path, stage: str, owner: Owner, age_seconds: float = 0.0) -> Path:
