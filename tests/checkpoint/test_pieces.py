@@ -66,6 +66,18 @@ def test_a_gap_beside_an_overlap_of_the_same_size_is_seen() -> None:
         check_cover(joined(layouts))
 
 
+def test_pieces_that_were_computed_to_have_the_right_sum_are_refused() -> None:
+    """Elements 1, 3 and 4 are in no piece; the multiplicities come from lattice reduction of numbers once drawn."""
+    multiplicities = [7, 0, 4, 0, 0, 4, 4, 5, 5, 2, 7, 3, 5, 3, 6, 1, 10, 9, 1, 8]
+    shards = [
+        Shard(Rectangle("w", (20,), (place,), (1,)), {"m": torch.zeros(1)})
+        for place, count in enumerate(multiplicities)
+        for _ in range(count)
+    ]
+    with pytest.raises(ValueError, match="is written twice"):
+        check_cover(own_layout(in_writing_order(shards)))
+
+
 def test_a_layout_is_planned_once_and_every_checkpoint_holds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
