@@ -18,6 +18,7 @@ from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import read_state, step_name
 from megatron_fp4.checkpoint.offline import list_tensors, read_tensor
 from megatron_fp4.checkpoint.outcome import SaveStatus
+from megatron_fp4.checkpoint.pieces.stored import read_pieces
 from megatron_fp4.checkpoint.store import CheckpointStore
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Rectangle, Shard
@@ -49,8 +50,11 @@ def average(
         if different := sorted(shapes.items() ^ _shapes(path, kinds).items()):
             raise ValueError(f"{path} and {paths[-1]} differ in {len(different)} tensors, e.g. {different[:3]}")
 
+    pieces = [read_pieces(path) for path in paths]
+
     def mean(key: str) -> Tensor:
-        total = sum(read_tensor(path, key).double() * share for path, share in zip(paths, shares, strict=True))
+        parts = zip(paths, pieces, shares, strict=True)
+        total = sum(read_tensor(path, key, stored).double() * share for path, stored, share in parts)
         assert isinstance(total, Tensor)
         return (total / sum(shares)).to(torch.float32)
 
@@ -62,7 +66,8 @@ def extract(
 ) -> Path:
     """A checkpoint with only `kinds`, in one file under `output_root`. Raises ValueError if it has none of them."""
     path = Path(directory)
-    return _write(path, output_root, _shapes(path, kinds), lambda key: read_tensor(path, key), {})
+    pieces = read_pieces(path)
+    return _write(path, output_root, _shapes(path, kinds), lambda key: read_tensor(path, key, pieces), {})
 
 
 def _shapes(directory: Path, kinds: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_fp4.checkpoint.directory import STATE, check_step, load_order, read_state, step_name
 from megatron_fp4.checkpoint.pieces.layout import dtype_of
 from megatron_fp4.checkpoint.pieces.read import read_into
-from megatron_fp4.checkpoint.pieces.stored import read_pieces
+from megatron_fp4.checkpoint.pieces.stored import StoredPieces, read_pieces
 from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.storage.durable import problem_of, read_manifest
 
@@ -80,15 +80,20 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
     return []
 
 
-def read_tensor(directory: str | os.PathLike[str], key: str) -> Tensor:
-    """The whole logical tensor, on the CPU. Raises ValueError for an unknown key."""
-    return read_tensors(directory, [key])[key]
+def read_tensor(directory: str | os.PathLike[str], key: str, pieces: StoredPieces | None = None) -> Tensor:
+    """The whole logical tensor, on the CPU. pieces: see `read_tensors`. Raises ValueError for an unknown key."""
+    return read_tensors(directory, [key], pieces)[key]
 
 
-def read_tensors(directory: str | os.PathLike[str], keys: Sequence[str]) -> dict[str, Tensor]:
-    """Whole logical tensors by key; one pass over the files."""
+def read_tensors(
+    directory: str | os.PathLike[str], keys: Sequence[str], pieces: StoredPieces | None = None
+) -> dict[str, Tensor]:
+    """Whole logical tensors by key; one pass over the files.
+
+    pieces: the checkpoint's, for whoever reads one tensor after the other; None: they are read here.
+    """
     directory = Path(directory)
-    pieces = read_pieces(directory)
+    pieces = pieces or read_pieces(directory)
     stored = {key: (shape, dtype) for key, shape, dtype, _ in pieces.tensors()}
     if unknown := [key for key in keys if key not in stored]:
         known = sorted(stored)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, edit, offline
 from megatron_fp4.checkpoint.directory import read_state
+from megatron_fp4.checkpoint.pieces.stored import Description, StoredPieces
 from megatron_fp4.comm.mesh import Group
 from tests.checkpoint.synthetic import Layout, save_one, shards_of, two_pieces, whole_shard
 
@@ -28,6 +29,22 @@ def test_average(tmp_path: Path) -> None:
         edit.average([paths[0], other], tmp_path / "no")
     with pytest.raises(ValueError, match="as many weights"):
         edit.average(paths, tmp_path / "no", weights=[1.0])
+
+
+def test_a_layout_is_read_once_for_all_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once for each: that of thousands of ranks takes a second."""
+    path = save_one(tmp_path / "run", 3, shards_of(Layout(), 0, filled=True))
+    parsed: list[int] = []
+    right = Description.parsed
+
+    def count(self: Description, directory: Path) -> StoredPieces:
+        parsed.append(1)
+        return right(self, directory)
+
+    monkeypatch.setattr(Description, "parsed", count)
+    edit.average([path, path], tmp_path / "mean")
+    edit.extract(path, tmp_path / "masters")
+    assert len(parsed) < 10
 
 
 def test_extract_loads_as_any_checkpoint_does(tmp_path: Path) -> None:
