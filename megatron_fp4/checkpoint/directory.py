@@ -134,6 +134,9 @@ def read_state(directory: str | os.PathLike[str], pauses: Sequence[float] | None
         raise ValueError(f"{path} is damaged: not a JSON object with a step and meta")
     if missing := {"tokens", "score"} - state.keys():
         raise ValueError(f"{path} is damaged: no {', '.join(sorted(missing))}")
+    for name in ("tokens", "score"):
+        if not (state[name] is None or type(state[name]) in (int, float)):
+            raise ValueError(f"{path} is damaged: {name} is {state[name]!r}, no number")
     return state
 
 

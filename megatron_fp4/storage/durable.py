@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
 """1: one hash for each file. 2: also files in parts, each with its own."""
 READ_BYTES = 8 << 20
+MOST_NAME_BYTES = 255  # of a file's name, on every usual file system; a longer one looks like one that does not answer
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,11 @@ def _parts(name: str, listed: Mapping[str, Any]) -> tuple[FileRecord, ...]:
         start, num_bytes, digest = text.split()
         parts.append(FileRecord(int(num_bytes), digest, int(start)))
     stops = [0, *(part.stop for part in parts)]
-    if any(part.start < stop for part, stop in zip(parts, stops, strict=False)) or stops[-1] != int(listed["bytes"]):
+    if (
+        not parts
+        or any(part.start < stop for part, stop in zip(parts, stops, strict=False))
+        or stops[-1] != int(listed["bytes"])
+    ):
         raise ValueError(f"the parts of {name} do not follow each other up to its end")
     return tuple(parts)
 
@@ -195,8 +200,9 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether `name` is that of a file in the directory at hand, without a path that leads elsewhere."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    """Whether `name` is that of a file in the directory at hand, without a path that leads elsewhere, fit to print."""
+    fits = name.isprintable() and len(name.encode()) <= MOST_NAME_BYTES
+    return fits and name not in ("", ".", "..") and not set(name) & set("/\\")
 
 
 def problem_of(directory: Path, name: str, expected: FileRecord, file_bytes: int | None = None) -> str | None:

@@ -190,6 +190,33 @@ def test_a_manifest_that_is_none_leads_to_the_one_before(tmp_path: Path, content
     assert f"{path} is damaged" in offline.verify(path.parent)[0]
 
 
+@pytest.mark.parametrize("name", ["data_0000.bin", "state.json"])
+def test_a_file_of_no_parts_is_refused(tmp_path: Path, name: str) -> None:
+    """A data file without one was a traceback, and a small state without one was never hashed."""
+    for step in (10, 20):
+        save_one(tmp_path, step, two_pieces(float(step)))
+    path = tmp_path / "step_00000020" / "manifest.json"
+    body = json.loads(path.read_text())
+    body["files"][name] = {"bytes": 0, "parts": []}
+    path.write_text(json.dumps(body))
+    assert open_store(tmp_path).choose().step == 10
+    assert f"the parts of {name} do not follow each other" in offline.verify(path.parent)[0]
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "\ud800", "x" * 300])
+def test_a_file_name_that_no_checkpoint_has_is_refused(tmp_path: Path, name: str) -> None:
+    """A terminal would obey the first; the last was taken for a file server that does not answer."""
+    for step in (10, 20):
+        save_one(tmp_path, step, two_pieces(float(step)))
+    path = tmp_path / "step_00000020" / "manifest.json"
+    body = json.loads(path.read_text())
+    body["files"][name] = body["files"]["state.json"]
+    path.write_text(json.dumps(body))
+    with pytest.raises(ValueError, match="which is no file of its directory"):
+        offline.list_tensors(path.parent)
+    assert open_store(tmp_path).choose().step == 10
+
+
 @pytest.mark.parametrize("name", ["", "manifest.json"])
 def test_what_is_no_file_or_no_directory_is_not_there(tmp_path: Path, name: str) -> None:
     """It was taken for a file server that does not answer, which never would."""
@@ -210,6 +237,18 @@ def test_a_small_state_without_what_every_one_has(tmp_path: Path) -> None:
     path.write_text('{"step": 20, "meta": {}, "tokens": 5}')
     with pytest.raises(ValueError, match="damaged: no score"):
         read_state(path.parent)
+
+
+@pytest.mark.parametrize(("name", "value"), [("tokens", "x"), ("score", [1])])
+def test_a_small_state_of_another_type_fails_no_later_save(tmp_path: Path, name: str, value: object) -> None:
+    """Retention compared it with numbers: every later save was committed, and reported as failed."""
+    directory = save_one(tmp_path, 20, two_pieces(1.0))
+    state = json.loads((directory / "state.json").read_text())
+    rewrite(directory, "state.json", json.dumps({**state, name: value}).encode())
+    assert f"{name} is {value!r}, no number" in offline.verify(directory)[0]
+    config = CheckpointConfig(asynchronous=False, keep_every_tokens=5, keep_best=1)
+    store = CheckpointStore(tmp_path, Group.single("world"), config)
+    assert store.save(30, two_pieces(3.0), {}, tokens=30, score=1.0).error is None
 
 
 def test_small_state_and_metadata_are_always_hashed(tmp_path: Path) -> None:
@@ -333,6 +372,13 @@ def renamed(name: str, shape: tuple[int, ...], dtype: str, kind: str = "master")
     return lambda _: (TensorEntry(name, shape, ((kind, dtype),)),)
 
 
+def and_one_of(
+    shape: tuple[int, ...], kinds: tuple[tuple[str, str], ...] = (("master", "float32"),)
+) -> Callable[[StoredLayout], Any]:
+    """A further tensor that has no bytes, so that the files did not bound its dims: 300 million were gigabytes."""
+    return lambda it: (*it.tensors, TensorEntry("z", shape, kinds))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -353,6 +399,10 @@ def renamed(name: str, shape: tuple[int, ...], dtype: str, kind: str = "master")
         (changed_layout(tensors=renamed("w\x1b[2J", (5, 3), "float32")), "is no name of a tensor"),
         (changed_layout(tensors=renamed("w", (5, 3), "float32", "a/b")), "is no name of a tensor"),
         (changed_layout(tensors=renamed("w", (5, 3), "float64")), "a piece is not inside data_0000.bin"),
+        (changed_layout(tensors=renamed("w", (5, 3), "quint8")), "'quint8' is no dtype"),
+        (changed_layout(tensors=and_one_of((3, 0))), r"'z' of shape \(3, 0\) has no elements"),
+        (changed_layout(tensors=and_one_of((-3, 3))), r"'z' of shape \(-3, 3\) has no elements"),
+        (changed_layout(tensors=and_one_of((3, 3), ())), r"'z' of shape \(3, 3\) has no elements"),
     ],
 )  # fmt: skip
 def test_a_layout_that_describes_no_tensors(

@@ -46,9 +46,9 @@ class TensorEntry:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Raises ValueError for what is no dtype of torch's."""
+    """Raises ValueError for what is no dtype of torch's, and for a quantized one, which is more than its bytes."""
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or name.startswith("q"):
         raise ValueError(f"{name!r} is no dtype")
     return dtype
 

@@ -133,6 +133,8 @@ def _check_layout(layout: StoredLayout, data_bytes: int) -> None:
     needed = 0
     shapes = np.ones((len(layout.tensors), dims), np.int64)
     for index, entry in enumerate(layout.tensors):
+        if not entry.kinds or any(length < 1 for length in entry.shape):  # no bytes would bound the other dims
+            raise ValueError(f"{entry.name!r} of shape {entry.shape} has no elements")
         for kind, _ in entry.kinds:  # a terminal would obey what is not printable
             if "/" in kind or not f"{kind}/{entry.name}".isprintable():
                 raise ValueError(f"{f'{kind}/{entry.name}'!r} is no name of a tensor")
