@@ -65,12 +65,14 @@ def _write_speed(folder: Path) -> float:
 
 
 def check_index(config: DataConfig) -> CheckResult:
-    """Free space for the epoch indices, which may be of billions of documents; two at a time where epochs follow."""
+    """Where the epoch indices go, which may be of billions of documents; that the first fit was seen with the data."""
     documents = sum(count_documents(source.paths) for source in config.sources)
     folder, needed = cache_folder(config.index_cache, documents), index_bytes(documents)
     text = f"{documents:,} documents need {_size(needed)} an epoch"
     if folder is None:
         return CheckResult("index", True, f"{text}, in the memory of each process")
+    if not os.access(folder, os.W_OK):
+        return CheckResult("index", False, f"{text}, and {folder} cannot be written; change data.index_cache")
     free = shutil.disk_usage(folder).free
     return CheckResult("index", True, f"{text}, {folder} of this node has {_size(free)} free")
 

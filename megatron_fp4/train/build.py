@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint import CheckpointStore
-from megatron_fp4.comm.agree import agreed
+from megatron_fp4.comm.agree import agreed, shared_error
 from megatron_fp4.comm.bootstrap import Process, connect_mesh
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.train.checked import CheckedConfig, OpenedData, open_data
@@ -79,10 +79,7 @@ def build(
             )
         optimizer.after_load(loaded.meta["optimizer_steps"])
     phases.enter("index")
-    loader.build_indices(start.position.samples)
-    for evaluation in evaluations:
-        evaluation.build_index()
-    process.rendezvous.wait_for_all("its indices", INDEX_SECONDS)  # a collective is not so patient
+    _build_indices((loader, evaluations), start.position.samples, process)
     phases.enter("build")
     run = Run(
         config=config,
@@ -99,6 +96,21 @@ def build(
         phases=phases,
     )
     return run, start
+
+
+def _build_indices(data: OpenedData, samples: int, process: Process) -> None:
+    """Collective. Raises ValueError on all ranks for a folder of any node that does not take them."""
+    loader, evaluations = data
+    error = None
+    try:
+        loader.build_indices(samples)
+        for evaluation in evaluations:
+            evaluation.build_index()
+    except ValueError as caught:
+        error = str(caught)
+    process.rendezvous.wait_for_all("its indices", INDEX_SECONDS)  # a collective is not so patient
+    if error := shared_error(error, process.world):
+        raise ValueError(error)
 
 
 def _find_start(checked: CheckedConfig, meta: dict[str, Any] | None, world: Group) -> Start:

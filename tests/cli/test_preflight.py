@@ -15,13 +15,14 @@ from megatron_fp4.cli import preflight
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.local import run_local
+from megatron_fp4.data.config import DataConfig, SourceConfig
 from megatron_fp4.layers.attention import Attention
 from megatron_fp4.models.count import by_kind, model_parameters
 from megatron_fp4.precision import EmulatedBackend
-from megatron_fp4.proofs.machine import check_links
+from megatron_fp4.proofs.machine import check_index, check_links
 from megatron_fp4.proofs.shards import ModelShard, build_shards, distinct_linears, typical_ranks
 from megatron_fp4.train.checked import CheckedConfig, check_config
-from tests.helpers.tiny_run import tiny_run
+from tests.helpers.tiny_run import tiny_run, write_toy_shard
 from tests.precision.te import te_double
 
 
@@ -36,6 +37,18 @@ def printed(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str, e
 
 def lines(text: str, name: str) -> list[str]:
     return [line for line in text.splitlines() if line.split()[1:2] == [name]]
+
+
+def test_an_index_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_toy_shard(tmp_path / "toy", num_documents=3)
+    config = DataConfig([SourceConfig("toy", [str(tmp_path / "toy")])], index_cache=str(tmp_path))
+    assert check_index(config).ok
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert (
+        check_index(config).text
+        == f"3 documents need 56 B an epoch, and {tmp_path} cannot be written; change data.index_cache"
+    )
+    assert check_index(config).ok is False
 
 
 def test_passes_on_a_good_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

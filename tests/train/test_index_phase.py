@@ -14,7 +14,7 @@ from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.data.order import samples
-from megatron_fp4.train.build import build
+from megatron_fp4.train.build import _build_indices, build
 from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.trainer import Attempt
@@ -44,6 +44,21 @@ def test_indices_are_built_in_the_phase_index(tmp_path: Path, monkeypatch: pytes
     trained.loader.batch(0, 4)
     next(iter(trained.evaluations[0]))
     assert len(seen) == 3, "a step or an evaluation had to build one"
+
+
+def test_a_folder_that_takes_no_index_is_refused_after_all_have_come() -> None:
+    """A rank that left at once would let the others wait for it for an hour."""
+    came: list[str] = []
+    rendezvous = SimpleNamespace(wait_for_all=lambda name, seconds: came.append(name))
+    process: Any = SimpleNamespace(rendezvous=rendezvous, world=Group.single("world"))
+
+    def build_indices(samples: int) -> None:
+        raise ValueError("data.index_cache: no room")
+
+    loader: Any = SimpleNamespace(build_indices=build_indices)
+    with pytest.raises(ValueError, match=r"rank 0: data\.index_cache: no room"):
+        _build_indices((loader, []), 0, process)
+    assert came == ["its indices"]
 
 
 def test_a_batch_that_waits_for_an_index_is_in_its_phase() -> None:

@@ -25,14 +25,11 @@ class IndexBuilder:
     def take(self, epoch: int) -> EpochIndex:
         """The index of `epoch`, made here or before; the next one is begun. Raises what `make` raises."""
         future = self._begun.pop(epoch, None)
-        if future is None:
-            index = self._make(epoch)
-        else:
-            self.awaited = True
-            try:
-                index = future.result()
-            finally:
-                self.awaited = False
+        self.awaited = True
+        try:
+            index = self._make(epoch) if future is None else future.result()
+        finally:
+            self.awaited = False
         self._begin(epoch + 1)
         return index
 

@@ -14,7 +14,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,8 @@ from megatron_fp4.data.documents import Documents
 from megatron_fp4.data.order.permute import permute
 from megatron_fp4.data.shards.shard import map_file
 from megatron_fp4.storage.durable import write_durably
-from megatron_fp4.storage.lock import exclusively
+from megatron_fp4.storage.lock import STALE_SECONDS, exclusively
+from megatron_fp4.storage.owner import Owner
 
 _MAGIC = b"MEGAEPO1"  # change it when the meaning of the arrays or of `permute` changes
 _HEADER_BYTES = 48  # magic 8 | fingerprint 32 | number of documents 8
@@ -99,31 +102,47 @@ class IndexCache:
     def check_room(self, sources: Sequence[Documents]) -> None:
         """Raise ValueError unless there is room for an index of each source that has none here."""
         new = [one for one in sources if not any(self.folder.glob(f"{_file_stem(one)}-*.epoch"))]
-        needed, free = sum(index_bytes(one.num_documents) for one in new), shutil.disk_usage(self.folder).free
-        if needed > free:
-            documents = sum(one.num_documents for one in new)
-            raise ValueError(
-                f"data.index_cache: the indices of an epoch of {documents:,} documents need {needed / 1e9:.1f} GB, and"
-                f" {self.folder} has {free / 1e9:.1f} GB free; name a folder of this machine with room for them"
-            )
+        if new:
+            self._require_room(sum(one.num_documents for one in new))
 
     def get(self, documents: Documents, key: bytes | None) -> EpochIndex:
+        """The index, built here if no process of the machine has. Raises ValueError where the folder fails."""
         content = f"{documents.fingerprint} {documents.num_documents} {documents.num_tokens}".encode()
         fingerprint = hashlib.blake2b(content + (key or b"stored order"), digest_size=32).digest()
         path = self.folder / f"{_file_stem(documents)}-{fingerprint.hex()[:24]}.epoch"
         cached = _read(path, fingerprint, documents.num_documents)
         if cached is not None:
             return cached
-        with exclusively(self.folder / "index.lock"):
-            cached = _read(path, fingerprint, documents.num_documents)  # another process may have built it by now
-            if cached is None:
-                self.check_room([documents])
-                _write(path, fingerprint, build_index(documents.lengths, key))
-                self.built += 1
-                cached = _read(path, fingerprint, documents.num_documents)
+        try:
+            with exclusively(self.folder / "index.lock"):
+                cached = _read(path, fingerprint, documents.num_documents)  # another process may have built it by now
+                if cached is None:
+                    self._remove_leftovers()
+                    self._require_room(documents.num_documents)
+                    _write(path, fingerprint, build_index(documents.lengths, key))
+                    self.built += 1
+                    cached = _read(path, fingerprint, documents.num_documents)
+        except OSError as error:
+            raise ValueError(f"data.index_cache: {error}; make room there, or name another folder") from error
         if cached is None:
-            raise OSError(f"index cache {path} was written but does not read back; is the disk of {self.folder} full?")
+            raise ValueError(f"data.index_cache: {path} was written but does not read back; name another folder")
         return cached
+
+    def _require_room(self, num_documents: int) -> None:
+        needed, free = index_bytes(num_documents), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise ValueError(
+                f"data.index_cache: the indices of an epoch of {num_documents:,} documents need {needed / 1e9:.1f} GB,"
+                f" and {self.folder} has {free / 1e9:.1f} GB free; name a folder of this machine with room for them"
+            )
+
+    def _remove_leftovers(self) -> None:
+        """Half an index of a builder that was killed may be as large as an index."""
+        for path in self.folder.glob("*.epoch.tmp-*"):
+            owner = Owner.from_tag(path.name.rpartition(".tmp-")[2])
+            with suppress(FileNotFoundError):  # its builder has renamed it
+                if owner is not None and not owner.lives(time.time() - path.stat().st_mtime, STALE_SECONDS):
+                    path.unlink()
 
 
 def _file_stem(documents: Documents) -> str:

@@ -15,6 +15,7 @@ found without any table of samples. Example, S = 4, T = 17 tokens:
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ from numpy.typing import NDArray
 
 from megatron_fp4.data.documents import Documents
 from megatron_fp4.data.order.ahead import IndexBuilder
-from megatron_fp4.data.order.epoch_index import EpochIndex, IndexCache, build_index
+from megatron_fp4.data.order.epoch_index import EpochIndex, IndexCache, build_index, index_bytes
 from megatron_fp4.data.order.permute import digest, permute
 
+log = logging.getLogger(__name__)
 _KEPT_EPOCHS = 4
 
 
@@ -60,6 +62,7 @@ class SampleStream:
         self.seed = seed
         self.shuffle = shuffle
         self._cache = cache
+        self._cache_works = False
         self._builder = IndexBuilder(self._make_index)
         self._epochs: OrderedDict[int, EpochIndex] = OrderedDict()
 
@@ -124,5 +127,16 @@ class SampleStream:
 
     def _make_index(self, epoch: int) -> EpochIndex:
         key = digest(self.seed, "documents", self.documents.name, epoch) if self.shuffle else None
-        cache = self._cache
-        return build_index(self.documents.lengths, key) if cache is None else cache.get(self.documents, key)
+        if self._cache is not None:
+            try:
+                index = self._cache.get(self.documents, key)
+            except ValueError as error:
+                if not self._cache_works:  # the first index, at the start of a run: no work is lost
+                    raise
+                size = index_bytes(self.documents.num_documents) / 1e9
+                message = "%s. Epoch %d of source %s goes on with %.1f GB in the memory of EACH process"
+                log.warning(message, error, epoch, self.documents.name, size)
+            else:
+                self._cache_works = True
+                return index
+        return build_index(self.documents.lengths, key)

@@ -11,7 +11,8 @@ from megatron_fp4.data.order import epoch_index
 from megatron_fp4.data.order.epoch_index import IndexCache, build_index, index_bytes, open_cache
 from megatron_fp4.data.order.permute import digest
 from megatron_fp4.data.shards.documents import open_documents
-from tests.data.order.index_process import KEY, open_index
+from megatron_fp4.storage.owner import Owner
+from tests.data.order.index_process import KEY, hang_while_writing, open_index
 from tests.data.toy import numbered, write_shard
 
 
@@ -104,6 +105,31 @@ def test_no_room_is_refused_at_start_with_the_numbers(source, tmp_path, monkeypa
     cache = open_cache(str(tmp_path / "cache"), [source])  # a resume needs no more room
     cache.get(source, KEY)
     assert cache.built == 0
+
+
+def test_a_killed_builder_leaves_neither_its_lock_nor_half_a_file(source, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    writing, folder = context.Event(), tmp_path / "cache"
+    builder = context.Process(target=hang_while_writing, args=(str(tmp_path / "s"), str(folder), writing))
+    builder.start()
+    assert writing.wait(60)
+    live = folder / f"other.epoch.tmp-{Owner.me().tag}"
+    live.write_text("another thread's of this process")
+    assert len(list(folder.glob("web-*.epoch.tmp-*"))) == 1
+    builder.kill()
+    builder.join()
+    assert np.array_equal(IndexCache(folder).get(source, KEY).order, build_index(source.lengths, KEY).order)
+    assert list(folder.glob("*.tmp-*")) == [live], "a leftover of the size of an index stays, or a live one was removed"
+
+
+def test_changed_data_on_a_full_disk_are_refused(source, tmp_path, monkeypatch):
+    """There is an index of this name already, but of other data."""
+    IndexCache(tmp_path / "cache").get(source, KEY)
+    changed = open_documents("web", [write_shard(tmp_path / "t", numbered([3, 1, 4, 1, 5, 9, 2, 7]))])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    cache = open_cache(str(tmp_path / "cache"), [changed])
+    with pytest.raises(ValueError, match=r"8 documents need 0\.0 GB, and .* has 0\.0 GB free"):
+        cache.get(changed, KEY)
 
 
 def test_four_processes_on_two_nodes_start_at_once(tmp_path):
