@@ -80,6 +80,25 @@ def test_lines_need_not_be_a_multiple_of_anything() -> None:
     assert_equal(x.T.contiguous(), [Copy("wgrad", Operand(CODED[0].format), 0)], "columns")
 
 
+@pytest.mark.parametrize("corner", [(0, 0), (0, -1), (-1, 0), (-1, -1)], ids=str)
+@pytest.mark.parametrize("tensor", ["x", "w"])
+def test_the_largest_element_may_be_the_first_or_the_last(corner: tuple[int, int], tensor: str) -> None:
+    x = hostile(48, 112)["normal"]
+    x[corner] = 1000.0
+    assert_equal(x, PAPER[tensor], str(corner), tensor)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8"])
+def test_a_power_of_two_is_no_smaller_than_its_target(name: str) -> None:
+    """FP32 maxima beside every 6 * 2^n and 448 * 2^n, which BF16 has no neighbours of: the quotient is 2^n + 1 ulp."""
+    operand = next(o for o in CODED if o.format.name == name and not o.rht_size)
+    largest = torch.tensor([6.0, 448.0])[:, None] * torch.exp2(torch.arange(-8.0, 8.0))
+    near = largest.view(torch.int32)[..., None] + torch.arange(-2, 2, dtype=torch.int32)
+    x = near.view(torch.float32).reshape(-1, 1).expand(-1, 32).contiguous()
+    assert_equal(x, [Copy("fprop", operand, 1)], "rows")
+    assert_equal(x.T.contiguous(), [Copy("wgrad", operand, 0)], "columns")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("tensor", ["x", "w", "dy"])
 def test_nan_and_inf_are_seen(bad: float, tensor: str) -> None:

@@ -97,6 +97,18 @@ def test_products(how: Coding, name: str, size: tuple[int, int, int]) -> None:
                 assert bool(((out.float() - expected.float()).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_tile_of_a_tall_product(name: str) -> None:
+    """More than one group of eight rows of tiles, the last one lower, several columns: no tile twice, none missing."""
+    target = TARGETS[name]
+    M, N, K = 9 * target.gemm.rows + 8, 2 * target.gemm.columns + 8, 64
+    a, b = operand(M, K, NVFP4, 0, exact=True), operand(N, K, NVFP4, 1, exact=True)
+    (left, a_scale), (right, b_scale) = decoded(a), decoded(b)
+    out = torch.full((M, N), float("nan"))
+    multiply(as_stored(a, target), as_stored(b, target), out, target=target)
+    assert torch.equal(out, scaled_matmul(left, right, a_scale=a_scale, b_scale=b_scale, out_dtype=torch.float32))
+
+
 @pytest.mark.parametrize("fault", ["one nibble twice", "the scale of the next block"])
 def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gemm.decoded
