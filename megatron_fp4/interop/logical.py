@@ -8,16 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.comm.parameter import logical_parameters
-
-
-def expect_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    """The tensor `name`. Raises ValueError if it is missing or has another shape."""
-    tensor = tensors.get(name)
-    if tensor is None:
-        raise ValueError(f"tensor {name} is missing; it should have shape {shape}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, the model's configuration says {shape}")
-    return tensor
+from megatron_fp4.models.foreign.families import expect_tensor
 
 
 def read_logical(model: nn.Module) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.checkpoint import offline
-from megatron_fp4.interop.config import transformers_config
-from megatron_fp4.interop.families import to_transformers
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.foreign.config import transformers_config
+from megatron_fp4.models.foreign.families import to_transformers
 
 TRANSFORMERS_VERSION = "5.23.0"
 ALWAYS_FP32 = (".A_log", ".dt_bias", ".D")

@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fp4.interop.config import transformers_config
-from megatron_fp4.interop.families import Family, family_of, from_transformers, to_transformers
 from megatron_fp4.interop.logical import read_logical, write_logical
 from megatron_fp4.interop.write import rounded
 from megatron_fp4.layers.mlp import Activation
@@ -18,6 +16,8 @@ from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import model_parameters
 from megatron_fp4.models.decoder import Decoder
+from megatron_fp4.models.foreign.config import transformers_config
+from megatron_fp4.models.foreign.families import Family, family_of, from_transformers, to_transformers
 from tests.models.test_count import ODD_HYBRID, load, make_decoder
 
 BF16 = torch.bfloat16

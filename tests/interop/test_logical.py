@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.interop.logical import expect_tensor, read_logical, write_logical
+from megatron_fp4.interop.logical import read_logical, write_logical
 from megatron_fp4.layers import ColumnParallelLinear, RowParallelLinear, lab
+from megatron_fp4.models.foreign.families import expect_tensor
 
 TP = Group("tp", (0, 1), 1, object())  # type: ignore[arg-type]
 

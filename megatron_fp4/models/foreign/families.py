@@ -9,7 +9,7 @@ configuration, and the list is read both ways. Logical tensors are whole: parall
 
 Written for transformers 5.23, which is not imported.
 
-Not here: config.json (config.py), the parameters of a model in memory (logical.py).
+Not here: config.json (config.py), the parameters of a model in memory (interop/logical.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from megatron_fp4.interop.logical import expect_tensor
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
@@ -78,6 +77,16 @@ def family_of(config: ModelConfig) -> Family:
         f"{config.tied_embeddings}: T blocks need rope_base > 0 (llama, arcee); M, * and - need squared_relu,"
         " rope_base = 0 and an untied head (nemotron_h)"
     )
+
+
+def expect_tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor `name`. Raises ValueError if it is missing or has another shape."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise ValueError(f"tensor {name} is missing; it should have shape {shape}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, the model's configuration says {shape}")
+    return tensor
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_fp4.interop.families import Family, family_of
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.foreign.families import Family, family_of
 
 
 def transformers_config(config: ModelConfig, *, seq_length: int) -> dict[str, Any]:
