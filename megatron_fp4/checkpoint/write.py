@@ -38,7 +38,7 @@ class GivenUp(RuntimeError):
 
 
 class Staging:
-    """Host buffers (pinned for CUDA), one for each tensor that this rank writes, used again by every save.
+    """Host buffers (pinned for an accelerator), one for each tensor that this rank writes, used again by every save.
 
     So host memory is flat; the buffers are made anew only if the layout changes.
     """
@@ -49,26 +49,27 @@ class Staging:
     def copy(self, shards: Sequence[Shard]) -> tuple[Shard, ...]:
         """The shards, copied to the host; returns when the copy is complete."""
         copies, buffers = [], {}
-        on_gpu = False
+        accelerator: torch.device | None = None
         for shard in shards:
             copied = {}
             for kind, data in shard.tensors.items():
                 place = (kind, shard.name, shard.where.offset)
                 buffer = self._buffer(place, data)
                 buffer.copy_(data, non_blocking=True)
-                on_gpu |= data.is_cuda
+                if data.device.type != "cpu":
+                    accelerator = data.device
                 buffers[place] = copied[kind] = buffer
             copies.append(Shard(shard.where, copied))
         self._buffers = buffers
-        if on_gpu:
-            torch.cuda.synchronize()
+        if accelerator is not None:
+            torch.get_device_module(accelerator).synchronize(accelerator)
         return tuple(copies)
 
     def _buffer(self, place: tuple[str, str, tuple[int, ...]], data: Tensor) -> Tensor:
         buffer = self._buffers.get(place)
         if buffer is not None and buffer.shape == data.shape and buffer.dtype == data.dtype:
             return buffer
-        return torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+        return torch.empty(data.shape, dtype=data.dtype, pin_memory=data.device.type != "cpu")
 
 
 def write_part(directory: Path, part: Part, shards: Sequence[Shard]) -> FileRecord:

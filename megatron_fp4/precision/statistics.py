@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import inf, log10
+from math import inf, isfinite, log10
 
 import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.hadamard import hadamard
-from megatron_fp4.precision.backends.finite import NonFiniteError
+from megatron_fp4.precision.backends.finite import NonFiniteError, NonFiniteWatch
 from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand
 from megatron_fp4.precision.backends.randomness import signs_for
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
@@ -49,28 +49,57 @@ class QuantizationStats:
 def quantization_stats(x: Tensor, operand: Operand, *, along: int = 1, step: int = 0) -> QuantizationStats:
     """Quantize `x [R, C]` as `operand`, contracted along `along`, and compare with x (after its transform, if any).
 
-    Raises ValueError for an operand in high precision, or a shape that the tile does not divide.
+    Raises ValueError for an operand in high precision, or a shape that the tile does not divide, NonFiniteError for NaN
+    and Inf.
     """
     if not operand.quantized:
         raise ValueError("quantization_stats: the operand is not quantized (format=bf16)")
+    sums = _sums(x, operand, along, step).tolist()
+    if not isfinite(sums[AMAX]):
+        raise NonFiniteError(_origin(x, step), sums[AMAX])
+    return _stats(sums, operand)
+
+
+def _origin(x: Tensor, step: int) -> OperandOrigin:
     rows, cols = (torch.arange(size, device=x.device) for size in x.shape)
-    origin = OperandOrigin("report", "x", rows, cols, Group.single(), seed=0, step=step)
-    (prepared,) = ReferenceBackend().quantize(x, origin, [Copy("report", operand, along)])
+    return OperandOrigin("report", "x", rows, cols, Group.single(), seed=0, step=step)
+
+
+def _sums(x: Tensor, operand: Operand, along: int, step: int) -> Tensor:
+    """What `_stats` is made of, FP64 on the device of `x`: nothing is read back. Without a meaning if x has NaN."""
+    origin = _origin(x, step)
+    (prepared,) = ReferenceBackend(NonFiniteWatch()).quantize(x, origin, [Copy("report", operand, along)])
     values, scale = decode(prepared)
     exact = x if along == 1 else x.T.contiguous()
     if operand.rht_size:
         exact = hadamard(exact, operand.rht_size, signs_for(origin, operand, x.device), 1)
     wanted = exact.double()
     got = values.double() if scale is None else values.double() * (scale[0].double() / scale[1])
-    signal, error = (wanted**2).sum().item(), ((got - wanted) ** 2).sum().item()
+    of_elements = (
+        exact.abs().max(),
+        (wanted**2).sum(),
+        ((got - wanted) ** 2).sum(),
+        (wanted != 0).sum(),
+        ((got == 0) & (wanted != 0)).sum(),
+        _saturation(wanted, prepared.tensors[1], scale, operand),
+    )
+    return torch.cat([torch.stack([one.double() for one in of_elements]), _histogram(prepared.tensors[1]).double()])
+
+
+AMAX = 0
+"""Where `_sums` has the largest magnitude, which is NaN or Inf if any element is."""
+
+
+def _stats(sums: Sequence[float], operand: Operand) -> QuantizationStats:
+    amax, signal, error, num_nonzero, num_lost, saturation, *histogram = sums
     relative = error / signal if signal else 0.0
     return QuantizationStats(
         snr_db=-10 * log10(relative) if relative else inf,
         relative_mse=relative,
-        underflow=_share((got == 0) & (wanted != 0), wanted != 0),
-        saturation=_saturation(wanted, prepared.tensors[1], scale, operand),
-        scale_histogram=_histogram(prepared.tensors[1], operand),
-        amax=exact.abs().max().item(),
+        underflow=num_lost / num_nonzero if num_nonzero else 0.0,
+        saturation=saturation,
+        scale_histogram=tuple(histogram) if operand.format is Format.nvfp4 else (),
+        amax=amax,
     )
 
 
@@ -114,13 +143,15 @@ Report = dict[str, QuantizationStats]
 
 
 class StatisticsProbe:
-    """A `Backend` that measures the tensors which pass to the backend `inner`, while `recording`."""
+    """A `Backend` that measures the tensors which pass to the backend `inner`, while `recording`.
+
+    What it measures stays on the device until `take`, which reads it back at once.
+    """
 
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.recording = False
-        self.report: Report = {}
-        """What was measured since the last `take`."""
+        self._measured: dict[str, tuple[Operand, Tensor]] = {}
         self._seen: set[tuple[str, str]] = set()
 
     def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
@@ -135,11 +166,20 @@ class StatisticsProbe:
         """See `Backend.matmul`."""
         return self.inner.matmul(a, b, out_dtype=out_dtype, accumulate_into=accumulate_into)
 
+    @property
+    def report(self) -> Report:
+        """What was measured since the last `take`, without tensors with NaN or Inf: the run's own rule decides what
+        happens to those. One read-back."""
+        if not self._measured:
+            return {}
+        rows = torch.stack([sums for _, sums in self._measured.values()]).tolist()
+        measured = zip(self._measured.items(), rows, strict=True)
+        return {name: _stats(sums, operand) for (name, (operand, _)), sums in measured if isfinite(sums[AMAX])}
+
     def take(self) -> Report:
-        """What was measured since the last call."""
+        """`report`, and begin anew."""
         report = self.report
-        self.report = {}
-        self._seen = set()
+        self._measured, self._seen = {}, set()
         return report
 
     def _measure(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> None:
@@ -152,19 +192,11 @@ class StatisticsProbe:
             if not operand.quantized or (operand.transposes and operand in known):  # the same codes, transposed
                 continue
             known.add(operand)
-            try:
-                stats = quantization_stats(x.detach(), operand, along=copy.along, step=origin.step)
-            except NonFiniteError:  # the run's own rule for NaN and Inf decides what happens
-                continue
-            self.report[f"{origin.name}/{copy.gemm}.{origin.operand}"] = stats
+            sums = _sums(x.detach(), operand, copy.along, origin.step)
+            self._measured[f"{origin.name}/{copy.gemm}.{origin.operand}"] = (operand, sums)
 
 
-def _share(part: Tensor, whole: Tensor) -> float:
-    count = int(whole.sum())
-    return int(part.sum()) / count if count else 0.0
-
-
-def _saturation(wanted: Tensor, scales: Tensor, scale: tuple[Tensor, float] | None, operand: Operand) -> float:
+def _saturation(wanted: Tensor, scales: Tensor, scale: tuple[Tensor, float] | None, operand: Operand) -> Tensor:
     """Share of elements whose magnitude, in code units, is above the largest code."""
     largest = 6.0 if operand.format in (Format.nvfp4, Format.mxfp4) else 448.0
     unit = scales.double()[..., None]
@@ -172,13 +204,11 @@ def _saturation(wanted: Tensor, scales: Tensor, scale: tuple[Tensor, float] | No
         factor = scale[0].double() / scale[1]
         unit = unit * (factor[..., None] if factor.dim() else factor)
     blocked = wanted.abs().view(wanted.shape[0], scales.shape[1], -1)
-    return float((blocked > largest * unit * (1 + 2.0**-20)).double().mean())
+    return (blocked > largest * unit * (1 + 2.0**-20)).double().mean()
 
 
-def _histogram(scales: Tensor, operand: Operand) -> tuple[float, ...]:
-    if operand.format is not Format.nvfp4:
-        return ()
-    edges = torch.tensor(HISTOGRAM_EDGES, device=scales.device)
-    bins = torch.bucketize(scales.float().flatten(), edges)
-    counts = torch.bincount(bins, minlength=len(HISTOGRAM_EDGES))
-    return tuple((counts / counts.sum()).tolist())
+def _histogram(scales: Tensor) -> Tensor:
+    """Share of the block scales in each interval; see `QuantizationStats.scale_histogram`."""
+    values = scales.float()
+    up_to = torch.stack([(values <= edge).sum() for edge in HISTOGRAM_EDGES])  # edges as arguments: no copy of a list
+    return up_to.diff(prepend=torch.zeros_like(up_to[:1])) / values.numel()

@@ -20,12 +20,30 @@ from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.inputs import make_inputs
 
-AGREE_BATCHES = 8
-"""A request to stop is heard every so many batches of an evaluation: the ranks must leave it at the same one."""
+VOTE_BATCHES = 4
+"""Every so many batches of an evaluation the ranks vote on whether to stop: they must leave it at the same one."""
 
 
 class EvaluationStopped(Exception):
     """A rank was asked to stop in the middle of an evaluation."""
+
+
+class StopVote:
+    """Whether any rank is asked to stop. Collective; it travels to the host behind the work that the device has, and
+    who hears it some batches later need not wait for those."""
+
+    def __init__(self, stop: bool, mesh: ParallelMesh, device: torch.device) -> None:
+        votes = all_reduce_max(torch.full((1,), float(stop), device=device), mesh.world)
+        self._votes = votes.to("cpu", non_blocking=True)  # from CUDA: into pinned memory
+        self._arrival = torch.cuda.Event() if device.type == "cuda" else None
+        if self._arrival:
+            self._arrival.record()
+
+    def heard(self) -> bool:
+        """The outcome, the same on all ranks."""
+        if self._arrival:
+            self._arrival.synchronize()
+        return bool(self._votes.item())
 
 
 @contextmanager
@@ -55,14 +73,18 @@ def evaluate(
 ) -> float:
     """Mean loss in nats per target token over the whole set; the same on every rank. beat: called after each batch.
 
-    stop: whether this rank is asked to stop. Raises EvaluationStopped on all ranks soon after one was.
+    stop: whether this rank is asked to stop. Raises EvaluationStopped on all ranks soon after one was. The host waits
+    for the device once, for the sums at the end.
     """
     total = torch.zeros(1, dtype=torch.float64, device=device)
     num_targets = 0
+    vote: StopVote | None = None
     with evaluating(list(engine.stages), table):
         for number, batch in enumerate(loader):
-            if number % AGREE_BATCHES == 0 and _any_rank(stop(), mesh, device):
-                raise EvaluationStopped
+            if number % VOTE_BATCHES == 0:
+                if vote is not None and vote.heard():
+                    raise EvaluationStopped
+                vote = StopVote(stop(), mesh, device)
             loss = engine.evaluate(make_inputs(batch, mesh.cp, device))
             if mesh.tp.rank == 0 and engine.reports_loss:
                 total += loss.double()
@@ -72,7 +94,3 @@ def evaluate(
     sums = torch.cat([total, torch.full_like(total, num_targets)])
     loss_sum, count = all_reduce_sum(sums, mesh.world).tolist()
     return loss_sum / count
-
-
-def _any_rank(stop: bool, mesh: ParallelMesh, device: torch.device) -> bool:
-    return bool(all_reduce_max(torch.full((1,), float(stop), device=device), mesh.world).item())

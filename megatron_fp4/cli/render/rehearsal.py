@@ -9,12 +9,22 @@ MEMORY = 0.03
 """Part by which the peak may differ from the plan's."""
 TRAFFIC = 0.01
 """Part by which the bytes of an axis may differ from the plan's."""
+BETWEEN_STEPS = {
+    "evaluation": "evaluation of two microbatches",
+    "first_save": "copy of the first save",
+    "later_save": "copy of a later save",
+    "measured_step": "step that is logged, with its statistics",
+}
+CROSSINGS = {"copies_in": "copies in", "copies_out": "copies out", "read_backs": "read-backs"}
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The report of `planning.rehearsal.report.rehearse`, one rank after the other, and the verdict."""
     counts = report["microbatches"]
-    lines = [f"{report['gpus']} GPUs; the second step of each rank is told"]
+    lines = [
+        f"{report['gpus']} GPUs; the second step of each rank is told",
+        f"modelled: {'; '.join(report['modelled'])}",
+    ]
     if counts["rehearsed"] < counts["in_run"]:
         lines.append(
             f"{counts['rehearsed']} of the {counts['in_run']} microbatches of a step are rehearsed, and planned here:"
@@ -54,13 +64,18 @@ def _rank(entry: Mapping[str, Any]) -> list[str]:
         *(f"  above 1 GB: {e['tensor']} at {e['origin']}, {e['count']} x" for e in entry["large_tensors"]),
         *_messages(entry["messages"]),
         *_kernels(entry["kernels"]),
-        *_evaluation(entry["evaluation"]),
+        *(line for name, title in BETWEEN_STEPS.items() if name in entry for line in _between(title, entry[name])),
     ]
 
 
-def _evaluation(section: Mapping[str, Any]) -> list[str]:
-    copies, reads = (sum(section[name].values()) for name in ("copies_in", "read_backs"))
-    return [f"  evaluation of one microbatch: peak {_gb(section['peak'])} GB, copies in {copies}, read-backs {reads}"]
+def _between(title: str, section: Mapping[str, Any]) -> list[str]:
+    lines = [f"  {title}: peak {_gb(section['peak'])} GB"]
+    if section["pinned_bytes"] or "save" in title:
+        copied, pinned = _gb(section["bytes_out"]), _gb(section["pinned_bytes"])
+        lines[0] += f", {copied} GB to the host, which takes {pinned} GB of pinned memory more"
+    for name, words in CROSSINGS.items():
+        lines += [f"  {line}" for line in _crossings(words, section[name])]
+    return lines
 
 
 def _crossings(name: str, counts: Mapping[str, int]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from unittest.mock import patch
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from megatron_fp4.planning.rehearsal.kernels import KernelCounts
 from megatron_fp4.planning.stand_ins import DEQUANTIZING, SizedBackend
 from megatron_fp4.precision.backends import Backend, Copy, OperandOrigin, QuantizedOperand, choose
+from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.probes import Probes
+from megatron_fp4.precision.statistics import StatisticsProbe
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.telemetry.probes import probed_backend
 
@@ -26,7 +28,19 @@ def counted_backend(config: RunConfig, counts: KernelCounts, around_weight: Arou
             inner, probes = probed_backend(config)
     else:
         inner, probes = SizedBackend(config.precision.backend, on_gpu=True), Probes()
+        if config.train.statistics_interval_steps:
+            inner = probes.statistics = StatisticsProbe(inner)
     return CountedBackend(inner, counts, around_weight), probes
+
+
+def modelled(config: RunConfig) -> Iterator[str]:
+    """What stands in for that of a GPU."""
+    yield "attention and RMSNorm keep what CUDA's kernels keep"
+    backend = config.precision.backend
+    if backend not in DEQUANTIZING:
+        yield f"operands have the sizes of {backend.name}'s; its own kernels and scratch memory are not counted"
+    elif config.precision.compile and backend is BackendName.emulated:
+        yield "a stage that torch compiles is one launch that makes its results"
 
 
 class CountedBackend:

@@ -9,15 +9,19 @@ from megatron_fp4.data.ramp import BatchRampConfig
 from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.train.config import RunConfig
 
+MEASURED_STEP = 3
+"""The step whose operands are measured, where some step's are."""
+
 
 def on_cuda(config: RunConfig) -> RunConfig:
-    """The configuration with its `auto` as it is on CUDA, and without what looks at steps."""
+    """The configuration with its `auto` as it is on CUDA, and without what looks at the first steps."""
     parallel, optim = config.parallel, config.optim
     defers_wgrad = parallel.pp > 1 and schedule_rule(parallel.schedule).defers_wgrad
     if parallel.tp > 1 and not defers_wgrad:
         parallel = replace(parallel, overlap_tensor=_chosen(parallel.overlap_tensor))
     optim = replace(optim, overlap_reduce=_chosen(optim.overlap_reduce), overlap_gather=_chosen(optim.overlap_gather))
-    train = replace(config.train, check_gemms=False, statistics_interval_steps=0)
+    interval = MEASURED_STEP if config.train.statistics_interval_steps else 0
+    train = replace(config.train, check_gemms=False, statistics_interval_steps=interval)
     return replace(config, model=config.model.by_torch(), parallel=parallel, optim=optim, train=train)
 
 

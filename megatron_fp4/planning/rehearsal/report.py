@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from megatron_fp4.comm.mesh import rank_grid
+from megatron_fp4.planning.rehearsal.backend import modelled
+from megatron_fp4.planning.rehearsal.between import between_steps, crossings
 from megatron_fp4.planning.rehearsal.live import PASSING, LiveKinds
 from megatron_fp4.planning.rehearsal.messages import Message, Messages
 from megatron_fp4.planning.rehearsal.on_cuda import shortened
@@ -71,8 +73,10 @@ def rehearse(
             rehearsed.step()
             report = _of_rank(rehearsed, rank, plan)
             sequences[rank] = list(rehearsed.watch.messages.sequence)
-            report["evaluation"] = _of_evaluation(rehearsed)
-            sequences[rank] += rehearsed.watch.messages.sequence
+            for name, act in between_steps(rehearsed).items():
+                act()
+                report[name] = crossings(rehearsed.watch)
+                sequences[rank] += rehearsed.watch.messages.sequence
         report["large_tensors"] = of_build + report["large_tensors"]
         seconds = {"seconds": time.monotonic() - began, "processor_seconds": time.process_time() - busy}
         reports.append({**report, **seconds})
@@ -82,6 +86,7 @@ def rehearse(
             "in_run": in_run["run"]["microbatches_per_step"],
             "rehearsed": plan["run"]["microbatches_per_step"],
         },
+        "modelled": list(modelled(checked.config)),
         "ranks": reports,
         "waiting_for_ever": misfits(sequences),
     }
@@ -105,16 +110,6 @@ def _of_rank(rehearsed: RehearsedRank, rank: int, plan: Mapping[str, Any]) -> di
             "by_phase": _summed((phase, count) for (phase, _), count in watch.kernels.by_part.items()),
             "calls": dict(watch.kernels.calls),
         },
-    }
-
-
-def _of_evaluation(rehearsed: RehearsedRank) -> dict[str, Any]:
-    rehearsed.evaluate()
-    copies = rehearsed.watch.copies
-    return {
-        "peak": rehearsed.watch.live.peak,
-        "copies_in": dict(copies.copies_in.most_common()),
-        "read_backs": dict(copies.read_backs.most_common()),
     }
 
 

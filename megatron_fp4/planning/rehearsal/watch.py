@@ -60,6 +60,7 @@ class Watch(TorchDispatchMode):
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # modes belong to one thread
             stack.enter_context(patch.object(FakeTensor, "tolist", lambda x: self.copies.listed(x)))
             stack.enter_context(patch.object(torch, "tensor", _with_device(torch.tensor, self.copies)))
+            stack.enter_context(patch.object(torch.get_device_module(NAME), "synchronize", self.copies.waited))
             stack.enter_context(patch.dict(BY_DEVICE, {NAME: multiply_on_cuda}))
             stack.enter_context(cuda_kernels(on_gpu=True))
             stack.enter_context(self.kernels.with_compiled_stages(self._phase))
@@ -73,6 +74,8 @@ class Watch(TorchDispatchMode):
             return args[0].fake_device
         if name.startswith("c10d::"):
             self.messages.see(name.partition("::")[2], args)
+        if name == "aten::empty" and kwargs.get("pin_memory"):
+            return self.copies.pinned(args[0], kwargs)
         if not _touches_device(args, kwargs):
             return func(*args, **kwargs)
         result = self.copies.answer(name, args, kwargs)

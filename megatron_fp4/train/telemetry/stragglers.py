@@ -24,8 +24,9 @@ def is_due(step: int, interval_steps: int, world: Group) -> bool:
 
 def straggler_metrics(phases: Phases, world: Group, device: torch.device) -> dict[str, float]:
     """`straggler/<phase>/{rank,seconds,median}` of the last step, and who was waited for. Collective."""
-    local_seconds = torch.tensor([[phases.seconds(phase) for phase in STEP_PHASES]], dtype=torch.float64, device=device)
-    seconds = all_gather_rows(local_seconds, world).cpu()  # [ranks, phases]
+    local_seconds = [phases.seconds(phase) for phase in STEP_PHASES]
+    filled = [torch.full((), value, dtype=torch.float64, device=device) for value in local_seconds]  # not copied there
+    seconds = all_gather_rows(torch.stack(filled)[None], world).cpu()  # [ranks, phases]
     metrics: dict[str, float] = {}
     for number, phase in enumerate(STEP_PHASES):
         column = seconds[:, number]

@@ -18,7 +18,7 @@ from megatron_fp4.data.config import DataConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.precision import nvfp4_paper
-from megatron_fp4.precision.config import PrecisionConfig, Rule
+from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.sections import TrainConfig
 from tests.helpers.rehearsed import rehearse_all
@@ -68,7 +68,8 @@ CASES = {
     "hybrid, one rank": case(HYBRID, 1, "0", precision=NVFP4),
     "hybrid, pipeline": case(HYBRID, 8, "last", tp=2, pp=2),
     "hybrid, zbv": case(HYBRID, 4, "first", pp=2, schedule="zbv"),
-    "gpt, interleaved": case(DEEP, 2, "first,last", recompute="selective", pp=2, schedule="interleaved_1f1b"),
+    "gpt, interleaved": case(DEEP, 4, "cell", recompute="selective", pp=2, schedule="interleaved_1f1b"),
+    "transformer engine": case(GPT, 4, "0", precision=replace(NVFP4, backend=BackendName.transformer_engine), tp=2),
     "gpt, zero bubble": case(DEEP, 2, "first,last", pp=2, schedule="interleaved_zero_bubble"),
     "cell": case(GPT, 8, "cell", tp=2, pp=2),
 }
@@ -90,11 +91,24 @@ def test_a_cell_is_all_ranks_of_two_copies() -> None:
     assert [entry["rank"] for entry in reports()["cell"]["ranks"]] == list(range(8))
 
 
-def test_an_evaluation_follows() -> None:
-    """It keeps nothing for a backward pass, and reads its sums once."""
-    for entry in reports()["cell"]["ranks"]:
+@pytest.mark.parametrize("name", ["cell", "gpt, interleaved"])
+def test_evaluation_and_save_follow(name: str) -> None:
+    """An evaluation keeps nothing for a backward pass; a save takes host memory once, and none of the device."""
+    for entry in reports()[name]["ranks"]:
         assert entry["evaluation"]["peak"] < entry["memory"]["peak"]
-        assert sum(place.startswith("train/evaluate.py") for place in entry["evaluation"]["read_backs"]) >= 1
+        assert sum(entry["evaluation"]["read_backs"].values()) == 1
+        first, later = entry["first_save"], entry["later_save"]
+        assert first["peak"] == later["peak"] < entry["memory"]["peak"]
+        assert first["bytes_out"] == later["bytes_out"] == first["pinned_bytes"] > 0 == later["pinned_bytes"]
+
+
+def test_what_stands_in_is_told() -> None:
+    """Compiled stages are launches of their own; Transformer Engine's kernels are not among those that are counted."""
+    emulated, engine = reports()["gpt"], reports()["transformer engine"]
+    assert emulated["ranks"][0]["kernels"]["compiled_stages"] > 0 == engine["ranks"][0]["kernels"]["compiled_stages"]
+    assert "torch compiles is one launch" in render(emulated)
+    assert "operands have the sizes of transformer_engine's" in render(engine)
+    assert [list(rank["read_backs"].values()) for rank in engine["ranks"]] == [[1]]
 
 
 def test_a_large_difference_is_told() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ PLANTS = {
 }
 
 
+def files(counts: dict[str, int]) -> dict[str, int]:
+    """Counts by file, of counts by file and line."""
+    by_file: Counter[str] = Counter()
+    for place, count in counts.items():
+        by_file[place.split(":")[0]] += count
+    return dict(by_file)
+
+
 @pytest.mark.parametrize("plant", PLANTS)
 def test_devices_are_not_mixed(plant: str) -> None:
     """What a GPU would refuse is refused with one sentence, the file and the line; also where an exception would end
@@ -49,14 +58,35 @@ def test_devices_are_not_mixed(plant: str) -> None:
 
 def test_a_step_copies_its_batch_and_reads_its_message() -> None:
     """Nothing else crosses between host and device: a read-back drains the queue, a copy of a constant waits for it."""
-    settings = [*TINY, "precision.compile=false", "precision.keep_bf16.last=0", "model.num_layers=2"]
+    settings = [
+        *TINY,
+        "train.statistics_interval_steps=1",
+        "precision.compile=false",
+        "precision.keep_bf16.last=0",
+        "model.num_layers=2",
+    ]
     settings += ["parallel.tp=2", "train.recompute=full", "train.label_smoothing=0.1", "model.dropout=0.1"]
     hybrid = ["model=hybrid_tiny", "model.pattern='M*-'", "model.num_layers=3", "parallel.tp=1", "parallel.cp=2"]
     hybrid += ["data.reset_documents=true", "precision/recipe=nvfp4_signs_per_step", "train.nonfinite=stop"]
     configs = [to_run_config(compose_config([*settings, *more])) for more in ([], hybrid)]
-    for report in rehearse_all([(config, 4, "0,3") for config in configs]):
+    for report in rehearse_all([(config, 4, "3") for config in configs], evaluated=5):
         for rank in report["ranks"]:
-            (copied, copies), (read, reads) = *rank["copies_in"].items(), *rank["read_backs"].items()
-            assert copied.startswith("train/inputs.py:"), "the batch is a copy by itself"
-            assert read.startswith("train/message.py:"), "something is read beside the message"
-            assert copies == reads == 1
+            assert files(rank["copies_in"]) == {"train/inputs.py": 1}, "the batch is a copy by itself"
+            assert files(rank["read_backs"]) == {"train/message.py": 1}, "something is read beside the message"
+
+            evaluation = rank["evaluation"]
+            assert files(evaluation["copies_in"]) == {"train/inputs.py": 5}, "each batch is a copy by itself"
+            assert files(evaluation["read_backs"]) == {"train/evaluate.py": 1}, "the sums, and none in between"
+            assert files(evaluation["copies_out"]) == {"train/evaluate.py": 2}, "a vote on the way every 4 batches"
+
+            first, later = rank["first_save"], rank["later_save"]
+            assert files(first["read_backs"]) == {"checkpoint/write.py": 1}, "the host waits once for all copies"
+            optimizer = rank["memory"]["kinds"]["optimizer"]["measured"]
+            assert first["bytes_out"] == first["pinned_bytes"] == pytest.approx(optimizer, rel=0.02)
+            assert later["pinned_bytes"] == 0, "buffers are made anew"
+            assert first["peak"] < rank["memory"]["peak"], "a save takes memory of the device"
+
+            measured = rank["measured_step"]
+            assert files(measured["copies_in"]) == {"train/inputs.py": 1}
+            told = {"optim/clip.py": 1, "train/telemetry/stragglers.py": 1, "precision/statistics.py": 1}
+            assert files(measured["read_backs"]) == {"train/message.py": 1, **told}, "one for all statistics"

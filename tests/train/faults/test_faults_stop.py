@@ -107,7 +107,7 @@ def test_a_stop_in_the_middle_of_an_evaluation_ends_it(tmp_path: Path, monkeypat
 
     trainer.run.phases.beat = beat  # type: ignore[method-assign]
     assert trainer.fit() == EXIT_REQUEUE
-    assert len(batches) == evaluate_module.AGREE_BATCHES, "the evaluation was made to its end, or a step after it"
+    assert len(batches) == 2 * evaluate_module.VOTE_BATCHES, "the evaluation was made to its end, or a step after it"
     assert trainer.run.store.complete_steps() == [2]
     assert not [record for record in read_metrics(run.run_dir) if "eval/held/loss" in record], "a part was logged"
 
