@@ -28,7 +28,7 @@ class Process:
     launch: Launch
     world: Group
     device: torch.device
-    rendezvous: Rendezvous = field(default_factory=lambda: Rendezvous(Launch(), None))
+    rendezvous: Rendezvous = field(default_factory=Rendezvous.alone)
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:

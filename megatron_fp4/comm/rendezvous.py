@@ -9,10 +9,11 @@ Not here: what is compared (train/arrival/agreement.py); the notice board of a j
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from megatron_fp4.comm.agree import number_ranges
 from megatron_fp4.comm.launch import Launch, MeetingPlace, meeting_place
 
+log = logging.getLogger(__name__)
 SPARE_SECONDS = 30.0
 """How much longer a rank waits for the word of one that itself waits."""
 MAX_LISTED_HOSTS = 20
@@ -30,6 +32,10 @@ class RanksNotMet(RuntimeError):
     """The ranks did not meet, or one left; the message names those that did not come. A restart may help."""
 
 
+class RankFailed(RuntimeError):
+    """What ranks had to do together failed on one of them; the message names it, and says why. The same on all."""
+
+
 class Rendezvous:
     """The ranks that have met. store: None for a world of one rank."""
 
@@ -38,6 +44,11 @@ class Rendezvous:
         self.world_size = launch.world_size
         self.store = store
         self._exchanges = 0
+
+    @staticmethod
+    def alone() -> Rendezvous:
+        """That of a world of one rank."""
+        return Rendezvous(Launch(), None)
 
     def decided_by_rank0(
         self, name: str, message: str, decide: Callable[[Sequence[str]], str], timeout_seconds: float
@@ -86,7 +97,48 @@ class Rendezvous:
 
     def wait_for_all(self, name: str, timeout_seconds: float) -> None:
         """Return when every rank has called this: a barrier with a patience of its own. Raises RanksNotMet."""
-        self.decided_by_rank0(name, "", lambda _: "", timeout_seconds)
+        with self.together(name, timeout_seconds):
+            pass
+
+    @contextmanager
+    def together(self, name: str, timeout_seconds: float) -> Iterator[None]:
+        """Around what every rank does, for as long as the slowest needs: it ends when all have done it.
+
+        An exception of one rank ends it with RankFailed on all: at once where a rank waits, else when it has done its
+        own. Raises RanksNotMet if a rank has not done it in time; rank 0 names it.
+        """
+        self._exchanges += 1
+        key = f"exchange/{self._exchanges}"
+        try:
+            yield
+        except Exception as error:
+            text = str(error)
+            if not isinstance(error, ValueError):
+                text = f"{type(error).__name__}: {error}"
+                log.warning("rank %d fails in %s", self.rank, name, exc_info=error)
+            raise RankFailed(self._first_failure(key, f"rank {self.rank}: {text}")) from error
+        if self.store is not None:
+            self._wait_for_the_others(self.store, key, name, timeout_seconds)
+
+    def _first_failure(self, key: str, sentence: str) -> str:
+        with suppress(dist.DistError):  # rank 0 has left: this one speaks for itself
+            if self.store is not None:
+                sentence = self.store.compare_set(f"{key}/outcome", "", REFUSED + sentence).decode()
+        return sentence.removeprefix(REFUSED)
+
+    def _wait_for_the_others(self, store: dist.Store, key: str, name: str, seconds: float) -> None:
+        speakers = [f"{key}/{rank}" for rank in range(self.world_size)]
+        patience = timedelta(seconds=seconds if self.rank == 0 else seconds + SPARE_SECONDS)
+        try:
+            store.set(speakers[self.rank], "")
+            if store.add(f"{key}/arrivals", 1) == self.world_size:
+                store.set(f"{key}/outcome", AGREED)
+            store.wait([f"{key}/outcome"], patience)
+            outcome = store.get(f"{key}/outcome").decode()
+        except dist.DistError as error:
+            raise RanksNotMet(self._silent(name, speakers, seconds)) from error
+        if outcome.startswith(REFUSED):
+            raise RankFailed(outcome.removeprefix(REFUSED))
 
     def leave(self) -> None:
         """Return when every rank has called this, or after some seconds: rank 0 holds the store for the others."""

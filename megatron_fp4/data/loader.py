@@ -9,6 +9,7 @@ Not here: prefetching (prefetch.py), evaluation sets (evaluation.py), what the t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ from megatron_fp4.data.pack import Rows
 from megatron_fp4.data.shards.documents import open_documents
 
 STATE_VERSION = 1
+QUICK_DOCUMENTS = 1_000_000
+"""So many are put in order in a fraction of a second: nobody need be waited for."""
 
 
 class SampleOrigin(NamedTuple):
@@ -97,6 +100,22 @@ class Loader:
         cursors = self.plan.cursors_at(self.plan.id_of(consumed_samples))
         for name, stream in self.streams.items():
             stream.pieces(cursors.get(name, 0))
+
+    def begins_epoch(self, first_sample: int, num_samples: int) -> bool:
+        """Whether a step of these delivered samples is the first to need the index of an epoch of a large source.
+
+        The same on all ranks, whatever part of the step is theirs.
+        """
+        first, end = (self.plan.id_of(sample) for sample in (first_sample, first_sample + num_samples))
+        most = {name: count - 1 for name, count in self.plan.most_cursors_at(first).items()}
+        if self._epochs_of(most) == self._epochs_of(self.plan.most_cursors_at(end)):
+            return False  # between two bounds; the exact numbers may cost milliseconds
+        return self._epochs_of(self.plan.cursors_at(first)) != self._epochs_of(self.plan.cursors_at(end))
+
+    def _epochs_of(self, cursors: Mapping[str, int]) -> dict[str, int]:
+        """The last epoch of each source that is needed to deliver so many of its samples."""
+        large = {name for name, it in self.streams.items() if it.documents.num_documents > QUICK_DOCUMENTS}
+        return {name: self.streams[name].epoch_after(count) for name, count in cursors.items() if name in large}
 
     @property
     def waits_for_index(self) -> bool:

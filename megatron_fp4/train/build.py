@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint import CheckpointStore
-from megatron_fp4.comm.agree import agreed, shared_error
+from megatron_fp4.comm.agree import agreed
 from megatron_fp4.comm.bootstrap import Process, connect_mesh
-from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rendezvous import RankFailed
 from megatron_fp4.train.checked import CheckedConfig, OpenedData, open_data
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
@@ -64,7 +64,7 @@ def build(
     phases.enter("verify_checkpoint")
     chosen = choose_checkpoint(config.train.resume, store)
     phases.enter("build")
-    start = _find_start(checked, chosen.meta if chosen else None, process.world)
+    start = _find_start(checked, chosen.meta if chosen else None, process)
     loader, evaluations = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world)
     backend, probes = probed_backend(config)
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
@@ -73,7 +73,7 @@ def build(
         phases.enter("load_checkpoint")
         loaded = store.load_or_earlier(chosen, optimizer.state_shards())
         if loaded is not chosen:
-            start = _find_start(checked, loaded.meta, process.world)
+            start = _find_start(checked, loaded.meta, process)
             loader, evaluations = agreed(
                 partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world
             )
@@ -94,28 +94,28 @@ def build(
         evaluations=evaluations,
         probes=probes,
         phases=phases,
+        rendezvous=process.rendezvous,
     )
     return run, start
 
 
 def _build_indices(data: OpenedData, samples: int, process: Process) -> None:
-    """Collective. Raises ValueError on all ranks for a folder of any node that does not take them."""
+    """Collective, and not over the device: no collective is so patient. Raises ValueError on all ranks for what any
+    node refuses or has no room for; who is done hears it at once."""
     loader, evaluations = data
-    error = None
     try:
-        loader.build_indices(samples)
-        for evaluation in evaluations:
-            evaluation.build_index()
-    except ValueError as caught:
-        error = str(caught)
-    process.rendezvous.wait_for_all("its indices", INDEX_SECONDS)  # a collective is not so patient
-    if error := shared_error(error, process.world):
-        raise ValueError(error)
+        with process.rendezvous.together("its indices", INDEX_SECONDS):
+            loader.build_indices(samples)
+            for evaluation in evaluations:
+                evaluation.build_index()
+    except RankFailed as error:
+        process.rendezvous.leave()
+        raise ValueError(str(error)) from error
 
 
-def _find_start(checked: CheckedConfig, meta: dict[str, Any] | None, world: Group) -> Start:
+def _find_start(checked: CheckedConfig, meta: dict[str, Any] | None, process: Process) -> Start:
     """Collective. Raises ValueError for a setting that may not differ from the checkpoint's."""
     config = checked.config
     changes = changes_on_resume(meta, config) if meta else ""
     position = Position.from_meta(meta) if meta else Position()
-    return Start(position, meta, changes, recall(Path(config.train.run_dir), meta, world))
+    return Start(position, meta, changes, recall(Path(config.train.run_dir), meta, process.world))

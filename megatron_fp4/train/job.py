@@ -26,7 +26,7 @@ from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.comm.rendezvous import RanksNotMet, Rendezvous, meet
+from megatron_fp4.comm.rendezvous import RankFailed, RanksNotMet, Rendezvous, meet
 from megatron_fp4.data.foreign import check_unnamed
 from megatron_fp4.data.ledger import LEDGER
 from megatron_fp4.data.overlap import check_heldout
@@ -160,6 +160,10 @@ def _lock_and_train(prepared: _Prepared, config_text: str, process: Process, pha
         try:
             return fit(run, start, outputs)
         except (SaveFailed, TrainingDiverged) as error:  # the same on all ranks
+            refuse(error, speaks=is_main)
+            return EXIT_FAILED
+        except RankFailed as error:
+            process.rendezvous.leave()
             refuse(error, speaks=is_main)
             return EXIT_FAILED
         finally:

@@ -8,13 +8,14 @@ Not here: what is told of a run (telemetry/), what a launch starts from (build.p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.rendezvous import Rendezvous
 from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.loader import Loader
 from megatron_fp4.optim import StepReport, Zero1AdamW
@@ -88,7 +89,7 @@ class StepResult:
 
 @dataclass
 class Run:
-    """Everything that the trainer drives, on one rank."""
+    """Everything that the trainer drives, on one rank. rendezvous: where the ranks have met (alone, if not said)."""
 
     config: RunConfig
     mesh: ParallelMesh
@@ -102,3 +103,4 @@ class Run:
     evaluations: list[EvalLoader]
     probes: Probes
     phases: Phases
+    rendezvous: Rendezvous = field(default_factory=Rendezvous.alone)

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fp4.data.prefetch import Prefetcher
+from megatron_fp4.data.prefetch import Prefetched, Prefetcher
 from megatron_fp4.data.ramp import steps_from
-from megatron_fp4.train.build import Start
+from megatron_fp4.train.build import INDEX_SECONDS, Start
 from megatron_fp4.train.evaluate import EvaluationStopped, evaluate
 from megatron_fp4.train.faults.guard import RollBack, SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
@@ -76,6 +76,7 @@ class Attempt:
         steps_to_come = itertools.islice(steps, self._last_step - position.step)
         self._log = StepLog(run, position, outputs.metrics, outputs.console)
         self._saves = Saves(run, position, outputs.metrics, outputs.console)
+        self._first_is_read = False
         self._score: float | None = None
         """Loss on the first held-out set at `position`, if it was evaluated there."""
         depth = run.config.data.prefetch_batches
@@ -115,14 +116,27 @@ class Attempt:
         run, outputs = self.run, self.outputs
         first_sample = self.position.samples
         self._log.begin(self.position)
-        run.phases.enter("data")
-        batch = next(self._batches).batch
+        batch = self._next_batch().batch
         result = train_step(run, batch, self.position, outputs.guard, outputs.stop.requested)
         self.position = result.position
         self._score = None
         self._log.end(first_sample, result)
         self._check_skipped()
         return result.stop
+
+    def _next_batch(self) -> Prefetched:
+        """Where a step needs the index of an epoch that no step of this attempt has needed, all ranks wait for the
+        slowest node: in the step's collectives they would not wait so long. Raises RankFailed on all ranks."""
+        run = self.run
+        run.phases.enter("data")
+        num_samples = run.config.train.batch_at(self.position.samples)
+        if self._first_is_read and not run.loader.begins_epoch(self.position.samples, num_samples):
+            return next(self._batches)
+        with run.rendezvous.together("an index of its data", INDEX_SECONDS):
+            batch = next(self._batches)
+            run.phases.enter("index")
+        self._first_is_read = True
+        return batch
 
     def _check_skipped(self) -> None:
         """All ranks come to the same count."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
 
 from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.local import free_port
-from megatron_fp4.comm.rendezvous import RanksNotMet, Rendezvous, meet
+from megatron_fp4.comm.rendezvous import RankFailed, RanksNotMet, Rendezvous, meet
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,50 @@ def test_ranks_that_torchrun_starts_anew_meet_anew(monkeypatch: pytest.MonkeyPat
     after = come(launches)
     for outcome in [*before, *after]:
         assert isinstance(outcome, Rendezvous), outcome
+
+
+def test_what_fails_on_one_rank_fails_on_all_at_once() -> None:
+    """Ranks that were done waited for an hour for one that had left; one that comes late hears of it too."""
+    ranks = [one for one in come([Launch(rank, 3, 0, 1) for rank in range(3)]) if isinstance(one, Rendezvous)]
+    heard: dict[int, str] = {}
+
+    def work(rendezvous: Rendezvous) -> None:
+        try:
+            with rendezvous.together("its indices", 60.0):
+                if rendezvous.rank == 1:
+                    raise OSError("no space left")
+                if rendezvous.rank == 2:
+                    failed.wait(20.0)
+        except RankFailed as error:
+            heard[rendezvous.rank] = str(error)
+        if rendezvous.rank == 0:
+            failed.set()  # it waited for rank 2, which was not done
+
+    failed = threading.Event()
+    threads = [threading.Thread(target=work, args=(one,)) for one in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40.0)
+    assert heard == dict.fromkeys(range(3), "rank 1: OSError: no space left")
+
+
+def test_ranks_that_are_done_go_on_together() -> None:
+    ranks = [one for one in come([Launch(rank, 2, 0, 1) for rank in range(2)]) if isinstance(one, Rendezvous)]
+    order: list[str] = []
+
+    def work(rendezvous: Rendezvous) -> None:
+        with rendezvous.together("its indices", 20.0):
+            time.sleep(0.2 * rendezvous.rank)
+            order.append("done")
+        order.append("on")
+
+    threads = [threading.Thread(target=work, args=(one,)) for one in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40.0)
+    assert order == ["done", "done", "on", "on"]
 
 
 def test_a_port_in_use_is_said_as_such(place: int) -> None:

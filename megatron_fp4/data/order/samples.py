@@ -77,7 +77,11 @@ class SampleStream:
 
     def read_ahead(self, num_samples: int) -> None:
         """Let a thread build the index of each next epoch, up to what `num_samples` samples of this source need."""
-        self._builder.last_epoch = num_samples * self.seq_length // self.documents.num_tokens
+        self._builder.last_epoch = self.epoch_after(num_samples)
+
+    def epoch_after(self, num_samples: int) -> int:
+        """The epoch in which the first token after `num_samples` samples lies, which is the last one's last label."""
+        return num_samples * self.seq_length // self.documents.num_tokens
 
     def slot(self, index: int) -> int:
         """Slot (position in the stream / S) of the `index`-th sample delivered."""
