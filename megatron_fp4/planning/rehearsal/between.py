@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron_fp4.checkpoint.pieces.plan import in_writing_order
 from megatron_fp4.checkpoint.write import Staging
 from megatron_fp4.planning.rehearsal.step import RehearsedRank
 from megatron_fp4.planning.rehearsal.watch import Watch
+from megatron_fp4.train.telemetry.norms import parameter_norm
+from megatron_fp4.train.telemetry.stragglers import straggler_metrics
 
 EVALUATED = 2
 """Microbatches of an evaluation: the second repeats what each further one does."""
@@ -21,17 +24,38 @@ def between_steps(rehearsed: RehearsedRank) -> dict[str, Callable[[], None]]:
     staging = Staging()
     acts = {
         "evaluation": lambda: rehearsed.evaluate(EVALUATED),
-        "first_save": lambda: rehearsed.copy_state(staging),
-        "later_save": lambda: rehearsed.copy_state(staging),
+        "first_save": lambda: _copy_state(rehearsed, staging),
+        "later_save": lambda: _copy_state(rehearsed, staging),
     }
     if rehearsed.run.probes.statistics is None:
         return acts
 
     def measured_step() -> None:
         rehearsed.step()
-        rehearsed.log()
+        _log(rehearsed)
 
     return {**acts, "measured_step": measured_step}
+
+
+def _copy_state(rehearsed: RehearsedRank, staging: Staging) -> None:
+    """What a save does before the next step may begin."""
+    rehearsed.watch.clear()
+    rehearsed.run.phases.enter("save")
+    staging.copy(in_writing_order(rehearsed.run.optimizer.state_shards()))
+
+
+def _log(rehearsed: RehearsedRank) -> None:
+    """Tell of the last step what is told of one that is due in every way; what that does is added to the watch.
+
+    Not here: the names of statistics, which the ranks of the main pipeline send each other as objects.
+    """
+    run = rehearsed.run
+    run.phases.enter("log")
+    parameter_norm(run.optimizer, run.mesh.world, run.device)
+    if run.mesh.world.size > 1:
+        straggler_metrics(run.phases, run.mesh.world, run.device)
+    if run.probes.statistics is not None:
+        run.probes.statistics.take()
 
 
 def crossings(watch: Watch) -> dict[str, Any]:

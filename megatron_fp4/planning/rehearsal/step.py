@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from megatron_fp4.checkpoint.pieces.plan import in_writing_order
-from megatron_fp4.checkpoint.write import Staging
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.planning.rehearsal.build import build_rank, label_state
 from megatron_fp4.planning.rehearsal.device import rehearsal_device
@@ -22,8 +20,6 @@ from megatron_fp4.train.evaluate import evaluate
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.step import train_step
-from megatron_fp4.train.telemetry.norms import parameter_norm
-from megatron_fp4.train.telemetry.stragglers import straggler_metrics
 
 
 @dataclass
@@ -52,25 +48,6 @@ class RehearsedRank:
         run.phases.enter("evaluate")
         evaluate(run.engine, loader, run.plan.evaluation_table(0), run.mesh, run.device)
         self.watch.copies.scalar = 1
-
-    def log(self) -> None:
-        """Tell of the last step what is told of one that is due in every way; what that does is added to `watch`.
-
-        Not here: the names of statistics, which the ranks of the main pipeline send each other as objects.
-        """
-        run = self.run
-        run.phases.enter("log")
-        parameter_norm(run.optimizer, run.mesh.world, run.device)
-        if run.mesh.world.size > 1:
-            straggler_metrics(run.phases, run.mesh.world, run.device)
-        if run.probes.statistics is not None:
-            run.probes.statistics.take()
-
-    def copy_state(self, staging: Staging) -> None:
-        """What a save does before the next step may begin; what that does is in `watch`, from nothing."""
-        self.watch.clear()
-        self.run.phases.enter("save")
-        staging.copy(in_writing_order(self.run.optimizer.state_shards()))
 
 
 class _Calm:
