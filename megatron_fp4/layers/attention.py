@@ -7,36 +7,61 @@ dtype, as the paper keeps them (section 4.1).
 
 from __future__ import annotations
 
-import torch
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_fp4.comm.rect import split_evenly
-from megatron_fp4.layers.context_parallel import context_parallel_attention
+from megatron_fp4.layers.context_parallel import causal_mask, context_parallel_attention
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_fp4.layers.qk_norm import QkNorm, make_qk_norm
 from megatron_fp4.layers.recompute import run_recomputed
-from megatron_fp4.layers.rope import apply_rope, rope_angles
+from megatron_fp4.layers.rope import RopeScalingConfig, apply_rope, rope_angles, rope_frequencies
+
+
+class AttentionSizes(Protocol):
+    """What an attention reads of a model's configuration (models.config.ModelConfig)."""
+
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def attention_head_dim(self) -> int: ...
+    @property
+    def rope_base(self) -> float: ...
+    @property
+    def rope_scaling(self) -> RopeScalingConfig: ...
+    @property
+    def rotary_dim(self) -> int: ...
+    @property
+    def qk_norm(self) -> QkNorm: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def qkv_bias(self) -> bool: ...
+    @property
+    def sliding_window(self) -> int: ...
 
 
 class Attention(nn.Module):
     """x_TD `[T/tp, D]` -> `[T/tp, D]`.
 
-    rope_base: 0 for no position embedding (the hybrid models). keep_documents_apart: tokens attend only inside their
-    document; otherwise the whole sample is causal. recompute_core: an attribute that may be set (recompute.py).
-    Raises ValueError if a head count does not divide by tp.
+    keep_documents_apart: tokens attend only inside their document; otherwise the whole sample is causal.
+    recompute_core: an attribute that may be set (recompute.py). Raises ValueError if a head count does not divide by
+    tp.
     """
 
     def __init__(
         self,
         name: str,
-        hidden: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        sizes: AttentionSizes,
         context: LayerContext,
         *,
-        rope_base: float,
         keep_documents_apart: bool,
         std: float,
         out_std: float,
@@ -44,14 +69,22 @@ class Attention(nn.Module):
         super().__init__()
         self.recompute_core = False
         self._context = context
-        self._head_dim = head_dim
-        self._heads = split_evenly(num_heads, context.tp, what="num_heads")
-        self._kv_heads = split_evenly(num_kv_heads, context.tp, what="num_kv_heads")
-        self._rope_base = rope_base
+        self._head_dim = E = sizes.attention_head_dim
+        self._heads = split_evenly(sizes.num_heads, context.tp, what="num_heads")
+        self._kv_heads = split_evenly(sizes.num_kv_heads, context.tp, what="num_kv_heads")
         self._keep_documents_apart = keep_documents_apart
-        outputs = {"q": num_heads * head_dim, "k": num_kv_heads * head_dim, "v": num_kv_heads * head_dim}
-        self.qkv = ColumnParallelLinear(f"{name}.qkv", hidden, outputs, context, std=std)
-        self.out = RowParallelLinear(f"{name}.out", num_heads * head_dim, hidden, context, std=out_std)
+        self._window = sizes.sliding_window
+        self._angle_factor = sizes.rope_scaling.angle_factor
+        self._frequencies = None
+        if sizes.rope_base:
+            self._frequencies = rope_frequencies(sizes.rotary_dim, sizes.rope_base, sizes.rope_scaling, context.device)
+        outputs = {"q": sizes.num_heads * E, "k": sizes.num_kv_heads * E, "v": sizes.num_kv_heads * E}
+        bias = sizes.qkv_bias
+        self.qkv = ColumnParallelLinear(f"{name}.qkv", sizes.hidden, outputs, context, std=std, bias=bias)
+        kind, eps = sizes.qk_norm, sizes.norm_eps
+        self.q_norm = make_qk_norm(kind, f"{name}.q_norm", sizes.num_heads, E, context, eps=eps)
+        self.k_norm = make_qk_norm(kind, f"{name}.k_norm", sizes.num_kv_heads, E, context, eps=eps)
+        self.out = RowParallelLinear(f"{name}.out", sizes.num_heads * E, sizes.hidden, context, std=out_std)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         core_TN = run_recomputed(self._core, self.qkv(x_TD, tokens), tokens, when=self.recompute_core)
@@ -63,19 +96,23 @@ class Attention(nn.Module):
         E = self._head_dim
         sizes = [self._heads * E, self._kv_heads * E, self._kv_heads * E]
         q, k, v = (part.view(B, S, -1, E) for part in qkv_TN.split(sizes, dim=-1))
-        if self._rope_base:
-            angles = rope_angles(tokens.positions, E, self._rope_base)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self._frequencies is not None:
+            angles = rope_angles(tokens.positions, self._frequencies, self._angle_factor)
             q, k = apply_rope(q, angles), apply_rope(k, angles)
         return self._attend(widen(q), widen(k), widen(v), tokens).reshape(B * S, -1).to(qkv_TN.dtype)
 
     def _attend(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
+        documents = tokens.documents if self._keep_documents_apart else None
         if self._context.cp.size > 1:
-            documents = tokens.documents if self._keep_documents_apart else None
-            return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, documents, self._context.cp)
-        mask = document_mask(tokens.documents, tokens.documents) if self._keep_documents_apart else None
-        if mask is not None:
-            S = mask.shape[-1]
-            mask = mask & torch.ones(S, S, dtype=torch.bool, device=mask.device).tril()
+            return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, documents, self._context.cp, self._window)
+        S = q_BSHE.shape[1]
+        if documents is None and not 0 < self._window < S:
+            return attend(q_BSHE, k_BSGE, v_BSGE, None)
+        mask = causal_mask(S, S, self._window, q_BSHE.device)
+        if documents is not None:
+            mask = document_mask(documents, documents) & mask
         return attend(q_BSHE, k_BSGE, v_BSGE, mask)
 
 
@@ -85,7 +122,7 @@ def document_mask(documents_BS: Tensor, key_documents_BJ: Tensor) -> Tensor:
 
 
 def attend(q_BSHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention; causal when `mask` is None, else the bool mask `[B, 1, S, J]` (True = attend)."""
+    """Softmax attention; causal when `mask` is None, else the bool mask `[B, 1, S, J]` or `[S, J]` (True = attend)."""
     q, k, v = (x.transpose(1, 2) for x in (q_BSHE, k_BJGE, v_BJGE))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2)

@@ -46,11 +46,11 @@ def _gather_sequence(x_BSGE: Tensor, cp: Group) -> Tensor:
 
 
 def context_parallel_attention(
-    q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, documents_BS: Tensor | None, cp: Group
+    q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, documents_BS: Tensor | None, cp: Group, window: int = 0
 ) -> Tensor:
     """Causal attention of this rank's queries over the whole sequence, `[B, S, H, E]`.
 
-    documents_BS: document numbers of this rank's tokens to keep documents apart, or None.
+    documents_BS: document numbers of this rank's tokens to keep documents apart, or None. window: see `causal_mask`.
     """
     keys, values = _gather_sequence(k_BSGE, cp), _gather_sequence(v_BSGE, cp)
     documents = None
@@ -63,12 +63,22 @@ def context_parallel_attention(
         rows, stop = slice(half * chunk, (half + 1) * chunk), (chunk_number + 1) * chunk
         q, k, v = (x.transpose(1, 2) for x in (q_BSHE[:, rows], keys[:, :stop], values[:, :stop]))
         bias: Tensor = _lower_right(chunk, stop)
+        if 0 < window < stop:
+            bias = causal_mask(chunk, stop, window, q.device)
         if documents is not None and documents_BS is not None:
             same = documents_BS[:, rows, None] == documents[:, None, :stop]
-            causal = torch.ones(chunk, stop, dtype=torch.bool, device=q.device).tril(stop - chunk)
-            bias = (same & causal)[:, None]
+            bias = (same & causal_mask(chunk, stop, window, q.device))[:, None]
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True).transpose(1, 2))
     return torch.cat(outputs, dim=1)
+
+
+def causal_mask(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
+    """bool `[rows, columns]`: which of `columns` keys the last `rows` tokens attend to.
+
+    window: how many keys a token attends to at most, its own included; 0 = all before it.
+    """
+    causal = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)
+    return causal.triu(columns - rows - window + 1) if window else causal
 
 
 def _lower_right(rows: int, columns: int) -> Tensor:

@@ -5,8 +5,8 @@ which ranks each operand is spread (for its largest magnitude) and which logical
 the address of its rounding noise). What is gathered, multiplied and summed stands in the two classes, with T tokens of
 this context-parallel rank, N output and K input features; `/tp` marks the dimension that tensor parallelism shards.
 
-`linear.precision` is a plain value that may be assigned at any time. There is no bias: none of the paper's models has
-one.
+`linear.precision` is a plain value that may be assigned at any time. Only the projection of queries, keys and values
+may have a bias, as that of Qwen 2 has; it is added in the compute dtype, after the GEMM.
 
 Not here: the three GEMMs (precision/linear_op.py), the sums of weight gradients over data-parallel ranks (optim).
 """
@@ -22,7 +22,7 @@ from megatron_fp4.comm.autograd import gather_rows, scatter_sum_rows
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle, split_evenly
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
-from megatron_fp4.layers.parameter import make_parameter, normal_init
+from megatron_fp4.layers.parameter import constant_init, make_parameter, normal_init
 from megatron_fp4.precision.linear_op import quantized_linear
 from megatron_fp4.precision.sharding import Sharding
 from megatron_fp4.precision.spec import LinearPrecision
@@ -39,6 +39,7 @@ class ParallelLinear(nn.Module):
         self.sharding = sharding
         self.precision = LinearPrecision()
         self.weight = weight
+        self.bias: LogicalParameter | None = None
         self._context = context
         self._cache = WeightCache()
 
@@ -84,14 +85,23 @@ class ColumnParallelLinear(ParallelLinear):
 
     outputs: logical output features per named part, e.g. {"q": 2048, "k": 512, "v": 512} or {"": 8192} for an unnamed
     one. Each part is sharded on its own, so that a rank holds its heads of q, k and v side by side; the parts are
-    separate tensors (`<name>.q.weight`) in checkpoints. Raises ValueError if a part does not divide by tp.
+    separate tensors (`<name>.q.weight`) in checkpoints. bias: add one to each part (`<name>.q.bias`), 0 at first.
+    Raises ValueError if a part does not divide by tp.
     """
 
     def __init__(
-        self, name: str, in_features: int, outputs: Mapping[str, int], context: LayerContext, *, std: float
+        self,
+        name: str,
+        in_features: int,
+        outputs: Mapping[str, int],
+        context: LayerContext,
+        *,
+        std: float,
+        bias: bool = False,
     ) -> None:
         tp = context.tp
         rectangles: list[Rectangle] = []
+        biases: list[Rectangle] = []
         n_index: list[Tensor] = []
         first_of_part = 0
         for part, out_features in outputs.items():
@@ -101,20 +111,26 @@ class ColumnParallelLinear(ParallelLinear):
             rectangles.append(
                 Rectangle(f"{label}.weight", (out_features, in_features), (offset, 0), (rows, in_features))
             )
+            biases.append(Rectangle(f"{label}.bias", (out_features,), (offset,), (rows,)))
             n_index.append(torch.arange(rows, device=context.device) + first_of_part + offset)
             first_of_part += out_features
         placement = Placement(tuple(rectangles))
         shape = (placement.num_rows, in_features)
         weight = make_parameter(shape, placement, normal_init(std), context.dtype, context.device)
         super().__init__(context, column_sharding(name, torch.cat(n_index), in_features, context), weight)
+        if bias:
+            placed = Placement(tuple(biases), decay=False)
+            self.bias = make_parameter(shape[:1], placed, constant_init(0.0), context.dtype, context.device)
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         context = self._context
         if context.wgrad is WgradPlan.while_scattering and x_TD.requires_grad:  # without dx nothing would travel
             queue = WgradQueue()
             x_TK = gather_rows(widen(x_TD), context.tp, while_sending=queue.drain)
-            return self.gemm(x_TK, tokens, queue).to(x_TD.dtype)
-        return self.gemm(gather_rows(widen(x_TD), context.tp), tokens, context.queue).to(x_TD.dtype)
+            y_TN = self.gemm(x_TK, tokens, queue)
+        else:
+            y_TN = self.gemm(gather_rows(widen(x_TD), context.tp), tokens, context.queue)
+        return (y_TN if self.bias is None else y_TN + widen(self.bias)).to(x_TD.dtype)
 
 
 class RowParallelLinear(ParallelLinear):

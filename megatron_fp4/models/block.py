@@ -1,6 +1,7 @@
-"""One block of the decoder: a pre-norm residual around each of its mixers.
+"""One block of the decoder: a residual around each of its mixers.
 
     x <- x + dropout(mixer(norm(x)))         once for M, * and -;  attention, then MLP for T
+    x <- x + dropout(norm(mixer(x)))         with model.post_norm
 
 The linears of a block are also listed here without building it, for the precision plan and for planning.
 """
@@ -40,18 +41,7 @@ def make_mixer(
             out_std=out_std,
             kernel=config.mamba_kernel,
         )
-    return Attention(
-        name,
-        config.hidden,
-        config.num_heads,
-        config.num_kv_heads,
-        config.attention_head_dim,
-        context,
-        rope_base=config.rope_base,
-        keep_documents_apart=keep_documents_apart,
-        std=std,
-        out_std=out_std,
-    )
+    return Attention(name, config, context, keep_documents_apart=keep_documents_apart, std=std, out_std=out_std)
 
 
 def make_norm(name: str, config: ModelConfig, context: LayerContext) -> RMSNorm:
@@ -60,16 +50,18 @@ def make_norm(name: str, config: ModelConfig, context: LayerContext) -> RMSNorm:
 
 
 class Residual(nn.Module):
-    """`x + dropout(mixer(norm(x)))`: x_TD `[T/tp, D]` -> `[T/tp, D]`."""
+    """`x + dropout(mixer(norm(x)))`: x_TD `[T/tp, D]` -> `[T/tp, D]`. post_norm: `x + dropout(norm(mixer(x)))`."""
 
-    def __init__(self, norm: RMSNorm, mixer: Attention | MLP | Mamba2, dropout: Dropout) -> None:
+    def __init__(self, norm: RMSNorm, mixer: Attention | MLP | Mamba2, dropout: Dropout, *, post_norm: bool) -> None:
         super().__init__()
+        self._post_norm = post_norm
         self.norm = norm
         self.mixer = mixer
         self.dropout = dropout
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
-        return x_TD + self.dropout(self.mixer(self.norm(x_TD), tokens), tokens)
+        y_TD = self.norm(self.mixer(x_TD, tokens)) if self._post_norm else self.mixer(self.norm(x_TD), tokens)
+        return x_TD + self.dropout(y_TD, tokens)
 
 
 class Block(nn.Module):
@@ -85,7 +77,8 @@ class Block(nn.Module):
             name = f"blocks.{index}.{kind}"
             norm = make_norm(f"{name}_norm", config, context)
             mixer = make_mixer(kind, name, config, context, keep_documents_apart=keep_documents_apart)
-            self.add_module(kind, Residual(norm, mixer, Dropout(f"{name}_dropout", config.dropout, context)))
+            dropout = Dropout(f"{name}_dropout", config.dropout, context)
+            self.add_module(kind, Residual(norm, mixer, dropout, post_norm=config.post_norm))
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         for residual in self.children():

@@ -10,13 +10,15 @@ An empty pattern means `num_layers` transformer blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from megatron_fp4.layers.fused.loss import LossImpl
 from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.layers.qk_norm import QkNorm
+from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.settings import FP32_LEAST, FP32_MOST, Bound, Count, Size, check_bounds
 
 BLOCK_LETTERS = "TM*-"
@@ -46,6 +48,17 @@ class ModelConfig:
     """Nonlinearity of the MLPs."""
     rope_base: Annotated[float, Bound(above=1, most=1e12, or_zero=True)] = 10000.0
     """Base of the rotary position embedding; 0 = no position embedding."""
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    rope_fraction: Annotated[float, Bound(above=0, most=1)] = 1.0
+    """Part of each attention head, from its first element on, that is rotated."""
+    qk_norm: QkNorm = QkNorm.none
+    """Whether queries and keys are normalized before they are rotated; always computed by torch."""
+    qkv_bias: bool = False
+    """Add a bias to queries, keys and values (Qwen 2)."""
+    sliding_window: Count = 0
+    """Tokens that one attends to at most, itself included; 0 = all before it in the sample or document."""
+    post_norm: bool = False
+    """Normalize what a mixer or MLP adds to the residual stream instead of what it reads (OLMo 2)."""
     tied_embeddings: bool = False
     """Use the embedding's weight for the head too."""
     norm_eps: Annotated[float, Bound(least=FP32_LEAST, most=FP32_MOST)] = 1e-5
@@ -88,8 +101,7 @@ class ModelConfig:
             raise ValueError(
                 f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}"
             )
-        if self.rope_base and self.attention_head_dim % 2:
-            raise ValueError(f"rotary embedding needs an even head_dim, got {self.attention_head_dim}")
+        self._check_rope()
         if "M" in self.blocks:
             self._check_mamba()
 
@@ -101,6 +113,20 @@ class ModelConfig:
             raise ValueError(
                 f"model.pattern has {len(self.pattern)} blocks, model.num_layers = {self.num_layers}; set"
                 f" model.num_layers={len(self.pattern)}, or give a pattern of {self.num_layers} letters"
+            )
+
+    def _check_rope(self) -> None:
+        if self.rope_base and self.attention_head_dim % 2:
+            raise ValueError(f"rotary embedding needs an even head_dim, got {self.attention_head_dim}")
+        if self.rope_base and (self.rotary_dim % 2 or not self.rotary_dim):
+            raise ValueError(
+                f"model.rope_fraction = {self.rope_fraction:g} of a head of {self.attention_head_dim} rotates"
+                f" {self.rotary_dim} elements, which are no pairs; choose a fraction that gives an even number"
+            )
+        if not self.rope_base and (self.rope_scaling.kind is not RopeScaling.none or self.rope_fraction != 1):
+            raise ValueError(
+                f"model.rope_scaling.kind={self.rope_scaling.kind.name} and model.rope_fraction ="
+                f" {self.rope_fraction:g} have no effect: model.rope_base = 0 is no position embedding"
             )
 
     def _check_mamba(self) -> None:
@@ -125,6 +151,11 @@ class ModelConfig:
     def attention_head_dim(self) -> int:
         """Width of an attention head."""
         return self.head_dim or self.hidden // self.num_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of an attention head that are rotated."""
+        return int(self.attention_head_dim * self.rope_fraction)
 
     @property
     def mamba_inner(self) -> int:

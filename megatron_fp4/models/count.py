@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.models.block import MIXERS, block_linears, model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
@@ -68,9 +69,23 @@ def _block_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
             label = f"{info.name}.{part}" if part else info.name
             sharded = 0 if info.column else 1
             parameters.append(ParameterInfo(f"{label}.weight", index, kind, (rows, info.in_features), sharded))
+    if "attention" in MIXERS[config.blocks[index]]:
+        parameters += _attention_parameters(index, config)
     if config.blocks[index] == "M":
         parameters += _mamba_parameters(index, config)
     return parameters
+
+
+def _attention_parameters(index: int, config: ModelConfig) -> Iterator[ParameterInfo]:
+    """What an attention has besides its projections."""
+    name, head_dim = f"blocks.{index}.attention", config.attention_head_dim
+    for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
+        if config.qkv_bias:
+            yield ParameterInfo(f"{name}.qkv.{part}.bias", index, "attention", (heads * head_dim,), 0)
+        if config.qk_norm is not QkNorm.none and part != "v":
+            full = config.qk_norm is QkNorm.full
+            size, sharded = (heads * head_dim, 0) if full else (head_dim, None)
+            yield ParameterInfo(f"{name}.{part}_norm.weight", index, "norms", (size,), sharded)
 
 
 def _mamba_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
@@ -138,12 +153,14 @@ class Flops:
 def count_flops(config: ModelConfig, seq_length: int, *, causal: bool = True) -> Flops:
     """FLOPs per token at `seq_length`.
 
-    causal: count the (seq_length + 1) / 2 keys that a token attends to on average; otherwise all of them, which is what
+    causal: count the keys that a token attends to on average, (seq_length + 1) / 2 without a sliding window; otherwise
+    all of them, which is what
     a kernel without causal skipping, and torch's counter, see. Documents kept apart attend to fewer; that depends on
     the data and is left out. The scan is the one of layers/mamba/ssd.py: its chunks are dense.
     """
     linears = {info.name: 2.0 * info.in_features * info.out_features for info in model_linears(config)}
-    keys = (seq_length + 1) / 2 if causal else seq_length
+    window = min(config.sliding_window or seq_length, seq_length)
+    keys = window - window * (window - 1) / (2 * seq_length) if causal else seq_length
     attention_blocks = sum("attention" in MIXERS[letter] for letter in config.blocks)
     attention = attention_blocks * 4.0 * config.num_heads * config.attention_head_dim * keys
     mamba_blocks = config.blocks.count("M")

@@ -14,9 +14,11 @@ tied embeddings, gating, documents, dropout), not per size. So kinds are kept an
     learning    the rate is constant, at most 1e-4: larger steps amplify rounding, not bugs
     kernels     torch's, whatever the run uses: the layouts are tried on CPUs
     overlap     `auto` is on, as on GPUs; buckets are small enough that several leave during a backward
+    window      if there is one: 24 tokens, which hides some of every sample
+    rotation    half of each head where it is a part
 
-Kept as they are: activation, rotary base, tied embeddings, dropout, norm, initialisation, precision recipes (of the
-first phase), the rest of the optimizer, document handling, recompute.
+Kept as they are: activation, rotary base and scaling, QK-norm, biases, tied embeddings, dropout, norm and its place,
+initialisation, precision recipes (of the first phase), the rest of the optimizer, document handling, recompute.
 """
 
 from __future__ import annotations
@@ -115,6 +117,8 @@ def _small_model(full: ModelConfig, picked: list[int], by: _Divisors, *, quantiz
         num_kv_heads=kv_heads,
         num_heads=kv_heads * min(2, full.num_heads // full.num_kv_heads),
         head_dim=unit,
+        rope_fraction=0.5 if full.rope_fraction < 1 else 1.0,
+        sliding_window=min(full.sliding_window, 24),
         vocab_size=unit * tp * 2 if quantized_head else max(DEFAULT_VOCABULARY, tp),
         mamba_num_heads=math.lcm(unit * tp, groups) if full.mamba_num_heads else 0,
         mamba_head_dim=4,

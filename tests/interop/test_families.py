@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,14 @@ from megatron_fp4.interop.logical import read_logical, write_logical
 from megatron_fp4.interop.write import rounded
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.parameter import initialize_parameters
+from megatron_fp4.layers.qk_norm import QkNorm
+from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import model_parameters
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.models.foreign.config import transformers_config
 from megatron_fp4.models.foreign.families import Family, family_of, from_transformers, to_transformers
+from megatron_fp4.models.foreign.read_config import parse_config
 from tests.models.test_count import ODD_HYBRID, load, make_decoder
 
 BF16 = torch.bfloat16
@@ -34,12 +38,24 @@ SWIGLU = ModelConfig(
     rope_base=5000.0,
     norm_eps=1e-4,
 )
+LLAMA3 = RopeScalingConfig(RopeScaling.llama3, factor=8.0, original_length=64)
+YARN = RopeScalingConfig(RopeScaling.yarn, factor=4.0, original_length=64, beta_fast=4.0)
 MODELS = {
     "nemotron_h": HYBRID,
     "llama": SWIGLU,
     "llama tied": replace(SWIGLU, tied_embeddings=True),
-    "arcee": replace(SWIGLU, activation=Activation.squared_relu),
+    "llama 3.1": replace(SWIGLU, rope_scaling=LLAMA3),
+    "llama linear": replace(SWIGLU, rope_scaling=RopeScalingConfig(RopeScaling.linear, factor=2.5)),
+    "llama yarn": replace(SWIGLU, rope_scaling=YARN),
+    "mistral": replace(SWIGLU, sliding_window=5),
+    "qwen2": replace(SWIGLU, qkv_bias=True, tied_embeddings=True),
+    "qwen2 window": replace(SWIGLU, qkv_bias=True, sliding_window=5),
+    "qwen3": replace(SWIGLU, qk_norm=QkNorm.head, rope_scaling=replace(YARN, truncate=False, attention_factor=1.2)),
+    "olmo2": replace(SWIGLU, qk_norm=QkNorm.full, post_norm=True),
+    "phi3": replace(SWIGLU, head_dim=8, rope_fraction=0.75, sliding_window=5),
+    "arcee": replace(SWIGLU, activation=Activation.squared_relu, rope_scaling=YARN),
 }
+FAMILIES = {name: Family(name.split()[0]) for name in MODELS}
 
 
 def theirs(config: ModelConfig) -> Any:
@@ -111,6 +127,19 @@ def test_there_and_back_changes_no_bit(name: str) -> None:
     assert all(torch.equal(back[key], logical[key]) for key in logical)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_config_json_is_read_as_it_is_written(name: str) -> None:
+    """By us, and by transformers, which puts its own defaults and names beside ours."""
+    config = replace(MODELS[name], head_dim=MODELS[name].attention_head_dim)
+    values = transformers_config(config, seq_length=64)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(**values)
+    for source in (values, json.loads(json.dumps(values)), theirs.to_dict(), json.loads(theirs.to_json_string())):
+        foreign = parse_config(source)
+        assert foreign.family is FAMILIES[name]
+        assert replace(foreign.config, scale_residual_init=config.scale_residual_init) == config
+
+
 def test_full_size_shapes_are_those_of_the_class() -> None:
     """The 12B on the meta device: a public checkpoint of it would load."""
     config = load("nemotron_h_12b")
@@ -144,7 +173,9 @@ def test_errors_name_the_tensor() -> None:
 
 def test_families() -> None:
     """What no class of transformers computes is refused instead of exported to something else."""
-    assert [family_of(MODELS[name]) for name in ("nemotron_h", "llama", "arcee")] == list(Family)
-    for config in (ODD_HYBRID, replace(HYBRID, rope_base=1e4), replace(SWIGLU, rope_base=0.0)):
+    assert {name: family_of(config) for name, config in MODELS.items()} == FAMILIES
+    assert set(FAMILIES.values()) == set(Family)
+    windowed = replace(MODELS["olmo2"], sliding_window=5)
+    for config in (ODD_HYBRID, replace(HYBRID, rope_base=1e4), replace(SWIGLU, rope_base=0.0), windowed):
         with pytest.raises(ValueError, match="no architecture of transformers"):
             family_of(config)

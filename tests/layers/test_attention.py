@@ -10,8 +10,13 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.attention import attend, document_mask
-from megatron_fp4.layers.context_parallel import context_parallel_attention, in_sequence_order, zigzag_index
-from megatron_fp4.layers.rope import apply_rope, rope_angles
+from megatron_fp4.layers.context_parallel import (
+    causal_mask,
+    context_parallel_attention,
+    in_sequence_order,
+    zigzag_index,
+)
+from megatron_fp4.layers.rope import RopeScalingConfig, apply_rope, rope_angles, rope_frequencies
 from tests.helpers.distributed import run_distributed, world_group
 
 B, S, H, G, E = 2, 16, 4, 2, 8
@@ -26,14 +31,18 @@ def documents() -> Tensor:
     return torch.tensor([[0] * 5 + [1] * 11, [0] * 16])
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None) -> Tensor:
+WINDOW = 5
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int = S) -> Tensor:
     """Softmax attention written out, one query at a time."""
     out = torch.zeros(B, S, H, E, dtype=torch.float64)
     for b in range(B):
         for h in range(H):
             g = h // (H // G)
             for s in range(S):
-                allowed = [j for j in range(s + 1) if docs is None or docs[b, j] == docs[b, s]]
+                near = range(max(0, s + 1 - window), s + 1)
+                allowed = [j for j in near if docs is None or docs[b, j] == docs[b, s]]
                 weights = (k[b, allowed, g] @ q[b, s, h] / math.sqrt(E)).softmax(0)
                 out[b, s, h] = weights @ v[b, allowed, g]
     return out
@@ -45,29 +54,35 @@ def test_causal_and_documents_against_the_written_out_sum() -> None:
     causal = torch.ones(S, S, dtype=torch.bool).tril()
     mask = document_mask(documents(), documents()) & causal
     torch.testing.assert_close(attend(q, k, v, mask), oracle(q, k, v, documents()))
+    near = causal_mask(S, S, WINDOW, q.device)
+    torch.testing.assert_close(attend(q, k, v, near), oracle(q, k, v, None, WINDOW))
 
 
 def _rings(rank: int, world_size: int) -> list[tuple[Tensor, list[Tensor]]]:
     cp = world_group(rank, world_size)
-    return [_ring(cp, apart) for apart in (False, True)]
+    return [_ring(cp, *case) for case in RINGS]
 
 
-def _ring(cp: Group, apart: bool) -> tuple[Tensor, list[Tensor]]:
+RINGS = [(False, 0), (True, 0), (False, WINDOW), (True, WINDOW)]
+"""Documents kept apart, and a sliding window, 0 for none."""
+
+
+def _ring(cp: Group, apart: bool, window: int) -> tuple[Tensor, list[Tensor]]:
     columns = zigzag_index(S, cp)
     q, k, v = (x[:, columns].clone().requires_grad_() for x in qkv())
-    out = context_parallel_attention(q, k, v, documents()[:, columns] if apart else None, cp)
+    out = context_parallel_attention(q, k, v, documents()[:, columns] if apart else None, cp, window)
     (out * torch.arange(S, dtype=torch.float64)[columns][None, :, None, None]).sum().backward()
     return out.detach(), [x.grad for x in (q, k, v) if x.grad is not None]
 
 
 def test_context_parallel_equals_one_rank() -> None:
     ranks = run_distributed(_rings, 2)
-    for apart in (False, True):
+    for number, (apart, window) in enumerate(RINGS):
         q, k, v = (x.requires_grad_() for x in qkv())
-        expected = oracle(q, k, v, documents() if apart else None)
+        expected = oracle(q, k, v, documents() if apart else None, window or S)
         (expected * torch.arange(S, dtype=torch.float64)[None, :, None, None]).sum().backward()
         for rank, results in enumerate(ranks):
-            out, grads = results[apart]
+            out, grads = results[number]
             columns = zigzag_index(S, Group("cp", (0, 1), rank, object()))  # type: ignore[arg-type]
             torch.testing.assert_close(out, expected[:, columns].detach())
             for name, grad, whole in zip("qkv", grads, (q, k, v), strict=True):
@@ -88,9 +103,11 @@ def test_zigzag_gives_every_rank_the_same_causal_work() -> None:
 def test_rope_turns_by_position_only() -> None:
     positions = torch.arange(S)[None]
     x = torch.randn(1, S, 1, E, generator=torch.Generator().manual_seed(2))
-    turned = apply_rope(x, rope_angles(positions, E, 10000.0))
+    turned = apply_rope(x, rope_angles(positions, rope_frequencies(E, 10000.0, RopeScalingConfig())))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(turned[:, 0], x[:, 0])
-    same = apply_rope(x[:, :1].expand(-1, S, -1, -1), rope_angles(positions, E, 10000.0))[0, :, 0]
+    same = apply_rope(
+        x[:, :1].expand(-1, S, -1, -1), rope_angles(positions, rope_frequencies(E, 10000.0, RopeScalingConfig()))
+    )[0, :, 0]
     products = same @ same.T
     torch.testing.assert_close(products.diagonal(1), products.diagonal(1)[:1].expand(S - 1), rtol=1e-4, atol=1e-4)

@@ -17,6 +17,7 @@ from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.parameter import initialize_parameters
+from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import (
     by_kind,
@@ -49,6 +50,9 @@ ODD_HYBRID = ModelConfig(
 )
 """Nothing equals anything else, so a term with the wrong size cannot hide."""
 
+FEATURES = replace(ODD_HYBRID, qkv_bias=True, qk_norm=QkNorm.full, post_norm=True, sliding_window=9)
+"""What an attention may have beside its projections."""
+
 
 def load(name: str) -> ModelConfig:
     values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
@@ -59,6 +63,14 @@ def load(name: str) -> ModelConfig:
 
 def make_decoder(config: ModelConfig, device: str, dtype: torch.dtype = torch.float32) -> Decoder:
     return Decoder(config, lab(device=device, dtype=dtype), whole_model(config))
+
+
+def first_of(config: ModelConfig, tp_size: int) -> Decoder:
+    """The first tensor-parallel rank's part, on the meta device."""
+    tp = Group("tp", tuple(range(tp_size)), 0, object())  # type: ignore[arg-type]
+    mesh = replace(ParallelMesh.single_process(), tp=tp, tp_cp=tp)
+    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), torch.bfloat16, torch.device("meta"))
+    return Decoder(config, context, whole_model(config))
 
 
 def logical_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
@@ -75,6 +87,23 @@ def test_known_totals_and_the_real_model(name: str, billions: float) -> None:
     parameters = model_parameters(config)
     assert sum(p.numel for p in parameters) / 1e9 == pytest.approx(billions, rel=1e-3)
     assert {p.name: p.shape for p in parameters} == logical_shapes(make_decoder(config, "meta"))
+
+
+@pytest.mark.parametrize("kind", [QkNorm.head, QkNorm.full])
+def test_biases_and_norms_of_an_attention(kind: QkNorm) -> None:
+    config = replace(FEATURES, qk_norm=kind)
+    assert {p.name: p.shape for p in model_parameters(config)} == logical_shapes(make_decoder(config, "meta"))
+    config = replace(config, ffn_hidden=81)
+    assert sum(by_kind(model_parameters(config), tp=3).values()) == sum(
+        p.numel() for p in first_of(config, 3).parameters()
+    )
+
+
+def test_a_window_costs_the_keys_that_are_seen() -> None:
+    seen = sum(min(position + 1, 9) for position in range(21)) / 21
+    whole, window = (count_flops(config, 21).attention for config in (ODD_HYBRID, FEATURES))
+    assert window / whole == pytest.approx(seen / 11)
+    assert count_flops(FEATURES, 8).attention == count_flops(ODD_HYBRID, 8).attention
 
 
 def test_exact_total_of_the_12b() -> None:
@@ -132,10 +161,7 @@ def test_local_sizes() -> None:
 def test_local_sizes_are_those_of_the_modules(name: str) -> None:
     """The first of eight tensor-parallel ranks, on the meta device; an uneven vocabulary gives it the remainder."""
     config = replace(load(name), vocab_size=131073)
-    tp = Group("tp", tuple(range(8)), 0, object())  # type: ignore[arg-type]
-    mesh = replace(ParallelMesh.single_process(), tp=tp, tp_cp=tp)
-    context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), torch.bfloat16, torch.device("meta"))
-    model = Decoder(config, context, whole_model(config))
+    model = first_of(config, 8)
     assert sum(by_kind(model_parameters(config), tp=8).values()) == sum(p.numel() for p in model.parameters())
 
 

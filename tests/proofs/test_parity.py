@@ -10,6 +10,8 @@ import pytest
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.layers.qk_norm import QkNorm
+from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim import Overlap
 from megatron_fp4.proofs.distance import Comparison, compare, worst
@@ -101,6 +103,23 @@ def test_hybrid_model() -> None:
     references = alone(case)
     for layout in ("tp2", "cp2", "tp2 pp2"):
         check([case], layout, references)
+
+
+def test_what_other_families_have() -> None:
+    """QK-norm of each head, whose weight is replicated, and over all heads, whose squares are summed over tp; biases,
+    norms behind the mixers, a window that chunks of the zig-zag cut, a part of each head rotated and stretched."""
+    common: dict[str, Any] = {
+        "seq_length": 64,
+        "qkv_bias": True,
+        "sliding_window": 24,
+        "rope_fraction": 0.5,
+        "rope_scaling": RopeScalingConfig(RopeScaling.llama3, factor=4.0, original_length=64),
+    }
+    head = parity_case(**common, qk_norm=QkNorm.head, reset_documents=True)
+    full = parity_case(**common, qk_norm=QkNorm.full, post_norm=True, train={"recompute": Recompute.selective})
+    references = alone(head, full)
+    for layout in ("tp2 cp2", "pp2:zbv"):
+        check([head, full], layout, references)
 
 
 # -- features that frameworks got wrong -------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_fp4.layers.rope import RopeScaling
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.foreign.families import Family, family_of
 
@@ -27,16 +28,10 @@ def transformers_config(config: ModelConfig, *, seq_length: int) -> dict[str, An
         "max_position_embeddings": seq_length,
     }
     if family is not Family.nemotron_h:
-        name = "LlamaForCausalLM" if family is Family.llama else "ArceeForCausalLM"
-        return values | {
-            "architectures": [name],
-            "num_hidden_layers": config.num_layers,
-            "rms_norm_eps": config.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        }
+        return values | _transformer_values(config, family, seq_length)
     kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
     return values | {
-        "architectures": ["NemotronHForCausalLM"],
+        "architectures": [CLASS_NAMES[family]],
         "layers_block_type": [kinds[letter] for letter in config.blocks],
         "layer_norm_epsilon": config.norm_eps,
         "mamba_num_heads": config.mamba_num_heads,
@@ -49,3 +44,58 @@ def transformers_config(config: ModelConfig, *, seq_length: int) -> dict[str, An
         # would change the logits. Not 0: its initialization takes the logarithm.
         "time_step_min": 1e-30,
     }
+
+
+CLASS_NAMES = {
+    Family.nemotron_h: "NemotronHForCausalLM",
+    Family.llama: "LlamaForCausalLM",
+    Family.mistral: "MistralForCausalLM",
+    Family.qwen2: "Qwen2ForCausalLM",
+    Family.qwen3: "Qwen3ForCausalLM",
+    Family.olmo2: "Olmo2ForCausalLM",
+    Family.phi3: "Phi3ForCausalLM",
+    Family.arcee: "ArceeForCausalLM",
+}
+
+
+def _transformer_values(config: ModelConfig, family: Family, seq_length: int) -> dict[str, Any]:
+    """What config.json says of a model of T blocks."""
+    window = config.sliding_window or None
+    values: dict[str, Any] = {
+        "architectures": [CLASS_NAMES[family]],
+        "hidden_act": "relu2" if family is Family.arcee else "silu",
+        "num_hidden_layers": config.num_layers,
+        "pad_token_id": None,  # the class of Phi 3 has one that a smaller vocabulary has not
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope_parameters(config),
+    }
+    if family in (Family.mistral, Family.phi3):
+        values["sliding_window"] = window
+    if family in (Family.qwen2, Family.qwen3):
+        kind = "sliding_attention" if window else "full_attention"
+        values |= {"use_sliding_window": bool(window), "sliding_window": window, "max_window_layers": 0}
+        values["layer_types"] = [kind] * config.num_layers
+    if config.rope_scaling.original_length:
+        longest = int(config.rope_scaling.original_length * config.rope_scaling.factor)
+        values["max_position_embeddings"] = max(seq_length, longest)
+    return values
+
+
+def rope_parameters(config: ModelConfig) -> dict[str, Any]:
+    """`rope_parameters` of config.json."""
+    scaling, kind = config.rope_scaling, config.rope_scaling.kind
+    values: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    if config.rope_fraction < 1:
+        values["partial_rotary_factor"] = config.rope_fraction
+    if kind is RopeScaling.none:
+        return values
+    values |= {"rope_type": kind.name, "factor": scaling.factor}
+    if kind is not RopeScaling.linear:
+        values["original_max_position_embeddings"] = scaling.original_length
+    if kind is RopeScaling.llama3:
+        values |= {"low_freq_factor": scaling.low_frequency, "high_freq_factor": scaling.high_frequency}
+    if kind is RopeScaling.yarn:
+        values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+        if scaling.attention_factor:
+            values["attention_factor"] = scaling.attention_factor
+    return values

@@ -5,7 +5,12 @@ configuration, and the list is read both ways. Logical tensors are whole: parall
 
     nemotron_h   patterns of M, * and -, squared ReLU, no position embedding
     llama        transformer blocks with RoPE and SwiGLU
-    arcee        transformer blocks with RoPE and squared ReLU
+    mistral      a sliding window                        (what each has beside llama)
+    qwen2        biases of queries, keys and values
+    qwen3        QK-norm of each head
+    olmo2        QK-norm over all heads, norms behind the mixers
+    phi3         a part of each head rotated; fused names
+    arcee        squared ReLU
 
 Written for transformers 5.23, which is not imported.
 
@@ -15,13 +20,15 @@ Not here: config.json (config.py), the parameters of a model in memory (interop/
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
 from torch import Tensor
 
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.layers.qk_norm import QkNorm
+from megatron_fp4.layers.rope import RopeScaling
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import model_parameters
@@ -32,6 +39,11 @@ class Family(Enum):
 
     nemotron_h = "nemotron_h"
     llama = "llama"
+    mistral = "mistral"
+    qwen2 = "qwen2"
+    qwen3 = "qwen3"
+    olmo2 = "olmo2"
+    phi3 = "phi3"
     arcee = "arcee"
 
 
@@ -57,25 +69,67 @@ TRANSFORMER_NAMES = FamilyNames(
     norms={"attention": "input_layernorm", "mlp": "post_attention_layernorm"},
     mixers={"attention": "self_attn", "mlp": "mlp"},
 )
-NAMES = {
-    Family.nemotron_h: HYBRID_NAMES,
-    Family.llama: TRANSFORMER_NAMES,
-    Family.arcee: TRANSFORMER_NAMES,
+POST_NORM_NAMES = replace(
+    TRANSFORMER_NAMES, norms={"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+)
+NAMES = {Family.nemotron_h: HYBRID_NAMES, Family.olmo2: POST_NORM_NAMES}
+"""Of the others, TRANSFORMER_NAMES."""
+
+
+@dataclass(frozen=True)
+class FamilyFeatures:
+    """What a family computes beside transformer blocks with RoPE. needs: always. may: where its config.json says so."""
+
+    needs: frozenset[str]
+    may: frozenset[str] = frozenset()
+
+    def fit(self, features: set[str]) -> bool:
+        return self.needs <= features <= self.needs | self.may
+
+
+WINDOW = "sliding_window > 0"
+SCALED = "rope_scaling"
+FEATURES = {
+    Family.llama: FamilyFeatures(frozenset(), frozenset({SCALED})),
+    Family.mistral: FamilyFeatures(frozenset({WINDOW}), frozenset({SCALED})),
+    Family.qwen2: FamilyFeatures(frozenset({"qkv_bias=true"}), frozenset({WINDOW, SCALED})),
+    Family.qwen3: FamilyFeatures(frozenset({"qk_norm=head"}), frozenset({WINDOW, SCALED})),
+    Family.olmo2: FamilyFeatures(frozenset({"qk_norm=full", "post_norm=true"}), frozenset({SCALED})),
+    Family.phi3: FamilyFeatures(frozenset({"rope_fraction < 1"}), frozenset({WINDOW})),
+    Family.arcee: FamilyFeatures(frozenset({"activation=squared_relu"}), frozenset({SCALED})),
 }
+
+
+def features_of(config: ModelConfig) -> set[str]:
+    """What a model has beside transformer blocks with RoPE and SwiGLU, as settings."""
+    present = {
+        "activation=squared_relu": config.activation is Activation.squared_relu,
+        WINDOW: bool(config.sliding_window),
+        SCALED: config.rope_scaling.kind is not RopeScaling.none,
+        "rope_fraction < 1": config.rope_fraction < 1,
+        "qkv_bias=true": config.qkv_bias,
+        f"qk_norm={config.qk_norm.name}": config.qk_norm is not QkNorm.none,
+        "post_norm=true": config.post_norm,
+    }
+    return {feature for feature, has in present.items() if has}
 
 
 def family_of(config: ModelConfig) -> Family:
     """The architecture of transformers that computes the same. Raises ValueError with what stands in the way."""
-    squared = config.activation is Activation.squared_relu
+    features = features_of(config)
     if set(config.blocks) == {"T"} and config.rope_base:
-        return Family.arcee if squared else Family.llama
-    if "T" not in config.blocks and squared and not config.rope_base and not config.tied_embeddings:
+        for family, known in FEATURES.items():
+            if known.fit(features):
+                return family
+    hybrid = "T" not in config.blocks and features == {"activation=squared_relu"}
+    if hybrid and not config.rope_base and not config.tied_embeddings:
         return Family.nemotron_h
+    listed = "; ".join(f"{family.value}: {' and '.join(sorted(f.needs)) or 'swiglu'}" for family, f in FEATURES.items())
     raise ValueError(
         f"no architecture of transformers computes pattern {config.pattern or 'T' * config.num_layers!r} with"
-        f" activation={config.activation.name}, rope_base={config.rope_base:g}, tied_embeddings="
-        f"{config.tied_embeddings}: T blocks need rope_base > 0 (llama, arcee); M, * and - need squared_relu,"
-        " rope_base = 0 and an untied head (nemotron_h)"
+        f" rope_base={config.rope_base:g}, tied_embeddings={config.tied_embeddings} and"
+        f" {', '.join(sorted(features)) or 'nothing else'}: T blocks need rope_base > 0 and one of these ({listed}); M,"
+        " * and - need squared_relu, rope_base = 0 and an untied head (nemotron_h)"
     )
 
 
@@ -114,15 +168,16 @@ class JoinedTensor:
         return dict(zip(self.parts, pieces, strict=True))
 
 
-def joined_tensors(config: ModelConfig) -> Iterator[JoinedTensor]:
-    """All tensors of the model, in the names of both sides."""
-    names = NAMES[family_of(config)]
+def joined_tensors(config: ModelConfig, family: Family | None = None) -> Iterator[JoinedTensor]:
+    """All tensors of the model, in the names of both sides. family: whose names; None for that of `family_of`."""
+    family = family or family_of(config)
+    names = NAMES.get(family, TRANSFORMER_NAMES)
     yield JoinedTensor(f"model.{names.embedding}.weight", ("embedding.weight",))
     for index, letter in enumerate(config.blocks):
         for kind in MIXERS[letter]:
             ours, theirs = f"blocks.{index}.{kind}", f"model.layers.{index}"
             yield JoinedTensor(f"{theirs}.{names.norms[kind]}.weight", (f"{ours}_norm.weight",))
-            for name, parts in _mixer_tensors(kind, config).items():
+            for name, parts in _mixer_tensors(kind, config, fused=family is Family.phi3).items():
                 joined = tuple(f"{ours}.{part}" for part in parts)
                 yield JoinedTensor(f"{theirs}.{names.mixers[kind]}.{name}", joined, name == "conv1d.weight")
     yield JoinedTensor(f"model.{names.final_norm}.weight", ("final_norm.weight",))
@@ -130,15 +185,21 @@ def joined_tensors(config: ModelConfig) -> Iterator[JoinedTensor]:
         yield JoinedTensor("lm_head.weight", ("head.weight",))
 
 
-def _mixer_tensors(kind: str, config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """The tensors of a mixer in transformers, and what is joined in each; names within the mixer, the same for all."""
+def _mixer_tensors(kind: str, config: ModelConfig, *, fused: bool) -> dict[str, tuple[str, ...]]:
+    """The tensors of a mixer in transformers, and what is joined in each; names within the mixer.
+
+    fused: one tensor for q, k and v, and one for gate and up.
+    """
     if kind == "attention":
-        projections = {f"{part}_proj.weight": (f"qkv.{part}.weight",) for part in "qkv"}
-        return {**projections, "o_proj.weight": ("out.weight",)}
+        return _attention_tensors(config, fused=fused)
     if kind == "mlp":
-        swiglu = {"gate_proj.weight": ("gate_up.gate.weight",), "up_proj.weight": ("gate_up.up.weight",)}
-        ups = swiglu if config.activation is Activation.swiglu else {"up_proj.weight": ("up.weight",)}
-        return {**ups, "down_proj.weight": ("down.weight",)}
+        if config.activation is not Activation.swiglu:
+            return {"up_proj.weight": ("up.weight",), "down_proj.weight": ("down.weight",)}
+        gate, up = "gate_up.gate.weight", "gate_up.up.weight"
+        down: dict[str, tuple[str, ...]] = {"down_proj.weight": ("down.weight",)}
+        if fused:
+            return {"gate_up_proj.weight": (gate, up), **down}
+        return {"gate_proj.weight": (gate,), "up_proj.weight": (up,), **down}
     return {
         "in_proj.weight": tuple(f"in_proj.{part}.weight" for part in ("z", "x", "B", "C", "dt")),
         "conv1d.weight": tuple(f"conv.{part}.weight" for part in "xBC"),
@@ -151,6 +212,16 @@ def _mixer_tensors(kind: str, config: ModelConfig) -> dict[str, tuple[str, ...]]
     }
 
 
+def _attention_tensors(config: ModelConfig, *, fused: bool) -> dict[str, tuple[str, ...]]:
+    tensors: dict[str, tuple[str, ...]] = {"o_proj.weight": ("out.weight",)}
+    for leaf in ("weight", "bias") if config.qkv_bias else ("weight",):
+        parts = {f"{part}_proj.{leaf}": (f"qkv.{part}.{leaf}",) for part in "qkv"}
+        tensors |= {f"qkv_proj.{leaf}": tuple(part for one in parts.values() for part in one)} if fused else parts
+    if config.qk_norm is not QkNorm.none:
+        tensors |= {f"{part}_norm.weight": (f"{part}_norm.weight",) for part in "qk"}
+    return tensors
+
+
 def to_transformers(config: ModelConfig, logical: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole logical tensors -> a state dict of transformers. Raises ValueError for a missing tensor or wrong shape."""
     for parameter in model_parameters(config):
@@ -158,7 +229,9 @@ def to_transformers(config: ModelConfig, logical: Mapping[str, Tensor]) -> dict[
     return {joined.name: joined.join(logical) for joined in joined_tensors(config)}
 
 
-def from_transformers(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_transformers(
+    config: ModelConfig, state: Mapping[str, Tensor], family: Family | None = None
+) -> dict[str, Tensor]:
     """A state dict of transformers (also with the older prefix `backbone.`) -> whole logical tensors.
 
     Raises ValueError for a missing tensor, a wrong shape, or tensors that the configuration has no place for.
@@ -167,7 +240,7 @@ def from_transformers(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[
     shapes = {parameter.name: parameter.shape for parameter in model_parameters(config)}
     logical: dict[str, Tensor] = {}
     without_place = set(state)
-    for joined in joined_tensors(config):
+    for joined in joined_tensors(config, family):
         logical |= joined.split(state, shapes)
         without_place.remove(joined.name)
     if config.tied_embeddings:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.optim.config import Schedule
 from megatron_fp4.optim.lr import decay_tokens
@@ -20,7 +21,19 @@ from megatron_fp4.settings import settings_of
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.sections import WandbMode
 
-ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "rope_base")
+ATTENTION = (
+    *("num_heads", "num_kv_heads", "head_dim", "rope_base", "rope_fraction", "qk_norm", "qkv_bias", "sliding_window"),
+    *(f"rope_scaling.{item.name}" for item in settings_of(RopeScalingConfig)),
+)
+ROPE_SCALING = {
+    RopeScaling.none: frozenset({"kind"}),
+    RopeScaling.linear: frozenset({"kind", "factor"}),
+    RopeScaling.llama3: frozenset({"kind", "factor", "original_length", "low_frequency", "high_frequency"}),
+    RopeScaling.yarn: frozenset(
+        {"kind", "factor", "original_length", "beta_fast", "beta_slow", "truncate", "attention_factor"}
+    ),
+}
+"""The settings of `model.rope_scaling` that each kind reads."""
 MLP = ("ffn_hidden", "activation")
 KERNEL = "mamba_kernel"
 SPIKES = ("window_steps", "min_steps", "max_skips", "max_rollbacks")
@@ -87,6 +100,10 @@ def _switched_off(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _without_block(model: ModelConfig) -> Iterator[tuple[str, str]]:
     mamba = [item.name for item in settings_of(ModelConfig) if item.name.startswith("mamba_") and item.name != KERNEL]
+    kind = model.rope_scaling.kind
+    for item in settings_of(RopeScalingConfig):
+        if item.name not in ROPE_SCALING[kind]:
+            yield f"model.rope_scaling.{item.name}", f"model.rope_scaling.kind={kind.name} does not read it"
     for letters, names, what in (("M", mamba, "Mamba-2"), ("T*", ATTENTION, "attention"), ("T-", MLP, "an MLP")):
         if not set(letters) & set(model.blocks):
             for name in names:
