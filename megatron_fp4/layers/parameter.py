@@ -7,6 +7,8 @@ starts from the same model. Parameters are made empty; `initialize_parameters` f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from megatron_fp4.comm.parameter import Initializer, LogicalParameter, logical_parameters
 from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.numerics.random import key_of, normal, uniform
+
+BLOCK = 2**24
+"""Elements that are drawn at once: a normal one needs 28 bytes while it is drawn, in FP64."""
 
 
 def make_parameter(
@@ -70,8 +75,19 @@ def constant_init(value: float) -> Initializer:
 
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of `model`; the values do not depend on the parallel layout."""
+    """Fill every parameter of `model`; the values depend neither on the parallel layout nor on the blocks."""
     for parameter in logical_parameters(model):
+        assert parameter.initializer is not None, f"{parameter.placement.rectangles}: nothing says how it is filled"
         for rows, where in parameter.placement.pieces():
-            assert parameter.initializer is not None, f"{where.name}: nothing says how it is filled"
-            parameter[rows] = parameter.initializer(seed, where, parameter.device).to(parameter.dtype)
+            for start, block in _row_blocks(where):
+                first = rows.start + start
+                values = parameter.initializer(seed, block, parameter.device)
+                parameter[first : first + block.shape[0]] = values.to(parameter.dtype)
+
+
+def _row_blocks(where: Rectangle) -> Iterator[tuple[int, Rectangle]]:
+    """Blocks of consecutive rows of at most `BLOCK` elements, or one row, each with its first row in `where`."""
+    num_rows = max(1, BLOCK // math.prod(where.shape[1:]))
+    for start in range(0, where.shape[0], num_rows):
+        shape = (min(num_rows, where.shape[0] - start), *where.shape[1:])
+        yield start, replace(where, offset=(where.offset[0] + start, *where.offset[1:]), shape=shape)
