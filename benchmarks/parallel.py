@@ -179,7 +179,7 @@ def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches:
         stages,
         [queue.take for queue in queues if queue is not None],
         lambda output, labels, scale: output.sum() * scale,
-        StageShapes((1, 8), (8, 8), (8, 8), torch.float32),
+        StageShapes((1, 8), (8, 8), torch.float32),
         parallel,
         mesh.pp,
         process.device,

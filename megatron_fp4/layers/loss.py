@@ -4,21 +4,28 @@ The softmax needs two messages from the other ranks, the largest logit of each t
 logit of the label), so the logits themselves never travel. Exponentials are in FP32 whatever the logits are, their sum
 in FP64, so that the number of shards does not show in it.
 
+The logits are the largest tensor of a step, so of everything wider there is only a chunk of tokens at a time: the
+logits are kept as they are, their exponentials are computed a second time for the gradient, and the gradient is written
+over them. Whoever wants to read logits must do so before the backward pass.
+
 Not here: Transformer Engine's kernels, and the choice between them (fused/loss.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
+from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum, even_counts
 from megatron_fp4.comm.mesh import Group
 
 IGNORE = -100
 """Label of a position that is no target."""
+CHUNK = 2**24
+"""Logits of which there are FP32 and FP64 copies at once."""
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -32,36 +39,55 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits_TV: Tensor, labels_T: Tensor, first: int, vocab_size: int, smoothing: float, group: Group
     ) -> Tensor:
-        z_TV = logits_TV.float()
-        largest_T = all_reduce_max(z_TV.amax(dim=-1), group)
-        z_TV = z_TV - largest_T[:, None]
+        largest_T = all_reduce_max(logits_TV.amax(dim=-1).float(), group)
         is_target_T = labels_T != IGNORE
         local_T = labels_T - first
-        is_local_T = is_target_T & (local_T >= 0) & (local_T < z_TV.shape[-1])
-        index_T = local_T.clamp(0, z_TV.shape[-1] - 1)
-        label_logit_T = z_TV.gather(1, index_T[:, None])[:, 0].masked_fill(~is_local_T, 0.0)
-        total_T = z_TV.sum(-1, dtype=torch.float64) if smoothing else torch.zeros_like(label_logit_T).double()
-        exp_TV = z_TV.exp_()
-        parts = torch.stack([exp_TV.sum(-1, dtype=torch.float64), label_logit_T.double(), total_T])
+        is_local_T = is_target_T & (local_T >= 0) & (local_T < logits_TV.shape[-1])
+        index_T = local_T.clamp(0, logits_TV.shape[-1] - 1)
+        parts = torch.zeros(3, logits_TV.shape[0], dtype=torch.float64, device=logits_TV.device)
+        for rows in _chunks(logits_TV):
+            z_TV = _below_largest(logits_TV[rows], largest_T[rows])
+            parts[1, rows] = z_TV.gather(1, index_T[rows, None])[:, 0].masked_fill(~is_local_T[rows], 0.0)
+            if smoothing:
+                parts[2, rows] = z_TV.sum(-1, dtype=torch.float64)
+            parts[0, rows] = z_TV.exp_().sum(-1, dtype=torch.float64)
         sums = all_reduce_sum(parts, group).float()
         # a label that no rank has: without it, the loss of its token would be plausible, and its gradient too
         sums[0].masked_fill_(is_target_T & ((labels_T < 0) | (labels_T >= vocab_size)), float("nan"))
         loss_T = sums[0].log() - (1.0 - smoothing) * sums[1] - smoothing / vocab_size * sums[2]
-        ctx.save_for_backward(exp_TV.div_(sums[0][:, None]), index_T, is_local_T, is_target_T)
+        ctx.save_for_backward(logits_TV, largest_T, sums[0].clone(), index_T, is_local_T, is_target_T)
         ctx.smoothing = smoothing
         ctx.vocab_size = vocab_size
-        ctx.dtype = logits_TV.dtype
         return loss_T.masked_fill(~is_target_T, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (g_T,) = grads
-        softmax_TV, index_T, is_local_T, is_target_T = ctx.saved_tensors
-        dz_TV = softmax_TV - ctx.smoothing / ctx.vocab_size
-        rows = torch.arange(dz_TV.shape[0], device=dz_TV.device)
-        dz_TV[rows, index_T] -= (1.0 - ctx.smoothing) * is_local_T.float()
-        dz_TV *= (g_T * is_target_T)[:, None]
-        return dz_TV.to(ctx.dtype), None, None, None, None, None
+        logits_TV, largest_T, sum_T, index_T, is_local_T, is_target_T = ctx.saved_tensors
+        z_TV = logits_TV.detach()  # its version counter is shared: autograd refuses whoever kept the logits too
+        at_label_T = (1.0 - ctx.smoothing) * is_local_T.float()
+        factor_T = g_T * is_target_T
+        for rows in _chunks(logits_TV):
+            dz_TV = _below_largest(z_TV[rows], largest_T[rows]).exp_().div_(sum_T[rows, None])
+            if ctx.smoothing:
+                dz_TV.sub_(ctx.smoothing / ctx.vocab_size)
+            tokens_T = torch.arange(dz_TV.shape[0], device=dz_TV.device)
+            dz_TV[tokens_T, index_T[rows]] -= at_label_T[rows]
+            z_TV[rows] = dz_TV.mul_(factor_T[rows, None])
+        return z_TV, None, None, None, None, None
+
+
+def _chunks(logits_TV: Tensor) -> list[slice]:
+    """Tokens in parts of about `CHUNK` logits. Sixteen tokens at least: sums over one row are split between threads."""
+    num_tokens, columns = logits_TV.shape
+    counts = even_counts(num_tokens, -(-num_tokens // max(16, CHUNK // columns)))
+    stops = itertools.accumulate(counts)
+    return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+
+
+def _below_largest(logits_TV: Tensor, largest_T: Tensor) -> Tensor:
+    """How far each logit is below the largest of its token, FP32, a tensor of its own."""
+    return logits_TV.to(torch.float32, copy=True).sub_(largest_T[:, None])
 
 
 def vocab_parallel_cross_entropy(
@@ -69,7 +95,8 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """Loss of each token in nats, float32 `[T]`; 0 where the label is IGNORE, NaN where it is no id of the vocabulary.
 
-    logits_TV: `[T, V_local]`, this rank's vocabulary rows `[first, first + V_local)`. labels_T: int64, global ids.
+    logits_TV: `[T, V_local]`, this rank's vocabulary rows `[first, first + V_local)`; the backward pass overwrites them
+    by their gradient. labels_T: int64, global ids.
     """
     loss_T: Tensor = _VocabParallelCrossEntropy.apply(logits_TV, labels_T, first, vocab_size, smoothing, group)
     return loss_T

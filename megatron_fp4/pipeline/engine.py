@@ -9,6 +9,9 @@ bit for bit (torch 2.13):
     scale_grads=False       the caller normalises the loss
     one shape per engine    receive buffers are made once per number of microbatches
 
+A schedule keeps what a stage returns until its backward pass has ended, so the last stage returns its loss: logits
+would outlive their gradient.
+
 Evaluation does not go through a schedule: one microbatch passes through the stages, forward only.
 
 Not here: models, or what a GEMM is. The engine sees modules, shapes and callables; whether linears defer their weight
@@ -54,11 +57,10 @@ class Microbatch(Protocol):
 
 @dataclass(frozen=True)
 class StageShapes:
-    """Static shapes of a microbatch. hidden: `(T/tp, D)` between stages. output: logits, `(T, V/tp)`."""
+    """Static shapes of a microbatch. hidden: `(T/tp, D)` between stages, in `dtype`."""
 
     tokens: tuple[int, int]
     hidden: tuple[int, int]
-    output: tuple[int, int]
     dtype: torch.dtype
 
 
@@ -108,8 +110,8 @@ class PipelineEngine(Generic[Module]):
         before_last_backward(len(microbatches))
         losses: list[Tensor] = []
         first = (_joined(microbatches, "tokens"),) if 0 in self._numbers else ()
-        target = _joined(microbatches, "labels") if self.reports_loss else None
-        every_stage = {name: _joined(microbatches, name) for name in ("address", "positions", "documents")}
+        every_stage = {name: _joined(microbatches, name) for name in ("labels", "address", "positions", "documents")}
+        target = every_stage["labels"] if self.reports_loss else None  # torch asks for one where a loss is
         self._schedule.step(*first, target=target, losses=losses, return_outputs=False, **every_stage)
         total = torch.zeros((), device=self._device)
         for loss in losses:
@@ -160,26 +162,42 @@ class PipelineEngine(Generic[Module]):
         ]
         one_stage = rule.stages == 1 and not rule.and_more
         return rule.factory(
-            stages[0] if one_stage else stages, self._num_microbatches, loss_fn=self._scaled_loss, scale_grads=False
+            stages[0] if one_stage else stages, self._num_microbatches, loss_fn=_returned_loss, scale_grads=False
         )
 
     def _make_stage(self, number: int, module: nn.Module, take_wgrads: TakeWgrads | None) -> PipelineStage:
         shapes, last = self._shapes, number == self._last
 
-        def example(shape: tuple[int, ...]) -> Tensor:
-            return torch.empty(shape, dtype=shapes.dtype, device="meta", requires_grad=True)
-
         ids = torch.empty(shapes.tokens, dtype=torch.int64, device="meta")
+        hidden = torch.empty(shapes.hidden, dtype=shapes.dtype, device="meta", requires_grad=True)
+        loss = torch.empty((), device="meta", requires_grad=True)
         return PipelineStage(
-            module,
+            _ScheduledStage(module, self._scaled_loss if last else None),
             number,
             self._last + 1,
             self._device,
-            input_args=ids if number == 0 else example(shapes.hidden),
-            output_args=example(shapes.output if last else shapes.hidden),
+            input_args=ids if number == 0 else hidden,
+            output_args=loss if last else hidden,
             group=self._pp.process_group,
             dw_builder=take_wgrads,
         )
+
+
+class _ScheduledStage(nn.Module):
+    """A stage as the schedules see it. loss: of (output, labels), of the last stage, which returns it."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self._module = module
+        self._loss = loss
+
+    def forward(self, x: Tensor, labels: Tensor, address: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
+        output: Tensor = self._module(x, address, positions, documents)
+        return output if self._loss is None else self._loss(output, labels)
+
+
+def _returned_loss(loss: Tensor, labels: Tensor) -> Tensor:
+    return loss
 
 
 def _joined(microbatches: Sequence[Microbatch], name: str) -> Tensor:

@@ -22,7 +22,6 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import draw_mesh
 from megatron_fp4.layers.layer_context import LayerContext
@@ -103,16 +102,9 @@ def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettin
         later -= part.deferred
         peak = max(peak, kept + part.peak + later)
         kept += part.kept
-    output = 0 if stage.has_embedding and stage.has_head else _output_bytes(config, stage, settings)
-    return Footprint(kept + output, peak + output, sum(part.deferred for part in parts))
-
-
-def _output_bytes(config: ModelConfig, stage: StageRange, settings: RankSettings) -> int:
-    """What torch's pipeline keeps of a stage's result until its backward pass."""
-    rows, columns = settings.tokens // settings.tp, config.hidden
-    if stage.has_head:
-        rows, columns = settings.tokens, even_counts(config.vocab_size, settings.tp)[0]
-    return rows * columns * settings.dtype.itemsize
+    # torch's pipeline keeps what a stage sends on until its backward pass; the last one returns a number
+    sent = 0 if stage.has_head else settings.tokens // settings.tp * config.hidden * settings.dtype.itemsize
+    return Footprint(kept + sent, peak + sent, sum(part.deferred for part in parts))
 
 
 @functools.cache

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh, build_ends_group
-from megatron_fp4.layers.embedding import vocab_range
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.layers.parameter import initialize_parameters
@@ -116,10 +115,8 @@ def _wgrad_plan(config: RunConfig, device: torch.device) -> WgradPlan:
 
 def _shapes(config: RunConfig, mesh: ParallelMesh) -> StageShapes:
     B, S = config.train.micro_batch, config.data.seq_length // mesh.cp.size
-    first, stop = vocab_range(config.model.vocab_size, mesh.tp)
     return StageShapes(
         tokens=(B, S),
         hidden=(B * S // mesh.tp.size, config.model.hidden),
-        output=(B * S, stop - first),
         dtype=config.precision.compute_dtype.torch_dtype,
     )

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.layers import loss as loss_module
 from megatron_fp4.layers.loss import IGNORE, vocab_parallel_cross_entropy
+from megatron_fp4.planning.footprint import LiveBytes
 from tests.helpers.distributed import run_distributed, world_group
 
 TOKENS, VOCABULARY = 12, 101  # 101 is divisible by neither 2 nor 4
@@ -110,3 +112,49 @@ def test_sums_of_the_vocabulary_are_in_fp64() -> None:
     logits[0, 0] = 0.0
     loss = vocab_parallel_cross_entropy(logits, torch.tensor([0]), first=0, vocab_size=2**17 + 1, group=Group.single())
     assert loss.item() == pytest.approx(math.log1p(2.0**-9), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_chunks_of_tokens_change_no_bit(dtype: torch.dtype, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for chunk in (2**24, 2**10):
+        monkeypatch.setattr(loss_module, "CHUNK", chunk)
+        logits, labels = many_logits(dtype)
+        loss = vocab_parallel_cross_entropy(
+            logits, labels, first=0, vocab_size=MANY, group=Group.single(), smoothing=smoothing
+        )
+        (loss * torch.linspace(0.5, 2.0, len(loss))).sum().backward()
+        assert logits.grad is not None
+        results.append((loss.detach(), logits.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+MANY = 256
+
+
+def many_logits(dtype: torch.dtype, tokens: int = 259) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(3)
+    logits = (3 * torch.randn(tokens, MANY, generator=random)).to(dtype).requires_grad_()
+    labels = torch.randint(0, MANY, (tokens,), generator=random)
+    labels[100] = IGNORE
+    return logits, labels
+
+
+def test_nothing_but_the_logits_is_as_long_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP32 and FP64 of a chunk and some numbers a token; all at once it was 12 bytes a logit forward, 10 backward."""
+    monkeypatch.setattr(loss_module, "CHUNK", 2**13)
+    logits, labels = many_logits(torch.bfloat16, tokens=4096)
+    with LiveBytes() as live:
+        loss = vocab_parallel_cross_entropy(logits, labels, first=0, vocab_size=MANY, group=Group.single()).sum()
+        loss.backward()
+    assert live.peak < 16 * loss_module.CHUNK + 100 * len(labels) < 0.3 * logits.nbytes
+
+
+def test_who_kept_the_logits_is_refused_their_gradient() -> None:
+    logits, labels = many_logits(torch.float32)
+    squares = logits.square().sum()
+    loss = vocab_parallel_cross_entropy(logits, labels, first=0, vocab_size=MANY, group=Group.single()).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (squares + loss).backward()

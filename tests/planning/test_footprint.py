@@ -205,8 +205,8 @@ def test_what_a_gpu_keeps() -> None:
     weights = norms * hidden * 4  # ours are multiplied as FP32 copies
     assert kept - planned(by_te, on_gpu).kept == norms * tokens * hidden * (4 - 2) + weights
     fused = replace(config, loss_impl=LossImpl.te)
-    indices = tokens * (8 + 1 + 1)  # int64 labels and two masks of ours
-    assert kept - planned(fused, on_gpu).kept == tokens * 1024 * (4 - 2) + indices
+    ours = tokens * (4 + 4 + 8 + 1 + 1)  # the largest logit, the sum of exponentials, int64 labels and two masks
+    assert kept - planned(fused, on_gpu).kept == ours, "both keep the logits in BF16, ours and theirs a copy"
     coded = replace(on_gpu, backend=BackendName.transformer_engine)
     linears = [info for info in model_linears(config) if info.name != "head"]
     inputs = sum(info.in_features for info in linears) * tokens

@@ -220,7 +220,7 @@ def test_exit_codes_and_first_message(capsys: pytest.CaptureFixture[str]) -> Non
     paper = ["experiment=paper_12b_10t"]
     assert main(paper) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("THIS LAYOUT CANNOT RUN: 301 GB are 1.62 x the 186 GB of the GPU")
+    assert lines[0].startswith("THIS LAYOUT CANNOT RUN: 297 GB are 1.60 x the 186 GB of the GPU")
     assert [line.split()[0] for line in lines[2:5]] == [f"parallel={gpu}_12b_4096" for gpu in ("b200", "gb200", "h100")]
     assert main([*paper, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)

@@ -13,7 +13,8 @@ from megatron_fp4.layers.embedding import vocab_range
 from megatron_fp4.layers.loss import IGNORE, vocab_parallel_cross_entropy
 
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
-"""(logits_TV `[T, V_local]`, labels_T int64 `[T]` of global ids) -> loss of each token in nats, FP32 `[T]`."""
+"""(logits_TV `[T, V_local]`, labels_T int64 `[T]` of global ids) -> loss of each token in nats, FP32 `[T]`.
+Both implementations write the gradient over the logits."""
 
 
 class LossImpl(Enum):
