@@ -31,7 +31,7 @@ from megatron_fp4.checkpoint.pieces.read import read_into
 from megatron_fp4.checkpoint.pieces.stored import Description, StoredPieces, read_description
 from megatron_fp4.checkpoint.state import check_matches, shapes_of
 from megatron_fp4.comm import collectives
-from megatron_fp4.comm.agree import agreed, decided_by_rank0, errors_by_rank
+from megatron_fp4.comm.agree import MAX_LISTED, agreed, decided_by_rank0, listed_errors
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.storage.durable import Manifest, problem_of, share_of
@@ -39,6 +39,8 @@ from megatron_fp4.storage.patience import UnreadableFile
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+DAMAGED, UNREADABLE = 1, 2
+"""What a rank may say of files that it was to look at."""
 
 
 class CorruptCheckpoint(ValueError):
@@ -131,11 +133,13 @@ class CheckpointReader:
         except ValueError as error:
             damage = str(error)
         self._beat()
-        outcomes = collectives.all_gather_if_any((damage, unreadable), (None, None), self.group)
-        if texts := errors_by_rank([text for _, text in outcomes]):
-            raise UnreadableFile(texts)
-        if damages := dict.fromkeys(text for text, _ in outcomes if text):
-            raise CorruptCheckpoint("; ".join(damages))
+        kinds = collectives.gather_bytes(UNREADABLE if unreadable else DAMAGED if damage else 0, self.group)
+        if speakers := (kinds == UNREADABLE).nonzero().flatten().tolist()[:MAX_LISTED]:
+            texts = collectives.told_by(speakers, unreadable, self.group)
+            raise UnreadableFile(str(listed_errors(texts.items())))
+        if speakers := (kinds == DAMAGED).nonzero().flatten().tolist()[:MAX_LISTED]:
+            damages = collectives.told_by(speakers, damage, self.group).values()
+            raise CorruptCheckpoint("; ".join(dict.fromkeys(damages)))
         return cast(T, value)
 
     def _check_files(self, directory: Path, description: Description) -> None:

@@ -19,32 +19,15 @@ from megatron_fp4.checkpoint import commit
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.outcome import NotSaved, Saved, SaveFailed, SaveReport, SaveStatus
 from megatron_fp4.checkpoint.pieces.plan import SaveLayout, in_writing_order, layout_signature, plan_layout
+from megatron_fp4.checkpoint.proposal import SaveProposal, exchange_proposals
 from megatron_fp4.checkpoint.retention import discard_after
 from megatron_fp4.checkpoint.state import SaveContent, encode_meta, shapes_of
 from megatron_fp4.checkpoint.write import SaveInProgress, Staging
-from megatron_fp4.comm import collectives
-from megatron_fp4.comm.agree import decided_by_rank0, errors_by_rank
+from megatron_fp4.comm.agree import decided_by_rank0
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SaveProposal:
-    """What each rank says before a save, in the one message that all exchange.
-
-    previous: how the save before failed here. refusal: what is wrong with this rank's shards or meta. replan: its
-    layout is not the planned one. no_directory: why rank 0 could not make the directory.
-    """
-
-    previous: NotSaved | None = None
-    refusal: str | None = None
-    replan: bool = False
-    no_directory: str | None = None
-
-
-NOTHING_TO_REPORT = SaveProposal()
 
 
 @dataclass
@@ -125,23 +108,20 @@ class Saver:
                 directory.mkdir(parents=True)
             except OSError as caught:
                 no_directory = str(caught)
-        proposal = SaveProposal(previous, refusal, replan, no_directory)
-        proposals = collectives.all_gather_if_any(proposal, NOTHING_TO_REPORT, self.group)
+        agreed = exchange_proposals(SaveProposal(previous, refusal, replan, no_directory), self.group)
         try:
-            self._conclude([one.previous for one in proposals])
-            if error := errors_by_rank([one.refusal for one in proposals]):
-                raise ValueError(error)
+            self._conclude(agreed.previous)
+            if agreed.refusal:
+                raise ValueError(agreed.refusal)
             assert content is not None
-            if any(one.replan for one in proposals):  # once in a run
+            if agreed.replan:  # once in a run
                 self._layout = None
                 self._layout = plan_layout(content.shards, self.group)
         except (ValueError, SaveFailed):
             if self.group.rank == 0 and no_directory is None:
                 directory.rmdir()
             raise
-        if error := errors_by_rank([one.no_directory for one in proposals]):
-            return NotSaved(error)
-        return content
+        return NotSaved(agreed.no_directory) if agreed.no_directory else content
 
     def _content(self, shards: Sequence[Shard], small: dict[str, Any]) -> SaveContent:
         """Raises ValueError for shards that contradict each other and for what JSON cannot hold."""
@@ -179,15 +159,15 @@ class Saver:
         """Collective: wait for the running save on all ranks and agree on its outcome, which `poll` still reports."""
         if self.running is None:
             return None
-        return self._conclude(collectives.all_gather_if_any(self._wait_here(), None, self.group))
+        return self._conclude(exchange_proposals(SaveProposal(self._wait_here()), self.group).previous)
 
     def _wait_here(self) -> NotSaved | None:
         """Wait for this rank's share of the running save; how it failed, if it did."""
         outcome = self.running.progress.join() if self.running else None
         return outcome if isinstance(outcome, NotSaved) else None
 
-    def _conclude(self, failures: Sequence[NotSaved | None]) -> SaveReport | None:
-        """The outcome of the running save from the failures of all ranks; the same on all. Raises SaveFailed."""
+    def _conclude(self, failure: str | None) -> SaveReport | None:
+        """The outcome of the running save, which all ranks know; the same on all. Raises SaveFailed."""
         running = self.running
         if running is None:
             return None
@@ -196,10 +176,8 @@ class Saver:
             running.local.give_up()
             self._staging = Staging()  # the hung thread may still read the old buffers
         outcome = running.progress.join()
-        if failures[0]:  # what rank 0 says is what happened; the cause is known to those who failed by themselves
-            causes = [one.reason if one and not one.is_consequence else None for one in failures]
-            reasons = [one.reason if one else None for one in failures]
-            outcome = NotSaved(errors_by_rank(causes) or errors_by_rank(reasons) or "")
+        if failure is not None:
+            outcome = NotSaved(failure)
         elif isinstance(outcome, NotSaved):
             outcome = Saved(0)  # this rank was late to see that its part was taken
         report = running.report(outcome)

@@ -12,13 +12,15 @@ does that). Exit codes: 0 all checks passed, 1 one failed, 2 the command itself 
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
 from megatron_fp4.comm.bootstrap import Process, exit_process, start_process, stop_process
-from megatron_fp4.comm.collectives import all_gather_object
+from megatron_fp4.comm.collectives import tell_first
 from megatron_fp4.comm.launch import read_launch
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.planning.report import run_plan
 from megatron_fp4.proofs.checks import CheckResult
 from megatron_fp4.proofs.preflight import run_checks
@@ -48,13 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         results = run_checks(config, launch, process, _planned_bytes)
-        all_results = all_gather_object(results, process.world)
+        failed = _failed_on_any(results, process.world)
     finally:
         stop_process(process)
-    failed = [(rank, result) for rank, of_rank in enumerate(all_results) for result in of_rank if result.ok is False]
     if process.world.rank == 0:
         _print_results(results, failed, process)
     return 1 if failed else 0
+
+
+def _failed_on_any(results: Sequence[CheckResult], world: Group) -> list[tuple[int, CheckResult]]:
+    """What failed on the first ranks on which anything did, with the rank; the same on all. Collective."""
+    failed = [[result.name, result.text] for result in results if result.ok is False]
+    texts = tell_first(json.dumps(failed) if failed else "", world)
+    return [(rank, CheckResult(name, False, text)) for rank, own in texts.items() for name, text in json.loads(own)]
 
 
 def _planned_bytes(config: RunConfig, world_size: int) -> float:

@@ -55,16 +55,11 @@ def gather_to_rank0(value: Any, group: Group) -> list[Any]:
 
 def shared_error(error: str | None, group: Group) -> str | None:
     """The errors of the first ranks that have one as one text, the same on all; None if there are none."""
-    return _listed(collectives.tell_first(error or "", group, MAX_LISTED).items())
+    return listed_errors(collectives.tell_first(error or "", group, MAX_LISTED).items())
 
 
-def errors_by_rank(errors: Sequence[str | None]) -> str | None:
-    """One text that names each rank that has an error, or None."""
-    return _listed([(rank, error) for rank, error in enumerate(errors) if error])
-
-
-def _listed(errors: Iterable[tuple[int, str]]) -> str | None:
-    """The first `MAX_LISTED` as one text; None if there are none."""
+def listed_errors(errors: Iterable[tuple[int, str]]) -> str | None:
+    """The first `MAX_LISTED` errors of (rank, error) as one text that names the ranks; None if there are none."""
     return "; ".join(f"rank {rank}: {error}" for rank, error in islice(errors, MAX_LISTED)) or None
 
 

@@ -197,19 +197,12 @@ def barrier(group: Group) -> None:
 
 
 def all_gather_object(value: Any, group: Group) -> list[Any]:
-    """One picklable value of every rank, in rank order. For small things at start, save and stop."""
+    """One picklable value of every rank, in rank order, on all. Not for the world: every rank receives them all."""
     if group.size == 1:
         return [value]
     values: list[Any] = [None] * group.size
     dist.all_gather_object(values, value, group=group.process_group)
     return values
-
-
-def all_gather_if_any(value: Any, nothing: Any, group: Group) -> list[Any]:
-    """Like `all_gather_object`, but costs one message of a byte where the value of every rank equals `nothing`."""
-    if not _who(value != nothing, group).any():
-        return [nothing] * group.size
-    return all_gather_object(value, group)
 
 
 def tell_first(text: str, group: Group, most: int = 20) -> dict[int, str]:
@@ -218,14 +211,18 @@ def tell_first(text: str, group: Group, most: int = 20) -> dict[int, str]:
     Costs a byte of each rank, and a broadcast of each such text: where all ranks have the same trouble, their texts do
     not all go to all.
     """
-    speakers = _who(text != "", group).nonzero().flatten().tolist()[:most]
-    return {rank: broadcast_object(text, group, source=rank) for rank in speakers}
+    return told_by(gather_bytes(text != "", group).nonzero().flatten().tolist()[:most], text, group)
 
 
-def _who(speaks: bool, group: Group) -> Tensor:
-    """Which ranks say yes: uint8 `[size]` on the host."""
+def told_by(speakers: Sequence[int], value: Any, group: Group) -> dict[int, Any]:
+    """The picklable value of each of these ranks, on all; `speakers` must be the same on all."""
+    return {rank: broadcast_object(value, group, source=rank) for rank in speakers}
+
+
+def gather_bytes(value: int, group: Group) -> Tensor:
+    """A number of each rank, 0 to 255: uint8 `[size]` on the host."""
     device = torch.device("cpu") if group.size == 1 or uses_gloo(group) else torch.device("cuda")
-    return all_gather_rows(torch.full((1,), speaks, dtype=torch.uint8, device=device), group).cpu()
+    return all_gather_rows(torch.full((1,), value, dtype=torch.uint8, device=device), group).cpu()
 
 
 def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum, barrier
+from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum, barrier
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.order.epoch_index import cache_folder, index_bytes
 from megatron_fp4.data.shards.documents import count_documents
@@ -94,8 +94,9 @@ def check_links(process: Process) -> list[CheckResult]:
     if group.size == 1:
         return [CheckResult("ranks", None, "one process: links and clocks between ranks were not measured")]
     barrier(group)
-    now = all_gather_object(time.time(), group)
-    skew = max(now) - min(now)
+    now = time.time()
+    extremes = all_reduce_max(torch.tensor([now, -now], dtype=torch.float64, device=process.device), group)
+    skew = float(extremes.sum())
     checks = [
         CheckResult("clocks", skew <= MAX_CLOCK_SKEW_SECONDS, f"clocks of {group.size} ranks agree to {skew:.2f} s")
     ]

@@ -37,8 +37,8 @@ def _all(rank: int, world_size: int) -> dict[str, Any]:
         "broadcast": collectives.broadcast(x, group, source=2),
         "fp8": collectives.all_gather_rows(x.to(torch.float8_e4m3fn), group).float(),
         "object": collectives.all_gather_object({"rank": rank}, group),
-        "silent": collectives.all_gather_if_any("", "", group),
-        "one speaks": collectives.all_gather_if_any("x" * rank * (rank == 1), "", group),
+        "bytes": collectives.gather_bytes(255 - rank, group),
+        "told": collectives.told_by([1, 2], "x" * rank, group),
         "untouched": torch.equal(x, inputs(rank)),
     }
     return results
@@ -61,8 +61,8 @@ def test_every_collective() -> None:
         assert torch.equal(results["broadcast"], parts[2])
         assert torch.equal(results["fp8"], torch.cat(parts).to(torch.float8_e4m3fn).float())
         assert [item["rank"] for item in results["object"]] == [0, 1, 2]
-        assert results["silent"] == ["", "", ""]
-        assert results["one speaks"] == ["", "x", ""]
+        assert results["bytes"].tolist() == [255, 254, 253]
+        assert results["told"] == {1: "x", 2: "xx"}
         assert results["untouched"], "a collective changed its input"
 
 

@@ -10,11 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_fp4.checkpoint.outcome import NotSaved
+from megatron_fp4.checkpoint.proposal import SaveAgreement, SaveProposal, exchange_proposals
+from megatron_fp4.cli import preflight
 from megatron_fp4.comm.agree import agreed
+from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.collectives import tell_first
+from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.optim import OptimConfig, Zero1AdamW
 from megatron_fp4.precision.statistics import QuantizationStats
+from megatron_fp4.proofs.checks import CheckResult
+from megatron_fp4.proofs.machine import check_links
 from megatron_fp4.train.telemetry import quantization
 from megatron_fp4.train.telemetry.norms import norms_by_tensor
 from tests.helpers.distributed import mesh_for, run_distributed
@@ -47,6 +54,12 @@ def refuse(rank: int) -> None:
         raise ValueError(f"bad news {rank}")
 
 
+def proposal_of(rank: int) -> SaveProposal:
+    """Rank 3 knows the cause of what all have met, rank 2 refuses, rank 1 has another layout."""
+    previous = NotSaved("disk full" if rank == 3 else "given up", is_consequence=rank != 3)
+    return SaveProposal(previous, "no shape" if rank == 2 else None, replan=rank == 1)
+
+
 def norms_of(mesh: ParallelMesh, *, spoiled: bool = False) -> dict[str, dict[str, float]]:
     model = LocalModel.build(mesh, torch.float32)
     optimizer = Zero1AdamW(model.parameters.items(), OptimConfig(), mesh, True)
@@ -72,12 +85,16 @@ def tell(rank: int, mesh: ParallelMesh) -> dict[str, Any]:
             agreed(lambda: refuse(rank), mesh.world)
         return str(caught.value)
 
+    process = Process(Launch(rank, 4, rank, 4), mesh.world, torch.device("cpu"))
     acts: dict[str, Callable[[], Any]] = {
         "norms": lambda: norms_of(mesh),
         "nonfinite": lambda: list(norms_of(mesh, spoiled=True)),
         "statistics": lambda: sorted(quantization._gather(report, mesh)),
         "agreed": lambda: agreed(lambda: rank, mesh.world),
         "errors": error,
+        "save": lambda: exchange_proposals(proposal_of(rank), mesh.world),
+        "preflight": lambda: preflight._failed_on_any([CheckResult("disk", rank != 2, f"disk of {rank}")], mesh.world),
+        "clocks": lambda: check_links(process)[0].ok,
         "first": lambda: tell_first(str(rank) if rank else "", mesh.world, 2),
     }
     return {name: sizes_of_groups(act) for name, act in acts.items()}
@@ -104,5 +121,8 @@ def test_no_rank_hears_objects_of_the_whole_world(number: int, answers: list[lis
         assert results["agreed"] == rank
         assert results["errors"] == "rank 1: bad news 1; rank 3: bad news 3"
         assert results["first"] == {1: "1", 2: "2"}
+        assert results["save"] == SaveAgreement("rank 3: disk full", "rank 2: no shape", True, None)
+        assert results["preflight"] == [(2, CheckResult("disk", False, "disk of 2"))]
+        assert results["clocks"]
         for name, (_, group_sizes) in acts.items():
             assert all(size <= sizes.get("pp", 1) for size in group_sizes), f"{name}: objects of {group_sizes} ranks"
