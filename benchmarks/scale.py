@@ -3,6 +3,7 @@
     python -m benchmarks.scale groups      calls that make the process groups of a rank
     python -m benchmarks.scale board       requests of the store when a job hangs
     python -m benchmarks.scale objects     bytes that a rank receives of what is told of a run
+    python -m benchmarks.scale host        milliseconds of a rank's Python in a step that could grow with the ranks
 
 Not here: metadata of checkpoints (checkpoint.py), evenness of the optimizer's parts (`megatron-fp4 plan`).
 """
@@ -13,9 +14,10 @@ import argparse
 import pickle
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,9 +31,12 @@ from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import Group, build_mesh, draw_mesh, rank_grid
 from megatron_fp4.comm.parameter import logical_parameters
 from megatron_fp4.layers.linear import linears_of
+from megatron_fp4.optim import bucket_comm
 from megatron_fp4.planning.stand_ins import SizedBackend
 from megatron_fp4.precision.statistics import QuantizationStats
+from megatron_fp4.train import message
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.message import StepMessage
 from megatron_fp4.train.trainable import draw_stages
 
 WORLDS = (128, 512, 2048, 2944, 8192)
@@ -189,8 +194,43 @@ def objects() -> None:
         print(f"{world_size:5d} " + " ".join(f"{now:11,d} ({before:11,d})" for now, before in cells))
 
 
+def quickest_ms(act: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * min(seconds)
+
+
+def host() -> None:
+    """dp is the whole world, as in the layout with most data-parallel ranks; what the device does takes no time."""
+    print("ranks  message, ms  sum and gather of a bucket, ms")
+    for world_size in WORLDS:
+        world = Group("world", tuple(range(world_size)), 0, mock.Mock())
+        mesh = draw_mesh(ParallelConfig(), world_size, 0)
+        square = torch.ones((), dtype=torch.float64)
+        said = StepMessage(torch.ones(()), square, stop=False, late=False, num_targets=8192, tokens_hash=12345)
+        rows = said.row().repeat(world_size, 1)
+        with mock.patch.object(message, "all_gather_rows", return_value=rows):
+            of_message = quickest_ms(partial(message.exchange, said, mesh))
+        flat = torch.zeros(world_size)
+        with (
+            mock.patch.object(bucket_comm, "uses_gloo", return_value=False),
+            mock.patch.object(dist, "reduce_scatter_single"),
+            mock.patch.object(dist, "all_gather_single"),
+        ):
+            of_bucket = quickest_ms(partial(sum_and_gather, flat, world))
+        print(f"{world_size:5d}  {of_message:11.3f}  {of_bucket:30.3f}")
+
+
+def sum_and_gather(flat: torch.Tensor, group: Group) -> None:
+    bucket_comm.PendingSum(flat, group).finish()
+    bucket_comm.PendingGather(flat, group).wait()
+
+
 def main() -> None:
-    tables: dict[str, Any] = {"groups": groups, "board": board_requests, "objects": objects}
+    tables: dict[str, Any] = {"groups": groups, "board": board_requests, "objects": objects, "host": host}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=tables)
     tables[parser.parse_args().table]()
