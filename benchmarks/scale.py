@@ -210,10 +210,10 @@ def host() -> None:
         world = Group("world", tuple(range(world_size)), 0, mock.Mock())
         mesh = draw_mesh(ParallelConfig(), world_size, 0)
         square = torch.ones((), dtype=torch.float64)
-        said = StepMessage(torch.ones(()), square, stop=False, late=False, num_targets=8192, tokens_hash=12345)
-        rows = said.row().repeat(world_size, 1)
+        own = StepMessage(torch.ones(()), square, stop=False, late=False, num_targets=8192, tokens_hash=12345)
+        rows = own.row().repeat(world_size, 1)
         with mock.patch.object(message, "all_gather_rows", return_value=rows):
-            of_message = quickest_ms(partial(message.exchange, said, mesh))
+            of_message = quickest_ms(partial(message.exchange, own, mesh))
         flat = torch.zeros(world_size)
         with (
             mock.patch.object(bucket_comm, "uses_gloo", return_value=False),

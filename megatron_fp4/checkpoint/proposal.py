@@ -13,7 +13,9 @@ from megatron_fp4.comm.agree import MAX_LISTED, listed_errors
 from megatron_fp4.comm.collectives import gather_bytes, told_by
 from megatron_fp4.comm.mesh import Group
 
-FAILED, CONSEQUENCE, REFUSES, REPLANS, NO_DIRECTORY = 1, 2, 4, 8, 16
+FAILED, CONSEQUENCE = 1, 2
+REFUSES, REPLANS = 4, 8
+NO_DIRECTORY = 16
 
 
 @dataclass(frozen=True)
