@@ -9,8 +9,9 @@ import pytest
 from megatron_fp4.comm.config import Overlap, ParallelConfig
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.decoder import StageRange
-from megatron_fp4.planning.cost.hardware import MACHINES, Assumptions
+from megatron_fp4.planning.cost.hardware import Assumptions
 from megatron_fp4.planning.cost.links import paths
+from megatron_fp4.planning.cost.machines import MACHINES
 from megatron_fp4.planning.cost.overheads import UPDATE_BYTES, Overheads
 from megatron_fp4.planning.cost.time import KINDS
 from megatron_fp4.planning.report import run_plan

@@ -1,9 +1,9 @@
-"""What a GPU's links, memory and power can do, by data sheet, and what nobody's data sheet says: the assumptions.
+"""What a plan assumes, and the site that it is for: a machine, these assumptions, a number of GPUs.
 
-Every figure has its source beside it and every one can be replaced (`plan --assume KEY=VALUE`). Bandwidths are those of
-one direction: data sheets of NVLink add both. Latencies are those by which NCCL itself chooses its algorithms.
+Every one has its source beside it and can be replaced (`plan --assume KEY=VALUE`), and so can most of what data
+sheets say (machines.py).
 
-Not here: peak rates and memory of GPUs (train/telemetry/peaks.py), which ranks share which link (links.py).
+Not here: which ranks share which link (links.py).
 """
 
 from __future__ import annotations
@@ -14,131 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_fp4.train.telemetry.peaks import GPUS, Gpu
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A GPU in its server or rack.
-
-    domain_gpus: GPUs that NVLink (or PCIe) connects. inner, network: GB/s in one direction per GPU, inside a domain and
-    between domains. memory: GB/s of the GPU's own. kilowatts: of server or rack, divided by its GPUs. host_link: GB/s
-    between GPU and host memory.
-    """
-
-    gpu: Gpu
-    domain_gpus: int
-    inner_gb_per_second: float
-    network_gb_per_second: float
-    memory_gb_per_second: float
-    kilowatts: float
-    host_link_gb_per_second: float
-    sources: dict[str, str]
-
-
-_CONNECTX7 = "ConnectX-7, 400 Gb/s per GPU"
-_PCIE5 = "PCIe 5.0 x16, 64 GB/s"
-MACHINES = {
-    machine.gpu.name: machine
-    for machine in (
-        Machine(
-            GPUS["H100"],
-            8,
-            450.0,
-            50.0,
-            3350.0,
-            10.2 / 8,
-            64.0,
-            {
-                "domain, inner": "NVIDIA H100 data sheet: NVLink 900 GB/s in both directions; DGX H100: 8 GPUs",
-                "network": f"DGX H100 user guide: {_CONNECTX7}",
-                "memory": "NVIDIA H100 data sheet (SXM): 3.35 TB/s",
-                "power": "DGX H100 user guide: 10.2 kW at most / 8",
-                "host link": _PCIE5,
-            },
-        ),
-        Machine(
-            GPUS["H200"],
-            8,
-            450.0,
-            50.0,
-            4800.0,
-            10.2 / 8,
-            64.0,
-            {
-                "domain, inner": "NVIDIA H200 data sheet: NVLink 900 GB/s in both directions; DGX H200: 8 GPUs",
-                "network": f"DGX H200 user guide: {_CONNECTX7}",
-                "memory": "NVIDIA H200 data sheet (SXM): 4.8 TB/s",
-                "power": "DGX H200 user guide: 10.2 kW at most / 8",
-                "host link": _PCIE5,
-            },
-        ),
-        Machine(
-            GPUS["B200"],
-            8,
-            900.0,
-            50.0,
-            8000.0,
-            14.3 / 8,
-            64.0,
-            {
-                "domain, inner": "DGX B200 user guide: 8 GPUs, NVLink switches of 14.4 TB/s, which is 2 x 0.9 per GPU",
-                "network": f"DGX B200 user guide: {_CONNECTX7}",
-                "memory": "NVIDIA DGX B200 data sheet: 64 TB/s / 8",
-                "power": "DGX B200 user guide: 14.3 kW at most / 8",
-                "host link": _PCIE5,
-            },
-        ),
-        Machine(
-            GPUS["GB200"],
-            72,
-            900.0,
-            50.0,
-            8000.0,
-            120.0 / 72,
-            450.0,
-            {
-                "domain, inner": "NVIDIA GB200 NVL72 data sheet: 72 GPUs, NVLink 130 TB/s, which is 2 x 0.9 per GPU",
-                "network": f"DGX GB200: {_CONNECTX7}",
-                "memory": "NVIDIA GB200 NVL72 data sheet: 576 TB/s / 72",
-                "power": "DGX GB200: about 120 kW a rack / 72",
-                "host link": "NVIDIA GB200 data sheet: NVLink-C2C 900 GB/s in both directions per CPU, halved",
-            },
-        ),
-        Machine(
-            GPUS["GB300"],
-            72,
-            900.0,
-            100.0,
-            8000.0,
-            142.0 / 72,
-            450.0,
-            {
-                "domain, inner": "NVL72 AI Factory reference architecture: 72 GPUs, NVLink 130 TB/s, 2 x 0.9 per GPU",
-                "network": "NVL72 AI Factory reference architecture: a ConnectX-8 per GPU, 800 Gb/s",
-                "memory": "NVIDIA GB300 NVL72 data sheet: 576 TB/s / 72",
-                "power": "NVL72 AI Factory reference architecture: up to 142 kW a rack / 72",
-                "host link": "as GB200",
-            },
-        ),
-        Machine(
-            GPUS["RTX_PRO_6000"],
-            8,
-            64.0,
-            50.0,
-            1792.0,
-            0.6,
-            64.0,
-            {
-                "domain, inner": f"no NVLink: {_PCIE5}; 8 GPUs a server is an assumption",
-                "network": "assumption: 400 Gb/s per GPU, as in the servers above",
-                "memory": "NVIDIA RTX PRO 6000 Blackwell data sheet: 1,792 GB/s",
-                "power": "NVIDIA RTX PRO 6000 Blackwell data sheet: 600 W, of the card alone",
-                "host link": _PCIE5,
-            },
-        ),
-    )
-}
+from megatron_fp4.planning.cost.machines import MACHINES, Machine
 
 
 @dataclass(frozen=True)
@@ -148,9 +24,11 @@ class Assumptions:
     efficiency: float = 0.4
     """Part of the peak rates that matrix products and the kernels around them reach; an assumption. End to end 0.37 is
     published for a 70B in MXFP8 on 64 GB200 and 0.28 in NVFP4 (Megatron-Bridge performance summary 26.04)."""
-    fp4_share: float = 0.8
-    """Part of `efficiency` that FP4 products reach; an assumption, set by the same table: on GB200 0.77 for a 70B, 0.85
-    for a 405B, if MXFP8 products reach `efficiency`."""
+    fp4_share: float = 0.0
+    """Part of `efficiency` that FP4 products reach."""
+    quantizer_efficiency: float = 0.5
+    """Part of the memory's bandwidth that quantizers reach: 0.53 for NVFP4 and 0.52 for MXFP8, by the bytes counted
+    here and the times on a B300, with quantizers and without, in Transformer Engine's GEMM Profiling Tutorial."""
     rails: float = 1.0
     """Network links that carry one group's messages out of a domain; 1 = every rank's bytes leave by its own link, n =
     NCCL's rings leave by the links of n of the group's ranks."""
@@ -185,7 +63,7 @@ class Assumptions:
             positive = field.default != 0.0
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 raise ValueError(f"--assume {field.name}={value:g}: must be a number above 0")
-        for name in ("efficiency", "fp4_share", "memory_share"):
+        for name in ("efficiency", "fp4_share", "quantizer_efficiency", "memory_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} = {getattr(self, name):g}, must be above 0 and at most 1")
         if self.rails < 1 or self.domain_gpus % 1:
@@ -220,6 +98,7 @@ class Assumptions:
             network_gb_per_second=self.network_gb_per_second or machine.network_gb_per_second,
             memory_gb_per_second=self.memory_gb_per_second or machine.memory_gb_per_second,
             kilowatts=self.kilowatts or machine.kilowatts,
+            fp4_share=self.fp4_share or machine.fp4_share,
         )
 
 

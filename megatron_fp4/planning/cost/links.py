@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_fp4.comm.config import ParallelConfig
-from megatron_fp4.planning.cost.hardware import Machine
+from megatron_fp4.planning.cost.machines import Machine
 
 BASE_SECONDS, HOP_SECONDS = 8.4e-6, {"inner": 3.4e-6, "network": 9.6e-6}
 """Of a collective that is limited by bandwidth: NCCL's src/graph/tuning.cc, ring, protocol Simple."""

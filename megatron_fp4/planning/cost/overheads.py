@@ -1,15 +1,15 @@
 """What a device does in a step besides matrix products: quantizers, the optimizer, and the all-reduces of scales.
 
-Quantizers and optimizer are limited by memory: their bytes by the bandwidth. A tensor with an FP32 scale is read twice,
-once for its largest magnitude, once to be written as codes; all its copies are made in one pass, as the fused kernels
-of Transformer Engine do.
+Quantizers and optimizer are limited by memory: their bytes by the bandwidth. A tensor with an FP32 scale is read once
+for its largest magnitude, and once more to be written as codes: all its copies in one pass, as the fused kernels of
+Transformer Engine do, or each in a pass of its own, as those of the Triton backend.
 
 Not here: the emulation's quantizers, which are many kernels and take many times as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fp4.models.block import block_linears
@@ -18,6 +18,7 @@ from megatron_fp4.models.count import stage_parameters
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import STORED_BYTES
+from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.operand import AmaxScope, Format, Operand
 from megatron_fp4.precision.spec import LinearPrecision
 
@@ -48,19 +49,13 @@ class Overheads:
         quantizer = weight = 0.0
         scales = weight_scales = 0
         for rows, columns, precision in _linears(config, stages, settings):
-            tensors = {
-                "x": (settings.tokens * columns, [precision.fprop.x, precision.wgrad.x]),
-                "dy": (settings.tokens * rows, [precision.dgrad.dy, precision.wgrad.dy]),
-                "w": (rows * columns, [precision.fprop.w, precision.dgrad.w]),
-            }
-            for tensor, (numel, copies) in tensors.items():
-                num_bytes, reduced = _quantize(numel, copies, settings.dtype.itemsize)
+            for tensor, one in quantizers(rows, columns, precision, settings).items():
                 if tensor == "w":
-                    weight += num_bytes
-                    weight_scales += reduced
+                    weight += one.num_bytes
+                    weight_scales += one.reduced
                 else:
-                    quantizer += num_bytes
-                    scales += reduced
+                    quantizer += one.num_bytes
+                    scales += one.reduced
         held = [parameter for stage in stages for parameter in stage_parameters(config, stage)]
         parameters = sum(parameter.local_numel(settings.tp) for parameter in held)
         optimizer = parameters * (CLEAR_BYTES + UPDATE_BYTES / settings.replicas)
@@ -79,16 +74,45 @@ def _linears(
             yield -(-config.vocab_size // settings.tp), config.hidden, settings.precision("head")
 
 
-def _quantize(numel: int, operands: list[Operand], compute_bytes: int) -> tuple[float, bool]:
-    """Bytes that are read and written to quantize a tensor as all of `operands`; whether a scale is reduced."""
-    copies = [operand for operand in operands if operand.quantized]
-    if len(copies) == 2 and copies[0] == copies[1] and copies[0].transposes:
-        copies.pop()  # the same codes, written once in both directions
-        written = 2 * STORED_BYTES[copies[0].format]
-    else:
-        written = sum(STORED_BYTES[operand.format] for operand in copies)
+@dataclass(frozen=True)
+class Quantizer:
+    """What is moved to quantize one tensor.
+
+    read: bytes, those for its largest magnitude included. written: bytes of the copy for each GEMM, by the GEMM's name.
+    reduced: whether a scale is reduced over the ranks that share the tensor.
+    """
+
+    read: float
+    written: Mapping[str, float]
+    reduced: bool
+
+    @property
+    def num_bytes(self) -> float:
+        return self.read + sum(self.written.values())
+
+
+def quantizers(rows: int, columns: int, precision: LinearPrecision, settings: RankSettings) -> dict[str, Quantizer]:
+    """Of x and dy in a microbatch, and of w once a step. rows, columns: of the weight on a rank."""
+    numels = {"x": settings.tokens * columns, "dy": settings.tokens * rows, "w": rows * columns}
+    return {tensor: _quantizer(tensor, numel, precision, settings) for tensor, numel in numels.items()}
+
+
+def _quantizer(tensor: str, numel: int, precision: LinearPrecision, settings: RankSettings) -> Quantizer:
+    uses = {gemm.name: dict(zip(gemm.tensors, gemm.operands, strict=True)) for gemm in precision.gemms}
+    copies = {name: operands[tensor] for name, operands in uses.items() if tensor in operands}
+    copies = {name: operand for name, operand in copies.items() if operand.quantized}
     if not copies:
-        return 0.0, False
-    scaled = any(operand.format is Format.nvfp4 for operand in copies)
-    shared = any(operand.format is Format.nvfp4 and operand.amax_scope is AmaxScope.tensor for operand in copies)
-    return numel * (compute_bytes * (1 + scaled) + written), shared
+        return Quantizer(0.0, {}, reduced=False)
+    of_nvfp4 = [operand for operand in copies.values() if operand.format is Format.nvfp4]
+    one_pass = settings.backend is not BackendName.triton or _same_codes(list(copies.values()))
+    readings = bool(of_nvfp4) + (1 if one_pass else len(copies))
+    return Quantizer(
+        numel * settings.dtype.itemsize * readings,
+        {name: numel * STORED_BYTES[operand.format] for name, operand in copies.items()},
+        reduced=any(operand.amax_scope is AmaxScope.tensor for operand in of_nvfp4),
+    )
+
+
+def _same_codes(copies: Sequence[Operand]) -> bool:
+    """Whether two copies are one, written in both directions."""
+    return all(copy == copies[0] for copy in copies) and copies[0].transposes

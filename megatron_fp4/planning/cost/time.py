@@ -16,8 +16,8 @@ A plan that leaves a term out ranks layouts by what it left out.
     data_latency  of the messages of `data`                         as `data`
     latency       of the other messages                             nothing
     amax          all-reduces of scales, by latency                 nothing
-    quantizers    their bytes by the bandwidth of memory            -
-    optimizer     the same                                          -
+    quantizers    their bytes by the part of memory's bandwidth     -
+    optimizer     its bytes by the bandwidth of memory              -
     fp4           FP4 products reach less of their peak than others -
     stretch       idle time while other ranks do these              -
 
@@ -127,6 +127,7 @@ def step_time(
     beside = [Overheads.of(config.model, held.values(), settings) for held in pipeline.chunks]
     memory = 1e9 * machine.memory_gb_per_second
     quantizers = max(one.quantizer_bytes * microbatches + one.weight_bytes for one in beside) / memory
+    quantizers /= site.assumptions.quantizer_efficiency
     reductions = max(one.scale_reductions for one in beside) * microbatches
     amax = reductions * links["amax"].small_latency + max(one.weight_reductions for one in beside) * (
         links["tensor"].small_latency
@@ -173,19 +174,19 @@ def _latencies(
 
 def seconds_per_token(flops: Flops, table: PrecisionTable, recompute: Recompute, gpu: Gpu) -> float:
     """Seconds of one GPU at its peak rates, second forward passes included."""
-    return _seconds(flops_by_rate(flops, table), gpu) + _seconds(_recomputed_flops(flops, table, recompute), gpu)
+    again = _recomputed_flops(flops, table, recompute, gpu)
+    return _seconds(flops_by_rate(flops, table, gpu), gpu) + _seconds(again, gpu)
 
 
 def _fp4_shortfall(flops: Flops, table: PrecisionTable, recompute: Recompute, site: Site) -> float:
-    """Seconds per token and GPU beyond those at `efficiency`; see `Assumptions.fp4_share`."""
-    if "fp4" not in site.machine.gpu.tflops:
-        return 0.0
-    products = flops_by_rate(flops, table)["fp4"] + _recomputed_flops(flops, table, recompute)["fp4"]
-    assumed = site.assumptions
-    return products / site.machine.gpu.rate("fp4") / assumed.efficiency * (1 / assumed.fp4_share - 1)
+    """Seconds per token and GPU beyond those at `efficiency`; see `Machine.fp4_share`."""
+    machine = site.machine
+    gpu = machine.gpu
+    products = flops_by_rate(flops, table, gpu)["fp4"] + _recomputed_flops(flops, table, recompute, gpu)["fp4"]
+    return products / gpu.rate("fp4") / site.assumptions.efficiency * (1 / machine.fp4_share - 1)
 
 
-def _recomputed_flops(flops: Flops, table: PrecisionTable, recompute: Recompute) -> dict[str, float]:
+def _recomputed_flops(flops: Flops, table: PrecisionTable, recompute: Recompute, gpu: Gpu) -> dict[str, float]:
     """FLOPs per token of second forward passes, by rate: Mamba's scan always, attention if anything is recomputed, with
     full recompute the blocks."""
     by_rate = dict.fromkeys(RATES, 0.0)
@@ -196,7 +197,7 @@ def _recomputed_flops(flops: Flops, table: PrecisionTable, recompute: Recompute)
         by_rate["bf16"] += flops.scan
         for row in table.rows:
             if row.name != "head":
-                by_rate[rate_of(gemm_formats(row.precision)[0])] += flops.linears[row.name]
+                by_rate[rate_of(gemm_formats(row.precision)[0], gpu)] += flops.linears[row.name]
     return by_rate
 
 
@@ -208,6 +209,6 @@ def speed_up(flops: Flops, table: PrecisionTable, gpu: Gpu) -> dict[str, Any]:
     """The gain by Amdahl's law at peak rates: over BF16, and if quantized products took no time."""
     slow = flops_by_rate(flops, table)["bf16"]
     return {
-        "speed_up_over_bf16": flops.training / gpu.rate("bf16") / _seconds(flops_by_rate(flops, table), gpu),
+        "speed_up_over_bf16": flops.training / gpu.rate("bf16") / _seconds(flops_by_rate(flops, table, gpu), gpu),
         "speed_up_limit": flops.training / slow if slow else None,
     }

@@ -52,7 +52,7 @@ class Throughput:
         }
         if self.gpu:
             gpu = self.gpu
-            by_rate = flops_by_rate(self._flops, table)
+            by_rate = flops_by_rate(self._flops, table, gpu)
             seconds_at_peak = sum(value / gpu.rate(rate) for rate, value in by_rate.items())
             rates["mfu"] = flops_per_second / gpu.rate("bf16")
             rates["mfu_mixed"] = seconds_at_peak * tokens_per_device / seconds

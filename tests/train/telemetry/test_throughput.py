@@ -41,6 +41,12 @@ def test_a_mixed_gemm_runs_at_the_slower_rate(formats: str, rate: str) -> None:
     assert rate_of(formats) == rate
 
 
+def test_block_scales_are_applied_by_blackwell_only() -> None:
+    assert [rate_of("mxfp8", GPUS[name]) for name in ("H100", "B200")] == ["bf16", "fp8"]
+    assert [rate_of("fp8_block", GPUS[name]) for name in ("H100", "B200")] == ["fp8", "fp8"]
+    assert flops_by_rate(FLOPS, TABLE, GPUS["H100"]) == {"fp4": 0.0, "fp8": 0.0, "bf16": FLOPS.training}
+
+
 def test_flops_by_rate() -> None:
     """FP4: the three GEMMs of a and Dgrad of b. FP8: Fprop of b. BF16: Wgrad of b, all of c, thrice what is no GEMM."""
     expected = {"fp4": 3 * 100.0 + 10.0, "fp8": 10.0, "bf16": 10.0 + 3 * 1.0 + 3 * 0.75}
@@ -86,7 +92,9 @@ def phases_of_a_step() -> Phases:
 def test_a_gpu_is_known_by_its_drivers_name() -> None:
     names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA B200": "B200", "NVIDIA GB200": "GB200", "H100-SXM5-80GB": "H100"}
     assert {name: find_gpu(name) for name in names} == {name: GPUS[key] for name, key in names.items()}
-    assert find_gpu("NVIDIA GeForce RTX 5090") is None
+    assert find_gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition") is GPUS["RTX_PRO_6000"]
+    assert find_gpu("NVIDIA GeForce RTX 5090") is GPUS["RTX_5090"]
+    assert find_gpu("NVIDIA GeForce RTX 4090") is None
 
 
 def test_the_peaks_are_said_with_their_source() -> None:
