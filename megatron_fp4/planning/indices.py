@@ -1,7 +1,7 @@
 """What the epoch indices of the data take, on each node or in each process.
 
-A plan is made where there may be no data; then only the bytes of a document are known. Not here: the indices
-(data/order/epoch_index.py).
+A plan is made where there may be no data; then the documents are reckoned from the tokens of the run and the mean
+length that is assumed.
 """
 
 from __future__ import annotations
@@ -9,28 +9,34 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_fp4.data.config import DataConfig
-from megatron_fp4.data.order.epoch_index import cache_folder, index_bytes
-from megatron_fp4.data.shards.documents import count_documents
+from megatron_fp4.data.order.index_need import IndexNeed
 
 
-def index_section(config: DataConfig) -> dict[str, Any] | None:
-    """None without sources. documents: those of all sources, None if a shard is not here.
+def index_section(config: DataConfig, tokens: int, tokens_per_document: float) -> dict[str, Any]:
+    """What one epoch takes. documents: of all sources. counted: in shards, not reckoned from `tokens` of the run.
 
-    bytes: of their indices of one epoch. folder: where each node keeps them; "" for the memory of each process.
+    bytes: of their indices. folder: where each node keeps them; "" for the memory of each process.
     """
+    need = _counted(config)
+    counted = need is not None
+    need = need or IndexNeed.of(config, max(1, int(tokens / tokens_per_document)))
+    folder = str(need.folder or "")
+    return {"documents": need.documents, "counted": counted, "bytes": need.num_bytes, "folder": folder}
+
+
+def _counted(config: DataConfig) -> IndexNeed | None:
     if not config.sources:
         return None
     try:
-        documents = sum(count_documents(source.paths) for source in config.sources)
+        return IndexNeed.of(config)
     except (OSError, ValueError):
-        return {"documents": None, "bytes": None, "folder": None}
-    folder = cache_folder(config.index_cache, documents)
-    return {"documents": documents, "bytes": index_bytes(documents), "folder": str(folder or "")}
+        return None
 
 
 def index_text(entry: dict[str, Any]) -> str:
     """The section in a sentence."""
-    if entry["documents"] is None:
-        return "16 bytes a document and epoch; how many documents there are is not known, their shards are not here"
     where = f"in {entry['folder']} of each node" if entry["folder"] else "in the memory of each process"
-    return f"{entry['documents']:,} documents, {entry['bytes'] / 1e6:,.1f} MB an epoch, {where}"
+    documents = f"{entry['documents']:,}" if entry["counted"] else f"about {entry['documents']:.2g}"
+    source = "" if entry["counted"] else ", if the run is one epoch (their shards are not here)"
+    size = f"{entry['bytes'] / 1e9:,.2f} GB" if entry["bytes"] >= 1e9 else f"{entry['bytes'] / 1e6:,.1f} MB"
+    return f"{size} for {documents} documents{source}, {where}"

@@ -2,7 +2,7 @@
 
 The configuration goes through the same checks as a real run (train.checked.check_config). Each section stands in the
 file of its subject: pipeline and ramp in idle.py, time in cost/, memory in memory.py, optimizer state in division.py,
-messages in traffic.py, data indices in indices.py, warnings in verdict.py.
+messages in traffic.py, warnings in verdict.py.
 
 Not here: measured speed (times come from published rates), other layouts (search.py), and the text for people
 (cli/render/plan.py).
@@ -15,15 +15,15 @@ from typing import Any
 
 from megatron_fp4.models.count import count_flops
 from megatron_fp4.planning.cost.duration import cost_sections
+from megatron_fp4.planning.cost.gains import roofline_with_gains
 from megatron_fp4.planning.cost.hardware import Assumptions, Site
 from megatron_fp4.planning.division import division_section
 from megatron_fp4.planning.facts import parameter_section, precision_section, run_section
 from megatron_fp4.planning.idle import PipelineLayout, pipeline_section, ramp_section
-from megatron_fp4.planning.indices import index_section
 from megatron_fp4.planning.memory import memory_section
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.traffic import bytes_sent
-from megatron_fp4.planning.verdict import admit, fits, warnings_of
+from megatron_fp4.planning.verdict import admit, obstacles, warnings_of
 from megatron_fp4.train.config import RunConfig
 
 
@@ -34,12 +34,14 @@ def run_plan(
     assumptions: Assumptions | None = None,
     *,
     schedule: bool = False,
+    roofline: bool = False,
 ) -> dict[str, Any]:
     """The report, of plain values: bytes, FLOPs, seconds, tokens.
 
-    num_gpus: world size, 0 for the product of the parallel sizes. schedule: with the timeline of the pipeline. Raises
-    ValueError for everything that a run with this configuration would refuse before it starts, but for shapes that
-    Transformer Engine refuses, and for an unknown GPU.
+    num_gpus: world size, 0 for the product of the parallel sizes. schedule: with the timeline of the pipeline.
+    roofline: with the products of each linear against its quantizers. Raises ValueError for an unknown GPU, and for
+    everything that a run with this configuration would refuse before it starts, but for shapes that Transformer Engine
+    refuses.
     """
     assumptions = assumptions or Assumptions()
     machine = assumptions.machine(gpu)
@@ -58,9 +60,11 @@ def run_plan(
     flops = count_flops(config.model, config.data.seq_length)
     costs = cost_sections(checked, flops, pipeline, ramp, site)
     memory = memory_section(config.model, pipeline, settings, machine.gpu.memory_gb * 1e9)
-    warnings = warnings_of(admission, memory, costs["whole_run"], settings.tokens)
-    return {
-        "fits": fits(warnings, config.precision.backend),
+    warnings = warnings_of(admission, memory, costs["whole_run"], settings.tokens, site)
+    reasons = obstacles(warnings, config.precision.backend)
+    report = {
+        "fits": not reasons,
+        "obstacles": reasons,
         "run": run_section(checked, num_gpus, settings.num_microbatches),
         "batch_ramp": ramp if len(ramp) > 1 else [],
         "parameters": parameter_section(config, table),
@@ -72,10 +76,13 @@ def run_plan(
         "bytes_sent_per_step": [bytes_sent(config.model, held.values(), settings) for held in pipeline.chunks],
         "assumptions": {"gpu": gpu, "sources": machine.sources, **asdict(assumptions)},
         "left_out": LEFT_OUT,
-        "data_index": index_section(config.data),
         "notes": checked.notes,
         "warnings": warnings,
     }
+    if roofline:
+        layout = (flops, pipeline, settings, ramp[-1]["bubble"], site)
+        report["roofline"] = roofline_with_gains(config, checked.linears, *layout)
+    return report
 
 
 LEFT_OUT = (

@@ -1,6 +1,6 @@
 """Whether a layout could run: what a run would refuse, memory, shapes, and what is far from good.
 
-A warning is a dictionary of three texts: about (memory, shapes, saves), severity (error, slow), text.
+A warning is a dictionary of three texts: about (memory, shapes, backend, saves), severity (error, tight, slow), text.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_fp4.planning.alignment import alignment_warnings
+from megatron_fp4.planning.cost.hardware import Site
 from megatron_fp4.planning.cost.whole_run import save_warnings
+from megatron_fp4.planning.stand_ins import DEQUANTIZING
 from megatron_fp4.precision.config import BackendName
+from megatron_fp4.precision.operand import Format
+from megatron_fp4.precision.table import gemm_formats
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.telemetry.peaks import Gpu
 
 
 @dataclass(frozen=True)
@@ -38,23 +43,48 @@ def admit(config: RunConfig, num_gpus: int) -> Admission:
 
 
 def warnings_of(
-    admission: Admission, memory: Mapping[str, Any], whole_run: dict[str, Any], tokens: int
+    admission: Admission, memory: Mapping[str, Any], whole_run: dict[str, Any], tokens: int, site: Site
 ) -> list[dict[str, str]]:
     """memory, whole_run: sections of the report. tokens: rows of a microbatch."""
     checked = admission.checked
-    warnings = []
-    if memory["largest"] > memory["gpu_bytes"]:
-        largest, gpu = memory["largest"], memory["gpu_bytes"]
-        sizes = f"{largest / 1e9:.0f} GB are {largest / gpu:.2f} x the {gpu / 1e9:.0f} GB of the GPU"
-        text = f"{sizes}; raise tp, pp, cp or dp, or recompute, or see --search"
-        warnings.append({"about": "memory", "severity": "error", "text": text})
+    warnings = _memory_warnings(memory, site.assumptions.memory_share)
     if admission.objection:
         warnings.append({"about": "shapes", "severity": "error", "text": admission.objection})
     shapes = alignment_warnings(checked.linears, checked.plan.table(), tp=checked.config.parallel.tp, tokens=tokens)
-    return [*warnings, *({"about": "shapes", **shape} for shape in shapes), *save_warnings(whole_run)]
+    warnings += [{"about": "shapes", **shape} for shape in shapes]
+    return [*warnings, *_backend_warnings(checked, site.machine.gpu), *save_warnings(whole_run)]
 
 
-def fits(warnings: Sequence[Mapping[str, str]], backend: BackendName) -> bool:
-    """Whether a run could start: memory, and shapes that the backend can quantize."""
+def _memory_warnings(memory: Mapping[str, Any], share: float) -> list[dict[str, str]]:
+    largest, gpu = memory["largest"], memory["gpu_bytes"]
+    if largest > gpu:
+        sizes = f"{largest / 1e9:.0f} GB are {largest / gpu:.2f} x the {gpu / 1e9:.0f} GB of the GPU"
+        text = f"{sizes}; raise tp, pp, cp or dp, or recompute, or see --search"
+        return [{"about": "memory", "severity": "error", "text": text}]
+    if largest > share * gpu:
+        sizes = f"{largest / 1e9:.0f} GB are {largest / gpu:.0%} of the {gpu / 1e9:.0f} GB of the GPU"
+        text = (
+            f"{sizes}, without the allocator's fragmentation, CUDA and NCCL; --memory-share {share:g} would stop there"
+        )
+        return [{"about": "memory", "severity": "tight", "text": text}]
+    return []
+
+
+def _backend_warnings(checked: CheckedConfig, gpu: Gpu) -> list[dict[str, str]]:
+    """Where the products that are quantized will not run at the rates of their formats."""
+    table, backend = checked.plan.table(), checked.config.precision.backend
+    formats = {name for row in table.rows for text in gemm_formats(row.precision) for name in text.split("/")}
+    formats.discard(Format.bf16.name)
+    emulated = sorted(name for name in formats if not gpu.multiplies(name))
+    text = ""
+    if emulated:
+        text = f"this GPU has no FP4 unit: GEMMs in {', '.join(emulated)} are counted at the BF16 rate (emulation)"
+    elif formats and backend in DEQUANTIZING:
+        text = f"backend {backend.name} multiplies in BF16: these rates need backend transformer_engine or triton"
+    return [{"about": "backend", "severity": "slow", "text": text}] if text else []
+
+
+def obstacles(warnings: Sequence[Mapping[str, str]], backend: BackendName) -> list[str]:
+    """Why a run could not start: memory, and shapes that the backend cannot quantize; none if it fits."""
     fatal = {"memory"} | ({"shapes"} if backend is BackendName.transformer_engine else set())
-    return not any(warning["severity"] == "error" and warning["about"] in fatal for warning in warnings)
+    return [one["text"] for one in warnings if one["severity"] == "error" and one["about"] in fatal]

@@ -16,8 +16,7 @@ import torch
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum, barrier
 from megatron_fp4.data.config import DataConfig
-from megatron_fp4.data.order.epoch_index import cache_folder, index_bytes
-from megatron_fp4.data.shards.documents import count_documents
+from megatron_fp4.data.order.index_need import IndexNeed
 from megatron_fp4.models.count import by_kind, model_parameters
 from megatron_fp4.proofs.checks import CheckResult
 from megatron_fp4.train.config import RunConfig
@@ -66,9 +65,8 @@ def _write_speed(folder: Path) -> float:
 
 def check_index(config: DataConfig) -> CheckResult:
     """Where the epoch indices go, which may be of billions of documents; that the first fit was seen with the data."""
-    documents = sum(count_documents(source.paths) for source in config.sources)
-    folder, needed = cache_folder(config.index_cache, documents), index_bytes(documents)
-    text = f"{documents:,} documents need {_size(needed)} an epoch"
+    need = IndexNeed.of(config)
+    folder, text = need.folder, f"{need.documents:,} documents need {_size(need.num_bytes)} an epoch"
     if folder is None:
         return CheckResult("index", True, f"{text}, in the memory of each process")
     if not os.access(folder, os.W_OK):

@@ -225,7 +225,7 @@ def test_exit_codes_and_first_message(capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*paper, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["fits"] is False
-    assert [warning["about"] for warning in report["warnings"]] == ["memory"]
+    assert [warning["about"] for warning in report["warnings"]] == ["memory", "backend"]
     assert len(report["shipped_layouts"]) == 3
     assert set(report["assumptions"]) > {"gpu", "sources", "efficiency", "restart_seconds"}
     native = ["precision.backend=transformer_engine", "parallel.tp=8", "--gpus", "736"]
@@ -235,6 +235,44 @@ def test_exit_codes_and_first_message(capsys: pytest.CaptureFixture[str]) -> Non
         assert main([*paper, *refused]) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert main([*paper, "--search", "--schedule", "--gpus", "8"]) == 2
+
+
+def test_only_what_stops_a_run_is_a_reason_against_it() -> None:
+    """Saves that take longer than their interval, and shapes that another backend refuses, are warnings."""
+    config = twelve_billion(tp=8)
+    config = replace(config, train=replace(config.train, save_interval_steps=1, micro_batch=8))
+    report = run_plan(config, 8 * 92, "H100", Assumptions(storage_gb_per_second=1.0))
+    assert {one["about"] for one in report["warnings"] if one["severity"] == "error"} == {"memory", "shapes", "saves"}
+    assert [text.split("; ")[1] for text in report["obstacles"]] == [
+        "raise tp, pp, cp or dp, or recompute, or see --search"
+    ]
+    assert not report["fits"]
+
+
+def test_what_hardly_fits_is_said() -> None:
+    config = twelve_billion(tp=8)
+    needed = run_plan(config, 8 * 92)["memory_per_rank"]["largest"]
+    share = 0.99 * needed / 186e9
+    (tight,) = [
+        one
+        for one in run_plan(config, 8 * 92, assumptions=Assumptions(memory_share=share))["warnings"]
+        if one["about"] == "memory"
+    ]
+    assert tight["severity"] == "tight"
+    assert f"--memory-share {share:g} would stop there" in tight["text"]
+    assert run_plan(config, 8 * 92, assumptions=Assumptions(memory_share=share))["fits"]
+
+
+def test_rates_that_the_backend_does_not_reach_are_a_warning() -> None:
+    def about_backend(config: RunConfig, gpu: str) -> list[str]:
+        return [one["text"] for one in run_plan(config, 8 * 92, gpu)["warnings"] if one["about"] == "backend"]
+
+    config = twelve_billion(tp=8)
+    native = replace(config, precision=replace(PAPER, backend=BackendName.triton))
+    assert about_backend(config, "GB200")[0].startswith("backend emulated multiplies in BF16")
+    assert about_backend(native, "GB200") == []
+    assert "no FP4 unit: GEMMs in nvfp4" in about_backend(native, "H100")[0]
+    assert about_backend(replace(config, precision=PrecisionConfig(use="bf16")), "GB200") == []
 
 
 def test_search_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

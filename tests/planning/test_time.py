@@ -91,10 +91,21 @@ def test_links() -> None:
     assert small["data"].inside == 2
     assert small["data"].bytes_per_second == 50e9
     assert paths(parallel, 16, h100, rails=8)["data"].bytes_per_second == 100e9, "only two of its ranks are in a server"
+    assert paths(ParallelConfig(), 4096, gb200, rails=72)["data"].bytes_per_second == 900e9, "no faster than NVLink"
     large = paths(parallel, 8, gb200)
     assert not large["data"].crosses, "64 ranks of a rack of 72"
     assert large["data"].bytes_per_second == 900e9
     assert paths(ParallelConfig(tp=16), 2, h100)["tensor"].crosses
+
+
+def test_what_more_network_links_would_gain_is_said() -> None:
+    """By one link a rank the gradients of tp 4 alone decide; by all of a rack's the order of layouts is another."""
+    config = twelve(4, 1, "1f1b", 1024)
+    time = run_plan(config, 4096)["time"]
+    by_all = run_plan(config, 4096, assumptions=Assumptions(rails=18.0))["time"]
+    assert time["links"]["data"]["gb_per_second"] == 50
+    assert time["links"]["data"]["gb_per_second_by_all_links"] == by_all["links"]["data"]["gb_per_second"] == 900
+    assert time["expected_days_by_all_links"] == by_all["days"]["expected"] < 0.3 * time["days"]["expected"]
 
 
 def test_latency_by_hand() -> None:

@@ -8,6 +8,8 @@ Not here: models with experts.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from megatron_fp4.comm.config import ParallelConfig
@@ -98,21 +100,28 @@ def in_mxfp8() -> LinearPrecision:
     return LinearPrecision(Fprop(operand, operand), Dgrad(operand, operand), Wgrad(operand, operand))
 
 
-def speed(size: str, gpu: str, recipe: LinearPrecision, layout: tuple[int, int, int, int]) -> float:
-    """Tokens per second and GPU. layout: tp, pp, stages on each rank, cp."""
+SIZES = {"8B": (8, 128), "70B": (64, 256), "405B": (256, 1536)}
+"""GPUs and sequences a step."""
+
+
+def run_of(size: str, recipe: LinearPrecision, layout: tuple[int, int, int, int]) -> RunConfig:
+    """layout: tp, pp, stages on each rank, cp."""
     tp, pp, virtual, cp = layout
-    num_gpus, batch = {"8B": (8, 128), "70B": (64, 256), "405B": (256, 1536)}[size]
-    config = RunConfig(
+    pipeline = ParallelConfig(tp=tp, pp=pp, cp=cp, schedule="interleaved_1f1b", virtual_stages=virtual)
+    return RunConfig(
         model=llama(size),
         precision=PrecisionConfig(recipes={"r": recipe}, rules=[Rule(match="head"), Rule(use="r")]),
-        parallel=ParallelConfig(tp=tp, pp=pp, cp=cp, schedule="interleaved_1f1b", virtual_stages=virtual)
-        if pp > 1
-        else ParallelConfig(),
+        parallel=pipeline if pp > 1 else ParallelConfig(),
         data=DataConfig(seq_length=8192),
-        train=TrainConfig(global_batch=batch, total_tokens=1e12),
+        train=TrainConfig(global_batch=SIZES[size][1], total_tokens=1e12),
     )
-    value: float = run_plan(config, num_gpus, gpu)["time"]["tokens_per_second_per_gpu"]["expected"]
-    return value
+
+
+@functools.cache
+def speed(size: str, gpu: str, recipe: LinearPrecision, layout: tuple[int, int, int, int]) -> float:
+    """Tokens per second and GPU."""
+    rates = run_plan(run_of(size, recipe, layout), SIZES[size][0], gpu)["time"]["tokens_per_second_per_gpu"]
+    return float(rates["expected"])
 
 
 LAYOUTS = {  # of NVFP4 and of MXFP8; 126 blocks are not 16 x 8 stages here: seven on each rank
@@ -141,6 +150,15 @@ def test_nvfp4_over_mxfp8(size: str, gpu: str) -> None:
     for published in [row[2:] for row in PUBLISHED if row[:2] == (size, gpu)]:
         assert nvfp4 / mxfp8 == pytest.approx(published[0] / published[1], rel=0.15)
         assert [nvfp4, mxfp8] == pytest.approx(published, rel=0.25 if gpu == "GB200" else 0.3)
+
+
+def test_gains_of_the_roofline_are_those_of_two_plans() -> None:
+    config = run_of("70B", nvfp4_paper(), LAYOUTS["70B", "GB200"][0])
+    report = run_plan(config, 64, "GB200", roofline=True)
+    gain = report["roofline"]["machines"][0]["over_mxfp8"]
+    planned = report["time"]["tokens_per_second_per_gpu"]["expected"]
+    assert gain == pytest.approx(planned / speed("70B", "GB200", in_mxfp8(), LAYOUTS["70B", "GB200"][1]))
+    assert gain == pytest.approx(1.28, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_the_run_by_hand() -> None:
     assert saves["bytes"] == 12_310_001_152 * 12
     assert run["data_bytes"] == 4 * config.run_tokens
     assert config.run_tokens == pytest.approx(1e13, rel=1e-6)
-    assert run["index_bytes"] == pytest.approx(16 * 1e13 / 1000, rel=1e-6)
+    assert run["data_index"]["bytes"] == pytest.approx(16 * 1e13 / 1000, rel=1e-6)
     assert saves["kept"] == 4 + 19, "a checkpoint for each whole 500 G of not quite 10 T tokens, and the last four"
     assert saves["seconds_between_failures"] == pytest.approx(54 * 24 * 16384 / 419 / 4096 * 3600)
     assert run["wall_days"] == pytest.approx(days / saves["goodput"])

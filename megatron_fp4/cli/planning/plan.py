@@ -30,7 +30,8 @@ from megatron_fp4.planning.scaling import strong_scaling
 from megatron_fp4.train.config import RunConfig
 
 HELP = """usage: plan [experiment=NAME] [key=value ...] [--gpus N] [--gpu NAME] [--search] [--micro-batch N]
-            [--memory-share PART] [--efficiency PART] [--assume KEY=VALUE ...] [--schedule] [--plot FILE] [--json]
+            [--memory-share PART] [--efficiency PART] [--assume KEY=VALUE ...] [--schedule] [--roofline]
+            [--plot FILE] [--json]
 
   --gpus N             world size (default: the product of the parallel sizes)
   --gpu NAME           {names} (default GB200)
@@ -40,6 +41,7 @@ HELP = """usage: plan [experiment=NAME] [key=value ...] [--gpus N] [--gpu NAME] 
   --efficiency PART    assumed part of the peak rate that matrix products reach (default {efficiency:g})
   --assume KEY=VALUE   replace a figure or an assumption: {keys}
   --schedule           draw the pipeline schedule: what each pipeline rank does in each time slot
+  --roofline           each linear's products against its quantizers; the sums on other GPUs too
   --plot FILE          memory, timeline and strong scaling, as a .png
   --json               the report as JSON
 
@@ -56,6 +58,7 @@ class Options:
     search: bool = False
     micro_batch: int = 0
     schedule: bool = False
+    roofline: bool = False
     json: bool = False
     plot: str = ""
     assume: list[str] = field(default_factory=list)
@@ -78,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         assumptions = Assumptions.of(options.assume)
         if options.search:
             return _search(config, options, assumptions)
-        report = run_plan(config, options.gpus, options.gpu, assumptions, schedule=options.schedule)
+        sections = {"schedule": options.schedule, "roofline": options.roofline}
+        report = run_plan(config, options.gpus, options.gpu, assumptions, **sections)
         if options.plot:
             write_plan(report, strong_scaling(config, options.gpu, assumptions), Path(options.plot))
         report["shipped_layouts"] = [] if report["fits"] else shipped_layouts(config.model, CONFIG_DIR)
@@ -114,7 +118,7 @@ def _parse(arguments: list[str]) -> Options:
     options, remaining = Options(), iter(arguments)
     for argument in remaining:
         name = argument.removeprefix("--")
-        if argument in ("--search", "--schedule", "--json"):
+        if argument in ("--search", "--schedule", "--roofline", "--json"):
             setattr(options, name, True)
         elif argument in ("--gpus", "--gpu", "--micro-batch", "--plot", "--assume", *SHORT):
             value = next(remaining, "")
@@ -125,8 +129,8 @@ def _parse(arguments: list[str]) -> Options:
             raise ConfigError(f"unknown option {argument!r}; see --help")
         else:
             options.overrides.append(argument)
-    if options.search and (options.schedule or options.plot):
-        raise ConfigError("--schedule and --plot are of one layout; leave them out with --search")
+    if options.search and (options.schedule or options.roofline or options.plot):
+        raise ConfigError("--schedule, --roofline and --plot are of one layout; leave them out with --search")
     if options.micro_batch and not options.search:
         raise ConfigError("--micro-batch belongs to --search; elsewhere it is train.micro_batch=N")
     return options

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_fp4.cli.render.plan_roofline import roofline_lines
 from megatron_fp4.cli.render.plan_time import heading, time_lines, whole_run_lines
 from megatron_fp4.cli.render.schedule import draw
-from megatron_fp4.planning.indices import index_text
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -25,11 +25,11 @@ def render(report: Mapping[str, Any]) -> str:
         *_precision(report["precision"]),
         *_flops(report["flops"]),
         *_pipeline(report["pipeline"]),
-        *time_lines(report["time"], run["backend"]),
+        *time_lines(report["time"]),
         *whole_run_lines(report["whole_run"]),
+        *(roofline_lines(report["roofline"]) if "roofline" in report else []),
         *_memory(report["memory_per_rank"], report["bytes_sent_per_step"]),
         *_division(report["division"], run["dp"] * run["cp"]),
-        *(heading(f"Index of the data: {index_text(report['data_index'])}") if report["data_index"] else []),
         *(f"note: {note}" for note in report["notes"]),
         *_warnings(report["warnings"]),
         *heading("Left out"),
@@ -42,8 +42,7 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
     """Why a layout cannot run, and which can; empty for one that fits."""
     if report["fits"]:
         return []
-    reasons = [entry["text"] for entry in report["warnings"] if entry["severity"] == "error"]
-    lines = [f"THIS LAYOUT CANNOT RUN: {reason}" for reason in reasons]
+    lines = [f"THIS LAYOUT CANNOT RUN: {reason}" for reason in report["obstacles"]]
     shipped = report.get("shipped_layouts", [])
     return [*lines, *(["layouts of this model that do:"] if shipped else []), *(f"  {text}" for text in shipped), ""]
 

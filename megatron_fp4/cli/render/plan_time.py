@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_fp4.planning.indices import index_text
+
 DAY = 86400
 
 
@@ -13,7 +15,7 @@ def heading(text: str) -> list[str]:
     return ["", text]
 
 
-def time_lines(section: Mapping[str, Any], backend: str) -> list[str]:
+def time_lines(section: Mapping[str, Any]) -> list[str]:
     """The range of a run's time, its terms, and what they rest on."""
     rates = ", ".join(f"{name.upper()} {value:,.0f}" for name, value in section["peak_tflops"].items())
     days, compute = section["days"], section["compute"]
@@ -35,10 +37,12 @@ def time_lines(section: Mapping[str, Any], backend: str) -> list[str]:
     for axis, link in section["links"].items():
         where = f"{link['in_a_domain']} of them in a domain" if link["crosses_network"] else "inside a domain"
         lines.append(f"  {axis}: {link['ranks']} ranks, {where}, {link['gb_per_second']:.0f} GB/s a rank")
-    if not section["has_fp4"]:
-        lines.append("  this GPU has no FP4 unit: FP4 GEMMs are counted at the BF16 rate (emulation)")
-    elif backend != "transformer_engine":
-        lines.append(f"  backend {backend} multiplies in BF16: these rates need backend transformer_engine")
+        if link["gb_per_second_by_all_links"] > link["gb_per_second"]:
+            inside, most = link["in_a_domain"], link["gb_per_second_by_all_links"]
+            lines.append(
+                f"    up to {most:,.0f} if its rings leave a domain by the network links of all {inside} (--assume"
+                f" rails={inside}); the run then takes {section['expected_days_by_all_links']:.2f} days"
+            )
     return lines
 
 
@@ -46,11 +50,6 @@ def whole_run_lines(section: Mapping[str, Any]) -> list[str]:
     """Hours, energy, failures, data, checkpoints."""
     saves = section["saves"]
     cost = f", cost {section['cost']:,.0f}" if section["cost"] else ""
-    share = (
-        "shared by the processes of a host"
-        if section["index_shared"]
-        else "in each process; data.index_cache shares it"
-    )
     return [
         *heading("The whole run, as expected"),
         f"  {section['wall_days']:.2f} days with failures, saves and {section['evaluation_seconds'] / DAY:.2f} days of"
@@ -66,8 +65,8 @@ def whole_run_lines(section: Mapping[str, Any]) -> list[str]:
         f" (train.save_interval_steps={saves['best_interval_steps']})",
         f"  checkpoints: {saves['times']:,} saves write {saves['written_bytes'] / 1e12:,.1f} TB; {saves['kept']} stay,"
         f" {saves['kept_bytes'] / 1e12:,.2f} TB",
-        f"  data: {section['data_bytes'] / 1e12:,.2f} TB ({section['bytes_per_token']} bytes a token); index"
-        f" {section['index_bytes'] / 1e9:,.2f} GB, {share}",
+        f"  data: {section['data_bytes'] / 1e12:,.2f} TB ({section['bytes_per_token']} bytes a token)",
+        f"  its index of an epoch: {index_text(section['data_index'])}",
         f"  host memory for these: {section['host_bytes_per_gpu'] / 1e9:,.2f} GB a GPU",
     ]
 

@@ -81,6 +81,7 @@ def time_section(
     gpu = site.machine.gpu
     tokens = config.tokens_per_step / site.num_gpus
     links = paths(config.parallel, checked.dp, site.machine, assumptions.rails)
+    most = paths(config.parallel, checked.dp, site.machine, rails=site.machine.domain_gpus)
     at_peak = assumptions.efficiency / DAY
     return {
         "gpu": gpu.name,
@@ -105,6 +106,7 @@ def time_section(
                 "in_a_domain": path.inside,
                 "crosses_network": path.crosses,
                 "gb_per_second": path.bytes_per_second / 1e9,
+                "gb_per_second_by_all_links": most[axis].bytes_per_second / 1e9,
             }
             for axis, path in links.items()
             if path.size > 1 and axis != "amax"
@@ -120,8 +122,11 @@ def cost_sections(
     table = checked.plan.table()
     step = step_time(checked.config, flops, pipeline, RankSettings.of(checked, table), ramp[-1]["bubble"], site)
     spans = run_spans(checked, flops, pipeline, ramp, site)
+    by_all_links = replace(site, assumptions=replace(site.assumptions, rails=float(site.machine.domain_gpus)))
+    fastest = run_spans(checked, flops, pipeline, ramp, by_all_links)
+    time = time_section(checked, flops, spans, step, site)
     return {
         "flops": flops_section(checked.config, flops, table),
-        "time": time_section(checked, flops, spans, step, site),
+        "time": {**time, "expected_days_by_all_links": total_seconds(fastest, "expected") / DAY},
         "whole_run": whole_run_section(checked, flops, total_seconds(spans, "expected"), site),
     }

@@ -17,9 +17,10 @@ from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.planning.cost.machines import Machine
 
 BASE_SECONDS, HOP_SECONDS = 8.4e-6, {"inner": 3.4e-6, "network": 9.6e-6}
-"""Of a collective that is limited by bandwidth: NCCL's src/graph/tuning.cc, ring, protocol Simple."""
+"""Of a collective that is limited by bandwidth: NCCL's src/graph/tuning.cc up to 2.18, ring, protocol Simple; later
+versions have 14.0 us for the network."""
 SMALL_SECONDS, SMALL_HOP_SECONDS = 4.4e-6, {"inner": 0.52e-6, "network": 5.0e-6}
-"""Of an all-reduce of a few bytes: the same file, tree, protocol LL."""
+"""Of an all-reduce of a few bytes: the same file, tree, protocol LL; later versions have 6.8, 0.6 and 5.0 us."""
 
 
 @dataclass(frozen=True)
@@ -81,5 +82,5 @@ def paths(parallel: ParallelConfig, dp: int, machine: Machine, rails: float = 1.
 def _path(stride: int, size: int, machine: Machine, rails: float) -> Path:
     inside = min(size, max(1, machine.domain_gpus // stride))
     crosses = inside < size
-    network = machine.network_gb_per_second * min(rails, inside)
+    network = min(machine.network_gb_per_second * min(rails, inside), machine.inner_gb_per_second)
     return Path(size, inside, crosses, 1e9 * (network if crosses else machine.inner_gb_per_second))

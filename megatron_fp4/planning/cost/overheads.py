@@ -92,7 +92,7 @@ class Quantizer:
 
 
 def quantizers(rows: int, columns: int, precision: LinearPrecision, settings: RankSettings) -> dict[str, Quantizer]:
-    """Of x and dy in a microbatch, and of w once a step. rows, columns: of the weight on a rank."""
+    """The quantizers of x and dy in a microbatch, and of w once a step. rows, columns: of the weight on a rank."""
     numels = {"x": settings.tokens * columns, "dy": settings.tokens * rows, "w": rows * columns}
     return {tensor: _quantizer(tensor, numel, precision, settings) for tensor, numel in numels.items()}
 

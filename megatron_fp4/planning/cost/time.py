@@ -174,8 +174,8 @@ def _latencies(
 
 def seconds_per_token(flops: Flops, table: PrecisionTable, recompute: Recompute, gpu: Gpu) -> float:
     """Seconds of one GPU at its peak rates, second forward passes included."""
-    again = _recomputed_flops(flops, table, recompute, gpu)
-    return _seconds(flops_by_rate(flops, table, gpu), gpu) + _seconds(again, gpu)
+    second = _recomputed_flops(flops, table, recompute, gpu)
+    return _seconds(flops_by_rate(flops, table, gpu), gpu) + _seconds(second, gpu)
 
 
 def _fp4_shortfall(flops: Flops, table: PrecisionTable, recompute: Recompute, site: Site) -> float:

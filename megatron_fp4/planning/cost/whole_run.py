@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_fp4.data.order.epoch_index import cache_folder, index_bytes
 from megatron_fp4.data.shards.shard import token_dtype
 from megatron_fp4.models.count import Flops, model_parameters
 from megatron_fp4.planning.cost.hardware import Site
+from megatron_fp4.planning.indices import index_section
 from megatron_fp4.train.checked import CheckedConfig
 
 HOUR, DAY = 3600.0, 86400.0
@@ -36,8 +36,7 @@ def whole_run_section(checked: CheckedConfig, flops: Flops, seconds: float, site
     wall = productive / saves["goodput"]
     gpu_hours = wall / HOUR * site.num_gpus
     dtype_bytes = token_dtype(config.model.vocab_size).itemsize
-    documents = int(config.run_tokens / assumptions.tokens_per_document)
-    index, shared = index_bytes(documents), cache_folder(config.data.index_cache, documents) is not None
+    index = index_section(config.data, config.run_tokens, assumptions.tokens_per_document)
     copy = saves["bytes_per_gpu"] if config.checkpoint.asynchronous else 0.0
     return {
         "evaluation_seconds": evaluation,
@@ -49,9 +48,8 @@ def whole_run_section(checked: CheckedConfig, flops: Flops, seconds: float, site
         "kilowatts_per_gpu": site.machine.kilowatts,
         "data_bytes": config.run_tokens * dtype_bytes,
         "bytes_per_token": dtype_bytes,
-        "index_bytes": index,
-        "index_shared": shared,
-        "host_bytes_per_gpu": copy + (0 if shared else index),
+        "data_index": index,
+        "host_bytes_per_gpu": copy + (0 if index["folder"] else index["bytes"]),
         "saves": saves,
     }
 
