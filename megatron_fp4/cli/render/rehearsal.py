@@ -53,6 +53,7 @@ def _deviations(entry: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rank(entry: Mapping[str, Any]) -> list[str]:
+    peak = entry["memory"]["peak"]
     place = ", ".join(f"{name} {rank}" for name, rank in entry["place"].items())
     return [
         "",
@@ -64,18 +65,28 @@ def _rank(entry: Mapping[str, Any]) -> list[str]:
         *(f"  above 1 GB: {e['tensor']} at {e['origin']}, {e['count']} x" for e in entry["large_tensors"]),
         *_messages(entry["messages"]),
         *_kernels(entry["kernels"]),
-        *(line for name, title in BETWEEN_STEPS.items() if name in entry for line in _between(title, entry[name])),
+        *(
+            line
+            for name, title in BETWEEN_STEPS.items()
+            if name in entry
+            for line in _between(title, entry[name], peak)
+        ),
     ]
 
 
-def _between(title: str, section: Mapping[str, Any]) -> list[str]:
-    lines = [f"  {title}: peak {_gb(section['peak'])} GB"]
-    if section["pinned_bytes"] or "save" in title:
-        copied, pinned = _gb(section["bytes_out"]), _gb(section["pinned_bytes"])
-        lines[0] += f", {copied} GB to the host, which takes {pinned} GB of pinned memory more"
-    for name, words in CROSSINGS.items():
-        lines += [f"  {line}" for line in _crossings(words, section[name])]
-    return lines
+def _between(title: str, section: Mapping[str, Any], peak_of_step: float) -> list[str]:
+    first = f"  {title}: peak {_gb(section['peak'])} GB"
+    if section["peak"] > peak_of_step:
+        first += f", {_gb(section['peak'] - peak_of_step)} above that of the second step"
+    if "save" in title:
+        pinned = f"{_gb(section['pinned_bytes'])} GB" if section["pinned_bytes"] else "none"
+        first += f"; {_gb(section['bytes_out'])} GB to the host, where pinned memory is taken: {pinned}"
+    crossings = ((words, section[name]) for name, words in CROSSINGS.items())
+    return [first, *(f"    {words}: {_places(counts)}" for words, counts in crossings if counts)]
+
+
+def _places(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} x {origin}" for origin, count in counts.items())
 
 
 def _crossings(name: str, counts: Mapping[str, int]) -> list[str]:
