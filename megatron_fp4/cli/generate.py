@@ -1,17 +1,20 @@
-"""`megatron-fp4 generate RUN --prompt "def "`: continue a text with the weights of a run.
+"""`megatron-fp4 generate RUN --prompt "def "`: continue texts with the weights of a run, in its evaluation precision.
 
-One process, whatever layout wrote the checkpoint; the evaluation precision of the run (interop/generate.py).
+In one process, whatever layout wrote the checkpoint, or under torchrun on the run's tp * pp ranks.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fp4.cli.compose import load_run_config
-from megatron_fp4.interop.generate import TextGenerator
+from megatron_fp4.cli.trained import with_trained
+from megatron_fp4.inference.generate import TextGenerator
+from megatron_fp4.inference.model import RowModel, Sampling
+from megatron_fp4.train.open import TrainedModel
+
+PROMPTS = ["import os\n", "def main(", '"""Return the']
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,13 +27,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--top-k", type=int, default=40)
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=16, help="prompts at once, where no activation is quantized")
+    parser.add_argument("--no-cache", action="store_true", help="compute the whole text anew for every token")
     args = parser.parse_args(arguments)
-    try:
-        generator = TextGenerator(load_run_config(args.run), args.step)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for prompt in args.prompt or ["import os\n", "def main(", '"""Return the']:
-        print(f"--- {prompt!r}")
-        print(prompt + generator.continuation(prompt, args.tokens, args.temperature, args.top_k, args.seed))
-    return 0
+
+    def use(trained: TrainedModel) -> None:
+        prompts = args.prompt or PROMPTS
+        generator = TextGenerator(trained, RowModel(trained, batch=args.batch, cache=not args.no_cache))
+        sampling = Sampling(args.temperature, args.top_k, args.seed)
+        for prompt, text in zip(prompts, generator.continuations(prompts, args.tokens, sampling), strict=False):
+            print(f"--- {prompt!r}\n{prompt}{text}")
+
+    return with_trained(args.run, args.step, use, documents_apart=True)

@@ -16,6 +16,7 @@ from megatron_fp4.comm.rect import split_evenly
 from megatron_fp4.layers.context_parallel import causal_mask, context_parallel_attention
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_fp4.layers.past import KeyValues
 from megatron_fp4.layers.qk_norm import QkNorm, make_qk_norm
 from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.layers.rope import RopeScalingConfig, apply_rope, rope_angles, rope_frequencies
@@ -51,9 +52,9 @@ class AttentionSizes(Protocol):
 class Attention(nn.Module):
     """x_TD `[T/tp, D]` -> `[T/tp, D]`.
 
-    keep_documents_apart: tokens attend only inside their document; otherwise the whole sample is causal.
-    recompute_core: an attribute that may be set (recompute.py). Raises ValueError if a head count does not divide by
-    tp.
+    keep_documents_apart: tokens attend only inside their document; otherwise the whole sample is causal. Attributes that
+    may be set: recompute_core (recompute.py), past, to continue a text (past.py). Raises ValueError if a head count does
+    not divide by tp.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute_core = False
+        self.past: KeyValues | None = None
         self._context = context
         self._head_dim = E = sizes.attention_head_dim
         self._heads = split_evenly(sizes.num_heads, context.tp, what="num_heads")
@@ -104,6 +106,8 @@ class Attention(nn.Module):
         return self._attend(widen(q), widen(k), widen(v), tokens).reshape(B * S, -1).to(qkv_TN.dtype)
 
     def _attend(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
+        if self.past is not None:
+            return self._continue(self.past, q_BSHE, k_BSGE, v_BSGE, tokens)
         documents = tokens.documents if self._keep_documents_apart else None
         if self._context.cp.size > 1:
             return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, documents, self._context.cp, self._window)
@@ -114,6 +118,21 @@ class Attention(nn.Module):
         if documents is not None:
             mask = document_mask(documents, documents) & mask
         return attend(q_BSHE, k_BSGE, v_BSGE, mask)
+
+    def _continue(self, past: KeyValues, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
+        """Attention of the next tokens to themselves and all before; inside a document, positions grow."""
+        past.extend(k_BSGE, v_BSGE, tokens.positions, tokens.documents)
+        assert past.k_BJGE is not None
+        assert past.v_BJGE is not None
+        assert past.places is not None
+        positions_BJ, documents_BJ = past.places
+        distance_BSJ = tokens.positions[:, :, None] - positions_BJ[:, None, :]
+        mask = (distance_BSJ >= 0)[:, None]
+        if self._window:
+            mask = mask & (distance_BSJ < self._window)[:, None]
+        if self._keep_documents_apart:
+            mask = mask & document_mask(tokens.documents, documents_BJ)
+        return attend(q_BSHE, past.k_BJGE, past.v_BJGE, mask)
 
 
 def document_mask(documents_BS: Tensor, key_documents_BJ: Tensor) -> Tensor:

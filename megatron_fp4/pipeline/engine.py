@@ -122,7 +122,14 @@ class PipelineEngine(Generic[Module]):
     def evaluate(self, microbatch: Microbatch) -> Tensor:
         """Sum of the token losses of one microbatch, of any shape (0 where `reports_loss` is False)."""
         total = torch.zeros((), device=self._device)
+        logits = self.logits(microbatch)
+        return total if logits is None else total + self._loss(logits, microbatch.labels, 1.0)
+
+    @torch.no_grad()
+    def logits(self, microbatch: Microbatch) -> Tensor | None:
+        """Output of the last stage for one microbatch, of any shape; None where `reports_loss` is False."""
         output: Tensor | None = None
+        last: Tensor | None = None
         for number, module in zip(self._numbers, self.stages, strict=True):
             if number == 0:
                 x = microbatch.tokens
@@ -133,10 +140,10 @@ class PipelineEngine(Generic[Module]):
                 x = self._receive(microbatch.tokens.numel(), number - 1)
             output = module(x, microbatch.address, microbatch.positions, microbatch.documents)
             if number == self._last:
-                total += self._loss(output, microbatch.labels, 1.0)
+                last = output
             elif number + 1 not in self._numbers:
                 dist.send(output.contiguous(), self._peer(number + 1), group=self._pp.process_group)
-        return total
+        return last
 
     def _scaled_loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return self._loss(output, labels, self._scale)

@@ -41,6 +41,9 @@ class Engine(Protocol):
     def evaluate(self, microbatch: Inputs) -> Tensor:
         """Sum of the token losses of one microbatch (FP32 scalar, 0 where `reports_loss` is False)."""
 
+    def logits(self, microbatch: Inputs) -> Tensor | None:
+        """Logits `[T, V/tp]` of one microbatch, without gradients; None where `reports_loss` is False."""
+
 
 class TokenLoss:
     """Sum of token losses times a scale, from this rank's logits. See `choose_cross_entropy` for `impl`.
@@ -68,8 +71,11 @@ class LocalEngine:
         self._model, self._loss = model, loss
 
     def _forward(self, inputs: Inputs, scale: float | Tensor) -> Tensor:
-        logits = self._model(inputs.tokens, inputs.address, inputs.positions, inputs.documents)
-        return self._loss(logits, inputs.labels, scale)
+        return self._loss(self._logits(inputs), inputs.labels, scale)
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        logits: Tensor = self._model(inputs.tokens, inputs.address, inputs.positions, inputs.documents)
+        return logits
 
     def train(
         self, microbatches: list[Inputs], scale: float | Tensor, before_last_backward: Callable[[int], None]
@@ -86,3 +92,7 @@ class LocalEngine:
     @torch.no_grad()
     def evaluate(self, microbatch: Inputs) -> Tensor:
         return self._forward(microbatch, 1.0)
+
+    @torch.no_grad()
+    def logits(self, microbatch: Inputs) -> Tensor:
+        return self._logits(microbatch)

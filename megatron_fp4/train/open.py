@@ -1,6 +1,7 @@
 """Weights of a checkpoint into a model without an optimizer: for evaluation, generation and export.
 
-A checkpoint has no layout, so a trained model of any size of job opens in one process.
+A checkpoint has no layout, so a trained model of any size of job opens in one process; and on as many ranks as its
+tensor and pipeline sizes ask for, with a copy of the model on every so many more.
 """
 
 from __future__ import annotations
@@ -13,45 +14,92 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.checkpoint.weights import load_weights
+from megatron_fp4.comm.bootstrap import Process, connect_mesh
 from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.layers.linear import assign_precision
-from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.refusals.requirements import by_torch
-from megatron_fp4.train.trainable import draw_stages
+from megatron_fp4.train.engine import Engine
+from megatron_fp4.train.refusals.requirements import by_torch, check_machine
+from megatron_fp4.train.trainable import draw_stages, evaluation_engine
+
+ALONE = Process(Launch(), Group.single("world"), torch.device("cpu"))
+"""This process and its CPU."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
     """A trained model in evaluation mode and precision, as it was after its last step.
 
-    phase: of the precision plan, in which that step computed; an evaluation in the precision `same` computes in it too.
+    engine: this rank's part of it. phase: of the precision plan, in which that step computed; an evaluation in the
+    precision `same` computes in it too.
     """
 
     checked: CheckedConfig
-    model: Decoder
+    engine: Engine
+    mesh: ParallelMesh
+    device: torch.device
     phase: int
 
+    def table(self, precision: str) -> PrecisionTable:
+        """What the run would have evaluated in with `precision.evaluation` set to this. Raises ValueError."""
+        config = self.checked.config
+        config = replace(config, precision=replace(config.precision, evaluation=precision))
+        return check_config(config, self.mesh.world.size).plan.evaluation_table(self.phase)
 
-def open_trained(config: RunConfig, step: int | None = None) -> TrainedModel:
-    """The trained model of a run in this process, on its CPU. step: None for the newest checkpoint.
+    def assign(self, table: PrecisionTable) -> None:
+        """Compute by this table from now on."""
+        for stage in self.engine.stages:
+            assign_precision(stage, table)
 
-    Raises ValueError or FileNotFoundError where run, data or checkpoint are not there.
+
+def open_trained(
+    config: RunConfig, step: int | None = None, process: Process = ALONE, *, documents_apart: bool = False
+) -> TrainedModel:
+    """The trained model of a run on the ranks of `process`. Collective over them. step: None for the newest checkpoint.
+
+    A CPU computes all of it by torch, whatever the run itself uses. documents_apart: keep documents of a row apart
+    even if the run does not. Raises ValueError or FileNotFoundError where run, data or checkpoint are not there, or the
+    ranks are not a multiple of the run's tp * pp.
     """
-    checked = check_config(replace(by_torch(config), parallel=ParallelConfig()), world_size=1)
+    config = replace(config, parallel=_layout(config.parallel, process.world.size))
+    config = by_torch(config) if process.device.type == "cpu" else config
+    checked = check_config(config, process.world.size)
     config = checked.config
+    check_machine(config, process.device)
+    mesh = connect_mesh(config.parallel, process)
     backend, clock = make_backend(replace(config.precision, compile=False)), StepClock(config.train.seed)
-    (model,) = draw_stages(config, backend, ParallelMesh.single_process(), torch.device("cpu"), clock)
-    store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", Group.single("world"), config.checkpoint)
-    meta = load_weights(model, store, step)
+    drawn = replace(config, data=replace(config.data, reset_documents=documents_apart or config.data.reset_documents))
+    stages = draw_stages(drawn, backend, mesh, process.device, clock)
+    store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", mesh.world, config.checkpoint)
+    meta = load_weights(torch.nn.ModuleList(stages), store, step)
     clock.step = meta["step"] - 1  # rounding noise of an evaluation after a step is that of the step
-    phase = _last_phase(checked, meta)
-    assign_precision(model, checked.plan.evaluation_table(phase))
-    return TrainedModel(checked, model.eval(), phase)
+    engine = evaluation_engine(config, [stage.eval() for stage in stages], mesh, process.device)
+    trained = TrainedModel(checked, engine, mesh, process.device, _last_phase(checked, meta))
+    trained.assign(checked.plan.evaluation_table(trained.phase))
+    return trained
+
+
+def _layout(trained: ParallelConfig, world_size: int) -> ParallelConfig:
+    """The layout of a model that is not trained: whole sequences, one stage a rank."""
+    if world_size == 1:
+        return ParallelConfig()
+    if world_size % (trained.tp * trained.pp):
+        raise ValueError(
+            f"the run has parallel.tp={trained.tp} and parallel.pp={trained.pp}; start 1 rank, or a multiple of"
+            f" {trained.tp * trained.pp}, not {world_size}"
+        )
+    return ParallelConfig(
+        tp=trained.tp,
+        pp=trained.pp,
+        timeout_seconds=trained.timeout_seconds,
+        init_timeout_seconds=trained.init_timeout_seconds,
+    )
 
 
 def _last_phase(checked: CheckedConfig, meta: dict[str, Any]) -> int:

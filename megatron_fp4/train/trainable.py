@@ -19,7 +19,7 @@ from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.models.partition import split_stages
 from megatron_fp4.optim import Zero1AdamW
-from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes
+from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, TakeWgrads
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
 from megatron_fp4.precision import Backend, StepClock, WgradPlan
 from megatron_fp4.precision.table import PrecisionTable
@@ -59,19 +59,22 @@ def build_trainable(
     sum_dtype = config.precision.compute_dtype.sum_dtype
     optimizer = Zero1AdamW(together.named_parameters(), config.optim, mesh, True, weights_changed, sum_dtype)
     optimizer.gather_beside_forward(together)
+    queues = [context.queue.take for context in contexts if context.queue is not None]
+    return Trainable(clock, _engine(config, stages, queues, mesh, device), optimizer)
+
+
+def evaluation_engine(config: RunConfig, stages: list[Decoder], mesh: ParallelMesh, device: torch.device) -> Engine:
+    """An engine that only evaluates, of stages that `draw_stages` has made for this rank of a plain pipeline."""
+    return _engine(config, stages, [], mesh, device)
+
+
+def _engine(
+    config: RunConfig, stages: list[Decoder], queues: list[TakeWgrads], mesh: ParallelMesh, device: torch.device
+) -> Engine:
     loss = TokenLoss(config.model.vocab_size, mesh.tp, config.model.loss_impl, config.train.label_smoothing)
     if config.parallel.pp == 1:
-        return Trainable(clock, LocalEngine(stages[0], loss), optimizer)
-    engine = PipelineEngine(
-        stages,
-        [context.queue.take for context in contexts if context.queue is not None],
-        loss,
-        _shapes(config, mesh),
-        config.parallel,
-        mesh.pp,
-        device,
-    )
-    return Trainable(clock, engine, optimizer)
+        return LocalEngine(stages[0], loss)
+    return PipelineEngine(stages, queues, loss, _shapes(config, mesh), config.parallel, mesh.pp, device)
 
 
 def draw_stages(

@@ -31,6 +31,7 @@ from megatron_fp4.layers.mamba.convolution import causal_conv
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.layers.mamba.ssd import document_starts, ssd_scan
 from megatron_fp4.layers.parameter import constant_init, make_parameter, sharded_vector, uniform_init
+from megatron_fp4.layers.past import ScanState
 from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.numerics.random import key_of, uniform
 
@@ -68,7 +69,8 @@ class Mamba2(nn.Module):
     """x_TD `[T/tp, D]` -> `[T/tp, D]`.
 
     Heads and groups are sharded over tp, the sequence over cp. keep_documents_apart: state and convolution begin anew
-    with every document. kernel: who computes convolution and scan. Raises ValueError if the groups do not divide by tp,
+    with every document. kernel: who computes convolution and scan. past: an attribute that may be set, to continue a
+    text by torch on one context-parallel rank (layers/past.py). Raises ValueError if the groups do not divide by tp,
     or if the kernel cannot be used.
     """
 
@@ -88,6 +90,7 @@ class Mamba2(nn.Module):
         states = config.mamba_num_groups * config.mamba_state
         conv_parts = {"x": inner, "B": states, "C": states}
         outputs = {"z": inner, **conv_parts, "dt": config.mamba_num_heads}
+        self.past: ScanState | None = None
         self._context = context
         self._keep_documents_apart = keep_documents_apart
         self._chunk = config.mamba_chunk
@@ -123,7 +126,7 @@ class Mamba2(nn.Module):
         documents_BS = in_pieces(tokens.documents, self._context.cp) if self._keep_documents_apart else None
         work = torch.promote_types(dt_BSH.dtype, torch.float32)
         dt_BSH = F.softplus(dt_BSH.to(work) + self.dt_bias.to(work))
-        recur = self._recur if self._fused is None else self._recur_fused
+        recur = self._recur if self._fused is None or self.past is not None else self._recur_fused
         x_BSHP, y_BSHP = recur(xBC_BSW, dt_BSH, -self.A_log.to(work).exp(), documents_BS)
         y_BSHP = y_BSHP + self.D.to(y_BSHP.dtype)[:, None] * x_BSHP
         return self.norm(y_BSHP.flatten(2), z_BSI).view(B * S, self._inner)
@@ -132,17 +135,21 @@ class Mamba2(nn.Module):
         self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, documents_BS: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Convolution and recurrence by torch: x_BSHP after the convolution, and y_BSHP in FP32."""
-        cp, reach = self._context.cp, self.conv_weight.shape[1] - 1
-        before_BJW = previous_tokens(xBC_BSW, reach, cp)
+        cp, reach, past = self._context.cp, self.conv_weight.shape[1] - 1, self.past or ScanState()
+        before_BJW = previous_tokens(xBC_BSW, reach, cp) if past.last_BJW is None else past.last_BJW
         starts_BS = documents_BI = None
         if documents_BS is not None:
-            before_BJ = previous_tokens(documents_BS, reach, cp)
+            before_BJ = previous_tokens(documents_BS, reach, cp) if past.documents_BJ is None else past.documents_BJ
             starts_BS = document_starts(documents_BS, before_BJ[:, -1])
             documents_BI = torch.cat([before_BJ, documents_BS], dim=1)
+            past.documents_BJ = documents_BI[:, -reach:]
+        if self.past is not None:
+            past.last_BJW = torch.cat([before_BJW, xBC_BSW[:, -reach:]], dim=1)[:, -reach:]
         xBC_BSW = causal_conv(xBC_BSW, before_BJW, self.conv_weight, self.conv_bias, documents_BI)
         x, B, C = self._heads_of(xBC_BSW)
-        carry = functools.partial(carry_states, cp=cp) if cp.size > 1 else None
-        y, _ = ssd_scan(x, dt_BSH, A_H, B, C, chunk=self._chunk, starts_BS=starts_BS, initial=carry)
+        carry = functools.partial(carry_states, cp=cp) if cp.size > 1 else past.state_BHPN
+        chunk = self._chunk if self.past is None else min(self._chunk, x.shape[1])
+        y, past.state_BHPN = ssd_scan(x, dt_BSH, A_H, B, C, chunk=chunk, starts_BS=starts_BS, initial=carry)
         return x, y
 
     def _recur_fused(

@@ -1,0 +1,1 @@
+"""A text is continued token by token, and ends where a document ends."""
