@@ -107,20 +107,23 @@ def test_quantized_activations_are_of_one_row(trained: TrainedModel) -> None:
     assert model.score(ROWS) != RowModel(trained).score(ROWS)
 
 
-def computed(process: Process, config: RunConfig) -> list[tuple[list[Score], list[list[int]]]]:
+def computed(process: Process, config: RunConfig, greedy: list[Row]) -> list[tuple[list[Score], list[list[int]]]]:
     """Scores and continuations, per precision."""
     model = RowModel(trained := open_trained(config, None, process, documents_apart=True), batch=2)
     results = []
     for precision in ("bf16", "same"):
         model.compute_in(trained.table(precision))
-        results.append((model.score(ROWS), model.continue_rows(PROMPTS, never)))
+        results.append((model.score([*ROWS, *greedy]), model.continue_rows(PROMPTS, never)))
     return results
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {}], ids=["tp2", "pp2", "dp2"])
-def test_no_layout_shows(layout: dict[str, int], config: RunConfig) -> None:
-    wanted = computed(ALONE, config)
-    first, other = run_local(computed, 2, replace(config, parallel=ParallelConfig(**layout)))
+def test_no_layout_shows(layout: dict[str, int], config: RunConfig, trained: TrainedModel) -> None:
+    ids = PROMPTS[3].ids
+    greedy = [Row(ids + RowModel(trained).continue_rows([Prompt(ids, 5)], never)[0], 5)]
+    wanted = computed(ALONE, config, greedy)
+    assert [score.greedy for score in wanted[0][0]] == [False] * len(ROWS) + [True]
+    first, other = run_local(computed, 2, replace(config, parallel=ParallelConfig(**layout)), greedy)
     assert other == [([], [])] * 2, "rank 0 has the results"
     for (scores, ids), (right_scores, right_ids) in zip(first, wanted, strict=True):
         assert ids == right_ids
