@@ -66,8 +66,8 @@ class Prompt:
     sampling: Sampling = Sampling()
 
 
-Ends = Callable[[list[int]], bool]
-"""Whether a continuation is complete; asked after each of its ids. The same on all ranks."""
+Ends = Callable[[list[int], list[int]], bool]
+"""(prompt, ids so far) -> whether the continuation is complete; asked after each id, the same on all ranks."""
 
 
 class RowModel:
@@ -152,7 +152,9 @@ class RowModel:
                 for number, row in enumerate(rows):  # one that has ended goes on beside the others, for nobody
                     row.append(chosen[number])
                     added = row[len(prompts[number].ids) :]
-                    if number in running and (len(added) == prompts[number].num_tokens or ends(added)):
+                    if number in running and (
+                        len(added) == prompts[number].num_tokens or ends(prompts[number].ids, added)
+                    ):
                         running.remove(number)
                         ends_at[number] = len(row)
                 width = 1 if self._cache else width + 1

@@ -53,7 +53,7 @@ PROMPTS = [Prompt(some_ids(length), 3 + length % 5, NOISE) for length in LENGTHS
 ROWS = [Row(some_ids(length + 3), 1 + length % 3) for length in LENGTHS]
 
 
-def never(ids: list[int]) -> bool:
+def never(before: list[int], ids: list[int]) -> bool:
     return False
 
 
@@ -85,7 +85,7 @@ def test_neither_cache_nor_batch_shows(trained: TrainedModel) -> None:
     assert len({tuple(ids[:3]) for ids in alone}) == len(alone), "the model says one thing whatever it is asked"
     for batch in (1, 2, 5):
         assert RowModel(trained, batch=batch).continue_rows(PROMPTS, never) == alone
-    ended = RowModel(trained, batch=5).continue_rows(PROMPTS, lambda ids: ids == alone[2][:2])
+    ended = RowModel(trained, batch=5).continue_rows(PROMPTS, lambda _, ids: ids == alone[2][:2])
     assert ended == [*alone[:2], alone[2][:2], *alone[3:]]
     scores = RowModel(trained, batch=5).score(ROWS)
     singly = [RowModel(trained).score([row])[0] for row in ROWS]
@@ -96,7 +96,7 @@ def test_what_was_remembered_is_forgotten(trained: TrainedModel) -> None:
     model = RowModel(trained)
     before = model.score(ROWS)
     with pytest.raises(ZeroDivisionError):
-        model.continue_rows(PROMPTS, lambda ids: 1 // 0 > 0)
+        model.continue_rows(PROMPTS, lambda *_: 1 // 0 > 0)
     assert model.score(ROWS) == before
 
 
