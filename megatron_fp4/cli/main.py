@@ -29,12 +29,12 @@ COMMANDS = {
     "checkpoint": ("megatron_fp4.cli.checkpoint", "inspect, verify, average, extract and export checkpoints"),
     "verify-resume": ("megatron_fp4.cli.verify_resume", "prove that a killed run goes on as if nothing had happened"),
     "replay": ("megatron_fp4.cli.replay", "run again from a checkpoint to a step whose loss spiked, also in BF16"),
-    "evaluate": ("megatron_fp4.cli.evaluate", "held-out loss of a trained model, in one precision or another"),
+    "evaluate": ("megatron_fp4.cli.trained.evaluate", "held-out loss of a trained model, in one precision or another"),
     "eval-harness": (
-        "megatron_fp4.cli.eval_harness",
+        "megatron_fp4.cli.trained.eval_harness",
         "the tasks of lm-eval, asked of a trained model in any precision",
     ),
-    "generate": ("megatron_fp4.cli.generate", "continue a text with a trained checkpoint"),
+    "generate": ("megatron_fp4.cli.trained.generate", "continue a text with a trained checkpoint"),
 }
 
 

@@ -52,9 +52,9 @@ class AttentionSizes(Protocol):
 class Attention(nn.Module):
     """x_TD `[T/tp, D]` -> `[T/tp, D]`.
 
-    keep_documents_apart: tokens attend only inside their document; otherwise the whole sample is causal. Attributes that
-    may be set: recompute_core (recompute.py), past, to continue a text (past.py). Raises ValueError if a head count does
-    not divide by tp.
+    keep_documents_apart: tokens attend only inside their document; otherwise the whole sample is causal. Attributes
+    that may be set: recompute_core (recompute.py); past, to continue a text (past.py). Raises ValueError if a head
+    count does not divide by tp.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_fp4.cli import evaluate as command
+from megatron_fp4.cli.trained import evaluate as command
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import make_trainer

@@ -16,8 +16,9 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from megatron_fp4.cli import checkpoint, eval_harness
+from megatron_fp4.cli import checkpoint
 from megatron_fp4.cli.compose import load_run_config
+from megatron_fp4.cli.trained import eval_harness
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local

@@ -21,6 +21,14 @@ from tests.train.in_process import make_trainer
 
 MODELS = {
     "attention": ("model=gpt_tiny", "model.num_layers=2"),
+    "window": (
+        "model=gpt_tiny",
+        "model.num_layers=2",
+        "model.sliding_window=5",
+        "model.qk_norm=head",
+        "model.qkv_bias=true",
+        "model.rope_fraction=0.5",
+    ),
     "hybrid": ("model=hybrid_tiny", "model.num_layers=3", "model.pattern='M*-'", "model.mamba_chunk=8"),
 }
 LENGTHS = (3, 1, 9, 17, 2)

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.cli.trained import with_trained
+from megatron_fp4.cli.trained.opening import with_trained
 from megatron_fp4.inference.generate import TextGenerator
 from megatron_fp4.inference.lead import Led
 from megatron_fp4.inference.model import RowModel

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fp4.cli.trained import with_trained
+from megatron_fp4.cli.trained.opening import with_trained
 from megatron_fp4.train.checked import open_data
 from megatron_fp4.train.evaluate import evaluate
 from megatron_fp4.train.open import TrainedModel

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fp4.cli.trained import with_trained
+from megatron_fp4.cli.trained.opening import with_trained
 from megatron_fp4.inference.generate import TextGenerator
 from megatron_fp4.inference.model import RowModel, Sampling
 from megatron_fp4.train.open import TrainedModel
