@@ -20,7 +20,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from megatron_fp4.data.text.tokenizer import Tokenizer, eos_of
 from megatron_fp4.inference.lead import Led
-from megatron_fp4.inference.model import Prompt, Row, Sampling, Score
+from megatron_fp4.inference.model import Prompt, Sampling, Score, TokenRow
 
 UNDERSTOOD = {"do_sample", "temperature", "top_k", "until", "max_gen_toks"}
 """What of a task's generation settings has a meaning here."""
@@ -37,7 +37,8 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, led: Led, tokenizer: Tokenizer, max_length: int, *, bos: bool = False) -> None:
         super().__init__()
-        self._led, self._tokenizer, self._max_length = led, tokenizer, max_length
+        self._led = led
+        self._tokenizer, self._max_length = tokenizer, max_length
         self._eos = eos_of(tokenizer)
         self._bos = [tokenizer.special.require("bos", f"tokenizer {tokenizer.path}")] if bos else []
 
@@ -60,14 +61,14 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """ln p of each text, in windows of the sequence that do not overlap, but for one token of context."""
-        windows: list[tuple[int, Row]] = []
+        windows: list[tuple[int, TokenRow]] = []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             for window in utils.get_rolling_token_windows(
                 token_list=ids, prefix_token=self.prefix_token_id, max_seq_len=self._max_length, context_len=1
             ):
                 context, targets = utils.make_disjoint_window(window)
-                windows.append((number, Row(context + targets, len(targets))))
+                windows.append((number, TokenRow(context + targets, len(targets))))
         totals = [0.0] * len(requests)
         scores: list[Score] = self._led.call("score", [row for _, row in windows])
         for (number, _), score in zip(windows, scores, strict=True):
@@ -86,14 +87,14 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood", texts, result)
         return results
 
-    def _row(self, context: list[int], targets: list[int]) -> Row:
+    def _row(self, context: list[int], targets: list[int]) -> TokenRow:
         """What is too long loses its beginning."""
         if len(targets) > self._max_length:
             raise ValueError(
                 f"a continuation of {len(targets)} tokens is longer than the run's sequence, {self._max_length}; this"
                 " task needs a model with a longer one"
             )
-        return Row((context + targets)[-(self._max_length + 1) :], len(targets))
+        return TokenRow((context + targets)[-(self._max_length + 1) :], len(targets))
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         texts: list[str] = [""] * len(requests)

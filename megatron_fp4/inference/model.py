@@ -33,7 +33,7 @@ from megatron_fp4.train.open import TrainedModel
 T = TypeVar("T")
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """Token ids of which the last `num_targets` are scored, each after all ids before it."""
 
     ids: list[int]
@@ -75,7 +75,8 @@ class RowModel:
     states between the tokens of a continuation, instead of computing the whole row anew for each."""
 
     def __init__(self, trained: TrainedModel, *, batch: int = 16, cache: bool = True) -> None:
-        self._trained, self._largest_batch, self._cache = trained, batch, cache
+        self._trained = trained
+        self._largest_batch, self._cache = batch, cache
         self._vocab_size, self._mesh = trained.checked.config.model.vocab_size, trained.mesh
         self._batch = batch
         self.compute_in(trained.checked.plan.evaluation_table(trained.phase))
@@ -86,7 +87,7 @@ class RowModel:
         quantized = any(row.precision.fprop.x.quantized for row in table.rows)
         self._batch = 1 if quantized else self._largest_batch
 
-    def score(self, rows: Sequence[Row]) -> list[Score]:
+    def score(self, rows: Sequence[TokenRow]) -> list[Score]:
         """The score of every row, on rank 0; nothing elsewhere. Raises ValueError for a row without context."""
         for row in rows:
             if not 0 < row.num_targets < len(row.ids):
@@ -120,7 +121,7 @@ class RowModel:
             merged.update(part)
         return [merged[number] for number in range(count)] if self._mesh.is_main else []
 
-    def _score(self, rows: Sequence[Row]) -> list[Score]:
+    def _score(self, rows: Sequence[TokenRow]) -> list[Score]:
         """Scores of one batch, on the ranks of the last stage; none elsewhere."""
         width = max(len(row.ids) for row in rows) - 1
         tokens = torch.zeros(len(rows), width, dtype=torch.int64)

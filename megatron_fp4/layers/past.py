@@ -26,7 +26,8 @@ class KeyValues:
     def extend(self, k_BSGE: Tensor, v_BSGE: Tensor, positions_BS: Tensor, documents_BS: Tensor) -> None:
         """Remember the next tokens too."""
         if self.k_BJGE is None or self.v_BJGE is None or self.places is None:
-            self.k_BJGE, self.v_BJGE, self.places = k_BSGE, v_BSGE, (positions_BS, documents_BS)
+            self.k_BJGE, self.v_BJGE = k_BSGE, v_BSGE
+            self.places = (positions_BS, documents_BS)
             return
         positions_BJ, documents_BJ = self.places
         self.k_BJGE = torch.cat([self.k_BJGE, k_BSGE], dim=1)

@@ -14,22 +14,16 @@ import torch
 
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.checkpoint.weights import load_weights
-from megatron_fp4.comm.bootstrap import Process, connect_mesh
+from megatron_fp4.comm.bootstrap import Process, connect_mesh, start_alone
 from megatron_fp4.comm.config import ParallelConfig
-from megatron_fp4.comm.launch import Launch
-from megatron_fp4.comm.mesh import Group, ParallelMesh
+from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.layers.linear import assign_precision
-from megatron_fp4.precision.backends.choose import make_backend
-from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.refusals.requirements import by_torch, check_machine
-from megatron_fp4.train.trainable import draw_stages, evaluation_engine
-
-ALONE = Process(Launch(), Group.single("world"), torch.device("cpu"))
-"""This process and its CPU."""
+from megatron_fp4.train.trainable import draw_evaluation
 
 
 @dataclass(frozen=True)
@@ -59,27 +53,25 @@ class TrainedModel:
 
 
 def open_trained(
-    config: RunConfig, step: int | None = None, process: Process = ALONE, *, documents_apart: bool = False
+    config: RunConfig, step: int | None = None, process: Process | None = None, *, documents_apart: bool = False
 ) -> TrainedModel:
-    """The trained model of a run on the ranks of `process`. Collective over them. step: None for the newest checkpoint.
+    """The trained model of a run on the ranks of `process` (None: this one's CPU). Collective over them.
 
-    A CPU computes all of it by torch, whatever the run itself uses. documents_apart: keep documents of a row apart
-    even if the run does not. Raises ValueError or FileNotFoundError where run, data or checkpoint are not there, or the
-    ranks are not a multiple of the run's tp * pp.
+    step: None for the newest checkpoint. A CPU computes all of it by torch, whatever the run itself uses.
+    documents_apart: keep documents of a row apart even if the run does not. Raises ValueError or FileNotFoundError
+    where run, data or checkpoint are not there, or the ranks are not a multiple of the run's tp * pp.
     """
+    process = process or start_alone("cpu")
     config = replace(config, parallel=_layout(config.parallel, process.world.size))
     config = by_torch(config) if process.device.type == "cpu" else config
     checked = check_config(config, process.world.size)
     config = checked.config
     check_machine(config, process.device)
     mesh = connect_mesh(config.parallel, process)
-    backend, clock = make_backend(replace(config.precision, compile=False)), StepClock(config.train.seed)
-    drawn = replace(config, data=replace(config.data, reset_documents=documents_apart or config.data.reset_documents))
-    stages = draw_stages(drawn, backend, mesh, process.device, clock)
+    clock, engine = draw_evaluation(config, mesh, process.device, documents_apart=documents_apart)
     store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", mesh.world, config.checkpoint)
-    meta = load_weights(torch.nn.ModuleList(stages), store, step)
+    meta = load_weights(torch.nn.ModuleList(engine.stages), store, step)
     clock.step = meta["step"] - 1  # rounding noise of an evaluation after a step is that of the step
-    engine = evaluation_engine(config, [stage.eval() for stage in stages], mesh, process.device)
     trained = TrainedModel(checked, engine, mesh, process.device, _last_phase(checked, meta))
     trained.assign(checked.plan.evaluation_table(trained.phase))
     return trained

@@ -7,7 +7,7 @@ parity checks build the same object.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from megatron_fp4.optim import Zero1AdamW
 from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, TakeWgrads
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
 from megatron_fp4.precision import Backend, StepClock, WgradPlan
+from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine, LocalEngine, TokenLoss
@@ -63,9 +64,17 @@ def build_trainable(
     return Trainable(clock, _engine(config, stages, queues, mesh, device), optimizer)
 
 
-def evaluation_engine(config: RunConfig, stages: list[Decoder], mesh: ParallelMesh, device: torch.device) -> Engine:
-    """An engine that only evaluates, of stages that `draw_stages` has made for this rank of a plain pipeline."""
-    return _engine(config, stages, [], mesh, device)
+def draw_evaluation(
+    config: RunConfig, mesh: ParallelMesh, device: torch.device, *, documents_apart: bool = False
+) -> tuple[StepClock, Engine]:
+    """An engine that only evaluates, of stages that are not filled, and the clock of their noise.
+
+    documents_apart: keep documents of a row apart even if the run does not. The schedule must be one of a stage a rank.
+    """
+    backend, clock = make_backend(replace(config.precision, compile=False)), StepClock(config.train.seed)
+    apart = replace(config, data=replace(config.data, reset_documents=documents_apart or config.data.reset_documents))
+    stages = draw_stages(apart, backend, mesh, device, clock)
+    return clock, _engine(config, [stage.eval() for stage in stages], [], mesh, device)
 
 
 def _engine(

@@ -109,8 +109,8 @@ def judged(folder: Path, *arguments: str) -> dict[str, Any]:
     """What the command finds, by precision and task."""
     where = [str(folder / "run"), "--tasks", TASKS, "--include-path", str(folder), "--output", str(folder / "out.json")]
     assert eval_harness.main([*where, *arguments]) == 0
-    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
-    return found
+    answer: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    return answer
 
 
 def transformers_model(folder: Path) -> Any:
@@ -138,12 +138,12 @@ def own_model(folder: Path) -> HarnessModel:
 
 def found_by(model: Any, folder: Path) -> dict[str, Any]:
     """What lm-eval finds of a model of its own."""
-    found = simple_evaluate(
+    answer = simple_evaluate(
         model=model, tasks=TASKS.split(","), bootstrap_iters=0, log_samples=False,
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
     )  # fmt: skip
-    assert found is not None
-    return dict(found["results"])
+    assert answer is not None
+    return dict(answer["results"])
 
 
 def numbers(results: dict[str, Any]) -> dict[tuple[str, str], float]:
@@ -161,15 +161,15 @@ def asked(kind: str, *arguments: Any) -> Instance:
 
 
 def test_the_export_asked_through_transformers_says_the_same(folder: Path) -> None:
-    found = judged(folder, "--precision", "bf16", "--precision", "same", "--precision", "exported")
+    answer = judged(folder, "--precision", "bf16", "--precision", "same", "--precision", "exported")
     ours, theirs = own_model(folder), transformers_model(folder)
-    own, wanted = numbers(found["bf16"]), numbers(found_by(theirs, folder))
+    own, wanted = numbers(answer["bf16"]), numbers(found_by(theirs, folder))
     assert own.keys() == wanted.keys()
     assert {task for task, _ in own} == set(TASKS.split(","))
     assert own == pytest.approx(wanted, abs=1e-6, rel=1e-6)
     for precision in ("same", "exported"):
-        assert numbers(found[precision]) != own, "four bits do not show"
-    assert numbers(found["same"]) != numbers(found["exported"])
+        assert numbers(answer[precision]) != own, "four bits do not show"
+    assert numbers(answer["same"]) != numbers(answer["exported"])
     prompts = ["the cat sat ", "a", "so it goes and goes and goes and goes and goes on for ever and ever"]
     for settings in ({"max_gen_toks": 9}, {"max_gen_toks": 30, "until": ["e", "g"]}):
         questions = [asked("generate_until", prompt, settings) for prompt in prompts]

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.bootstrap import Process, start_alone
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.local import run_local
 from megatron_fp4.comm.mesh import DrawnGroup
-from megatron_fp4.inference.model import Prompt, Row, RowModel, Sampling, Score
+from megatron_fp4.inference.model import Prompt, RowModel, Sampling, Score, TokenRow
 from megatron_fp4.models.past import remembering
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.open import ALONE, TrainedModel, open_trained
+from megatron_fp4.train.open import TrainedModel, open_trained
 from tests.helpers.tiny_run import tiny_run
 from tests.train.in_process import make_trainer
 
@@ -58,7 +58,7 @@ def some_ids(length: int) -> list[int]:
 
 
 PROMPTS = [Prompt(some_ids(length), 3 + length % 5, NOISE) for length in LENGTHS]
-ROWS = [Row(some_ids(length + 3), 1 + length % 3) for length in LENGTHS]
+ROWS = [TokenRow(some_ids(length + 3), 1 + length % 3) for length in LENGTHS]
 
 
 def never(before: list[int], ids: list[int]) -> bool:
@@ -81,7 +81,9 @@ def test_a_score_is_the_log_softmax_of_the_model(trained: TrainedModel) -> None:
 
 def test_what_is_greedy(trained: TrainedModel) -> None:
     (added,) = RowModel(trained).continue_rows([Prompt(PROMPTS[0].ids, 6)], never)
-    scores = RowModel(trained).score([Row(PROMPTS[0].ids + added, 6), Row(PROMPTS[0].ids + added[:-1] + [95], 6)])
+    scores = RowModel(trained).score(
+        [TokenRow(PROMPTS[0].ids + added, 6), TokenRow(PROMPTS[0].ids + added[:-1] + [95], 6)]
+    )
     assert [score.greedy for score in scores] == [True, False]
     assert added[-1] != 95
 
@@ -115,7 +117,7 @@ def test_quantized_activations_are_of_one_row(trained: TrainedModel) -> None:
     assert model.score(ROWS) != RowModel(trained).score(ROWS)
 
 
-def computed(process: Process, config: RunConfig, greedy: list[Row]) -> list[tuple[list[Score], list[list[int]]]]:
+def computed(process: Process, config: RunConfig, greedy: list[TokenRow]) -> list[tuple[list[Score], list[list[int]]]]:
     """Scores and continuations, per precision."""
     model = RowModel(trained := open_trained(config, None, process, documents_apart=True), batch=2)
     results = []
@@ -128,8 +130,8 @@ def computed(process: Process, config: RunConfig, greedy: list[Row]) -> list[tup
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {}], ids=["tp2", "pp2", "dp2"])
 def test_no_layout_shows(layout: dict[str, int], config: RunConfig, trained: TrainedModel) -> None:
     ids = PROMPTS[3].ids
-    greedy = [Row(ids + RowModel(trained).continue_rows([Prompt(ids, 5)], never)[0], 5)]
-    wanted = computed(ALONE, config, greedy)
+    greedy = [TokenRow(ids + RowModel(trained).continue_rows([Prompt(ids, 5)], never)[0], 5)]
+    wanted = computed(start_alone("cpu"), config, greedy)
     assert [score.greedy for score in wanted[0][0]] == [False] * len(ROWS) + [True]
     first, other = run_local(computed, 2, replace(config, parallel=ParallelConfig(**layout)), greedy)
     assert other == [([], [])] * 2, "rank 0 has the results"
@@ -150,7 +152,7 @@ def test_nothing_to_go_on_from(trained: TrainedModel) -> None:
     with pytest.raises(ValueError, match="a prompt has no token"):
         RowModel(trained).continue_rows([Prompt([], 3)], never)
     with pytest.raises(ValueError, match="a row of 2 ids cannot have 2 targets"):
-        RowModel(trained).score([Row([4, 5], 2)])
+        RowModel(trained).score([TokenRow([4, 5], 2)])
 
 
 def test_stages_remember_only_while_they_should(trained: TrainedModel) -> None:

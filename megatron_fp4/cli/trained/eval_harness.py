@@ -98,7 +98,7 @@ def _ask(led: Led, trained: TrainedModel, generator: TextGenerator, args: argpar
         manager = TaskManager(include_path=args.include_path)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise ValueError(f"lm-eval has no task {', '.join(unknown)}; name those of --include-path by their `task:`")
-    found = simple_evaluate(
+    answer = simple_evaluate(
         model=HarnessModel(led, generator.tokenizer, trained.checked.config.data.seq_length, bos=args.bos),
         tasks=tasks,
         num_fewshot=args.num_fewshot,
@@ -108,7 +108,7 @@ def _ask(led: Led, trained: TrainedModel, generator: TextGenerator, args: argpar
         log_samples=False,
         bootstrap_iters=1000,
     )
-    results: dict[str, Any] = found["results"]
+    results: dict[str, Any] = answer["results"]
     return results
 
 

@@ -135,7 +135,8 @@ class Mamba2(nn.Module):
         self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, documents_BS: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Convolution and recurrence by torch: x_BSHP after the convolution, and y_BSHP in FP32."""
-        cp, reach, past = self._context.cp, self.conv_weight.shape[1] - 1, self.past or ScanState()
+        cp, reach = self._context.cp, self.conv_weight.shape[1] - 1
+        past = self.past or ScanState()
         before_BJW = previous_tokens(xBC_BSW, reach, cp) if past.last_BJW is None else past.last_BJW
         starts_BS = documents_BI = None
         if documents_BS is not None:
