@@ -1,13 +1,15 @@
 """Checkpoints made of others: the mean of several, or some kinds of tensors of one.
 
 There is no conversion between layouts, because every layout reads every checkpoint. What remains of "convert" is
-`extract`: some kinds of tensors (the masters for publishing) as a checkpoint of one file.
+`extract`: some kinds of tensors (the masters for publishing) as a checkpoint of one file. A run begins from such a
+checkpoint by `train.init_from`; it cannot go on from it, because the moments are missing.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from megatron_fp4.checkpoint.pieces.stored import read_pieces
 from megatron_fp4.checkpoint.store import CheckpointStore
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Rectangle, Shard
+from megatron_fp4.settings import MAX_SECONDS
 
 EVERY_CHECKPOINT = 1 << 30
 """A `keep_last` that deletes nothing: what else is in the output directory stays."""
@@ -37,7 +40,7 @@ def average(
     """The weighted mean (default: equal weights) of the same tensors of several checkpoints, summed in FP64.
 
     Written as a checkpoint under `output_root` with the last one's step and small state, plus "averaged_from".
-    Raises ValueError if the checkpoints' names or shapes differ. Needs memory for one copy of `kinds`.
+    Raises ValueError if the checkpoints' names or shapes differ. Needs memory for a few copies of one tensor.
     """
     if not directories:
         raise ValueError("nothing to average: no checkpoints were given")
@@ -85,17 +88,48 @@ def _write(
     extra: dict[str, Any],
 ) -> Path:
     state = read_state(source)
-    destination = Path(output_root) / step_name(state["step"])
+    infos = {info.key: info.dtype for info in list_tensors(source)}
+    tensors = {key: torch.empty(shape, dtype=infos[key], device="meta") for key, shape in shapes.items()}
+    meta = {**state["meta"], **extra}
+    return write_tensors(output_root, state["step"], tensors, read, meta, tokens=state["tokens"], score=state["score"])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _UnreadShard(Shard):
+    """A shard whose tensors, on the meta device, say shapes and dtypes; values are read, by key, to be written."""
+
+    values: Callable[[str], Tensor]
+
+    def read(self, kind: str) -> Tensor:
+        return self.values(f"{kind}/{self.name}").to(self.tensors[kind].dtype)
+
+
+def write_tensors(
+    output_root: str | os.PathLike[str],
+    step: int,
+    tensors: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    meta: Mapping[str, Any],
+    *,
+    tokens: int | None = None,
+    score: float | None = None,
+) -> Path:
+    """A checkpoint of whole tensors under `output_root`, one in memory at a time; returns its directory.
+
+    tensors: by key ("master/head.weight"), on the meta device. read: the values of one. Raises ValueError if the
+    checkpoint exists, OSError if it cannot be written.
+    """
+    destination = Path(output_root) / step_name(step)
     if destination.exists():
         raise ValueError(f"{destination} exists already; choose another output directory")
     shards = []
-    for key, shape in shapes.items():
+    for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
-        shards.append(Shard(Rectangle.whole(name, shape), {kind: read(key)}))
-    config = CheckpointConfig(asynchronous=False, keep_last=EVERY_CHECKPOINT)
+        where = Rectangle.whole(name, tuple(tensor.shape))
+        shards.append(_UnreadShard(where=where, tensors={kind: tensor}, values=read))
+    config = CheckpointConfig(asynchronous=False, keep_last=EVERY_CHECKPOINT, timeout_seconds=MAX_SECONDS)
     store = CheckpointStore(output_root, Group.single("world"), config)
-    meta = {**state["meta"], **extra}
-    report = store.save(state["step"], shards, meta, tokens=state["tokens"], score=state["score"])
+    report = store.save(step, shards, meta, tokens=tokens, score=score)
     if report.status is not SaveStatus.committed:
         raise OSError(f"the checkpoint under {output_root} was not written: {report.error}")
     return destination

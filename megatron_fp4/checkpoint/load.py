@@ -89,7 +89,7 @@ class CheckpointReader:
         for candidate in candidates:
             directory = self.root / step_name(candidate)
             try:
-                return self._verified(directory)
+                return self.verified(directory)
             except CorruptCheckpoint as damage:
                 if step is not None or self.config.on_corrupt is OnCorrupt.fail:
                     raise CorruptCheckpoint(f"checkpoint {directory.name} is refused: {damage}") from None
@@ -113,8 +113,11 @@ class CheckpointReader:
         accounted_for = step is not None or named in self.damaged or named in present
         return candidates, complete_steps(self.root), None if accounted_for else named
 
-    def _verified(self, directory: Path) -> Verified:
-        """The checkpoint in `directory`. Collective. Raises CorruptCheckpoint and UnreadableFile on all ranks."""
+    def verified(self, directory: Path) -> Verified:
+        """The checkpoint in `directory`, wherever it lies. Collective.
+
+        Raises CorruptCheckpoint and UnreadableFile on all ranks.
+        """
         own = self._agreed(lambda: _read_small_files(directory) if self.group.rank == 0 else None)
         description, state = collectives.broadcast_object(own, self.group)
         self._agreed(lambda: self._check_files(directory, description))

@@ -61,7 +61,12 @@ def check_matches(
 def _refuse_differences(
     wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
-    kinds = {key.split("/", 1)[0] for key in wanted}
+    kinds, stored_kinds = ({key.split("/", 1)[0] for key in keys} for keys in (wanted, stored))
+    if lacking := sorted(kinds - stored_kinds):
+        raise ValueError(
+            f"{where} has {', '.join(sorted(stored_kinds))} only, without {', '.join(lacking)}: no run goes on from it;"
+            f" begin a new one with its weights by train.init_from={where}, in another train.run_dir"
+        )
     missing = sorted(key for key in wanted if key not in stored)
     unexpected = sorted(key for key in stored if key.split("/", 1)[0] in kinds and key not in wanted)
     shapes = sorted(

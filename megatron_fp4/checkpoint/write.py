@@ -79,7 +79,7 @@ def write_part(directory: Path, part: Part, shards: Sequence[Shard]) -> FileReco
     with closing(HashingFile(directory / part.file, part.start)) as stream:
         for shard in shards:
             for kind in sorted(shard.tensors):
-                data = shard.tensors[kind].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                data = shard.read(kind).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
                 stream.write(data)
                 if missing := round_up(len(data), ALIGN_BYTES) - len(data):
                     stream.write(bytes(missing))

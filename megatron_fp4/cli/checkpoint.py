@@ -1,10 +1,11 @@
-"""`megatron-fp4 checkpoint {inspect,verify,average,extract,export}`: look at checkpoints and make others of them.
+"""`megatron-fp4 checkpoint {inspect,verify,average,extract,export,import}`: look at checkpoints, make others of them.
 
     megatron-fp4 checkpoint inspect RUN                    tensors with logical shapes, step, tokens, settings
     megatron-fp4 checkpoint verify RUN                     sizes and hashes of all files; exit code 1 if one differs
     megatron-fp4 checkpoint average A B C --to DIRECTORY   the mean of their weights, summed in FP64
     megatron-fp4 checkpoint extract A --to DIRECTORY       only the weights, in one file
     megatron-fp4 checkpoint export A --to DIRECTORY        for `transformers`: config.json and model.safetensors
+    megatron-fp4 checkpoint import FOLDER --to DIRECTORY   of `transformers`: its weights, for train.init_from
 
 A checkpoint is named by its own directory, by the directory of all checkpoints, or by the run's (then the newest is
 taken). There is no conversion between layouts: every layout reads every checkpoint.
@@ -13,8 +14,9 @@ taken). There is no conversion between layouts: every layout reads every checkpo
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,13 @@ from omegaconf import OmegaConf
 from megatron_fp4.checkpoint import edit, offline
 from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.cli.schema import build, twin
+from megatron_fp4.interop.read import Imported, import_transformers
 from megatron_fp4.interop.write import write_transformers
+from megatron_fp4.layers.rope import RopeScaling
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.storage.local import local_path
+from megatron_fp4.train.refusals.effect import ROPE_SCALING
+from megatron_fp4.train.resume.same_model import FREE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -35,6 +41,9 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 1 if `verify` finds damage, 2 for what cannot be done."""
     args = _parse(arguments)
     try:
+        if args.action == "import":
+            print(describe_import(import_transformers(args.checkpoints[0], args.to)))
+            return 0
         paths = [_newest(path) for path in args.checkpoints]
         if args.action == "inspect":
             for path in paths:
@@ -74,8 +83,33 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     action("verify", "+", writes=False)
     action("average", "+", writes=True).add_argument("--weights", nargs="+", help="one per checkpoint (default: equal)")
     action("extract", 1, writes=True).add_argument("--kinds", nargs="+", default=["master"])
+    action("import", 1, writes=True)
     action("export", 1, writes=True).add_argument("--dtype", choices=DTYPES, default="bf16")
     return parser.parse_args(arguments)
+
+
+def describe_import(imported: Imported) -> str:
+    """What was written, what was skipped, and the settings of a run that begins with it."""
+    lines = [f"written: {imported.directory}"]
+    if imported.skipped:
+        lines.append(f"skipped, no weights ({len(imported.skipped)}): {', '.join(imported.skipped[:5])}")
+    texts = [shlex.quote(text) for text in _overrides(imported.model)]
+    return "\n".join([*lines, f"a run on it: train.init_from={imported.directory} {' '.join(texts)}"])
+
+
+def _overrides(model: Mapping[str, Any]) -> Iterator[str]:
+    """All settings that say what the weights mean, whatever model a configuration begins with."""
+    hybrid = "M" in model["pattern"]
+    for name, value in model.items():
+        if name == "rope_scaling":
+            kind = RopeScaling[value["kind"]]
+            yield from (_override(f"rope_scaling.{key}", value[key]) for key in value if key in ROPE_SCALING[kind])
+        elif name not in FREE and (hybrid or not name.startswith("mamba_")):
+            yield _override(name, value)
+
+
+def _override(name: str, value: Any) -> str:
+    return f"model.{name}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _newest(path: Path) -> Path:

@@ -112,6 +112,10 @@ class Shard:
     def name(self) -> str:
         return self.where.name
 
+    def read(self, kind: str) -> Tensor:
+        """The values of a kind, for whoever writes them."""
+        return self.tensors[kind]
+
 
 @dataclass(frozen=True)
 class Placement:

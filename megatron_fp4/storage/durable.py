@@ -13,7 +13,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,13 +225,19 @@ def problem_of(directory: Path, name: str, expected: FileRecord, file_bytes: int
     return None
 
 
-def _digest(path: Path, start: int, num_bytes: int) -> str:
+def hash_of(path: Path, beat: Callable[[], None] = lambda: None) -> str:
+    """xxh3-64 of a whole file. beat: called after each block. Raises FileNotFoundError; UnreadableFile."""
+    return read_patiently(lambda: _digest(path, 0, path.stat().st_size, beat), path)
+
+
+def _digest(path: Path, start: int, num_bytes: int, beat: Callable[[], None] = lambda: None) -> str:
     digest = xxhash.xxh3_64()
     with open(path, "rb", buffering=0) as stream:
         stream.seek(start)
         while num_bytes > 0 and (block := stream.read(min(READ_BYTES, num_bytes))):
             digest.update(block)
             num_bytes -= len(block)
+            beat()
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from megatron_fp4.train.checked import CheckedConfig, OpenedData, open_data
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.resume.differences import changes_on_resume
-from megatron_fp4.train.resume.saving import choose_checkpoint
+from megatron_fp4.train.resume.origin import begin_from, choose_checkpoint
 from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.telemetry.probes import probed_backend
 from megatron_fp4.train.trainable import build_trainable
@@ -69,8 +69,9 @@ def build(
     backend, probes = probed_backend(config)
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
+    phases.enter("load_checkpoint")
+    origin = chosen.meta.get("init_from") if chosen else begin_from(config, optimizer, process.world, phases.beat)
     if chosen:
-        phases.enter("load_checkpoint")
         loaded = store.load_or_earlier(chosen, optimizer.state_shards())
         if loaded is not chosen:
             start = _find_start(checked, loaded.meta, process)
@@ -95,6 +96,7 @@ def build(
         probes=probes,
         phases=phases,
         rendezvous=process.rendezvous,
+        origin=origin,
     )
     return run, start
 

@@ -44,6 +44,7 @@ from megatron_fp4.train.faults.signals import EXIT_FAILED, StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.refusals.requirements import check_machine
+from megatron_fp4.train.resume.same_model import check_origin
 from megatron_fp4.train.run import Run, TrainingDiverged
 from megatron_fp4.train.telemetry.announce import describe_resume, describe_run
 from megatron_fp4.train.telemetry.console import Console
@@ -74,6 +75,7 @@ def run_rank(settings: GivenSettings, launch: Launch) -> int:
             data = open_data(checked, dp_rank=0)
             parts |= parts_of_run(checked, *data, device.type)
             check_machine(checked.config, device)
+            check_origin(checked.config)
         except (ValueError, FileNotFoundError) as error:
             phases.enter("rendezvous")
             return refuse_start(error, launch, parts, settings.rendezvous)
@@ -202,6 +204,8 @@ def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, 
     paragraphs = [config_text, *describe_run(checked, run.mesh.world.size, run.device)]
     if start.meta:
         paragraphs += describe_resume(checked, start.meta, start.changes, str(start.remembered or ""))
+    elif run.origin:
+        paragraphs.append(f"weights of {run.origin['from']} ({run.origin['format']})")
     for paragraph in paragraphs:
         console.say(paragraph)
     texts = {"config.yaml": config_text, "precision.txt": f"{checked.plan.describe()}\n"}

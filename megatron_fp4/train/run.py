@@ -103,4 +103,5 @@ class Run:
     evaluations: list[EvalLoader]
     probes: Probes
     phases: Phases
+    origin: dict[str, Any] | None = None
     rendezvous: Rendezvous = field(default_factory=Rendezvous.alone)

@@ -93,6 +93,9 @@ class TrainConfig:
     """Length of the run in tokens, a whole number; rounded down to whole steps of global_batch x data.seq_length."""
     recompute: Recompute = Recompute.none
     """What the backward pass computes a second time instead of keeping it in memory."""
+    init_from: str = ""
+    """Checkpoint or folder of transformers whose weights a new run begins with, with its own optimizer, data and
+    schedules; empty = weights are drawn."""
     resume: Resume = Resume.auto
     """Whether the run goes on from the newest checkpoint of run_dir."""
     resume_allow: list[str] = field(default_factory=list)

@@ -30,7 +30,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage import patience
 from megatron_fp4.storage.durable import FileRecord, read_manifest, write_manifest
 from megatron_fp4.storage.patience import UnreadableFile, read_patiently
-from megatron_fp4.train.resume.saving import choose_checkpoint
+from megatron_fp4.train.resume.origin import choose_checkpoint
 from megatron_fp4.train.sections import Resume
 from tests.checkpoint.synthetic import Layout, save_one, shards_of, two_pieces, wrong_shards
 

@@ -1,6 +1,6 @@
-"""When the state of a run goes to the disk, what goes there beside the tensors, and which state a run goes on from.
+"""When the state of a run goes to the disk, and what goes there beside the tensors.
 
-Not here: how it gets there and back (checkpoint/), and what may differ from what was saved (differences.py).
+Not here: how it gets there and back (checkpoint/), which state a run begins with (origin.py).
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_fp4.checkpoint import CheckpointStore, SaveFailed, SaveReport, SaveStatus, Verified
+from megatron_fp4.checkpoint import SaveFailed, SaveReport, SaveStatus
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.resume.provenance import git_state, versions
 from megatron_fp4.train.run import Position, Run
-from megatron_fp4.train.sections import Resume
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
 
@@ -86,20 +85,5 @@ def meta_of(run: Run, position: Position, precision_phase: int, wandb_id: str) -
         "versions": versions(),
         "git": git_state() if run.mesh.is_main else None,  # the main rank's is stored
         "wandb_id": wandb_id,
+        **({"init_from": run.origin} if run.origin else {}),
     }
-
-
-def choose_checkpoint(policy: Resume, store: CheckpointStore) -> Verified | None:
-    """The newest intact checkpoint, None to begin anew. Collective.
-
-    policy: `train.resume`. Raises ValueError where it forbids what is there.
-    """
-    newest = store.latest()
-    if policy is Resume.never and newest is not None:
-        raise ValueError(
-            f"{store.root} already holds checkpoint {newest} and train.resume=never; choose another train.run_dir, or"
-            " train.resume=auto to go on from it"
-        )
-    if policy is Resume.required and newest is None:
-        raise ValueError(f"train.resume=required, but there is no complete checkpoint under {store.root}")
-    return store.choose() if newest is not None else None

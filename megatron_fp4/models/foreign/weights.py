@@ -1,0 +1,130 @@
+"""The weights in a folder of `transformers` as rectangles of logical tensors, read when they are asked for.
+
+Everything that can be known without values is checked first: that each tensor of the model is there in its shape, and
+that nothing else is. Every rank of a run reads its own rectangles; nobody has the whole model in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.rect import Rectangle
+from megatron_fp4.models.count import model_parameters
+from megatron_fp4.models.foreign.families import JoinedTensor, joined_tensors
+from megatron_fp4.models.foreign.read_config import ForeignModel, read_config
+from megatron_fp4.models.foreign.tensor_files import StoredTensor, tensors_in
+
+NO_WEIGHTS = re.compile(r".*(\._extra_state|rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached)")
+"""Tensors that follow from the configuration, or from how a module was quantized."""
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROWS_AT_A_TIME = 4096
+MAX_LISTED = 5
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a logical tensor lies: rows from `first` on of a stored one."""
+
+    joined: JoinedTensor
+    stored: StoredTensor
+    first: int
+
+
+class ForeignWeights:
+    """The weights of a model of transformers.
+
+    foreign: what its config.json says. skipped: names of the tensors that are no weights. Raises FileNotFoundError;
+    ValueError for what is damaged, missing, left over, or of another shape than config.json says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.foreign: ForeignModel = read_config(folder)
+        stored = {name.replace("backbone.", "model.", 1): one for name, one in tensors_in(folder).items()}
+        self.skipped = sorted(name for name in stored if NO_WEIGHTS.fullmatch(name))
+        self._stored = {name: one for name, one in stored.items() if name not in self.skipped}
+        self._places: dict[str, _Place] = {}
+        self.shapes = {one.name: one.shape for one in model_parameters(self.foreign.config)}
+        self._find_places()
+
+    def _find_places(self) -> None:
+        config = self.foreign.config
+        joined = {one.name: one for one in joined_tensors(config, self.foreign.family)}
+        surplus = self._stored.keys() - joined.keys() - ({HEAD} if config.tied_embeddings else set())
+        missing = joined.keys() - self._stored.keys()
+        for what, names in (("lacks", missing), ("has, and the model has no place for,", surplus)):
+            if names:
+                more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+                raise ValueError(f"{self.folder} {what} {', '.join(sorted(names)[:MAX_LISTED])}{more}")
+        for name, one in joined.items():
+            rows = [self.shapes[part][0] for part in one.parts]
+            expected = (sum(rows), *((1,) if one.channel_dim else ()), *self.shapes[one.parts[0]][1:])
+            stored = self._stored[name]
+            if stored.shape != expected:
+                raise ValueError(
+                    f"{stored.path}: {name} has shape {stored.shape}, {self.folder}'s config.json says {expected}"
+                )
+            for part, size, first in zip(one.parts, rows, _firsts(rows), strict=True):
+                assert size == self.shapes[part][0]
+                self._places[part] = _Place(one, stored, first)
+
+    def read(self, where: Rectangle) -> Tensor:
+        """The values of a rectangle, FP32. Raises ValueError; UnreadableFile."""
+        place = self._places[where.name]
+        first = place.first + where.offset[0]
+        rows = place.stored.rows(first, first + where.shape[0])
+        rows = rows[:, 0] if place.joined.channel_dim else rows
+        return rows[:, *where.slices[1:]].float()
+
+    def check_tied(self) -> None:
+        """Raises ValueError for a head of its own where config.json says that it is the embedding. Reads both."""
+        head, embedding = self._stored.get(HEAD), self._stored.get(EMBEDDING)
+        if not self.foreign.config.tied_embeddings or head is None or embedding is None:
+            return
+        same = head.shape == embedding.shape and all(
+            torch.equal(*(one.rows(row, min(row + ROWS_AT_A_TIME, head.shape[0])).float() for one in (head, embedding)))
+            for row in range(0, head.shape[0], ROWS_AT_A_TIME)
+        )
+        if not same:
+            raise ValueError(
+                f"{head.path}: {HEAD} is another tensor than {EMBEDDING}, but tie_word_embeddings = true says that they"
+                " are one; say false in config.json to keep both"
+            )
+
+    def files(self) -> list[Path]:
+        """All files that weights are read from."""
+        return sorted({place.stored.path for place in self._places.values()})
+
+    def headers_digest(self) -> str:
+        """Digest of the settings, and of names, types and places of the tensors: equal where folders are copies."""
+        record: list[Any] = [repr(self.foreign)]
+        record += sorted((one.path.name, name, one.dtype, one.shape, one.start) for name, one in self._stored.items())
+        return hashlib.blake2b(json.dumps(record).encode(), digest_size=8).hexdigest()
+
+
+def _firsts(rows: list[int]) -> list[int]:
+    return [sum(rows[:index]) for index in range(len(rows))]
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder is one of transformers."""
+    return (folder / "config.json").is_file()
+
+
+def provenance(weights: ForeignWeights, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What is stored of where weights came from. hashes: xxh3-64 of each file by its name."""
+    return {
+        "from": str(weights.folder.absolute()),
+        "format": f"transformers, {weights.foreign.family.value}",
+        "files": dict(sorted(hashes.items())),
+        "skipped_tensors": weights.skipped,
+    }

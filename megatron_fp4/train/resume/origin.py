@@ -1,0 +1,89 @@
+"""What a run begins with: its own newest checkpoint, or weights from elsewhere (`train.init_from`), or drawn ones.
+
+From elsewhere only the weights are taken, of a checkpoint of ours (also an extracted or averaged one, or one of another
+layout) or of a folder of `transformers`; optimizer, step, data and schedules are those of the new run. Every rank reads
+the rectangles that it updates. What was read is stored in every checkpoint of the run, so that a resume does not read
+it again and an audit can tell.
+
+Not here: whether the weights are of this model (same_model.py); what may differ from a checkpoint that a run goes on
+from (differences.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, Verified
+from megatron_fp4.checkpoint.load import CheckpointReader
+from megatron_fp4.comm.agree import agreed, decided_by_rank0
+from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.rect import Shard
+from megatron_fp4.models.foreign.weights import is_foreign
+from megatron_fp4.optim import Zero1AdamW
+from megatron_fp4.storage.durable import MANIFEST, hash_of
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.resume.foreign_origin import MASTER, fill_from_transformers
+from megatron_fp4.train.resume.same_model import check_model, checkpoint_in
+from megatron_fp4.train.sections import Resume
+
+
+def choose_checkpoint(policy: Resume, store: CheckpointStore) -> Verified | None:
+    """The newest intact checkpoint, None to begin anew. Collective.
+
+    policy: `train.resume`. Raises ValueError where it forbids what is there.
+    """
+    newest = store.latest()
+    if policy is Resume.never and newest is not None:
+        raise ValueError(
+            f"{store.root} already holds checkpoint {newest} and train.resume=never; choose another train.run_dir, or"
+            " train.resume=auto to go on from it"
+        )
+    if policy is Resume.required and newest is None:
+        raise ValueError(f"train.resume=required, but there is no complete checkpoint under {store.root}")
+    return store.choose() if newest is not None else None
+
+
+def begin_from(
+    config: RunConfig, optimizer: Zero1AdamW, world: Group, beat: Callable[[], None]
+) -> dict[str, Any] | None:
+    """Fill the masters of a new run from `train.init_from`; what is stored of it, None where nothing is set.
+
+    Collective. Raises ValueError on all ranks for what does not fit or is damaged.
+    """
+    if not config.train.init_from:
+        return None
+    folder = Path(config.train.init_from)
+    shards = [Shard(one.where, {MASTER: one.tensors[MASTER]}, writes=False) for one in optimizer.state_shards()]
+    agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)
+    fill = fill_from_transformers if is_foreign(folder) else partial(_from_checkpoint, config=config.checkpoint)
+    record = fill(folder, shards, world, beat)
+    optimizer.after_load(0)
+    return record
+
+
+def _refusing(look: Callable[[], None]) -> None:
+    try:
+        look()
+    except FileNotFoundError as error:  # ranks agree on ValueErrors
+        raise ValueError(str(error)) from None
+
+
+def _from_checkpoint(
+    folder: Path, shards: list[Shard], world: Group, beat: Callable[[], None], config: CheckpointConfig
+) -> dict[str, Any]:
+    directory = decided_by_rank0(lambda: checkpoint_in(folder), world)
+    reader = CheckpointReader(directory.parent, world, config, beat)
+    chosen = reader.verified(directory)
+    reader.load(chosen, shards)
+    record = {
+        "from": str(directory.absolute()),
+        "format": "checkpoint",
+        "step": chosen.step,
+        "files": {MANIFEST: decided_by_rank0(lambda: hash_of(directory / MANIFEST, beat), world)},
+    }
+    if "init_from" in chosen.meta:
+        record["whose_weights_came_from"] = chosen.meta["init_from"]
+    return record

@@ -1,0 +1,69 @@
+"""Whether weights are of the model that is configured: a norm's epsilon or a rotary base leaves no trace in a shape.
+
+Not here: names and shapes of the tensors, which are compared when they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_fp4.checkpoint import offline
+from megatron_fp4.checkpoint.directory import read_state, step_to_load
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.foreign.weights import ForeignWeights, is_foreign
+from megatron_fp4.settings import to_json_values
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.resume.differences import ABSENT, compare_settings
+
+FREE = ("dropout", "init_std", "scale_residual_init", "mamba_chunk", "mamba_kernel", "norm_impl", "loss_impl")
+"""Settings of the model that may be others than those of the weights: they do not say what the weights mean."""
+
+
+def check_origin(config: RunConfig) -> None:
+    """Whether a run that would begin now can begin from `train.init_from`; one process, reads no weights.
+
+    Raises ValueError and FileNotFoundError, with the settings that are others than those of the weights.
+    """
+    if config.train.init_from and step_to_load(Path(config.train.run_dir) / "checkpoints") is None:
+        check_model(Path(config.train.init_from), config.model)
+
+
+def check_model(folder: Path, model: ModelConfig) -> None:
+    """Raises ValueError for settings that are others than those of the weights in `folder`; FileNotFoundError."""
+    if is_foreign(folder):
+        saved: Mapping[str, Any] = to_json_values(ForeignWeights(folder).foreign.config)
+    else:
+        settings = read_state(checkpoint_in(folder))["meta"].get("config")
+        if not isinstance(settings, dict) or "model" not in settings:
+            return
+        saved = settings["model"]
+    defaults = to_json_values(ModelConfig())
+    rope_scaling = defaults["rope_scaling"] | saved.get("rope_scaling", {})
+    complete = {**defaults, **saved, "rope_scaling": rope_scaling}  # older checkpoints know fewer settings
+    differences = compare_settings({"model": _comparable(complete)}, {"model": _comparable(to_json_values(model))})
+    lines = [
+        f"  {one.key}: {one.saved} in the weights, {one.configured} in this run"
+        for one in differences
+        if ABSENT not in (one.saved, one.configured)
+    ]
+    if lines:
+        listed = "\n".join(lines)
+        raise ValueError(f"train.init_from={folder} holds another model; set these as they are in it:\n{listed}")
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint that `folder` is, or the newest one in it or in its run. Raises FileNotFoundError."""
+    inside = folder / "checkpoints"
+    return offline.resolve(inside if inside.is_dir() else folder)
+
+
+def _comparable(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what may differ; one value for what can be said in two ways."""
+    values = {key: value for key, value in model.items() if key not in FREE}
+    values["pattern"] = model["pattern"] or "T" * model["num_layers"]
+    values["head_dim"] = model["head_dim"] or model["hidden"] // model["num_heads"]
+    if "M" not in values["pattern"]:
+        values = {key: value for key, value in values.items() if not key.startswith("mamba_")}
+    return values
