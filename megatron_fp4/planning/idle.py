@@ -135,8 +135,13 @@ def pipeline_section(layout: PipelineLayout, costs: Sequence[float], idle: float
         "bubble_formula": BUBBLES[shape.schedule],
     }
     if timeline:
-        section["timeline"] = [[_timeline_entry(timed) for timed in done] for done in simulate(layout.order)]
+        section["timeline"] = timeline_of(layout)
     return section
+
+
+def timeline_of(layout: PipelineLayout) -> list[list[dict[str, Any]]]:
+    """What each pipeline rank computes, and when: `pipeline.order.Timed` as plain values."""
+    return [[_timeline_entry(timed) for timed in done] for done in simulate(layout.order)]
 
 
 def _timeline_entry(timed: Timed) -> dict[str, Any]:

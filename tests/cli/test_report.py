@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_fp4.cli.planning.plan import main as plan
 from megatron_fp4.cli.report import main
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, Curve
 
@@ -100,6 +101,24 @@ def test_one_run(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert main([str(write_run(tmp_path / "run", 1.0)), "--html", str(page)]) == 0
     assert "percent" not in page.read_text(), "there is nothing to compare with"
+
+
+def test_the_plan_of_a_run_stands_below_its_curves(
+    tmp_path: Path, report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, page = write_run(tmp_path / "run", 1.0), tmp_path / "report.html"
+    small = ["model=gpt_tiny", "model.vocab_size=1024", "data.seq_length=256", "train.global_batch=8"]
+    assert plan([*small, "train.total_tokens=1e6", "--json", "--plot", str(tmp_path / "plan.html")]) == 0
+    (run / "plan.json").write_text(capsys.readouterr().out)
+    assert report(run, "--html", page)[0] == 0
+    text = page.read_text()
+    assert "<h2>The plan of run</h2>" in text
+    assert "days</text>" in text, "strong scaling, which --plot added"
+    assert "prefers-color-scheme: dark" in text
+    (run / "plan.json").write_text('{"fits": true}')
+    code, _, error = report(run, "--html", page)
+    assert code == 2
+    assert "plan.json is not what `megatron-fp4 plan --json` prints" in error
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -287,6 +288,26 @@ def test_search_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--memory-share", "1e-6"]) == 1
 
 
+def test_a_plan_as_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing outside is needed; black is the ink of the screen; and what is drawn is in the JSON."""
+    run = [*PIPELINE, "train.global_batch=8", "train.total_tokens=1e6", "parallel.pp=2", "parallel.schedule=zbv"]
+    assert main([*run, "--plot", str(tmp_path / "plan.html"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    page = (tmp_path / "plan.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', page.replace("rdf:resource", ""))
+    assert "<script" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert "minmax(min(100%, 480px), 1fr)" in page
+    assert "#000000" not in page
+    assert "currentColor" in page
+    plots = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(plots) == 4
+    assert "rank 0" in page, "the text of the plan stands below"
+    assert {work["kind"] for work in report["plot"]["timeline"][0]} == {"F", "B", "W"}
+    assert [point["gpus"] for point in report["plot"]["scaling"]] == [2, 4, 8, 16]
+    assert "timeline" not in report["pipeline"]
+
+
 def test_a_plan_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Strong scaling is over every dp that the batch takes."""
     run = [*PIPELINE, "train.global_batch=8", "train.total_tokens=1e6", "parallel.pp=2"]
@@ -299,5 +320,8 @@ def test_a_plan_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert point["days"] == run_plan(config, point["gpus"])["time"]["days"], "as a plan of that world"
     capsys.readouterr()
     assert main([*run, "--plot", "plan.svg"]) == 2
+    (tmp_path / "file").touch()
+    assert main([*run, "--plot", str(tmp_path / "file" / "plan.png")]) == 2, "a folder that cannot be made"
+    assert capsys.readouterr().err.count("error: ") == 2
     assert main([*run, "--micro-batch", "1"]) == 2
     assert "--micro-batch belongs to --search" in capsys.readouterr().err

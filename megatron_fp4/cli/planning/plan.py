@@ -26,7 +26,7 @@ from megatron_fp4.planning.cost.machines import MACHINES
 from megatron_fp4.planning.layouts.choices import MICRO_BATCHES
 from megatron_fp4.planning.layouts.search import search
 from megatron_fp4.planning.report import run_plan, without_tokenizer
-from megatron_fp4.planning.scaling import strong_scaling
+from megatron_fp4.planning.scaling import plot_section
 from megatron_fp4.train.config import RunConfig
 
 HELP = """usage: plan [experiment=NAME] [key=value ...] [--gpus N] [--gpu NAME] [--search] [--micro-batch N]
@@ -42,7 +42,7 @@ HELP = """usage: plan [experiment=NAME] [key=value ...] [--gpus N] [--gpu NAME] 
   --assume KEY=VALUE   replace a figure or an assumption: {keys}
   --schedule           draw the pipeline schedule: what each pipeline rank does in each time slot
   --roofline           each linear's products against its quantizers; the sums on other GPUs too
-  --plot FILE          memory, timeline and strong scaling, as a .png
+  --plot FILE          memory, timeline and strong scaling, as a .png or an .html
   --json               the report as JSON
 
 exit codes: 0 it fits, 1 it does not fit or the backend cannot quantize its shapes, 2 the configuration is refused
@@ -83,10 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _search(config, options, assumptions)
         sections = {"schedule": options.schedule, "roofline": options.roofline}
         report = run_plan(config, options.gpus, options.gpu, assumptions, **sections)
-        if options.plot:
-            write_plan(report, strong_scaling(config, options.gpu, assumptions), Path(options.plot))
         report["shipped_layouts"] = [] if report["fits"] else shipped_layouts(config.model, CONFIG_DIR)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+        if options.plot:
+            report["plot"] = plot_section(config, options.gpus, options.gpu, assumptions)
+            write_plan(report, render(report), Path(options.plot))
+    except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=2) if options.json else render(report))
@@ -145,7 +146,7 @@ def _set(options: Options, argument: str, value: str) -> None:
         options.assume.append(f"{SHORT[argument]}={value}")
     elif argument == "--assume":
         options.assume.append(value)
-    elif argument == "--plot" and Path(value).suffix != ".png":
-        raise ConfigError(f"--plot {value}: the name must end with .png")
+    elif argument == "--plot" and (Path(value).suffix not in (".png", ".html") or Path(value).is_dir()):
+        raise ConfigError(f"--plot {value}: no file that can be written; its name must end with .png or .html")
     else:
         setattr(options, argument.removeprefix("--"), value)

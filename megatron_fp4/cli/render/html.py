@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_fp4.cli.render.comparison import comparison, number
+from megatron_fp4.cli.render.page import write_page
+from megatron_fp4.cli.render.plan_plot import plan_plots
 from megatron_fp4.cli.render.plots import all_plots
 from megatron_fp4.storage.append import read_values
 from megatron_fp4.train.faults.guard import SPIKE_LOG
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
 
+PLAN_FILE = "plan.json"
+"""In a run's directory: what `megatron-fp4 plan --json` printed."""
 RATE_COLUMNS = ("tokens_per_second", "wall_tokens_per_second", "tflops", "mfu")
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.1em; margin: 2em 0 .4em; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 12px; }
-.plots svg { width: 100%; height: auto; }
-pre { font-size: 12px; overflow-x: auto; }
-table { border-collapse: collapse; }
-th, td { padding: 2px 14px 2px 0; text-align: left; border-bottom: 1px solid #ddd; }
-td { font-variant-numeric: tabular-nums; } .note { color: #666; }
-"""
 
 
 def write_html(runs: Sequence[RunSeries], path: Path) -> None:
     """Write the page; runs after the first are compared with it."""
     names = [run.name for run in runs]
-    title = html.escape(" against ".join(reversed(names)) if len(runs) > 1 else f"run {names[0]}")
+    title = " against ".join(reversed(names)) if len(runs) > 1 else f"run {names[0]}"
     note = (
         f"Lines of the loss are means of {SMOOTH_STEPS} steps (of the run with the largest, and of as many tokens of"
         f" the others), dots are held-out losses; a dotted line is a step whose"
@@ -38,18 +33,16 @@ def write_html(runs: Sequence[RunSeries], path: Path) -> None:
         f" {SMOOTH_STEPS}. Gaps are at equal consumed tokens."
     )
     body = [
-        f"<h1>{title}</h1>",
         f"<pre>{html.escape(comparison(runs))}</pre>",
         _table(runs),
         '<div class="plots">',
         *all_plots(runs),
         "</div>",
         *(text for run in runs if (text := _spikes(run))),
+        *(text for run in runs if (text := _plan(run))),
         f'<p class="note">{note}</p>',
     ]
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}</head><body>\n" + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
+    write_page(title, body, path)
 
 
 def _table(runs: Sequence[RunSeries]) -> str:
@@ -79,6 +72,18 @@ def _spikes(run: RunSeries) -> str:
     ]
     head = "<tr><th>step</th><th>action</th><th></th></tr>"
     return f"<h2>Loss spikes of {html.escape(run.name)}</h2><table>{head}{''.join(rows)}</table>"
+
+
+def _plan(run: RunSeries) -> str:
+    """The pictures of the plan that was put into the run's directory, if one was."""
+    path = run.folder / PLAN_FILE
+    if not path.exists():
+        return ""
+    try:
+        plots = plan_plots(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{path} is not what `megatron-fp4 plan --json` prints; remove it, or plan again") from None
+    return f'<h2>The plan of {html.escape(run.name)}</h2><div class="plots">{"".join(plots)}</div>'
 
 
 def _value(key: str, value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_fp4.cli.render.page import as_svg
 from megatron_fp4.train.telemetry.gaps import gap_percent, mark_of, no_gap_because, set_of
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, Curve, RunSeries, matching_keys
 
@@ -59,16 +59,11 @@ def write_losses(runs: Sequence[RunSeries], path: Path) -> None:
 
 
 def _svg(title: str, draw: Callable[[Any], None]) -> str:
-    """One figure as an SVG element; the same bytes for the same numbers."""
-    out = io.StringIO()
-    _save(title, draw, out, size=(6, 3.4), format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return f"<figure style='margin:0'>{text[text.index('<svg') :]}</figure>"
+    """One figure as an SVG element."""
+    return as_svg(partial(_save, title, draw, size=(6, 3.4)))
 
 
-def _save(
-    title: str, draw: Callable[[Any], None], out: Path | io.StringIO, size: tuple[float, float], **how: Any
-) -> None:
+def _save(title: str, draw: Callable[[Any], None], out: Any, size: tuple[float, float], **how: Any) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
