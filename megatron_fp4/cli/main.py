@@ -24,7 +24,11 @@ COMMANDS = {
     ),
     "verify-parallel": ("megatron_fp4.cli.verify_parallel", "prove that a layout computes the numbers of one process"),
     "preflight": ("megatron_fp4.cli.preflight", "try on these machines what a run will need, before it starts"),
-    "crosscheck": ("megatron_fp4.cli.crosscheck", "Transformer Engine against the emulation, code by code"),
+    "selftest": (
+        "megatron_fp4.cli.selftest",
+        "whether each backend computes what it should on every GPU of this machine",
+    ),
+    "crosscheck": ("megatron_fp4.cli.crosscheck", "Transformer Engine or our kernels against the emulation, by code"),
     "env": ("megatron_fp4.cli.env", "versions and hardware, to paste into a bug report"),
     "checkpoint": ("megatron_fp4.cli.checkpoint", "inspect, verify, average, extract and export checkpoints"),
     "verify-resume": ("megatron_fp4.cli.verify_resume", "prove that a killed run goes on as if nothing had happened"),

@@ -17,6 +17,7 @@ from megatron_fp4.models.count import count_flops
 from megatron_fp4.planning.cost.duration import cost_sections
 from megatron_fp4.planning.cost.gains import roofline_with_gains
 from megatron_fp4.planning.cost.hardware import Assumptions, Site
+from megatron_fp4.planning.cost.machines import DEFAULT_GPU
 from megatron_fp4.planning.division import division_section
 from megatron_fp4.planning.facts import parameter_section, precision_section, run_section
 from megatron_fp4.planning.idle import PipelineLayout, pipeline_section, ramp_section
@@ -30,7 +31,7 @@ from megatron_fp4.train.config import RunConfig
 def run_plan(
     config: RunConfig,
     num_gpus: int = 0,
-    gpu: str = "GB200",
+    gpu: str = DEFAULT_GPU,
     assumptions: Assumptions | None = None,
     *,
     schedule: bool = False,
@@ -50,7 +51,7 @@ def run_plan(
     if schedule and parallel.pp == 1:
         raise ValueError("--schedule has no effect with parallel.pp = 1; remove it, or set parallel.pp")
     num_gpus = num_gpus or parallel.smallest_world
-    admission = admit(config, num_gpus)
+    admission = admit(config, num_gpus, machine.gpu)
     checked = admission.checked
     config, table = checked.config, checked.plan.table()
     site = Site(machine, assumptions, num_gpus)
@@ -65,6 +66,7 @@ def run_plan(
     report = {
         "fits": not reasons,
         "obstacles": reasons,
+        "backend": {"name": config.precision.backend.name, "reason": admission.choice},
         "run": run_section(checked, num_gpus, settings.num_microbatches),
         "batch_ramp": ramp if len(ramp) > 1 else [],
         "parameters": parameter_section(config, table),

@@ -1,6 +1,7 @@
 """Whether a layout could run: what a run would refuse, memory, shapes, and what is far from good.
 
-A warning is a dictionary of three texts: about (memory, shapes, backend, saves), severity (error, tight, slow), text.
+A warning is a dictionary of three texts: about (memory, shapes, backend, kernels, saves), severity (error, tight, slow),
+and text.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_fp4.planning.alignment import alignment_warnings
+from megatron_fp4.planning.backend import forecast_backend
 from megatron_fp4.planning.cost.hardware import Site
 from megatron_fp4.planning.cost.whole_run import save_warnings
 from megatron_fp4.planning.stand_ins import DEQUANTIZING
@@ -19,27 +21,33 @@ from megatron_fp4.precision.table import gemm_formats
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.telemetry.peaks import Gpu
+from megatron_fp4.train.telemetry.slow_paths import slow_paths
 
 
 @dataclass(frozen=True)
 class Admission:
-    """A checked configuration. objection: why its backend cannot quantize it; the plan goes on as if it could."""
+    """A checked configuration. choice: what `precision.backend=auto` would come to, "" where a backend is named.
+
+    objection: why its backend cannot quantize it; the plan goes on as if it could.
+    """
 
     checked: CheckedConfig
+    choice: str = ""
     objection: str = ""
 
 
-def admit(config: RunConfig, num_gpus: int) -> Admission:
+def admit(config: RunConfig, num_gpus: int, gpu: Gpu) -> Admission:
     """Raises ValueError for everything that a run would refuse, but for what only Transformer Engine does."""
+    config, choice = forecast_backend(config, gpu, num_gpus)
     try:
-        return Admission(check_config(config, num_gpus))
+        return Admission(check_config(config, num_gpus), str(choice or ""))
     except ValueError as error:
         if config.precision.backend is not BackendName.transformer_engine:
             raise
         emulated = replace(config, precision=replace(config.precision, backend=BackendName.emulated))
         checked = check_config(emulated, num_gpus)
         as_asked = replace(checked.config, precision=config.precision)
-        return Admission(replace(checked, config=as_asked), str(error))
+        return Admission(replace(checked, config=as_asked), objection=str(error))
 
 
 def warnings_of(
@@ -52,7 +60,9 @@ def warnings_of(
         warnings.append({"about": "shapes", "severity": "error", "text": admission.objection})
     shapes = alignment_warnings(checked.linears, checked.plan.table(), tp=checked.config.parallel.tp, tokens=tokens)
     warnings += [{"about": "shapes", **shape} for shape in shapes]
-    return [*warnings, *_backend_warnings(checked, site.machine.gpu), *save_warnings(whole_run)]
+    warnings += _backend_warnings(checked, site.machine.gpu)
+    loops = slow_paths(checked.config, checked.plan, fp4=False)  # of emulated products the line above speaks
+    return [*warnings, *({"about": "kernels", "severity": "slow", "text": one} for one in loops), *save_warnings(whole_run)]
 
 
 def _memory_warnings(memory: Mapping[str, Any], share: float) -> list[dict[str, str]]:

@@ -25,6 +25,7 @@ SAME = "same"
 class BackendName(Enum):
     """Who quantizes operands and multiplies them."""
 
+    auto = "auto"  # the best of the others that passes its self-test on every GPU of the run
     emulated = "emulated"  # the same operands on any device, multiplied exactly in BF16
     reference = "reference"  # the definition, slow
     transformer_engine = "transformer_engine"  # NVIDIA's kernels on the tensor cores of Blackwell

@@ -9,6 +9,7 @@ from megatron_fp4.comm.launch import Launch
 from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.table import summary
 from megatron_fp4.proofs.checks import CheckResult, attempt
+from megatron_fp4.proofs.choice import check_choice, slow_path_notes
 from megatron_fp4.proofs.gemms import check_gemms
 from megatron_fp4.proofs.machine import check_disk, check_index, check_links, check_memory
 from megatron_fp4.proofs.shards import check_model, distinct_linears, typical_ranks
@@ -32,7 +33,8 @@ def run_checks(
         if attempt(results, "data", lambda: open_data(checked, dp_rank=0), "tokenizer and shards can be read"):
             results.append(check_index(checked.config.data))
         ranks = typical_ranks(config.parallel, world_size) if alone else [launch.rank]
-        results += _check_computation(checked, process, world_size, ranks)
+        if settled := check_choice(results, checked, process, world_size):
+            results += _check_computation(settled, process, world_size, ranks)
         results.append(check_disk(checked.config))
         results.append(_check_memory(checked.config, world_size, planned_bytes, process))
     return results + check_links(process)
@@ -58,6 +60,7 @@ def _check_computation(
     model = config.model
     kernels = f"optimizer by {config.optim.impl.name}, norm by {model.norm_impl.name}, loss by {model.loss_impl.name}"
     attempt(results, "kernels", lambda: check_kernels(config, device), kernels)
+    results += slow_path_notes(checked, device)
     if backend is not None:
         results.append(CheckResult("precision", True, summary(checked.plan.table())))
         shards = check_model(results, checked, backend, device, world_size=world_size, ranks=ranks)

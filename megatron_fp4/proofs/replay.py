@@ -15,8 +15,8 @@ from pathlib import Path
 from megatron_fp4.comm.bootstrap import start_alone
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.precision.config import PrecisionConfig
+from megatron_fp4.train.arrival.backend import settle_alone
 from megatron_fp4.train.build import build
-from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.guard import SpikeGuard
 from megatron_fp4.train.faults.signals import StopRequest
@@ -36,7 +36,8 @@ def replay(bundle: Path, config: RunConfig, last_step: int) -> dict[int, float]:
         if checkpoints.is_dir():
             shutil.copytree(checkpoints, run_dir / "checkpoints")
         config = _quiet(config, run_dir, last_step)
-        run, start = build(check_config(config, 1), start_alone(config.train.device))
+        process = start_alone(config.train.device)
+        run, start = build(settle_alone(config, process), process)
         metrics = Metrics.open(config.logging, run_dir, resume_step=0, wandb_id="replay", settings={})
         console = Console(enabled=False, interval_steps=1)
         fit(run, start, Outputs(metrics, console, StopRequest(), SpikeGuard(run, console), "replay"))

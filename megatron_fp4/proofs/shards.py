@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import draw_mesh, rank_grid
 from megatron_fp4.layers.linear import linears_of
-from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.precision.backends import Backend
+from megatron_fp4.precision.selftest.linear_case import LinearCase
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import gemm_formats
 from megatron_fp4.proofs.checks import CheckResult
@@ -54,14 +54,10 @@ class LocalLinear:
         formats = "/".join(gemm_formats(self.precision))
         return f"{self.names[0]}{more}, weight {self.shape[0]}x{self.shape[1]}, {self.tokens} tokens, {formats}"
 
-    def gaussian_tensors(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """x `[T, K]`, w `[N, K]` and dy `[T, N]`, with the same values on every machine."""
-        N, K = self.shape
-        shapes = {"x": (self.tokens, K, 1.0), "w": (N, K, 0.02), "dy": (self.tokens, N, 1e-3)}
-        return {
-            name: (normal(key_of("probe", name), *(torch.arange(s, device=device) for s in (R, C))) * scale).to(dtype)
-            for name, (R, C, scale) in shapes.items()
-        }
+    @property
+    def case(self) -> LinearCase:
+        """What backends are compared on."""
+        return LinearCase(self.names[0], self.shape, self.tokens, self.precision)
 
 
 def typical_ranks(parallel: ParallelConfig, world_size: int) -> list[int]:

@@ -30,7 +30,8 @@ from megatron_fp4.train.refusals.requirements import check_choices
 class CheckedConfig:
     """What is known before the ranks meet. config: the run's, with the size of the vocabulary filled in.
 
-    notes: a line for each setting without effect.
+    notes: a line for each setting without effect. choice: the lines that say what `precision.backend=auto`
+    came to, once that is settled.
     """
 
     config: RunConfig
@@ -39,6 +40,7 @@ class CheckedConfig:
     dp: int
     tokenizer: Tokenizer | None
     notes: list[str]
+    choice: tuple[str, ...] = ()
 
 
 def check_config(config: RunConfig, world_size: int) -> CheckedConfig:

@@ -35,6 +35,7 @@ from megatron_fp4.storage.append import AppendFile
 from megatron_fp4.storage.durable import write_durably, write_temporary
 from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked, RunUnwritable
 from megatron_fp4.train.arrival.agreement import Part, agree_on, parts_of_run, parts_of_start
+from megatron_fp4.train.arrival.backend import PATIENCE_SECONDS, settle_backend
 from megatron_fp4.train.arrival.refusals import SETTINGS, GivenSettings, give_up, refuse, refuse_start, refuse_together
 from megatron_fp4.train.build import INDEX_SECONDS, Start, build
 from megatron_fp4.train.checked import CheckedConfig, OpenedData, check_config, open_data
@@ -92,6 +93,7 @@ def _watchdog(config: RunConfig, phases: Phases, launch: Launch) -> Watchdog:
         "index": INDEX_SECONDS,
         "rendezvous": config.parallel.init_timeout_seconds,
         "groups": config.parallel.init_timeout_seconds,
+        "selftest": 4 * PATIENCE_SECONDS,
         "lock": STALE_SECONDS,
         "save": config.checkpoint.timeout_seconds,
     }
@@ -115,6 +117,9 @@ def _meet_and_train(
         rendezvous.wait_for_all("the start", patience)  # who has died is not waited for as long as data may take
         phases.enter("index")
         _look_at_data(prepared, rendezvous)
+        phases.enter("selftest")
+        device = choose_device(config.train.device, launch.local_rank)
+        checked = settle_backend(prepared.checked, launch.world_size, rendezvous, device)
     except ValueError as error:
         return refuse_together(error, rendezvous)
     phases.enter("rendezvous")
@@ -125,7 +130,7 @@ def _meet_and_train(
     if process.device.type == "cpu":
         keep_freed_memory()
     try:
-        return _lock_and_train(prepared, settings.text, process, phases, stop)
+        return _lock_and_train(prepared._replace(checked=checked), settings.text, process, phases, stop)
     finally:
         stop_process(process)
 
@@ -201,14 +206,14 @@ def _take(lock: RunLock) -> None:
 
 def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, console: Console) -> None:
     """Say what will run, and store it in the run directory. Collective. Raises ValueError: see `_write`."""
-    paragraphs = [config_text, *describe_run(checked, run.mesh.world.size, run.device)]
+    paragraphs = [*checked.choice, config_text, *describe_run(checked, run.mesh.world.size, run.device)]
     if start.meta:
         paragraphs += describe_resume(checked, start.meta, start.changes, str(start.remembered or ""))
     elif run.origin:
         paragraphs.append(f"weights of {run.origin['from']} ({run.origin['format']})")
     for paragraph in paragraphs:
         console.say(paragraph)
-    texts = {"config.yaml": config_text, "precision.txt": f"{checked.plan.describe()}\n"}
+    texts = {"config.yaml": config_text, "precision.txt": "\n".join([*checked.choice, checked.plan.describe(), ""])}
     for name, text in texts.items():
         path = Path(run.config.train.run_dir) / name
         _write(partial(write_durably, path, text.encode()), run)

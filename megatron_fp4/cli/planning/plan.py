@@ -22,7 +22,7 @@ from megatron_fp4.cli.render.plan import render
 from megatron_fp4.cli.render.plan_plot import write_plan
 from megatron_fp4.cli.render.plan_time import search_lines
 from megatron_fp4.planning.cost.hardware import Assumptions, Site
-from megatron_fp4.planning.cost.machines import MACHINES
+from megatron_fp4.planning.cost.machines import DEFAULT_GPU, MACHINES
 from megatron_fp4.planning.layouts.choices import MICRO_BATCHES
 from megatron_fp4.planning.layouts.search import search
 from megatron_fp4.planning.report import run_plan, without_tokenizer
@@ -54,7 +54,7 @@ class Options:
     """What the command line says besides overrides."""
 
     gpus: int = 0
-    gpu: str = "GB200"
+    gpu: str = DEFAULT_GPU
     search: bool = False
     micro_batch: int = 0
     schedule: bool = False

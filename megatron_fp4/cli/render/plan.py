@@ -15,6 +15,7 @@ def render(report: Mapping[str, Any]) -> str:
     run = report["run"]
     lines = [
         *_verdict(report),
+        *([report["backend"]["reason"]] if report["backend"]["reason"] else []),
         f"{run['gpus']} GPUs = tp {run['tp']} x pp {run['pp']} x cp {run['cp']} x dp {run['dp']};"
         f" {run['tokens_per_step']:,} tokens a step ({run['global_batch']} x {run['seq_length']}),"
         f" {run['steps']:,} steps, {run['total_tokens']:,} tokens",

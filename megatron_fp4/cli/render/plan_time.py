@@ -74,6 +74,7 @@ def whole_run_lines(section: Mapping[str, Any]) -> list[str]:
 def search_lines(results: Mapping[str, Any]) -> list[str]:
     """The layouts that fit, fastest first; why the others fell out; batch sizes near the asked one."""
     lines = [
+        *([results["backend"]["reason"]] if results["backend"]["reason"] else []),
         f"{results['tried']} layouts of {results['gpus']} {results['gpu']}, global batch {results['global_batch']},"
         f" up to {results['memory_share']:.0%} of the memory",
         "days: by products and bytes alone, with all traffic hidden ... none; and as expected",

@@ -22,6 +22,7 @@ def render(report: Mapping[str, Any]) -> str:
     """The report of `planning.rehearsal.report.rehearse`, one rank after the other, and the verdict."""
     counts = report["microbatches"]
     lines = [
+        *([report["backend"]["reason"]] if report["backend"]["reason"] else []),
         f"{report['gpus']} GPUs; the second step of each rank is told",
         f"modelled: {'; '.join(report['modelled'])}",
     ]

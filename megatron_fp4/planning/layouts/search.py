@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.planning.backend import forecast_backend
 from megatron_fp4.planning.cost.hardware import Site
 from megatron_fp4.planning.cost.time import KINDS
 from megatron_fp4.planning.layouts.batches import batch_section
@@ -31,6 +32,7 @@ def search(
     config: RunConfig, site: Site, wanted: int = 10, micro_batches: Sequence[int] = MICRO_BATCHES
 ) -> dict[str, Any]:
     """The `wanted` fastest layouts that fit, why the others fell out, and batch sizes that open more."""
+    config, choice = forecast_backend(config, site.machine.gpu)
     run = Choices(config, site, micro_batches)
     layouts = run.layouts()
     numbers = itertools.count()
@@ -56,6 +58,7 @@ def search(
     return {
         "gpus": site.num_gpus,
         "gpu": site.machine.gpu.name,
+        "backend": {"name": config.precision.backend.name, "reason": str(choice or "")},
         "global_batch": config.train.global_batch,
         "memory_share": site.assumptions.memory_share,
         "tried": len(layouts) + sum(run.fallen.values()) - run.fallen["memory"],

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from megatron_fp4.comm.mesh import rank_grid
+from megatron_fp4.planning.backend import forecast_backend
 from megatron_fp4.planning.rehearsal.backend import modelled
 from megatron_fp4.planning.rehearsal.between import between_steps, crossings
 from megatron_fp4.planning.rehearsal.live import PASSING, LiveKinds
@@ -59,6 +60,7 @@ def rehearse(
     if config.model.vocab_size:  # the tokenizer is not needed, and need not be on this machine
         config = replace(config, data=replace(config.data, tokenizer=""))
     num_gpus = num_gpus or config.parallel.smallest_world
+    config, choice = forecast_backend(config, None, num_gpus)
     in_run = run_plan(config, num_gpus)
     short = shortened(config, num_gpus)
     plan = run_plan(short, num_gpus)
@@ -82,6 +84,7 @@ def rehearse(
         reports.append({**report, **seconds})
     return {
         "gpus": num_gpus,
+        "backend": {"name": config.precision.backend.name, "reason": str(choice or "")},
         "microbatches": {
             "in_run": in_run["run"]["microbatches_per_step"],
             "rehearsed": plan["run"]["microbatches_per_step"],

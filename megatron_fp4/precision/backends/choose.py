@@ -22,6 +22,11 @@ from megatron_fp4.precision.te.refusals import check_te_linear
 
 def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> Backend:
     """The backend that `precision.backend` names. watch: records NaN and Inf instead of raising."""
+    if config.backend is BackendName.auto:
+        raise ValueError(
+            "precision.backend=auto is settled by a run, which tries the backends on its GPUs"
+            " (train/arrival/backend.py); name one here, such as emulated"
+        )
     if config.backend is BackendName.reference:
         return ReferenceBackend(watch)
     if config.backend is BackendName.emulated:

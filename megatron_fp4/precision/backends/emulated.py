@@ -113,6 +113,10 @@ class EmulatedBackend:
             accumulate_into=accumulate_into,
         )
 
+    def values(self, operand: QuantizedOperand) -> tuple[Tensor, GlobalScale | None]:
+        """An operand of this backend as `[M, K]`, without its global scale, and that scale: for checks."""
+        return self._operand(operand, operand.tensors[0].dtype)
+
     def _blocks(self, x: Tensor, origin: OperandOrigin, copy: Copy) -> _Blocks:
         size = copy.operand.rht_size
         if size:

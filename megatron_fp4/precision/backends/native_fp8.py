@@ -44,7 +44,7 @@ class NativeFp8Backend:
     """
 
     def __init__(self, config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> None:
-        _check_recipes(config)
+        check_native_recipes(config)
         _check_gpu()
         self._emulated = EmulatedBackend(config.compile, watch)
         self._watch = watch
@@ -111,7 +111,7 @@ def _check_multiple(x: Tensor, origin: OperandOrigin, copy: Copy) -> None:
             )
 
 
-def _check_recipes(config: PrecisionConfig) -> None:
+def check_native_recipes(config: PrecisionConfig) -> None:
     if config.compute_dtype is not ComputeDtype.bf16:
         raise ValueError(
             f"precision.backend=native_fp8 with precision.compute_dtype={config.compute_dtype.name}: FP8 tensor cores"

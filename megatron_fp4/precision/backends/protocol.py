@@ -89,6 +89,15 @@ class QuantizedOperand:
 
 
 @dataclass(frozen=True, eq=False)
+class CodedOperand(QuantizedOperand):
+    """An operand as codes and block scales, which can be read in one layout whatever its backend's own is."""
+
+    def row_major(self) -> tuple[Tensor, ...]:
+        """(codes, scales) or (codes, scales, amax) of the operand `[M, K]` as the `reference` backend has them."""
+        return self.tensors
+
+
+@dataclass(frozen=True, eq=False)
 class WrappedOperand(QuantizedOperand):
     """An operand of a backend that wraps another one. inner: the other's operand; tensors: its tensors."""
 

@@ -17,7 +17,7 @@ from megatron_fp4.numerics.hadamard import hadamard
 from megatron_fp4.numerics.random import random_bits
 from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
 from megatron_fp4.precision.backends.product import GlobalScale
-from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
+from megatron_fp4.precision.backends.protocol import CodedOperand, Copy, OperandOrigin, QuantizedOperand, check_shape
 from megatron_fp4.precision.backends.randomness import noise_key, signs_for
 from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
 
@@ -28,7 +28,7 @@ class _Exact(QuantizedOperand):
 
 
 @dataclass(frozen=True, eq=False)
-class _Codes(QuantizedOperand):
+class _Codes(CodedOperand):
     """tensors = (codes, scales) or (codes, scales, amax) of a QuantizedTensor."""
 
     divisor: float = 1.0

@@ -21,11 +21,11 @@ from torch import Tensor
 from megatron_fp4.kernels.multiply import multiply
 from megatron_fp4.kernels.quantize import measure, measure_transformed, noise_words, quantize
 from megatron_fp4.kernels.values import Coding, PackedOperand, Target
-from megatron_fp4.numerics import QuantizedTensor
-from megatron_fp4.numerics.hadamard import fixed_signs
+from megatron_fp4.numerics import QuantizedTensor, fixed_signs
 from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_obstacle, values_operand
 from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
-from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
+from megatron_fp4.precision.backends.product import GlobalScale
+from megatron_fp4.precision.backends.protocol import CodedOperand, Copy, OperandOrigin, QuantizedOperand, check_shape
 from megatron_fp4.precision.backends.randomness import noise_key, signs_for
 from megatron_fp4.precision.backends.triton_limits import BLOCKS, obstacle
 from megatron_fp4.precision.config import PrecisionConfig
@@ -36,11 +36,18 @@ CELLS = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class _Packed(QuantizedOperand):
+class _Packed(CodedOperand):
     """tensors = (codes, scales) or (codes, scales, amax), see `PackedOperand`. dtype: of the tensor it was made of."""
 
     how: Coding
     dtype: torch.dtype
+
+    def row_major(self) -> tuple[Tensor, ...]:
+        """See `CodedOperand.row_major`: codes and scales in the types of their formats."""
+        packed = _unwrapped(self)
+        codes = packed.codes if self.how.bits == 4 else packed.codes.view(torch.float8_e4m3fn)
+        scale_type = torch.float8_e4m3fn if self.how.aim else torch.float8_e8m0fnu
+        return codes, packed.row_major_scales().view(scale_type), *self.tensors[2:]
 
 
 class TritonBackend:
@@ -82,6 +89,10 @@ class TritonBackend:
         out = torch.empty(first.lines, second.lines, dtype=out_dtype, device=a.tensors[0].device)
         multiply(first, second, out, target=target)
         return out if accumulate_into is None else accumulate_into.add_(out)
+
+    def values(self, operand: QuantizedOperand) -> tuple[Tensor, GlobalScale | None]:
+        """See `EmulatedBackend.values`."""
+        return self._emulated.values(_decoded(operand) if isinstance(operand, _Packed) else operand)
 
     def _packed(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> dict[Copy, QuantizedOperand]:
         """All copies of x: one reading for the amaxes, then one per copy, or one for two copies of the same codes."""
@@ -180,11 +191,9 @@ def _unwrapped(operand: _Packed) -> PackedOperand:
 
 def _decoded(operand: _Packed) -> QuantizedOperand:
     """The operand as the emulated backend holds it."""
-    packed = _unwrapped(operand)
-    codes = packed.codes if packed.how.bits == 4 else packed.codes.view(torch.float8_e4m3fn)
-    scale_type = torch.float8_e4m3fn if packed.how.aim else torch.float8_e8m0fnu
-    values = QuantizedTensor(codes, packed.row_major_scales().view(scale_type), None).operand(operand.dtype)
-    return values_operand(values, packed.amax, packed.how.aim)
+    codes, scales, *amax = operand.row_major()
+    values = QuantizedTensor(codes, scales, None).operand(operand.dtype)
+    return values_operand(values, amax[0] if amax else None, operand.how.aim)
 
 
 def _kept(result: PackedOperand, dtype: torch.dtype) -> _Packed:

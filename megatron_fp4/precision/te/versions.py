@@ -14,6 +14,8 @@ from megatron_fp4.precision.operand import ScaleOrder
 
 Number = tuple[int, int]
 MINIMUM = (2, 10)
+KNOWN = "2.20.2"
+"""The newest version that tests have seen."""
 MODULES = (2, 19)
 """From here on `te.Linear` can quantize the two directions of a tensor differently, and ships its reference."""
 

@@ -55,7 +55,8 @@ def check_choices(config: RunConfig) -> None:
 def check_machine(config: RunConfig, device: torch.device) -> None:
     """Raises ValueError with the remedy for packages, their versions, this rank's GPU. Makes nothing lasting."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        make_backend(config.precision)
+        if config.precision.backend is not BackendName.auto:  # whose backends are tried when the ranks have met
+            make_backend(config.precision)
         check_kernels(config, device)
 
 

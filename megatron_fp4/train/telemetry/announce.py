@@ -17,6 +17,7 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.table import difference_to_stored
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.telemetry.slow_paths import slow_paths_on
 from megatron_fp4.train.telemetry.throughput import Throughput
 
 
@@ -31,6 +32,7 @@ def describe_run(checked: CheckedConfig, world_size: int, device: torch.device) 
             "WARNING: precision.backend=triton has no kernels for these GEMMs, which are emulated (same operands):\n  "
             + "\n  ".join(emulated)
         )
+    paragraphs += [f"WARNING: {line}" for line in slow_paths_on(config, checked.plan, device)]
     if checked.tokenizer:
         paragraphs.append(describe_tokenizer(checked.tokenizer, config.model.vocab_size))
     accumulation = config.train.gradient_accumulation(checked.dp, config.train.global_batch)

@@ -35,10 +35,10 @@ from megatron_fp4.precision.backends import Copy, NonFiniteWatch, OperandOrigin,
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig
+from megatron_fp4.precision.selftest.parts import first_mismatch, reference_parts, te_parts
 from megatron_fp4.precision.te.api import FAST_MATH
 from megatron_fp4.precision.te.refusals import check_capability
 from megatron_fp4.precision.te.versions import Features
-from megatron_fp4.proofs.operands import first_mismatch, reference_parts, te_parts
 from tests.precision.te import te_double
 from tests.precision.te.te_wheels import SYMBOLS_OF_DOUBLE, find, parameters
 

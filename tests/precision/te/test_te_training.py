@@ -24,7 +24,7 @@ from megatron_fp4.precision.backends import Backend, Copy, OperandOrigin, Quanti
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import PrecisionConfig, Rule
-from megatron_fp4.proofs.operands import first_mismatch, reference_parts, te_parts
+from megatron_fp4.precision.selftest.parts import first_mismatch, reference_parts, te_parts
 from megatron_fp4.proofs.parity import synthetic_inputs
 from megatron_fp4.train.trainable import build_trainable
 from tests.helpers.parity import parity_case
