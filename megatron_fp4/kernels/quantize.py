@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -12,6 +14,8 @@ from megatron_fp4.kernels.measure import amax_kernel, transformed_amax_kernel, w
 from megatron_fp4.kernels.rows import rows_kernel
 from megatron_fp4.kernels.values import INTERPRETED, OPTIONS, Coding, Constants, PackedOperand, Target
 
+MAX_PROGRAMS = 65535
+"""Of the second dimension of a grid: CUDA's limit."""
 _WORD = 0xFFFFFFFF
 
 
@@ -35,10 +39,20 @@ def measure_transformed(x: Tensor, along: int, how: Coding, signs: int, amax: Te
     """
     lines, length = x.shape[1 - along], x.shape[along]
     tile = lanes_tile(how)
-    grid = (triton.cdiv(length // how.block, tile["G"]), triton.cdiv(lines, tile["L"]))
+    grid = grid_of(length // how.block, tile["G"], lines, tile["L"])
     transformed_amax_kernel[grid](
         bits_of(x), amax, lines, length, signs, ALONG=along, RHT=how.rht, LANES=how.block, **tile, **OPTIONS
     )
+
+
+def grid_of(first: int, first_tile: Any, second: int, second_tile: Any) -> tuple[int, int]:
+    """Programs along two dimensions. Raises ValueError for more of the second than CUDA launches."""
+    if second > (largest := MAX_PROGRAMS * second_tile):
+        raise ValueError(
+            f"the quantizers of precision.backend=triton take at most {largest:,} lines along a dimension, got"
+            f" {second:,}; use a smaller micro batch, more parallel ranks, or precision.backend=emulated"
+        )
+    return triton.cdiv(first, first_tile), triton.cdiv(second, second_tile)
 
 
 def noise_words(key: int, rows: Tensor, cols: Tensor) -> Tensor:
@@ -74,11 +88,11 @@ def quantize(
     words = scales if words is None else words
     if along == 1 and how.simple and not both:
         constants = rows_constants(how, target)
-        grid = (triton.cdiv(lines, constants["BM"]), triton.cdiv(length, constants["BN"]))
+        grid = grid_of(lines, constants["BM"], length, constants["BN"])
         rows_kernel[grid](bits_of(x), codes, scales, amax, words, lines, length, **constants, **OPTIONS)
     else:
         constants = lanes_constants(how, target, along=along, both=both)
-        grid = (triton.cdiv(length // how.block, constants["G"]), triton.cdiv(lines, constants["L"]))
+        grid = grid_of(length // how.block, constants["G"], lines, constants["L"])
         lanes_kernel[grid](
             bits_of(x), codes.view(torch.int64), scales, turned_codes, turned_scales, amax, words, lines, length, signs,
             **constants, **OPTIONS,

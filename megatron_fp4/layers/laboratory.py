@@ -6,6 +6,7 @@
 >>> context = layers.lab(seed=0)
 >>> up = layers.ColumnParallelLinear("blocks.0.mlp.up", 64, {"": 128}, context, std=0.02)
 >>> layers.initialize_parameters(up, seed=0)
+>>> _ = torch.manual_seed(0)
 >>> x_TD, tokens = torch.randn(32, 64), layers.Tokens.of_one_document(32)
 >>> exact = up(x_TD, tokens)
 >>> up.precision = nvfp4_paper()

@@ -89,7 +89,7 @@ def test_what_is_right_passes(backend: EmulatedBackend | ReferenceBackend, dtype
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (Planted("x", flipped_code), r"fprop.x: codes\[3, 5\]: planted has .* \(1 of 6144 codes differ\)"),
         (Planted("dy", flipped_code), r"dgrad.dy: codes\[3, 5\]"),
@@ -102,9 +102,9 @@ def test_what_is_right_passes(backend: EmulatedBackend | ReferenceBackend, dtype
     ],
     ids=["code", "stochastic code", "-0", "scale", "amax", "zero gradient", "product", "main_grad"],
 )
-def test_each_planted_bug_is_caught(fault: Planted, said: str) -> None:
+def test_each_planted_bug_is_caught(fault: Planted, message: str) -> None:
     lines = self_test(fault, [PAPER], CPU, torch.bfloat16)
-    assert any(re.search(said, line) for line in lines), lines
+    assert any(re.search(message, line) for line in lines), lines
 
 
 def test_values_without_codes_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:

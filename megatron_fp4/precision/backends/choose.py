@@ -14,7 +14,8 @@ from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_ob
 from megatron_fp4.precision.backends.native_fp8 import REMEDY, NativeFp8Backend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
-from megatron_fp4.precision.backends.triton_limits import check_triton_device, check_triton_machine
+from megatron_fp4.precision.backends.triton_limits import MOST_LINES, check_triton_device, check_triton_machine
+from megatron_fp4.precision.backends.triton_limits import REMEDY as TRITON_REMEDY
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import Linear, PrecisionPlan
 from megatron_fp4.precision.te.refusals import check_te_linear
@@ -64,3 +65,8 @@ def check_backend_shapes(plan: PrecisionPlan, linears: Sequence[Linear], *, tp: 
         for label, table in plan.labelled_tables():
             for info in linears:
                 check_te_linear(f"{label}{info.name}", table[info.name], info.local_shape(tp), tokens)
+    if plan.config.backend is BackendName.triton and tokens > MOST_LINES:
+        raise ValueError(
+            f"precision.backend=triton quantizes at most {MOST_LINES:,} rows at once, and a microbatch has {tokens:,}"
+            f" tokens on a rank; use a smaller train.micro_batch or a larger parallel.cp, or {TRITON_REMEDY}"
+        )

@@ -133,6 +133,11 @@ def check_shape(x: Tensor, origin: OperandOrigin, copy: Copy) -> None:
     if not operand.quantized:
         return
     assert operand.tile is not None
+    if not x.numel():
+        raise ValueError(
+            f"{origin.name}: operand {origin.operand} of {copy.gemm} has local shape {tuple(x.shape)}, which has no"
+            " element, and so no largest one to scale by; leave the GEMM out for an empty microbatch"
+        )
     contracted, other = x.shape[copy.along], x.shape[1 - copy.along]
     for size, multiple in ((contracted, operand.contraction_multiple), (other, operand.tile[0])):
         if size % multiple:

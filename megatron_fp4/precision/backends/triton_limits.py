@@ -13,6 +13,8 @@ from megatron_fp4.precision.spec import Gemm
 LEAST_CAPABILITY = (8, 0)
 REMEDY = "use precision.backend=emulated, which makes the same operands"
 INTERPRETING = f"set TRITON_INTERPRET=1 to interpret its kernels on the CPU, slowly, or {REMEDY}"
+MOST_LINES = 65535 * 64
+"""Rows or columns of a tensor that one launch takes (kernels/quantize.py:grid_of)."""
 BLOCKS = {Format.nvfp4: 16, Format.mxfp4: 32, Format.mxfp8: 32}
 """Formats that the kernels know, and their block."""
 

@@ -11,15 +11,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_fp4.models.block import model_linears
 from megatron_fp4.planning.memory import weight_copy_bytes
 from megatron_fp4.planning.stand_ins import SizedBackend
-from megatron_fp4.precision import Format, LinearPrecision, Operand, nvfp4_paper
+from megatron_fp4.precision import EmulatedBackend, Format, LinearPrecision, Operand, nvfp4_paper
 from megatron_fp4.precision.backends import copies_of, triton_limits
-from megatron_fp4.precision.backends.choose import make_backend
+from megatron_fp4.precision.backends.choose import check_backend_shapes, make_backend
 from megatron_fp4.precision.backends.triton_limits import check_triton_device, emulated_gemms
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
+from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.recipes import RECIPES
 from megatron_fp4.precision.spec import Fprop
+from tests.models.test_count import load
 from tests.precision.backends.test_emulated import origin
 
 
@@ -67,6 +70,20 @@ def test_what_is_emulated_is_said() -> None:
     half = LinearPrecision(fprop=Fprop(x=Operand(), w=Operand(Format.nvfp4)))
     assert emulated_gemms(config(half=half)) == ["recipe half, fprop: operands in bf16 and nvfp4"]
     assert emulated_gemms(replace(config(fp8=RECIPES["fp8"]), backend=BackendName.emulated)) == []
+
+
+def test_more_tokens_than_a_launch_takes() -> None:
+    plan = PrecisionPlan(replace(config(r=nvfp4_paper()), use="r"), model_linears(load("gpt_tiny")))
+    check_backend_shapes(plan, [], tp=1, tokens=4_194_240)
+    with pytest.raises(ValueError, match=r"at most 4,194,240 rows at once, and a microbatch has 4,194,256 tokens"):
+        check_backend_shapes(plan, [], tp=1, tokens=4_194_256)
+
+
+def test_a_tensor_without_elements_is_refused() -> None:
+    """By every backend, in the same words: an empty microbatch has no largest element."""
+    x = torch.empty(0, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"operand dy of dgrad has local shape \(0, 64\), which has no element"):
+        EmulatedBackend().quantize(x, origin(x), copies_of(nvfp4_paper())["dy"])
 
 
 def test_the_plan_counts_codes() -> None:
