@@ -23,8 +23,8 @@ class Forecast(NamedTuple):
 def forecast_backend(config: RunConfig, gpu: Gpu | None = None, num_gpus: int = 0) -> Forecast:
     """`auto` on these GPUs, if everything is installed there and passes its self-test.
 
-    gpu: None for that of a plan that names none. num_gpus: for the layout of the configuration; 0: of layouts nothing is asked. Raises ValueError for what a run
-    would refuse with any backend.
+    gpu: None for that of a plan that names none. num_gpus: for the layout of the configuration; 0: of layouts nothing
+    is asked. Raises ValueError for what a run would refuse with any backend.
     """
     if config.precision.backend is not BackendName.auto:
         return Forecast(config, None)
