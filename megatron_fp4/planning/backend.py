@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron_fp4.planning.cost.machines import DEFAULT_GPU, MACHINES
+from megatron_fp4.planning.cost.hardware import DEFAULT_GPU
+from megatron_fp4.planning.cost.machines import MACHINES
 from megatron_fp4.precision.auto import NOTHING_QUANTIZED, BackendChoice, Capability, expected_choice, quantizes
 from megatron_fp4.precision.config import BackendName
 from megatron_fp4.train.arrival.backend import with_backend

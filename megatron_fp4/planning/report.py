@@ -16,8 +16,7 @@ from typing import Any
 from megatron_fp4.models.count import count_flops
 from megatron_fp4.planning.cost.duration import cost_sections
 from megatron_fp4.planning.cost.gains import roofline_with_gains
-from megatron_fp4.planning.cost.hardware import Assumptions, Site
-from megatron_fp4.planning.cost.machines import DEFAULT_GPU
+from megatron_fp4.planning.cost.hardware import DEFAULT_GPU, Assumptions, Site
 from megatron_fp4.planning.division import division_section
 from megatron_fp4.planning.facts import parameter_section, precision_section, run_section
 from megatron_fp4.planning.idle import PipelineLayout, pipeline_section, ramp_section

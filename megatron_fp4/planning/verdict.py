@@ -1,7 +1,6 @@
 """Whether a layout could run: what a run would refuse, memory, shapes, and what is far from good.
 
-A warning is a dictionary of three texts: about (memory, shapes, backend, kernels, saves), severity (error, tight, slow),
-and text.
+A warning is three texts: about (memory, shapes, backend, kernels, saves), severity (error, tight, slow), text.
 """
 
 from __future__ import annotations
@@ -62,7 +61,11 @@ def warnings_of(
     warnings += [{"about": "shapes", **shape} for shape in shapes]
     warnings += _backend_warnings(checked, site.machine.gpu)
     loops = slow_paths(checked.config, checked.plan, fp4=False)  # of emulated products the line above speaks
-    return [*warnings, *({"about": "kernels", "severity": "slow", "text": one} for one in loops), *save_warnings(whole_run)]
+    return [
+        *warnings,
+        *({"about": "kernels", "severity": "slow", "text": one} for one in loops),
+        *save_warnings(whole_run),
+    ]
 
 
 def _memory_warnings(memory: Mapping[str, Any], share: float) -> list[dict[str, str]]:

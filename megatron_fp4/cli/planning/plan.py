@@ -21,8 +21,8 @@ from megatron_fp4.cli.overrides.shipped import shipped_layouts
 from megatron_fp4.cli.render.plan import render
 from megatron_fp4.cli.render.plan_plot import write_plan
 from megatron_fp4.cli.render.plan_time import search_lines
-from megatron_fp4.planning.cost.hardware import Assumptions, Site
-from megatron_fp4.planning.cost.machines import DEFAULT_GPU, MACHINES
+from megatron_fp4.planning.cost.hardware import DEFAULT_GPU, Assumptions, Site
+from megatron_fp4.planning.cost.machines import MACHINES
 from megatron_fp4.planning.layouts.choices import MICRO_BATCHES
 from megatron_fp4.planning.layouts.search import search
 from megatron_fp4.planning.report import run_plan, without_tokenizer

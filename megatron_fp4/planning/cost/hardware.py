@@ -16,6 +16,9 @@ from dataclasses import dataclass, replace
 
 from megatron_fp4.planning.cost.machines import MACHINES, Machine
 
+DEFAULT_GPU = "GB200"
+"""Of a plan that names none."""
+
 
 @dataclass(frozen=True)
 class Assumptions:

@@ -34,8 +34,6 @@ class Machine:
     sources: dict[str, str]
 
 
-DEFAULT_GPU = "GB200"
-"""Of a plan that names none."""
 _CONNECTX7 = "ConnectX-7, 400 Gb/s per GPU"
 _PCIE5 = "PCIe 5.0 x16, 64 GB/s"
 _DGX_H100 = "NVIDIA DGX H100/H200 User Guide"
