@@ -20,7 +20,8 @@ from megatron_fp4.train.config import RunConfig
 
 def plot_section(config: RunConfig, num_gpus: int, gpu: str, assumptions: Assumptions) -> dict[str, Any]:
     """What the pictures of a plan have beside its report: `timeline` of the pipeline, empty without one; `scaling`."""
-    checked = admit(config, num_gpus or config.parallel.smallest_world).checked
+    num_gpus = num_gpus or config.parallel.smallest_world
+    checked = admit(config, num_gpus, assumptions.machine(gpu).gpu).checked
     microbatches = RankSettings.of(checked, checked.plan.table()).num_microbatches
     pipeline = PipelineLayout.of(checked.config, microbatches)
     timeline = timeline_of(pipeline) if config.parallel.pp > 1 else []
@@ -39,7 +40,8 @@ def strong_scaling(config: RunConfig, gpu: str, assumptions: Assumptions) -> lis
         if any(size % (dp * config.train.micro_batch) for size in config.train.batch_sizes):
             continue
         try:
-            checked = admit(replace(config, parallel=replace(parallel, dp=dp)), one * dp).checked
+            world = replace(config, parallel=replace(parallel, dp=dp))
+            checked = admit(world, one * dp, assumptions.machine(gpu).gpu).checked
         except ValueError:
             continue
         settings = RankSettings.of(checked, checked.plan.table())
