@@ -4,7 +4,7 @@
     megatron-fp4 checkpoint verify RUN                     sizes and hashes of all files; exit code 1 if one differs
     megatron-fp4 checkpoint average A B C --to DIRECTORY   the mean of their weights, summed in FP64
     megatron-fp4 checkpoint extract A --to DIRECTORY       only the weights, in one file
-    megatron-fp4 checkpoint export A --to DIRECTORY        for `transformers`: config.json and model.safetensors
+    megatron-fp4 checkpoint export A --to DIRECTORY        for `transformers` or, as 4-bit codes, for those who serve
     megatron-fp4 checkpoint import FOLDER --to DIRECTORY   of `transformers`: its weights, for train.init_from
 
 A checkpoint is named by its own directory, by the directory of all checkpoints, or by the run's (then the newest is
@@ -21,20 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from megatron_fp4.checkpoint import edit, offline
 from megatron_fp4.checkpoint.directory import read_state
-from megatron_fp4.cli.schema import build, twin
+from megatron_fp4.cli.interop.export import add_export_arguments, export
 from megatron_fp4.interop.read import Imported, import_transformers
-from megatron_fp4.interop.write import write_transformers
 from megatron_fp4.layers.rope import RopeScaling
-from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.storage.local import local_path
 from megatron_fp4.train.refusals.effect import ROPE_SCALING
 from megatron_fp4.train.resume.same_model import FREE
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         elif args.action == "extract":
             print(f"written: {edit.extract(paths[0], args.to, kinds=args.kinds)}")
         else:
-            print(f"written: {_export(paths[0], args.to, DTYPES[args.dtype])}")
+            export(paths[0], args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -84,7 +79,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     action("average", "+", writes=True).add_argument("--weights", nargs="+", help="one per checkpoint (default: equal)")
     action("extract", 1, writes=True).add_argument("--kinds", nargs="+", default=["master"])
     action("import", 1, writes=True)
-    action("export", 1, writes=True).add_argument("--dtype", choices=DTYPES, default="bf16")
+    add_export_arguments(action("export", 1, writes=True))
     return parser.parse_args(arguments)
 
 
@@ -152,12 +147,3 @@ def _verify(paths: Sequence[Path]) -> int:
         for problem in problems:
             print(f"  {problem}")
     return 1 if damaged else 0
-
-
-def _export(path: Path, to: Path, dtype: torch.dtype) -> Path:
-    settings = read_state(path)["meta"].get("config")  # enums are stored by name, which omegaconf reads
-    if not isinstance(settings, dict) or not settings.keys() >= {"model", "data"}:
-        raise ValueError(f"{path} has no settings of a model, so it cannot be exported")
-    merged = OmegaConf.merge(OmegaConf.structured(twin(ModelConfig)), OmegaConf.create(settings["model"]))
-    values: Any = OmegaConf.to_container(merged)
-    return write_transformers(path, build(ModelConfig, values), settings["data"]["seq_length"], to, dtype)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from megatron_fp4.precision.config import GEMMS, SAME, BackendName, PrecisionConfig, Rule, Switch, regular_expression
 from megatron_fp4.precision.spec import LinearPrecision
@@ -149,6 +149,16 @@ class PrecisionPlan:
     def phase_at(self, consumed_tokens: int) -> int:
         """Index of the phase in which a step that starts after `consumed_tokens` computes."""
         return max(index for index, (start, _) in enumerate(self.phases) if consumed_tokens >= start)
+
+    def phase_before(self, consumed_tokens: int, texts: Mapping[str, Any]) -> int:
+        """Index of the phase in which the step computed that ended at `consumed_tokens`: that whose table was stored.
+
+        texts: what was stored, `PrecisionTable.texts`. It is not the phase at these tokens where the next step would be
+        the first of another.
+        """
+        phase = self.phase_at(max(0, consumed_tokens - 1))
+        stored = [number for number in range(len(self.phases)) if self.table(number).texts() == texts]
+        return min(stored, key=lambda number: abs(number - phase), default=phase)
 
     def table(self, phase: int = 0) -> PrecisionTable:
         return self.phases[phase][1]

@@ -122,12 +122,17 @@ def difference(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]
 
     `blocks.{2-5}.mlp.up: fprop x nvfp4, w nvfp4 16x16 -> fprop x bf16, w bf16`
     """
+    pairs = {name: (before.get(name, "absent"), text) for name, text in after.items()}
+    return grouped({name: _changed_gemms(*pair) for name, pair in pairs.items() if pair[0] != pair[1]})
+
+
+def grouped(texts: Mapping[str, str]) -> list[str]:
+    """One line per group of linears of which `texts` says the same: `blocks.{2-5}.mlp.up: bf16`."""
     groups: dict[tuple[str, str], list[int | None]] = {}
-    for name, text in after.items():
-        if (stored := before.get(name, "absent")) != text:
-            block, suffix = _split_name(name)
-            groups.setdefault((suffix, _changed_gemms(stored, text)), []).append(block)
-    return [f"{_group_name(suffix, blocks)}: {change}" for (suffix, change), blocks in groups.items()]
+    for name, text in texts.items():
+        block, suffix = _split_name(name)
+        groups.setdefault((suffix, text), []).append(block)
+    return [f"{_group_name(suffix, blocks)}: {text}" for (suffix, text), blocks in groups.items()]
 
 
 def _changed_gemms(before: str, after: str) -> str:

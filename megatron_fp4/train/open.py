@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -72,7 +71,8 @@ def open_trained(
     store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", mesh.world, config.checkpoint)
     meta = load_weights(torch.nn.ModuleList(engine.stages), store, step)
     clock.step = meta["step"] - 1  # rounding noise of an evaluation after a step is that of the step
-    trained = TrainedModel(checked, engine, mesh, process.device, _last_phase(checked, meta))
+    phase = checked.plan.phase_before(meta["consumed_samples"] * config.data.seq_length, meta["precision"])
+    trained = TrainedModel(checked, engine, mesh, process.device, phase)
     trained.assign(checked.plan.evaluation_table(trained.phase))
     return trained
 
@@ -92,14 +92,3 @@ def _layout(trained: ParallelConfig, world_size: int) -> ParallelConfig:
         timeout_seconds=trained.timeout_seconds,
         init_timeout_seconds=trained.init_timeout_seconds,
     )
-
-
-def _last_phase(checked: CheckedConfig, meta: dict[str, Any]) -> int:
-    """The phase in which the last step before a checkpoint computed: that whose table was stored with it.
-
-    It is not the phase at the checkpoint's tokens where the next step would be the first of another.
-    """
-    plan, tokens = checked.plan, meta["consumed_samples"] * checked.config.data.seq_length
-    phase = plan.phase_at(max(0, tokens - 1))
-    stored = [number for number in range(len(plan.phases)) if plan.table(number).texts() == meta["precision"]]
-    return min(stored, key=lambda number: abs(number - phase), default=phase)

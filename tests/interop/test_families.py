@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.interop.logical import read_logical, write_logical
-from megatron_fp4.interop.write import rounded
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.layers.qk_norm import QkNorm
@@ -24,7 +23,6 @@ from megatron_fp4.models.foreign.families import Family, family_of, from_transfo
 from megatron_fp4.models.foreign.read_config import parse_config
 from tests.models.test_count import ODD_HYBRID, load, make_decoder
 
-BF16 = torch.bfloat16
 HYBRID = replace(ODD_HYBRID, pattern="M-*M-", norm_eps=1e-4)
 SWIGLU = ModelConfig(
     num_layers=2,
@@ -74,13 +72,6 @@ def our_logits(model: Decoder, tokens: Tensor) -> Tensor:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         return model(tokens, torch.zeros_like(tokens), positions, torch.zeros_like(tokens)).view(*tokens.shape, -1)
-
-
-def test_a_file_in_bf16_keeps_what_training_keeps_in_fp32() -> None:
-    """In BF16 a step size softplus(dt + dt_bias) of the exported model would be off by up to 1.6 %."""
-    logical = read_logical(make_decoder(HYBRID, "cpu"))
-    in_fp32 = {name for name, t in rounded(to_transformers(HYBRID, logical), BF16).items() if t.dtype != BF16}
-    assert in_fp32 == {f"model.layers.{index}.mixer.{name}" for index in (0, 3) for name in ("A_log", "dt_bias", "D")}
 
 
 TOKENS = torch.arange(2 * 21).view(2, 21) * 5 % 56  # 21 is not a multiple of the scan's chunk

@@ -2,7 +2,8 @@
 
 In one process, whatever layout wrote the checkpoint, or under torchrun on the run's tp * pp ranks. `same` is the
 precision in which the last step before the checkpoint computed, behind a switch another one than at the start; a
-recipe's name puts every linear into that recipe.
+recipe's name puts every linear into that recipe. `exported` is what a server computes with the codes of `checkpoint
+export`: weights as in `same`, activations not quantized.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fp4.cli.trained.opening import with_trained
+from megatron_fp4.inference.precisions import table_of
 from megatron_fp4.train.checked import open_data
 from megatron_fp4.train.evaluate import evaluate
 from megatron_fp4.train.open import TrainedModel
@@ -21,7 +23,9 @@ def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 2 where run, data or recipe are not there."""
     parser = argparse.ArgumentParser(prog="megatron-fp4 evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
-    parser.add_argument("--precision", action="append", help="bf16, same or a recipe of the run (several times)")
+    parser.add_argument(
+        "--precision", action="append", help="bf16, same, exported or a recipe of the run (several times)"
+    )
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     args = parser.parse_args(arguments)
 
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         _, loaders = open_data(trained.checked, dp_rank=mesh.dp.rank)
         if not loaders:
             raise ValueError("the run has no held-out set (data.evaluation)")
-        tables = {name: trained.table(name) for name in args.precision or ["bf16", "same"]}
+        tables = {name: table_of(trained, name) for name in args.precision or ["bf16", "same"]}
         for precision, table in tables.items():
             for loader in loaders:
                 loss = evaluate(trained.engine, loader, table, mesh, trained.device)

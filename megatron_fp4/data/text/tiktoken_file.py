@@ -76,8 +76,8 @@ class TiktokenTokenizer:
     def __init__(self, path: Path, choice: SpecialChoice = UNSAID) -> None:
         library = require_package("tiktoken")
         data = path.read_bytes()
-        ranks = _ranks(path, data)
-        pattern, special = _meaning(path, data)
+        ranks = ranks_of(path, data)
+        pattern, special = meaning_of(path, data)
         self.path = path
         _check_special(path, special, ranks)
         self._model = library.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -119,7 +119,8 @@ class TiktokenTokenizer:
             return None
 
 
-def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
+def ranks_of(path: Path, data: bytes) -> dict[bytes, int]:
+    """Tokens and their ranks. Raises ValueError for what is no vocabulary over bytes."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         try:
@@ -145,7 +146,8 @@ def _check_special(path: Path, special: dict[str, int], ranks: dict[bytes, int])
             raise ValueError(f"{path}: the id {number} of the special token {text!r} is also another token's, or none")
 
 
-def _meaning(path: Path, data: bytes) -> Meaning:
+def meaning_of(path: Path, data: bytes) -> Meaning:
+    """Pattern and special tokens, from the file beside it or of a published one. Raises ValueError."""
     side = Path(f"{path}.json")
     if side.is_file():
         try:

@@ -1,0 +1,88 @@
+"""`megatron-fp4 checkpoint export A --to DIRECTORY`: its arguments, and the settings in the checkpoint.
+
+    --format hf                   for transformers, in high precision
+    --format compressed-tensors   the 4-bit codes of training, for vLLM, SGLang and transformers
+    --format modelopt             the same, for TensorRT-LLM and what reads its files
+
+Not here: what is written (interop/export).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_fp4.checkpoint.directory import read_state
+from megatron_fp4.cli.schema import build, twin
+from megatron_fp4.data.text.special import choice_of
+from megatron_fp4.interop.export.assemble import CARD, ExportOptions, assemble
+from megatron_fp4.interop.export.folder import write_folder
+from megatron_fp4.interop.export.plan import Requantize
+from megatron_fp4.interop.export.quantized import ExportFormat
+from megatron_fp4.train.config import RunConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `checkpoint export` takes beside the checkpoint and --to."""
+    parser.add_argument("--format", choices=[form.value for form in ExportFormat], default=ExportFormat.hf.value)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all tensors that are not codes")
+    parser.add_argument("--part-gb", type=float, default=5.0, help="largest file of weights (default: 5)")
+    parser.add_argument("--force", action="store_true", help="replace what is in the directory")
+    parser.add_argument("--tokenizer", type=Path, help="its file, where it is not where the run had it")
+    parser.add_argument("--no-tokenizer", action="store_true", help="write none")
+    for role, meaning in (("eos", "ends"), ("bos", "begins"), ("pad", "pads")):
+        parser.add_argument(f"--{role}", metavar="TOKEN_OR_ID", help=f"the token that {meaning} a text")
+    parser.add_argument(
+        "--requantize",
+        choices=[way.value for way in Requantize],
+        help="codes of this kind instead of those of training, with the error of each kind in a table",
+    )
+    parser.add_argument(
+        "--precision-at", type=int, metavar="STEP", help="codes as in this step of the run, not as in the last one"
+    )
+
+
+def export(checkpoint: Path, args: argparse.Namespace) -> None:
+    """Write, and print what was written. Raises ValueError and OSError for what cannot be done."""
+    options = ExportOptions(
+        form=ExportFormat(args.format),
+        dtype=DTYPES[args.dtype],
+        part_bytes=int(args.part_gb * 1e9),
+        requantize=Requantize(args.requantize) if args.requantize else None,
+        precision_at=args.precision_at,
+        tokenizer=str(args.tokenizer) if args.tokenizer else None,
+        with_tokenizer=not args.no_tokenizer,
+        choice=choice_of(args),
+    )
+    state = read_state(checkpoint)
+    config = _settings(state["meta"].get("config"), checkpoint, whole=options.form.coded)
+    assembled = assemble(checkpoint, state, config, options)
+    written = write_folder(
+        assembled.export, args.to, force=args.force, last=(CARD, lambda: assembled.card(args.to.name))
+    )
+    print(f"written: {args.to}, {written}")
+    for sentence in assembled.about:
+        print(f"  {sentence}")
+    if assembled.export.errors is not None:
+        print(assembled.export.errors.table())
+
+
+def _settings(settings: Any, checkpoint: Path, *, whole: bool) -> RunConfig:
+    """The run's settings as the checkpoint has them; only model and data unless `whole`. Raises ValueError."""
+    if not isinstance(settings, Mapping) or not settings.keys() >= {"model", "data"}:
+        raise ValueError(f"{checkpoint} has no settings of a model, so it cannot be exported")
+    wanted = settings if whole else {name: settings[name] for name in ("model", "data")}
+    try:  # enums are stored by name, which omegaconf reads
+        merged = OmegaConf.merge(OmegaConf.structured(twin(RunConfig)), OmegaConf.create(dict(wanted)))
+        values: Any = OmegaConf.to_container(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"the settings in {checkpoint} are not of this version: {error}") from None
+    return build(RunConfig, values)

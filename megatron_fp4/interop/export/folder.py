@@ -1,0 +1,181 @@
+"""An exported folder: complete or absent. What can be refused is refused before the first byte is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.interop.export.parts import READABLE, FileTensor, PartsWriter, writing_parts
+from megatron_fp4.interop.export.plan import CodedLinear, ExportedTensor
+from megatron_fp4.interop.export.quantized import (
+    ExportFormat,
+    coded_file_tensors,
+    coded_names,
+    coded_rows,
+    global_scale,
+)
+from megatron_fp4.interop.export.weights import Masters, QuantizationErrors, quantized_rows
+from megatron_fp4.storage.durable import fsync_directory
+from megatron_fp4.storage.owner import Owner
+
+ALWAYS_FP32 = (".A_log", ".dt_bias", ".D")
+"""Ends of the names that stay FP32 in a file of another type, as in training: three numbers a head of Mamba-2."""
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Export:
+    """What goes into a folder.
+
+    dtype: of the tensors that are no codes, but for those that are always FP32. compute_dtype: in which the codes'
+    weights were quantized in training. files: everything else, by name. errors: filled on the way where it is given.
+    """
+
+    form: ExportFormat
+    tensors: Sequence[ExportedTensor]
+    masters: Masters
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    files: Mapping[str, bytes]
+    part_bytes: int
+    errors: QuantizationErrors | None = None
+    _amax: dict[str, Tensor] = field(default_factory=dict)
+
+    def file_tensors(self) -> Iterator[FileTensor]:
+        """Every tensor of the files."""
+        for one in self.tensors:
+            shapes = [self.masters.shapes[part] for part in one.joined.parts]
+            rows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
+            if one.coded is not None:
+                yield from coded_file_tensors(self.form, one.module, rows, columns[0])
+                continue
+            channel = (1,) if one.joined.channel_dim else ()
+            dtype = torch.float32 if one.joined.name.endswith(ALWAYS_FP32) else self.dtype
+            yield FileTensor(one.joined.name, dtype, (rows, *channel, *columns))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.file_tensors())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(torch.Size(self.masters.shapes[part]).numel() for one in self.tensors for part in one.joined.parts)
+
+    @property
+    def coded_linears(self) -> list[CodedLinear]:
+        return list(dict.fromkeys(one.coded for one in self.tensors if one.coded is not None))
+
+    def size_text(self) -> str:
+        """`12,310,000 parameters in 24.62 MB, 16.00 bits each; the NVFP4 linears 4.50 bits a weight`."""
+        bits = 8 * self.num_bytes / self.num_parameters
+        coded = f"; the NVFP4 linears {self._bits_of_codes():.4g} bits a weight" if self.form.coded else ""
+        return f"{self.num_parameters:,} parameters in {self.num_bytes / 1e6:,.2f} MB, {bits:.2f} bits each{coded}"
+
+    def _bits_of_codes(self) -> float:
+        """Bits per weight of the linears that are written as codes, scales included."""
+        modules = {one.module for one in self.tensors if one.coded is not None}
+        names = {f"{module}.{name}" for module in modules for name in coded_names(self.form)}
+        bits = sum(8 * tensor.num_bytes for tensor in self.file_tensors() if tensor.name in names)
+        parts = [part for linear in self.coded_linears for part in linear.parts]
+        return bits / sum(torch.Size(self.masters.shapes[part]).numel() for part in parts)
+
+    def _amax_of(self, linear: CodedLinear) -> Tensor:
+        """The largest magnitude of a linear, of all its parts; measured once."""
+        if linear.name not in self._amax:
+            self._amax[linear.name] = self.masters.amax(linear.parts, self.compute_dtype)
+        return self._amax[linear.name]
+
+    def write_weights(self, writer: PartsWriter) -> None:
+        """Every tensor, some rows at a time."""
+        for one in self.tensors:
+            if one.coded is None:
+                self._write_dense(one, writer)
+            else:
+                self._write_coded(one, one.coded, writer)
+
+    def _write_dense(self, one: ExportedTensor, writer: PartsWriter) -> None:
+        dtype = torch.float32 if one.joined.name.endswith(ALWAYS_FP32) else self.dtype
+        above = 0
+        for part in one.joined.parts:
+            for first, rows in self.masters.chunks(part):
+                channelled = rows[:, None] if one.joined.channel_dim else rows
+                writer.write(one.joined.name, above + first, channelled.to(dtype))
+            above += self.masters.shapes[part][0]
+
+    def _write_coded(self, one: ExportedTensor, linear: CodedLinear, writer: PartsWriter) -> None:
+        amax = self._amax_of(linear)
+        divisor = 6.0 * linear.operand.scale_bound
+        *_, last = coded_file_tensors(self.form, one.module, 1, 1)
+        above = 0
+        for part in one.joined.parts:
+            for first, masters in self.masters.chunks(part):
+                rows = masters.to(self.compute_dtype)
+                quantized = quantized_rows(rows, amax, linear.operand)
+                for name, values in coded_rows(self.form, one.module, quantized):
+                    writer.write(name, above + first, values)
+                if self.errors is not None:
+                    self.errors.add(linear, rows, amax)
+            above += self.masters.shapes[part][0]
+        writer.write(last.name, 0, global_scale(self.form, amax, divisor))
+
+
+def check_place(to: Path, num_bytes: int, *, force: bool) -> None:
+    """Raise ValueError for a folder that holds something, unless `force`, and where the disk is too small."""
+    if to.exists() and not to.is_dir():
+        raise ValueError(f"{to} is a file; choose another directory")
+    if not force and to.is_dir() and any(to.iterdir()):
+        raise ValueError(f"{to} is not empty; choose another directory, or replace it with --force")
+    above = next(path for path in to.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(above).free
+    if free < num_bytes:
+        raise ValueError(f"the model takes {num_bytes / 1e9:.3g} GB, and {above} has room for {free / 1e9:.3g} GB")
+
+
+def write_folder(export: Export, to: Path, *, force: bool, last: tuple[str, Callable[[], bytes]]) -> str:
+    """Write everything beside `to`, then give it that name; returns its size in words.
+
+    last: name and content of a file that is made after the weights. Raises ValueError as `check_place` does, and
+    OSError.
+    """
+    check_place(to, export.num_bytes, force=force)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = to.with_name(f"{to.name}.writing-{Owner.me().tag}")
+    temporary.mkdir()
+    try:
+        with writing_parts(temporary, export.file_tensors(), export.part_bytes) as writer:
+            export.write_weights(writer)
+        index = {INDEX: json_bytes(writer.index)} if writer.index else {}
+        for name, data in {**export.files, **index, last[0]: last[1]()}.items():
+            path = temporary / name
+            path.write_bytes(data)
+            path.chmod(READABLE)
+        fsync_directory(temporary)
+        _replace(temporary, to)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(to.parent)
+    return export.size_text()
+
+
+def _replace(temporary: Path, to: Path) -> None:
+    """Give the new folder its name; what had it goes only then."""
+    if to.exists() and any(to.iterdir()):
+        old = to.with_name(f"{to.name}.replaced-{Owner.me().tag}")
+        os.rename(to, old)
+        os.rename(temporary, to)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, to)
+
+
+def json_bytes(values: object) -> bytes:
+    """A JSON file as people read it."""
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
