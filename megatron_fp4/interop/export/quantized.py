@@ -3,7 +3,7 @@
     per linear             compressed-tensors       ModelOpt
     codes   uint8 [N,K/2]  weight_packed            weight               two E2M1 codes a byte, even column low
     scales  E4M3 [N,K/16]  weight_scale             weight_scale         linear, not swizzled
-    global  FP32           weight_global_scale [1]  weight_scale_2 []    2688 / amax, and its inverse amax / 2688
+    one     FP32           weight_global_scale [1]  weight_scale_2 []    2688 / amax, and its inverse amax / 2688
 
 2688 = 6 * 448 is what a recipe's largest code times largest block scale comes to; with four_over_six it is 6 * 256.
 
