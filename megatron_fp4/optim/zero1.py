@@ -217,5 +217,8 @@ class Zero1AdamW:
 
     def _nonfinite_names(self) -> tuple[str, ...]:
         """Logical names with a NaN or infinite gradient anywhere. Collective; only after a non-finite norm."""
-        bad = [shard.name for shard in self.grad_shards() if not bool(torch.isfinite(shard.tensors["grad"]).all())]
+        shards = self.grad_shards()
+        finite = [torch.isfinite(shard.tensors["grad"]).all() for shard in shards]
+        good = torch.stack(finite).tolist() if finite else []  # one read-back
+        bad = [shard.name for shard, is_good in zip(shards, good, strict=True) if not is_good]
         return tuple(name for name, count in self.sum_by_name(dict.fromkeys(bad, 1.0)).items() if count)

@@ -27,9 +27,9 @@ def norms_by_tensor(optimizer: Zero1AdamW) -> dict[str, dict[str, float]]:
 
 def _norms(optimizer: Zero1AdamW, shards: Iterable[Shard], kind: str) -> dict[str, float]:
     """The norm of each logical tensor, sorted by name, from the shards of all ranks. Collective."""
+    written = [shard for shard in shards if shard.writes]
+    squares = [shard.tensors[kind].double().square().sum() for shard in written]
     local_squares: dict[str, float] = {}
-    for shard in shards:
-        if shard.writes:
-            square = float(shard.tensors[kind].double().square().sum())
-            local_squares[shard.name] = local_squares.get(shard.name, 0.0) + square
+    for shard, square in zip(written, torch.stack(squares).tolist() if squares else [], strict=True):
+        local_squares[shard.name] = local_squares.get(shard.name, 0.0) + square
     return {name: math.sqrt(square) for name, square in optimizer.sum_by_name(local_squares).items()}
