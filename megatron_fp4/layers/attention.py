@@ -3,23 +3,33 @@
 Heads are sharded over tp (query and key-value heads alike), the sequence over cp (context_parallel.py). The
 projections are ordinary linears with a precision of their own; the two batched products inside stay in the compute
 dtype, as the paper keeps them (section 4.1).
+
+torch's attention makes numbers of a mask of booleans, `[S, S]` of them in the dtype of the queries, and keeps them for
+the backward pass, in every layer anew. So masks are numbers from the beginning, made once a microbatch (`Tokens.once`):
+`B * S^2` of them, which a plan counts. Where a mask would say no more than "causal" there is none.
+
+Not here: varlen and flex attention, which need no mask; their sums are others than those of the kernels here.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_fp4.comm.collectives import all_gather_rows
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import split_evenly
-from megatron_fp4.layers.context_parallel import causal_mask, context_parallel_attention
+from megatron_fp4.layers.context_parallel import context_parallel_attention, in_sequence_order, query_chunks
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.past import KeyValues
 from megatron_fp4.layers.qk_norm import QkNorm, make_qk_norm
 from megatron_fp4.layers.recompute import run_recomputed
-from megatron_fp4.layers.rope import RopeScalingConfig, apply_rope, rope_angles, rope_frequencies
+from megatron_fp4.layers.rope import Rope, RopeScalingConfig, apply_rope
 
 
 class AttentionSizes(Protocol):
@@ -76,10 +86,7 @@ class Attention(nn.Module):
         self._kv_heads = split_evenly(sizes.num_kv_heads, context.tp, what="num_kv_heads")
         self._keep_documents_apart = keep_documents_apart
         self._window = sizes.sliding_window
-        self._angle_factor = sizes.rope_scaling.angle_factor
-        self._frequencies = None
-        if sizes.rope_base:
-            self._frequencies = rope_frequencies(sizes.rotary_dim, sizes.rope_base, sizes.rope_scaling, context.device)
+        self._rope = Rope(sizes.rotary_dim, sizes.rope_base, sizes.rope_scaling) if sizes.rope_base else None
         outputs = {"q": sizes.num_heads * E, "k": sizes.num_kv_heads * E, "v": sizes.num_kv_heads * E}
         bias = sizes.qkv_bias
         self.qkv = ColumnParallelLinear(f"{name}.qkv", sizes.hidden, outputs, context, std=std, bias=bias)
@@ -100,24 +107,19 @@ class Attention(nn.Module):
         q, k, v = (part.view(B, S, -1, E) for part in qkv_TN.split(sizes, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self._frequencies is not None:
-            angles = rope_angles(tokens.positions, self._frequencies, self._angle_factor)
+        if self._rope is not None:
+            angles = tokens.once(self._rope, functools.partial(self._rope.angles, tokens.positions))
             q, k = apply_rope(q, angles), apply_rope(k, angles)
         return self._attend(widen(q), widen(k), widen(v), tokens).reshape(B * S, -1).to(qkv_TN.dtype)
 
     def _attend(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
         if self.past is not None:
             return self._continue(self.past, q_BSHE, k_BSGE, v_BSGE, tokens)
-        documents = tokens.documents if self._keep_documents_apart else None
-        if self._context.cp.size > 1:
-            return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, documents, self._context.cp, self._window)
-        S = q_BSHE.shape[1]
-        if documents is None and not 0 < self._window < S:
-            return attend(q_BSHE, k_BSGE, v_BSGE, None)
-        mask = causal_mask(S, S, self._window, q_BSHE.device)
-        if documents is not None:
-            mask = document_mask(documents, documents) & mask
-        return attend(q_BSHE, k_BSGE, v_BSGE, mask)
+        cp, apart = self._context.cp, self._keep_documents_apart
+        masks = attention_masks(tokens, cp, keep_documents_apart=apart, window=self._window, dtype=q_BSHE.dtype)
+        if cp.size > 1:
+            return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, masks, cp)
+        return attend(q_BSHE, k_BSGE, v_BSGE, *masks)
 
     def _continue(self, past: KeyValues, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:
         """Attention of the next tokens to themselves and all before; inside a document, positions grow."""
@@ -135,13 +137,58 @@ class Attention(nn.Module):
         return attend(q_BSHE, past.k_BJGE, past.v_BJGE, mask)
 
 
+def attend(q_BSHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention; causal when `mask` is None.
+
+    mask: `[B, 1, S, J]` or `[S, J]`, added to the scores (or bool: True = attend).
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHE, k_BJGE, v_BJGE))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def attention_masks(
+    tokens: Tokens, cp: Group, *, keep_documents_apart: bool, window: int, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """What is added to the scores of each chunk of this rank's queries, all of them without context parallelism.
+
+    `[B, 1, rows, keys]`, or `[rows, keys]` without documents, 0 or -inf; None: causal. window: see `causal_mask`.
+    """
+
+    def make() -> tuple[Tensor | None, ...]:
+        documents_BS = tokens.documents
+        keys_BS = _whole_sequence(documents_BS, cp) if keep_documents_apart else None
+        masks: list[Tensor | None] = []
+        for rows, stop in query_chunks(documents_BS.shape[1], cp):
+            if keys_BS is None and not 0 < window < stop:
+                masks.append(None)
+                continue
+            allowed = causal_mask(rows.stop - rows.start, stop, window, documents_BS.device)
+            if keys_BS is not None:
+                allowed = document_mask(documents_BS[:, rows], keys_BS[:, :stop]).logical_and_(allowed)
+            masks.append(torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf))
+        return tuple(masks)
+
+    return tokens.once(("attention masks", keep_documents_apart, window, dtype), make)
+
+
+def _whole_sequence(documents_BS: Tensor, cp: Group) -> Tensor:
+    """Document numbers of all context-parallel ranks in sequence order, `[B, cp * S]`."""
+    if cp.size == 1:
+        return documents_BS
+    gathered = all_gather_rows(documents_BS.transpose(0, 1).contiguous(), cp)
+    return in_sequence_order(gathered.view(cp.size, -1, gathered.shape[1]), cp).transpose(0, 1)
+
+
 def document_mask(documents_BS: Tensor, key_documents_BJ: Tensor) -> Tensor:
     """bool `[B, 1, S, J]`: query and key are tokens of one document."""
     return (documents_BS[:, :, None] == key_documents_BJ[:, None, :])[:, None]
 
 
-def attend(q_BSHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention; causal when `mask` is None, else the bool mask `[B, 1, S, J]` or `[S, J]` (True = attend)."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHE, k_BJGE, v_BJGE))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2)
+def causal_mask(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
+    """bool `[rows, columns]`: which of `columns` keys the last `rows` tokens attend to.
+
+    window: how many keys a token attends to at most, its own included; 0 = all before it.
+    """
+    causal = torch.ones(rows, columns, dtype=torch.bool, device=device).tril_(columns - rows)
+    return causal.triu_(columns - rows - window + 1) if window else causal

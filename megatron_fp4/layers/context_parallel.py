@@ -10,12 +10,13 @@ prefix that ends with it. The softmax sees its keys in the same order as on one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fp4.comm.autograd import gather_rows
-from megatron_fp4.comm.collectives import all_gather_rows
 from megatron_fp4.comm.mesh import Group
 
 
@@ -45,40 +46,26 @@ def _gather_sequence(x_BSGE: Tensor, cp: Group) -> Tensor:
     return in_sequence_order(gathered.view(cp.size, -1, *gathered.shape[1:]), cp).transpose(0, 1)
 
 
-def context_parallel_attention(
-    q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, documents_BS: Tensor | None, cp: Group, window: int = 0
-) -> Tensor:
-    """Causal attention of this rank's queries over the whole sequence, `[B, S, H, E]`.
+def query_chunks(num_queries: int, cp: Group) -> list[tuple[slice, int]]:
+    """This rank's queries in chunks that follow each other in the sequence, with the end of the keys before each."""
+    if cp.size == 1:
+        return [(slice(0, num_queries), num_queries)]
+    chunk = num_queries // 2
+    numbers = (cp.rank, 2 * cp.size - 1 - cp.rank)
+    return [(slice(half * chunk, (half + 1) * chunk), (number + 1) * chunk) for half, number in enumerate(numbers)]
 
-    documents_BS: document numbers of this rank's tokens to keep documents apart, or None. window: see `causal_mask`.
-    """
+
+def context_parallel_attention(
+    q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, masks: Sequence[Tensor | None], cp: Group
+) -> Tensor:
+    """Attention of this rank's queries over the whole sequence, `[B, S, H, E]`. masks: see `attention_masks`."""
     keys, values = _gather_sequence(k_BSGE, cp), _gather_sequence(v_BSGE, cp)
-    documents = None
-    if documents_BS is not None:
-        gathered = all_gather_rows(documents_BS.transpose(0, 1).contiguous(), cp)
-        documents = in_sequence_order(gathered.view(cp.size, -1, gathered.shape[1]), cp).transpose(0, 1)
-    chunk = q_BSHE.shape[1] // 2
     outputs = []
-    for half, chunk_number in enumerate((cp.rank, 2 * cp.size - 1 - cp.rank)):
-        rows, stop = slice(half * chunk, (half + 1) * chunk), (chunk_number + 1) * chunk
+    for (rows, stop), mask in zip(query_chunks(q_BSHE.shape[1], cp), masks, strict=True):
         q, k, v = (x.transpose(1, 2) for x in (q_BSHE[:, rows], keys[:, :stop], values[:, :stop]))
-        bias: Tensor = _lower_right(chunk, stop)
-        if 0 < window < stop:
-            bias = causal_mask(chunk, stop, window, q.device)
-        if documents is not None and documents_BS is not None:
-            same = documents_BS[:, rows, None] == documents[:, None, :stop]
-            bias = (same & causal_mask(chunk, stop, window, q.device))[:, None]
+        bias = _lower_right(rows.stop - rows.start, stop) if mask is None else mask
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True).transpose(1, 2))
     return torch.cat(outputs, dim=1)
-
-
-def causal_mask(rows: int, columns: int, window: int, device: torch.device) -> Tensor:
-    """bool `[rows, columns]`: which of `columns` keys the last `rows` tokens attend to.
-
-    window: how many keys a token attends to at most, its own included; 0 = all before it.
-    """
-    causal = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)
-    return causal.triu(columns - rows - window + 1) if window else causal
 
 
 def _lower_right(rows: int, columns: int) -> Tensor:

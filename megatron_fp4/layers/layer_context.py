@@ -14,8 +14,9 @@ scatter the sums.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.wgrad import WgradPlan, WgradQueue
+
+Table = TypeVar("Table")
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,31 @@ def widen(x: Tensor) -> Tensor:
     return x.double() if x.dtype == torch.float32 else x
 
 
-class Tokens(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Tokens:
     """The tokens of one microbatch on this context-parallel rank; all int64 `[B, S]`.
 
     address: global index of the token within the global batch (the address of its rounding noise and dropout).
     positions: position in its document (or in its sample where documents are not kept apart).
     documents: number of the document within the sample; tokens attend only inside their own.
+    tables: what layers have derived from these alone (`once`): masks, angles.
     """
 
     address: Tensor
     positions: Tensor
     documents: Tensor
+    tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Table]) -> Table:
+        """`make()`, by the first layer that asks; the others, and recomputation, get the same tensors.
+
+        key: a name, and everything that goes into the table besides these tokens and the layout.
+        """
+        if key not in self.tables:
+            with torch.no_grad():
+                self.tables[key] = make()
+        table: Table = self.tables[key]
+        return table
 
     @staticmethod
     def of_one_document(num_tokens: int, device: str | torch.device = "cpu") -> Tokens:

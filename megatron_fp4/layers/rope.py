@@ -112,6 +112,20 @@ def _yarn(frequencies: Tensor, rotary_dim: int, base: float, scaling: RopeScalin
     return frequencies / scaling.factor * (1 - kept_share) + frequencies * kept_share
 
 
+@dataclass(frozen=True)
+class Rope:
+    """What the angles of a model depend on besides positions; see `rope_frequencies`."""
+
+    rotary_dim: int
+    base: float
+    scaling: RopeScalingConfig
+
+    def angles(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """See `rope_angles`."""
+        frequencies = rope_frequencies(self.rotary_dim, self.base, self.scaling, positions_BS.device)
+        return rope_angles(positions_BS, frequencies, self.scaling.angle_factor)
+
+
 def rope_angles(positions_BS: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotation angles, times `factor`: float32 `[B, S, rotary_dim / 2]`."""
     angles = positions_BS.float()[..., None] * frequencies

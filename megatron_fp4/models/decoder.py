@@ -111,7 +111,10 @@ class Decoder(nn.Module):
 
         address, positions, documents: int64 `[B, S]`, see `Tokens`.
         """
-        tokens = Tokens(address, positions, documents)
+        return self.run(x, Tokens(address, positions, documents))
+
+    def run(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """See `forward`; layers find the tables of their tokens in `tokens`, or leave them there."""
         if self.stage.has_embedding:
             x = self.embedding(x)
         for block in self.blocks.values():

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import draw_mesh
-from megatron_fp4.layers.layer_context import LayerContext
+from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.models.block import block_linears
 from megatron_fp4.models.config import ModelConfig
@@ -45,12 +46,14 @@ class Footprint:
     """Bytes of a part of a stage, for one microbatch.
 
     kept: after its forward pass. peak: at worst during forward and backward, what is kept included. deferred: after its
-    backward pass, until weight gradients that a zero-bubble pipeline puts off are computed.
+    backward pass, until weight gradients that a zero-bubble pipeline puts off are computed. tables: of what is kept,
+    masks and angles that all its layers share, by their names; of a single part they are not counted as kept.
     """
 
     kept: int
     peak: int
     deferred: int
+    tables: Mapping[Hashable, int]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -102,9 +105,11 @@ def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettin
         later -= part.deferred
         peak = max(peak, kept + part.peak + later)
         kept += part.kept
+    tables = dict(ChainMap(*(dict(part.tables) for part in parts)))
     # torch's pipeline keeps what a stage sends on until its backward pass; the last one returns a number
     sent = 0 if stage.has_head else settings.tokens // settings.tp * config.hidden * settings.dtype.itemsize
-    return Footprint(kept + sent, peak + sent, sum(part.deferred for part in parts))
+    beside = sent + sum(tables.values())
+    return Footprint(kept + beside, peak + beside, sum(part.deferred for part in parts), tables)
 
 
 @functools.cache
@@ -135,12 +140,16 @@ def _footprint(
         ids.numel() // settings.tp, config.hidden, dtype=settings.dtype, device=meta, requires_grad=True
     )
 
+    tokens = Tokens(ids, ids, ids)
+
     def forward() -> Tensor:
-        output: Tensor = model(ids if stage.has_embedding else hidden.clone(), ids, ids, ids)
+        output = model.run(ids if stage.has_embedding else hidden.clone(), tokens)
         return cross_entropy(output, ids.reshape(-1)).sum() if stage.has_head else output
 
     with cuda_kernels(on_gpu=settings.on_gpu):
-        return _count(forward, context.queue.drain if context.queue else lambda: None, hidden)
+        counted = _count(forward, context.queue.drain if context.queue else lambda: None, hidden)
+    tables = {key: sum(storage.nbytes() for storage in _storages(table)) for key, table in tokens.tables.items()}
+    return replace(counted, tables=tables)
 
 
 def _drop_grad(parameter: Tensor) -> None:
@@ -148,7 +157,7 @@ def _drop_grad(parameter: Tensor) -> None:
 
 
 def _count(forward: Callable[[], Tensor], drain: Callable[[], None], leaf: Tensor) -> Footprint:
-    forward()  # fills caches: the quantized copies of weights are not activations
+    forward()  # fills caches: the quantized copies of weights are not activations, tables are those of other blocks too
     with LiveBytes() as live:
         output = forward()
         end = get_gradient_edge(output)
@@ -160,4 +169,4 @@ def _count(forward: Callable[[], Tensor], drain: Callable[[], None], leaf: Tenso
         leaf.grad = None
         deferred = live.now
         drain()
-    return Footprint(kept, live.peak, deferred)
+    return Footprint(kept, live.peak, deferred, {})

@@ -73,7 +73,7 @@ def _mask(q: Tensor, mask: Tensor, *, on_gpu: bool) -> Tensor | None:
     from torch.nn.attention.bias import CausalBias  # here: it imports torch._dynamo, which takes seconds
 
     if not isinstance(mask, CausalBias):
-        return q.new_empty(mask.shape)
+        return mask if mask.is_floating_point() else q.new_empty(mask.shape)
     by_flag = on_gpu or mask.seq_len_q == mask.seq_len_kv
     return None if by_flag else q.new_empty(mask.seq_len_q, mask.seq_len_kv)
 

@@ -39,6 +39,11 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     inside = {s.first for s in stages} & {s.stop for s in stages}  # where one stage hands over to the next on this rank
     borders = sum((not s.has_embedding) + (not s.has_head) for s in stages) - 2 * len(inside)
     context = sum(_context_bytes(mixer, config, settings) for mixer in mixers)
+    attending = sum(
+        any("attention" in MIXERS[config.blocks[index]] for index in range(s.first, s.stop)) for s in stages
+    )
+    if settings.keep_documents_apart:  # gathered once for all layers of a stage
+        context += (settings.cp - 1) * settings.tokens * INT64 * attending
     held = [parameter for stage in stages for parameter in stage_parameters(config, stage)]
     parameters = sum(parameter.local_numel(settings.tp) for parameter in held)
     replicated = sum(parameter.numel for parameter in held if parameter.sharded is None)
@@ -74,8 +79,7 @@ def _context_bytes(mixer: str, config: ModelConfig, settings: RankSettings) -> f
     if mixer == "attention":
         passes = 2 if settings.recompute is Recompute.none else 3
         key = config.num_kv_heads * config.attention_head_dim / settings.tp
-        documents = INT64 * (passes - 1) * settings.keep_documents_apart  # without a gradient
-        return others * settings.tokens * (passes * 2 * key * settings.dtype.itemsize + documents)
+        return others * settings.tokens * passes * 2 * key * settings.dtype.itemsize
     if mixer == "mamba":  # the part between its projections is always computed again
         passes = 4 if settings.recompute is Recompute.full else 3
         pieces = 2 * settings.micro_batch / settings.tp

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.layers.attention import attend, document_mask
-from megatron_fp4.layers.context_parallel import (
-    causal_mask,
-    context_parallel_attention,
-    in_sequence_order,
-    zigzag_index,
-)
+from megatron_fp4.layers.attention import attend, attention_masks
+from megatron_fp4.layers.context_parallel import context_parallel_attention, in_sequence_order, zigzag_index
+from megatron_fp4.layers.layer_context import Tokens
 from megatron_fp4.layers.rope import RopeScalingConfig, apply_rope, rope_angles, rope_frequencies
 from tests.helpers.distributed import run_distributed, world_group
 
@@ -51,11 +47,29 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, window: int = S
 def test_causal_and_documents_against_the_written_out_sum() -> None:
     q, k, v = qkv()
     torch.testing.assert_close(attend(q, k, v, None), oracle(q, k, v, None))
-    causal = torch.ones(S, S, dtype=torch.bool).tril()
-    mask = document_mask(documents(), documents()) & causal
-    torch.testing.assert_close(attend(q, k, v, mask), oracle(q, k, v, documents()))
-    near = causal_mask(S, S, WINDOW, q.device)
-    torch.testing.assert_close(attend(q, k, v, near), oracle(q, k, v, None, WINDOW))
+    for apart, window in RINGS:
+        (mask,) = masks_of(slice(None), Group.single(), apart, window)
+        expected = oracle(q, k, v, documents() if apart else None, window or S)
+        torch.testing.assert_close(attend(q, k, v, mask), expected)
+
+
+def masks_of(columns: Tensor | slice, cp: Group, apart: bool, window: int) -> tuple[Tensor | None, ...]:
+    ids = documents()[:, columns]
+    return attention_masks(Tokens(ids, ids, ids), cp, keep_documents_apart=apart, window=window, dtype=torch.float64)
+
+
+def test_masks_are_numbers_as_torch_makes_them_of_booleans() -> None:
+    """So that they are made once and kept once, not in every layer; a mask that says "causal" is none."""
+    booleans = (documents()[:, :, None] == documents()[:, None, :])[:, None] & torch.ones(S, S).tril().bool()
+    (mask,) = masks_of(slice(None), Group.single(), True, 0)
+    assert mask is not None
+    assert torch.equal(mask == 0, booleans)
+    assert torch.equal(mask == -torch.inf, ~booleans)
+    assert masks_of(slice(None), Group.single(), False, 0) == (None,)
+    assert masks_of(slice(None), Group.single(), False, S) == (None,)
+    for dtype in (torch.float64, torch.bfloat16):
+        q, k, v = (x.to(dtype) for x in qkv())
+        assert torch.equal(attend(q, k, v, booleans), attend(q, k, v, mask.to(dtype)))
 
 
 def _rings(rank: int, world_size: int) -> list[tuple[Tensor, list[Tensor]]]:
@@ -70,7 +84,7 @@ RINGS = [(False, 0), (True, 0), (False, WINDOW), (True, WINDOW)]
 def _ring(cp: Group, apart: bool, window: int) -> tuple[Tensor, list[Tensor]]:
     columns = zigzag_index(S, cp)
     q, k, v = (x[:, columns].clone().requires_grad_() for x in qkv())
-    out = context_parallel_attention(q, k, v, documents()[:, columns] if apart else None, cp, window)
+    out = context_parallel_attention(q, k, v, masks_of(columns, cp, apart, window), cp)
     (out * torch.arange(S, dtype=torch.float64)[columns][None, :, None, None]).sum().backward()
     return out.detach(), [x.grad for x in (q, k, v) if x.grad is not None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.layers.fused.loss import LossImpl
 from megatron_fp4.layers.fused.norm import NormImpl
-from megatron_fp4.layers.layer_context import LayerContext
+from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.mlp import MLP
 from megatron_fp4.layers.parameter import initialize_parameters
@@ -102,8 +102,13 @@ def test_selective_recomputation_is_worth_its_name() -> None:
 @pytest.mark.parametrize("kind", ["bf16", "nvfp4", "fp32"])
 @pytest.mark.parametrize("recompute", list(Recompute), ids=lambda mode: mode.name)
 @pytest.mark.parametrize("name", ["gpt_tiny", "hybrid_tiny"])
-def test_kept_to_the_byte(name: str, recompute: Recompute, kind: str, documents: bool) -> None:
-    """By what is alive after a real forward pass; and by what autograd says that it saves, each storage once."""
+def test_kept_to_the_byte(
+    name: str, recompute: Recompute, kind: str, documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what is alive after a real forward pass; and by what autograd says that it saves, each storage once.
+
+    It does not say that recomputation keeps the tables of its tokens.
+    """
     config = replace(load(name), vocab_size=1024, dropout=0.1)
     settings = settings_for(
         config,
@@ -116,19 +121,26 @@ def test_kept_to_the_byte(name: str, recompute: Recompute, kind: str, documents:
     with LiveBytes() as live:
         graph = forward().grad_fn
         alive = live.now
-    saved: dict[int, Tensor] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    def once(tokens: Tokens, key: Hashable, make: Callable[[], Any]) -> Any:
+        table = make_once(tokens, key, make)
+        saved.update((storage._cdata, storage) for storage in footprint._storages(table))
+        return table
+
+    make_once = Tokens.once
+    with saved_tensors_hooks(pack, lambda tensor: tensor), monkeypatch.context() as patched:
+        patched.setattr(Tokens, "once", once)
         loss = forward()
     for tensor in earlier:
         saved.pop(tensor.untyped_storage()._cdata, None)
     assert planned(config, settings).kept == alive
     if recompute is not Recompute.selective:  # which has hooks of its own, of which torch tells ours nothing
-        assert alive == sum(t.untyped_storage().nbytes() for t in saved.values())
+        assert alive == sum(storage.nbytes() for storage in saved.values())
     del graph, loss
 
 
@@ -176,6 +188,22 @@ class Stash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
         return dy * ctx.stash
+
+
+@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
+def test_masks_and_angles_are_kept_once_for_all_layers(recompute: Recompute) -> None:
+    """A mask is as many numbers of the compute dtype as queries times keys; it was kept anew in every layer."""
+    config = replace(load("gpt_tiny"), vocab_size=1024)
+    deep = replace(config, pattern=3 * config.pattern, num_layers=3 * config.num_layers)
+    masks, angles = BATCH * LENGTH**2 * 2, BATCH * LENGTH * config.rotary_dim * 4
+    for model in (config, deep):
+        apart, together = (
+            planned(model, settings_for(model, recompute=recompute, keep_documents_apart=choice))
+            for choice in (True, False)
+        )
+        assert sum(together.tables.values()) == angles
+        assert sum(apart.tables.values()) == masks + angles
+        assert apart.kept - together.kept == masks
 
 
 def test_a_stash_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

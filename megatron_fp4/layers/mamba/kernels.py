@@ -40,14 +40,12 @@ class FusedMamba:
             ) from error
 
     def conv(self, x_BSW: Tensor, weight: Tensor, bias: Tensor, documents_BS: Tensor | None) -> Tensor:
-        """`silu(conv(x))`; see `causal_conv`."""
-        documents = None if documents_BS is None else documents_BS.int().contiguous()
-        out = self._conv(x_BSW.transpose(1, 2), weight, bias, seq_idx=documents, activation="silu")
+        """`silu(conv(x))`; see `causal_conv`. documents_BS: int32, contiguous."""
+        out = self._conv(x_BSW.transpose(1, 2), weight, bias, seq_idx=documents_BS, activation="silu")
         return out.transpose(1, 2)
 
     def scan(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, chunk: int, documents_BS: Tensor | None
     ) -> Tensor:
-        """y_BSHP in FP32; see `ssd_scan`."""
-        documents = None if documents_BS is None else documents_BS.int().contiguous()
-        return self._scan(x, dt, A, B, C, chunk, seq_idx=documents).float()
+        """y_BSHP in FP32; see `ssd_scan`. documents_BS: int32, contiguous."""
+        return self._scan(x, dt, A, B, C, chunk, seq_idx=documents_BS).float()

@@ -29,7 +29,7 @@ from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.mamba.context_parallel import carry_states, in_pieces, previous_tokens
 from megatron_fp4.layers.mamba.convolution import causal_conv
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
-from megatron_fp4.layers.mamba.ssd import document_starts, ssd_scan
+from megatron_fp4.layers.mamba.ssd import ScanMasks, document_starts, scan_masks, ssd_scan
 from megatron_fp4.layers.parameter import constant_init, make_parameter, sharded_vector, uniform_init
 from megatron_fp4.layers.past import ScanState
 from megatron_fp4.layers.recompute import run_recomputed
@@ -123,44 +123,53 @@ class Mamba2(nn.Module):
         B, S = tokens.positions.shape
         pieces = in_pieces(projected_TW.view(B, S, -1), self._context.cp)
         z_BSI, xBC_BSW, dt_BSH = pieces.split([self._inner, sum(self._conv_rows), self._heads], dim=-1)
-        documents_BS = in_pieces(tokens.documents, self._context.cp) if self._keep_documents_apart else None
         work = torch.promote_types(dt_BSH.dtype, torch.float32)
         dt_BSH = F.softplus(dt_BSH.to(work) + self.dt_bias.to(work))
         recur = self._recur if self._fused is None or self.past is not None else self._recur_fused
-        x_BSHP, y_BSHP = recur(xBC_BSW, dt_BSH, -self.A_log.to(work).exp(), documents_BS)
+        x_BSHP, y_BSHP = recur(xBC_BSW, dt_BSH, -self.A_log.to(work).exp(), tokens)
         y_BSHP = y_BSHP + self.D.to(y_BSHP.dtype)[:, None] * x_BSHP
         return self.norm(y_BSHP.flatten(2), z_BSI).view(B * S, self._inner)
 
-    def _recur(
-        self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, documents_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _recur(self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Convolution and recurrence by torch: x_BSHP after the convolution, and y_BSHP in FP32."""
         cp, reach = self._context.cp, self.conv_weight.shape[1] - 1
         past = self.past or ScanState()
         before_BJW = previous_tokens(xBC_BSW, reach, cp) if past.last_BJW is None else past.last_BJW
-        starts_BS = documents_BI = None
-        if documents_BS is not None:
-            before_BJ = previous_tokens(documents_BS, reach, cp) if past.documents_BJ is None else past.documents_BJ
-            starts_BS = document_starts(documents_BS, before_BJ[:, -1])
-            documents_BI = torch.cat([before_BJ, documents_BS], dim=1)
-            past.documents_BJ = documents_BI[:, -reach:]
-        if self.past is not None:
+        if self.past is None:
+            key = ("scan masks", self._keep_documents_apart, reach, self._chunk)
+            documents_BI, masks = tokens.once(key, lambda: self._boundaries(tokens, past, self._chunk))
+            chunk = self._chunk
+        else:
             past.last_BJW = torch.cat([before_BJW, xBC_BSW[:, -reach:]], dim=1)[:, -reach:]
+            chunk = min(self._chunk, xBC_BSW.shape[1])
+            documents_BI, masks = self._boundaries(tokens, past, chunk)
         xBC_BSW = causal_conv(xBC_BSW, before_BJW, self.conv_weight, self.conv_bias, documents_BI)
         x, B, C = self._heads_of(xBC_BSW)
         carry = functools.partial(carry_states, cp=cp) if cp.size > 1 else past.state_BHPN
-        chunk = self._chunk if self.past is None else min(self._chunk, x.shape[1])
-        y, past.state_BHPN = ssd_scan(x, dt_BSH, A_H, B, C, chunk=chunk, starts_BS=starts_BS, initial=carry)
+        y, past.state_BHPN = ssd_scan(x, dt_BSH, A_H, B, C, chunk=chunk, masks=masks, initial=carry)
         return x, y
 
-    def _recur_fused(
-        self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, documents_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _recur_fused(self, xBC_BSW: Tensor, dt_BSH: Tensor, A_H: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The same by the kernels of mamba-ssm."""
         assert self._fused is not None
+        documents_BS = None
+        if self._keep_documents_apart:
+            documents_BS = tokens.once("documents of mamba-ssm", lambda: tokens.documents.int().contiguous())
         xBC_BSW = self._fused.conv(xBC_BSW, self.conv_weight, self.conv_bias, documents_BS)
         x, B, C = self._heads_of(xBC_BSW)
         return x, self._fused.scan(x, dt_BSH, A_H, B, C, chunk=self._chunk, documents_BS=documents_BS)
+
+    def _boundaries(self, tokens: Tokens, past: ScanState, chunk: int) -> tuple[Tensor | None, ScanMasks]:
+        """Documents of each piece and the tokens before it, `[B * pieces, reach + S / pieces]`; masks of the scan."""
+        cp, reach = self._context.cp, self.conv_weight.shape[1] - 1
+        if not self._keep_documents_apart:
+            return None, scan_masks(None, chunk, tokens.documents.device)
+        documents_BS = in_pieces(tokens.documents, cp)
+        before_BJ = previous_tokens(documents_BS, reach, cp) if past.documents_BJ is None else past.documents_BJ
+        starts_BS = document_starts(documents_BS, before_BJ[:, -1])
+        documents_BI = torch.cat([before_BJ, documents_BS], dim=1)
+        past.documents_BJ = documents_BI[:, -reach:]
+        return documents_BI, scan_masks(starts_BS, chunk, documents_BS.device)
 
     def _heads_of(self, xBC_BSW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_BSHP, B_BSGN and C_BSGN."""

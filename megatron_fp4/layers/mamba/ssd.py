@@ -17,6 +17,7 @@ Not here: projections, convolution, softplus of dt, the skip D x and the gate (m
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,29 @@ def document_starts(documents_BS: Tensor, previous_B: Tensor | None = None) -> T
     """
     before_B1 = documents_BS[:, :1] if previous_B is None else previous_B[:, None]
     return documents_BS != torch.cat([before_B1, documents_BS[:, :-1]], dim=1)
+
+
+class ScanMasks(NamedTuple):
+    """What the chunked scan leaves out; bool, for every group and head.
+
+    hidden: `[Q, Q]` or `[B, K, 1, 1, Q, J]`: J is after Q, or in another document. after_start, before_end:
+    `[B, K, 1, 1, Q]`: a document has begun in the chunk until Q; one begins between Q and the end of the chunk.
+    """
+
+    hidden: Tensor
+    after_start: Tensor | None
+    before_end: Tensor | None
+
+
+def scan_masks(starts_BS: Tensor | None, chunk: int, device: torch.device) -> ScanMasks:
+    """The masks of chunks of `chunk` tokens. starts_BS: bool, True where the state is set to zero before the token."""
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=device).triu_(1)
+    if starts_BS is None:
+        return ScanMasks(later, None, None)
+    # The number of documents that have begun in the chunk: [B, K, 1, 1, Q].
+    runs = _chunked(starts_BS.to(torch.int64), chunk).cumsum(-1)[:, :, None, None]
+    elsewhere = runs[..., :, None] != runs[..., None, :]
+    return ScanMasks(elsewhere.logical_or_(later), runs > 0, runs[..., -1:] != runs)
 
 
 def ssd_recurrence(
@@ -70,13 +94,13 @@ def ssd_scan(
     C_BSGN: Tensor,
     *,
     chunk: int,
-    starts_BS: Tensor | None = None,
+    masks: ScanMasks | None = None,
     initial: Tensor | Carry | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The chunked scan: y_BSHP and the state_BHPN after the last token, both FP32 (FP64 for FP64 inputs).
 
     dt_BSH: positive step sizes. A_H: negative. Head h reads group `h // (H / G)` of B and C. chunk: tokens per chunk;
-    the sequence may have any length. starts_BS: bool, True where the state is set to zero before the token.
+    the sequence may have any length. masks: `scan_masks` of chunks as long; None: the state is never set to zero.
     initial: state_BHPN before the first token (zero if None), or a function that finds it from what this sequence does
     to a state, for a sequence whose beginning is on another rank.
     """
@@ -91,16 +115,15 @@ def ssd_scan(
     u_BKGRQP = einsum("BKQGRP->BKGRQP", _chunked(dt[..., None] * x, chunk).unflatten(3, heads))
     B_BKQGN, C_BKQGN = _chunked(B, chunk), _chunked(C, chunk)
     cumulative_BKGRQ = einsum("BKQGR->BKGRQ", log_decay_BKQGR).cumsum(-1)
-    # The number of documents that have begun in the chunk, for every group and head of it: [B, K, 1, 1, Q].
-    runs = None if starts_BS is None else _chunked(starts_BS.to(torch.int64), chunk).cumsum(-1)[:, :, None, None]
+    hidden, after_start, before_end = masks or scan_masks(None, chunk, x.device)
 
-    inside_BKGRQP = _within_chunks(u_BKGRQP, B_BKQGN, C_BKQGN, cumulative_BKGRQ, runs)
+    inside_BKGRQP = _within_chunks(u_BKGRQP, B_BKQGN, C_BKQGN, cumulative_BKGRQ, hidden)
     # What each chunk adds to the state at its end, and what it leaves of the state before it.
     to_end_BKGRQ = cumulative_BKGRQ[..., -1:] - cumulative_BKGRQ
     from_start_BKGRQ = cumulative_BKGRQ
-    if runs is not None:
-        to_end_BKGRQ = to_end_BKGRQ.masked_fill(runs[..., -1:] != runs, -torch.inf)
-        from_start_BKGRQ = from_start_BKGRQ.masked_fill(runs > 0, -torch.inf)
+    if after_start is not None and before_end is not None:
+        to_end_BKGRQ = to_end_BKGRQ.masked_fill(before_end, -torch.inf)
+        from_start_BKGRQ = from_start_BKGRQ.masked_fill(after_start, -torch.inf)
     added_BKGRPN = einsum("BKGRQP,BKQGN->BKGRPN", u_BKGRQP * to_end_BKGRQ.exp()[..., None], B_BKQGN)
     survives_BKGRQ = from_start_BKGRQ.exp()
     before_BKHPN, final_BHPN = _between_chunks(
@@ -121,20 +144,16 @@ def _chunked(x: Tensor, chunk: int) -> Tensor:
 
 
 def _within_chunks(
-    u_BKGRQP: Tensor, B_BKQGN: Tensor, C_BKQGN: Tensor, cumulative_BKGRQ: Tensor, runs: Tensor | None
+    u_BKGRQP: Tensor, B_BKQGN: Tensor, C_BKQGN: Tensor, cumulative_BKGRQ: Tensor, hidden: Tensor
 ) -> Tensor:
     """Outputs from the tokens of the same chunk: `[B, K, G, R, Q, P]`.
 
     y_q = sum over j <= q of (C_q . B_j) exp(cumulative_q - cumulative_j) u_j, for q and j between the same two starts.
     """
-    Q = u_BKGRQP.shape[-2]
-    allowed = torch.ones(Q, Q, dtype=torch.bool, device=u_BKGRQP.device).tril()
-    if runs is not None:
-        allowed = allowed & (runs[..., :, None] == runs[..., None, :])
     # Masked before the exponential: above the diagonal it would overflow, and infinity times zero has no gradient.
     # In place, because this is the largest tensor of the layer.
     decay_BKGRQJ = cumulative_BKGRQ[..., :, None] - cumulative_BKGRQ[..., None, :]
-    decay_BKGRQJ = decay_BKGRQJ.masked_fill_(~allowed, -torch.inf).exp_()
+    decay_BKGRQJ = decay_BKGRQJ.masked_fill_(hidden, -torch.inf).exp_()
     scores_BKGQJ = einsum("BKQGN,BKJGN->BKGQJ", C_BKQGN, B_BKQGN)  # shared by the heads of a group
     return einsum("BKGRQJ,BKGRJP->BKGRQP", scores_BKGQJ[:, :, :, None] * decay_BKGRQJ, u_BKGRQP)
 

@@ -20,7 +20,7 @@ from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.mamba.convolution import causal_conv
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.layers.mamba.mixer import Mamba2
-from megatron_fp4.layers.mamba.ssd import document_starts, ssd_scan
+from megatron_fp4.layers.mamba.ssd import document_starts, scan_masks, ssd_scan
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.precision import EmulatedBackend, StepClock, nvfp4_paper
 from tests.helpers.distributed import mesh_for, run_distributed
@@ -71,7 +71,7 @@ def run_layout(rank: int, world_size: int, tp: int, cp: int, packed: bool, quant
         linear.precision = nvfp4_paper() if quantized else linear.precision
     x_TD, tokens = batch()
     columns = zigzag_index(S, mesh.cp)
-    local_tokens = Tokens(*(part[:, columns] for part in tokens))
+    local_tokens = Tokens(*(part[:, columns] for part in (tokens.address, tokens.positions, tokens.documents)))
     rows = x_TD.view(B, S, -1)[:, columns].reshape(-1, HIDDEN).chunk(tp)[mesh.tp.rank].clone().requires_grad_()
     y_TD = mixer(rows, local_tokens)
     weights = torch.sin(torch.arange(B * S * HIDDEN).float()).view(B, S, HIDDEN)[:, columns].reshape(-1, HIDDEN)
@@ -207,7 +207,7 @@ def test_kernels_get_what_they_expect(packed: bool, monkeypatch: pytest.MonkeyPa
     ) -> Tensor:
         assert seq_idx is None or seq_idx.dtype == torch.int32
         starts = None if seq_idx is None else document_starts(seq_idx)
-        return ssd_scan(x, dt, A, B, C, chunk=chunk_size, starts_BS=starts)[0]
+        return ssd_scan(x, dt, A, B, C, chunk=chunk_size, masks=scan_masks(starts, chunk_size, x.device))[0]
 
     conv, scan = ModuleType("causal_conv1d"), ModuleType("mamba_ssm.ops.triton.ssd_combined")
     conv.causal_conv1d_fn, scan.mamba_chunk_scan_combined = causal_conv1d_fn, mamba_chunk_scan_combined  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.layers.mamba.convolution import causal_conv
-from megatron_fp4.layers.mamba.ssd import document_starts, ssd_recurrence, ssd_scan
+from megatron_fp4.layers.mamba.ssd import document_starts, scan_masks, ssd_recurrence, ssd_scan
 
 
 def inputs(batch: int, length: int, heads: int, groups: int, seed: int = 0) -> list[Tensor]:
@@ -20,6 +20,7 @@ def inputs(batch: int, length: int, heads: int, groups: int, seed: int = 0) -> l
     return [x, dt, A, B, C]
 
 
+CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[0] * 8 + [1] * 3 + [2] + [3] * 25, [4] * 16 + [5] * 21])
 """Boundaries at, before and after the ends of chunks of 8; a document of one token; a long last one."""
 
@@ -31,7 +32,7 @@ def test_scan_equals_recurrence(chunk: int, documents: Tensor | None, from_zero:
     args = inputs(2, 37, heads=4, groups=2)
     starts = None if documents is None else document_starts(documents)
     initial = None if from_zero else torch.randn(2, 4, 3, 5, dtype=torch.float64)
-    y, final = ssd_scan(*args, chunk=chunk, starts_BS=starts, initial=initial)
+    y, final = ssd_scan(*args, chunk=chunk, masks=scan_masks(starts, chunk, CPU), initial=initial)
     expected_y, expected_final = ssd_recurrence(*args, starts_BS=starts, initial_BHPN=initial)
     torch.testing.assert_close(y, expected_y, rtol=0, atol=1e-12)  # a decay off by one token, or a wrong group
     torch.testing.assert_close(final, expected_final, rtol=0, atol=1e-12)  # padding that decays the state
@@ -41,7 +42,7 @@ def test_packed_documents_equal_separate_runs() -> None:
     """Independent of the recurrence's own handling of starts: each document alone gives the same outputs."""
     args = inputs(1, 37, heads=2, groups=1)
     documents = DOCUMENTS[:1]
-    y, _ = ssd_scan(*args, chunk=8, starts_BS=document_starts(documents))
+    y, _ = ssd_scan(*args, chunk=8, masks=scan_masks(document_starts(documents), 8, CPU))
     for number in documents.unique():
         at = documents[0] == number
         alone, _ = ssd_scan(args[0][:, at], args[1][:, at], args[2], args[3][:, at], args[4][:, at], chunk=8)
@@ -75,7 +76,7 @@ def test_gradients(packed: bool) -> None:
     starts = document_starts(torch.tensor([[0] * 4 + [1] * 7])) if packed else None
 
     def scan(*parts: Tensor) -> tuple[Tensor, Tensor]:
-        return ssd_scan(*parts[:5], chunk=4, starts_BS=starts, initial=parts[5])
+        return ssd_scan(*parts[:5], chunk=4, masks=scan_masks(starts, 4, CPU), initial=parts[5])
 
     assert torch.autograd.gradcheck(scan, (*args, initial))
 
