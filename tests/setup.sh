@@ -17,6 +17,11 @@ if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   "$venv/bin/python" -m pip install --quiet --upgrade pip
   "$venv/bin/python" -m pip install --quiet torch==2.13.0 # first and exact, so that nothing below pulls another build
   "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
+  if [ "$extras" = test ]; then # an older transformers beside it, for tests/interop/export/test_older_transformers.py
+    "$venv/bin/python" -m pip install --quiet --no-deps --upgrade --target "$venv/transformers-4.57" \
+      "transformers==4.57.*" "huggingface-hub>=0.34,<1" "tokenizers==0.22.*" ||
+      echo "warning: transformers 4.57 could not be installed; the test that reads exports with it is skipped" >&2
+  fi
   touch "$stamp"
 fi
 export PATH="$venv/bin:$PATH" PYTHONNOUSERSITE=1 MEGATRON_FP4_PYTHON="$venv/bin/python"

@@ -81,7 +81,8 @@ def assemble(checkpoint: Path, state: Mapping[str, Any], config: RunConfig, opti
     values = transformers_config(config.model, seq_length=config.data.seq_length)
     text = _text(config, options)
     masters = Masters(checkpoint, config.model)
-    about = [f"The weights are the FP32 masters, rounded to {str(options.dtype).removeprefix('torch.')}."]
+    dtype = str(options.dtype).removeprefix("torch.")
+    about = [f"{'All other' if options.form.coded else 'The'} weights are the FP32 masters, rounded to {dtype}."]
     tensors = dense_tensors(config.model)
     if options.form.coded:
         tensors, sentence = tensors_as_trained(config, state, options.requantize, options.precision_at)

@@ -114,6 +114,11 @@ def _check_equal(tokenizer: Tokenizer, content: dict[str, Any]) -> int:
     library = require_package("tokenizers")
     other = library.Tokenizer.from_str(json.dumps(content))
     special = [token["content"] for token in content["added_tokens"] if token["special"]]
+    for role, token in tokenizer.special.ids().items():
+        if token is not None and other.token_to_id(tokenizer.piece(token)) != token:
+            raise ValueError(
+                f"a tokenizer.json cannot say that {role} of {tokenizer.path} is {token}; --no-tokenizer leaves it out"
+            )
     texts = list(_without(_probes(tokenizer), special))
     theirs = [one.ids for one in other.encode_batch(texts, add_special_tokens=False)]
     for text, expected, got in zip(texts, tokenizer.encode_batch(texts), theirs, strict=True):

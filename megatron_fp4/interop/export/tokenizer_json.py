@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -145,7 +146,8 @@ def _from_tiktoken(tokenizer: Tokenizer) -> dict[str, Any]:
         "added_tokens": [_added(number, text, special=True) for text, number in special.items()],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, by_bytes]},
         "decoder": by_bytes,
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocabulary, "merges": merges},
+        # special tokens too: the library numbers those that the vocabulary lacks anew, without the gaps before them
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": {**vocabulary, **special}, "merges": merges},
     }
 
 
@@ -165,7 +167,8 @@ def _rank_merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 def _portable(pattern: str) -> str:
     """A pattern of tiktoken's engine for Oniguruma, to which `{1,3}+` is no possessive count and `$` ends each line."""
-    return pattern.replace("}+", "}").replace("$", r"\z")
+    counted = re.sub(r"(\{\d+,?\d*\})\+", r"\1", pattern)
+    return re.sub(r"(?<!\\)\$", r"\\z", counted)
 
 
 def _byte_letters() -> dict[int, str]:
