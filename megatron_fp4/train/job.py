@@ -47,7 +47,7 @@ from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.refusals.requirements import check_machine
 from megatron_fp4.train.resume.same_model import check_origin
 from megatron_fp4.train.run import Run, TrainingDiverged
-from megatron_fp4.train.telemetry.announce import describe_resume, describe_run
+from megatron_fp4.train.telemetry.announce import describe_origin, describe_resume, describe_run
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
 from megatron_fp4.train.trainer import Outputs, fit
@@ -210,7 +210,7 @@ def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, 
     if start.meta:
         paragraphs += describe_resume(checked, start.meta, start.changes, str(start.remembered or ""))
     elif run.origin:
-        paragraphs.append(f"weights of {run.origin['from']} ({run.origin['format']})")
+        paragraphs += describe_origin(run.origin, checked.tokenizer if run.mesh.is_main else None)
     for paragraph in paragraphs:
         console.say(paragraph)
     texts = {"config.yaml": config_text, "precision.txt": "\n".join([*checked.choice, checked.plan.describe(), ""])}

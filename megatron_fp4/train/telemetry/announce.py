@@ -5,12 +5,15 @@ Not here: what is said of every step (step_log.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_fp4.comm.mesh import describe
-from megatron_fp4.data.text.tokenizer import describe_tokenizer
+from megatron_fp4.data.text.files import fingerprint_of
+from megatron_fp4.data.text.tokenizer import Tokenizer, describe_tokenizer
 from megatron_fp4.precision.backends.choose import eager_reason
 from megatron_fp4.precision.backends.triton_limits import emulated_gemms
 from megatron_fp4.precision.plan import PrecisionPlan
@@ -65,6 +68,23 @@ def _wgrad_groups(config: RunConfig, plan: PrecisionPlan) -> str:
         " multiple of that: weight gradients are others, equally valid ones, than at another parallel.cp or"
         f" train.micro_batch; a multiple of {group} makes them equal"
     )
+
+
+def describe_origin(origin: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[str]:
+    """Where the weights of a new run came from; a warning if the folder has another tokenizer than the run.
+
+    The files are compared, not what they do: one that was saved anew may number the same tokens.
+    """
+    paragraphs = [f"weights of {origin['from']} ({origin['format']})"]
+    if tokenizer is None:
+        return paragraphs
+    beside = Path(origin["from"]) / f"tokenizer{Path(tokenizer.path).suffix}"
+    if beside.is_file() and fingerprint_of(beside.read_bytes()) != tokenizer.fingerprint:
+        paragraphs.append(
+            f"WARNING: data.tokenizer={tokenizer.path} is another file than {beside}, whose ids the weights know; the"
+            " data must be tokenized as the model's were"
+        )
+    return paragraphs
 
 
 def describe_resume(checked: CheckedConfig, meta: dict[str, Any], changes: str, rollback: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 from megatron_fp4.checkpoint import offline
 from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.cli.checkpoint import main
+from megatron_fp4.data.text.files import fingerprint_of
 from megatron_fp4.pretrain import main as pretrain
+from megatron_fp4.train.telemetry.announce import describe_origin
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import make_trainer, masters
@@ -92,6 +95,16 @@ def test_two_ranks_read_their_rectangles(source: TinyRun, tmp_path: Path) -> Non
     for shards in run_distributed(_two_ranks, 2, run.overrides):
         assert any(where.shape != where.global_shape for where, _ in shards)
         assert all(torch.equal(master, expected[where.name][where.slices]) for where, master in shards)
+
+
+def test_another_tokenizer_is_said_aloud(tmp_path: Path) -> None:
+    """No shape shows it, and a run on other ids trains to the end."""
+    (tmp_path / "tokenizer.json").write_bytes(b"theirs")
+    origin = {"from": str(tmp_path), "format": "transformers, llama"}
+    for data, warnings in ((b"theirs", 0), (b"ours", 1)):
+        tokenizer = SimpleNamespace(path="other.json", fingerprint=fingerprint_of(data))
+        lines = describe_origin(origin, tokenizer)  # type: ignore[arg-type]
+        assert sum("WARNING: data.tokenizer=other.json is another file" in line for line in lines) == warnings
 
 
 def refusal(run: TinyRun, capsys: pytest.CaptureFixture[str]) -> str:
