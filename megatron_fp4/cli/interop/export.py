@@ -17,11 +17,14 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from megatron_fp4.checkpoint.directory import read_state
+from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.cli.schema import build, twin
 from megatron_fp4.data.text.special import choice_of
 from megatron_fp4.interop.export.assemble import CARD, ExportOptions, assemble
+from megatron_fp4.interop.export.calibrate import input_amax
 from megatron_fp4.interop.export.folder import write_folder
 from megatron_fp4.interop.export.plan import Requantize
 from megatron_fp4.interop.export.quantized import ExportFormat
@@ -48,6 +51,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision-at", type=int, metavar="STEP", help="codes as in this step of the run, not as in the last one"
     )
+    parser.add_argument(
+        "--activations",
+        type=int,
+        metavar="TOKENS",
+        help="quantize activations too (W4A4), with global scales measured on so many tokens of the run's held-out set",
+    )
 
 
 def export(checkpoint: Path, args: argparse.Namespace) -> None:
@@ -64,7 +73,8 @@ def export(checkpoint: Path, args: argparse.Namespace) -> None:
     )
     state = read_state(checkpoint)
     config = _settings(state["meta"].get("config"), checkpoint, whole=options.form.coded)
-    assembled = assemble(checkpoint, state, config, options)
+    inputs = _input_scales(checkpoint, state["step"], args.activations, options)
+    assembled = assemble(checkpoint, state, config, options, inputs)
     written = write_folder(
         assembled.export, args.to, force=args.force, last=(CARD, lambda: assembled.card(args.to.name))
     )
@@ -73,6 +83,22 @@ def export(checkpoint: Path, args: argparse.Namespace) -> None:
         print(f"  {sentence}")
     if assembled.export.errors is not None:
         print(assembled.export.errors.table())
+
+
+def _input_scales(checkpoint: Path, step: int, tokens: int | None, options: ExportOptions) -> dict[str, Tensor] | None:
+    """See `calibrate.input_amax`; None where activations stay as they are. Raises ValueError without the run."""
+    if tokens is None:
+        return None
+    if not options.form.coded or tokens < 1:
+        raise ValueError(
+            f"--activations {tokens}: a number of tokens, of a format with codes (compressed-tensors, modelopt)"
+        )
+    run_dir = checkpoint.absolute().parent.parent
+    try:
+        config = load_run_config(run_dir)
+    except ValueError as error:
+        raise ValueError(f"--activations reads the held-out set of the run, and {error}") from None
+    return input_amax(config, step, tokens)
 
 
 def _settings(settings: Any, checkpoint: Path, *, whole: bool) -> RunConfig:

@@ -2,6 +2,7 @@
 
     plan.py        which tensor of transformers holds which logical tensors, and the operand that its codes are of
     phase.py       in the precision of which step codes are made
+    calibrate.py   scales of activations, where servers quantize these too
     weights.py     rows of masters -> rows of the files' tensors, a piece at a time
     parts.py       safetensors files of bounded size, written in place
     quantized.py   what the two 4-bit formats call their tensors, and their sections of config.json

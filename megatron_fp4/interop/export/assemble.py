@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_fp4.data.text.special import UNSAID, SpecialChoice
+from megatron_fp4.interop.export.calibrate import check_inputs
 from megatron_fp4.interop.export.card import CardFacts, losses_of, model_card
 from megatron_fp4.interop.export.folder import Export, json_bytes
 from megatron_fp4.interop.export.phase import tensors_as_trained
@@ -72,8 +74,14 @@ class Assembled:
         return model_card(facts, self.state, losses_of(self.checkpoint, self.state)).encode()
 
 
-def assemble(checkpoint: Path, state: Mapping[str, Any], config: RunConfig, options: ExportOptions) -> Assembled:
-    """state, config: the checkpoint's small state, and the settings in it.
+def assemble(
+    checkpoint: Path,
+    state: Mapping[str, Any],
+    config: RunConfig,
+    options: ExportOptions,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> Assembled:
+    """state, config: the checkpoint's small state, and the settings in it. inputs: see `calibrate.input_amax`.
 
     Of `config` only model and data are read where no codes are written. Raises ValueError or FileNotFoundError, before
     anything is written, for what cannot be exported.
@@ -87,8 +95,11 @@ def assemble(checkpoint: Path, state: Mapping[str, Any], config: RunConfig, opti
     if options.form.coded:
         tensors, sentence = tensors_as_trained(config, state, options.requantize, options.precision_at)
         unquantized = unquantized_modules(config.model, tensors)
-        values["quantization_config"] = config_sections(options.form, unquantized)
+        values["quantization_config"] = config_sections(options.form, unquantized, activations=inputs is not None)
         about = [sentence, *about]
+    if inputs is not None:
+        check_inputs(inputs, {one.coded.name for one in tensors if one.coded is not None})
+        about.append("Activations are quantized too, with global scales measured on a sample of the held-out set.")
     files = _json_files(two_dialects(values), text, options)
     export = Export(
         options.form,
@@ -99,6 +110,7 @@ def assemble(checkpoint: Path, state: Mapping[str, Any], config: RunConfig, opti
         files,
         options.part_bytes,
         QuantizationErrors() if options.requantize else None,
+        inputs or {},
     )
     return Assembled(export, [*about, *text.notes], state, config, checkpoint)
 

@@ -20,6 +20,7 @@ from megatron_fp4.interop.export.quantized import (
     coded_names,
     coded_rows,
     global_scale,
+    input_name,
 )
 from megatron_fp4.interop.export.weights import Masters, QuantizationErrors, quantized_rows
 from megatron_fp4.storage.durable import fsync_directory
@@ -27,6 +28,8 @@ from megatron_fp4.storage.owner import Owner
 
 ALWAYS_FP32 = (".A_log", ".dt_bias", ".D")
 """Ends of the names that stay FP32 in a file of another type, as in training: three numbers a head of Mamba-2."""
+INPUT_DIVISOR = 6.0 * 448.0
+"""Largest code times largest block scale of an activation, which servers quantize without four over six."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -36,6 +39,7 @@ class Export:
 
     dtype: of the tensors that are no codes, but for those that are always FP32. compute_dtype: in which the codes'
     weights were quantized in training. files: everything else, by name. errors: filled on the way where it is given.
+    inputs: the largest magnitude of every coded linear's input, where its scale is written too.
     """
 
     form: ExportFormat
@@ -46,6 +50,7 @@ class Export:
     files: Mapping[str, bytes]
     part_bytes: int
     errors: QuantizationErrors | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     _amax: dict[str, Tensor] = field(default_factory=dict)
 
     def file_tensors(self) -> Iterator[FileTensor]:
@@ -55,10 +60,16 @@ class Export:
             rows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
             if one.coded is not None:
                 yield from coded_file_tensors(self.form, one.module, rows, columns[0])
+                if self.inputs:
+                    yield self._input_tensor(one.module)
                 continue
             channel = (1,) if one.joined.channel_dim else ()
             dtype = torch.float32 if one.joined.name.endswith(ALWAYS_FP32) else self.dtype
             yield FileTensor(one.joined.name, dtype, (rows, *channel, *columns))
+
+    def _input_tensor(self, module: str) -> FileTensor:
+        shape = () if self.form is ExportFormat.modelopt else (1,)
+        return FileTensor(f"{module}.{input_name(self.form)}", torch.float32, shape)
 
     @property
     def num_bytes(self) -> int:
@@ -124,6 +135,9 @@ class Export:
                     self.errors.add(linear, rows, amax)
             above += self.masters.shapes[part][0]
         writer.write(last.name, 0, global_scale(self.form, amax, divisor))
+        if self.inputs:
+            scale = global_scale(self.form, self.inputs[linear.name], INPUT_DIVISOR)
+            writer.write(self._input_tensor(one.module).name, 0, scale)
 
 
 def check_place(to: Path, num_bytes: int, *, force: bool) -> None:

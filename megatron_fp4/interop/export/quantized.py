@@ -77,20 +77,31 @@ def global_scale(form: ExportFormat, amax: Tensor, divisor: float) -> Tensor:
     return encode_scale(amax, divisor)[0].view(1)
 
 
-def config_sections(form: ExportFormat, unquantized: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json: weights in NVFP4, activations as the server has them (W4A16)."""
+def input_name(form: ExportFormat) -> str:
+    """Name of the global scale of a module's input, with the meaning of that of the weight."""
+    return "input_scale" if form is ExportFormat.modelopt else "input_global_scale"
+
+
+def config_sections(form: ExportFormat, unquantized: Sequence[str], *, activations: bool) -> dict[str, Any]:
+    """`quantization_config` of config.json: weights in NVFP4, and inputs as the server has them (W4A16) or too (W4A4).
+
+    activations: whether the files hold scales of inputs.
+    """
     weights: dict[str, Any] = {"num_bits": 4, "type": "float", "group_size": BLOCK, "dynamic": False}
     if form is ExportFormat.modelopt:
+        inputs = {"input_activations": weights} if activations else {}
         return {
             "quant_method": "modelopt",
-            "quant_algo": "W4A16_NVFP4",
-            "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+            "quant_algo": "NVFP4" if activations else "W4A16_NVFP4",
+            "config_groups": {"group_0": {**inputs, "weights": weights, "targets": ["Linear"]}},
             "ignore": list(unquantized),
             "producer": MODELOPT_PRODUCER,
         }
     weights |= {"strategy": "tensor_group", "symmetric": True, "scale_dtype": "torch.float8_e4m3fn"}
     name = "nvfp4-pack-quantized"
-    group = {"format": name, "targets": ["Linear"], "weights": weights, "input_activations": None}
+    inputs = weights | {"dynamic": "local"}  # block scales from the batch, the global one from the file
+    group: dict[str, Any] = {"format": name, "targets": ["Linear"], "weights": weights}
+    group["input_activations"] = inputs if activations else None
     return {
         "quant_method": "compressed-tensors",
         "format": name,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_fp4.cli.checkpoint import main
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.inference.precisions import table_of
+from megatron_fp4.interop.export.calibrate import input_amax
 from megatron_fp4.interop.export.quantized import ExportFormat, coded_rows, global_scale
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.numerics import QuantizedTensor, quantize_nvfp4
@@ -210,3 +211,48 @@ def test_a_block_whose_scale_is_zero_stands_for_zeros() -> None:
     assert (scales.float() > 0).all(), "as ModelOpt's own exporter, which knows no scale of 0"
     for form in (ExportFormat.compressed_tensors, ExportFormat.modelopt):
         assert global_scale(form, torch.zeros(()), 2688.0).item() == 1.0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_activations_too(
+    name: str, run: TinyRun, trained: TrainedModel, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """W4A4: the weights are the same, and every coded module has the scale of its input, shared by q, k and v."""
+    arguments = ["--format", name, "--dtype", "fp32", "--activations", "256", "--to", str(tmp_path / "m")]
+    assert main(["export", str(run.run_dir), *arguments]) == 0
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    inputs = {key: tensor for key, tensor in state.items() if key.rpartition(".")[2].startswith("input_")}
+    for key, tensor in load_file(folders[name] / "model.safetensors").items():
+        assert torch.equal(tensor.view(-1).view(torch.uint8), state[key].view(-1).view(torch.uint8))
+    assert len(inputs) == 7
+    assert len(state) == len(load_file(folders[name] / "model.safetensors")) + 7
+    q, k, v = (next(inputs[key] for key in inputs if f"{part}_proj" in key) for part in "qkv")
+    assert q == k == v
+    measured = input_amax(load_run_config(run.run_dir), step=3, max_tokens=256)["blocks.0.attention.qkv"]
+    expected = 2688 / measured if name == "compressed-tensors" else measured / 2688
+    assert q.item() == pytest.approx(expected.item(), rel=1e-6)
+    section = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    if name == "modelopt":
+        export = pytest.importorskip("modelopt.torch.export.convert_hf_config")
+        assert (
+            export.convert_hf_quant_config_format(json.loads((tmp_path / "m" / "hf_quant_config.json").read_text()))
+            == section
+        )
+        return
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    trained.assign(trained.table("same"))
+    positions, zeros = torch.arange(TOKENS.shape[1]).expand_as(TOKENS), torch.zeros_like(TOKENS)
+    with torch.no_grad():
+        theirs = model(TOKENS).logits.float()
+        ours = trained.engine.stages[0](TOKENS, zeros, positions, zeros).view(*TOKENS.shape, -1).float()
+    assert (theirs - ours).square().mean().sqrt() < 0.05 * ours.std(), "two global scales apart, and BF16"
+
+
+def test_activations_need_the_run(run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--activations", "256", "--to", str(tmp_path / "m")]
+    assert main(["export", str(run.run_dir), *arguments]) == 2
+    assert "of a format with codes" in capsys.readouterr().err
+    assert main(["extract", str(run.run_dir), "--to", str(tmp_path / "alone")]) == 0
+    assert main(["export", str(tmp_path / "alone"), *arguments, "--format", "modelopt"]) == 2
+    assert "--activations reads the held-out set of the run" in capsys.readouterr().err
