@@ -77,7 +77,7 @@ class PipelineLayout:
             PipelineShape(parallel.schedule, parallel.pp, num_microbatches, per_rank),
             stages,
             [{number: stages[number] for number in stages_of_rank(rank, parallel)} for rank in range(parallel.pp)],
-            _order(_pipeline_alone(parallel), num_microbatches),
+            _order(_pipeline_alone(parallel), num_microbatches if parallel.pp > 1 else 1),  # else one after the other
         )
 
     def costs(self, model: ModelConfig) -> list[float]:

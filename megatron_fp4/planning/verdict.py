@@ -1,6 +1,7 @@
 """Whether a layout could run: what a run would refuse, memory, shapes, and what is far from good.
 
-A warning is three texts: about (memory, shapes, backend, kernels, saves), severity (error, tight, slow), text.
+A warning has three texts: about (memory, shapes, backend, kernels, saves, failures), severity (error, tight, slow) and
+text.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from megatron_fp4.planning.alignment import alignment_warnings
 from megatron_fp4.planning.backend import forecast_backend
 from megatron_fp4.planning.cost.hardware import Site
-from megatron_fp4.planning.cost.whole_run import save_warnings
+from megatron_fp4.planning.cost.whole_run import failure_warnings, save_warnings
 from megatron_fp4.planning.stand_ins import DEQUANTIZING
 from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.operand import Format
@@ -46,7 +49,7 @@ def admit(config: RunConfig, num_gpus: int, gpu: Gpu) -> Admission:
         emulated = replace(config, precision=replace(config.precision, backend=BackendName.emulated))
         checked = check_config(emulated, num_gpus)
         as_asked = replace(checked.config, precision=config.precision)
-        return Admission(replace(checked, config=as_asked), objection=str(error))
+        return Admission(replace(checked, config=as_asked), str(choice or ""), str(error))
 
 
 def warnings_of(
@@ -65,6 +68,7 @@ def warnings_of(
         *warnings,
         *({"about": "kernels", "severity": "slow", "text": one} for one in loops),
         *save_warnings(whole_run),
+        *failure_warnings(whole_run),
     ]
 
 
@@ -90,7 +94,11 @@ def _backend_warnings(checked: CheckedConfig, gpu: Gpu) -> list[dict[str, str]]:
     formats.discard(Format.bf16.name)
     emulated = sorted(name for name in formats if not gpu.multiplies(name))
     text = ""
-    if emulated:
+    if checked.config.precision.compute_dtype.torch_dtype is torch.float32:
+        text = (
+            "precision.compute_dtype=fp32 multiplies in FP32, which takes many times as long as the rates counted here"
+        )
+    elif emulated:
         text = f"this GPU has no FP4 unit: GEMMs in {', '.join(emulated)} are counted at the BF16 rate (emulation)"
     elif formats and backend in DEQUANTIZING:
         text = f"backend {backend.name} multiplies in BF16: these rates need backend transformer_engine or triton"

@@ -26,7 +26,7 @@ from megatron_fp4.planning.idle import BUBBLES, PipelineShape, imbalance
 from megatron_fp4.planning.report import run_plan
 from megatron_fp4.planning.scaling import strong_scaling
 from megatron_fp4.precision import nvfp4_paper
-from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule, Switch
+from megatron_fp4.precision.config import BackendName, ComputeDtype, PrecisionConfig, Rule, Switch
 from megatron_fp4.precision.plan import base_table
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.sections import TrainConfig
@@ -274,6 +274,8 @@ def test_rates_that_the_backend_does_not_reach_are_a_warning() -> None:
     assert about_backend(native, "GB200") == []
     assert "no FP4 unit: GEMMs in nvfp4" in about_backend(native, "H100")[0]
     assert about_backend(replace(config, precision=PrecisionConfig(use="bf16")), "GB200") == []
+    wide = replace(config, precision=replace(PAPER, compute_dtype=ComputeDtype.fp32))
+    assert "multiplies in FP32" in about_backend(wide, "GB200")[0]
 
 
 def test_search_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

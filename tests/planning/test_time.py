@@ -149,8 +149,10 @@ def test_assumptions_are_replaced_by_name() -> None:
         ("rails=many", "not a number"),
         ("rails=0.5", "whole numbers from 1"),
         ("efficiency=1.2", "at most 1"),
-        ("storage_gb_per_second=0", "above 0"),
-        ("kilowatts=nan", "above 0"),
+        ("storage_gb_per_second=0", "from 1e-06"),
+        ("kilowatts=nan", "or 0"),
+        ("tokens_per_document=1e-300", "from 1e-06 to 1e\\+12"),
+        ("network_gb_per_second=-1", "or 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Assumptions.of([text])

@@ -81,3 +81,14 @@ def test_a_run_of_minutes_is_not_asked_to_save_less_often_than_once() -> None:
     saves = report["whole_run"]["saves"]
     assert saves["interval_steps"] == saves["best_interval_steps"] < saves["best_interval_seconds"]
     assert save_warnings(report["whole_run"]) == []
+
+
+def test_failures_that_leave_hardly_any_progress_are_a_warning() -> None:
+    """A restart of 10 minutes, an interruption every 10: no save interval helps. Restarts in no time are allowed."""
+    often = Assumptions(failure_gpu_hours=4096 / 6)
+    (warning,) = [
+        one for one in run_plan(saving(2000), 4096, assumptions=often)["warnings"] if one["about"] == "failures"
+    ]
+    assert warning["text"].startswith("one every 600 s leaves at best ")
+    kept = replace(often, restart_seconds=0.0, save_stop_seconds=0.0)
+    assert not any(one["about"] == "failures" for one in run_plan(saving(2000), 4096, assumptions=kept)["warnings"])

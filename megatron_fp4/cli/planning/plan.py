@@ -87,8 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plot:
             report["plot"] = plot_section(config, options.gpus, options.gpu, assumptions)
             write_plan(report, render(report), Path(options.plot))
-    except (ConfigError, ValueError, OSError) as error:
+    except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --plot {options.plot}: {error.strerror}; name a file that can be written", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 0 if report["fits"] else 1

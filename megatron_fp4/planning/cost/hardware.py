@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,8 @@ from megatron_fp4.planning.cost.machines import MACHINES, Machine
 
 DEFAULT_GPU = "GB200"
 """Of a plan that names none."""
+LEAST, MOST = 1e-6, 1e12
+"""Bounds of what may be assumed: with figures beyond, days overflow."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class Assumptions:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            positive = field.default != 0.0
-            if not math.isfinite(value) or value < 0 or (positive and value == 0):
-                raise ValueError(f"--assume {field.name}={value:g}: must be a number above 0")
+            if not (LEAST <= value <= MOST or (value == 0 and field.name in MAY_BE_ZERO)):
+                zero = ", or 0" if field.name in MAY_BE_ZERO else ""
+                raise ValueError(f"--assume {field.name}={value:g}: must be a number from {LEAST:g} to {MOST:g}{zero}")
         for name in ("efficiency", "fp4_share", "quantizer_efficiency", "memory_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} = {getattr(self, name):g}, must be above 0 and at most 1")
@@ -103,6 +104,10 @@ class Assumptions:
             kilowatts=self.kilowatts or machine.kilowatts,
             fp4_share=self.fp4_share or machine.fp4_share,
         )
+
+
+MAY_BE_ZERO = {field.name for field in dataclasses.fields(Assumptions) if field.default == 0.0}
+MAY_BE_ZERO |= {"restart_seconds", "save_stop_seconds"}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from megatron_fp4.train.checked import CheckedConfig
 HOUR, DAY = 3600.0, 86400.0
 STATE_BYTES = 12
 """Of a checkpoint per parameter: FP32 master and two moments (checkpoint/; the BF16 copy is made from the master)."""
+HARDLY = 0.5
+"""Part of the time that should be progress."""
 FAR, LITTLE = 3.0, 0.001
 """How many times shorter or longer than the best interval a save interval may be without a warning; what a longer one
 may lose of the time."""
@@ -104,7 +106,7 @@ def _saves(checked: CheckedConfig, seconds: float, site: Site) -> dict[str, Any]
 
 def goodput(interval: float, blocking: float, between_failures: float, restart: float) -> float:
     """Part of the time that moves a run forward, by Daly's first order; all arguments in seconds."""
-    return max(0.01, 1.0 / (1.0 + blocking / interval + (interval / 2 + restart) / between_failures))
+    return 1.0 / (1.0 + blocking / interval + (interval / 2 + restart) / between_failures)
 
 
 def _kept(checked: CheckedConfig) -> int:
@@ -112,6 +114,16 @@ def _kept(checked: CheckedConfig) -> int:
     rules = checked.config.checkpoint
     archived = checked.config.run_tokens // rules.keep_every_tokens if rules.keep_every_tokens else 0
     return rules.keep_last + rules.keep_best + archived
+
+
+def failure_warnings(section: dict[str, Any]) -> list[dict[str, str]]:
+    """Where failures take more than half of the time even if saves are as well placed as can be."""
+    saves = section["saves"]
+    if saves["best_goodput"] >= HARDLY:
+        return []
+    text = f"one every {saves['seconds_between_failures']:.0f} s leaves at best {saves['best_goodput']:.1%} of the time"
+    remedy = "to progress; check --assume failure_gpu_hours and restart_seconds"
+    return [{"about": "failures", "severity": "slow", "text": f"{text} {remedy}"}]
 
 
 def save_warnings(section: dict[str, Any]) -> list[dict[str, str]]:
