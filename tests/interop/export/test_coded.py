@@ -12,18 +12,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from megatron_fp4.checkpoint import edit
 from megatron_fp4.cli.checkpoint import main
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.inference.precisions import table_of
 from megatron_fp4.interop.export.calibrate import input_amax
+from megatron_fp4.interop.export.folder import Export, write_folder
+from megatron_fp4.interop.export.plan import coded_tensors
 from megatron_fp4.interop.export.quantized import ExportFormat, coded_rows, global_scale
+from megatron_fp4.interop.export.weights import Masters
 from megatron_fp4.layers.linear import linears_of
+from megatron_fp4.models.block import model_linears
+from megatron_fp4.models.count import model_parameters
 from megatron_fp4.numerics import QuantizedTensor, quantize_nvfp4
-from megatron_fp4.precision import EmulatedBackend
+from megatron_fp4.precision import EmulatedBackend, LinearPrecision, nvfp4_paper
 from megatron_fp4.precision.backends.protocol import Copy
 from megatron_fp4.precision.config import ComputeDtype
+from megatron_fp4.precision.table import PrecisionTable, Row
 from megatron_fp4.train.open import TrainedModel, open_trained
 from tests.helpers.tiny_run import TinyRun
+from tests.models.test_count import ODD_HYBRID
 
 FORMATS = ("compressed-tensors", "modelopt")
 TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 448
@@ -256,3 +264,30 @@ def test_activations_need_the_run(run: TinyRun, tmp_path: Path, capsys: pytest.C
     assert main(["extract", str(run.run_dir), "--to", str(tmp_path / "alone")]) == 0
     assert main(["export", str(tmp_path / "alone"), *arguments, "--format", "modelopt"]) == 2
     assert "--activations reads the held-out set of the run" in capsys.readouterr().err
+
+
+def test_parts_that_transformers_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A projection of Mamba-2 is one tensor there and five of ours, with one global scale, whatever the pieces."""
+    config = replace(
+        ODD_HYBRID, pattern="M-", num_layers=2, hidden=64, ffn_hidden=96, mamba_num_heads=16, mamba_head_dim=8,
+        mamba_num_groups=2, mamba_state=24,
+    )  # fmt: skip
+    held = {p.name: torch.randn(p.shape) * (1 + len(p.name) % 7) for p in model_parameters(config)}
+    monkeypatch.setattr("megatron_fp4.interop.export.weights.CHUNK_BYTES", 32 * 64 * 4)
+    masters = Masters(edit.write_tensors(
+        tmp_path / "c", 1, {f"master/{name}": tensor for name, tensor in held.items()},
+        lambda key: held[key.removeprefix("master/")], {"config": {}},
+    ), config)  # fmt: skip
+    names = [info.name for info in model_linears(config)]
+    rows = [Row(name, nvfp4_paper() if name != "head" else LinearPrecision(), "") for name in names]
+    tensors = coded_tensors(config, PrecisionTable(tuple(rows)), 1, None)
+    form, bf16 = ExportFormat.modelopt, torch.bfloat16
+    export = Export(form, tensors, masters, bf16, bf16, {}, 1 << 30)
+    write_folder(export, tmp_path / "m", force=False, last=("README.md", lambda: b""))
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    parts = [held[f"blocks.0.mamba.in_proj.{part}.weight"] for part in ("z", "x", "B", "C", "dt")]
+    expected = quantize_nvfp4(torch.cat(parts).bfloat16(), tile=(16, 16))
+    assert torch.equal(state["model.layers.0.mixer.in_proj.weight"], expected.codes)
+    scales = state["model.layers.0.mixer.in_proj.weight_scale"]
+    assert torch.equal(scales.view(torch.uint8), expected.scales.view(torch.uint8))
+    assert state["model.layers.0.mixer.A_log"].dtype == torch.float32
