@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
+from tokenizers import processors
 
 from megatron_fp4.data.config import DataConfig, SourceConfig
 from megatron_fp4.data.shards.manifest import commit
@@ -17,6 +19,18 @@ from megatron_fp4.data.text.tokenizer import load_tokenizer
 from megatron_fp4.interop.export.text import exported_text
 from tests.data.text import toy_vocabularies as toy
 from tests.interop.export.test_hf import TEXT
+
+
+def with_a_template(path: Path) -> Path:
+    """As Llama 3's: a post-processor that begins every text with bos, which training does not."""
+    toy.tokenizer_json(path, {"<s>": True, "</s>": True})
+    model = tokenizers.Tokenizer.from_file(str(path))
+    template = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", model.token_to_id("<s>"))])
+    model.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    assert model.encode("a").tokens[0] == "<s>"
+    model.save(str(path))
+    return path
+
 
 PATTERN = r"\p{L}+|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -56,6 +70,7 @@ KINDS = {
     "without bytes": lambda folder: toy.sentencepiece_model(folder / "t.model", byte_fallback=False),
     "as Llama's": lambda folder: sentencepiece_as_llamas(folder / "t.model"),
     "tokenizer.json": lambda folder: toy.tokenizer_json(folder / "t.json", {"</s>": True}, truncation=5),
+    "with a template": lambda folder: with_a_template(folder / "t.json"),
     "unigram": lambda folder: toy.unigram_json(folder / "t.json", ["</s>"]),
     "a pattern of one's own": lambda folder: tiktoken(PATTERN, folder / "t.tiktoken"),
     "r50k": lambda folder: tiktoken(R50K_PATTERN, folder / "t.tiktoken"),
