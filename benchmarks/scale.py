@@ -181,7 +181,13 @@ def objects() -> None:
     print(f"ranks  {'statistics':>24s} {'norms by tensor':>24s} {'no error':>22s} {'errors of all':>24s}")
     for world_size in WORLDS:
         dp = world_size // 32
-        overrides = ["experiment=paper_12b_10t", "parallel.tp=8", "parallel.pp=4", f"train.global_batch={4 * dp}"]
+        overrides = [
+            "experiment=paper_12b_10t",
+            "precision.backend=emulated",
+            "parallel.tp=8",
+            "parallel.pp=4",
+            f"train.global_batch={4 * dp}",
+        ]
         config = to_run_config(compose_config(overrides))
         of_stages = [objects_of(config, world_size, stage * dp * 8) for stage in range(4)]
         one = Objects(*map(max, *of_stages))
