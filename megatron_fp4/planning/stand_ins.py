@@ -127,9 +127,11 @@ def cross_entropy_of(config: ModelConfig, tp: Group) -> CrossEntropy:
 
 @dataclass(frozen=True, eq=False)
 class _Values(QuantizedOperand):
-    """tensors[0]: values as large as those of the compute dtype. pending: they are still to be made from it."""
+    """tensors[0]: values as large as those of the compute dtype. scaled: they have a global scale. pending: they are
+    still to be made from it."""
 
     along: int
+    scaled: bool = False
     pending: bool = False
 
     def oriented(self, dtype: torch.dtype | None) -> Tensor:
@@ -142,15 +144,17 @@ class _Values(QuantizedOperand):
 
 @dataclass(frozen=True, eq=False)
 class _Codes(QuantizedOperand):
-    """tensors[0]: as many bytes as codes and block scales have. rows, length: of the operand; dtype: of its tensor."""
+    """tensors[0]: as many bytes as codes and block scales have. rows, length: of the operand; dtype: of its tensor.
+    scaled: there is a global scale."""
 
     rows: int
     length: int
     dtype: torch.dtype
+    scaled: bool
 
     def decoded(self) -> _Values:
         """The operand for a product with one that has no codes."""
-        return _Values((self.tensors[0].new_empty(self.rows, self.length, dtype=self.dtype),), 1)
+        return _Values((self.tensors[0].new_empty(self.rows, self.length, dtype=self.dtype),), 1, self.scaled)
 
 
 def _amax_of_values(x: Tensor, copy: Copy) -> Tensor:
@@ -180,15 +184,16 @@ class SizedBackend:
         operands: list[QuantizedOperand] = []
         for copy in copies:
             kept = (amaxes[copy],) if copy in amaxes else ()
+            scaled = copy.operand.format is Format.nvfp4
             if not copy.operand.quantized:
                 operands.append(_Values((x,), copy.along))
             elif _is_dequantized(copy.operand, self._name):
                 values = x if copy.deferred else torch.empty_like(x)
-                operands.append(_Values((values, *kept), copy.along, pending=copy.deferred))
+                operands.append(_Values((values, *kept), copy.along, scaled, pending=copy.deferred))
             else:
                 num_bytes = round(x.numel() * stored_bytes(copy.operand, self._name, x.itemsize))
                 held = x.new_empty(num_bytes, dtype=torch.uint8)
-                operands.append(_Codes((held, *kept), x.shape[1 - copy.along], x.shape[copy.along], x.dtype))
+                operands.append(_Codes((held, *kept), x.shape[1 - copy.along], x.shape[copy.along], x.dtype, scaled))
         return tuple(operands)
 
     def _amaxes(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> dict[Copy, Tensor]:
@@ -217,5 +222,7 @@ class SizedBackend:
             assert isinstance(b, _Values)
             multiply = multiply_on_cuda if self._on_gpu else multiply_on_cpu
             wide = torch.float32 if not self._on_gpu and widens(torch.device("cpu"), out_dtype) else None
-            out = multiply(a.oriented(wide), b.oriented(wide), Factors.of(None, None), out_dtype)
+            scaled = self._on_gpu and (a.scaled or b.scaled)  # where it is a number in the GEMM it takes no memory
+            factors = Factors(a.tensors[0].new_empty((), dtype=torch.float32) if scaled else None, None, None)
+            return multiply(a.oriented(wide), b.oriented(wide), factors, out_dtype, accumulate_into)
         return out if accumulate_into is None else accumulate_into

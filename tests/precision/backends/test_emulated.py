@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.planning.footprint import LiveBytes
 from megatron_fp4.precision import (
     AmaxScope,
     EmulatedBackend,
@@ -22,7 +23,7 @@ from megatron_fp4.precision import (
     Signs,
 )
 from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand, copies_of, finite, product
-from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul
+from megatron_fp4.precision.backends.product import Factors, GlobalScale, multiply_on_cuda, scaled_matmul
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
 from megatron_fp4.precision.recipes import RECIPES
 
@@ -159,6 +160,22 @@ def test_bf16_results_come_from_the_gemm_that_the_cpu_is_good_at(native: bool, m
     a = torch.ones(16, 16, dtype=torch.bfloat16)
     assert scaled_matmul(a, a, out_dtype=torch.bfloat16).dtype == torch.bfloat16
     assert seen == [torch.bfloat16 if native else torch.float32]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gpu_makes_no_wider_product_than_it_must(scaled: bool) -> None:
+    """Without a scale the GEMM writes BF16, and adds a weight gradient to its sum; both took FP32 beside that."""
+    a, b = (torch.empty(size, 512, dtype=torch.bfloat16, device="meta") for size in (256, 128))
+    total = torch.empty(256, 128, device="meta")
+    factors = Factors(torch.empty((), device="meta") if scaled else None, None, None)
+    peaks = []
+    for out_dtype, into in ((torch.bfloat16, None), (torch.float32, total)):
+        with LiveBytes() as live:
+            out = multiply_on_cuda(a, b, factors, out_dtype, into)
+        assert out.dtype == out_dtype
+        assert into is None or out is into
+        peaks.append(live.peak)
+    assert peaks == ([256 * 128 * 6, 256 * 128 * 4] if scaled else [256 * 128 * 2, 0])
 
 
 def test_row_scales_equal_the_reference(x: Tensor) -> None:

@@ -10,6 +10,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.precision import EmulatedBackend, Format, FourOverSix, Operand, Rounding
 from megatron_fp4.precision.backends import Copy, OperandOrigin
+from megatron_fp4.precision.backends.product import scaled_matmul
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -44,3 +45,15 @@ def test_operands_equal_those_of_the_cpu(operand: Operand, along: int, compile: 
     for ours, theirs in zip(got, expected, strict=True):
         wrong = (ours != theirs).sum().item()
         assert wrong == 0, f"{wrong} of {ours.numel()} elements differ"
+
+
+@pytest.mark.parametrize("length", [512, 65536])
+def test_bf16_products_are_rounded_once(length: int) -> None:
+    """Sums of integers are exact, so only a rounding of their parts, or a second one, could change the result."""
+    gen = torch.Generator().manual_seed(2)
+    a, b = (torch.randint(-12, 13, (64, length), generator=gen).bfloat16() for _ in range(2))
+    exact = a.double() @ b.double().T
+    assert torch.equal(scaled_matmul(a.cuda(), b.cuda(), out_dtype=torch.bfloat16).cpu(), exact.bfloat16())
+    total = torch.full((64, 64), 3.0, device="cuda")
+    scaled_matmul(a.cuda(), b.cuda(), out_dtype=torch.float32, accumulate_into=total)
+    assert torch.equal(total.cpu(), (exact + 3).float())
