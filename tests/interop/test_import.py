@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shlex
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,4 +190,65 @@ def test_damaged_and_strange_files(tmp_path: Path) -> None:
     index.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin is pickled, which is not read"):
+        ForeignWeights(tmp_path)
+
+
+def _edited_header(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def _shared_bytes(header: dict[str, Any]) -> None:
+    first, second = (header[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+    first["data_offsets"] = second["data_offsets"]
+
+
+def test_folders_that_another_reader_reads_otherwise(tmp_path: Path) -> None:
+    """What `transformers` or safetensors refuse, or read as other weights, is no model for us either."""
+    from safetensors.torch import load_file, save_file
+
+    save_foreign(tmp_path, "llama")
+    tensors = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    index = (tmp_path / tensor_files.INDEX).read_text()
+    single = tmp_path / tensor_files.SINGLE
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, single)
+    with pytest.raises(ValueError, match=r"has both model\.safetensors, which transformers reads, and"):
+        ForeignWeights(tmp_path)
+    (tmp_path / tensor_files.INDEX).unlink()
+    _edited_header(single, _shared_bytes)
+    with pytest.raises(ValueError, match=r"is damaged.*the one before it ends at"):
+        ForeignWeights(tmp_path)
+    save_file(tensors, single)
+    single.write_bytes(single.read_bytes() + bytes(8))
+    with pytest.raises(ValueError, match=r"is damaged.*tensors end at byte"):
+        ForeignWeights(tmp_path)
+    save_file(tensors, single)
+    _edited_header(single, lambda header: header["lm_head.weight"].update(data_offsets=[0, math.inf]))
+    with pytest.raises(ValueError, match="is damaged"):
+        ForeignWeights(tmp_path)
+    save_file({**tensors, "backbone.norm.weight": torch.ones(48)}, single)
+    with pytest.raises(ValueError, match=r"backbone\.norm\.weight.*are one tensor of the model"):
+        ForeignWeights(tmp_path)
+    single.unlink()
+    (tmp_path / tensor_files.INDEX).write_text(index)
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"names model-00002-of-\d+\.safetensors, which is not there"):
+        ForeignWeights(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
+def test_values_that_are_not_finite(value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_foreign(tmp_path / "hf", "llama", model__norm__weight=torch.full((48,), value, dtype=torch.float64))
+    assert main(["import", str(tmp_path / "hf"), "--to", str(tmp_path / "one")]) == 2
+    assert "model.norm.weight is not finite in FP32" in capsys.readouterr().err
+    assert not (tmp_path / "one" / "step_00000000").exists()
+
+
+def test_a_type_that_is_no_weight_is_seen_before_any_value(tmp_path: Path) -> None:
+    save_foreign(tmp_path, "llama", **{DOWN: torch.ones(48, 80).to(torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match="is F8_E4M3; weights are"):
         ForeignWeights(tmp_path)

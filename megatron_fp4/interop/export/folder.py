@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +25,15 @@ from megatron_fp4.interop.export.quantized import (
     input_name,
 )
 from megatron_fp4.interop.export.weights import Masters, QuantizationErrors, quantized_rows
-from megatron_fp4.storage.durable import fsync_directory
+from megatron_fp4.storage.durable import MANIFEST, fsync_directory
 from megatron_fp4.storage.owner import Owner
 
 ALWAYS_FP32 = (".A_log", ".dt_bias", ".D")
 """Ends of the names that stay FP32 in a file of another type, as in training: three numbers a head of Mamba-2."""
 INPUT_DIVISOR = 6.0 * 448.0
 """Largest code times largest block scale of an activation, which servers quantize without four over six."""
+OF_A_RUN = (MANIFEST, "state.json", "config.yaml")
+"""Files of a checkpoint and of a run, whose folders --force does not remove."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -141,11 +145,19 @@ class Export:
 
 
 def check_place(to: Path, num_bytes: int, *, force: bool) -> None:
-    """Raise ValueError for a folder that holds something, unless `force`, and where the disk is too small."""
+    """Raise ValueError for a folder that holds something, and where the disk is too small.
+
+    force: files may be there, but neither folders nor a run or a checkpoint: those are no exports.
+    """
     if to.exists() and not to.is_dir():
         raise ValueError(f"{to} is a file; choose another directory")
-    if not force and to.is_dir() and any(to.iterdir()):
+    held = sorted(to.iterdir()) if to.is_dir() else []
+    if held and not force:
         raise ValueError(f"{to} is not empty; choose another directory, or replace it with --force")
+    if kept := [path.name for path in held if path.is_dir() or path.name in OF_A_RUN]:
+        raise ValueError(
+            f"{to} holds {kept[0]}, so it is no exported model, and --force does not remove it; choose another"
+        )
     above = next(path for path in to.absolute().parents if path.is_dir())
     free = shutil.disk_usage(above).free
     if free < num_bytes:
@@ -158,8 +170,13 @@ def write_folder(export: Export, to: Path, *, force: bool, last: tuple[str, Call
     last: name and content of a file that is made after the weights. Raises ValueError as `check_place` does, and
     OSError.
     """
+    to = to.resolve()  # a link stays, and "." has a name
     check_place(to, export.num_bytes, force=force)
     to.parent.mkdir(parents=True, exist_ok=True)
+    for left in to.parent.glob(f"{glob.escape(to.name)}.writing-*"):
+        owner = Owner.from_tag(left.name.removeprefix(f"{to.name}.writing-"))
+        if owner is not None and not owner.lives(0.0, math.inf):
+            shutil.rmtree(left, ignore_errors=True)  # of an export that was killed
     temporary = to.with_name(f"{to.name}.writing-{Owner.me().tag}")
     temporary.mkdir()
     try:

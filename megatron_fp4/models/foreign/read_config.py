@@ -55,7 +55,7 @@ def read_config(folder: Path) -> ForeignModel:
     path = folder / CONFIG
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no JSON object")
@@ -132,23 +132,24 @@ def _transformer(reader: ForeignValues, family: Family, length: int) -> dict[str
 
 def _window(reader: ForeignValues, family: Family, layers: int) -> int:
     """The window of all blocks, 0 for none. Raises ValueError for one of some of the blocks."""
-    types = reader.take("layer_types")
+    types = reader.strings("layer_types")
+    window, first = None, 0.0
     if family in (Family.qwen2, Family.qwen3):
-        window, first = reader.take("sliding_window", 4096), reader.take("max_window_layers", 28)
+        window, first = reader.take("sliding_window", 4096), reader.number("max_window_layers", 28)
         window = window if reader.take("use_sliding_window", False) else None
-        if window is not None and types is None:
-            types = ["full_attention" if index < first else "sliding_attention" for index in range(layers)]
     elif family in (Family.mistral, Family.phi3):
         window = reader.take("sliding_window", 4096 if family is Family.mistral else None)
-        types = types or (["sliding_attention"] * layers if window else None)
     else:
         reader.expect("sliding_window", None)
-        window = None
-    kinds = set(types or ["full_attention"])
-    if kinds == {"full_attention"}:
+    slide = 0 if window is None else layers - int(min(max(first, 0), layers))
+    if types is not None:
+        slide = types.count("sliding_attention")
+        if len(types) != layers or slide + types.count("full_attention") != layers:
+            raise reader.refused("layer_types", types, f"no 'full_attention' or 'sliding_attention' of {layers} layers")
+    if not slide:
         return 0
-    if kinds != {"sliding_attention"} or len(types or []) != layers or type(window) is not int or window < 1:
-        mixed = f"{(types or []).count('sliding_attention')} of {layers} layers"
+    if slide != layers or type(window) is not int or window < 1:
+        mixed = f"{slide} of {layers} layers"
         raise reader.refused("sliding_window", window, f"in {mixed}; this model has one in all of them, or in none")
     return window
 
@@ -163,7 +164,11 @@ def _rope(reader: ForeignValues, family: Family, length: int) -> tuple[RopeScali
             raise reader.refused(name, value, "which is no object of numbers")
     if old and new and _without(old, "type", "rope_theta") != _without(new, "type", "rope_theta"):
         raise reader.refused("rope_scaling", old, f"but rope_parameters = {new!r}")
-    inner = ForeignValues(new or old or {}, f"{reader.source}, {'rope_parameters' if new else 'rope_scaling'}")
+    values = new or old or {}
+    length_inside = values.get("original_max_position_embeddings")
+    if family is not Family.phi3 and None not in (outer, length_inside) and outer != length_inside:
+        raise reader.refused("original_max_position_embeddings", outer, f"but beside the factor {length_inside!r}")
+    inner = ForeignValues(values, f"{reader.source}, {'rope_parameters' if new else 'rope_scaling'}")
     old_kind = inner.take("type", "default")
     kind = inner.take("rope_type", old_kind)
     base = inner.number("rope_theta", theta or 10000.0)
@@ -175,7 +180,7 @@ def _rope(reader: ForeignValues, family: Family, length: int) -> tuple[RopeScali
     known = {"default": RopeScaling.none, "linear": RopeScaling.linear}
     if family is not Family.phi3:  # its class takes yarn for longrope
         known |= {"llama3": RopeScaling.llama3, "yarn": RopeScaling.yarn}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise inner.refused("rope_type", kind, f"which this model does not compute; it computes {', '.join(known)}")
     try:
         scaling = _scaling(inner, known[kind], outer or length, length)
@@ -204,12 +209,11 @@ def _scaling(inner: ForeignValues, kind: RopeScaling, original: int, length: int
 
 def _attention_factor(inner: ForeignValues, factor: float) -> float:
     """What cosine and sine are multiplied by, 0 where it follows from the factor alone."""
-    given, scale, whole = (inner.take(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
-    if given is not None:
-        return float(given)
-    if scale and whole:
-        return float((0.1 * scale * math.log(factor) + 1.0) / (0.1 * whole * math.log(factor) + 1.0))
-    return 0.0
+    inner.expect_not("attention_factor", 0)
+    given, scale, whole = (inner.number(key, 0.0) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if given or not (scale and whole):
+        return given
+    return (0.1 * scale * math.log(factor) + 1.0) / (0.1 * whole * math.log(factor) + 1.0)
 
 
 def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -227,10 +231,12 @@ def _hybrid(reader: ForeignValues) -> dict[str, Any]:
     reader.expect("sliding_window", None)
     reader.expect("num_nextn_predict_layers", 0, default=0)
     reader.expect("time_step_limit", [0.0, math.inf], [0.0, {"__float__": "Infinity"}], None)
-    pattern, types = reader.take("hybrid_override_pattern"), reader.take("layers_block_type")
-    types = reader.take("layer_types", types)
+    pattern, types = reader.take("hybrid_override_pattern"), reader.strings("layers_block_type")
+    types = reader.strings("layer_types") or types
+    if not isinstance(pattern, str | None):
+        raise reader.refused("hybrid_override_pattern", pattern, "no word")
     if pattern is None:
-        if not isinstance(types, list) or not set(types) <= LETTERS.keys():
+        if types is None or not set(types) <= LETTERS.keys():
             raise reader.refused("layers_block_type", types, f"this model has {', '.join(LETTERS)}")
         pattern = "".join(LETTERS[one] for one in types)
     eps = reader.number("layer_norm_epsilon", 1e-5)

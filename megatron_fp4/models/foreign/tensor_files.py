@@ -54,6 +54,8 @@ def tensors_in(folder: Path) -> dict[str, StoredTensor]:
     """
     stored: dict[str, StoredTensor] = {}
     for name in files_in(folder):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / INDEX} names {name}, which is not there; copy the folder anew")
         for tensor in _tensors_of(folder / name):
             if tensor.name in stored:
                 raise ValueError(f"{tensor.name} is in {stored[tensor.name].path} and in {tensor.path}")
@@ -69,6 +71,8 @@ def files_in(folder: Path) -> list[str]:
             others = f"; {pickled[0]} is pickled, which is not read: save it as safetensors" if pickled else ""
             raise FileNotFoundError(f"{folder} has neither {INDEX} nor {SINGLE}{others}")
         return [SINGLE]
+    if (folder / SINGLE).exists():
+        raise ValueError(f"{folder} has both {SINGLE}, which transformers reads, and {INDEX}; remove the stale one")
     index = read_json(folder / INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
@@ -85,9 +89,16 @@ def _tensors_of(path: Path) -> Iterator[StoredTensor]:
     try:
         header = json.loads(_bytes_at(path, LENGTH_BYTES, length))
         header.pop("__metadata__", None)
+        end = 0
+        for begin, stop in sorted(tuple(map(int, entry["data_offsets"])) for entry in header.values()):
+            if begin != end:
+                raise ValueError(f"a tensor begins at byte {begin}, and the one before it ends at {end}")
+            end = stop
+        if end != num_bytes - LENGTH_BYTES - length:
+            raise ValueError(f"tensors end at byte {end} of {num_bytes - LENGTH_BYTES - length}")
         for name, entry in header.items():
             yield _stored(path, name, entry, LENGTH_BYTES + length, num_bytes)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 

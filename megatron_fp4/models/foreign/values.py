@@ -58,6 +58,18 @@ class ForeignValues:
             raise self.refused(key, value, "no number")
         return float(value)
 
+    def strings(self, key: str) -> list[str] | None:
+        """A list of words, None where there is none. Raises ValueError."""
+        value = self.take(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            raise self.refused(key, value, "no list of words")
+        return value
+
+    def expect_not(self, key: str, value: Any) -> None:
+        """Raises ValueError for `value`, and takes nothing."""
+        if key in self._rest and self._rest[key] == value:
+            raise self.refused(key, value, "which this model does not compute")
+
     def expect(self, key: str, *allowed: Any, default: Any = None) -> None:
         """Raises ValueError for a value of `key` that is none of `allowed`. default: what a missing key means."""
         value = self.take(key, default)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from megatron_fp4.comm.rect import Rectangle
 from megatron_fp4.models.count import model_parameters
 from megatron_fp4.models.foreign.families import JoinedTensor, joined_tensors
 from megatron_fp4.models.foreign.read_config import ForeignModel, read_config
-from megatron_fp4.models.foreign.tensor_files import StoredTensor, tensors_in
+from megatron_fp4.models.foreign.tensor_files import DTYPES, StoredTensor, tensors_in
 
 NO_WEIGHTS = re.compile(r".*(\._extra_state|rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached)")
 """Tensors that follow from the configuration, or from how a module was quantized."""
@@ -49,7 +50,11 @@ class ForeignWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.foreign: ForeignModel = read_config(folder)
-        stored = {name.replace("backbone.", "model.", 1): one for name, one in tensors_in(folder).items()}
+        stored: dict[str, StoredTensor] = {}
+        for name, one in tensors_in(folder).items():
+            ours = "model." + name.removeprefix("backbone.") if name.startswith("backbone.") else name
+            if stored.setdefault(ours, one) is not one:
+                raise ValueError(f"{folder} has {stored[ours].name} and {name}, which are one tensor of the model")
         self.skipped = sorted(name for name in stored if NO_WEIGHTS.fullmatch(name))
         self._stored = {name: one for name, one in stored.items() if name not in self.skipped}
         self._places: dict[str, _Place] = {}
@@ -73,17 +78,22 @@ class ForeignWeights:
                 raise ValueError(
                     f"{stored.path}: {name} has shape {stored.shape}, {self.folder}'s config.json says {expected}"
                 )
+            if stored.dtype not in DTYPES:
+                raise ValueError(f"{stored.path}: {name} is {stored.dtype}; weights are {', '.join(DTYPES)}")
             for part, size, first in zip(one.parts, rows, _firsts(rows), strict=True):
                 assert size == self.shapes[part][0]
                 self._places[part] = _Place(one, stored, first)
 
     def read(self, where: Rectangle) -> Tensor:
-        """The values of a rectangle, FP32. Raises ValueError; UnreadableFile."""
+        """The values of a rectangle, FP32. Raises ValueError, also for what is not finite; UnreadableFile."""
         place = self._places[where.name]
         first = place.first + where.offset[0]
         rows = place.stored.rows(first, first + where.shape[0])
         rows = rows[:, 0] if place.joined.channel_dim else rows
-        return rows[:, *where.slices[1:]].float()
+        values = rows[:, *where.slices[1:]].float()
+        if values.numel() and not math.isfinite(values.abs().amax()):
+            raise ValueError(f"{place.stored.path}: {place.stored.name} is not finite in FP32; the file is damaged")
+        return values
 
     def check_tied(self) -> None:
         """Raises ValueError for a head of its own where config.json says that it is the embedding. Reads both."""

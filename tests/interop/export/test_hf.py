@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron_fp4.interop.export.folder import Export
 from megatron_fp4.interop.export.plan import dense_tensors
 from megatron_fp4.interop.export.quantized import ExportFormat
 from megatron_fp4.models.count import model_parameters
+from megatron_fp4.storage.owner import Owner
 from tests.helpers.tiny_run import TinyRun
 from tests.models.test_count import ODD_HYBRID
 
@@ -115,6 +117,36 @@ def test_what_stands_there_is_kept(run: TinyRun, tmp_path: Path, capsys: pytest.
     export(run, to, "--force")
     assert not (to / "notes.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/step_00000003"])
+def test_a_run_is_no_export_to_replace(
+    inside: str, run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--force at the wrong folder must not remove the weights that are exported, nor those of another run."""
+    other = tmp_path / "other"
+    shutil.copytree(run.run_dir, other)
+    before = sorted(other.rglob("*"))
+    assert main(["export", str(other), "--to", str(other / inside), "--force"]) == 2
+    assert "so it is no exported model, and --force does not remove it" in capsys.readouterr().err
+    assert sorted(other.rglob("*")) == before
+
+
+def test_links_and_what_a_killed_export_left(run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link stays one, "." has a name, and leftovers of dead processes go."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk")
+    dead = tmp_path / f"disk.writing-{replace(Owner.me(), start=1).tag}"
+    dead.mkdir()
+    export(run, tmp_path / "model")
+    export(run, tmp_path / "model", "--force")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "disk" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(run, Path())
+    assert (tmp_path / "here" / "config.json").is_file()
 
 
 def test_a_failure_on_the_way_leaves_nothing(
