@@ -56,6 +56,10 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0:
+            raise ValueError(f"temperature = {self.temperature:g} and top-k = {self.top_k} must be 0 or above")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -64,6 +68,10 @@ class Prompt:
     ids: list[int]
     num_tokens: int
     sampling: Sampling = Sampling()
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 0:
+            raise ValueError(f"{self.num_tokens} tokens cannot be added to a prompt; ask for 0 or more")
 
 
 Ends = Callable[[list[int], list[int]], bool]
@@ -75,6 +83,8 @@ class RowModel:
     states between the tokens of a continuation, instead of computing the whole row anew for each."""
 
     def __init__(self, trained: TrainedModel, *, batch: int = 16, cache: bool = True) -> None:
+        if batch < 1:
+            raise ValueError(f"a batch has at least one row, got {batch}")
         self._trained = trained
         self._largest_batch, self._cache = batch, cache
         self._vocab_size, self._mesh = trained.checked.config.model.vocab_size, trained.mesh

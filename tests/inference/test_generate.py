@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.inference.generate import TextGenerator
-from megatron_fp4.inference.model import RowModel, Sampling
+from megatron_fp4.inference.model import Prompt, RowModel, Sampling
 from megatron_fp4.train.inputs import Inputs
 
 EOS = 7
@@ -85,3 +87,18 @@ def test_several_texts_end_where_each_ends() -> None:
 def test_a_run_without_a_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"no data\.tokenizer"):
         TextGenerator(trained(None), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "refusal"),
+    [
+        (lambda: Prompt([1], -1), "-1 tokens cannot be added"),
+        (lambda: Sampling(temperature=-0.5), "temperature = -0.5"),
+        (lambda: Sampling(temperature=math.nan), "temperature = nan"),
+        (lambda: Sampling(1.0, top_k=-1), "top-k = -1"),
+    ],
+)
+def test_choices_that_would_not_end_or_not_draw(make: Callable[[], object], refusal: str) -> None:
+    """-1 tokens were reached never, so a text without an end went on for ever."""
+    with pytest.raises(ValueError, match=refusal):
+        make()

@@ -10,6 +10,7 @@ Not here: what is written (interop/export).
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def export(checkpoint: Path, args: argparse.Namespace) -> None:
     """Write, and print what was written. Raises ValueError and OSError for what cannot be done."""
+    if not 0 < args.part_gb < math.inf:
+        raise ValueError(f"--part-gb must be above 0 and finite, got {args.part_gb:g}")
     options = ExportOptions(
         form=ExportFormat(args.format),
         dtype=DTYPES[args.dtype],

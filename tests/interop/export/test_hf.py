@@ -197,3 +197,9 @@ def test_a_scaled_rotary_embedding_in_both_dialects() -> None:
     assert values["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
     assert values["rope_theta"] == 5e5
     assert two_dialects({"model_type": "nemotron_h"}) == {"model_type": "nemotron_h"}
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_sizes_that_no_part_has(size: str, run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run.run_dir), "--to", str(tmp_path / "parts"), "--part-gb", size]) == 2
+    assert "--part-gb must be above 0" in capsys.readouterr().err
