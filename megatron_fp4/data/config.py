@@ -53,6 +53,18 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Questions whose choices the model ranks, a JSON object a line (data/tasks.py)."""
+
+    name: str = ""
+    """Unique name, under which the score is logged: task/NAME/acc and acc_norm."""
+    path: str = ""
+    """The .jsonl file."""
+    max_questions: Count = 0
+    """Questions of the file's beginning that are asked; 0 = all."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The data of a run, in which order it is read, and as what samples."""
 
@@ -72,6 +84,8 @@ class DataConfig:
     """End attention, positions and Mamba-2 states at document boundaries, which no label crosses then."""
     evaluation: list[EvaluationConfig] = field(default_factory=list)
     """Held-out sets, which train.eval_interval_steps evaluates; the first one scores checkpoints."""
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """Task files, whose questions are asked with every evaluation; needs data.tokenizer."""
     skip: list[list[int]] = field(default_factory=list)
     """Spans [first, end) of sample ids that are never delivered, such as [[120000, 120512]]."""
     index_cache: str = "auto"
@@ -84,9 +98,12 @@ class DataConfig:
         check_bounds(self, "data")
         _check_names("data.sources", [source.name for source in self.sources])
         _check_names("data.evaluation", [item.name for item in self.evaluation])
-        for name in ("sources", "phases", "evaluation"):
+        _check_names("data.tasks", [item.name for item in self.tasks])
+        for name in ("sources", "phases", "evaluation", "tasks"):
             for number, part in enumerate(getattr(self, name)):
                 check_bounds(part, f"data.{name}[{number}]")
+        if self.tasks and not self.tokenizer:
+            raise ValueError("data.tasks asks questions in words, but data.tokenizer is not set; set it")
         for number, phase in enumerate(self.phases[:-1]):
             if phase.tokens == 0:
                 raise ValueError(f"data.phases[{number}].tokens = 0: only the last phase may be open (0)")
@@ -99,7 +116,7 @@ class DataConfig:
 
 def config_from_dict(value: dict[str, Any]) -> DataConfig:
     """A DataConfig from nested dicts (YAML, JSON). ValueError names a key that does not exist and those that do."""
-    lists = {"sources": SourceConfig, "phases": PhaseConfig, "evaluation": EvaluationConfig}
+    lists = {"sources": SourceConfig, "phases": PhaseConfig, "evaluation": EvaluationConfig, "tasks": TaskConfig}
     _check_keys(DataConfig, value)
     built = {name: [_build(kind, item) for item in value.get(name, [])] for name, kind in lists.items()}
     return DataConfig(**{**value, **built})

@@ -13,8 +13,9 @@ from megatron_fp4.proofs.choice import check_choice, slow_path_notes
 from megatron_fp4.proofs.gemms import check_gemms
 from megatron_fp4.proofs.machine import check_disk, check_index, check_links, check_memory
 from megatron_fp4.proofs.shards import check_model, distinct_linears, typical_ranks
-from megatron_fp4.train.checked import CheckedConfig, check_config, open_data
+from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.opened import open_data
 from megatron_fp4.train.refusals.requirements import check_kernels
 
 

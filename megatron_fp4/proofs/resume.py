@@ -23,7 +23,7 @@ from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.proofs.distance import assemble
 from megatron_fp4.proofs.layouts import Layout
 from megatron_fp4.proofs.parity import Case, copies, synthetic_inputs
-from megatron_fp4.train.evaluate import evaluating
+from megatron_fp4.train.evaluation.heldout import evaluating
 from megatron_fp4.train.trainable import build_trainable
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")

@@ -10,18 +10,15 @@ from typing import Any
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.agree import agreed
 from megatron_fp4.comm.bootstrap import Process, connect_mesh
-from megatron_fp4.comm.rendezvous import RankFailed
-from megatron_fp4.train.checked import CheckedConfig, OpenedData, open_data
+from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
+from megatron_fp4.train.opened import OpenedData, build_indices, examiner, open_data
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.resume.differences import changes_on_resume
 from megatron_fp4.train.resume.origin import begin_from, choose_checkpoint
 from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.telemetry.probes import probed_backend
 from megatron_fp4.train.trainable import build_trainable
-
-INDEX_SECONDS = 3600.0
-"""The first start may build the indices of billions of documents; benchmarks/data.py: about ten million a second."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,10 @@ class Start:
 
 
 def build(
-    checked: CheckedConfig, process: Process, phases: Phases | None = None, opened: OpenedData | None = None
+    checked: CheckedConfig,
+    process: Process,
+    phases: Phases | None = None,
+    opened: OpenedData | None = None,
 ) -> tuple[Run, Start]:
     """Make the run on this rank. Collective: every rank calls it. phases: the process's, where a watchdog has them.
     opened: the data of this configuration, where they are open already.
@@ -65,7 +65,7 @@ def build(
     chosen = choose_checkpoint(config.train.resume, store)
     phases.enter("build")
     start = _find_start(checked, chosen.meta if chosen else None, process)
-    loader, evaluations = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world)
+    data = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world)
     backend, probes = probed_backend(config)
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
@@ -75,12 +75,10 @@ def build(
         loaded = store.load_or_earlier(chosen, optimizer.state_shards())
         if loaded is not chosen:
             start = _find_start(checked, loaded.meta, process)
-            loader, evaluations = agreed(
-                partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world
-            )
+            data = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world)
         optimizer.after_load(loaded.meta["optimizer_steps"])
     phases.enter("index")
-    _build_indices((loader, evaluations), start.position.samples, process)
+    build_indices(data, start.position.samples, process)
     phases.enter("build")
     run = Run(
         config=config,
@@ -91,28 +89,14 @@ def build(
         engine=trainable.engine,
         optimizer=optimizer,
         store=store,
-        loader=loader,
-        evaluations=evaluations,
+        loader=data.loader,
+        examiner=examiner(checked, trainable.engine, data, mesh, process.device),
         probes=probes,
         phases=phases,
         rendezvous=process.rendezvous,
         origin=origin,
     )
     return run, start
-
-
-def _build_indices(data: OpenedData, samples: int, process: Process) -> None:
-    """Collective, and not over the device: no collective is so patient. Raises ValueError on all ranks for what any
-    node refuses or has no room for; who is done hears it at once."""
-    loader, evaluations = data
-    try:
-        with process.rendezvous.together("its indices", INDEX_SECONDS):
-            loader.build_indices(samples)
-            for evaluation in evaluations:
-                evaluation.build_index()
-    except RankFailed as error:
-        process.rendezvous.leave()
-        raise ValueError(str(error)) from error
 
 
 def _find_start(checked: CheckedConfig, meta: dict[str, Any] | None, process: Process) -> Start:

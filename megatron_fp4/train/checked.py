@@ -8,12 +8,8 @@ Not here: what depends on this rank's machine (refusals/requirements.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from megatron_fp4.data.evaluation import EvalLoader, build_eval_loader
-from megatron_fp4.data.loader import Loader, build_loader
 from megatron_fp4.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.layout import check_model_layout
@@ -94,43 +90,3 @@ def _notes(config: RunConfig, plan: PrecisionPlan) -> list[str]:
     if config.train.statistics_interval_steps and not any(table.num_quantized_gemms for _, table in plan.phases):
         notes.append("no effect of train.statistics_interval_steps: no GEMM of this run is quantized")
     return notes
-
-
-OpenedData = tuple[Loader, list[EvalLoader]]
-"""The training loader and those of the held-out sets."""
-
-
-def open_data(
-    checked: CheckedConfig,
-    dp_rank: int,
-    state: dict[str, Any] | None = None,
-    skip: Sequence[list[int]] = (),
-    opened: OpenedData | None = None,
-) -> OpenedData:
-    """The training and evaluation loaders of one data-parallel rank.
-
-    state: what a checkpoint holds of the training loader. skip: sample ranges that are not read, beside those of the
-    configuration. opened: loaders of another rank, whose files are used and not opened again: on a file system that
-    thousands of ranks share, opening files is what a start waits for. Raises ValueError or FileNotFoundError.
-    """
-    config, tokenizer = checked.config, checked.tokenizer
-    fingerprint = tokenizer.fingerprint if tokenizer else None
-    vocab_size = config.model.vocab_size
-    share: dict[str, Any] = {"micro_batch": config.train.micro_batch, "dp_rank": dp_rank, "dp_size": checked.dp}
-    loader = build_loader(
-        replace(config.data, skip=[*config.data.skip, *skip]),
-        global_batch=config.train.global_batch,
-        total_samples=config.run_samples,
-        vocab_size=vocab_size,
-        tokenizer_fingerprint=fingerprint,
-        state=state,
-        streams=opened[0].streams if opened else None,
-        **share,
-    )
-    if opened:
-        return loader, [evaluation.of_rank(dp_rank) for evaluation in opened[1]]
-    evaluations = [
-        build_eval_loader(config.data, item.name, vocab_size=vocab_size, tokenizer_fingerprint=fingerprint, **share)
-        for item in config.data.evaluation
-    ]
-    return loader, evaluations

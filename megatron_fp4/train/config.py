@@ -76,10 +76,14 @@ class RunConfig:
 
     def check_evaluations(self) -> None:
         """Raises ValueError for evaluations of nothing, and if checkpoints are to be kept by a score that none has."""
-        if self.train.eval_interval_steps and not self.data.evaluation:
+        if self.data.tasks and not self.train.eval_interval_steps:
+            raise ValueError(
+                "data.tasks would have no effect: train.eval_interval_steps = 0; set it, or leave the tasks out"
+            )
+        if self.train.eval_interval_steps and not self.data.evaluation and not self.data.tasks:
             raise ValueError(
                 f"train.eval_interval_steps = {self.train.eval_interval_steps} would have no effect: data.evaluation"
-                " names no held-out set; add one, or set train.eval_interval_steps=0"
+                " names no held-out set, and data.tasks no file; add one, or set train.eval_interval_steps=0"
             )
         if self.checkpoint.keep_best and not (self.data.evaluation and self.train.eval_interval_steps):
             raise ValueError(

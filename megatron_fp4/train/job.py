@@ -37,12 +37,13 @@ from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked, RunUnwr
 from megatron_fp4.train.arrival.agreement import Part, agree_on, parts_of_run, parts_of_start
 from megatron_fp4.train.arrival.backend import PATIENCE_SECONDS, settle_backend
 from megatron_fp4.train.arrival.refusals import SETTINGS, GivenSettings, give_up, refuse, refuse_start, refuse_together
-from megatron_fp4.train.build import INDEX_SECONDS, Start, build
-from megatron_fp4.train.checked import CheckedConfig, OpenedData, check_config, open_data
+from megatron_fp4.train.build import Start, build
+from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.guard import SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_FAILED, StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
+from megatron_fp4.train.opened import INDEX_SECONDS, OpenedData, open_data
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.refusals.requirements import check_machine
 from megatron_fp4.train.resume.same_model import check_origin
@@ -74,7 +75,7 @@ def run_rank(settings: GivenSettings, launch: Launch) -> int:
             phases.enter("index")
             device = choose_device(settings.config.train.device, launch.local_rank)
             data = open_data(checked, dp_rank=0)
-            parts |= parts_of_run(checked, *data, device.type)
+            parts |= parts_of_run(checked, data, device.type)
             check_machine(checked.config, device)
             check_origin(checked.config)
         except (ValueError, FileNotFoundError) as error:
@@ -137,9 +138,11 @@ def _meet_and_train(
 
 def _look_at_data(prepared: _Prepared, rendezvous: Rendezvous) -> None:
     """Compare held-out text and tokenizer with the data, on rank 0, which warns. Raises ValueError on all ranks."""
+    loader, evaluations, _ = prepared.data
 
     def look(_: Sequence[str]) -> str:
-        for line in [*check_heldout(*prepared.data), *check_unnamed(*prepared.data, prepared.checked.tokenizer)]:
+        unnamed = check_unnamed(loader, evaluations, prepared.checked.tokenizer)
+        for line in [*check_heldout(loader, evaluations), *unnamed]:
             log.warning(line)
         return ""
 

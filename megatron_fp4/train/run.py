@@ -16,7 +16,6 @@ import torch
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.rendezvous import Rendezvous
-from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.loader import Loader
 from megatron_fp4.optim import StepReport, Zero1AdamW
 from megatron_fp4.precision.clock import StepClock
@@ -24,6 +23,7 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.probes import Probes
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine
+from megatron_fp4.train.evaluation.sets import Examiner
 from megatron_fp4.train.phases import Phases
 
 
@@ -100,7 +100,7 @@ class Run:
     optimizer: Zero1AdamW
     store: CheckpointStore
     loader: Loader
-    evaluations: list[EvalLoader]
+    examiner: Examiner
     probes: Probes
     phases: Phases
     origin: dict[str, Any] | None = None

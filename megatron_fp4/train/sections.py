@@ -111,7 +111,7 @@ class TrainConfig:
     log_interval_steps: Count = 10
     """A line on the console, and the norm of the parameters, every so many steps; metrics.jsonl has every step."""
     eval_interval_steps: Count = 0
-    """Evaluate the sets of data.evaluation every so many steps, and after the last one; 0 = never."""
+    """Evaluate the sets of data.evaluation and data.tasks every so many steps, and after the last one; 0 = never."""
     save_interval_steps: Count = 0
     """Save a checkpoint every so many steps; 0 = only at the end."""
     statistics_interval_steps: Count = 0

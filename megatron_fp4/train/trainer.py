@@ -18,10 +18,11 @@ from typing import Any
 
 from megatron_fp4.data.prefetch import Prefetched, Prefetcher
 from megatron_fp4.data.ramp import steps_from
-from megatron_fp4.train.build import INDEX_SECONDS, Start
-from megatron_fp4.train.evaluate import EvaluationStopped, evaluate
+from megatron_fp4.train.build import Start
+from megatron_fp4.train.evaluation.sets import EvaluationStopped
 from megatron_fp4.train.faults.guard import RollBack, SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
+from megatron_fp4.train.opened import INDEX_SECONDS
 from megatron_fp4.train.resume.saving import Saves, meta_of
 from megatron_fp4.train.run import Position, Run, TrainingDiverged
 from megatron_fp4.train.step import train_step
@@ -182,14 +183,13 @@ class Attempt:
         run, step = self.run, self.position.step
         run.phases.enter("evaluate")
         table = run.plan.evaluation_table(self._log.precision_phase)
-        for loader in run.evaluations:
-            began = time.perf_counter()
-            loss = evaluate(run.engine, loader, table, run.mesh, run.device, run.phases.beat, stop)
+        began = time.perf_counter()
+        for finding in run.examiner.examine(table, run.phases.beat, stop):
             if self._score is None:
-                self._score = loss
-            self.outputs.metrics.write(step, {f"eval/{loader.name}/loss": loss})
-            seconds = time.perf_counter() - began
-            self.outputs.console.say(f"step {step}: {loader.name} loss {loss:.4f} ({seconds:.1f} s)")
+                self._score = finding.loss
+            self.outputs.metrics.write(step, finding.metrics)
+            self.outputs.console.say(f"step {step}: {finding.text} ({time.perf_counter() - began:.1f} s)")
+            began = time.perf_counter()
 
     def _meta(self) -> dict[str, Any]:
         """All that a resume needs beside the tensors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_fp4.cli.trained import evaluate as command
+from megatron_fp4.train.evaluation import sets
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import make_trainer
@@ -27,13 +28,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the command computed, all digits."""
-    right, computed = command.evaluate, []
+    right, computed = sets.evaluate, []
 
     def evaluate(*arguments: object) -> float:
         computed.append(right(*arguments))  # type: ignore[arg-type]
         return computed[-1]
 
-    monkeypatch.setattr(command, "evaluate", evaluate)
+    monkeypatch.setattr(sets, "evaluate", evaluate)
     return computed
 
 

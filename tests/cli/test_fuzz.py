@@ -15,8 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
 from megatron_fp4.cli.schema import build, twin
 from megatron_fp4.settings import Section, Setting, sections
-from megatron_fp4.train.checked import check_config, open_data
+from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.opened import open_data
+from tests.helpers.letters import make_tokenizer
 from tests.helpers.tiny_run import tiny_run
 
 PLACES = [(section, setting) for section in sections(RunConfig) for setting in section.settings]
@@ -27,10 +29,15 @@ WRONG = [math.nan, math.inf, -1, 0, -0.5, 1e30, 2**70, "x", "", "[", "\0", [], {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A configuration with one element in every list, whose data can be opened."""
-    run = tiny_run(tmp_path_factory.mktemp("fuzz"))
+    folder = tmp_path_factory.mktemp("fuzz")
+    run = tiny_run(folder)
+    (folder / "quiz.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 1}\n')
     paths = next(item for item in run.overrides if item.startswith("data.sources")).split("'")[1]
     lists = [
         f"data.evaluation=[{{name: held, paths: ['{paths}'], may_overlap: true}}]",
+        f"data.tokenizer='{make_tokenizer(folder)}'",
+        f"data.tasks=[{{name: quiz, path: '{folder}/quiz.jsonl'}}]",
+        "train.eval_interval_steps=1",
         "data.phases=[{name: all}]",
         "precision.rules=[{match: '*.mlp.up', use: bf16}]",
         "precision.switch=[{at_fraction: 0.5, use: bf16}]",

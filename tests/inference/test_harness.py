@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megatron_fp4.cli import checkpoint
@@ -27,6 +25,7 @@ from megatron_fp4.inference.harness import HarnessModel
 from megatron_fp4.inference.lead import Led
 from megatron_fp4.inference.model import RowModel
 from megatron_fp4.train.open import open_trained
+from tests.helpers.letters import make_tokenizer
 from tests.helpers.tiny_run import tiny_run
 from tests.train.in_process import make_trainer
 
@@ -64,17 +63,6 @@ metric_list: [{metric: exact_match}]
 """
 TASKS = "which_word,running_text,what_follows"
 """Written to files of their own; the same questions serve all three."""
-
-
-def make_tokenizer(folder: Path) -> Path:
-    """Letters and spaces, one token each, and the token that ends documents."""
-    vocabulary = {"<unk>": 0, "</s>": 1} | {letter: 2 + number for number, letter in enumerate(ascii_lowercase + " ")}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["<unk>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,10 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rendezvous import Rendezvous
 from megatron_fp4.data import loader as loader_module
 from megatron_fp4.data.order import samples
-from megatron_fp4.train.build import _build_indices, build
+from megatron_fp4.train.build import build
 from megatron_fp4.train.checked import check_config
+from megatron_fp4.train.opened import OpenedData
+from megatron_fp4.train.opened import build_indices as build_data_indices
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.run import Position
 from megatron_fp4.train.trainer import Attempt
@@ -49,7 +51,7 @@ def test_indices_are_built_in_the_phase_index(tmp_path: Path, monkeypatch: pytes
     trained, _ = build(check_config(to_run_config(compose_config(run.overrides)), 1), process, phases)
     assert seen == ["index"] * 3, "one for each of toy, late and held"
     trained.loader.batch(0, 4)
-    next(iter(trained.evaluations[0]))
+    next(iter(trained.examiner.evaluations[0]))
     assert len(seen) == 3, "a step or an evaluation had to build one"
 
 
@@ -69,7 +71,7 @@ def test_whatever_fails_in_an_index_is_one_sentence_of_all_ranks(error: Exceptio
 
     loader: Any = SimpleNamespace(build_indices=build_indices)
     with pytest.raises(ValueError, match="^" + re.escape(sentence) + "$"):
-        _build_indices((loader, []), 0, process)
+        build_data_indices(OpenedData(loader, [], []), 0, process)
 
 
 class CountingRendezvous(Rendezvous):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fp4.train.evaluate import evaluate
+from megatron_fp4.train.evaluation.heldout import evaluate
 from megatron_fp4.train.message import TokensDifferError
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.distributed import run_distributed
@@ -45,13 +45,13 @@ def test_two_evaluations_of_frozen_weights_are_bit_equal(tmp_path: Path) -> None
     trainer.fit()
     (logged,) = [record for record in read_metrics(run.run_dir) if "eval/a/loss" in record]
     inner, table = trainer.run, trainer.run.plan.evaluation_table()
-    for loader in inner.evaluations:
+    for loader in inner.examiner.evaluations:
         inner.loader.batch(40, 4)
         loss = evaluate(inner.engine, loader, table, inner.mesh, inner.device)
         if loader.name == "a":
             assert loss == logged["eval/a/loss"]
         assert loss == evaluate(inner.engine, loader, table, inner.mesh, inner.device)
-    assert [loader.name for loader in inner.evaluations] == ["a", "b"]
+    assert [loader.name for loader in inner.examiner.evaluations] == ["a", "b"]
 
 
 def test_the_time_waited_for_data_is_logged(tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from megatron_fp4.cli.trained.opening import with_trained
 from megatron_fp4.inference.precisions import table_of
-from megatron_fp4.train.checked import open_data
-from megatron_fp4.train.evaluate import evaluate
 from megatron_fp4.train.open import TrainedModel
+from megatron_fp4.train.opened import examiner, open_data
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,16 +30,14 @@ def main(arguments: Sequence[str]) -> int:
 
     def use(trained: TrainedModel) -> None:
         mesh = trained.mesh
-        _, loaders = open_data(trained.checked, dp_rank=mesh.dp.rank)
-        if not loaders:
-            raise ValueError("the run has no held-out set (data.evaluation)")
+        data = open_data(trained.checked, dp_rank=mesh.dp.rank)
+        if not data.evaluations and not data.tasks:
+            raise ValueError("the run has no held-out set (data.evaluation) and no task file (data.tasks)")
         tables = {name: table_of(trained, name) for name in args.precision or ["bf16", "same"]}
+        examined = examiner(trained.checked, trained.engine, data, mesh, trained.device)
         for precision, table in tables.items():
-            for loader in loaders:
-                loss = evaluate(trained.engine, loader, table, mesh, trained.device)
+            for finding in examined.examine(table):
                 if mesh.is_main:
-                    print(
-                        f"{args.run.resolve().name}: {loader.name} loss {loss:.4f} computed in {precision}", flush=True
-                    )
+                    print(f"{args.run.resolve().name}: {finding.text} computed in {precision}", flush=True)
 
     return with_trained(args.run, args.step, use)

@@ -42,7 +42,7 @@ def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phase
         optimizer=trainable.optimizer,
         store=nothing,
         loader=nothing,
-        evaluations=[],
+        examiner=nothing,
         probes=probes,
         phases=phases,
     )

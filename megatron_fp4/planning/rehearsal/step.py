@@ -16,7 +16,7 @@ from megatron_fp4.planning.rehearsal.on_cuda import on_cuda
 from megatron_fp4.planning.rehearsal.watch import Watch
 from megatron_fp4.planning.rehearsal.world import fake_world
 from megatron_fp4.train.checked import CheckedConfig
-from megatron_fp4.train.evaluate import evaluate
+from megatron_fp4.train.evaluation.heldout import evaluate
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.step import train_step

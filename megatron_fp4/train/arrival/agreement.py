@@ -20,16 +20,15 @@ from typing import Any
 from megatron_fp4.comm.agree import number_ranges
 from megatron_fp4.comm.launch import environment
 from megatron_fp4.comm.rendezvous import Rendezvous
-from megatron_fp4.data.evaluation import EvalLoader
-from megatron_fp4.data.loader import Loader
 from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.opened import OpenedData
 from megatron_fp4.train.resume.differences import around_first_difference
 from megatron_fp4.train.resume.provenance import git_state, source_digest, versions
 
 Part = dict[str, str]
 """Name -> value, as text; what is compared as one."""
 
-PER_NODE = re.compile(r"data\.(index_cache|tokenizer|(sources|evaluation)\[\d+\]\.paths.*)")
+PER_NODE = re.compile(r"data\.(index_cache|tokenizer|(sources|evaluation)\[\d+\]\.paths.*|tasks\[\d+\]\.path)")
 NUMERIC_VARIABLES = ("NVTE_", "NVIDIA_TF32_OVERRIDE", "CUBLAS", "TORCH_ALLOW_TF32")
 """Prefixes of variables that change what libraries compute."""
 REMEDY = "start every rank with the same command, checkout, environment and data"
@@ -52,14 +51,14 @@ def parts_of_start(written: Mapping[str, Any]) -> dict[str, Part]:
     }
 
 
-def parts_of_run(
-    checked: CheckedConfig, loader: Loader, evaluations: Sequence[EvalLoader], device_type: str
-) -> dict[str, Part]:
+def parts_of_run(checked: CheckedConfig, data: OpenedData, device_type: str) -> dict[str, Part]:
     """What a rank makes of the settings: precision table, tokenizer, data by content, and device."""
-    documents = [stream.documents for stream in loader.streams.values()] + [item.documents for item in evaluations]
+    documents = [stream.documents for stream in data.loader.streams.values()]
+    documents += [item.documents for item in data.evaluations]
     return {
         "precision table": dict.fromkeys(checked.plan.describe().splitlines(), ""),
         "data": {item.name: f"{item.fingerprint} ({item.num_tokens} tokens)" for item in documents},
+        "tasks": {task.name: task.fingerprint for task in data.tasks},
         "tokenizer": {"fingerprint": checked.tokenizer.fingerprint if checked.tokenizer else "none"},
         "device": {"device": device_type},
     }

@@ -71,6 +71,7 @@ RULES = (
     ResumeRule("data.seq_length", Policy.refuse, "samples are cut by it: the order would be another one"),
     ResumeRule("data.seed", Policy.refuse, "the sample order would be another one"),
     ResumeRule("data.evaluation*", Policy.note, "other held-out sets: curves are not comparable"),
+    ResumeRule("data.tasks*", Policy.note, "other questions: scores are not comparable"),
     ResumeRule("data.*", Policy.ask, "data: the sample order would not go on"),
     ResumeRule("*seed", Policy.ask, "randomness would not go on"),
     ResumeRule("precision.*", Policy.note, "precision may change: tensors are stored without it"),

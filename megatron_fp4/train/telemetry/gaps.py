@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_fp4.train.telemetry.series import Curve, RunSeries
 
-NOT_DATA = ("tokenizer", "evaluation", "prefetch_batches", "index_cache")
+NOT_DATA = ("tokenizer", "evaluation", "tasks", "prefetch_batches", "index_cache")
 """Settings of `data` that do not say which text is trained on."""
 
 

@@ -35,7 +35,7 @@ class StepLog:
         if run.mesh.is_main:
             folder, step = run.config.train.run_dir, position.step + 1
             self._ledger = LedgerWriter(
-                folder, run.loader, step=step, first_sample=position.samples, evaluations=run.evaluations
+                folder, run.loader, step=step, first_sample=position.samples, evaluations=run.examiner.evaluations
             )
 
     def begin(self, position: Position) -> None:

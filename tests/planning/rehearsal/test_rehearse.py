@@ -76,8 +76,12 @@ def test_a_step_copies_its_batch_and_reads_its_message() -> None:
 
             evaluation = rank["evaluation"]
             assert files(evaluation["copies_in"]) == {"train/inputs.py": 5}, "each batch is a copy by itself"
-            assert files(evaluation["read_backs"]) == {"train/evaluate.py": 1}, "the sums, and none in between"
-            assert files(evaluation["copies_out"]) == {"train/evaluate.py": 2}, "a vote on the way every 4 batches"
+            assert files(evaluation["read_backs"]) == {"train/evaluation/heldout.py": 1}, (
+                "the sums, and none in between"
+            )
+            assert files(evaluation["copies_out"]) == {"train/evaluation/heldout.py": 2}, (
+                "a vote on the way every 4 batches"
+            )
 
             first, later = rank["first_save"], rank["later_save"]
             assert files(first["read_backs"]) == {"checkpoint/write.py": 1}, "the host waits once for all copies"

@@ -15,7 +15,8 @@ from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.rendezvous import Rendezvous
 from megatron_fp4.train.arrival import agreement
 from megatron_fp4.train.arrival.agreement import Part, agree_on, parts_of_run, parts_of_start
-from megatron_fp4.train.checked import check_config, open_data
+from megatron_fp4.train.checked import check_config
+from megatron_fp4.train.opened import open_data
 from tests.helpers.tiny_run import tiny_run, write_toy_shard
 
 
@@ -43,7 +44,7 @@ def parts_with(folder: Path, *overrides: str) -> dict[str, Part]:
     """What one of two ranks has."""
     tree = compose_config([*tiny_run(folder).overrides, *overrides])
     checked = check_config(to_run_config(tree), 2)
-    return parts_of_start(as_written(tree)) | parts_of_run(checked, *open_data(checked, 0), "cpu")
+    return parts_of_start(as_written(tree)) | parts_of_run(checked, open_data(checked, 0), "cpu")
 
 
 def refused(parts: Sequence[dict[str, Part]], refusals: Sequence[str | None] = ()) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_fp4.checkpoint.directory import complete_steps
-from megatron_fp4.train import evaluate as evaluate_module
+from megatron_fp4.train.evaluation import heldout as evaluate_module
 from megatron_fp4.train.faults import signals
 from megatron_fp4.train.faults.signals import EXIT_INTERRUPTED, EXIT_REQUEUE, StopRequest
 from megatron_fp4.train.telemetry.metrics import read_metrics

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_fp4.data.shards.shard import TokenShard
-from megatron_fp4.train import evaluate as evaluate_module
-from megatron_fp4.train.evaluate import EvaluationStopped, evaluate
+from megatron_fp4.train.evaluation import heldout as evaluate_module
+from megatron_fp4.train.evaluation.heldout import EvaluationStopped, evaluate
 from tests.helpers.tiny_run import VOCABULARY, tiny_run
 from tests.train.in_process import TrainerInProcess, make_trainer
 
@@ -27,7 +27,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> TrainerInProcess:
 
 def measured(trainer: TrainerInProcess) -> float:
     run = trainer.run
-    return evaluate(run.engine, run.evaluations[0], run.plan.evaluation_table(), run.mesh, run.device)
+    return evaluate(run.engine, run.examiner.evaluations[0], run.plan.evaluation_table(), run.mesh, run.device)
 
 
 @torch.no_grad()
@@ -73,7 +73,10 @@ def test_a_stop_is_voted_on_every_few_batches(trainer: TrainerInProcess, monkeyp
         asked.append(batches)
         return answer
 
-    answer, arguments = False, (run.engine, run.evaluations[0], run.plan.evaluation_table(), run.mesh, run.device)
+    answer, arguments = (
+        False,
+        (run.engine, run.examiner.evaluations[0], run.plan.evaluation_table(), run.mesh, run.device),
+    )
     evaluate(*arguments, beat, stop)
     assert (batches, asked) == (5, [0, 2, 4])
     answer = True

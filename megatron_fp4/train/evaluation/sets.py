@@ -1,0 +1,62 @@
+"""Everything that one evaluation measures: the loss on each held-out set, then the questions of each task file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.data.evaluation import EvalLoader
+from megatron_fp4.data.tasks import TaskSet
+from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.train.engine import Engine
+from megatron_fp4.train.evaluation.heldout import EvaluationStopped, evaluate
+from megatron_fp4.train.evaluation.tasks import answer_tasks
+
+__all__ = ["EvaluationStopped", "Examiner", "Finding"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured on one set. metrics: as a run logs them. loss: of a held-out set, None of a task file."""
+
+    text: str
+    metrics: dict[str, float]
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """An engine and what it is examined by, on the ranks of a mesh. micro_batch: rows of a task at once."""
+
+    engine: Engine
+    evaluations: Sequence[EvalLoader]
+    tasks: Sequence[TaskSet]
+    mesh: ParallelMesh
+    device: torch.device
+    micro_batch: int
+    vocab_size: int
+
+    def examine(
+        self, table: PrecisionTable, beat: Callable[[], None] = lambda: None, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Finding]:
+        """One set after the other, computed by this table. beat, stop, and what it raises: as `heldout.evaluate`."""
+        for loader in self.evaluations:
+            loss = evaluate(self.engine, loader, table, self.mesh, self.device, beat, stop)
+            yield Finding(f"{loader.name} loss {loss:.4f}", {f"eval/{loader.name}/loss": loss}, loss)
+        for tasks in self.tasks:
+            score = answer_tasks(
+                self.engine,
+                tasks,
+                table,
+                self.mesh,
+                self.device,
+                micro_batch=self.micro_batch,
+                vocab_size=self.vocab_size,
+                beat=beat,
+                stop=stop,
+            )
+            metrics = {f"task/{tasks.name}/acc": score.accuracy, f"task/{tasks.name}/acc_norm": score.normalized}
+            yield Finding(f"{tasks.name} {score}", metrics)
