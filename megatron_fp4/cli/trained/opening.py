@@ -1,7 +1,7 @@
 """A trained run, opened on the ranks that the launcher has started, for the commands that look at one.
 
-    megatron-fp4 evaluate RUN                                        one process, on the run's device
-    torchrun --nproc-per-node 4 -m megatron_fp4 evaluate RUN         the run's tp * pp ranks, copies on what is left
+megatron-fp4 evaluate RUN                                        one process, on the run's device
+torchrun --nproc-per-node 4 -m megatron_fp4 evaluate RUN         the run's tp * pp ranks, copies on what is left
 """
 
 from __future__ import annotations

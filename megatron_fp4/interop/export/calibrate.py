@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.precision.operand import Format
-from megatron_fp4.train.checked import open_data
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.inputs import make_inputs
 from megatron_fp4.train.open import TrainedModel, open_trained
+from megatron_fp4.train.opened import open_data
 
 
 def input_amax(config: RunConfig, step: int, max_tokens: int) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def input_amax(config: RunConfig, step: int, max_tokens: int) -> dict[str, Tenso
     set. Raises ValueError or FileNotFoundError where run, data or set are not there.
     """
     trained = open_trained(config, step)
-    _, loaders = open_data(trained.checked, dp_rank=0)
+    loaders = open_data(trained.checked, dp_rank=0).evaluations
     if not loaders:
         raise ValueError("the run has no held-out set (data.evaluation) to measure activations on")
     largest = _watched(trained)

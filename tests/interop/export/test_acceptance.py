@@ -1,5 +1,6 @@
-"""A stranger's model comes in, trains in NVFP4 on two ranks, and leaves in three formats: the same logits and texts.
+"""A stranger's model comes in, trains in NVFP4 on two ranks, and leaves in three formats, which all say the same.
 
+Logits, texts, held-out losses and what lm-eval finds are compared.
 The model is random. All of it computes in FP32 with sums that no order shows, so that what differs is what was written.
 """
 
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +21,10 @@ from megatron_fp4.cli.checkpoint import main
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.cli.trained import evaluate, generate
 from megatron_fp4.data.shards.shard import TokenShard
+from megatron_fp4.inference.generate import TextGenerator
+from megatron_fp4.inference.harness import HarnessModel
+from megatron_fp4.inference.lead import Led
+from megatron_fp4.inference.model import RowModel
 from megatron_fp4.inference.precisions import table_of
 from megatron_fp4.train.open import open_trained
 from tests.interop.export.conftest import llama_run
@@ -100,6 +107,40 @@ def test_in_trained_and_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     rounded = (logits_of(models["compressed-tensors"]) - ours["exported"]).abs().max()
     assert rounded < 0.02 * spread, "its decompressor rounds weights to BF16, and nothing else"
     _compare_commands(run.run_dir, transformers, models, tmp_path, capsys)
+    _compare_judgements(run.run_dir, transformers, models, tmp_path)
+
+
+def _compare_judgements(run_dir: Path, transformers: Any, models: dict[str, Any], folder: Path) -> None:
+    """lm-eval finds of each export, through its own model of transformers, what it finds of the run."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    ours = {precision: judged_model(run_dir, precision) for precision in ("bf16", "exported")}
+    for name, precision, error in (
+        ("hf", "bf16", 1e-5), ("modelopt", "exported", 1e-5), ("compressed-tensors", "exported", 0.02),
+    ):  # fmt: skip
+        settings = {"add_bos_token": False, "batch_size": 2, "max_length": 32}
+        theirs = HFLM(
+            pretrained=models[name], tokenizer=tokenizer, prefix_token_id=ours[precision].prefix_token_id, **settings
+        )
+        pairs = [asked("loglikelihood", "def add(", "a, b):"), asked("loglikelihood", "", "import os")]
+        texts = [asked("loglikelihood_rolling", "for name in names:\n    print(name)\n" * 2)]
+        own, wanted = ours[precision].loglikelihood(pairs), theirs.loglikelihood(pairs, disable_tqdm=True)
+        assert [value for value, _ in own] == pytest.approx([value for value, _ in wanted], rel=error)
+        assert [greedy for _, greedy in own] == [greedy for _, greedy in wanted]
+        own_rolling = ours[precision].loglikelihood_rolling(texts)
+        assert own_rolling == pytest.approx(theirs.loglikelihood_rolling(texts, disable_tqdm=True), rel=error)
+
+
+def asked(kind: str, *arguments: str) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def judged_model(run_dir: Path, precision: str) -> HarnessModel:
+    trained = open_trained(load_run_config(run_dir), documents_apart=True)
+    rows = RowModel(trained)
+    rows.compute_in(table_of(trained, precision))
+    generator = TextGenerator(trained, rows)
+    led = Led({"score": rows.score, "complete": generator.complete}, trained.mesh.world)
+    return HarnessModel(led, generator.tokenizer, 32)
 
 
 def _compare_commands(
