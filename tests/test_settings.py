@@ -152,6 +152,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
         "data.sources[]": {"name": "a"},
         "data.evaluation[]": {"name": "a"},
         "data.phases[]": {"name": "a"},
+        "data.tasks[]": {"name": "a"},
     }
     section, _, name = key.rpartition(".")
     needed = {"format": Format.nvfp4, "rounding": Rounding.sr} if section.startswith("precision.recipes") else {}

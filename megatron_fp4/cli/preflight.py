@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        results = run_checks(config, launch, process, _planned_bytes)
+        results = run_checks(config, process, _planned_bytes)
         failed = _failed_on_any(results, process.world)
     finally:
         stop_process(process)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.launch import Launch
 from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.table import summary
 from megatron_fp4.proofs.checks import CheckResult, attempt
@@ -20,12 +19,13 @@ from megatron_fp4.train.refusals.requirements import check_kernels
 
 
 def run_checks(
-    config: RunConfig, launch: Launch, process: Process, planned_bytes: Callable[[RunConfig, int], float]
+    config: RunConfig, process: Process, planned_bytes: Callable[[RunConfig, int], float]
 ) -> list[CheckResult]:
     """All checks of this rank. What later ones need and an earlier one refused is left out.
 
     planned_bytes: (configuration, world size) -> the planner's bytes for the fullest rank. Collective over the world.
     """
+    launch = process.launch
     alone = launch.world_size == 1  # then it stands for every rank of the layout whose shard differs
     world_size = config.parallel.smallest_world if alone else launch.world_size
     results: list[CheckResult] = []

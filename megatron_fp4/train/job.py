@@ -43,8 +43,8 @@ from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.guard import SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_FAILED, StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
-from megatron_fp4.train.opened import INDEX_SECONDS, OpenedData, open_data
-from megatron_fp4.train.phases import Phases
+from megatron_fp4.train.opened import OpenedData, open_data
+from megatron_fp4.train.phases import INDEX_SECONDS, Phases
 from megatron_fp4.train.refusals.requirements import check_machine
 from megatron_fp4.train.resume.same_model import check_origin
 from megatron_fp4.train.run import Run, TrainingDiverged

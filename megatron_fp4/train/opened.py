@@ -17,9 +17,7 @@ from megatron_fp4.data.tasks import TaskSet, read_tasks
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.evaluation.sets import Examiner
-
-INDEX_SECONDS = 3600.0
-"""The first start may build the indices of billions of documents; benchmarks/data.py: about ten million a second."""
+from megatron_fp4.train.phases import INDEX_SECONDS
 
 
 class OpenedData(NamedTuple):

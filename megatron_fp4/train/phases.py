@@ -17,6 +17,9 @@ STEP_PHASES = ("data", "assign", "forward_backward", "reduce", "agree", "update"
 """In order. What lies between two steps (logging, evaluation, a save), before the first and after the last is entered
 under other names."""
 
+INDEX_SECONDS = 3600.0
+"""The first start may build the indices of billions of documents; benchmarks/data.py: about ten million a second."""
+
 
 class CurrentPhase(NamedTuple):
     """Where a rank is. step: the one that is being made, from 1. since: time.monotonic() when the phase began."""

@@ -8,6 +8,7 @@ Not here: what is told of a run (telemetry/), what a launch starts from (build.p
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_fp4.precision.probes import Probes
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.evaluation.sets import Examiner
-from megatron_fp4.train.phases import Phases
+from megatron_fp4.train.phases import INDEX_SECONDS, Phases
 
 
 class TrainingDiverged(RuntimeError):
@@ -105,3 +106,7 @@ class Run:
     phases: Phases
     origin: dict[str, Any] | None = None
     rendezvous: Rendezvous = field(default_factory=Rendezvous.alone)
+
+    def waiting_for_index(self) -> AbstractContextManager[None]:
+        """Around what may build an index: all ranks leave it together. Raises RankFailed on all of them."""
+        return self.rendezvous.together("an index of its data", INDEX_SECONDS)

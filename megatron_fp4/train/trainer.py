@@ -22,7 +22,6 @@ from megatron_fp4.train.build import Start
 from megatron_fp4.train.evaluation.sets import EvaluationStopped
 from megatron_fp4.train.faults.guard import RollBack, SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_OK, EXIT_REQUEUE, StopRequest
-from megatron_fp4.train.opened import INDEX_SECONDS
 from megatron_fp4.train.resume.saving import Saves, meta_of
 from megatron_fp4.train.run import Position, Run, TrainingDiverged
 from megatron_fp4.train.step import train_step
@@ -133,7 +132,7 @@ class Attempt:
         num_samples = run.config.train.batch_at(self.position.samples)
         if self._first_is_read and not run.loader.begins_epoch(self.position.samples, num_samples):
             return next(self._batches)
-        with run.rendezvous.together("an index of its data", INDEX_SECONDS):
+        with run.waiting_for_index():
             batch = next(self._batches)
             run.phases.enter("index")
         self._first_is_read = True

@@ -15,11 +15,11 @@ from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.evaluation.heldout import EvaluationStopped, evaluate
 from megatron_fp4.train.evaluation.tasks import answer_tasks
 
-__all__ = ["EvaluationStopped", "Examiner", "Finding"]
+__all__ = ["EvaluationStopped", "Examiner", "SetResult"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class SetResult:
     """What was measured on one set. metrics: as a run logs them. loss: of a held-out set, None of a task file."""
 
     text: str
@@ -41,11 +41,11 @@ class Examiner:
 
     def examine(
         self, table: PrecisionTable, beat: Callable[[], None] = lambda: None, stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[Finding]:
+    ) -> Iterator[SetResult]:
         """One set after the other, computed by this table. beat, stop, and what it raises: as `heldout.evaluate`."""
         for loader in self.evaluations:
             loss = evaluate(self.engine, loader, table, self.mesh, self.device, beat, stop)
-            yield Finding(f"{loader.name} loss {loss:.4f}", {f"eval/{loader.name}/loss": loss}, loss)
+            yield SetResult(f"{loader.name} loss {loss:.4f}", {f"eval/{loader.name}/loss": loss}, loss)
         for tasks in self.tasks:
             score = answer_tasks(
                 self.engine,
@@ -59,4 +59,4 @@ class Examiner:
                 stop=stop,
             )
             metrics = {f"task/{tasks.name}/acc": score.accuracy, f"task/{tasks.name}/acc_norm": score.normalized}
-            yield Finding(f"{tasks.name} {score}", metrics)
+            yield SetResult(f"{tasks.name} {score}", metrics)

@@ -41,7 +41,7 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_file(trainer: TrainerInPro
     for start in range(0, NUM_TOKENS - 1, LENGTH):
         sample = tokens[start : start + LENGTH + 1]
         inputs = F.pad(sample[:-1], (0, LENGTH - len(sample) + 1))[None]  # causal: what follows is not seen
-        logits = model(inputs, torch.arange(LENGTH)[None], torch.arange(LENGTH)[None], None)
+        logits = model(inputs, torch.arange(LENGTH)[None], torch.arange(LENGTH)[None], torch.zeros(1, LENGTH))
         losses.append(F.cross_entropy(logits[: len(sample) - 1].double(), sample[1:].long(), reduction="none"))
     expected = torch.cat(losses)
     assert len(expected) == NUM_TOKENS - 1

@@ -108,7 +108,7 @@ def test_a_run_logs_them_and_a_stop_ends_them(run: TinyRun) -> None:
     trainer.fit()
     (record,) = [record for record in read_metrics(run.run_dir) if "task/quiz/acc" in record]
     assert record["step"] == 1
-    assert any(f"step 1: quiz acc {record['task/quiz/acc']:.4f}" in said for said in console.said)
+    assert any(f"step 1: quiz acc {record['task/quiz/acc']:.4f}" in text for text in console.said)
     with pytest.raises(EvaluationStopped):
         answer_tasks(
             trainer.run.engine, trainer.run.examiner.tasks[0], trainer.run.plan.evaluation_table(), trainer.run.mesh,
