@@ -123,6 +123,12 @@ def stage_parameters(config: ModelConfig, stage: StageRange) -> tuple[ParameterI
     return tuple(parameter for parameter in model_parameters(config) if holds(parameter))
 
 
+def held_parameters(config: ModelConfig, stages: Iterable[StageRange]) -> tuple[ParameterInfo, ...]:
+    """The parameters of a rank that holds `stages`; a tied table counts once where both ends are its own."""
+    held = {parameter.name: parameter for stage in stages for parameter in stage_parameters(config, stage)}
+    return tuple(held.values())
+
+
 @dataclass(frozen=True)
 class Flops:
     """FLOPs of one token's forward pass.

@@ -9,12 +9,12 @@ Not here: the allocator's fragmentation, and CUDA's and NCCL's own memory (a few
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from megatron_fp4.models.block import block_linears
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.count import stage_parameters
+from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.pipeline.order import Work, in_flight
 from megatron_fp4.planning.footprint import Footprint, stage_footprint
@@ -47,8 +47,7 @@ def rank_memory(
 ) -> dict[str, float]:
     """Bytes on a rank that holds `stages`, by number, and works through them in the order of `works`."""
     footprints = {number: stage_footprint(config, stage, settings) for number, stage in stages.items()}
-    states = [_state(config, stage, settings) for stage in stages.values()]
-    state = {kind: sum(part[kind] for part in states) for kind in states[0]}
+    state = _state(config, stages.values(), settings)
     activations, most = _most_held(works, footprints)
     sums = state["main gradients"] / settings.replicas if settings.replicas > 1 else 0.0
     return {
@@ -85,17 +84,17 @@ def _most_held(works: Sequence[Work], footprints: Mapping[int, Footprint]) -> tu
     return most_kept, most
 
 
-def _state(config: ModelConfig, stage: StageRange, settings: RankSettings) -> dict[str, float]:
+def _state(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> dict[str, float]:
     """What does not depend on the microbatches in flight."""
-    parameters = sum(parameter.local_numel(settings.tp) for parameter in stage_parameters(config, stage))
+    parameters = sum(parameter.local_numel(settings.tp) for parameter in held_parameters(config, stages))
     compute_bytes = settings.dtype.itemsize
     master = FP32 if compute_bytes < FP32 else 0  # FP32 weights are their own
     return {
         "weights": float(parameters * compute_bytes),
-        "quantized weights": _weight_copies(config, stage, settings),
+        "quantized weights": sum(_weight_copies(config, stage, settings) for stage in stages),
         "main gradients": float(parameters * FP32),
         "optimizer": (2 * FP32 + master) * parameters / settings.replicas,
-        "buffers": _receive_buffers(config, stage, settings),
+        "buffers": sum(_receive_buffers(config, stage, settings) for stage in stages),
     }
 
 

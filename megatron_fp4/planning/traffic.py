@@ -11,7 +11,7 @@ from collections.abc import Collection
 from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.count import stage_parameters
+from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import Recompute, StageRange
 from megatron_fp4.planning.settings import RankSettings
 
@@ -44,7 +44,7 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     )
     if settings.keep_documents_apart:  # gathered once for all layers of a stage
         context += (settings.cp - 1) * settings.tokens * INT64 * attending
-    held = [parameter for stage in stages for parameter in stage_parameters(config, stage)]
+    held = held_parameters(config, stages)
     parameters = sum(parameter.local_numel(settings.tp) for parameter in held)
     replicated = sum(parameter.numel for parameter in held if parameter.sharded is None)
     loss_tokens = settings.num_microbatches * settings.tokens * any(s.has_head for s in stages)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megatron_fp4.models.block import block_linears
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.count import stage_parameters
+from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import STORED_BYTES
@@ -56,8 +56,7 @@ class Overheads:
                 else:
                     quantizer += one.num_bytes
                     scales += one.reduced
-        held = [parameter for stage in stages for parameter in stage_parameters(config, stage)]
-        parameters = sum(parameter.local_numel(settings.tp) for parameter in held)
+        parameters = sum(parameter.local_numel(settings.tp) for parameter in held_parameters(config, stages))
         optimizer = parameters * (CLEAR_BYTES + UPDATE_BYTES / settings.replicas)
         return Overheads(quantizer, weight, scales, weight_scales, optimizer)
 
