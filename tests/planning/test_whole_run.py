@@ -92,3 +92,12 @@ def test_failures_that_leave_hardly_any_progress_are_a_warning() -> None:
     assert warning["text"].startswith("one every 600 s leaves at best ")
     kept = replace(often, restart_seconds=0.0, save_stop_seconds=0.0)
     assert not any(one["about"] == "failures" for one in run_plan(saving(2000), 4096, assumptions=kept)["warnings"])
+
+
+def test_a_run_waits_for_saves_that_take_longer_than_their_interval() -> None:
+    """148 GB to a file system of 0.1 GB/s take 1477 s: the next save, and the run with it, waits for that."""
+    slow = Assumptions(storage_gb_per_second=0.1)
+    run = run_plan(saving(100), 4096, assumptions=slow)["whole_run"]
+    saves = run["saves"]
+    assert saves["interval_seconds"] < saves["seconds"] / 10
+    assert run["wall_days"] * 86400 > saves["times"] * saves["seconds"]

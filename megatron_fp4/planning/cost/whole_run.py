@@ -3,7 +3,7 @@
 Goodput by Young (1974) and Daly (2006): with a mean time M between failures, a restart of R seconds and a save that
 stops the run for d seconds, a run that saves every t seconds loses d / t to saves and (t / 2 + R) / M to failures; the
 least at t = sqrt(2 d M). A save that is written in the background stops the run only for the copy to the host, but the
-next one must wait until it is written, so no interval is shorter than that.
+next one waits until it is written: a shorter interval than that gains nothing, and stops the run for the rest.
 
 Not here: the time of a step (time.py).
 """
@@ -83,6 +83,7 @@ def _saves(checked: CheckedConfig, seconds: float, site: Site) -> dict[str, Any]
     times = -(-steps // every)
     kept = min(times, _kept(checked))
     interval = every * step
+    waiting = max(0.0, written - interval) if config.checkpoint.asynchronous else 0.0
     return {
         "bytes": size,
         "bytes_per_gpu": per_gpu,
@@ -94,7 +95,7 @@ def _saves(checked: CheckedConfig, seconds: float, site: Site) -> dict[str, Any]
         "best_interval_steps": max(1, min(steps, round(best / step))),
         "seconds_between_failures": between_failures,
         "expected_failures": seconds / between_failures,
-        "goodput": goodput(interval, blocking, between_failures, assumptions.restart_seconds),
+        "goodput": goodput(interval, blocking + waiting, between_failures, assumptions.restart_seconds),
         "best_goodput": goodput(best, blocking, between_failures, assumptions.restart_seconds),
         "times": times,
         "written_bytes": times * size,
