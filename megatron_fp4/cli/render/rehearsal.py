@@ -52,6 +52,13 @@ def _deviations(entry: Mapping[str, Any]) -> Iterator[str]:
         if axis != "others" and abs(sent["plan"] - sent["measured"]) > TRAFFIC * max(sent.values()):
             yield f"{axis} traffic {_beside(sent['measured'], sent['plan'])}"
 
+    for name, section in (("step", entry), ("evaluation", entry.get("evaluation", {}))):
+        counts = section.get("read_backs", {})
+        if sum(counts.values()) > 1:
+            yield f"read-backs in the {name}: {_places(counts)}; one is enough, each other one drains the queue"
+    if sum(entry["copies_in"].values()) > 1:
+        yield f"copies in: {_places(entry['copies_in'])}; the batch is one"
+
 
 def _rank(entry: Mapping[str, Any]) -> list[str]:
     peak = entry["memory"]["peak"]

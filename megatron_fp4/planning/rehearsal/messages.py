@@ -56,7 +56,7 @@ class Message(NamedTuple):
         return "data" if of_optimizer else AXES.get(self.group, "others")
 
     @property
-    def content(self) -> tuple[object, ...]:
+    def content(self) -> tuple[tuple[int, ...], str]:
         """What sender and receiver must say alike."""
         return self.shape, self.dtype
 

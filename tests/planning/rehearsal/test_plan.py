@@ -62,6 +62,7 @@ CASES = {
     "gpt, selective": case(GPT, 2, "0", precision=NVFP4, recompute="selective", tp=2),
     "gpt, documents over cp": case(GPT, 4, "3", documents=True, tp=2, cp=2),
     "tied": case(TIED, 4, "0", tp=2),
+    "tied, both ends on a rank": case(replace(DEEP, tied_embeddings=True), 4, "first", pp=2, schedule="zbv"),
     "tied, pipeline": case(TIED, 8, "first,last", tp=2, pp=2),
     "hybrid, full": case(HYBRID, 4, "0", recompute="full", tp=2),
     "hybrid over cp": case(HYBRID, 4, "0", tp=2, cp=2),
@@ -121,3 +122,17 @@ def test_a_large_difference_is_told() -> None:
     assert "(+4.0%)" in lines[0]
     assert "tensor traffic" in lines[1]
     assert "rank 0" in render(report)
+
+
+def test_a_crossing_too_many_is_told() -> None:
+    """A read-back somewhere in the step or the evaluation, and a constant that is sent in it."""
+    report = deepcopy(reports()["gpt"])
+    entry = report["ranks"][0]
+    entry["read_backs"]["layers/loss.py:1"] = 1
+    entry["copies_in"]["numerics/hadamard.py:1"] = 416
+    entry["evaluation"]["read_backs"]["train/evaluate.py:1"] = 1
+    lines = deviations(report)
+    assert len(lines) == 3
+    assert "1 x layers/loss.py:1" in lines[0]
+    assert "read-backs in the evaluation" in lines[1]
+    assert "416 x numerics/hadamard.py:1" in lines[2]

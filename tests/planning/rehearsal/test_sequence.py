@@ -36,3 +36,9 @@ def test_a_message_that_is_not_what_the_other_expects() -> None:
     assert misfits({0: [], 1: [pair("recv_", 0)]})
     assert len(misfits({0: [collective("tp", 0, 1)], 1: [collective("tp", 0, 1, size=8)]})) == 2
     assert len(misfits({0: [collective("tp", 0, 1)], 1: []})) == 1
+
+
+def test_a_message_that_nobody_receives() -> None:
+    """A send waits for its receive on a GPU. What goes to a rank that was not rehearsed is received."""
+    assert "rank 0 waits for ever to send [4] bfloat16 to rank 1: 1 more" in misfits({0: [pair("send", 1)], 1: []})[0]
+    assert misfits({0: [pair("send", 1)], 5: []}) == []
