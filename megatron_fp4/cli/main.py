@@ -77,3 +77,7 @@ def main() -> None:
         traceback.print_exc()
         code = 1
     exit_process(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -291,3 +291,10 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert ended.stdout.count("\n") == 1
     assert ended.stderr == ""
+
+
+def test_the_module_is_the_program() -> None:
+    """As torchrun starts it on the ranks of a trained run; doing nothing, with exit code 0, would look like success."""
+    done = subprocess.run([sys.executable, "-m", "megatron_fp4.cli.main", "evaluat"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown command 'evaluat'" in done.stderr
