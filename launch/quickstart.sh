@@ -4,6 +4,8 @@
 # Usage: launch/quickstart.sh [--no-baseline]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck disable=SC2034 # read by setup.sh: not all that the tests need
+extras=data
 source tests/setup.sh
 
 baseline=yes
