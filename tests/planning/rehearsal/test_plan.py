@@ -15,6 +15,7 @@ import pytest
 from megatron_fp4.cli.render.rehearsal import deviations, render
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.data.config import DataConfig
+from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.precision import nvfp4_paper
@@ -72,6 +73,9 @@ CASES = {
     "gpt, interleaved": case(DEEP, 4, "cell", recompute="selective", pp=2, schedule="interleaved_1f1b"),
     "transformer engine": case(GPT, 4, "0", precision=replace(NVFP4, backend=BackendName.transformer_engine), tp=2),
     "gpt, zero bubble": case(DEEP, 2, "first,last", pp=2, schedule="interleaved_zero_bubble"),
+    "swiglu, full": case(
+        replace(DEEP, activation=Activation.swiglu), 4, "first", precision=NVFP4, recompute="full", pp=2
+    ),
     "cell": case(GPT, 8, "cell", tp=2, pp=2),
 }
 
