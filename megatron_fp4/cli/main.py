@@ -66,6 +66,7 @@ def main() -> None:
     """Console entry."""
     try:
         code = run(sys.argv[1:])
+        sys.stdout.flush()  # here a reader that has left is noticed
     except SystemExit as end:  # argparse has said why
         code = end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:

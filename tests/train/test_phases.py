@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fp4.train import trainer as trainer_module
+from megatron_fp4.train.evaluation import sets as evaluation_sets
 from megatron_fp4.train.phases import DeviceEvent, DeviceTimer, Phases
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import tiny_run
@@ -103,7 +103,7 @@ def test_an_evaluation_counts_in_the_wall_clock_of_the_next_step(
         time.sleep(0.5)
         return 1.0
 
-    monkeypatch.setattr(trainer_module, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation_sets, "evaluate", evaluate)
     trainer.fit()
     records = {r["step"]: r for r in read_metrics(tmp_path / "run") if "loss" in r}
     beside = {step: record["wall_seconds"] - record["step_seconds"] for step, record in records.items()}
