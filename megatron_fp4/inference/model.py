@@ -23,8 +23,8 @@ from torch import Tensor
 
 from megatron_fp4.comm.agree import gather_to_rank0
 from megatron_fp4.comm.collectives import broadcast
-from megatron_fp4.inference.logits import likeliest, log_probabilities, whole_rows
 from megatron_fp4.layers.loss import IGNORE
+from megatron_fp4.layers.vocab_logits import likeliest, log_probabilities, whole_rows
 from megatron_fp4.models.past import remembering
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.inputs import Inputs

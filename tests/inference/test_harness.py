@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -20,11 +19,8 @@ from megatron_fp4.cli.trained import eval_harness
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
-from megatron_fp4.inference.generate import TextGenerator
-from megatron_fp4.inference.harness import HarnessModel
-from megatron_fp4.inference.lead import Led
-from megatron_fp4.inference.model import RowModel
 from megatron_fp4.train.open import open_trained
+from tests.helpers.judged import asked, judged_model
 from tests.helpers.letters import make_tokenizer
 from tests.helpers.tiny_run import tiny_run
 from tests.train.in_process import make_trainer
@@ -114,16 +110,6 @@ def transformers_model(folder: Path) -> Any:
     return HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=False, batch_size=2, max_length=64)
 
 
-def own_model(folder: Path) -> HarnessModel:
-    """Ours, alone."""
-    trained = open_trained(load_run_config(folder / "run"), documents_apart=True)
-    rows = RowModel(trained)
-    rows.compute_in(trained.table("bf16"))
-    generator = TextGenerator(trained, rows)
-    led = Led({"score": rows.score, "complete": generator.complete}, trained.mesh.world)
-    return HarnessModel(led, generator.tokenizer, 64)
-
-
 def found_by(model: Any, folder: Path) -> dict[str, Any]:
     """What lm-eval finds of a model of its own."""
     answer = simple_evaluate(
@@ -144,13 +130,9 @@ def numbers(results: dict[str, Any]) -> dict[tuple[str, str], float]:
     }
 
 
-def asked(kind: str, *arguments: Any) -> Instance:
-    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
-
-
 def test_the_export_asked_through_transformers_says_the_same(folder: Path) -> None:
     answer = judged(folder, "--precision", "bf16", "--precision", "same", "--precision", "exported")
-    ours, theirs = own_model(folder), transformers_model(folder)
+    ours, theirs = judged_model(folder / "run", "bf16"), transformers_model(folder)
     own, wanted = numbers(answer["bf16"]), numbers(found_by(theirs, folder))
     assert own.keys() == wanted.keys()
     assert {task for task, _ in own} == set(TASKS.split(","))

@@ -17,8 +17,7 @@ from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.tasks import Choice, TaskSet
-from megatron_fp4.layers.embedding import vocab_range
-from megatron_fp4.layers.loss import vocab_parallel_cross_entropy
+from megatron_fp4.layers.vocab_logits import log_probabilities
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.evaluation.heldout import VOTE_BATCHES, EvaluationStopped, StopVote, evaluating
@@ -66,7 +65,9 @@ def answer_tasks(
                 if vote is not None and vote.heard():
                     raise EvaluationStopped
                 vote = StopVote(stop(), mesh, device)
-            for numbers in batches[round_ * mesh.dp.size :][: mesh.dp.size][mesh.dp.rank :][:1]:
+            own = round_ * mesh.dp.size + mesh.dp.rank
+            if own < len(batches):
+                numbers = batches[own]
                 rows = [tasks.choices[number] for number in numbers]
                 scores = _score(engine, rows, micro_batch, vocab_size, mesh, device)
                 if scores is not None and mesh.tp.rank == 0:
@@ -84,11 +85,8 @@ def _score(
     logits = engine.logits(inputs)
     if logits is None:
         return None
-    first, _ = vocab_range(vocab_size, mesh.tp)
-    losses = vocab_parallel_cross_entropy(
-        logits.float(), inputs.labels.reshape(-1), first=first, vocab_size=vocab_size, group=mesh.tp
-    )
-    return -losses.double().view(inputs.labels.shape).sum(1)
+    values = log_probabilities(logits, inputs.labels.reshape(-1), vocab_size, mesh.tp)
+    return values.double().view(inputs.labels.shape).sum(1)
 
 
 def _batch(rows: Sequence[Choice], mesh: ParallelMesh) -> Batch:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,12 +20,9 @@ from megatron_fp4.cli.checkpoint import main
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.cli.trained import evaluate, generate
 from megatron_fp4.data.shards.shard import TokenShard
-from megatron_fp4.inference.generate import TextGenerator
-from megatron_fp4.inference.harness import HarnessModel
-from megatron_fp4.inference.lead import Led
-from megatron_fp4.inference.model import RowModel
 from megatron_fp4.inference.precisions import table_of
 from megatron_fp4.train.open import open_trained
+from tests.helpers.judged import asked, judged_model
 from tests.interop.export.conftest import llama_run
 from tests.interop.export.test_coded import TOKENS, modelopt_decoded
 
@@ -128,19 +124,6 @@ def _compare_judgements(run_dir: Path, transformers: Any, models: dict[str, Any]
         assert [greedy for _, greedy in own] == [greedy for _, greedy in wanted]
         own_rolling = ours[precision].loglikelihood_rolling(texts)
         assert own_rolling == pytest.approx(theirs.loglikelihood_rolling(texts, disable_tqdm=True), rel=error)
-
-
-def asked(kind: str, *arguments: str) -> Instance:
-    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
-
-
-def judged_model(run_dir: Path, precision: str) -> HarnessModel:
-    trained = open_trained(load_run_config(run_dir), documents_apart=True)
-    rows = RowModel(trained)
-    rows.compute_in(table_of(trained, precision))
-    generator = TextGenerator(trained, rows)
-    led = Led({"score": rows.score, "complete": generator.complete}, trained.mesh.world)
-    return HarnessModel(led, generator.tokenizer, 32)
 
 
 def _compare_commands(

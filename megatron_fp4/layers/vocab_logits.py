@@ -14,7 +14,7 @@ from megatron_fp4.layers.loss import vocab_parallel_cross_entropy
 def log_probabilities(logits_TV: Tensor, labels_T: Tensor, vocab_size: int, tp: Group) -> Tensor:
     """ln p(label) of each token, float32 `[T]`; 0 where the label is IGNORE. logits_TV: `[T, V/tp]`."""
     first, _ = vocab_range(vocab_size, tp)
-    return -vocab_parallel_cross_entropy(logits_TV.float(), labels_T, first=first, vocab_size=vocab_size, group=tp)
+    return -vocab_parallel_cross_entropy(logits_TV, labels_T, first=first, vocab_size=vocab_size, group=tp)
 
 
 def likeliest(logits_TV: Tensor, vocab_size: int, tp: Group) -> Tensor:
