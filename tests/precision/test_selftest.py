@@ -27,11 +27,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "SIZES", {"T": 64, "N": 32, "K": 96})
 
 
-class Planted(ReferenceBackend):
-    """The reference with a fault: of operands of one tensor, or of products."""
+class Planting:
+    """Before a backend, among the bases of a class: a fault in the operands of one tensor, or in products."""
 
-    def __init__(self, tensor: str = "", change: Change = lambda tensors: tensors, product: Any = None) -> None:
-        super().__init__()
+    def __init__(
+        self, *settings: Any, tensor: str = "", change: Change = lambda tensors: tensors, product: Any = None
+    ) -> None:
+        super().__init__(*settings)
         self._tensor, self._change, self._product = tensor, change, product
 
     def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
@@ -43,6 +45,13 @@ class Planted(ReferenceBackend):
     def matmul(self, a: QuantizedOperand, b: QuantizedOperand, **settings: Any) -> Tensor:
         product = super().matmul(a, b, **settings)
         return self._product(product, settings) if self._product else product
+
+
+class Planted(Planting, ReferenceBackend):
+    """The reference with a fault."""
+
+    def __init__(self, tensor: str = "", change: Change = lambda tensors: tensors, product: Any = None) -> None:
+        super().__init__(tensor=tensor, change=change, product=product)
 
 
 def flipped_code(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_fp4.cli import crosscheck
 from megatron_fp4.cli.compose import CONFIG_DIR, compose_config, to_run_config
 from megatron_fp4.kernels.quantize import grid_of
 from megatron_fp4.precision import nvfp4_paper
-from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand, copies_of
+from megatron_fp4.precision.backends import copies_of
 from megatron_fp4.precision.backends.triton import TritonBackend
 from megatron_fp4.precision.backends.triton_limits import emulated_gemms
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
@@ -26,7 +25,7 @@ from tests.helpers.tiny_run import tiny_run
 from tests.kernels.interpreted.test_operands import origin
 from tests.precision.te import te_cases
 from tests.precision.te.test_golden import STACKS, bf16
-from tests.precision.test_selftest import flipped_code, scale_off_by_one
+from tests.precision.test_selftest import Planting, flipped_code, scale_off_by_one
 
 CPU, CONFIG = torch.device("cpu"), PrecisionConfig(compile=False)
 RECIPES = sorted(path.stem for path in (CONFIG_DIR / "precision/recipe").glob("*.yaml") if path.stem != "bf16")
@@ -46,22 +45,11 @@ def test_every_recipe_of_the_configuration_passes(name: str) -> None:
     assert self_test(TritonBackend(CONFIG), config.recipes.values(), CPU, torch.bfloat16) == []
 
 
-class Planted(TritonBackend):
-    """The kernels with a fault: in the operands of one tensor, or in products."""
+class Planted(Planting, TritonBackend):
+    """The kernels with a fault."""
 
     def __init__(self, tensor: str = "", change: Any = None, product: Any = None) -> None:
-        super().__init__(CONFIG)
-        self._tensor, self._change, self._product = tensor, change, product
-
-    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
-        operands = super().quantize(x, origin, copies)
-        if origin.operand != self._tensor:
-            return operands
-        return tuple(one.with_tensors(self._change([part.clone() for part in one.tensors])) for one in operands)
-
-    def matmul(self, a: QuantizedOperand, b: QuantizedOperand, **settings: Any) -> Tensor:
-        product = super().matmul(a, b, **settings)
-        return self._product(product) if self._product else product
+        super().__init__(CONFIG, tensor=tensor, change=change, product=product)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +57,8 @@ class Planted(TritonBackend):
     [
         (lambda: Planted("dy", flipped_code), "dgrad.dy: codes[3, 5]: planted has"),
         (lambda: Planted("w", scale_off_by_one), "fprop.w: scales[1, 1]: planted has"),
-        (lambda: Planted(product=lambda product: product.zero_()), "gradient of the weight) is all zero"),
-        (lambda: Planted(product=lambda product: product.mul_(1.01)), "fprop: largest error"),
+        (lambda: Planted(product=lambda product, _: product.zero_()), "gradient of the weight) is all zero"),
+        (lambda: Planted(product=lambda product, _: product.mul_(1.01)), "fprop: largest error"),
     ],
     ids=["stochastic code", "scale", "zero gradient", "product"],
 )
