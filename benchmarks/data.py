@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +32,7 @@ from data_tools import tokenize as ours
 from megatron_fp4.data.config import DataConfig, SourceConfig
 from megatron_fp4.data.shards.writer import ShardWriter
 
-_MODEL = []  # the worker's tokenizer in Megatron's design
+_MODEL: list[Any] = []  # the worker's tokenizer in Megatron's design
 
 
 def _start_megatron(path: str) -> None:
@@ -84,8 +86,8 @@ def tokenization(folder: Path, workers: int, repeat: int) -> None:
     raw = sentencepiece.SentencePieceProcessor(model_file=str(model))
     functions: dict[str, Callable[[], None]] = {"raw sentencepiece": lambda: raw.encode(texts, num_threads=1)}
     for count in sorted({1, workers}):
-        functions[f"megatron {count}"] = lambda n=count: megatron_design(corpus, model, folder, n)
-        functions[f"ours {count}"] = lambda n=count: our_design(corpus, model, folder, n)
+        functions[f"megatron {count}"] = partial(megatron_design, corpus, model, folder, count)
+        functions[f"ours {count}"] = partial(our_design, corpus, model, folder, count)
     wall, cpu = best(functions, repeat)
     same = (folder / "ours/shard_00000.bin").read_bytes() == (folder / "megatron.bin").read_bytes()
     print(f"\ntokenization of {size:.1f} MB; the .bin files are {'equal' if same else 'DIFFERENT'}")
@@ -127,6 +129,10 @@ def index(documents: int, repeat: int) -> None:
     print(f"  ratio {own[0] / floor[0]:.2f} in time, {own[1] / floor[1]:.2f} in memory")
 
 
+def _itself(hashes: Any) -> Any:
+    return hashes
+
+
 def heldout(documents: int, repeat: int) -> None:
     """Looking for 10,000 held-out documents among `documents`, by their stored hashes."""
     from megatron_fp4.data.overlap import common_documents
@@ -136,11 +142,12 @@ def heldout(documents: int, repeat: int) -> None:
             self.shards = [np.random.default_rng(seed).integers(0, 2**63, count, dtype=np.uint64)]
             self.lengths = np.full(count, 100)
 
-    small, large = Hashed(10_000, 1), Hashed(documents, 2)
+    small: Any = Hashed(10_000, 1)  # all that common_documents asks of a ShardedDocuments
+    large: Any = Hashed(documents, 2)
     seconds = []
     for _ in range(repeat):
         began = time.process_time()
-        common_documents(small, large, lambda hashes: hashes)
+        common_documents(small, large, _itself)
         seconds.append(time.process_time() - began)
     print(
         f"\n10,000 held-out documents looked for among {documents:,d}: {min(seconds) / documents * 1e9:.1f} CPU ns each"

@@ -61,7 +61,12 @@ class Layer:
 def saved_bytes(layer: Layer, x: Tensor) -> int:
     """Bytes of the tensors that one forward pass keeps for backward."""
     sizes: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+
+    def pack(t: Tensor) -> Tensor:
+        sizes.append(t.nbytes)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer.forward(x)
     return sum(sizes)
 

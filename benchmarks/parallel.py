@@ -189,7 +189,7 @@ def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches:
     for _ in range(2):
         collectives.barrier(process.world)
         began = time.perf_counter()
-        engine.train(rows, 1.0, lambda: None)
+        engine.train(rows, 1.0, lambda _: None)
         seconds = time.perf_counter() - began
     slowest = max(collectives.all_gather_object(seconds, process.world))
     return 1.0 - 3 * piece_seconds * num_microbatches / slowest
