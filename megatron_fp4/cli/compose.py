@@ -20,17 +20,18 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from megatron_fp4.cli.overrides.text import ambiguous_text, quote_text
 from megatron_fp4.cli.schema import build, field_names, hint_at, inner_hint, join, twin
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.refusals.effect import idle_settings
+from megatron_fp4.train.refusals.effect import idle_settings, named_recipes
 from megatron_fp4.train.renamed import renamed_keys, renamed_option, renaming_message
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+PRECISION_RECIPE = re.compile(r"\+*precision\.recipes\.\w+\.")
 
 
 class ConfigError(ValueError):
@@ -47,6 +48,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path | None = None) -> 
     _check_keys(overrides, groups)
     try:
         tree = _compose(overrides, directory)
+        _drop_other_recipes(overrides, tree)
     except YAMLError as error:
         raise ConfigError(_short(error)) from None
     except (HydraException, OmegaConfBaseException) as error:
@@ -126,6 +128,16 @@ def _compose(overrides: Sequence[str], directory: Path) -> DictConfig:
             if file.is_file() and (objection := ambiguous_text(file, group=str(used.config_path).rpartition("/")[0])):
                 raise ConfigError(objection)
         return compose("config", overrides=list(overrides))
+
+
+def _drop_other_recipes(overrides: Sequence[str], tree: DictConfig) -> None:
+    """`precision=fp8` decides over an experiment: what that changes of nvfp4 is half a recipe, which nothing names."""
+    if not any(override.startswith("precision=") for override in overrides):
+        return
+    typed = {override.lstrip("+").split(".")[2] for override in overrides if PRECISION_RECIPE.match(override)}
+    with open_dict(tree):
+        for name in set(tree.precision.recipes) - named_recipes(tree.precision) - typed:
+            del tree.precision.recipes[name]
 
 
 def _check_keys(overrides: Sequence[str], groups: Mapping[str, Path]) -> None:

@@ -108,7 +108,15 @@ def _build_value(hint: Any, value: Any, key: str) -> Any:
     if origin is list:
         return [_build_value(arguments[0], item, f"{key}[{number}]") for number, item in enumerate(value)]
     if origin is dict:
-        return {name: _build_value(arguments[1], item, join(key, name)) for name, item in value.items()}
+        return {name: _build_named(arguments[1], item, join(key, name)) for name, item in value.items()}
     if origin is tuple:
         return tuple(value)
     return value
+
+
+def _build_named(hint: Any, value: Any, key: str) -> Any:
+    """An entry of a dictionary, whose own checks do not know by which name it is there."""
+    try:
+        return _build_value(hint, value, key)
+    except ValueError as error:
+        raise ValueError(str(error) if key in str(error) else f"{key}: {error}") from None

@@ -19,7 +19,7 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 HIGH = "bf16"
 """Name of the built-in recipe in which nothing is quantized."""
 SAME = "same"
-"""What precision.evaluation is where it names no recipe: as in training."""
+"""What names no recipe of its own: an evaluation that computes as training does, a rule that takes that of `use`."""
 
 
 class BackendName(Enum):
@@ -90,7 +90,7 @@ class Rule:
     blocks: str = ""
     """Blocks of the model as a Python slice (-8:, 2:6), first:2 or last:8; empty = all linears, the head included."""
     use: str = HIGH
-    """Recipe of the three GEMMs; bf16 quantizes nothing."""
+    """Recipe of the three GEMMs; bf16 quantizes nothing, same = that of precision.use."""
     fprop: str = ""
     """Recipe of Fprop alone; empty = that of use."""
     dgrad: str = ""
@@ -163,10 +163,12 @@ class PrecisionConfig:
     def __post_init__(self) -> None:
         for name, meaning in {
             HIGH: "is built in (nothing quantized)",
-            SAME: "is what precision.evaluation says",
+            SAME: "is what precision.evaluation and rules say",
         }.items():
             if name in self.recipes:
                 raise ValueError(f"precision.recipes.{name} {meaning}; choose another name")
+        if not self.use and any(SAME in (rule.use, rule.fprop, rule.dgrad, rule.wgrad) for rule in self.rules):
+            raise ValueError("precision.rules: `same` is the recipe of precision.use, which is not set; set it")
         if not self.use and self.keep_bf16 != KeepBf16():
             raise ValueError(
                 "precision.keep_bf16 would have no effect: without precision.use the rules name every linear; set"
@@ -178,5 +180,13 @@ class PrecisionConfig:
         if name == HIGH:
             return LinearPrecision()
         if name not in self.recipes:
-            raise ValueError(f"precision recipe {name!r} does not exist; known: {', '.join([HIGH, *self.recipes])}")
+            raise ValueError(
+                f"precision recipe {name!r} does not exist; known: {', '.join([HIGH, *self.recipes])}. precision=NAME"
+                " decides over an experiment's precision.use, and a rule with `use: same` follows it"
+            )
         return self.recipes[name]
+
+    def name_in(self, rule: Rule, gemm: str) -> str:
+        """Name of the recipe in which `rule` computes `gemm`."""
+        name: str = getattr(rule, gemm) or rule.use
+        return self.use if name == SAME else name

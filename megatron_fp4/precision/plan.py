@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_fp4.precision.config import GEMMS, SAME, BackendName, PrecisionConfig, Rule, Switch, regular_expression
-from megatron_fp4.precision.spec import LinearPrecision
+from megatron_fp4.precision.spec import Gemm, LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable, Row, describe, difference, gemm_format
 
 
@@ -74,7 +74,9 @@ def base_table(config: PrecisionConfig, linears: Sequence[Linear]) -> PrecisionT
     num_blocks = 1 + max((info.block for info in linears if info.block is not None), default=-1)
     rows: dict[str, Row] = {}
     for label, rule in ordered_rules(config):
-        config.recipe(rule.use)  # also where fprop, dgrad and wgrad replace it: a name that none has is a slip
+        config.recipe(
+            config.use if rule.use == SAME else rule.use
+        )  # also where fprop, dgrad and wgrad replace it: a name that none has is a slip
         blocks = selected_blocks(rule.blocks, num_blocks) if rule.blocks else None
         names = [
             info.name
@@ -87,7 +89,7 @@ def base_table(config: PrecisionConfig, linears: Sequence[Linear]) -> PrecisionT
                 f" remove it, or mend its pattern (a name looks like {linears[0].name!r}; the model has {num_blocks}"
                 f" blocks)"
             )
-        precision = _combine(config, [getattr(rule, gemm) or rule.use for gemm in GEMMS])
+        precision = _combine(config, [config.name_in(rule, gemm) for gemm in GEMMS])
         rows.update({name: Row(name, precision, label) for name in names})
     missing = [info.name for info in linears if info.name not in rows]
     if missing:
@@ -179,7 +181,7 @@ class PrecisionPlan:
     def describe(self) -> str:
         """The table at the start, the recipes in words, and what changes at each switch."""
         lines = [describe(self.table())]
-        named = {getattr(rule, gemm) or rule.use for _, rule in ordered_rules(self.config) for gemm in GEMMS}
+        named = {self.config.name_in(rule, gemm) for _, rule in ordered_rules(self.config) for gemm in GEMMS}
         named |= {switch.use for switch in self.config.switch}
         lines += [f"recipe {name}: {recipe}" for name, recipe in self.config.recipes.items() if name in named]
         for (_, before), (start, after) in itertools.pairwise(self.phases):
@@ -191,9 +193,28 @@ class PrecisionPlan:
 
         tp: tensor-parallel size. tokens: rows of one microbatch on a rank (micro batch * sequence / cp).
         """
-        for label, table in self.labelled_tables():
-            for info in linears:
-                _check_linear(label, info, table[info.name], tp, tokens)
+        misfits = [
+            (label, info, gemm, text)
+            for label, table in self.labelled_tables()
+            for info in linears
+            for gemm, text in _misfits(info, table[info.name], tp, tokens)
+        ]
+        if not misfits:
+            return
+        label, info, gemm, text = misfits[0]
+        remedy = "evaluate in another precision" if label else "leave this linear in bf16 by a precision rule"
+        if self.config.backend is not BackendName.transformer_engine:
+            remedy += f", or pad with zeros: {' '.join(self._padding({misfit[2] for misfit in misfits}))}"
+        raise ValueError(f"{label}{info.name}: {gemm.name} in {text}; change the size, use a smaller tp, {remedy}")
+
+    def _padding(self, gemms: set[Gemm]) -> list[str]:
+        """The overrides by which these GEMMs pad."""
+        return [
+            f"precision.recipes.{name}.{gemm.name}.pad=true"
+            for name, recipe in self.config.recipes.items()
+            for gemm in recipe.gemms
+            if gemm in gemms
+        ]
 
 
 def _refuse_padding(config: PrecisionConfig) -> None:
@@ -205,7 +226,8 @@ def _refuse_padding(config: PrecisionConfig) -> None:
             )
 
 
-def _check_linear(label: str, info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> None:
+def _misfits(info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> Iterator[tuple[Gemm, str]]:
+    """The quantized GEMMs that cannot take the local shape of a linear, and what each would need."""
     rows, columns = info.local_shape(tp)
     outputs = [size // tp for size in info.outputs.values()] if info.column else [rows]
     sizes = {
@@ -217,13 +239,8 @@ def _check_linear(label: str, info: Linear, precision: LinearPrecision, tp: int,
         for dim, multiple in ({} if gemm.pad else gemm.multiples()).items():
             for size in sizes[dim][0]:
                 if size % multiple:
-                    raise ValueError(
-                        f"{label}{info.name}: {gemm.name} in {gemm_format(gemm)} needs {sizes[dim][1]} to be a multiple"
-                        f" of {multiple}, got {size} (tp = {tp}, parts {dict(info.outputs)}, {tokens} tokens); change"
-                        f" the size, use a smaller tp, let the recipe's GEMM `pad: true`, or "
-                        + (
-                            "evaluate in another precision"
-                            if label
-                            else "leave this linear in bf16 by a precision rule"
-                        )
+                    yield (
+                        gemm,
+                        f"{gemm_format(gemm)} needs {sizes[dim][1]} to be a multiple of {multiple}, got {size}"
+                        f" (tp = {tp}, parts {dict(info.outputs)}, {tokens} tokens)",
                     )

@@ -16,7 +16,7 @@ from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.optim.config import Schedule
 from megatron_fp4.optim.lr import decay_tokens
-from megatron_fp4.precision.config import PrecisionConfig
+from megatron_fp4.precision.config import SAME, PrecisionConfig
 from megatron_fp4.settings import settings_of
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.sections import WandbMode
@@ -71,7 +71,7 @@ def named_recipes(precision: PrecisionConfig) -> set[str]:
     names = {precision.use, precision.evaluation} | {switch.use for switch in precision.switch}
     for rule in precision.rules:
         names |= {rule.use, rule.fprop, rule.dgrad, rule.wgrad}
-    return names
+    return names - {"", SAME}
 
 
 def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
