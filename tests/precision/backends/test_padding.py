@@ -162,7 +162,9 @@ def test_the_plan_takes_any_shape_then() -> None:
 
     plan(with_pad(nvfp4_paper())).check_shapes(linears, tp=1, tokens=40)
     half = replace(nvfp4_paper(), fprop=replace(nvfp4_paper().fprop, pad=True))
-    with pytest.raises(ValueError, match=r"wgrad in nvfp4 needs tokens .*got 40.*: precision\.recipes\.r\.wgrad\.pad=true$"):
+    with pytest.raises(
+        ValueError, match=r"wgrad in nvfp4 needs tokens .*got 40.*: precision\.recipes\.r\.wgrad\.pad=true$"
+    ):
         plan(half).check_shapes(linears, tp=1, tokens=40)
     with pytest.raises(ValueError, match=r"precision\.recipes\.r: pad with backend=transformer_engine"):
         plan(with_pad(nvfp4_paper()), BackendName.transformer_engine)
