@@ -56,6 +56,19 @@ def read_values(path: Path, having: bytes = b"") -> Iterator[dict[str, Any]]:
         log.warning("%s: %d damaged line(s) are left out", path, damaged)
 
 
+def read_tail(path: Path, num_bytes: int) -> list[dict[str, Any]]:
+    """The values of the whole lines in the last `num_bytes` of a file, in order; damaged lines are left out."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        start = max(0, os.fstat(file.fileno()).st_size - num_bytes)
+        file.seek(start)
+        if start:
+            file.readline()
+        lines = (_parse(raw) for raw in file if raw.endswith(b"\n"))
+        return [line.value for line in lines if line.value is not None]
+
+
 def _parse(text: bytes) -> Line:
     try:
         value = json.loads(text)

@@ -7,7 +7,7 @@ short lock of the file system (`exclusively`), so that two launches cannot both 
 with O_EXCL still keeps one of them out.
 
 It does not guard reading, and containers that share a host name but not their process table must not share a run
-directory. Not here: which rank takes it, and what the others are told (train/job.py).
+directory. Not here: which rank takes it, and what the others are told (train/arrival/locking.py).
 """
 
 from __future__ import annotations
@@ -81,6 +81,12 @@ class Holder:
         who = f"pid {self.owner.pid} on host {self.owner.host}" if self.owner else "an unknown process"
         return f"{who} (since {self.since}, last sign of life {self.age_seconds:.0f} s ago)"
 
+    def may_live(self, stale_seconds: float = STALE_SECONDS) -> bool:
+        """Whether it is not known to be gone."""
+        if self.owner is None:
+            return self.age_seconds < stale_seconds
+        return self.owner.lives(self.age_seconds, stale_seconds)
+
 
 class RunLock:
     """The lock of `directory`.
@@ -134,7 +140,7 @@ class RunLock:
         """Take the lock; or return the holder if it is not known yet whether it lives. seen: the one at first look."""
         with self._guarded() as now:
             holder = self._holder(now)
-            if holder is not None and _may_live(holder, self._stale_seconds):
+            if holder is not None and holder.may_live(self._stale_seconds):
                 on_this_host = holder.owner is not None and holder.owner.host == Owner.me().host
                 if on_this_host or (seen and (holder.nonce, holder.touched) != (seen.nonce, seen.touched)):
                     raise RunLocked(
@@ -186,16 +192,7 @@ class RunLock:
             raise
 
     def _holder(self, now: float) -> Holder | None:
-        try:
-            touched = self.path.stat().st_mtime
-            text = self.path.read_text()
-        except FileNotFoundError:
-            return None
-        try:
-            body = json.loads(text)
-            return Holder(_owner(body), str(body["since"]), str(body["nonce"]), touched, now - touched)
-        except (ValueError, KeyError, TypeError):  # torn by a crash while it was written
-            return Holder(None, "unknown", "", touched, now - touched)
+        return _read_holder(self.path, now)
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat_seconds):
@@ -211,6 +208,14 @@ class RunLock:
                 log.warning("no heartbeat for %s: %s", self.path, error)
 
 
+def last_holder(directory: Path) -> Holder | None:
+    """Who holds the lock of `directory`, to look at: nothing is written. None where nobody does.
+
+    The age is by this host's clock, which may differ from the file system's.
+    """
+    return _read_holder(directory / LOCK, time.time())
+
+
 def holds(directory: Path) -> bool:
     """Whether this process has the lock of `directory`: then no other that ever wrote there lives."""
     try:
@@ -219,11 +224,18 @@ def holds(directory: Path) -> bool:
         return False
 
 
+def _read_holder(path: Path, now: float) -> Holder | None:
+    try:
+        touched = path.stat().st_mtime
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        body = json.loads(text)
+        return Holder(_owner(body), str(body["since"]), str(body["nonce"]), touched, now - touched)
+    except (ValueError, KeyError, TypeError):  # torn by a crash while it was written
+        return Holder(None, "unknown", "", touched, now - touched)
+
+
 def _owner(body: dict[str, Any]) -> Owner:
     return Owner(str(body["host"]), int(body["pid"]), int(body["start"]))
-
-
-def _may_live(holder: Holder, stale_seconds: float) -> bool:
-    if holder.owner is None:
-        return holder.age_seconds < stale_seconds
-    return holder.owner.lives(holder.age_seconds, stale_seconds)

@@ -10,7 +10,6 @@ settings come as text, for the log and the run directory.
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,17 +24,15 @@ from megatron_fp4.comm.bootstrap import Process, choose_device, exit_process, st
 from megatron_fp4.comm.collectives import broadcast_object
 from megatron_fp4.comm.host_memory import keep_freed_memory
 from megatron_fp4.comm.launch import Launch
-from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rendezvous import RankFailed, RanksNotMet, Rendezvous, meet
 from megatron_fp4.data.foreign import check_unnamed
-from megatron_fp4.data.ledger import LEDGER
 from megatron_fp4.data.overlap import check_heldout
 from megatron_fp4.settings import to_json_values
-from megatron_fp4.storage.append import AppendFile
-from megatron_fp4.storage.durable import write_durably, write_temporary
+from megatron_fp4.storage.durable import write_durably
 from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked, RunUnwritable
 from megatron_fp4.train.arrival.agreement import Part, agree_on, parts_of_run, parts_of_start
 from megatron_fp4.train.arrival.backend import PATIENCE_SECONDS, settle_backend
+from megatron_fp4.train.arrival.locking import lock_run_directory
 from megatron_fp4.train.arrival.refusals import SETTINGS, GivenSettings, give_up, refuse, refuse_start, refuse_together
 from megatron_fp4.train.build import Start, build
 from megatron_fp4.train.checked import CheckedConfig, check_config
@@ -51,6 +48,8 @@ from megatron_fp4.train.run import Run, TrainingDiverged
 from megatron_fp4.train.telemetry.announce import describe_origin, describe_resume, describe_run
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
+from megatron_fp4.train.telemetry.operator.events import Events
+from megatron_fp4.train.telemetry.operator.hook import check_environment
 from megatron_fp4.train.trainer import Outputs, fit
 
 log = logging.getLogger(__name__)
@@ -78,6 +77,8 @@ def run_rank(settings: GivenSettings, launch: Launch) -> int:
             parts |= parts_of_run(checked, data, device.type)
             check_machine(checked.config, device)
             check_origin(checked.config)
+            if launch.rank == 0:
+                check_environment(checked.config.logging.on_event)
         except (ValueError, FileNotFoundError) as error:
             phases.enter("rendezvous")
             return refuse_start(error, launch, parts, settings.rendezvous)
@@ -131,7 +132,7 @@ def _meet_and_train(
     if process.device.type == "cpu":
         keep_freed_memory()
     try:
-        return _lock_and_train(prepared._replace(checked=checked), settings.text, process, phases, stop)
+        return _lock_and_train(prepared._replace(checked=checked), settings.text, process, phases, stop, watchdog)
     finally:
         stop_process(process)
 
@@ -149,7 +150,9 @@ def _look_at_data(prepared: _Prepared, rendezvous: Rendezvous) -> None:
     rendezvous.decided_by_rank0("held-out text", "", look, INDEX_SECONDS)
 
 
-def _lock_and_train(prepared: _Prepared, config_text: str, process: Process, phases: Phases, stop: StopRequest) -> int:
+def _lock_and_train(
+    prepared: _Prepared, config_text: str, process: Process, phases: Phases, stop: StopRequest, watchdog: Watchdog
+) -> int:
     checked = prepared.checked
     config, is_main = checked.config, process.world.rank == 0
     phases.enter("lock")
@@ -158,7 +161,9 @@ def _lock_and_train(prepared: _Prepared, config_text: str, process: Process, pha
     except RunLocked as error:
         return refuse(error, speaks=is_main)
     stop.last_act = lock.release
-    console = Console(enabled=is_main, interval_steps=config.train.log_interval_steps)
+    events = Events(Path(config.train.run_dir) if is_main else None, config.logging)
+    watchdog.last_act = partial(_end_hung, events, phases, lock)
+    console = Console(enabled=is_main, interval_steps=config.train.log_interval_steps, events=events)
     try:
         try:
             run, start = build(checked, process, phases, prepared.data)
@@ -166,45 +171,34 @@ def _lock_and_train(prepared: _Prepared, config_text: str, process: Process, pha
             _announce(run, start, checked, config_text, console)
             outputs = _open_outputs(run, start, console, stop)
         except ValueError as error:
+            events.add("fail", phases.current.step, f"refused: {error}")
             return refuse(error, speaks=is_main)
         try:
             return fit(run, start, outputs)
-        except (SaveFailed, TrainingDiverged) as error:  # the same on all ranks
+        except (SaveFailed, TrainingDiverged, RankFailed) as error:  # the same on all ranks
+            if isinstance(error, RankFailed):
+                process.rendezvous.leave()
+            events.add("fail", phases.current.step, str(error))
             refuse(error, speaks=is_main)
             return EXIT_FAILED
-        except RankFailed as error:
-            process.rendezvous.leave()
-            refuse(error, speaks=is_main)
-            return EXIT_FAILED
+        except BaseException as error:
+            events.add("fail", phases.current.step, f"{type(error).__name__}: {error}")
+            raise
         finally:
             phases.enter("leave")
             outputs.metrics.close()
     finally:
         lock.release()
         console.close()
+        events.close()
 
 
-def lock_run_directory(
-    directory: str | os.PathLike[str], group: Group, on_lost: Callable[[], None] = lambda: None
-) -> RunLock:
-    """Rank 0 takes the lock; the refusal is raised on all ranks. `release` and `on_lost` act on rank 0 only."""
-    lock = RunLock(directory, on_lost=on_lost)
-    decided_by_rank0(lambda: _take(lock), group, RunLocked)
-    return lock
-
-
-def _take(lock: RunLock) -> None:
-    """Take it, and write where the first step and the first save will: they would fail after the work of a start."""
-    lock.acquire()
-    ledger, checkpoints = lock.directory / LEDGER, lock.directory / "checkpoints"
-    try:
-        if ledger.exists():
-            AppendFile(ledger).close()
-        if os.path.lexists(checkpoints):  # also a link to a disk that is not there
-            write_temporary(checkpoints / "trial", b"trial")[0].unlink()
-    except OSError as error:
-        lock.release()
-        raise RunUnwritable.by(error, lock.directory) from error
+def _end_hung(events: Events, phases: Phases, lock: RunLock) -> None:
+    """The last act of a hung job on this rank. The lock first: a start elsewhere would wait for it."""
+    lock.release()
+    step, phase, _ = phases.current
+    events.add("hang", step, f"no progress in phase {phase} of step {step}; the job ends, and its log says which rank")
+    events.close()
 
 
 def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, console: Console) -> None:
@@ -216,6 +210,9 @@ def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, 
         paragraphs += describe_origin(run.origin, checked.tokenizer if run.mesh.is_main else None)
     for paragraph in paragraphs:
         console.say(paragraph)
+    step, ranks = start.position.step, run.mesh.world.size
+    text = f"{ranks} rank(s) go on after step {step}" if start.meta else f"{ranks} rank(s) begin"
+    console.events.add("resume" if start.meta else "start", step, text)
     texts = {"config.yaml": config_text, "precision.txt": "\n".join([*checked.choice, checked.plan.describe(), ""])}
     for name, text in texts.items():
         path = Path(run.config.train.run_dir) / name

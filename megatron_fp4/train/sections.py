@@ -6,6 +6,7 @@ sections (train/config.py).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
@@ -13,6 +14,11 @@ from typing import Annotated
 from megatron_fp4.data.ramp import BatchRampConfig, batch_size, batch_sizes, check_ramp
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.settings import MAX_SECONDS, Bound, Count, Size, check_bounds
+
+SECRET = re.compile(
+    r"(?<![A-Za-z0-9])(?=[A-Za-z0-9]*\d)(?=[A-Za-z0-9]*[A-Za-z])[A-Za-z0-9]{20,}|https?://[^/\s$]*:[^/\s$]*@"
+)
+"""Twenty letters and digits in a row, of both kinds, are a token and no word of a path; or a password before a host."""
 
 
 class Resume(Enum):
@@ -168,3 +174,17 @@ class LoggingConfig:
     """Project of the run at Weights & Biases."""
     wandb_name: str = ""
     """Name of the run at Weights & Biases; empty = the last part of train.run_dir."""
+    on_event: str = ""
+    """Command or http(s) URL that gets each event of the run (start, stop, spike, failed save, hang, ...) as JSON, on
+    its standard input or by POST; $NAME in it is read from the environment and stored nowhere; empty = nobody is
+    told."""
+    prometheus_file: str = ""
+    """File for the newest metrics in Prometheus' text format, such as one in the folder of node_exporter's textfile
+    collector, named .prom; empty = none."""
+
+    def __post_init__(self) -> None:
+        if SECRET.search(self.on_event):
+            raise ValueError(
+                "logging.on_event holds what looks like a secret, and a setting is stored in config.yaml and in every"
+                " checkpoint; put it into an environment variable of rank 0 and write $NAME in its place"
+            )

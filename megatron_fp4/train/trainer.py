@@ -103,10 +103,11 @@ class Attempt:
             stopped = self._step() or self._after_step()
         run.phases.enter("save")
         self._saves.finish(self.position, self._meta, self._score)
-        if not stopped:
-            return EXIT_OK
         step, reason = self.position.step, self.outputs.stop.reason or "another rank"
-        console.say(f"stopped on request ({reason}) after step {step}")
+        if not stopped:
+            console.events.add("finish", step, f"step {step}, the last one, is made and saved")
+            return EXIT_OK
+        console.event("stop", step, f"stopped on request ({reason}) after step {step}")
         if self._evaluation_is_due():
             self._evaluate_after_stop()
         return EXIT_REQUEUE

@@ -22,7 +22,7 @@ from megatron_fp4.comm.local import free_port
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage.durable import HashingFile
 from megatron_fp4.storage.lock import RunLocked
-from megatron_fp4.train.job import lock_run_directory
+from megatron_fp4.train.arrival.locking import lock_run_directory
 from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards
 from tests.helpers.distributed import mesh_for, run_distributed
 

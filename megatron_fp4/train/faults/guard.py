@@ -56,7 +56,8 @@ class SpikeGuard:
         bad = BadStep(step, position.samples, state.first_spike, rerun_step)
         directory = write_bundle(self._run, judgement, bad)
         self._log(step, judgement.action, loss=loss, mean=judgement.mean, deviation=judgement.deviation)
-        self._console.say(f"step {step}: {judgement}: {judgement.action.value}; {replay_command(directory)}")
+        text = f"step {step}: {judgement}: {judgement.action.value}; {replay_command(directory)}"
+        self._console.event("spike", step, text)
         if judgement.action is Action.roll_back:
             raise RollBack(state.first_spike, step)
         if judgement.action is Action.abort:
@@ -77,10 +78,11 @@ class SpikeGuard:
         self._ladder.rolled_back(meta.get(SAVED) or {}, rollbacks)
         ends = [skipped.start, skipped.stop]
         self._log(spikes.last_step, Action.roll_back, to_step=meta["step"], skipped_samples=ends)
-        self._console.say(
+        text = (
             f"rolled back from step {spikes.last_step} to checkpoint {meta['step']}; samples {skipped.start} to"
             f" {skipped.stop - 1} are skipped from here on"
         )
+        self._console.event("rollback", spikes.last_step, text)
         return Position.from_meta(meta)
 
     def state_dict(self) -> dict[str, Any]:

@@ -68,6 +68,8 @@ class Saves:
         if report.error:
             text += f", {report.error}"
         self._console.say(f"{text} (blocked {report.blocking_seconds:.2f} s, {report.seconds:.2f} s in all)")
+        if report.status is SaveStatus.failed:
+            self._console.events.add("save_failed", report.step, text)
         if report.status is not SaveStatus.writing:
             values = {"blocking_seconds": report.blocking_seconds, "seconds": report.seconds}
             values["failed"] = float(report.status is SaveStatus.failed)

@@ -11,14 +11,17 @@ import time
 from rich import console as rich_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_fp4.train.telemetry.operator.events import EventKind, Events
+
 
 class Console:
     """Prints on the main rank and is silent elsewhere.
 
-    interval_steps: a line every so many steps, and for the first and last step.
+    interval_steps: a line every so many steps, and for the first and last step. events: where `event` goes too.
     """
 
-    def __init__(self, *, enabled: bool, interval_steps: int) -> None:
+    def __init__(self, *, enabled: bool, interval_steps: int, events: Events | None = None) -> None:
+        self.events = events or Events(None)
         self._enabled = enabled
         self._interval = max(1, interval_steps)
         self._first = 0
@@ -31,6 +34,11 @@ class Console:
             self._line.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self._enabled:
             print(text, flush=True)
+
+    def event(self, kind: EventKind, step: int, text: str) -> None:
+        """Say what happened, and tell it those who do not look (operator/events.py)."""
+        self.say(text)
+        self.events.add(kind, step, text)
 
     def start(self, first_step: int, last_step: int) -> None:
         """Begin to count: the run goes from after `first_step` to `last_step`."""

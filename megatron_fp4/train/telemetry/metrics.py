@@ -16,6 +16,7 @@ from typing import Any
 from megatron_fp4.storage.append import AppendFile, read_lines, read_values
 from megatron_fp4.storage.durable import write_durably
 from megatron_fp4.train.sections import LoggingConfig, WandbMode
+from megatron_fp4.train.telemetry.operator.prometheus import PrometheusFile
 from megatron_fp4.train.telemetry.sinks import BackgroundSink, Sink, TensorBoardSink, WandbSink
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class Metrics:
         metrics._sinks.append(JsonlSink(run_dir / METRICS_FILE, resume_step))
         if config.tensorboard:
             metrics.add("tensorboard", lambda: TensorBoardSink(run_dir, resume_step))
+        if config.prometheus_file:
+            metrics.add("prometheus", lambda: PrometheusFile(Path(config.prometheus_file), run_dir.resolve().name))
         if config.wandb is not WandbMode.disabled:
             metrics.add("wandb", lambda: WandbSink(config, run_dir, wandb_id, settings))
         return metrics

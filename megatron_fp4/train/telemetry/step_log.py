@@ -53,11 +53,11 @@ class StepLog:
         if self._ledger:
             self._ledger.add(step, first_sample, num_samples, result.tokens_hash)
         if result.nonfinite:
-            self._console.say(f"step {step}: update skipped on all ranks, NaN or Inf in {result.nonfinite}")
+            text = f"step {step}: update skipped on all ranks, NaN or Inf in {result.nonfinite}"
+            self._console.event("skip", step, text)
         elif result.loss is None:
-            self._console.say(
-                f"step {step}: update skipped on all ranks, none of its {num_samples} samples has a target"
-            )
+            text = f"step {step}: update skipped on all ranks, none of its {num_samples} samples has a target"
+            self._console.event("skip", step, text)
         values = self._values(result, num_samples * run.config.data.seq_length)
         self._metrics.write(step, values)
         self._console.step(step, values)

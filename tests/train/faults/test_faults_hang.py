@@ -49,7 +49,7 @@ def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
 
 def test_a_hanging_rank_is_named_with_its_stack(tmp_path: Path) -> None:
     """Rank 1 hangs in its forward pass at tp 2; rank 0 waits for it in a collective of the same phase."""
-    run = tiny_run(tmp_path, "parallel.tp=2", TIMEOUT)
+    run = tiny_run(tmp_path, "parallel.tp=2", TIMEOUT, f"logging.on_event='cat >> {tmp_path}/pager'")
     processes = start_ranks(run, 2, "hang,1,3,forward_backward")
     waiting, hanging = outputs(processes)
     codes = [process.returncode for process in processes]
@@ -62,6 +62,9 @@ def test_a_hanging_rank_is_named_with_its_stack(tmp_path: Path) -> None:
     assert not (run.run_dir / "run.lock").exists(), "a start from another host would wait 180 s"
     assert "in hang\n    time.sleep" in hanging, "the stack must show the line that hangs"
     assert "stack of" not in waiting, "the stack of a rank that only waits would hide the cause"
+    assert (
+        '"event": "hang", "text": "no progress in phase forward_backward of step 3' in (tmp_path / "pager").read_text()
+    )
 
 
 def test_a_stopped_process_is_named_by_the_others(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""`megatron-fp4 status RUN`: how a run stands, from its directory alone, on whatever host it runs.
+
+Exit codes: 0 it runs or has finished, 1 it has stopped or failed, 2 that is no run. With --watch a line is printed
+every so many seconds until it no longer runs; the exit code is then that of its end. With --json one object (a line
+each with --watch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fp4.cli.compose import load_run_config
+from megatron_fp4.train.telemetry.console import format_seconds
+from megatron_fp4.train.telemetry.operator.status import RunState, RunStatus, look_at
+
+WATCH_SECONDS = 10.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-fp4 status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
+    parser.add_argument("--json", action="store_true", help="an object for programs")
+    parser.add_argument(
+        "--watch", nargs="?", type=float, const=WATCH_SECONDS, metavar="SECONDS",
+        help=f"look every so many seconds (default: {WATCH_SECONDS:g}) until it no longer runs",
+    )  # fmt: skip
+    args = parser.parse_args(arguments)
+    try:
+        if args.watch is not None and not args.watch > 0:
+            raise ValueError(f"--watch = {args.watch:g}, must be above 0 seconds")
+        while True:
+            status = look_at(load_run_config(args.run))
+            runs = status.state in (RunState.starting, RunState.running)
+            text = json.dumps(status.as_json()) if args.json else describe(status)
+            if args.watch is not None and not args.json and runs:
+                text = " ".join(text.splitlines()[1].split())
+            print(text, flush=True)
+            if args.watch is None or not runs:
+                return status.state.exit_code
+            time.sleep(args.watch)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def describe(status: RunStatus) -> str:
+    """Four lines for people."""
+    metric = "no metric yet"
+    if status.last_metric_age_seconds is not None:
+        host = f" on host {status.host}" if status.host else ""
+        metric = f"last metric {_ago(status.last_metric_age_seconds)}{host}"
+    facts = [f"step {status.step:,} of {status.last_step:,}"]
+    facts += [f"loss {status.loss:.4f}"] if status.loss is not None else []
+    facts += [f"{status.tokens_per_second:,.0f} tokens/s"] if status.tokens_per_second is not None else []
+    facts += [f"ETA {format_seconds(status.eta_seconds)}"] if status.eta_seconds is not None else []
+    save, event = "none", "none"
+    if status.save_step is not None and status.save_age_seconds is not None:
+        save = f"step {status.save_step:,}, {_ago(status.save_age_seconds)}"
+    if status.event:
+        event = f"{status.event['event']}, {_ago(time.time() - status.event['time'])}: {status.event['text']}"
+    return "\n".join(
+        [
+            f"{status.run}: {status.state.value}, {status.why}",
+            f"  {'   '.join([*facts, metric])}",
+            f"  last save: {save}",
+            f"  last event: {event}",
+        ]
+    )
+
+
+def _ago(seconds: float) -> str:
+    return f"{seconds:.0f} s ago" if seconds < 120 else f"{format_seconds(seconds)} ago"
