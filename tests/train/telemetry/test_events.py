@@ -68,8 +68,8 @@ def test_a_run_tells_a_web_server_and_the_secret_stays_in_the_environment(
     assert main(run.overrides) == 0
     assert main([*run.overrides, "train.stop_after_steps=3", "train.exit_after_seconds=0.001"]) == 85
     assert {path for path, _ in receiver.received} == {f"/hooks/{TOKEN}"}, "$NAME was not filled in"
-    told = [(event["event"], event["step"]) for _, event in receiver.received]
-    assert told == [("start", 0), ("finish", 2), ("resume", 2), ("stop", 3)]
+    kinds = [(event["event"], event["step"]) for _, event in receiver.received]
+    assert kinds == [("start", 0), ("finish", 2), ("resume", 2), ("stop", 3)]
     assert [json.loads(line) for line in (run.run_dir / "events.jsonl").read_text().splitlines()] == [
         event for _, event in receiver.received
     ]
@@ -117,8 +117,8 @@ def test_who_tells_never_waits_and_failures_are_said_once(
             assert time.monotonic() - began < 0.1, f"the step waited for {target}"
             events.close()
         assert time.monotonic() - began < 5, f"the end of the run waited for {target}"
-        said = [record.getMessage() for record in caplog.records]
-        assert said == [
+        lines = [record.getMessage() for record in caplog.records]
+        assert lines == [
             f"logging.on_event: skip was not delivered ({reason}); this is said once",
             "logging.on_event: 3 event(s) were not delivered",
         ]
