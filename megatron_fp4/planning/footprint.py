@@ -15,7 +15,7 @@ import weakref
 from collections import ChainMap
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import draw_mesh
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.models.block import block_linears
@@ -39,6 +40,15 @@ from megatron_fp4.precision.spec import LinearPrecision
 BLOCK = StageRange(1, 2, 3)
 EMBEDDING = StageRange(0, 0, 3)
 HEAD = StageRange(3, 3, 3)
+TABLES = ("embedding.weight", "head.weight")
+FP32 = 4
+
+
+class Moment(NamedTuple):
+    """Part of a backward pass; at its end a gradient is complete. most: bytes at worst. elements: of the gradient."""
+
+    most: int
+    elements: int
 
 
 @dataclass(frozen=True)
@@ -47,21 +57,31 @@ class Footprint:
 
     kept: after its forward pass. peak: at worst during forward and backward, what is kept included. deferred: after its
     backward pass, until weight gradients that a zero-bubble pipeline puts off are computed. tables: of what is kept,
-    masks and angles that all its layers share, by their names; of a single part they are not counted as kept.
+    masks and angles that all its layers share, by their names; of a single part they are not counted as kept. moments:
+    of its backward pass. last: as peak, in the last backward pass of a step, beside which sums of gradients arrive.
+    arrived: those sums at its end.
     """
 
     kept: int
     peak: int
     deferred: int
     tables: Mapping[Hashable, int]
+    moments: tuple[Moment, ...] = ()
+    last: int = 0
+    arrived: int = 0
 
 
 class LiveBytes(TorchDispatchMode):
-    """`now` and `peak`: bytes of the storages that were made under this mode and are still alive, on any device."""
+    """`now` and `peak`: bytes of the storages that were made under this mode and are still alive, on any device.
+
+    moments: those of the peak, where someone says when one ends.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.moments: list[Moment] = []
+        self._most = 0  # of the present moment
         self._alive: dict[int, int] = {}
 
     @classmethod
@@ -78,7 +98,13 @@ class LiveBytes(TorchDispatchMode):
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._forget, storage._cdata)
         self.peak = max(self.peak, self.now)
+        self._most = max(self._most, self.now)
         return result
+
+    def end_moment(self, elements: int) -> None:
+        """A gradient of so many elements is complete."""
+        self.moments.append(Moment(self._most, elements))
+        self._most = self.now
 
     def _forget(self, key: int) -> None:
         self.now -= self._alive.pop(key)
@@ -90,7 +116,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettings) -> Footprint:
     """A whole stage, its loss included."""
-    key = replace(settings, dp=1, num_microbatches=1, table=None)  # what the sizes do not depend on
+    key = replace(settings, dp=1, num_microbatches=1, table=None, bucket_numel=1)  # what the sizes do not depend on
     ends = replace(config, pattern="---", num_layers=3)
     parts = [_footprint(ends, EMBEDDING, (), key)] if stage.has_embedding else []
     for index in range(stage.first, stage.stop):
@@ -99,17 +125,21 @@ def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettin
         parts.append(_footprint(same_letter, BLOCK, precisions, key))
     if stage.has_head:
         parts.append(_footprint(ends, HEAD, (settings.precision("head"),), key))
-    kept = peak = 0
-    later = sum(part.deferred for part in parts)  # of parts whose backward pass comes before
-    for part in parts:
-        later -= part.deferred
+    kept = kept_by_all = sum(part.kept for part in parts)
+    peak = last = later = 0  # later: of parts whose backward pass came before
+    sums = _Sums(settings)
+    for part in reversed(parts):
+        kept -= part.kept
         peak = max(peak, kept + part.peak + later)
-        kept += part.kept
+        for moment in part.moments:
+            last = max(last, kept + moment.most + later + sums.arrived)
+            sums.send(moment.elements)
+        later += part.deferred
     tables = dict(ChainMap(*(dict(part.tables) for part in parts)))
     # torch's pipeline keeps what a stage sends on until its backward pass; the last one returns a number
     sent = 0 if stage.has_head else settings.tokens // settings.tp * config.hidden * settings.dtype.itemsize
     beside = sent + sum(tables.values())
-    return Footprint(kept + beside, peak + beside, sum(part.deferred for part in parts), tables)
+    return Footprint(kept_by_all + beside, peak + beside, later, tables, (), last + beside, sums.arrived)
 
 
 @functools.cache
@@ -132,8 +162,13 @@ def _footprint(
     for linear, precision in zip(linears_of(model).values(), precisions, strict=True):
         linear.precision = precision
         linear.weight.main_grad = torch.empty_like(linear.weight, dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_drop_grad)  # the optimizer adds it to its buffer
+    live = LiveBytes()
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, LogicalParameter)
+        # a tied table is summed after the step's last backward pass
+        elements = 0 if config.tied_embeddings and name in TABLES else parameter.numel()
+        parameter.grad_ready = functools.partial(live.end_moment, elements)
+        parameter.register_post_accumulate_grad_hook(functools.partial(_drop_grad, parameter))
     cross_entropy = cross_entropy_of(config, mesh.tp)
     ids = torch.empty(settings.micro_batch, settings.seq_length // settings.cp, dtype=torch.int64, device=meta)
     hidden = torch.empty(
@@ -147,18 +182,41 @@ def _footprint(
         return cross_entropy(output, ids.reshape(-1)).sum() if stage.has_head else output
 
     with cuda_kernels(on_gpu=settings.on_gpu):
-        counted = _count(forward, context.queue.drain if context.queue else lambda: None, hidden)
+        counted = _count(forward, context.queue.drain if context.queue else lambda: None, hidden, live)
     tables = {key: sum(storage.nbytes() for storage in _storages(table)) for key, table in tokens.tables.items()}
     return replace(counted, tables=tables)
 
 
-def _drop_grad(parameter: Tensor) -> None:
-    parameter.grad = None
+class _Sums:
+    """Sums of gradients that a rank receives while others are computed. arrived: bytes; a rank holds its share.
+
+    Gradients leave when a bucket is full (optim/layout.py) and are held until those of the step are all summed.
+    """
+
+    def __init__(self, settings: RankSettings) -> None:
+        self.arrived = 0
+        self._settings = settings
+        self._waiting = 0
+
+    def send(self, elements: int) -> None:
+        """A gradient of so many elements is complete."""
+        self._waiting += elements
+        if self._settings.replicas > 1 and self._waiting >= self._settings.bucket_numel:
+            self.arrived += self._waiting * FP32 // self._settings.replicas
+            self._waiting = 0
 
 
-def _count(forward: Callable[[], Tensor], drain: Callable[[], None], leaf: Tensor) -> Footprint:
+def _drop_grad(parameter: LogicalParameter, _: Tensor) -> None:
+    """Stand in for the optimizer, which adds it to its buffer, unless its layer has and has said so."""
+    if parameter.grad is not None:
+        parameter.grad = None
+        assert parameter.grad_ready is not None
+        parameter.grad_ready()
+
+
+def _count(forward: Callable[[], Tensor], drain: Callable[[], None], leaf: Tensor, live: LiveBytes) -> Footprint:
     forward()  # fills caches: the quantized copies of weights are not activations, tables are those of other blocks too
-    with LiveBytes() as live:
+    with live:
         output = forward()
         end = get_gradient_edge(output)
         shape = output.shape
@@ -169,4 +227,5 @@ def _count(forward: Callable[[], Tensor], drain: Callable[[], None], leaf: Tenso
         leaf.grad = None
         deferred = live.now
         drain()
-    return Footprint(kept, live.peak, deferred, {})
+        live.end_moment(0)
+    return Footprint(kept, live.peak, deferred, {}, tuple(live.moments))

@@ -1,8 +1,8 @@
 """Memory of one rank, by kind: state by arithmetic, activations counted in the layers (footprint.py).
 
 Activations are those of the microbatches that the schedule's order holds at once; on top comes the working set, what is
-alive only for a moment: while one part of a stage runs, or, after the last backward pass, the part of the summed
-gradients that this rank receives.
+alive only for a moment while one part of a stage runs, and the part of the summed gradients that this rank receives,
+which arrives beside the last backward pass.
 
 Not here: the allocator's fragmentation, and CUDA's and NCCL's own memory (a few GB).
 """
@@ -17,14 +17,13 @@ from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.pipeline.order import Work, in_flight
-from megatron_fp4.planning.footprint import Footprint, stage_footprint
+from megatron_fp4.planning.footprint import FP32, Footprint, stage_footprint
 from megatron_fp4.planning.idle import PipelineLayout
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import DEQUANTIZING, stored_bytes
 from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.spec import LinearPrecision
 
-FP32 = 4
 ONE_MICROBATCH = (Work("F", 0, 0, 1), Work("B", 0, 0, 2))
 """What a rank without a pipeline does again and again."""
 
@@ -49,12 +48,24 @@ def rank_memory(
     footprints = {number: stage_footprint(config, stage, settings) for number, stage in stages.items()}
     state = _state(config, stages.values(), settings)
     activations, most = _most_held(works, footprints)
-    sums = state["main gradients"] / settings.replicas if settings.replicas > 1 else 0.0
+    sums = _sums_at_once(config, stages.values(), settings)
     return {
         **state,
         "activations": float(activations),
         "working set": max(most, sums) - activations,  # gradients are summed when nothing else is left
     }
+
+
+def _sums_at_once(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> float:
+    """Bytes of sums that a rank holds after the last backward pass; those of a tied table come when others are used."""
+    if settings.replicas == 1:
+        return 0.0
+    both_ends = any(stage.has_embedding for stage in stages) and any(stage.has_head for stage in stages)
+    sizes = {"tied": 0, "others": 0}
+    for parameter in held_parameters(config, stages):
+        tied = config.tied_embeddings and parameter.kind == "embedding" and not both_ends
+        sizes["tied" if tied else "others"] += parameter.local_numel(settings.tp)
+    return FP32 * max(sizes.values()) / settings.replicas
 
 
 def stage_memory(config: ModelConfig, stage: StageRange, settings: RankSettings) -> dict[str, float]:
@@ -68,18 +79,21 @@ def _most_held(works: Sequence[Work], footprints: Mapping[int, Footprint]) -> tu
     The two need not be at one moment: a stage with the head needs much in passing, and may keep little before it.
     """
     deferred = {(work.stage, work.microbatch) for work in works if work.kind == "W"}
-    held = most_kept = most = 0
+    ends = {work.stage: work for work in works if work.kind != "F"}  # with it, the gradients of a stage are complete
+    held = most_kept = most = arrived = 0
     for work in works:
-        footprint = footprints[work.stage]
+        footprint, is_last = footprints[work.stage], ends[work.stage] is work
         if work.kind == "F":
-            most = max(most, held + footprint.peak)
+            most = max(most, held + footprint.peak + arrived)
             held += footprint.kept
         elif work.kind == "W":
+            most = max(most, held + arrived + (footprint.arrived if is_last else 0))
             held -= footprint.deferred
         else:
             held -= footprint.kept
-            most = max(most, held + footprint.peak)
+            most = max(most, held + (footprint.last if is_last else footprint.peak) + arrived)
             held += footprint.deferred if (work.stage, work.microbatch) in deferred else 0
+        arrived += footprint.arrived if is_last else 0
         most_kept = max(most_kept, held)
     return most_kept, most
 

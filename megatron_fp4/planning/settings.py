@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.spec import LinearPrecision
@@ -20,7 +21,7 @@ class RankSettings:
 
     dtype: of weights, activations. table: precision of every linear; None for `dtype` everywhere. on_gpu: False for
     the kernels that torch has on a CPU, which keep more. defers_wgrad: the pipeline's schedule computes weight
-    gradients later. num_microbatches: per step.
+    gradients later. num_microbatches: per step. bucket_numel: gradients that leave together.
     """
 
     tp: int = 1
@@ -36,6 +37,7 @@ class RankSettings:
     on_gpu: bool = True
     defers_wgrad: bool = False
     num_microbatches: int = 1
+    bucket_numel: int = OptimConfig().bucket_numel
 
     @staticmethod
     def of(checked: CheckedConfig, table: PrecisionTable) -> RankSettings:
@@ -54,6 +56,7 @@ class RankSettings:
             table=table,
             defers_wgrad=schedule_rule(config.parallel.schedule).defers_wgrad and config.parallel.pp > 1,
             num_microbatches=config.train.gradient_accumulation(checked.dp, config.train.global_batch),
+            bucket_numel=config.optim.bucket_numel,
         )
 
     @property

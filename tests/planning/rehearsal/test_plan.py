@@ -29,6 +29,7 @@ SIZES: dict[str, Any] = {"hidden": 256, "ffn_hidden": 1024, "num_heads": 8, "num
 GPT = replace(load("gpt_tiny"), pattern="*-", num_layers=2, **SIZES)
 DEEP = replace(GPT, pattern="*-*-", num_layers=4)
 TIED = replace(GPT, tied_embeddings=True)
+WIDE = replace(DEEP, hidden=4096, ffn_hidden=14336, num_heads=32, num_kv_heads=8, head_dim=128)
 HYBRID = replace(load("hybrid_tiny"), pattern="M*-M", num_layers=4, vocab_size=4096)
 NVFP4 = PrecisionConfig(recipes={"nvfp4": nvfp4_paper()}, rules=[Rule("head"), Rule("*", use="nvfp4")])
 
@@ -41,6 +42,7 @@ def case(
     precision: PrecisionConfig | None = None,
     documents: bool = False,
     recompute: str = "none",
+    seq_length: int = 512,
     **layout: Any,
 ) -> tuple[RunConfig, int, str]:
     """Configuration, ranks of the world, ranks that are rehearsed; two microbatches a step."""
@@ -49,7 +51,7 @@ def case(
         model=model,
         precision=precision or PrecisionConfig(),
         parallel=parallel,
-        data=DataConfig(seq_length=512, reset_documents=documents),
+        data=DataConfig(seq_length=seq_length, reset_documents=documents),
         train=TrainConfig(
             micro_batch=1, global_batch=2 * parallel.resolve_dp(num_gpus), recompute=Recompute[recompute]
         ),
@@ -62,6 +64,10 @@ CASES = {
     "gpt, full": case(GPT, 4, "0", recompute="full", tp=2),
     "gpt, selective": case(GPT, 2, "0", precision=NVFP4, recompute="selective", tp=2),
     "gpt, documents over cp": case(GPT, 4, "3", documents=True, tp=2, cp=2),
+    "wide, two copies": case(replace(WIDE, activation=Activation.swiglu), 4, "0", recompute="full", tp=2),
+    "wide, pipeline": case(WIDE, 4, "last", seq_length=4096, recompute="full", pp=2),
+    "wide, zbv": case(WIDE, 4, "last", recompute="full", pp=2, schedule="zbv"),
+    "wide, tied": case(replace(WIDE, tied_embeddings=True, vocab_size=65536), 4, "last", recompute="full", pp=2),
     "tied": case(TIED, 4, "0", tp=2),
     "tied, both ends on a rank": case(replace(DEEP, tied_embeddings=True), 4, "first", pp=2, schedule="zbv"),
     "tied, pipeline": case(TIED, 8, "first,last", tp=2, pp=2),
