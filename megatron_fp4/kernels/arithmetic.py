@@ -20,6 +20,8 @@ HEADROOM = tl.constexpr(17.0 / 16.0)
 INTERPRETED = tl.constexpr(values.INTERPRETED)
 ROUND_TO_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $1, 0f00000000;")
 """The upper half of the result is $1 in BF16: the bits of the rounded FP32 number, in one instruction."""
+TO_E2M1 = tl.constexpr("{ .reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, 0f00000000, $1; cvt.u32.u8 $0, pair; }")
+"""The code of $1, nearest even and saturating, in the lower half of a byte; from compute capability 10 on."""
 
 
 @triton.jit
@@ -130,8 +132,14 @@ def sign_code(q, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def e2m1_code(q):
-    """`formats.encode_e2m1`: code, int32, nearest to q: ties to even, saturating."""
+def e2m1_code(q, INSTRUCTION: tl.constexpr):
+    """`formats.encode_e2m1`: code, int32, nearest to q: ties to even, saturating.
+
+    INSTRUCTION: by the one that Blackwell has, which saves a quarter of a quantizer's instructions. It differs for NaN
+    alone (+6, here 6 with its sign), and a tensor with one has been seen by its amax.
+    """
+    if INSTRUCTION:
+        return tl.inline_asm_elementwise(TO_E2M1, "=r,f", [q], tl.int32, True, 1)
     clipped = tl.minimum(as_float(magnitude(q)), 6.0)
     bits = as_bits(clipped)
     normal = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - (126 << 1)

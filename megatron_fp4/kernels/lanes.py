@@ -77,7 +77,7 @@ def word_of(codes, FIRST: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def codes_of(x, multiplier, words_ptr, group, line, M, K,
              ALONG: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr, NOISE: tl.constexpr,
-             CENTRED: tl.constexpr):  # fmt: skip
+             CENTRED: tl.constexpr, INSTRUCTION: tl.constexpr):  # fmt: skip
     """LANES int32 tensors of codes. The noise is that of the tensor's rows and columns, whichever are lines."""
     if NOISE > 0:
         rows = K if ALONG == 0 else M
@@ -92,7 +92,7 @@ def codes_of(x, multiplier, words_ptr, group, line, M, K,
         if BITS == 8:
             codes = codes + ((e4m3_code(tl.abs(q)) | sign_code(q, 24)),)
         elif NOISE == 0:
-            codes = codes + (e2m1_code(q),)
+            codes = codes + (e2m1_code(q, INSTRUCTION),)
         else:
             at = group * LANES + i
             if ALONG == 0:
@@ -126,7 +126,7 @@ def lanes_kernel(
     ALONG: tl.constexpr, RHT: tl.constexpr, SQUARE: tl.constexpr, TURNED: tl.constexpr, OVER: tl.constexpr,
     AIM: tl.constexpr, PAPER_ORDER: tl.constexpr, WIDER: tl.constexpr,
     BITS: tl.constexpr, LANES: tl.constexpr, NOISE: tl.constexpr, CENTRED: tl.constexpr, SWIZZLED: tl.constexpr,
-    G: tl.constexpr, L: tl.constexpr,
+    INSTRUCTION: tl.constexpr, G: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """A copy `[M, K]` of x: codes as int64 words `[M, K/16]` (E4M3: `[M, K/8]`), scales of blocks of LANES.
 
@@ -151,7 +151,7 @@ def lanes_kernel(
         scale, multiplier = four_over_six_scale(x, largest, tl.load(amax_ptr), AIM, OVER == 2, SQUARE, G, L)
     else:
         scale, multiplier = e4m3_scale(largest, tl.load(amax_ptr), AIM, PAPER_ORDER, WIDER)
-    codes = codes_of(x, multiplier, words_ptr, group, line, M, K, ALONG, BITS, LANES, NOISE, CENTRED)
+    codes = codes_of(x, multiplier, words_ptr, group, line, M, K, ALONG, BITS, LANES, NOISE, CENTRED, INSTRUCTION)
     inside = (group[:, None] * LANES < K) & (line[None, :] < M)
     per_word: tl.constexpr = 64 // BITS
     words: tl.constexpr = LANES // per_word

@@ -121,6 +121,7 @@ def _scale_constants(how: Coding, target: Target) -> Constants:
         "NOISE": how.noise_bits,
         "CENTRED": how.centred,
         "SWIZZLED": target.native,
+        "INSTRUCTION": target.native and not INTERPRETED,
     }
 
 

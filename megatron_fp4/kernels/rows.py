@@ -25,12 +25,13 @@ def rows_kernel(
     x_ptr, codes_ptr, scales_ptr, amax_ptr, words_ptr, M, K,
     AIM: tl.constexpr, PAPER_ORDER: tl.constexpr, WIDER: tl.constexpr,
     BITS: tl.constexpr, BLOCK: tl.constexpr, NOISE: tl.constexpr, CENTRED: tl.constexpr, SWIZZLED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    INSTRUCTION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """`x [M, K]` to codes uint8 `[M, K/2]` (or `[M, K]`) and scales uint8 of blocks of BLOCK.
 
     AIM: what S_enc maps amax to; 0 for power-of-two scales, of which amax is measured here, as bits. BITS: 4 for
-    E2M1, 8 for E4M3. NOISE: random bits per element, 0 to round to nearest. Others: see `lanes_kernel`.
+    E2M1, 8 for E4M3. NOISE: random bits per element, 0 to round to nearest. INSTRUCTION: see `e2m1_code`. Others: see
+    `lanes_kernel`.
     """
     line = tl.program_id(0) * BM + tl.arange(0, BM)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -54,7 +55,7 @@ def rows_kernel(
             noise = noise_of(row_a[:, None], row_b[:, None], word[None, :], NOISE, CENTRED)
             code = e2m1_code_stochastic(q, tl.reshape(noise, (BM, BN // BLOCK, BLOCK)))
         else:
-            code = e2m1_code(q)
+            code = e2m1_code(q, INSTRUCTION)
         low, high = tl.split(tl.reshape(code, (BM, BN // 2, 2)))
         pair = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
         inside = (line[:, None] < M) & (pair[None, :] < K // 2)

@@ -20,8 +20,10 @@ from megatron_fp4.precision.backends.triton import TritonBackend
 from megatron_fp4.precision.backends.triton_limits import obstacle
 from megatron_fp4.precision.config import PrecisionConfig
 from megatron_fp4.precision.operand import Operand
+from megatron_fp4.precision.selftest.parts import first_mismatch, reference_parts
 from tests.kernels.inputs import hostile
 from tests.kernels.interpreted import device_functions
+from tests.kernels.interpreter_repairs import device_code
 from tests.precision.backends.test_emulated import OPERANDS
 
 CODED = [operand for operand in OPERANDS if operand.quantized and not obstacle(operand)]
@@ -117,7 +119,7 @@ def test_nan_and_inf_are_seen(bad: float, tensor: str) -> None:
 
 def test_scales_in_the_layout_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes in other places, for both quantizers, with lines and blocks that fill no tile of 128x4."""
-    x = torch.randn(144, 208).bfloat16()
+    x = torch.randn(144, 80).bfloat16()
     on_cpu = Target.of(torch.device("cpu"))
     for operand in (PAPER["x"][0].operand, PAPER["w"][0].operand, PAPER["dy"][1].operand):
         for along in (0, 1):
@@ -134,6 +136,21 @@ def test_scales_in_the_layout_of_tensor_cores(monkeypatch: pytest.MonkeyPatch) -
             assert torch.equal(swizzled_scales(scales), swizzled.tensors[1]), "what no operand has must be zero"
 
 
+@pytest.mark.parametrize("tensor", ["x", "w", "dy"])
+def test_the_code_that_a_blackwell_gets(tensor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tiles, its layout of scales and its instructions, with the codes and scales of the reference."""
+    blackwell = Target.of_capability((10, 0), 2)
+    monkeypatch.setattr(Target, "of", staticmethod(lambda device: blackwell))
+    backend = TritonBackend(PrecisionConfig(compile=False))
+    with device_code():
+        for name in ("ties", "denormals", "all exponents", "zero blocks, -0"):
+            x = hostile(48, 112)[name]
+            ours, expected = (one.quantize(x, origin(x, tensor), PAPER[tensor]) for one in (backend, REFERENCE))
+            for copy, left, right in zip(PAPER[tensor], ours, expected, strict=True):
+                parts = (reference_parts(left), reference_parts(right))
+                assert first_mismatch(*parts, copy, signed_zero=True) is None, f"{name}: {copy.gemm}"
+
+
 def test_codes_and_scales_of_any_number() -> None:
     """E4M3, E2M1 and BF16 from random FP32 bits and from every decision point and its neighbours."""
     gen = torch.Generator().manual_seed(1)
@@ -144,7 +161,7 @@ def test_codes_and_scales_of_any_number() -> None:
     x = torch.cat([bits, near, near | -(2**31)]).view(torch.float32)
     x = x[x.isfinite()][-(1 << 16) :]
     out = {name: torch.empty(len(x), dtype=torch.int32) for name in ("e4m3", "e2m1", "bf16")}
-    device_functions.encode[(1,)](x, *out.values(), len(x))
+    device_functions.encode[(1,)](x, *out.values(), len(x), False)
     assert torch.equal(out["e4m3"].to(torch.uint8), formats.encode_e4m3(x.abs()).view(torch.uint8))
     assert torch.equal(out["e2m1"].to(torch.uint8), formats.encode_e2m1(x))
     assert torch.equal(out["bf16"].view(torch.float32), x.bfloat16().float())
