@@ -10,14 +10,13 @@ import pytest
 from tests.kernels.compiled.cross_compile import Build, build, gemms, quantizers
 
 PAPER = ("amax, RHT", "rows, stochastic", "columns, RHT, stochastic", "weight 16x16, both")
-"""What is compiled for every target but 103: these contain what a linear launches. The others only for 100."""
-SLOW = ("columns, mxfp4, RHT 32, stochastic", "weight 16x16, four over six")
+"""What is compiled for every target: these contain what a linear launches. The others only for 100."""
 TARGETS = (80, 90, 100, 103, 120)
 ALL_CASES = [
     (capability, name)
     for capability in TARGETS
     for name in quantizers(capability)
-    if (name in PAPER and capability != 103) or (capability == 100 and name not in SLOW)
+    if name in PAPER or capability == 100
 ]
 PRODUCTS = [(capability, name) for capability in TARGETS for name in gemms(capability)]
 
@@ -27,9 +26,14 @@ MMA = {
     (100, "gemm"): r"tcgen05\.mma\.cta_group::1\.kind::mxf4nvf4\.block_scale\.block16",
     (103, "gemm"): r"tcgen05\.mma\.cta_group::1\.kind::mxf4nvf4\.block_scale\.block16",
     (120, "gemm"): r"mma\.sync\.aligned\.m16n8k64\.row\.col\.kind::mxf4nvf4\.block_scale\.scale_vec::4X",
+    (80, "gemm, mxfp4"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
+    (90, "gemm, mxfp4"): r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.bf16\.bf16",
     (100, "gemm, mxfp4"): r"tcgen05\.mma\.cta_group::1\.kind::mxf4\.block_scale\.block32",
+    (103, "gemm, mxfp4"): r"tcgen05\.mma\.cta_group::1\.kind::mxf4\.block_scale\.block32",
     (120, "gemm, mxfp4"): r"mma\.sync\.aligned\.m16n8k64.*scale_vec::2X.*ue8m0",
+    (90, "gemm, mxfp8"): r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.bf16\.bf16",
     (100, "gemm, mxfp8"): r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale\.block32",
+    (103, "gemm, mxfp8"): r"tcgen05\.mma\.cta_group::1\.kind::mxf8f6f4\.block_scale\.block32",
     (120, "gemm, mxfp8"): r"mma\.sync\.aligned\.m16n8k32\.row\.col\.kind::mxf8f6f4\.block_scale",
 }
 """The instruction of the tensor cores; Wgrad and TMA have that of "gemm"."""
@@ -53,6 +57,8 @@ def test_quantizers(capability: int, name: str) -> None:
         assert re.search(r"max\.s32|redux", built.ptx), "a float maximum drops NaN"
     else:
         assert "div.rn.f32" in built.ptx or name == "words", "the only division that is IEEE's"
+    nearest = not any(word in name for word in ("amax", "words", "stochastic", "mxfp8"))
+    assert ("cvt.rn.satfinite.e2m1x2.f32" in built.ptx) == (nearest and capability >= 100)
 
 
 @pytest.mark.parametrize(("capability", "name"), PRODUCTS, ids=str)
@@ -61,8 +67,7 @@ def test_products(capability: int, name: str) -> None:
     print_line(capability, name, built)
     assert built.faults(capability) == []
     kind = name if "mxfp" in name else "gemm"
-    if (capability, kind) in MMA:
-        assert re.search(MMA[capability, kind], built.ptx)
+    assert re.search(MMA[capability, kind], built.ptx)
     if "TMA" in name:
         assert "cp.async.bulk.tensor" in built.ptx
         if capability < 120:
