@@ -20,7 +20,7 @@ from megatron_fp4.precision import (
     nvfp4_paper,
     quantized_linear,
 )
-from megatron_fp4.precision.backends import product
+from megatron_fp4.precision.backends import Backend, product
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from tests.precision.te import te_cases
 
@@ -31,6 +31,27 @@ CASES = sorted({name.split("/")[0] for name in FILE.files})
 
 def bf16(name: str, file: Any = FILE) -> Tensor:
     return torch.from_numpy(file[name].view(np.int16).copy()).view(torch.bfloat16)
+
+
+def single_linear(case: str, backend: Backend) -> dict[str, Tensor]:
+    """y, dx and dw of a case of the file of single linears."""
+    x, dy = bf16(f"{case}/x").requires_grad_(), bf16(f"{case}/dy")
+    weight = torch.nn.Parameter(bf16(f"{case}/w"))
+    single = Group.single()
+    y = quantized_linear(
+        x,
+        weight,
+        rows=torch.arange(x.shape[0]),
+        sharding=Sharding(case, single, single, single, *(torch.arange(size) for size in weight.shape)),
+        precision=nvfp4_paper(stochastic=False),
+        backend=backend,
+        clock=StepClock(seed=1),
+        cache=WeightCache(),
+    )
+    y.backward(dy)
+    assert x.grad is not None
+    assert weight.grad is not None
+    return {"y": y.detach(), "dx": x.grad, "dw": weight.grad}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,23 +68,7 @@ def test_linear_reproduces_transformer_engine(
     native: whether the CPU's own BF16 GEMM multiplies, or the FP32 one.
     """
     monkeypatch.setattr(product, "cpu_multiplies_bf16", lambda: native)
-    x, dy = bf16(f"{case}/x").requires_grad_(), bf16(f"{case}/dy")
-    weight = torch.nn.Parameter(bf16(f"{case}/w"))
-    single = Group.single()
-    sharding = Sharding(case, single, single, single, *(torch.arange(size) for size in weight.shape))
-    y = quantized_linear(
-        x,
-        weight,
-        rows=torch.arange(x.shape[0]),
-        sharding=sharding,
-        precision=nvfp4_paper(stochastic=False),
-        backend=backend,
-        clock=StepClock(seed=1),
-        cache=WeightCache(),
-    )
-    y.backward(dy)
-    assert weight.grad is not None
-    for name, ours in (("y", y), ("dx", x.grad), ("dw", weight.grad)):
+    for name, ours in single_linear(case, backend).items():
         differing = (ours != bf16(f"{case}/{name}")).sum().item()
         assert differing == 0, f"{name}: {differing} of {ours.numel()} elements differ"
 
