@@ -7,6 +7,7 @@ cached on disk by inductor, and ranks that compile at once are kept apart by its
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,6 +20,10 @@ Result = TypeVar("Result")
 
 EAGER_ON_CUDA = (stages.nvfp4_scales, stages.power_scales, four_over_six.candidates, four_over_six.errors)
 """Triton divides approximately and contracts multiply-adds. These stages divide, and are small (per block)."""
+
+
+_LIMIT: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
+"""torch 2.11, which benchmarks/gpu.sh bears, has no such argument; there the limit is 8 for each kernel."""
 
 
 class StageRunner:
@@ -57,8 +62,7 @@ def _compiled(stage: Callable[..., Any], constants: dict[str, Any]) -> Callable[
     def kernel(**tensors: Tensor) -> Any:
         return stage(**tensors, **constants)
 
-    # isolated: all kernels share the code of `kernel`, and dynamo counts recompilations per code object
-    compiled: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]  # torch's stub has no isolate_recompiles
-        kernel, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True
-    )
+    # Dynamo counts recompilations per code object, and all kernels would share that of `kernel`.
+    kernel.__code__ = kernel.__code__.replace(co_name=stage.__name__)
+    compiled: Callable[..., Any] = torch.compile(kernel, dynamic=True, fullgraph=True, **_LIMIT)
     return compiled

@@ -178,6 +178,39 @@ def test_a_gpu_makes_no_wider_product_than_it_must(scaled: bool) -> None:
     assert peaks == ([256 * 128 * 6, 256 * 128 * 4] if scaled else [256 * 128 * 2, 0])
 
 
+@pytest.mark.parametrize("adds", [True, False], ids=["", "a torch whose GEMM does not add"])
+@pytest.mark.parametrize("factors", ["none", "alpha", "rows"])
+def test_a_gpus_products_are_the_formulas(factors: str, adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact GEMMs stand in for its own. Sums of integers are exact, so that each path must give the same bits."""
+    gen = torch.Generator().manual_seed(2)
+    a, b = (torch.randint(-12, 13, (size, 512), generator=gen).bfloat16() for size in (32, 16))
+    alpha, rows = torch.tensor(0.0127), torch.linspace(0.1, 0.3, 32).view(-1, 1)
+    scale = Factors(alpha if factors != "none" else None, rows if factors == "rows" else None, None)
+    called: list[str] = []
+
+    def mm(x: Tensor, y: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        called.append(f"mm to {out_dtype or x.dtype}")
+        return (x.double() @ y.double()).to(out_dtype or x.dtype)
+
+    def addmm(start: Tensor, x: Tensor, y: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        called.append("addmm")
+        return out.copy_(start + mm(x, y, out_dtype))
+
+    monkeypatch.setattr(product, "adds_bf16_products", lambda: adds)
+    for out_dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for into in (None, torch.linspace(-3, 3, 512).view(32, 16)):
+            expected = product.multiply_widened(a, b, scale, out_dtype, None if into is None else into.clone())
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "mm", mm)
+                patch.setattr(torch.ops.aten.addmm, "dtype_out", addmm, raising=False)
+                ours = multiply_on_cuda(a, b, scale, out_dtype, into)
+            assert ours.dtype == expected.dtype
+            assert torch.equal(ours, expected), f"{out_dtype}, into: {into is not None}"
+            assert into is None or ours is into
+    assert ("addmm" in called) == (adds and factors == "none")
+    assert ("mm to torch.bfloat16" in called) == (factors == "none")
+
+
 def test_row_scales_equal_the_reference(x: Tensor) -> None:
     """With one global scale per row, a wrong broadcast would scale columns instead of rows."""
     operand = Operand(N4, amax_scope=AmaxScope.row)
