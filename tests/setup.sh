@@ -11,7 +11,7 @@ stamp="$venv/.installed-${extras:=test}"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $("$python" --version) found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
-  echo "installing into $venv (a few minutes) ..."
+  echo "installing into $venv (a few minutes): torch, then this package and what its extra '$extras' names in pyproject.toml ..."
   mkdir -p "$(dirname "$venv")"
   [ -d "$venv" ] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --upgrade pip

@@ -187,7 +187,8 @@ def _rows(grid: torch.Tensor, axes: Sequence[str]) -> list[list[int]]:
 def describe(config: ParallelConfig, world_size: int) -> str:
     """The rank grid as text: one line a stage and data-parallel rank, for the start of a log."""
     grid = rank_grid(config, world_size)
-    lines = [f"{world_size} ranks = pp {grid.shape[0]} x dp {grid.shape[1]} x cp {grid.shape[2]} x tp {grid.shape[3]}"]
+    sizes = " x ".join(f"{axis} {size}" for axis, size in zip(("pp", "dp", "cp", "tp"), grid.shape, strict=True))
+    lines = [f"{world_size} rank{'s' if world_size > 1 else ''} = {sizes}"]
     if world_size > 64:
         return lines[0] + " (rank = ((pp*DP + dp)*CP + cp)*TP + tp)"
     for stage, per_dp in enumerate(grid.tolist()):

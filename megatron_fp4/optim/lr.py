@@ -17,6 +17,14 @@ def decay_tokens(config: OptimConfig, total_tokens: int) -> int:
     return round(config.decay_fraction * total_tokens)
 
 
+def describe_schedule(config: OptimConfig, total_tokens: int) -> str:
+    """`3.00e-03, wsd; warm-up 40,960 tokens, decay over the last 122,880, to 3.00e-05`."""
+    text = f"{config.lr:.2e}, {config.schedule.name}; warm-up {config.warmup_tokens:,} tokens"
+    if config.schedule is Schedule.wsd and (last := decay_tokens(config, total_tokens)):
+        text += f", decay over the last {last:,}"
+    return text if config.schedule is Schedule.constant else f"{text}, to {config.min_lr:.2e}"
+
+
 def check_schedule(config: OptimConfig, total_tokens: int) -> None:
     """Raise ValueError, with the numbers, if the phases do not fit into `total_tokens`."""
     if total_tokens < 1:

@@ -4,7 +4,7 @@ Whatever can be refused by one rank alone is refused before the ranks meet, and 
 there is a process group; the watchdog watches the whole life. The exit codes are those of faults/signals.py.
 
 Not here: arguments and YAML (cli/pretrain.py), what is compared and how a rank refuses (arrival/). The resolved
-settings come as text, for the log and the run directory.
+settings come as text, for the run directory.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ from megatron_fp4.train.build import Start, build
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.guard import SpikeGuard
-from megatron_fp4.train.faults.signals import EXIT_FAILED, StopRequest
+from megatron_fp4.train.faults.signals import EXIT_FAILED, EXIT_OK, StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
 from megatron_fp4.train.opened import OpenedData, open_data
 from megatron_fp4.train.phases import INDEX_SECONDS, Phases
 from megatron_fp4.train.refusals.requirements import check_machine
+from megatron_fp4.train.resume.description import describe_end, describe_origin, describe_resume
 from megatron_fp4.train.resume.same_model import check_origin
 from megatron_fp4.train.run import Run, TrainingDiverged
-from megatron_fp4.train.telemetry.announce import describe_origin, describe_resume, describe_run
+from megatron_fp4.train.telemetry.announce import describe_run
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
 from megatron_fp4.train.telemetry.operator.events import Events
@@ -174,7 +175,9 @@ def _lock_and_train(
             events.add("fail", phases.current.step, f"refused: {error}")
             return refuse(error, speaks=is_main)
         try:
-            return fit(run, start, outputs)
+            code = fit(run, start, outputs)
+            console.say(describe_end(checked.config, start.position, stopped=code != EXIT_OK))
+            return code
         except (SaveFailed, TrainingDiverged, RankFailed) as error:  # the same on all ranks
             if isinstance(error, RankFailed):
                 process.rendezvous.leave()
@@ -203,7 +206,8 @@ def _end_hung(events: Events, phases: Phases, lock: RunLock) -> None:
 
 def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, console: Console) -> None:
     """Say what will run, and store it in the run directory. Collective. Raises ValueError: see `_write`."""
-    paragraphs = [*checked.choice, config_text, *describe_run(checked, run.mesh.world.size, run.device)]
+    tokens = {name: stream.documents.num_tokens for name, stream in run.loader.streams.items()}
+    paragraphs = [*checked.choice, *describe_run(checked, run.mesh.world.size, run.device, tokens)]
     if start.meta:
         paragraphs += describe_resume(checked, start.meta, start.changes, str(start.remembered or ""))
     elif run.origin:

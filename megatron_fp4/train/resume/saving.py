@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_fp4.checkpoint import SaveFailed, SaveReport, SaveStatus
+from megatron_fp4.optim.lr import learning_rate
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.resume.provenance import git_state, versions
 from megatron_fp4.train.run import Position, Run
@@ -64,22 +65,25 @@ class Saves:
         if report is None:
             return
         self._newest = report
+        if report.status is SaveStatus.writing:
+            return
         text = f"checkpoint {report.step}: {report.status.name}"
         if report.error:
             text += f", {report.error}"
         self._console.say(f"{text} (blocked {report.blocking_seconds:.2f} s, {report.seconds:.2f} s in all)")
         if report.status is SaveStatus.failed:
             self._console.events.add("save_failed", report.step, text)
-        if report.status is not SaveStatus.writing:
-            values = {"blocking_seconds": report.blocking_seconds, "seconds": report.seconds}
-            values["failed"] = float(report.status is SaveStatus.failed)
-            self._metrics.write(report.step, {f"save/{key}": value for key, value in values.items()})
+        values = {"blocking_seconds": report.blocking_seconds, "seconds": report.seconds}
+        values["failed"] = float(report.status is SaveStatus.failed)
+        self._metrics.write(report.step, {f"save/{key}": value for key, value in values.items()})
 
 
 def meta_of(run: Run, position: Position, precision_phase: int, wandb_id: str) -> dict[str, Any]:
     """All that a resume needs beside the tensors, as plain JSON values."""
+    config = run.config
     return {
         **position.to_meta(),
+        "lr": learning_rate(config.optim, position.samples * config.data.seq_length, config.run_tokens),
         "optimizer_steps": run.optimizer.step_count,
         "data": run.loader.state_dict(position.samples),
         "precision": run.plan.table(precision_phase).texts(),

@@ -1,33 +1,59 @@
-"""What is said before the first step: the settings of a run and what follows from them, and where a resume goes on.
+"""What is said before the first step: a run in ten lines, the precision of every linear, and what is worth a note.
 
-Not here: what is said of every step (step_log.py).
+The whole configuration stands in the run directory (config.yaml), and so does the precision (precision.txt).
+Not here: where a resume goes on, and what comes after the end (resume/description.py); every step (step_log.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_fp4.comm.mesh import describe
-from megatron_fp4.data.text.files import fingerprint_of
-from megatron_fp4.data.text.tokenizer import Tokenizer, describe_tokenizer
+from megatron_fp4.data.text.tokenizer import describe_tokenizer
+from megatron_fp4.models.count import model_parameters
+from megatron_fp4.optim.lr import describe_schedule
 from megatron_fp4.precision.backends.choose import eager_reason
 from megatron_fp4.precision.backends.triton_limits import emulated_gemms
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.table import difference_to_stored
+from megatron_fp4.precision.table import summary
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.telemetry.slow_paths import slow_paths_on
 from megatron_fp4.train.telemetry.throughput import Throughput
 
+MAX_SOURCES = 4
+"""So many sources of data are named in the summary."""
 
-def describe_run(checked: CheckedConfig, world_size: int, device: torch.device) -> list[str]:
-    """Layout, tokenizer, precision, the sizes of a step, and what the device could do at best, as paragraphs."""
+
+def describe_run(
+    checked: CheckedConfig, world_size: int, device: torch.device, tokens: Mapping[str, int] | None = None
+) -> list[str]:
+    """The run in ten lines, the precision of every linear, and what is worth a note, as paragraphs.
+
+    tokens: of each source of data, by its name.
+    """
     config = checked.config
-    paragraphs = [describe(config.parallel, world_size)]
+    in_short = summary(checked.plan.table()).partition(";")[0]
+    layout, *grid = describe(config.parallel, world_size).split("\n")
+    facts = {
+        "model": _model(config),
+        "layout": f"{layout}, on {device.type}",
+        "batch": _batch(checked),
+        "precision": f"{in_short}; backend {config.precision.backend.name}",
+        "rate": describe_schedule(config.optim, config.run_tokens),
+        "data": _data(config, tokens or {}),
+        "tokenizer": "none: shards hold ids",
+        "speed": Throughput(config, world_size, device).describe(),
+        "where": f"{config.train.run_dir} (all settings in config.yaml, precision in precision.txt)",
+    }
+    if checked.tokenizer:
+        lines = describe_tokenizer(checked.tokenizer, config.model.vocab_size).split("\n")
+        facts["tokenizer"] = ", ".join(line.strip() for line in lines).removeprefix("tokenizer ")
+    paragraphs = ["\n".join(f"{name:<10} {text}" for name, text in facts.items())]
+    paragraphs += ["\n".join(grid)] if world_size > 1 and grid else []
+    paragraphs.append(checked.plan.describe())
     if reason := eager_reason(config.precision):
         paragraphs.append(f"precision.compile is on, but {reason}: the quantizer runs eagerly (same numbers, slower)")
     if emulated := emulated_gemms(config.precision):
@@ -36,22 +62,39 @@ def describe_run(checked: CheckedConfig, world_size: int, device: torch.device) 
             + "\n  ".join(emulated)
         )
     paragraphs += [f"WARNING: {line}" for line in slow_paths_on(config, checked.plan, device)]
-    if checked.tokenizer:
-        paragraphs.append(describe_tokenizer(checked.tokenizer, config.model.vocab_size))
-    accumulation = config.train.gradient_accumulation(checked.dp, config.train.global_batch)
-    paragraphs += [
-        checked.plan.describe(),
-        f"global batch {config.train.global_batch} = micro batch {config.train.micro_batch} * accumulation"
-        f" {accumulation} * dp {checked.dp}; {config.tokens_per_step:,} tokens a step, {config.total_steps:,} steps",
-    ]
     if note := _wgrad_groups(config, checked.plan):
         paragraphs.append(note)
     stages = config.stages()
     if len(stages) > 1:
         ramp = ", ".join(f"{stage.num_steps:,} of {stage.size}" for stage in stages)
         paragraphs.append(f"batch-size ramp, steps and their samples: {ramp}")
-    paragraphs.append(Throughput(config, world_size, device).describe())
     return paragraphs + [f"note: {note}" for note in checked.notes]
+
+
+def _model(config: RunConfig) -> str:
+    model = config.model
+    count = sum(parameter.numel for parameter in model_parameters(model))
+    blocks = (
+        f"{len(model.blocks)} blocks {model.pattern}" if model.pattern else f"{model.num_layers} transformer blocks"
+    )
+    return f"{count:,} parameters: {blocks}, hidden {model.hidden:,}, vocabulary {model.vocab_size:,}"
+
+
+def _batch(checked: CheckedConfig) -> str:
+    config, train = checked.config, checked.config.train
+    accumulation = train.gradient_accumulation(checked.dp, train.global_batch)
+    return (
+        f"{train.global_batch} = micro batch {train.micro_batch} * accumulation {accumulation} * dp {checked.dp};"
+        f" {config.tokens_per_step:,} tokens a step, {config.total_steps:,} steps, {config.run_tokens:,} tokens"
+    )
+
+
+def _data(config: RunConfig, tokens: Mapping[str, int]) -> str:
+    names = [source.name for source in config.data.sources]
+    texts = [f"{name} ({tokens[name]:,} tokens)" if name in tokens else name for name in names[:MAX_SOURCES]]
+    texts += [f"{len(names) - MAX_SOURCES} more"] if len(names) > MAX_SOURCES else []
+    heldout = ", ".join(item.name for item in config.data.evaluation) or "nothing"
+    return f"{', '.join(texts)}, in sequences of {config.data.seq_length:,}; held out: {heldout}"
 
 
 def _wgrad_groups(config: RunConfig, plan: PrecisionPlan) -> str:
@@ -68,37 +111,3 @@ def _wgrad_groups(config: RunConfig, plan: PrecisionPlan) -> str:
         " multiple of that: weight gradients are others, equally valid ones, than at another parallel.cp or"
         f" train.micro_batch; a multiple of {group} makes them equal"
     )
-
-
-def describe_origin(origin: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[str]:
-    """Where the weights of a new run came from; a warning if the folder has another tokenizer than the run.
-
-    The files are compared, not what they do: one that was saved anew may number the same tokens.
-    """
-    paragraphs = [f"weights of {origin['from']} ({origin['format']})"]
-    if tokenizer is None:
-        return paragraphs
-    beside = Path(origin["from"]) / f"tokenizer{Path(tokenizer.path).suffix}"
-    if beside.is_file() and fingerprint_of(beside.read_bytes()) != tokenizer.fingerprint:
-        paragraphs.append(
-            f"WARNING: data.tokenizer={tokenizer.path} is another file than {beside}, whose ids the weights know; the"
-            " data must be tokenized as the model's were"
-        )
-    return paragraphs
-
-
-def describe_resume(checked: CheckedConfig, meta: dict[str, Any], changes: str, rollback: str) -> list[str]:
-    """Where the run goes on, and in what it differs from the checkpoint whose small state is `meta`.
-
-    changes: table of the settings that differ; rollback: one of which the checkpoint does not know; "" for none, each.
-    """
-    config, plan = checked.config, checked.plan
-    paragraphs = [f"resuming after step {meta['step']} of {config.train.run_dir}"]
-    if rollback:
-        paragraphs.append(rollback)
-    if changes:
-        paragraphs.append(f"settings that differ from the checkpoint's:\n{changes}")
-    table = plan.table(plan.phase_at(meta["consumed_samples"] * config.data.seq_length))
-    if precision := difference_to_stored(meta["precision"], table):
-        paragraphs.append("precision differs from the checkpoint's:\n" + "\n".join(precision))
-    return paragraphs

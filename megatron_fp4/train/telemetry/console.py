@@ -26,7 +26,8 @@ class Console:
         self._interval = max(1, interval_steps)
         self._first = 0
         self._last = 0
-        self._began = time.monotonic()
+        self._warm: tuple[int, float] | None = None
+        """The first step and when it was over: it compiles, so the seconds of a step are counted from there."""
         self._line = _progress_line() if enabled and sys.stdout.isatty() else None
 
     def say(self, text: str) -> None:
@@ -44,7 +45,7 @@ class Console:
         """Begin to count: the run goes from after `first_step` to `last_step`."""
         self._first = first_step
         self._last = last_step
-        self._began = time.monotonic()
+        self._warm = None
         if self._line is not None:
             for task in self._line.task_ids:  # left by the attempt before a rollback
                 self._line.remove_task(task)
@@ -57,14 +58,23 @@ class Console:
         if self._line is not None:
             text = f"{loss}  {values['tokens_per_second']:,.0f} tokens/s"
             self._line.update(self._line.task_ids[0], completed=step, description=text)
+        eta = self._eta(step)
         if step % self._interval and step not in (self._first + 1, self._last):
             return
-        per_step = (time.monotonic() - self._began) / (step - self._first)
         self.say(
             f"step {step:>6}/{self._last}  {loss}  grad norm {values['grad_norm']:.3f}"
             f"  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s"
-            f"  ETA {format_seconds(per_step * (self._last - step))}"
+            f"  ETA {eta}"
         )
+
+    def _eta(self, step: int) -> str:
+        """The time of the steps to come, without what the first one took longer; "-" after that one."""
+        now = time.monotonic()
+        if self._warm is None:
+            self._warm = step, now
+            return "-" if step < self._last else format_seconds(0)
+        first, since = self._warm
+        return format_seconds((now - since) / (step - first) * (self._last - step))
 
     def close(self) -> None:
         """Take the progress line away and give the terminal back."""

@@ -30,6 +30,7 @@ class StepLog:
         self._metrics = metrics
         self._console = console
         self._data = DataPhaseLog(run, console)
+        self._checked = run.probes.checked_table
         self._throughput = Throughput(run.config, run.mesh.world.size, run.device)
         self._ledger: LedgerWriter | None = None
         if run.mesh.is_main:
@@ -61,6 +62,7 @@ class StepLog:
         values = self._values(result, num_samples * run.config.data.seq_length)
         self._metrics.write(step, values)
         self._console.step(step, values)
+        self._tell_checked_gemms(step)
         if run.phases.timer and (device := run.phases.timer.previous_step()):
             self._metrics.write(step - 1, {f"device/{phase}_seconds": value for phase, value in device.items()})
         if self._compares_ranks(step):
@@ -75,6 +77,18 @@ class StepLog:
 
     def _compares_ranks(self, step: int) -> bool:
         return is_due(step, self._run.config.train.straggler_interval_steps, self._run.mesh.world)
+
+    def _tell_checked_gemms(self, step: int) -> None:
+        """A step whose GEMMs were not those of the table has ended the run."""
+        table = self._run.probes.checked_table
+        if table is None or table is self._checked:
+            return
+        self._checked = table
+        linears, quantized = len(table.rows), table.num_quantized_gemms
+        self._console.say(
+            f"step {step}: all GEMMs as planned: {3 * linears} of {linears} linears, {quantized} of them quantized"
+            " (train.check_gemms)"
+        )
 
     def _enter_precision_phase(self, position: Position) -> None:
         """A change is logged as the difference of two tables."""

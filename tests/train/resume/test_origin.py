@@ -16,7 +16,7 @@ from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.cli.checkpoint import main
 from megatron_fp4.data.text.files import fingerprint_of
 from megatron_fp4.pretrain import main as pretrain
-from megatron_fp4.train.telemetry.announce import describe_origin
+from megatron_fp4.train.resume.description import describe_origin
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import make_trainer, masters

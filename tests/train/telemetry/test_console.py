@@ -12,20 +12,26 @@ VALUES = {"loss": 2.5, "grad_norm": 0.125, "lr": 3e-4, "tokens_per_second": 1234
 
 
 def test_the_eta_of_a_resumed_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """From step 100 to 1000: ten steps in 50 s are 5 s a step, and 890 steps are left: 4450 s are 1:14:10."""
+    """From step 100 to 1000: the first step compiles for 300 s and does not count; ten steps in 50 s are 5 s a step,
+    and after step 111 there are 889 left: 4445 s are 1:14:05."""
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    console = Console(enabled=True, interval_steps=10)
+    console = Console(enabled=True, interval_steps=1)
     console.start(100, 1000)
-    clock[0] += 50.0
-    console.step(110, VALUES)
-    clock[0] += 50.0
-    console.step(120, VALUES)
-    clock[0] += 4400.0
-    console.step(1000, VALUES)
+    for step, seconds in ((101, 300.0), (111, 50.0), (121, 50.0), (1000, 4395.0)):
+        clock[0] += seconds
+        console.step(step, VALUES)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step    110/1000  loss 2.5000  grad norm 0.125  lr 3.00e-04  12,346 tokens/s  ETA 1:14:10"
-    assert [line.rpartition("ETA ")[2] for line in lines[1:]] == ["1:13:20", "0:00"], "880 * 5 s, and nothing"
+    assert lines[1] == "step    111/1000  loss 2.5000  grad norm 0.125  lr 3.00e-04  12,346 tokens/s  ETA 1:14:05"
+    etas = [line.rpartition("ETA ")[2] for line in lines]
+    assert etas == ["-", "1:14:05", "1:13:15", "0:00"], "nothing is known, 889 * 5 s, 879 * 5 s, and nothing"
+
+
+def test_the_eta_of_a_single_step(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(enabled=True, interval_steps=10)
+    console.start(4, 5)
+    console.step(5, VALUES)
+    assert capsys.readouterr().out.endswith("ETA 0:00\n")
 
 
 def test_lines_at_the_interval_and_for_the_first_and_last_step(capsys: pytest.CaptureFixture[str]) -> None:
