@@ -3,11 +3,11 @@
 Everything that can be tried before thousands of GPUs start is tried with the run's own code: the configuration,
 tokenizer and shards are opened, a rank's part of the model is built, every distinct GEMM of it is computed forward and
 backward, Transformer Engine's operands are compared with the emulation, and disk, memory, clocks and links are measured
-(proofs/preflight.py). What a library says about its own abilities is not asked. Under torchrun or srun, all ranks take
-part.
+(proofs/preflight.py). What a library says about its own abilities is not asked. Alone it checks the
+local shapes of any layout; under torchrun or srun all ranks take part, and their links are measured.
 
 Not here: the speed of training, and anything that needs all layers at once (pretrain with train.stop_after_steps=1
-does that). Exit codes: 0 all checks passed, 1 one failed, 2 the command itself is wrong.
+does that).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
+from megatron_fp4.cli.arguments import CommandParser, returns_code
+from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.bootstrap import Process, exit_process, start_process, stop_process
 from megatron_fp4.comm.collectives import tell_first
 from megatron_fp4.comm.launch import read_launch
@@ -26,26 +27,22 @@ from megatron_fp4.proofs.checks import CheckResult
 from megatron_fp4.proofs.preflight import run_checks
 from megatron_fp4.train.config import RunConfig
 
-HELP = """usage: preflight [experiment=NAME] [key=value ...]
-
-  alone, it checks the local shapes of any parallel layout; under torchrun or srun also the ranks and their links
-"""
+EXITS = {0: "all checks passed", 1: "one failed"}
 
 
+@returns_code
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line per check and a verdict; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP)
-        return 0
+    parser = CommandParser("preflight", __doc__, EXITS, "experiment=quickstart parallel.tp=2", configured=True)
+    args = parser.parse(arguments)
     try:
         launch = read_launch()
-        config = to_run_config(compose_config(arguments))
+        config = to_run_config(compose_config(args.overrides, args.config_dir))
         parallel = config.parallel
         process = start_process(
             config.train.device, parallel.timeout_seconds, launch, init_timeout_seconds=parallel.init_timeout_seconds
         )
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

@@ -1,22 +1,20 @@
 """`megatron-fp4 pretrain` and `python -m megatron_fp4.pretrain`: the arguments of a rank, whose life is train/job.py.
 
-Arguments are hydra overrides of `configs/`. Exit codes: 0 done; 2 the configuration is refused (nothing was started);
-85 stopped on request with the state saved, start the same command again; 86 a rank hung; 130 ended at once by Ctrl-C;
-anything else is a failure.
+Arguments are hydra overrides of `configs/`.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from megatron_fp4.cli.arguments import CommandParser, returns_code
 from megatron_fp4.cli.compose import (
-    ConfigError,
     as_written,
     compose_config,
     from_yaml,
@@ -30,26 +28,31 @@ from megatron_fp4.comm.launch import Launch, read_launch
 from megatron_fp4.comm.rendezvous import RanksNotMet, Rendezvous, meet
 from megatron_fp4.settings import MAX_SECONDS
 from megatron_fp4.train.arrival.refusals import SETTINGS, GivenSettings, give_up, refuse, refuse_start
-from megatron_fp4.train.faults.signals import EXIT_INTERRUPTED
+from megatron_fp4.train.faults.signals import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_REQUEUE
 from megatron_fp4.train.job import run_rank
 
-HELP = """usage: pretrain [experiment=NAME] [group=option ...] [key=value ...] [--config-dir DIR] [--cfg]
+ABOUT = """Train a model: one rank of a run, or all of them under torchrun or srun.
 
-  experiment=quickstart            a whole experiment (configs/experiment)
+  experiment=quickstart            a whole experiment: one of configs/experiment, or the path of a YAML file
   model=gpt_tiny precision=bf16    options of a group (configs/<group>)
   optim.lr=3e-4 parallel.tp=2      single values
-  --cfg                            print the resolved configuration and exit
 
 megatron-fp4 explain lists the settings; explain KEY says what one means, and what it may be.
 """
+EXITS = {
+    0: "done",
+    EXIT_REQUEUE: "stopped on request with the state saved; the same command goes on",
+    EXIT_HUNG: "a rank hung",
+    EXIT_INTERRUPTED: "ended at once by Ctrl-C",
+    1: "failed, as does anything else",
+}
 
 
+@returns_code
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one rank; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "--help" in arguments or "-h" in arguments:
-        print(HELP)
-        return 0
+    args = _parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         launch = read_launch()
@@ -57,9 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(error)
     rendezvous = None
     try:
-        config_dir, show, overrides = _split_arguments(arguments)
-        tree = compose_config(overrides, config_dir)
-        if show:
+        tree = compose_config(args.overrides, args.config_dir)
+        if args.cfg:
             print(to_yaml(resolve(tree)))
             return 0
         rendezvous = meet_for_settings(tree, launch)
@@ -103,21 +105,15 @@ def _patience(tree: DictConfig) -> float:
     return seconds if 0 < seconds <= MAX_SECONDS else default
 
 
-def _split_arguments(arguments: Sequence[str]) -> tuple[Path | None, bool, list[str]]:
-    """The folder of --config-dir, whether --cfg was given, and the overrides. Raises ConfigError."""
-    config_dir, show = None, False
-    overrides: list[str] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--config-dir":
-            config_dir = Path(next(remaining, "")).resolve()
-        elif argument == "--cfg":
-            show = True
-        elif argument.startswith("-"):
-            raise ConfigError(f"unknown option {argument!r}; see --help")
-        else:
-            overrides.append(argument)
-    return config_dir, show, overrides
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Hydra's own spelling, `--cfg job`, is taken too; a resolved tree is what both print."""
+    parser = CommandParser("pretrain", ABOUT, EXITS, "experiment=quickstart parallel.tp=1", configured=True)
+    parser.add_argument("--cfg", "-c", action="store_true", help="print the resolved configuration and end")
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag in ("--cfg", "-c") and value in ("hydra", "all"):
+            parser.error(f"{flag} {value}: only the settings of the run are used and printed, {flag} job")
+    jobs = [at for at, flag in enumerate(arguments[:-1]) if flag in ("--cfg", "-c") and arguments[at + 1] == "job"]
+    return parser.parse([argument for at, argument in enumerate(arguments) if at - 1 not in jobs])
 
 
 def console_main() -> None:

@@ -4,12 +4,13 @@ Operands byte for byte, products within their bound, gradients that are not zero
 backend on every GPU of this machine; under torchrun or srun every rank tries its own GPU, and rank 0 names host and
 device of what failed. What `precision.backend=auto` trusts is what passes here.
 
-Without overrides the four named recipes are tried, with them the precisions of that run. Exit codes: 0 nothing failed,
-1 something did, 2 the command itself is wrong. What cannot be tried on a device is said, and is no failure.
+Without overrides the four named recipes are tried, with them the precisions of that run. What cannot be tried on a
+device is said, and is no failure.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import socket
 import sys
@@ -20,7 +21,8 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
+from megatron_fp4.cli.arguments import CommandParser, returns_code
+from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.bootstrap import choose_device, exit_process
 from megatron_fp4.comm.launch import read_launch
 from megatron_fp4.comm.rendezvous import RanksNotMet, meet
@@ -32,10 +34,7 @@ from megatron_fp4.precision.selftest.trial import golden_objections, quantized_p
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.train.checked import check_config
 
-HELP = """usage: selftest [experiment=NAME] [key=value ...] [--json]
-
-  without overrides it tries the recipes {recipes}; with them what that run computes in
-"""
+EXITS = {0: "nothing failed", 1: "something did"}
 MEET_SECONDS = 180.0
 MAX_PLACES = 3
 WORDS = {"passed": "passed", "failed": "FAILED", "absent": "not here"}
@@ -56,16 +55,15 @@ class TrialResult:
     seconds: float
 
 
+@returns_code
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print one line per device, backend and recipe, and a verdict; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "-h" in arguments or "--help" in arguments:
-        print(HELP.format(recipes=", ".join(RECIPES)))
-        return 0
-    overrides = [argument for argument in arguments if argument != "--json"]
+    parser = CommandParser("selftest", __doc__, EXITS, "experiment=quickstart", configured=True)
+    parser.add_argument("--json", action="store_true", help="the results as JSON")
+    args = parser.parse(arguments)
     try:
         launch = read_launch()
-        questions = _of_run(overrides) if overrides else _of_recipes()
+        questions = _of_run(args) if args.overrides else _of_recipes()
         devices = [choose_device("auto", launch.local_rank)]
         if launch.world_size == 1 and devices[0].type == "cuda":
             devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
@@ -79,12 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lambda texts: json.dumps([result for text in texts for result in json.loads(text)]),
             TRIAL_SECONDS * len(PREFERENCE) * len(questions),
         )
-    except (ConfigError, ValueError, FileNotFoundError, RanksNotMet) as error:
+    except (ValueError, FileNotFoundError, RanksNotMet) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = [TrialResult(**fields) for fields in json.loads(text)]
     if launch.rank == 0:
-        _print(results, as_json="--json" in arguments)
+        _print(results, as_json=args.json)
     rendezvous.leave()
     return 1 if any(result.outcome == "failed" for result in results) else 0
 
@@ -95,9 +93,9 @@ def _of_recipes() -> list[Question]:
     ]
 
 
-def _of_run(overrides: Sequence[str]) -> list[Question]:
+def _of_run(args: argparse.Namespace) -> list[Question]:
     """Raises ValueError for a run that is refused, or that quantizes nothing."""
-    config = to_run_config(compose_config(overrides))
+    config = to_run_config(compose_config(args.overrides, args.config_dir))
     if config.model.vocab_size:
         config = replace(config, data=replace(config.data, tokenizer=""))
     plan = check_config(

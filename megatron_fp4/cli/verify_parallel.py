@@ -2,18 +2,18 @@
 
 A small model with every feature of the configured one (proofs/shrink.py) is trained for five steps on synthetic tokens,
 by one process and by each layout on local gloo processes; loss, every gradient, the gradient norm and every parameter
-are compared. Exit code 0 if all agree, 1 if one does not, 2 if something cannot be run.
+are compared.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
@@ -26,21 +26,22 @@ from megatron_fp4.proofs.verdict import TOLERANCES, find_failures, likely_cause
 from megatron_fp4.train.config import RunConfig
 
 DEFAULT_LAYOUTS = "tp2, cp2, dp2, pp2, tp2 pp2 dp2"
+EXITS = {0: "all layouts agree with one process", 1: "one does not"}
+EXAMPLE = 'experiment=quickstart --layouts "tp2, pp4:zbv"'
 HEADER = f"{'layout':<26} {'case':<7} {'loss':>8} {'norm':>8} {'grads':>8} {'step 1':>8} {'step n':>8}  result"
 
 
 def main(arguments: Sequence[str], worker: Callable[..., list[Record]] = run_cases) -> int:
     """Returns the exit code. worker: what runs on each rank (tests plant bugs in it)."""
-    parser = argparse.ArgumentParser(prog="megatron-fp4 verify-parallel", description=__doc__)
-    parser.add_argument("overrides", nargs="*", help="configuration, as for pretrain")
-    parser.add_argument("--layouts", default=DEFAULT_LAYOUTS, help=f"separated by commas (default: {DEFAULT_LAYOUTS})")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps (default: 5)")
+    parser = CommandParser("verify-parallel", __doc__, EXITS, EXAMPLE, configured=True)
+    parser.add_argument("--layouts", default=DEFAULT_LAYOUTS, help="separated by commas")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one layout")
-    args = parser.parse_args(arguments)
+    args = parser.parse(arguments)
     try:
         if args.steps < 2:
             raise ValueError(f"--steps = {args.steps}, must be at least 2")
-        config = to_run_config(compose_config(args.overrides))
+        config = to_run_config(compose_config(args.overrides, args.config_dir))
         layouts = [with_overlap(layout, config.parallel.overlap_tensor) for layout in parse_layouts(args.layouts)]
         cases = [replace(case, num_steps=args.steps) for case in shrink(config, layouts)]
     except ValueError as error:

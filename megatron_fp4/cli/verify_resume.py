@@ -3,40 +3,41 @@
 A small model with every feature of the configured one (proofs/shrink.py) is trained on synthetic tokens: once without
 a stop; once it saves, goes on, and is killed by SIGKILL in mid-step. The checkpoint is then loaded by new processes at
 the same layout and at others. At the same layout every loss, parameter and moment must be equal bit for bit; at
-another one the difference must stay within what sums in another order explain. Exit code 0 if so, 1 if not, 2 if
-something cannot be run.
+another one the difference must stay within what sums in another order explain.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.proofs.layouts import parse_layout, parse_layouts
 from megatron_fp4.proofs.resume import Distance, Resumed, ResumeTrial
 from megatron_fp4.proofs.shrink import shrink
 
+EXITS = {0: "every resume is as good as no stop", 1: "one is not"}
+EXAMPLE = 'experiment=quickstart --layout tp2 --others "dp2, pp2"'
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="megatron-fp4 verify-resume", description=__doc__)
-    parser.add_argument("overrides", nargs="*", help="configuration, as for pretrain")
-    parser.add_argument("--layout", default="tp2", help="of the run that is killed (default: tp2)")
-    parser.add_argument("--others", default="dp1, dp2", help='layouts that go on, by commas (default: "dp1, dp2")')
-    parser.add_argument("--steps", type=int, default=3, help="steps before the save, and again after it (default: 3)")
+    parser = CommandParser("verify-resume", __doc__, EXITS, EXAMPLE, configured=True)
+    parser.add_argument("--layout", default="tp2", help="of the run that is killed")
+    parser.add_argument("--others", default="dp1, dp2", help="layouts that go on, by commas")
+    parser.add_argument("--steps", type=int, default=3, help="steps before the save, and again after it")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one run")
-    args = parser.parse_intermixed_args(arguments)
+    args = parser.parse(arguments)
     try:
         if args.steps < 2:
             raise ValueError(f"--steps = {args.steps}, must be at least 2")
         layout, others = parse_layout(args.layout), parse_layouts(args.others)
-        cases = shrink(to_run_config(compose_config(args.overrides)), [layout, *others])
+        cases = shrink(to_run_config(compose_config(args.overrides, args.config_dir)), [layout, *others])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -119,7 +119,7 @@ def test_an_old_name_in_an_experiment_of_ones_own(tmp_path: Path) -> None:
         "# @package _global_\nprecision: {recipes: {nvfp4: {wgrad: {b: {rht_size: 4}}}}}\n"
     )
     with pytest.raises(ConfigError, match=r"wgrad\.b is now called precision\.recipes\.nvfp4\.wgrad\.x"):
-        compose_config(["experiment=mine"], directory)
+        compose_config(["experiment=mine"], [directory])
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_an_experiment_of_ones_own_that_chooses_precision_as_before(tmp_path: Pa
     experiment = directory / "experiment/mine.yaml"
     experiment.write_text(f"# @package _global_\ndefaults: [override /precision: {option}]\n")
     with pytest.raises(ConfigError, match=message):
-        compose_config(["experiment=mine"], directory)
+        compose_config(["experiment=mine"], [directory])

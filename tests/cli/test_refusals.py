@@ -101,7 +101,7 @@ RAMP = [
         (["train.eval_interval_steps=5"], "train.eval_interval_steps = 5 would have no effect"),
         (["--frobnicate"], "unknown option"),
         (["hydra.run.dir=outputs"], "hydra.run.dir has no effect"),
-        (["hydra/launcher=basic"], "unknown key 'hydra/launcher'"),
+        (["hydra/launcher=basic"], "hydra/launcher has no effect"),
         (["precision.rules=[{match: '/(/', use: nvfp4}]"], "match = '/(/' is no regular expression: missing )"),
         (["precision.switch=[{match: '/[/', at_fraction: 0.5}]"], "match = '/[/' is no regular expression"),
         (

@@ -1,1 +1,1 @@
-"""What overrides and YAML files say, before hydra merges them."""
+"""Overrides and YAML files: where they are, what they say before hydra merges them, what is said if it cannot."""

@@ -1,0 +1,93 @@
+"""One parser for every command: the name as it is typed, defaults, exit codes, an example; an error is one sentence.
+
+A command that composes a configuration takes overrides and `--config-dir`, anywhere among its options:
+
+    parser = CommandParser("plan", __doc__, {0: "it fits"}, "experiment=paper_12b_10t --gpus 512", configured=True)
+    args = parser.parse(arguments)
+    config = to_run_config(compose_config(args.overrides, args.config_dir))
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import NoReturn, ParamSpec
+
+from megatron_fp4.cli.overrides.foreign import counterpart
+
+REFUSED = "refused; nothing was started"
+
+
+P = ParamSpec("P")
+
+
+def returns_code(main: Callable[P, int]) -> Callable[P, int]:
+    """`main` with argparse's way of leaving as its return value."""
+
+    @wraps(main)
+    def leave(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 0
+
+    return leave
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they were written; the default behind each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.option_strings and action.default not in (None, False, "", []) and "default" not in text:
+            text += " (default: %(default)s)"
+        return text
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Arguments of `megatron-fp4 COMMAND`.
+
+    exits: exit code -> what it means; 2, refused, is added. example: arguments that one would type.
+    configured: the command composes a configuration.
+    """
+
+    def __init__(
+        self, command: str, about: str | None, exits: Mapping[int, str], example: str, *, configured: bool = False
+    ) -> None:
+        codes = "\n".join(f"  {code:<4} {text}" for code, text in sorted({2: REFUSED, **exits}.items()))
+        super().__init__(
+            prog=f"megatron-fp4 {command}",
+            description=about,
+            formatter_class=_Formatter,
+            epilog=f"exit codes:\n{codes}\n\nexample:\n  megatron-fp4 {command} {example}".rstrip(),
+            allow_abbrev=False,
+        )
+        self._configured = configured
+        if configured:
+            self.add_argument("overrides", nargs="*", metavar="key=value", help="a setting, or group=option")
+            self.add_argument(
+                "--config-dir",
+                action="append",
+                type=Path,
+                default=[],
+                metavar="DIR",
+                help="a folder laid out like configs/, added to where YAML files are looked for; may be given again",
+            )
+
+    def parse(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """The arguments; leaves with exit code 2 and one sentence for those that are none, with 0 after --help."""
+        if not self._configured:
+            return self.parse_args(arguments)
+        args, unknown = self.parse_known_intermixed_args(arguments)
+        if unknown:
+            elsewhere = counterpart(unknown[0].partition("=")[0])
+            self.error(f"unknown option {unknown[0]!r}{f'; {elsewhere}' if elsewhere else ''}")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and leave."""
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
