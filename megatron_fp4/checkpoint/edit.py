@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_fp4.checkpoint.config import CheckpointConfig
 from megatron_fp4.checkpoint.directory import read_state, step_name
 from megatron_fp4.checkpoint.offline import list_tensors, read_tensor
-from megatron_fp4.checkpoint.outcome import SaveStatus
+from megatron_fp4.checkpoint.outcome import SaveFailed
 from megatron_fp4.checkpoint.pieces.stored import read_pieces
 from megatron_fp4.checkpoint.store import CheckpointStore
 from megatron_fp4.comm.mesh import Group
@@ -104,6 +104,16 @@ class _UnreadShard(Shard):
         return self.values(f"{kind}/{self.name}").to(self.tensors[kind].dtype)
 
 
+def check_destination(output_root: str | os.PathLike[str], step: int) -> Path:
+    """The directory of a checkpoint to be written. Raises ValueError where it, or a file on its way, exists."""
+    root, destination = Path(output_root), Path(output_root) / step_name(step)
+    blocking = next((path for path in (root, *root.absolute().parents) if path.exists()), root)
+    if not blocking.is_dir() or destination.exists():
+        what = f"{destination} exists already" if destination.exists() else f"{blocking} is no directory"
+        raise ValueError(f"{what}; choose another output directory")
+    return destination
+
+
 def write_tensors(
     output_root: str | os.PathLike[str],
     step: int,
@@ -119,17 +129,18 @@ def write_tensors(
     tensors: by key ("master/head.weight"), on the meta device. read: the values of one. Raises ValueError if the
     checkpoint exists, OSError if it cannot be written.
     """
-    destination = Path(output_root) / step_name(step)
-    if destination.exists():
-        raise ValueError(f"{destination} exists already; choose another output directory")
+    destination = check_destination(output_root, step)
     shards = []
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)
         where = Rectangle.whole(name, tuple(tensor.shape))
         shards.append(_UnreadShard(where=where, tensors={kind: tensor}, values=read))
-    config = CheckpointConfig(asynchronous=False, keep_last=EVERY_CHECKPOINT, timeout_seconds=MAX_SECONDS)
+    config = CheckpointConfig(
+        asynchronous=False, keep_last=EVERY_CHECKPOINT, timeout_seconds=MAX_SECONDS, max_failures=1
+    )
     store = CheckpointStore(output_root, Group.single("world"), config)
-    report = store.save(step, shards, meta, tokens=tokens, score=score)
-    if report.status is not SaveStatus.committed:
-        raise OSError(f"the checkpoint under {output_root} was not written: {report.error}")
+    try:
+        store.save(step, shards, meta, tokens=tokens, score=score)
+    except SaveFailed as error:
+        raise OSError(f"the checkpoint under {output_root} was not written: {error.reason}") from None
     return destination

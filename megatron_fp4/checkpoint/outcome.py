@@ -22,7 +22,11 @@ class NotSaved:
 
 
 class SaveFailed(RuntimeError):
-    """`max_failures` saves in a row have failed."""
+    """`max_failures` saves in a row have failed. reason: of the last one."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class SaveStatus(Enum):

@@ -194,11 +194,12 @@ class Saver:
             self._failures_in_a_row = 0
             return report
         self._failures_in_a_row = failures = failures + 1
+        if self.config.max_failures and failures >= self.config.max_failures:
+            message = f"{failures} saves in a row failed; the last, {report.step}: {report.error}"
+            raise SaveFailed(message, report.error or "")
         if self.group.rank == 0:
             fate = f"failure {failures} in a row; older checkpoints stay, the next save is the retry"
             log.warning("checkpoint %d was not saved (%s): %s", report.step, fate, report.error)
-        if self.config.max_failures and failures >= self.config.max_failures:
-            raise SaveFailed(f"{failures} saves in a row failed; the last, {report.step}: {report.error}")
         return report
 
     def discard_after(self, step: int) -> None:

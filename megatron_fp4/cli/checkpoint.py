@@ -5,7 +5,8 @@
     megatron-fp4 checkpoint average A B C --to DIRECTORY   the mean of their weights, summed in FP64
     megatron-fp4 checkpoint extract A --to DIRECTORY       only the weights, in one file
     megatron-fp4 checkpoint export A --to DIRECTORY        for `transformers` or, as 4-bit codes, for those who serve
-    megatron-fp4 checkpoint import FOLDER --to DIRECTORY   of `transformers`: its weights, for train.init_from
+    megatron-fp4 checkpoint import FOLDER --to DIRECTORY   of `transformers` or Megatron-LM: its weights, for
+                                                           train.init_from
 
 A checkpoint is named by its own directory, by the directory of all checkpoints, or by the run's (then the newest is
 taken). There is no conversion between layouts: every layout reads every checkpoint.
@@ -14,22 +15,17 @@ taken). There is no conversion between layouts: every layout reads every checkpo
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_fp4.checkpoint import edit, offline
 from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.cli.interop.export import add_export_arguments, export
-from megatron_fp4.interop.read import Imported, import_transformers
-from megatron_fp4.layers.rope import RopeScaling
+from megatron_fp4.cli.interop.import_weights import add_import_arguments, import_folder
 from megatron_fp4.storage.local import local_path
-from megatron_fp4.train.refusals.effect import ROPE_SCALING
-from megatron_fp4.train.resume.same_model import FREE
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     args = _parse(arguments)
     try:
         if args.action == "import":
-            print(describe_import(import_transformers(args.checkpoints[0], args.to)))
+            import_folder(args.checkpoints[0], args)
             return 0
         paths = [_newest(path) for path in args.checkpoints]
         if args.action == "inspect":
@@ -46,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if args.action == "verify":
             return _verify(paths)
+        if args.action in ("average", "extract"):
+            edit.check_destination(args.to, read_state(paths[-1])["step"])
         if problems := [problem for path in paths for problem in offline.verify(path)]:
             raise ValueError(f"a damaged checkpoint makes no other: {problems[0]}")
         if args.action == "average":
@@ -78,33 +76,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     action("verify", "+", writes=False)
     action("average", "+", writes=True).add_argument("--weights", nargs="+", help="one per checkpoint (default: equal)")
     action("extract", 1, writes=True).add_argument("--kinds", nargs="+", default=["master"])
-    action("import", 1, writes=True)
+    add_import_arguments(action("import", 1, writes=True))
     add_export_arguments(action("export", 1, writes=True))
-    return parser.parse_args(arguments)
-
-
-def describe_import(imported: Imported) -> str:
-    """What was written, what was skipped, and the settings of a run that begins with it."""
-    lines = [f"written: {imported.directory}"]
-    if imported.skipped:
-        lines.append(f"skipped, no weights ({len(imported.skipped)}): {', '.join(imported.skipped[:5])}")
-    texts = [shlex.quote(text) for text in _overrides(imported.model)]
-    return "\n".join([*lines, f"a run on it: train.init_from={imported.directory} {' '.join(texts)}"])
-
-
-def _overrides(model: Mapping[str, Any]) -> Iterator[str]:
-    """All settings that say what the weights mean, whatever model a configuration begins with."""
-    hybrid = "M" in model["pattern"]
-    for name, value in model.items():
-        if name == "rope_scaling":
-            kind = RopeScaling[value["kind"]]
-            yield from (_override(f"rope_scaling.{key}", value[key]) for key in value if key in ROPE_SCALING[kind])
-        elif name not in FREE and (hybrid or not name.startswith("mamba_")):
-            yield _override(name, value)
-
-
-def _override(name: str, value: Any) -> str:
-    return f"model.{name}={str(value).lower() if isinstance(value, bool) else value}"
+    args, rest = parser.parse_known_args(arguments)  # settings may stand before and after options
+    args.overrides = rest
+    if rest and (args.action != "import" or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _newest(path: Path) -> Path:

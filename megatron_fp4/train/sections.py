@@ -100,8 +100,8 @@ class TrainConfig:
     recompute: Recompute = Recompute.none
     """What the backward pass computes a second time instead of keeping it in memory."""
     init_from: str = ""
-    """Checkpoint or folder of transformers whose weights a new run begins with, with its own optimizer, data and
-    schedules; empty = weights are drawn."""
+    """Checkpoint, or folder of transformers or Megatron-LM, whose weights a new run begins with; optimizer, data and
+    schedules are its own; empty = weights are drawn."""
     resume: Resume = Resume.auto
     """Whether the run goes on from the newest checkpoint of run_dir."""
     resume_allow: list[str] = field(default_factory=list)

@@ -122,7 +122,11 @@ def test_one_tensor_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
         return tensor
 
     monkeypatch.setattr(ForeignWeights, "read", read)
-    assert main(["import", str(tmp_path / "hf"), "--to", str(tmp_path / "one")]) == 0
+    gc.freeze()  # what other tests imported is not looked at for every tensor
+    try:
+        assert main(["import", str(tmp_path / "hf"), "--to", str(tmp_path / "one")]) == 0
+    finally:
+        gc.unfreeze()
     assert len(alive) > 10
     assert most <= 1, "tensors that were written are kept"
 
@@ -252,3 +256,42 @@ def test_a_type_that_is_no_weight_is_seen_before_any_value(tmp_path: Path) -> No
     save_foreign(tmp_path, "llama", **{DOWN: torch.ones(48, 80).to(torch.float8_e4m3fn)})
     with pytest.raises(ValueError, match="is F8_E4M3; weights are"):
         ForeignWeights(tmp_path)
+
+
+def test_what_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in the place of the directory, a checkpoint of ours, no folder of anybody; no weights are read."""
+    save_foreign(tmp_path / "hf", "llama")
+    assert main(["import", str(tmp_path / "hf"), "--to", str(tmp_path / "one")]) == 0
+    monkeypatch.setattr(tensor_files, "_bytes_at", lambda *_: pytest.fail("a file was read"))
+    (tmp_path / "file").write_text("kept")
+
+    def error_of(*arguments: str) -> str:
+        assert main([*arguments]) == 2
+        return capsys.readouterr().err
+
+    for inside in ("file", "file/inside"):
+        refusal = f"{tmp_path / 'file'} is no directory; choose another output directory"
+        assert refusal in error_of("import", str(tmp_path / "hf"), "--to", str(tmp_path / inside))
+        assert refusal in error_of("extract", str(tmp_path / "one"), "--to", str(tmp_path / inside))
+    assert "exists already" in error_of("import", str(tmp_path / "hf"), "--to", str(tmp_path / "one"))
+    error = error_of("import", str(tmp_path / "one"), "--to", str(tmp_path / "two"))
+    assert f"step_00000000, which needs no import: train.init_from={tmp_path / 'one'} begins" in error
+    assert "neither a folder of transformers (config.json) nor a torch_dist checkpoint" in error_of(
+        "import", str(tmp_path), "--to", str(tmp_path / "two")
+    )
+    assert "is no folder" in error_of("import", str(tmp_path / "file"), "--to", str(tmp_path / "two"))
+    assert "says what model it is; take it away" in error_of(
+        "import", str(tmp_path / "hf"), "model.hidden=3", "--to", str(tmp_path / "two")
+    )
+    assert not (tmp_path / "two").exists()
+
+
+def test_a_failed_import_promises_no_retry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    save_foreign(tmp_path / "hf", "llama", model__norm__weight=torch.full((48,), math.nan))
+    assert main(["import", str(tmp_path / "hf"), "--to", str(tmp_path / "one")]) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert "retry" not in caplog.text

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +72,14 @@ class MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
 
-def _unpickled(data: bytes) -> Any:
+def unpickled(data: bytes, unpickler: type[MetadataUnpickler] = MetadataUnpickler) -> Metadata:
     """Raises UnpicklingError also where the pickle sets attributes of what it may name, which it leaves as it was."""
     before = {allowed: dict(vars(allowed)) for allowed in ALLOWED.values()}
     try:
-        return MetadataUnpickler(io.BytesIO(data)).load()
+        description = unpickler(io.BytesIO(data)).load()
+        if not isinstance(description, Metadata):
+            raise ValueError(f"it holds a {type(description).__name__}")
+        return description
     finally:
         changed = [allowed for allowed, attributes in before.items() if dict(vars(allowed)) != attributes]
         for allowed in changed:
@@ -131,22 +135,25 @@ class ArchivedPieces:
 
 def parse_metadata(data: bytes) -> ArchivedPieces:
     """What a `.metadata` says. Raises whatever a damaged one raises."""
-    description = _unpickled(data)
-    if not isinstance(description, Metadata):
-        raise ValueError(f"it holds a {type(description).__name__}")
+    description = unpickled(data)
+    return archived_pieces(description, {key: key for key in description.state_dict_metadata})
+
+
+def archived_pieces(description: Metadata, keys: Mapping[str, str]) -> ArchivedPieces:
+    """The pieces of some tensors. keys: "<kind>/<name>" of each by its name in the file. Raises as `parse_metadata`."""
     files: dict[str, int] = {}
     entries: list[TensorEntry] = []
     rows: list[tuple[int, int, int, int]] = []  # tensor, file, position, bytes
     offsets: list[tuple[int, ...]] = []
     sizes: list[tuple[int, ...]] = []
-    for key, described in description.state_dict_metadata.items():
-        stored = _checked(key, described)
+    for stored_name, key in keys.items():
+        stored = _checked(key, description.state_dict_metadata[stored_name])
         kind, name = key.split("/", 1)
         entries.append(
             TensorEntry(name, tuple(stored.size), ((kind, str(stored.properties.dtype).removeprefix("torch.")),))
         )
         for chunk in stored.chunks:
-            place = _place(key, chunk.offsets, description)
+            place = _place(stored_name, chunk.offsets, description)
             number = files.setdefault(place.relative_path, len(files))
             rows.append((len(entries) - 1, number, place.offset, place.length))
             offsets.append(tuple(chunk.offsets))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +74,10 @@ class Description:
             if self.name == METADATA:
                 old = parse_metadata(self.data)
                 pieces = StoredPieces(old.layout, old.files, old.layout.rank, old.position, old.num_bytes)
-                _check_layout(pieces.layout, data_bytes)
+                check_layout(pieces.layout, data_bytes)
             else:
                 layout = StoredLayout.decode(self.data, LAYOUT_BYTES + 4 * data_bytes)
-                _check_layout(layout, data_bytes)
+                check_layout(layout, data_bytes)
                 file = layout.rank // layout.ranks_per_file
                 pieces = StoredPieces(layout, tuple(layout.files()), file, layout.positions)
         except Exception as error:  # whatever a damaged file raises
@@ -86,17 +86,8 @@ class Description:
         if unlisted := sorted({self.name, STATE, *referred} - self.manifest.files.keys()):
             listing = directory / MANIFEST
             raise ValueError(f"{listing} does not list {', '.join(unlisted)}, which the checkpoint needs")
-        self._check_places(pieces, path)
+        check_places(pieces, {name: self.manifest.file_bytes(name) for name in referred}, path)
         return pieces
-
-    def _check_places(self, pieces: StoredPieces, path: Path) -> None:
-        """Raise ValueError if a piece does not lie in its file."""
-        known = [self.manifest.file_bytes(name) if name in self.manifest.files else 0 for name in pieces.files]
-        length = pieces.layout.piece_bytes if pieces.archive_bytes is None else pieces.archive_bytes
-        outside = (pieces.position < 0) | (length < 0) | (pieces.position + length > np.array(known)[pieces.file])
-        if outside.any():
-            name = pieces.files[int(pieces.file[outside][0])]
-            raise ValueError(f"{path} is refused: a piece is not inside {name}")
 
 
 def read_description(directory: Path) -> Description:
@@ -118,7 +109,17 @@ def read_pieces(directory: str | os.PathLike[str]) -> StoredPieces:
     return read_description(directory).parsed(directory)
 
 
-def _check_layout(layout: StoredLayout, data_bytes: int) -> None:
+def check_places(pieces: StoredPieces, file_bytes: Mapping[str, int], path: Path) -> None:
+    """Raise ValueError, naming the description in `path`, if a piece does not lie in its file."""
+    known = np.array([file_bytes.get(name, 0) for name in pieces.files], np.int64)
+    length = pieces.layout.piece_bytes if pieces.archive_bytes is None else pieces.archive_bytes
+    outside = (pieces.position < 0) | (length < 0) | (pieces.position + length > known[pieces.file])
+    if outside.any():
+        name = pieces.files[int(pieces.file[outside][0])]
+        raise ValueError(f"{path} is refused: a piece is not inside {name}")
+
+
+def check_layout(layout: StoredLayout, data_bytes: int) -> None:
     """Raise ValueError, or what a damaged layout raises, unless its pieces lie in their tensors and fill them."""
     tensor, rank = layout.tensor, layout.rank
     dims = layout.offset.shape[1]

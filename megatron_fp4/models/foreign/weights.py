@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,16 @@ class _Place:
 class ForeignWeights:
     """The weights of a model of transformers.
 
-    foreign: what its config.json says. skipped: names of the tensors that are no weights. Raises FileNotFoundError;
+    It is a `source.ForeignSource`. foreign: what its config.json says. Raises FileNotFoundError;
     ValueError for what is damaged, missing, left over, or of another shape than config.json says.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.foreign: ForeignModel = read_config(folder)
+        self.config, self.max_length = self.foreign.config, self.foreign.max_length
+        self.format = f"transformers, {self.foreign.family.value}"
+        self.notes: list[str] = []
         stored: dict[str, StoredTensor] = {}
         for name, one in tensors_in(folder).items():
             ours = "model." + name.removeprefix("backbone.") if name.startswith("backbone.") else name
@@ -57,11 +59,11 @@ class ForeignWeights:
         self.skipped = sorted(name for name in stored if NO_WEIGHTS.fullmatch(name))
         self._stored = {name: one for name, one in stored.items() if name not in self.skipped}
         self._places: dict[str, _Place] = {}
-        self.shapes = {one.name: one.shape for one in model_parameters(self.foreign.config)}
+        self.shapes = {one.name: one.shape for one in model_parameters(self.config)}
         self._find_places()
 
     def _find_places(self) -> None:
-        config = self.foreign.config
+        config = self.config
         joined = {one.name: one for one in joined_tensors(config, self.foreign.family)}
         surplus = self._stored.keys() - joined.keys() - ({HEAD} if config.tied_embeddings else set())
         missing = joined.keys() - self._stored.keys()
@@ -97,7 +99,7 @@ class ForeignWeights:
     def check_tied(self) -> None:
         """Raises ValueError for a head of its own where config.json says that it is the embedding. Reads both."""
         head, embedding = self._stored.get(HEAD), self._stored.get(EMBEDDING)
-        if not self.foreign.config.tied_embeddings or head is None or embedding is None:
+        if not self.config.tied_embeddings or head is None or embedding is None:
             return
         same = head.shape == embedding.shape and all(
             torch.equal(*(one.rows(row, min(row + ROWS_AT_A_TIME, head.shape[0])).float() for one in (head, embedding)))
@@ -122,18 +124,3 @@ class ForeignWeights:
 
 def _firsts(rows: list[int]) -> list[int]:
     return [sum(rows[:index]) for index in range(len(rows))]
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether a folder is one of transformers."""
-    return (folder / "config.json").is_file()
-
-
-def provenance(weights: ForeignWeights, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """What is stored of where weights came from. hashes: xxh3-64 of each file by its name."""
-    return {
-        "from": str(weights.folder.absolute()),
-        "format": f"transformers, {weights.foreign.family.value}",
-        "files": dict(sorted(hashes.items())),
-        "skipped_tensors": weights.skipped,
-    }

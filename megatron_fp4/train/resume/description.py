@@ -27,7 +27,7 @@ def describe_origin(origin: Mapping[str, Any], tokenizer: Tokenizer | None) -> l
 
     The files are compared, not what they do: one that was saved anew may number the same tokens.
     """
-    paragraphs = [f"weights of {origin['from']} ({origin['format']})"]
+    paragraphs = ["; ".join([f"weights of {origin['from']} ({origin['format']})", *origin.get("notes", ())])]
     if tokenizer is None:
         return paragraphs
     beside = Path(origin["from"]) / f"tokenizer{Path(tokenizer.path).suffix}"

@@ -50,7 +50,7 @@ class ResumeRule:
 RULES = (
     ResumeRule("train.run_dir", Policy.ignore),
     ResumeRule("train.resume*", Policy.ignore),
-    ResumeRule("train.init_from", Policy.note, "read before the first step only"),
+    ResumeRule("train.init_from", Policy.ask, "no effect: a run begins with weights once; others need another run_dir"),
     ResumeRule("train.*interval_steps", Policy.ignore),
     ResumeRule("train.check_gemms", Policy.ignore),
     ResumeRule("train.stop_after_steps", Policy.ignore),

@@ -1,4 +1,4 @@
-"""Masters of a new run from a folder of `transformers`: each rank reads its rectangles, hashes some files.
+"""Masters of a new run from a folder of another library: each rank reads its rectangles, hashes some files.
 
 Not here: what the tensors are and where they lie (models/foreign/), weights from a checkpoint of ours (origin.py).
 """
@@ -15,18 +15,18 @@ from megatron_fp4.comm.agree import agreed, decided_by_rank0
 from megatron_fp4.comm.collectives import all_gather_object
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.models.foreign.weights import ForeignWeights, provenance
+from megatron_fp4.models.foreign.source import open_source, provenance
 from megatron_fp4.storage.durable import hash_of
 
 MASTER = "master"
 
 
-def fill_from_transformers(folder: Path, shards: list[Shard], world: Group, beat: Callable[[], None]) -> dict[str, Any]:
-    """Fill the masters of `shards` from a folder of transformers; what is stored of it. Collective.
+def fill_from_foreign(folder: Path, shards: list[Shard], world: Group, beat: Callable[[], None]) -> dict[str, Any]:
+    """Fill the masters of `shards` from a folder of another library; what is stored of it. Collective.
 
     Raises ValueError on all ranks.
     """
-    weights = agreed(lambda: ForeignWeights(folder), world)
+    weights = agreed(lambda: open_source(folder), world)
     digests = all_gather_object(weights.headers_digest(), world)
     if len(set(digests)) > 1:
         other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])

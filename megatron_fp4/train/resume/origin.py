@@ -1,9 +1,9 @@
 """What a run begins with: its own newest checkpoint, or weights from elsewhere (`train.init_from`), or drawn ones.
 
 From elsewhere only the weights are taken, of a checkpoint of ours (also an extracted or averaged one, or one of another
-layout) or of a folder of `transformers`; optimizer, step, data and schedules are those of the new run. Every rank reads
-the rectangles that it updates. What was read is stored in every checkpoint of the run, so that a resume does not read
-it again and an audit can tell.
+layout) or of a folder of `transformers` or Megatron-LM; optimizer, step, data and schedules are those of the new run.
+Every rank reads the rectangles that it updates. What was read is stored in every checkpoint of the run, so that a
+resume does not read it again and an audit can tell.
 
 Not here: whether the weights are of this model (same_model.py); what may differ from a checkpoint that a run goes on
 from (differences.py).
@@ -21,11 +21,11 @@ from megatron_fp4.checkpoint.load import CheckpointReader
 from megatron_fp4.comm.agree import agreed, decided_by_rank0
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.models.foreign.weights import is_foreign
+from megatron_fp4.models.foreign.source import is_foreign
 from megatron_fp4.optim import Zero1AdamW
 from megatron_fp4.storage.durable import MANIFEST, hash_of
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.resume.foreign_origin import MASTER, fill_from_transformers
+from megatron_fp4.train.resume.foreign_origin import MASTER, fill_from_foreign
 from megatron_fp4.train.resume.same_model import check_model, checkpoint_in
 from megatron_fp4.train.sections import Resume
 
@@ -58,7 +58,7 @@ def begin_from(
     folder = Path(config.train.init_from)
     shards = [Shard(one.where, {MASTER: one.tensors[MASTER]}, writes=False) for one in optimizer.state_shards()]
     agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)
-    fill = fill_from_transformers if is_foreign(folder) else partial(_from_checkpoint, config=config.checkpoint)
+    fill = fill_from_foreign if is_foreign(folder) else partial(_from_checkpoint, config=config.checkpoint)
     record = fill(folder, shards, world, beat)
     optimizer.after_load(0)
     return record

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_fp4.checkpoint import offline
 from megatron_fp4.checkpoint.directory import read_state, step_to_load
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.foreign.weights import ForeignWeights, is_foreign
+from megatron_fp4.models.foreign.source import is_foreign, open_source
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.resume.differences import ABSENT, compare_settings
@@ -33,7 +33,7 @@ def check_origin(config: RunConfig) -> None:
 def check_model(folder: Path, model: ModelConfig) -> None:
     """Raises ValueError for settings that are others than those of the weights in `folder`; FileNotFoundError."""
     if is_foreign(folder):
-        saved: Mapping[str, Any] = to_json_values(ForeignWeights(folder).foreign.config)
+        saved: Mapping[str, Any] = to_json_values(open_source(folder).config)
     else:
         settings = read_state(checkpoint_in(folder))["meta"].get("config")
         if not isinstance(settings, dict) or "model" not in settings:
