@@ -1,7 +1,8 @@
 """`megatron-fp4 report RUN [RUN ...] --html out.html`: the curves of one run, or several against the first.
 
 Runs are compared at equal consumed tokens, as far as both have come; the settings in which they differ stand first.
-`--html` writes one page with all plots (render/html.py), `--plot` only the loss curves as a PNG.
+`--html` writes one page (render/report/): what the comparison shows in words, tables, and plots that answer hover, zoom
+and log axis, and hide runs. It loads nothing and can be mailed. `--plot` writes the loss curves alone as a picture.
 
 `--equal FIRST LAST` compares the losses and gradient norms of those steps bit for bit and fails if any differs: the
 proof that a resumed run and an uninterrupted one are the same run. What would prove nothing is refused.
@@ -15,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fp4.cli.render.comparison import comparison, stored_settings
-from megatron_fp4.cli.render.html import write_html
-from megatron_fp4.cli.render.plots import write_losses
+from megatron_fp4.cli.render.report.document import write_report
+from megatron_fp4.cli.render.report.picture import write_losses
 from megatron_fp4.storage.local import local_path
 from megatron_fp4.train.telemetry.gaps import different_numbers
 from megatron_fp4.train.telemetry.series import RunSeries, read_runs
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
             write_losses(runs, args.plot)
             print(f"loss curves: {args.plot}")
         if args.html:
-            write_html(runs, args.html)
+            write_report(runs, args.html)
             print(f"report: {args.html}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -40,6 +40,7 @@ from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.guard import SpikeGuard
 from megatron_fp4.train.faults.signals import EXIT_FAILED, EXIT_OK, StopRequest
 from megatron_fp4.train.faults.watchdog import Watchdog
+from megatron_fp4.train.history.launches import record_launch
 from megatron_fp4.train.opened import OpenedData, open_data
 from megatron_fp4.train.phases import INDEX_SECONDS, Phases
 from megatron_fp4.train.refusals.requirements import check_machine
@@ -235,6 +236,7 @@ def _open_outputs(run: Run, start: Start, console: Console, stop: StopRequest) -
         opened.append(Metrics.open(config, run_dir, resume_step=step, wandb_id=wandb_id, settings=settings))
 
     _write(open_metrics, run)
+    _write(partial(record_launch, run, step), run)
     metrics = opened[0] if opened else Metrics()
     return Outputs(metrics, console, stop, SpikeGuard(run, console, start.meta, start.remembered), wandb_id)
 

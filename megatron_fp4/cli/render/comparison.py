@@ -5,6 +5,7 @@ Every gap is to the first run, at the last consumed tokens that both have (train
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -53,34 +54,49 @@ def comparison(runs: Sequence[RunSeries]) -> str:
 
 def differing_settings(runs: Sequence[RunSeries]) -> list[str]:
     """A table with a row for each setting in which a run differs from the first; empty if none does."""
+    rows = changed_settings(runs)
+    if not rows:
+        return []
+    table = [["settings that differ", *(run.name for run in runs)], *([f"  {key}", *cells] for key, *cells in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def changed_settings(runs: Sequence[RunSeries]) -> list[list[str]]:
+    """A row for each setting in which a run differs from the first: its key and its values, long ones cut."""
     base, *others = runs
     rows: dict[str, dict[str, Any]] = {}
     for run in others:
         if base.settings is not None and run.settings is not None:
             for one in compare_settings(base.settings, run.settings):
                 rows.setdefault(one.key, {base.name: one.saved})[run.name] = one.configured
-    if not rows:
-        return []
-    table = [["settings that differ", *(run.name for run in runs)]]
+    table = []
     for key, values in _joined_recipes(rows).items():
         cells = [values.get(run.name, values[base.name] if run.settings is not None else "?") for run in runs]
-        table.append([f"  {key}", *_cells(cells)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        table.append([key, *_cells(cells)])
+    return table
 
 
 def _joined_recipes(rows: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The rows, those of a recipe that one side does not have at all as one row."""
+    """The rows; those of a recipe, or of an entry of a list, that one side does not have at all, as one row."""
     joined: dict[str, dict[str, Any]] = {}
     for key, values in rows.items():
-        recipe = ".".join(key.split(".")[:3])
-        of_recipe = [row for name, row in rows.items() if name.startswith(f"{recipe}.")]
-        if recipe.startswith("precision.recipes.") and all(ABSENT in row.values() for row in of_recipe):
-            present = {name: value if value == ABSENT else "(a recipe)" for name, value in values.items()}
-            joined.setdefault(recipe, present).update(present)
+        name, of = _element(key)
+        of_element = [row for one, row in rows.items() if one.startswith(f"{name}.")]
+        if name and all(ABSENT in row.values() for row in of_element):
+            present = {run: value if value == ABSENT else of for run, value in values.items()}
+            joined.setdefault(name, present).update(present)
         else:
             joined[key] = values
     return joined
+
+
+def _element(key: str) -> tuple[str, str]:
+    """The recipe, or the entry of a list, to which a setting belongs, and what to call it; "" for none."""
+    if recipe := re.match(r"(precision\.recipes\.[^.]+)\.", key):
+        return recipe[1], "(a recipe)"
+    entry = re.match(r"(.*?\.\d+)\.", key)
+    return (entry[1], "(an entry)") if entry else ("", "")
 
 
 def _cells(values: Sequence[Any]) -> list[str]:
@@ -125,6 +141,14 @@ def number(value: float, how: str = ".4f") -> str:
     return format(value, how) if value == value else "NaN"
 
 
+def tokens_text(tokens: float) -> str:
+    """`512,000`, `30.00 M`, `1.20 B`, `10.00 T`."""
+    for name, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if tokens >= size:
+            return f"{tokens / size:,.2f} {name}"
+    return f"{tokens:,.0f}"
+
+
 def _not_finite(run: RunSeries, key: str) -> str:
     steps = run.not_finite(key)
     if not steps:
@@ -143,8 +167,7 @@ def _gap(run: RunSeries, base: RunSeries, key: str) -> str:
     marks = ["interpolated"] if gap.interpolated and key != "loss" else []
     marks += ["steps of another size"] if gap.other_steps and key == "loss" else []
     marks += [mark] if (mark := mark_of(run, base, key)) else []
-    tokens = f"{gap.tokens / 1e6:,.2f} M" if gap.tokens >= 1e6 else f"{gap.tokens:,.0f}"
-    text = f"   {number(gap.percent, '+.2f')}% against {base.name} at {tokens} tokens"
+    text = f"   {number(gap.percent, '+.2f')}% against {base.name} at {tokens_text(gap.tokens)} tokens"
     return text + (f" ({', '.join(marks)})" if marks else "")
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML file: no script, no link; readable on a light and on a dark screen, and on a narrow one.
+"""One self-contained HTML file: no link; readable on a light and on a dark screen, and on a narrow one.
 
 Figures are SVG elements inside the page. Their black is the colour of the page's text, whatever that is, and they have
 no background of their own.
@@ -29,11 +29,20 @@ td { font-variant-numeric: tabular-nums; } .note { color: var(--soft); }
 
 def write_page(title: str, body: Sequence[str], path: Path) -> None:
     """title: text. body: elements."""
+    write_text(page(title, body), path)
+
+
+def page(title: str, body: Sequence[str], *, head: str = "", style: str = "") -> str:
+    """title: text. body: elements. head: more elements of the head; style: more rules."""
     name = html.escape(title)
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
-    meta = f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+    first = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{head}<title>{name}</title>'
+    meta = f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{style}</style></head>'
+    return "\n".join([f"{first}{meta}<body>", f"<h1>{name}</h1>", *body, "</body></html>"]) + "\n"
+
+
+def write_text(text: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([head + meta, f"<h1>{name}</h1>", *body, "</body></html>"]) + "\n", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
 
 
 def as_svg(save: Callable[..., Any]) -> str:

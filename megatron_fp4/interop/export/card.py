@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def losses_of(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, float]:
     losses: dict[str, float] = {}
     for record in read_values(checkpoint.absolute().parent.parent / METRICS_FILE):
         if record["step"] <= state["step"]:
-            held_out = {name: value for name, value in record.items() if name.startswith("eval/")}
+            held_out = {key: value for key, value in record.items() if re.fullmatch("eval/.*/loss", key)}
             training = {"training loss of the last step": record["loss"]} if "loss" in record else {}
             held = {name.removeprefix("eval/").removesuffix("/loss"): value for name, value in held_out.items()}
             losses |= {name: value for name, value in {**training, **held}.items() if isinstance(value, float)}

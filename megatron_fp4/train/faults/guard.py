@@ -10,10 +10,10 @@ from megatron_fp4.storage.append import AppendFile
 from megatron_fp4.train.faults.bundle import BadStep, replay_command, write_bundle
 from megatron_fp4.train.faults.rollback import RollbackRecord, roll_back
 from megatron_fp4.train.faults.spikes import Action, SpikeLadder
+from megatron_fp4.train.history.events import SPIKE_LOG
 from megatron_fp4.train.run import Position, Run, TrainingDiverged
 from megatron_fp4.train.telemetry.console import Console
 
-SPIKE_LOG = "spikes.jsonl"
 SAVED = "spikes"
 """Key of the ladder's state in a checkpoint's small state."""
 

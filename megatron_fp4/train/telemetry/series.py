@@ -13,19 +13,25 @@ import itertools
 import math
 import re
 import statistics
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_fp4.data.ledger import DataIdentity, read_identity
 from megatron_fp4.train.telemetry.metrics import read_metrics
 
 SMOOTH_STEPS = 20
 """Steps whose mean stands for the training loss of one step."""
-RATES = r"(wall_)?tokens_per_second|step_seconds|data_wait_seconds|tflops|mfu|mfu_mixed|device/.*"
+RATES = (
+    r"(wall_)?tokens_per_second|(step|wall|data_wait)_seconds|goodput|tflops|mfu|mfu_mixed|device/.*|save/.*seconds"
+    r"|straggler/.*/(seconds|median)"
+)
 """Metrics of which the median of all steps is shown: one step says nothing about speed."""
 NOT_FINITE = ("nan", "inf", "-inf")
 
@@ -42,11 +48,25 @@ class Curve:
         windows = (self.values[max(0, end - SMOOTH_STEPS) : end] for end in range(1, len(self.values) + 1))
         return Curve(self.tokens, [sum(window) / len(window) for window in windows])
 
-    def smooth_over(self, tokens: float) -> Curve:
-        """The means of the values of the last `tokens` tokens: lines of runs with other steps then lag alike."""
-        firsts = (bisect_right(self.tokens, end - tokens) for end in self.tokens)
-        windows = (self.values[min(first, last) : last + 1] for last, first in enumerate(firsts))
-        return Curve(self.tokens, [sum(window) / len(window) for window in windows])
+    def trend(self, tokens: float, at: Sequence[float] | None = None) -> Curve:
+        """Straight lines fitted to the finite values within `tokens` around each point, half of it on either side.
+
+        A mean of the values before lies above a falling curve; this goes through its middle, at the ends too. Where a
+        curve bends, a long line would leave it: a window is no longer than an eighth of the curve, and than two thirds
+        of what is before it. NaN where a value is not finite, or nothing is near. at: the points, those of the curve
+        if not said.
+        """
+        xs, ys = np.array(self.tokens), np.array(self.values)
+        broken = set(xs[~np.isfinite(ys)].tolist())
+        xs, ys = xs[np.isfinite(ys)], ys[np.isfinite(ys)]
+        points = list(self.tokens if at is None else at)
+        fitted = []
+        for one in points:
+            reach = min(tokens / 2, (one - self.tokens[0]) / 3, (self.tokens[-1] - self.tokens[0]) / 16)
+            first = np.searchsorted(xs, min(one - reach, self.tokens[-1] - 2 * reach))
+            end = np.searchsorted(xs, one + reach, side="right")
+            fitted.append(_line_at(one, xs[first:end], ys[first:end]))
+        return Curve(points, [math.nan if one in broken else y for one, y in zip(points, fitted, strict=True)])
 
     @property
     def spacing(self) -> float:
@@ -154,6 +174,16 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     if not math.isfinite(numbers.get("consumed_tokens", 0.0)):
         del numbers["consumed_tokens"]
     return numbers
+
+
+def _line_at(x: float, xs: NDArray[np.float64], ys: NDArray[np.float64]) -> float:
+    """At `x`, the straight line of least squares through some points; NaN without any."""
+    if len(xs) == 0:
+        return math.nan
+    away = xs - xs.mean()
+    spread = float((away**2).sum())
+    slope = float((away * ys).sum()) / spread if spread else 0.0
+    return float(ys.mean()) + slope * (x - float(xs.mean()))
 
 
 def median(values: Iterable[float]) -> float:

@@ -110,6 +110,7 @@ class StepLog:
             "skipped": float(update.skipped),
             "skipped_steps": float(position.skipped_steps),
             "consumed_tokens": float(position.samples * run.config.data.seq_length),
+            "precision_phase": float(self.precision_phase),
         }
         values |= self._data.metrics() | self._throughput.metrics(run.phases, table, tokens)
         if position.step % max(1, run.config.train.log_interval_steps) == 0:

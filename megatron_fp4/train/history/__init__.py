@@ -1,0 +1,1 @@
+"""What happened to a run, beside its curves: how it was launched, and what changed on the way."""
