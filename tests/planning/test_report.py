@@ -222,12 +222,13 @@ def test_exit_codes_and_first_message(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(paper) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("THIS LAYOUT CANNOT RUN: 297 GB are 1.60 x the 186 GB of the GPU")
-    assert [line.split()[0] for line in lines[2:5]] == [f"parallel={gpu}_12b_4096" for gpu in ("b200", "gb200", "h100")]
+    sizes = [f"{gpu}_12b_{num_gpus}" for gpu in ("b200", "gb200", "h100") for num_gpus in (2944, 4096)]
+    assert [line.split()[0] for line in lines[2:8]] == [f"parallel={size}" for size in sizes]
     assert main([*paper, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["fits"] is False
     assert [warning["about"] for warning in report["warnings"]] == ["memory", "backend", "kernels"]
-    assert len(report["shipped_layouts"]) == 3
+    assert len(report["shipped_layouts"]) == 6
     assert set(report["assumptions"]) > {"gpu", "sources", "efficiency", "restart_seconds"}
     native = ["precision.backend=transformer_engine", "parallel.tp=8", "--gpus", "736"]
     assert main([*paper[:1], *native]) == 1

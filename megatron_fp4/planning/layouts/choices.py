@@ -42,7 +42,11 @@ class TimedLayout:
 
 
 class Choices:
-    """Layouts of a world. fallen: how many fell out, by the first reason."""
+    """Layouts of a world. fallen: how many fell out, by the first reason.
+
+    One of them: with cp > 1 convolution and scan of Mamba-2 are torch's loops (train/telemetry/slow_paths.py), the time
+    of which no figure of a machine tells.
+    """
 
     def __init__(self, config: RunConfig, site: Site, micro_batches: Sequence[int] = MICRO_BATCHES) -> None:
         self.config, self.site = config, site
@@ -62,6 +66,7 @@ class Choices:
         """The layouts whose sizes divide world and batch and whose schedule takes the number of microbatches."""
         num_gpus, batches = self.site.num_gpus, self.config.train.batch_sizes
         sizes = [[size for size in range(1, most + 1) if num_gpus % size == 0] for most in LARGEST.values()]
+        has_mamba = "M" in self.config.model.blocks
         for tp, pp, cp in itertools.product(*sizes):
             if num_gpus % (tp * pp * cp):
                 continue
@@ -71,6 +76,8 @@ class Choices:
                     self.fallen["batch"] += 1
                 elif pp > 1 and not all(SCHEDULES[schedule].fits(size // (micro_batch * dp), pp) for size in batches):
                     self.fallen["schedule"] += 1
+                elif cp > 1 and has_mamba:
+                    self.fallen["mamba"] += 1
                 else:
                     yield ChosenLayout(tp, pp, cp, dp, micro_batch, schedule)
 
