@@ -7,6 +7,7 @@ between leaves only rubbish, which the next start sweeps up.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -96,6 +97,26 @@ def discard_after(root: Path, step: int, number: int) -> None:
     set_latest(root, step)
     for later in [one for one in present_steps(root) if one > step]:
         remove_checkpoint(root, later, number)
+
+
+def set_aside_after(root: Path, step: int) -> Path | None:
+    """Make `latest` name the checkpoint of `step`, and move those above it into a folder of their own under `root`.
+
+    Nothing looks for a checkpoint there, and nothing deletes it. Returns the folder; None where there is nothing above.
+    `latest` comes first, so that a kill in between leaves what `load_order` passes over. Raises OSError.
+    """
+    later = [one for one in present_steps(root) if one > step]
+    set_latest(root, step)
+    if not later:
+        return None
+    number = next(n for n in itertools.count(1) if not (root / f"set_aside_{n:03}").exists())
+    aside = root / f"set_aside_{number:03}"
+    aside.mkdir()
+    for one in later:
+        os.rename(root / step_name(one), aside / step_name(one))
+    fsync_directory(aside)
+    fsync_directory(root)
+    return aside
 
 
 def set_latest(root: Path, step: int) -> None:

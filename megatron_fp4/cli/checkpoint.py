@@ -1,10 +1,11 @@
-"""`megatron-fp4 checkpoint {inspect,verify,average,extract,export,import}`: look at checkpoints, make others of them.
+"""`megatron-fp4 checkpoint {inspect,verify,average,extract,export,import,rewind}`: look at checkpoints, make others.
 
     megatron-fp4 checkpoint inspect RUN                    tensors with logical shapes, step, tokens, settings
     megatron-fp4 checkpoint verify RUN                     sizes and hashes of all files; exit code 1 if one differs
     megatron-fp4 checkpoint average A B C --to DIRECTORY   the mean of their weights, summed in FP64
     megatron-fp4 checkpoint extract A --to DIRECTORY       only the weights, in one file
     megatron-fp4 checkpoint export A --to DIRECTORY        for `transformers` or, as 4-bit codes, for those who serve
+    megatron-fp4 checkpoint rewind RUN STEP                back to that checkpoint by hand; later ones are set aside
     megatron-fp4 checkpoint import FOLDER --to DIRECTORY   of `transformers` or Megatron-LM: its weights, for
                                                            train.init_from
 
@@ -26,6 +27,8 @@ from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.cli.interop.export import add_export_arguments, export
 from megatron_fp4.cli.interop.import_weights import add_import_arguments, import_folder
 from megatron_fp4.storage.local import local_path
+from megatron_fp4.storage.lock import RunLocked
+from megatron_fp4.train.resume.rewind import Rewound, rewind
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,6 +37,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if args.action == "import":
             import_folder(args.checkpoints[0], args)
+            return 0
+        if args.action == "rewind":
+            print(describe_rewind(rewind(args.run, args.step)))
             return 0
         paths = [_newest(path) for path in args.checkpoints]
         if args.action == "inspect":
@@ -53,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"written: {edit.extract(paths[0], args.to, kinds=args.kinds)}")
         else:
             export(paths[0], args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunLocked) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -76,6 +82,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     action("verify", "+", writes=False)
     action("average", "+", writes=True).add_argument("--weights", nargs="+", help="one per checkpoint (default: equal)")
     action("extract", 1, writes=True).add_argument("--kinds", nargs="+", default=["master"])
+    back = actions.add_parser("rewind")
+    back.add_argument("run", type=Path, help="run directory (train.run_dir); no launch of it may live")
+    back.add_argument("step", type=int, help="the checkpoint that the next start takes")
     add_import_arguments(action("import", 1, writes=True))
     add_export_arguments(action("export", 1, writes=True))
     args, rest = parser.parse_known_args(arguments)  # settings may stand before and after options
@@ -83,6 +92,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if rest and (args.action != "import" or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
+
+
+def describe_rewind(done: Rewound) -> str:
+    """What was set aside, and what the next start does."""
+    lines = [f"the next start goes on from checkpoint {done.step} (before: {done.newest})"]
+    if done.aside is not None:
+        lines.append(f"set aside, with the metrics until now: {done.aside}; delete it when nobody needs it any more")
+    if done.skip is not None:
+        first, end = done.skip
+        lines.append(
+            f"it reads samples {first} to {end - 1} again; to leave them out, add [{first},{end}] to data.skip:"
+            f" 'data.skip=[[{first},{end}]]'"
+        )
+    return "\n".join(lines)
 
 
 def _newest(path: Path) -> Path:
