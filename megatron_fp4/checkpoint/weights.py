@@ -5,6 +5,7 @@ Not here: which model, and what for (train/open.py).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from megatron_fp4.comm.rect import Shard
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = None) -> dict[str, Any]:
+def load_weights(
+    model: nn.Module, store: CheckpointStore, step: int | None = None, directory: Path | None = None
+) -> dict[str, Any]:
     """Fill `model` from checkpoint `step` (None: the newest intact one), at any layout; returns its small state.
 
-    Masters are FP32 in the file and rounded to the parameters' dtype here, as in training.
+    directory: a checkpoint that lies elsewhere, instead. Masters are FP32 in the file and rounded to the parameters'
+    dtype here, as in training.
     """
     shards: list[Shard] = []
     targets: list[tuple[Tensor, Tensor]] = []
@@ -28,8 +32,8 @@ def load_weights(model: nn.Module, store: CheckpointStore, step: int | None = No
             master = torch.empty(where.shape, dtype=torch.float32, device=parameter.device)
             shards.append(Shard(where, {"master": master}, writes=False))
             targets.append((parameter[rows], master))
-    chosen = store.choose(step)
-    if step is None:
+    chosen = store.reader.verified(directory) if directory else store.choose(step)
+    if step is None and directory is None:
         chosen = store.load_or_earlier(chosen, shards)
     else:
         store.load(chosen, shards)

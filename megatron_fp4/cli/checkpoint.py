@@ -3,6 +3,7 @@
     megatron-fp4 checkpoint inspect RUN                    tensors with logical shapes, step, tokens, settings
     megatron-fp4 checkpoint verify RUN                     sizes and hashes of all files; exit code 1 if one differs
     megatron-fp4 checkpoint average A B C --to DIRECTORY   the mean of their weights, summed in FP64
+    megatron-fp4 checkpoint average RUN --window 900 1000 --to DIRECTORY      of all checkpoints in these steps
     megatron-fp4 checkpoint extract A --to DIRECTORY       only the weights, in one file
     megatron-fp4 checkpoint export A --to DIRECTORY        for `transformers` or, as 4-bit codes, for those who serve
     megatron-fp4 checkpoint rewind RUN STEP                back to that checkpoint by hand; later ones are set aside
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 
 from megatron_fp4.checkpoint import edit, offline
-from megatron_fp4.checkpoint.directory import read_state
+from megatron_fp4.checkpoint.directory import complete_steps, read_state, step_name
 from megatron_fp4.cli.interop.export import add_export_arguments, export
 from megatron_fp4.cli.interop.import_weights import add_import_arguments, import_folder
 from megatron_fp4.storage.local import local_path
@@ -41,7 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         if args.action == "rewind":
             print(describe_rewind(rewind(args.run, args.step)))
             return 0
-        paths = [_newest(path) for path in args.checkpoints]
+        if args.action == "average" and args.window:
+            paths = _in_window(args.checkpoints, *args.window)
+        else:
+            paths = [_newest(path) for path in args.checkpoints]
         if args.action == "inspect":
             for path in paths:
                 print(describe(path, names=args.names))
@@ -80,7 +84,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     action("inspect", "+", writes=False).add_argument("--names", default="", help="only tensors whose key has this")
     action("verify", "+", writes=False)
-    action("average", "+", writes=True).add_argument("--weights", nargs="+", help="one per checkpoint (default: equal)")
+    mean = action("average", "+", writes=True)
+    mean.add_argument("--weights", nargs="+", help="one per checkpoint (default: equal)")
+    mean.add_argument(
+        "--window", nargs=2, type=int, metavar=("FIRST", "LAST"), help="all checkpoints of the run in these steps"
+    )
     action("extract", 1, writes=True).add_argument("--kinds", nargs="+", default=["master"])
     back = actions.add_parser("rewind")
     back.add_argument("run", type=Path, help="run directory (train.run_dir); no launch of it may live")
@@ -106,6 +114,22 @@ def describe_rewind(done: Rewound) -> str:
             f" 'data.skip=[[{first},{end}]]'"
         )
     return "\n".join(lines)
+
+
+def _in_window(runs: Sequence[Path], first: int, last: int) -> list[Path]:
+    """The complete checkpoints of a run from step `first` to step `last`. Raises ValueError for less than two."""
+    if len(runs) != 1:
+        raise ValueError(f"--window takes the checkpoints of one run, {len(runs)} are named")
+    inside = runs[0] / "checkpoints"
+    root = inside if inside.is_dir() else runs[0]
+    complete = complete_steps(root)
+    steps = [step for step in complete if first <= step <= last]
+    if len(steps) < 2:
+        listed = ", ".join(map(str, complete)) or "none"
+        raise ValueError(
+            f"steps {first} to {last} hold {len(steps)} checkpoint(s) of {root}, which has those of {listed}"
+        )
+    return [root / step_name(step) for step in steps]
 
 
 def _newest(path: Path) -> Path:

@@ -17,16 +17,22 @@ def decay_tokens(config: OptimConfig, total_tokens: int) -> int:
     return round(config.decay_fraction * total_tokens)
 
 
-def describe_schedule(config: OptimConfig, total_tokens: int) -> str:
-    """`3.00e-03, wsd; warm-up 40,960 tokens, decay over the last 122,880, to 3.00e-05`."""
+def describe_schedule(config: OptimConfig, total_tokens: int, decay_start: int | None = None) -> str:
+    """`3.00e-03, wsd; warm-up 40,960 tokens, decay over the last 122,880, to 3.00e-05`. decay_start: see
+    `learning_rate`.
+    """
     text = f"{config.lr:.2e}, {config.schedule.name}; warm-up {config.warmup_tokens:,} tokens"
-    if config.schedule is Schedule.wsd and (last := decay_tokens(config, total_tokens)):
+    if decay_start is not None:
+        text += f", decay from {decay_start:,} on, over the last {total_tokens - decay_start:,} (train.decay_from)"
+    elif config.schedule is Schedule.wsd and (last := decay_tokens(config, total_tokens)):
         text += f", decay over the last {last:,}"
     return text if config.schedule is Schedule.constant else f"{text}, to {config.min_lr:.2e}"
 
 
-def check_schedule(config: OptimConfig, total_tokens: int) -> None:
-    """Raise ValueError, with the numbers, if the phases do not fit into `total_tokens`."""
+def check_schedule(config: OptimConfig, total_tokens: int, decay_start: int | None = None) -> None:
+    """Raise ValueError, with the numbers, if the phases do not fit into `total_tokens`. decay_start: see
+    `learning_rate`.
+    """
     if total_tokens < 1:
         raise ValueError(f"the run has {total_tokens} tokens in total, must be at least 1")
     warmup = config.warmup_tokens
@@ -36,7 +42,13 @@ def check_schedule(config: OptimConfig, total_tokens: int) -> None:
             " train longer"
         )
     decay = decay_tokens(config, total_tokens)
-    if config.schedule is Schedule.wsd and warmup + decay > total_tokens:
+    if decay_start is not None:
+        if not warmup <= decay_start <= total_tokens:
+            raise ValueError(
+                f"the decay begins at token {decay_start}, must be between the {warmup} of optim.warmup_tokens and the"
+                f" {total_tokens} of the run"
+            )
+    elif config.schedule is Schedule.wsd and warmup + decay > total_tokens:
         raise ValueError(
             f"warm-up and decay do not fit: optim.warmup_tokens = {warmup} and optim.decay_fraction ="
             f" {config.decay_fraction} of {total_tokens} = {decay} tokens are {warmup + decay} together; lower one of"
@@ -44,12 +56,13 @@ def check_schedule(config: OptimConfig, total_tokens: int) -> None:
         )
 
 
-def learning_rate(config: OptimConfig, tokens_seen: int, total_tokens: int) -> float:
+def learning_rate(config: OptimConfig, tokens_seen: int, total_tokens: int, decay_start: int | None = None) -> float:
     """Rate of the step after which `tokens_seen` of `total_tokens` tokens are consumed.
 
-    Tokens beyond the total keep the final rate. Raises ValueError for negative tokens or phases that do not fit.
+    decay_start: consumed tokens at which the last phase of `wsd` begins; None: `decay_fraction` says it. Tokens
+    beyond the total keep the final rate. Raises ValueError for negative tokens or phases that do not fit.
     """
-    check_schedule(config, total_tokens)
+    check_schedule(config, total_tokens, decay_start)
     if tokens_seen < 0:
         raise ValueError(f"tokens_seen = {tokens_seen}, must not be negative")
     if tokens_seen < config.warmup_tokens:
@@ -59,7 +72,9 @@ def learning_rate(config: OptimConfig, tokens_seen: int, total_tokens: int) -> f
     if config.schedule is Schedule.cosine:
         start, style = config.warmup_tokens, DecayStyle.cosine
     else:
-        start, style = total_tokens - decay_tokens(config, total_tokens), config.decay_style
+        start, style = decay_start, config.decay_style
+        if start is None:
+            start = total_tokens - decay_tokens(config, total_tokens)
     if tokens_seen <= start or start == total_tokens:  # before the decay, or without one
         return config.lr
     done = min(1.0, (tokens_seen - start) / (total_tokens - start))

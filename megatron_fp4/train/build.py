@@ -10,7 +10,7 @@ from typing import Any
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.agree import agreed
 from megatron_fp4.comm.bootstrap import Process, connect_mesh
-from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.checked import CheckedConfig, settle_decay
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.opened import OpenedData, build_indices, examiner, open_data
 from megatron_fp4.train.phases import Phases
@@ -25,10 +25,12 @@ from megatron_fp4.train.trainable import build_trainable
 class Start:
     """What a launch of a run starts from.
 
-    meta: small state of the checkpoint that it continues, None in a new run. changes: table of the settings that differ
-    from that checkpoint's, "" if none. remembered: a rollback of which that checkpoint does not know yet.
+    checked: the settings by which it goes on, `train.decay_from` settled. meta: small state of the checkpoint that it
+    continues, None in a new run. changes: table of the settings that differ from that checkpoint's, "" if none.
+    remembered: a rollback of which that checkpoint does not know yet.
     """
 
+    checked: CheckedConfig
     position: Position
     meta: dict[str, Any] | None
     changes: str
@@ -65,7 +67,7 @@ def build(
     chosen = choose_checkpoint(config.train.resume, store)
     phases.enter("build")
     start = _find_start(checked, chosen.meta if chosen else None, process)
-    data = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world)
+    data = agreed(partial(open_data, start.checked, mesh.dp.rank, *start.of_data, opened), process.world)
     backend, probes = probed_backend(config)
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
@@ -75,13 +77,14 @@ def build(
         loaded = store.load_or_earlier(chosen, optimizer.state_shards())
         if loaded is not chosen:
             start = _find_start(checked, loaded.meta, process)
-            data = agreed(partial(open_data, checked, mesh.dp.rank, *start.of_data, opened), process.world)
+            data = agreed(partial(open_data, start.checked, mesh.dp.rank, *start.of_data, opened), process.world)
         optimizer.after_load(loaded.meta["optimizer_steps"])
     phases.enter("index")
     build_indices(data, start.position.samples, process)
     phases.enter("build")
+    checked = start.checked
     run = Run(
-        config=config,
+        config=checked.config,
         mesh=mesh,
         device=process.device,
         clock=trainable.clock,
@@ -101,7 +104,11 @@ def build(
 
 def _find_start(checked: CheckedConfig, meta: dict[str, Any] | None, process: Process) -> Start:
     """Collective. Raises ValueError for a setting that may not differ from the checkpoint's."""
-    config = checked.config
-    changes = changes_on_resume(meta, config) if meta else ""
     position = Position.from_meta(meta) if meta else Position()
-    return Start(position, meta, changes, recall(Path(config.train.run_dir), meta, process.world))
+    remembered = recall(Path(checked.config.train.run_dir), meta, process.world)
+    kept = remembered.decay_from if remembered else ""
+    if meta and not kept:
+        kept = meta["config"]["train"].get("decay_from", "")
+    checked = settle_decay(checked, kept, position.samples)
+    changes = changes_on_resume(meta, checked.config) if meta else ""
+    return Start(checked, position, meta, changes, remembered)

@@ -48,13 +48,32 @@ def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     config = _with_vocabulary(config, tokenizer)
     check_choices(config)
-    tokens = config.train.micro_batch * config.data.seq_length // config.parallel.cp
+    tokens = _tokens(config)
     check_model_layout(config.model, config.parallel, seq_length=config.data.seq_length, tokens=tokens)
     split_stages(config.model, num_stages, config.parallel.stage_split)
     linears = model_linears(config.model)
     plan = make_plan(config, linears, tokens)
     check_decay(config)
     return CheckedConfig(config, linears, plan, dp, tokenizer, _notes(config, plan))
+
+
+def settle_decay(checked: CheckedConfig, kept: str, consumed_samples: int) -> CheckedConfig:
+    """With a number in place of `train.decay_from=now`: the one that a checkpoint kept, or that of the samples before
+    the next step. Raises ValueError.
+    """
+    config = checked.config
+    if not config.train.decay_from or config.decay_start is not None:
+        return checked
+    start = kept or str(consumed_samples * config.data.seq_length)
+    config = replace(config, train=replace(config.train, decay_from=start))
+    check_decay(config)
+    plan = make_plan(config, checked.linears, _tokens(config))
+    return replace(checked, config=config, plan=plan)
+
+
+def _tokens(config: RunConfig) -> int:
+    """Of a rank, in one microbatch."""
+    return config.train.micro_batch * config.data.seq_length // config.parallel.cp
 
 
 def _check_batches(config: RunConfig, dp: int) -> int:

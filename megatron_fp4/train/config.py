@@ -65,6 +65,13 @@ class RunConfig:
         """Tokens of `run_samples`; the learning rate and the precision schedule are functions of it."""
         return self.run_samples * self.data.seq_length
 
+    @property
+    def decay_start(self) -> int | None:
+        """Consumed tokens at which `train.decay_from` lets the decay begin; None where `optim.decay_fraction` says it,
+        and as long as `now` is not settled (checked.py)."""
+        text = self.train.decay_from
+        return int(text) if text.isdecimal() else None
+
     def last_step(self, step: int, consumed_samples: int) -> int:
         """The step at which a run stops that has made `step` steps, of `consumed_samples` samples in all.
 

@@ -47,6 +47,7 @@ from megatron_fp4.train.refusals.requirements import check_machine
 from megatron_fp4.train.resume.description import describe_end, describe_origin, describe_resume
 from megatron_fp4.train.resume.same_model import check_origin
 from megatron_fp4.train.run import Run, TrainingDiverged
+from megatron_fp4.train.sections import NOW
 from megatron_fp4.train.telemetry.announce import describe_run
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
@@ -170,7 +171,7 @@ def _lock_and_train(
         try:
             run, start = build(checked, process, phases, prepared.data)
             phases.enter("announce")
-            _announce(run, start, checked, config_text, console)
+            _announce(run, start, config_text, console)
             outputs = _open_outputs(run, start, console, stop)
         except ValueError as error:
             events.add("fail", phases.current.step, f"refused: {error}")
@@ -205,8 +206,11 @@ def _end_hung(events: Events, phases: Phases, lock: RunLock) -> None:
     events.close()
 
 
-def _announce(run: Run, start: Start, checked: CheckedConfig, config_text: str, console: Console) -> None:
+def _announce(run: Run, start: Start, config_text: str, console: Console) -> None:
     """Say what will run, and store it in the run directory. Collective. Raises ValueError: see `_write`."""
+    checked = start.checked
+    settled = f"decay_from: '{checked.config.train.decay_from}'\n"
+    config_text = config_text.replace(f"decay_from: {NOW}\n", settled)
     tokens = {name: stream.documents.num_tokens for name, stream in run.loader.streams.items()}
     paragraphs = [*checked.choice, *describe_run(checked, run.mesh.world.size, run.device, tokens)]
     if start.meta:

@@ -52,11 +52,17 @@ class TrainedModel:
 
 
 def open_trained(
-    config: RunConfig, step: int | None = None, process: Process | None = None, *, documents_apart: bool = False
+    config: RunConfig,
+    step: int | None = None,
+    process: Process | None = None,
+    *,
+    documents_apart: bool = False,
+    checkpoint: Path | None = None,
 ) -> TrainedModel:
     """The trained model of a run on the ranks of `process` (None: this one's CPU). Collective over them.
 
-    step: None for the newest checkpoint. A CPU computes all of it by torch, whatever the run itself uses.
+    step: None for the newest checkpoint. checkpoint: the directory of another one of the same model, such as a mean of
+    several, instead of the run's own. A CPU computes all of it by torch, whatever the run itself uses.
     documents_apart: keep documents of a row apart even if the run does not. Raises ValueError or FileNotFoundError
     where run, data or checkpoint are not there, or the ranks are not a multiple of the run's tp * pp.
     """
@@ -69,9 +75,10 @@ def open_trained(
     mesh = connect_mesh(config.parallel, process)
     clock, engine = draw_evaluation(config, mesh, process.device, documents_apart=documents_apart)
     store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", mesh.world, config.checkpoint)
-    meta = load_weights(torch.nn.ModuleList(engine.stages), store, step)
-    clock.step = meta["step"] - 1  # rounding noise of an evaluation after a step is that of the step
-    phase = checked.plan.phase_before(meta["consumed_samples"] * config.data.seq_length, meta["precision"])
+    meta = load_weights(torch.nn.ModuleList(engine.stages), store, step, checkpoint)
+    clock.step = max(0, meta["step"] - 1)  # rounding noise of an evaluation after a step is that of the step
+    tokens = meta.get("consumed_samples", 0) * config.data.seq_length  # nothing in one that `import` made
+    phase = checked.plan.phase_before(tokens, meta.get("precision", {}))
     trained = TrainedModel(checked, engine, mesh, process.device, phase)
     trained.assign(checked.plan.evaluation_table(trained.phase))
     return trained

@@ -21,6 +21,10 @@ SECRET = re.compile(
 """Twenty letters and digits in a row, of both kinds, are a token and no word of a path; or a password before a host."""
 
 
+NOW = "now"
+"""A `train.decay_from` that the launch which reads it turns into a number of tokens."""
+
+
 class Resume(Enum):
     """Whether a run goes on from a checkpoint."""
 
@@ -99,6 +103,10 @@ class TrainConfig:
     """Length of the run in tokens, a whole number; rounded down to whole steps of global_batch x data.seq_length."""
     recompute: Recompute = Recompute.none
     """What the backward pass computes a second time instead of keeping it in memory."""
+    decay_from: str = ""
+    """Consumed tokens at which the decay of schedule wsd begins, whatever optim.decay_fraction says; now = those before
+    the first step of the launch that says so first, which its checkpoints keep; it ends with the run; empty = by
+    optim.decay_fraction."""
     init_from: str = ""
     """Checkpoint, or folder of transformers or Megatron-LM, whose weights a new run begins with; optimizer, data and
     schedules are its own; empty = weights are drawn."""
@@ -138,6 +146,10 @@ class TrainConfig:
             raise ValueError("train.run_dir is empty, which is the present folder; name one for this run")
         if self.total_tokens != int(self.total_tokens):
             raise ValueError(f"train.total_tokens = {self.total_tokens}, must be a whole number")
+        if self.decay_from not in ("", NOW) and not self.decay_from.isdecimal():
+            raise ValueError(
+                f"train.decay_from = {self.decay_from!r}, must be now, a whole number of consumed tokens, or empty"
+            )
         check_ramp(self.batch_ramp, self.global_batch)
 
     @property

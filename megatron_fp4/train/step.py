@@ -83,7 +83,8 @@ def train_step(
 
     enter("update")  # 5
     num_samples = config.train.batch_at(position.samples)
-    lr = learning_rate(config.optim, (position.samples + num_samples) * config.data.seq_length, config.run_tokens)
+    tokens_seen = (position.samples + num_samples) * config.data.seq_length
+    lr = learning_rate(config.optim, tokens_seen, config.run_tokens, config.decay_start)
     update = StepReport(lr, agreed.norm, 0.0, skipped=True)
     if (agreed.num_targets or not math.isfinite(agreed.norm)) and guard.passes(agreed.loss, position, rerun_step):
         update = optimizer.step(agreed.norm, lr=lr, max_norm=config.optim.clip_norm)

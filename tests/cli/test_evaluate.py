@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
+import torch
+
+from megatron_fp4.checkpoint.offline import read_tensor
+from megatron_fp4.cli.checkpoint import main as average
+from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.cli.trained import evaluate as command
+from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.launch import Launch
+from megatron_fp4.inference.precisions import table_of
 from megatron_fp4.train.evaluation import sets
+from megatron_fp4.train.open import open_trained
+from megatron_fp4.train.opened import examiner, open_data
 from megatron_fp4.train.telemetry.metrics import read_metrics
+from tests.helpers.distributed import run_distributed, world_group
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import make_trainer
 
@@ -54,3 +68,44 @@ def test_a_recipe_that_is_not_there_is_refused_first(
     assert command.main([str(run.run_dir), "--precision", "bf16", "--precision", "fp3"]) == 2
     assert "precision recipe 'fp3' does not exist" in capsys.readouterr().err
     assert losses == [], "the time of an evaluation was lost before the refusal"
+
+
+def test_the_mean_of_a_window(
+    run: TinyRun, losses: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `checkpoint average` makes of a run is evaluated by the run's settings."""
+    assert average(["average", str(run.run_dir), "--window", "3", "4", "--to", str(tmp_path / "mean")]) == 0
+    mean = tmp_path / "mean" / "step_00000004"
+    key = "master/head.weight"
+    three, four = (run.state(step)[key].double() for step in (3, 4))
+    assert torch.equal(read_tensor(mean, key), ((three + four) / 2).float())
+    for arguments in ([], ["--step", "3"], ["--checkpoint", str(tmp_path / "mean")], ["--checkpoint", str(mean)]):
+        assert command.main([str(run.run_dir), "--precision", "bf16", *arguments]) == 0
+    newest, three_alone, folder, itself = losses
+    assert folder == itself
+    assert folder not in (newest, three_alone), "the weights are not those of the mean"
+    assert average(["average", str(run.run_dir), "--window", "4", "9", "--to", str(tmp_path / "one")]) == 2
+    assert "steps 4 to 9 hold 1 checkpoint(s)" in capsys.readouterr().err
+
+
+def on_two_ranks(rank: int, world_size: int, run_dir: str, layouts: list[ParallelConfig]) -> list[float]:
+    """What each layout says of the held-out set."""
+    process = Process(Launch(rank, world_size), world_group(rank, world_size), torch.device("cpu"))
+    values: list[float] = []
+    for layout in layouts:
+        config = replace(load_run_config(Path(run_dir)), parallel=layout)
+        trained = open_trained(config, None, process)
+        data = open_data(trained.checked, dp_rank=trained.mesh.dp.rank)
+        trained.assign(table_of(trained, "same"))
+        examined = examiner(trained.checked, trained.engine, data, trained.mesh, trained.device)
+        values += [finding.loss for finding in examined.examine(table_of(trained, "same")) if finding.loss is not None]
+    return values
+
+
+def test_no_layout_shows(run: TinyRun, losses: list[float]) -> None:
+    """pp 2 and two copies give the number of one process to the bit, tp 2 up to the order of sums in BF16."""
+    assert command.main([str(run.run_dir), "--precision", "same"]) == 0
+    layouts = [ParallelConfig(tp=2), ParallelConfig(pp=2), ParallelConfig()]
+    for tp, pp, copies in run_distributed(on_two_ranks, 2, str(run.run_dir), layouts):
+        assert [pp, copies] == losses * 2
+        assert tp == pytest.approx(losses[0], rel=1e-4)

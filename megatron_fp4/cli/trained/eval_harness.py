@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.cli.trained.opening import with_trained
+from megatron_fp4.cli.trained.opening import add_choice, with_trained
 from megatron_fp4.inference.generate import TextGenerator
 from megatron_fp4.inference.lead import Led
 from megatron_fp4.inference.model import RowModel
@@ -35,13 +35,13 @@ def main(arguments: Sequence[str]) -> int:
     if find_spec("lm_eval") is None:
         print("error: eval-harness needs lm-eval: pip install 'megatron-fp4[judge]'", file=sys.stderr)
         return 2
-    return with_trained(args.run, args.step, lambda trained: judge(trained, args), documents_apart=True)
+    return with_trained(args, lambda trained: judge(trained, args), documents_apart=True)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command."""
     parser = argparse.ArgumentParser(prog="megatron-fp4 eval-harness", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
+    add_choice(parser)
     parser.add_argument("--tasks", required=True, help="names, separated by commas")
     parser.add_argument("--include-path", help="a folder with task files of your own")
     parser.add_argument("--precision", action="append", help="bf16, same, exported or a recipe (several times)")
@@ -53,7 +53,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=16, help="rows at once, where no activation is quantized")
     parser.add_argument("--no-cache", action="store_true", help="compute the whole text anew for every token")
-    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument("--output", type=Path, help="a .json for the results, by precision and task")
     return parser.parse_args(arguments)
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_fp4.cli.trained.opening import with_trained
+from megatron_fp4.cli.trained.opening import add_choice, with_trained
 from megatron_fp4.inference.precisions import table_of
 from megatron_fp4.train.open import TrainedModel
 from megatron_fp4.train.opened import examiner, open_data
@@ -21,11 +20,10 @@ from megatron_fp4.train.opened import examiner, open_data
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 2 where run, data or recipe are not there."""
     parser = argparse.ArgumentParser(prog="megatron-fp4 evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
+    add_choice(parser)
     parser.add_argument(
         "--precision", action="append", help="bf16, same, exported or a recipe of the run (several times)"
     )
-    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     args = parser.parse_args(arguments)
 
     def use(trained: TrainedModel) -> None:
@@ -40,4 +38,4 @@ def main(arguments: Sequence[str]) -> int:
                 if mesh.is_main:
                     print(f"{args.run.resolve().name}: {finding.text} computed in {precision}", flush=True)
 
-    return with_trained(args.run, args.step, use)
+    return with_trained(args, use)

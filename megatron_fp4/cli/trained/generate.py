@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_fp4.cli.trained.opening import with_trained
+from megatron_fp4.cli.trained.opening import add_choice, with_trained
 from megatron_fp4.inference.generate import TextGenerator
 from megatron_fp4.inference.model import RowModel, Sampling
 from megatron_fp4.train.open import TrainedModel
@@ -20,12 +19,11 @@ PROMPTS = ["import os\n", "def main(", '"""Return the']
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 2 where run, checkpoint or tokenizer are not there."""
     parser = argparse.ArgumentParser(prog="megatron-fp4 generate", description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
+    add_choice(parser)
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     parser.add_argument("--tokens", type=int, default=60, help="tokens to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=40)
-    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="prompts at once, where no activation is quantized")
     parser.add_argument("--no-cache", action="store_true", help="compute the whole text anew for every token")
@@ -38,4 +36,4 @@ def main(arguments: Sequence[str]) -> int:
         for prompt, text in zip(prompts, generator.continuations(prompts, args.tokens, sampling), strict=False):
             print(f"--- {prompt!r}\n{prompt}{text}")
 
-    return with_trained(args.run, args.step, use, documents_apart=True)
+    return with_trained(args, use, documents_apart=True)

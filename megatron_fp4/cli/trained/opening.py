@@ -6,6 +6,7 @@ torchrun --nproc-per-node 4 -m megatron_fp4 evaluate RUN         the run's tp * 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,25 +17,40 @@ from megatron_fp4.comm.launch import Launch, read_launch
 from megatron_fp4.comm.rendezvous import RanksNotMet
 from megatron_fp4.train.arrival.refusals import give_up, refuse
 from megatron_fp4.train.open import TrainedModel, open_trained
+from megatron_fp4.train.resume.same_model import check_model, checkpoint_in
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say which weights: `run`, `step`, `checkpoint`."""
+    parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
+    which.add_argument(
+        "--checkpoint", type=Path, help="weights from elsewhere, by the run's settings: what `checkpoint average` made"
+    )
 
 
 def with_trained(
-    run: Path, step: int | None, use: Callable[[TrainedModel], None], *, documents_apart: bool = False
+    args: argparse.Namespace, use: Callable[[TrainedModel], None], *, documents_apart: bool = False
 ) -> int:
-    """Open checkpoint `step` of a run (None: the newest) and use it; returns the exit code.
+    """Open what was asked for (`add_choice`) and use it; returns the exit code.
 
     2 where run, data or checkpoint are not there, or `use` raises ValueError; 1 where ranks do not meet.
     """
     launch = Launch()
     try:
         launch = read_launch()
-        config = load_run_config(run)
+        config = load_run_config(args.run)
+        elsewhere = None
+        if args.checkpoint:
+            check_model(args.checkpoint, config.model)
+            elsewhere = checkpoint_in(args.checkpoint)
         parallel = config.parallel
         process = start_process(
             config.train.device, parallel.timeout_seconds, launch, init_timeout_seconds=parallel.init_timeout_seconds
         )
         try:
-            use(open_trained(config, step, process, documents_apart=documents_apart))
+            use(open_trained(config, args.step, process, documents_apart=documents_apart, checkpoint=elsewhere))
             sys.stdout.flush()
         finally:
             stop_process(process)

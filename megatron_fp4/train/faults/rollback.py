@@ -32,12 +32,13 @@ class RollbackRecord:
     """Content of `rollback.json`.
 
     step: the checkpoint to which the run went back. skip: [first, end) sample ids that are never read. rollbacks: how
-    many there were, this one included.
+    many there were, this one included. decay_from: the run's `train.decay_from`, which may lie behind that checkpoint.
     """
 
     step: int
     skip: list[list[int]]
     rollbacks: int
+    decay_from: str = ""
 
     def __str__(self) -> str:
         ranges = ", ".join(f"{first} to {end - 1}" for first, end in self.skip)
@@ -112,7 +113,8 @@ def roll_back(run: Run, first_step: int, end_sample: int, rollbacks: int) -> tup
     skipped = range(int(plan.id_of(chosen.meta["consumed_samples"])), int(plan.id_of(end_sample - 1)) + 1)
     run.loader.plan = Plan(plan.segments, [*plan.skip, (skipped.start, skipped.stop)])
     if run.mesh.is_main:
-        record = RollbackRecord(target, [list(part) for part in run.loader.plan.skip], rollbacks)
+        skip = [list(part) for part in run.loader.plan.skip]
+        record = RollbackRecord(target, skip, rollbacks, run.config.train.decay_from)
         record.write(Path(run.config.train.run_dir))
     run.store.discard_after(target)
     return chosen.meta, skipped

@@ -56,6 +56,9 @@ def idle_notes(config: RunConfig) -> list[str]:
 def check_decay(config: RunConfig) -> None:
     """Raises ValueError for a final learning rate that is never reached, and for a decay of no token."""
     optim = config.optim
+    if config.train.decay_from:
+        _check_decay_from(config)
+        return
     if optim.schedule is not Schedule.wsd or decay_tokens(optim, config.run_tokens):
         return
     for name, value in {"min_lr": optim.min_lr, "decay_fraction": optim.decay_fraction}.items():
@@ -64,6 +67,19 @@ def check_decay(config: RunConfig) -> None:
                 f"optim.{name} = {value:g} has no effect: optim.decay_fraction = {optim.decay_fraction:g} of"
                 f" {config.run_tokens} tokens is no decay; set optim.{name}=0, or a larger optim.decay_fraction"
             )
+
+
+def _check_decay_from(config: RunConfig) -> None:
+    text, schedule = config.train.decay_from, config.optim.schedule
+    if schedule is not Schedule.wsd:
+        raise ValueError(
+            f"train.decay_from={text} has no effect: optim.schedule={schedule.name} has no last phase; wsd has"
+        )
+    if config.decay_start is not None and config.decay_start >= config.run_tokens:
+        raise ValueError(
+            f"train.decay_from={text} leaves no step to decay: the run ends at {config.run_tokens} tokens; raise"
+            " train.total_tokens, which is where the decay ends"
+        )
 
 
 def named_recipes(precision: PrecisionConfig) -> set[str]:
@@ -91,6 +107,8 @@ def _switched_off(config: RunConfig) -> Iterator[tuple[str, str]]:
     if not config.train.spikes.enabled:
         for name in SPIKES:
             yield f"train.spikes.{name}", "train.spikes.ratio and train.spikes.z_score are 0 (off)"
+    if config.train.decay_from:
+        yield "optim.decay_fraction", f"train.decay_from={config.train.decay_from} says where the decay begins"
     if config.logging.wandb is WandbMode.disabled:
         for name in ("wandb_project", "wandb_name"):
             yield f"logging.{name}", "logging.wandb=disabled"

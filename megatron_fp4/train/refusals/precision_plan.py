@@ -19,9 +19,9 @@ def make_plan(config: RunConfig, linears: list[LinearInfo], tokens: int) -> Prec
     Raises ValueError, also for a switch before the first step or after the beginning of the last one.
     """
     total, tp = config.run_tokens, config.parallel.tp
-    check_schedule(config.optim, total)
+    check_schedule(config.optim, total, config.decay_start)
     _check_decay_switches(config)
-    decay_start = total - decay_tokens(config.optim, total)
+    decay_start = total - decay_tokens(config.optim, total) if config.decay_start is None else config.decay_start
     plan = PrecisionPlan(config.precision, linears, total_tokens=total, decay_start=decay_start)
     last_step = total - config.stages()[-1].size * config.data.seq_length
     for start, _ in plan.phases[1:]:

@@ -42,7 +42,7 @@ def describe_run(
         "layout": f"{layout}, on {device.type}",
         "batch": _batch(checked),
         "precision": f"{in_short}; backend {config.precision.backend.name}",
-        "rate": describe_schedule(config.optim, config.run_tokens),
+        "rate": describe_schedule(config.optim, config.run_tokens, config.decay_start),
         "data": _data(config, tokens or {}),
         "tokenizer": "none: shards hold ids",
         "speed": Throughput(config, world_size, device).describe(),
