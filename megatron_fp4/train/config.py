@@ -13,6 +13,7 @@ from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.ramp import BatchStage, batch_stages
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.optim import learning_rate
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.precision.config import PrecisionConfig
 from megatron_fp4.train.sections import LoggingConfig, TrainConfig
@@ -71,6 +72,10 @@ class RunConfig:
         and as long as `now` is not settled (checked.py)."""
         text = self.train.decay_from
         return int(text) if text.isdecimal() else None
+
+    def learning_rate(self, tokens_seen: int) -> float:
+        """Rate of the step after which so many tokens of the run are consumed. Raises ValueError as `optim.lr`."""
+        return learning_rate(self.optim, tokens_seen, self.run_tokens, self.decay_start)
 
     def last_step(self, step: int, consumed_samples: int) -> int:
         """The step at which a run stops that has made `step` steps, of `consumed_samples` samples in all.

@@ -18,7 +18,7 @@ from megatron_fp4.comm.collectives import all_reduce_sum, tell_first
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ledger import step_hash
 from megatron_fp4.layers.linear import assign_precision
-from megatron_fp4.optim import StepReport, learning_rate
+from megatron_fp4.optim import StepReport
 from megatron_fp4.train.inputs import make_inputs
 from megatron_fp4.train.message import StepAgreement, StepMessage, exchange
 from megatron_fp4.train.run import Position, Run, StepResult, TrainingDiverged
@@ -83,8 +83,7 @@ def train_step(
 
     enter("update")  # 5
     num_samples = config.train.batch_at(position.samples)
-    tokens_seen = (position.samples + num_samples) * config.data.seq_length
-    lr = learning_rate(config.optim, tokens_seen, config.run_tokens, config.decay_start)
+    lr = config.learning_rate((position.samples + num_samples) * config.data.seq_length)
     update = StepReport(lr, agreed.norm, 0.0, skipped=True)
     if (agreed.num_targets or not math.isfinite(agreed.norm)) and guard.passes(agreed.loss, position, rerun_step):
         update = optimizer.step(agreed.norm, lr=lr, max_norm=config.optim.clip_norm)

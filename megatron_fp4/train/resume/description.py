@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron_fp4.data.text.files import fingerprint_of
 from megatron_fp4.data.text.tokenizer import Tokenizer
-from megatron_fp4.optim.lr import learning_rate
 from megatron_fp4.precision.table import difference_to_stored
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.config import RunConfig
@@ -65,10 +64,10 @@ def _jump(meta: Mapping[str, Any], config: RunConfig) -> list[str]:
     """
     seen, had = meta["consumed_samples"] * config.data.seq_length, meta.get("lr")
     step, total = meta["step"], config.run_tokens
-    has = learning_rate(config.optim, seen, total)
+    has = config.learning_rate(seen)
     if had is None or seen >= total or max(had, has) <= JUMP * min(had, has):
         return []
-    following = learning_rate(config.optim, seen + config.tokens_per_step, total)
+    following = config.learning_rate(seen + config.tokens_per_step)
     text = f"WARNING: the learning rate jumps from {had:.2e} at step {step} to {following:.2e} at step {step + 1}"
     was, now = meta["config"]["train"]["total_tokens"], config.train.total_tokens
     if was != now:

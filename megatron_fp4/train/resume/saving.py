@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_fp4.checkpoint import SaveFailed, SaveReport, SaveStatus
-from megatron_fp4.optim.lr import learning_rate
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.resume.provenance import git_state, versions
 from megatron_fp4.train.run import Position, Run
@@ -83,7 +82,7 @@ def meta_of(run: Run, position: Position, precision_phase: int, wandb_id: str) -
     config = run.config
     return {
         **position.to_meta(),
-        "lr": learning_rate(config.optim, position.samples * config.data.seq_length, config.run_tokens),
+        "lr": config.learning_rate(position.samples * config.data.seq_length),
         "optimizer_steps": run.optimizer.step_count,
         "data": run.loader.state_dict(position.samples),
         "precision": run.plan.table(precision_phase).texts(),
