@@ -71,10 +71,10 @@ def learning_rate(config: OptimConfig, tokens_seen: int, total_tokens: int, deca
         return config.lr
     if config.schedule is Schedule.cosine:
         start, style = config.warmup_tokens, DecayStyle.cosine
-    else:
+    elif decay_start is not None:
         start, style = decay_start, config.decay_style
-        if start is None:
-            start = total_tokens - decay_tokens(config, total_tokens)
+    else:
+        start, style = total_tokens - decay_tokens(config, total_tokens), config.decay_style
     if tokens_seen <= start or start == total_tokens:  # before the decay, or without one
         return config.lr
     done = min(1.0, (tokens_seen - start) / (total_tokens - start))
