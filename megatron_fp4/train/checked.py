@@ -72,7 +72,7 @@ def settle_decay(checked: CheckedConfig, kept: str, consumed_samples: int) -> Ch
 
 
 def _tokens(config: RunConfig) -> int:
-    """Of a rank, in one microbatch."""
+    """Tokens of a rank in one microbatch."""
     return config.train.micro_batch * config.data.seq_length // config.parallel.cp
 
 
