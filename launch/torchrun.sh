@@ -2,6 +2,7 @@
 # Start a training run with torchrun, on this node or as one node of several.
 #
 #   launch/torchrun.sh --nproc-per-node 8 experiment=NAME key=value ...
+#   launch/torchrun.sh --nproc-per-node 8 --multirun experiment=NAME optim.lr=1e-3,3e-3   (one run after the other)
 #   launch/torchrun.sh --nproc-per-node 8 --nnodes 2 --node-rank 0 --master-addr HOST experiment=NAME ...   (each node)
 #
 # Everything from the first argument that is no launch option (or from `--`) goes to the program as it is, spaces and
@@ -28,6 +29,7 @@ while (($#)); do
       ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
+    --multirun) break ;;
     --*) die "unknown option $1; see launch/torchrun.sh --help" ;;
     *) break ;;
   esac
@@ -77,6 +79,16 @@ if [[ -z $python ]]; then
   python=python3
   if [[ -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
 fi
+
+# A sweep is one program, which calls this script for each of its runs.
+for argument in "$@"; do
+  if [[ $argument == -m || $argument == --multirun ]]; then
+    ((nnodes == 1)) || die "--multirun on several nodes: start it once, with --launch \"COMMAND\" or a launcher of hydra's"
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    printf -v each '%q --nproc-per-node %s' "$root/launch/torchrun.sh" "$nproc_per_node"
+    exec "$python" -m megatron_fp4.pretrain --launch "$each" "$@"
+  fi
+done
 
 # megatron_fp4.comm.launch refuses to train when the world is another size.
 export MEGATRON_FP4_EXPECTED_WORLD_SIZE=${MEGATRON_FP4_EXPECTED_WORLD_SIZE:-$((nnodes * nproc_per_node))}

@@ -41,7 +41,7 @@ def compose_config(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
     Raises ConfigError.
     """
     places = Places.of(overrides, config_dirs)
-    overrides = [_as_hydra_says_it(override, places) for override in overrides if not _is_searchpath(override)]
+    overrides = [as_hydra_says_it(override, places) for override in overrides if not _is_searchpath(override)]
     try:
         tree = _compose(overrides, places)
         _drop_other_recipes(overrides, tree)
@@ -53,9 +53,10 @@ def compose_config(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
     return tree
 
 
-def _as_hydra_says_it(override: str, places: Places) -> str:
+def as_hydra_says_it(override: str, places: Places, *, sweep: bool = False) -> str:
+    """The override with values of their settings' types. sweep: a comma separates the values of several runs."""
     key, _, value = override.partition("=")
-    return f"~{key}" if value.lower() == "null" and key in places else as_meant(override, places)
+    return f"~{key}" if value.lower() == "null" and key in places else as_meant(override, places, sweep=sweep)
 
 
 def _is_searchpath(override: str) -> bool:

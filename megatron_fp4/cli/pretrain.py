@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_fp4.cli.arguments import CommandParser, returns_code
 from megatron_fp4.cli.compose import (
+    ConfigError,
     as_written,
     compose_config,
     from_yaml,
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(error)
     rendezvous = None
     try:
+        if args.multirun and not args.cfg:
+            return _sweep(args, launch)
         tree = compose_config(args.overrides, args.config_dir)
         if args.cfg:
             print(to_yaml(resolve(tree)))
@@ -71,6 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         return refuse_start(error, launch, rendezvous=rendezvous)
     return run_rank(settings, launch)
+
+
+def _sweep(args: argparse.Namespace, launch: Launch) -> int:
+    """Raises ConfigError, also where every rank was told to start one."""
+    from megatron_fp4.cli.sweep.run import sweep  # here: it draws the report
+
+    if launch.world_size > 1:
+        raise ConfigError(
+            f"--multirun on {launch.world_size} ranks would start as many sweeps; start it once, and say by"
+            ' --launch "COMMAND" what starts the ranks of each run (docs/configs.md)'
+        )
+    return sweep(args.overrides, args.config_dir, args.launch)
 
 
 def meet_for_settings(tree: DictConfig, launch: Launch) -> Rendezvous | None:
@@ -109,6 +124,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     """Hydra's own spelling, `--cfg job`, is taken too; a resolved tree is what both print."""
     parser = CommandParser("pretrain", ABOUT, EXITS, "experiment=quickstart parallel.tp=1", configured=True)
     parser.add_argument("--cfg", "-c", action="store_true", help="print the resolved configuration and end")
+    parser.add_argument(
+        "--multirun", "-m", action="store_true", help="a run for each combination: optim.lr=1e-3,3e-3 model=a,b"
+    )
+    parser.add_argument("--launch", default="", metavar="COMMAND", help="what starts the ranks of each run of a sweep")
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if flag in ("--cfg", "-c") and value in ("hydra", "all"):
             parser.error(f"{flag} {value}: only the settings of the run are used and printed, {flag} job")

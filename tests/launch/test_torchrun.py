@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,6 +37,16 @@ def test_one_node_command_line(programs: Programs) -> None:
     assert environment["OMP_NUM_THREADS"] == "1", "the ranks of a node would fight for its cores"
 
 
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_a_sweep_is_one_program_that_starts_the_ranks_of_each_run(programs: Programs, flag: str) -> None:
+    sweep = [flag, "experiment=quickstart", "optim.lr=1e-3,3e-3"]
+    arguments, environment = launch_line(programs, "--nproc-per-node", "2", *sweep)
+    assert arguments[:3] == ["-m", "megatron_fp4.pretrain", "--launch"]
+    assert shlex.split(arguments[3]) == [str(ROOT / SCRIPT), "--nproc-per-node", "2"]
+    assert arguments[4:] == sweep
+    assert "MEGATRON_FP4_EXPECTED_WORLD_SIZE" not in environment
+
+
 def test_double_dash_ends_the_options(programs: Programs) -> None:
     arguments, _ = launch_line(programs, "--nproc-per-node", "1", "--", "--help")
     assert arguments[-1] == "--help"
@@ -66,6 +77,7 @@ TWO_NODES = ["--nproc-per-node", "8", "--nnodes", "2"]
         (["--nproc-per-node", "two"], "--nproc-per-node two: must be"),
         (["--nproc-per-node"], "--nproc-per-node needs a value"),
         (["--nproc", "8"], "unknown option --nproc"),
+        ([*TWO_NODES, "--node-rank", "0", "--master-addr", "node0", "a=1", "-m"], "--multirun on several nodes"),
         (TWO_NODES, "needs --master-addr"),
         ([*TWO_NODES, "--master-addr", "node0"], "--node-rank '': must be 0 to 1"),
         ([*TWO_NODES, "--master-addr", "node0", "--node-rank", "2"], "--node-rank '2': must be 0 to 1"),

@@ -183,7 +183,7 @@ def _renamed_in(file: Path, tree: Any) -> Iterator[str]:
 def _of_keys(text: str, options: Options) -> Iterator[str]:
     """What is known of the key or option that hydra names, which may stand in a YAML file."""
     if missing := re.search(r"Could not find '(\w[\w/]*)/([^']*)'", text):
-        yield _no_option(missing[1], missing[2], options)
+        yield _no_option(missing[1], missing[2], options) if missing[1] in options else ""
     if match := re.search(r"full_key: ([\w.\[\]]+)", text):
         key = re.sub(r"\[\d+\]", "", match[1])
         more = renaming_message(renamed_keys({}, key)) or unknown_key(key, options.groups()) or _remedy(text, key)

@@ -1,0 +1,108 @@
+"""One run of a sweep: a process of its own, started as one would start it by hand.
+
+Hydra's launcher calls a `PointTask` with a composed configuration; what is started gets the overrides of that point,
+and train.run_dir. A launcher may do so elsewhere (joblib in other processes, submitit in jobs of slurm), so the task
+holds plain values only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig
+
+from megatron_fp4.train.faults.signals import EXIT_INTERRUPTED, EXIT_REQUEUE
+
+RUN_DIR = "train.run_dir"
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+MAX_NAME = 200
+
+
+@dataclass(frozen=True)
+class PointEnd:
+    """How a run of a sweep ended. code: None for one that was not started, because an earlier one was stopped."""
+
+    name: str
+    run_dir: str
+    code: int | None
+
+    def __str__(self) -> str:
+        if self.code == 0:
+            return "done"
+        if self.code is None:
+            return "not started"
+        return "stopped, state saved" if self.code == EXIT_REQUEUE else f"FAILED with exit code {self.code}"
+
+
+class PointTask:
+    """Starts a run of a sweep and waits for it; never raises for a run that fails.
+
+    root: folder of all runs. keys: what differs between them. command: what starts a run, before its overrides.
+    """
+
+    def __init__(self, root: str, keys: Sequence[str], command: Sequence[str]) -> None:
+        self.root = root
+        self.keys = tuple(keys)
+        self.command = tuple(command)
+        self.stopped = False
+
+    def __call__(self, _settings: DictConfig) -> PointEnd:
+        overrides = [str(override) for override in HydraConfig.get().overrides.task]
+        name, run_dir = self.place(overrides)
+        if self.stopped:
+            return PointEnd(name, run_dir, None)
+        own = [f"{RUN_DIR}={QuotedString(run_dir, Quote.single).with_quotes()}"]
+        code = _run([*self.command, *(one for one in overrides if one.partition("=")[0] != RUN_DIR), *own])
+        self.stopped = code in (EXIT_REQUEUE, EXIT_INTERRUPTED)
+        return PointEnd(name, run_dir, code)
+
+    def place(self, overrides: Sequence[str]) -> tuple[str, str]:
+        """Name and run directory of the point that has these overrides."""
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        values = {one.get_key_element(): str(one.value()) for one in parsed if one.get_key_element() in self.keys}
+        if RUN_DIR in values:
+            return values[RUN_DIR], values[RUN_DIR]
+        texts = {one.get_key_element(): one.get_value_element_as_str() for one in parsed}
+        name = ",".join(f"{key.lstrip('+')}={texts[key]}" for key in values)
+        name = re.sub(r"(?<==)[./]+|\.yaml", "", re.sub("['\"]", "", name))
+        name = re.sub(r"[^\w.+=,-]+", "_", name)[:MAX_NAME]
+        return name, os.path.join(self.root, name)
+
+
+def _run(command: Sequence[str]) -> int:
+    """The exit code of the command; requests to stop go on to it, once."""
+    with _forwarding() as processes, subprocess.Popen(command, start_new_session=True) as process:
+        processes.append(process)
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def _forwarding() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Signals to this process go to those of the list, which have a session of their own and see no terminal."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def forward(signum: int, _frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield processes
+        return
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield processes
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
