@@ -26,7 +26,9 @@ def write_plan(report: Mapping[str, Any], text: str, path: Path) -> None:
             f"plan: {run['gpus']} {report['time']['gpu']}, tp {run['tp']} pp {run['pp']} cp {run['cp']} dp {run['dp']}"
         )
         plots = ['<div class="plots">', *plan_plots(report), "</div>"]
-        write_page(title, [*plots, f"<pre>{html.escape(text)}</pre>"], path)
+        has_tables = "roofline" in report or "timeline" in report["pipeline"]
+        style = "" if has_tables else " style='white-space: pre-wrap'"
+        write_page(title, [*plots, f"<pre{style}>{html.escape(text)}</pre>"], path)
         return
     panels = _panels(report)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +77,7 @@ def _draw_memory(axes: Any, memory: Mapping[str, Any]) -> None:
         below = [low + height for low, height in zip(below, heights, strict=True)]
     gpu = memory["gpu_bytes"] / 1e9
     axes.set(title=f"memory (the GPU has {gpu:.0f} GB)", xlabel="pipeline rank", ylabel="GB")
+    axes.set(xticks=range(0, len(ranks), -(-len(ranks) // 16)), xlim=(-0.7, len(ranks) - 0.3))
     if max(below) > 0.5 * gpu:
         axes.axhline(gpu, color="black", linewidth=0.8)
     axes.legend(frameon=False, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
@@ -87,7 +90,8 @@ def _draw_step(axes: Any, time: Mapping[str, Any]) -> None:
     for row, width in enumerate(terms.values()):
         axes.barh(row, width, left=begin)
         begin += width
-    axes.set_yticks(range(len(terms)), [f"{name} {width:.3g}" for name, width in terms.items()], fontsize=7)
+    texts = [f"{name} {width:.3g}" if width < 1e3 else f"{name} {width:,.0f}" for name, width in terms.items()]
+    axes.set_yticks(range(len(terms)), texts, fontsize=7)
     axes.invert_yaxis()
     for kind, style in (("hidden", ":"), ("exposed", "--"), ("expected", "-")):
         axes.axvline(1e3 * time["step_seconds"][kind], color="black", linestyle=style, linewidth=0.8, label=kind)
@@ -97,16 +101,18 @@ def _draw_step(axes: Any, time: Mapping[str, Any]) -> None:
 
 def _draw_timeline(axes: Any, timeline: Any, seconds: Mapping[str, float]) -> None:
     """What each pipeline rank computes when, as if stages were equal; pixels, for there may be thousands of boxes."""
+    edge = 0.2 if len(timeline[0]) < 100 else 0.0  # white edges of narrow boxes would be all that one sees
     unit = 1e3 * seconds["step_seconds"] / max(entry["end"] for entries in timeline for entry in entries)
     for kind, color in COLORS.items():
         for rank, entries in enumerate(timeline):
             boxes = [
                 (unit * one["begin"], unit * (one["end"] - one["begin"])) for one in entries if one["kind"] == kind
             ]
-            style = {"facecolor": color, "edgecolor": "white", "linewidth": 0.2, "rasterized": True}
+            style = {"facecolor": color, "edgecolor": "white", "linewidth": edge, "rasterized": True}
             axes.broken_barh(boxes, (rank - 0.4, 0.8), **style)
         if any(one["kind"] == kind for one in timeline[0]):
             axes.plot([], [], color=color, linewidth=5, label=WORK[kind])
+    axes.set(yticks=range(0, len(timeline), -(-len(timeline) // 16)))
     axes.invert_yaxis()
     axes.set(title="products of a step by pipeline rank, stages taken as equal", xlabel="ms", ylabel="pipeline rank")
     axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
