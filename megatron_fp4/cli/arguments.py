@@ -37,6 +37,13 @@ def returns_code(main: Callable[P, int]) -> Callable[P, int]:
     return leave
 
 
+def above_zero(text: str) -> int:
+    """The whole number that an argument says. Raises ArgumentTypeError for another text."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Descriptions as they were written; the default behind each option that has one."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.cli.planning import rehearse
 from megatron_fp4.cli.planning.plan import main
 from megatron_fp4.cli.render.plan import render
 from megatron_fp4.comm.config import ParallelConfig
@@ -237,6 +238,11 @@ def test_exit_codes_and_first_message(capsys: pytest.CaptureFixture[str]) -> Non
         assert main([*paper, *refused]) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert main([*paper, "--search", "--schedule", "--gpus", "8"]) == 2
+    for number in ("0", "-3", "8.5"):
+        with pytest.raises(SystemExit, match="2"):
+            rehearse.main([*paper, f"--gpus={number}"])
+        assert main([*paper, f"--gpus={number}"]) == 2
+        assert capsys.readouterr().err.count(f"argument --gpus: '{number}' is not a whole number above 0") == 2
 
 
 def test_only_what_stops_a_run_is_a_reason_against_it() -> None:

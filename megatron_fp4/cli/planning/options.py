@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_fp4.cli.arguments import CommandParser
+from megatron_fp4.cli.arguments import CommandParser, above_zero
 from megatron_fp4.planning.cost.hardware import DEFAULT_GPU, Assumptions
 from megatron_fp4.planning.cost.machines import MACHINES
 from megatron_fp4.planning.layouts.choices import MICRO_BATCHES
@@ -26,12 +26,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     keys = ", ".join(item.name for item in dataclasses.fields(Assumptions))
     parser = CommandParser("plan", ABOUT, EXITS, EXAMPLE, configured=True)
     add = parser.add_argument
-    add("--gpus", type=_count, default=0, help="world size (default: the product of the parallel sizes)")
+    add("--gpus", type=above_zero, default=0, help="world size (default: the product of the parallel sizes)")
     add("--gpu", default=DEFAULT_GPU, help=", ".join(MACHINES))
     add("--search", action="store_true", help="every layout that fits, fastest first, and why the others fell out")
     add(
         "--micro-batch",
-        type=_count,
+        type=above_zero,
         default=0,
         help=f"with --search: only this (default: {', '.join(map(str, MICRO_BATCHES))})",
     )
@@ -54,9 +54,3 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.micro_batches = (options.micro_batch,) if options.micro_batch else MICRO_BATCHES
     options.assume = [*(f"{name}={value}" for name, value in own.items() if value is not None), *options.assume]
     return options
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_fp4.cli.arguments import CommandParser
+from megatron_fp4.cli.arguments import CommandParser, above_zero
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.cli.render.rehearsal import deviations, render
 from megatron_fp4.comm.bootstrap import exit_process
@@ -24,7 +24,8 @@ EXAMPLE = "experiment=paper_12b_10t parallel.tp=8 --gpus 2944 --ranks first,last
 def main(arguments: Sequence[str]) -> int:
     """Print the report; returns the exit code."""
     parser = CommandParser("rehearse", __doc__, EXITS, EXAMPLE, configured=True)
-    parser.add_argument("--gpus", type=int, default=0, help="world size (default: the product of the parallel sizes)")
+    gpus = "world size (default: the product of the parallel sizes)"
+    parser.add_argument("--gpus", type=above_zero, default=0, help=gpus)
     parser.add_argument(
         "--ranks",
         default="first,last,worst",
