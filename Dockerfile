@@ -4,7 +4,7 @@
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 --volume /data:/data megatron_fp4 \
 #     launch/torchrun.sh --nproc-per-node 8 experiment=NAME train.run_dir=/data/runs/NAME
 #
-# 26.07 is the release whose torch (2.13.0a0, CUDA 13.3, Python 3.12) is of the version that pyproject.toml pins. It
+# 26.07 is the release whose torch (2.13.0a0, CUDA 13.3, Python 3.12) is of the version that all tests run on. It
 # also holds Transformer Engine 2.17 and Apex, both compiled against exactly that torch: another one breaks them.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.07-py3
 # hadolint ignore=DL3006
@@ -40,7 +40,7 @@ COPY data_tools data_tools
 COPY configs configs
 COPY launch launch
 COPY benchmarks benchmarks
-# --no-deps: torch==2.13.0 is not satisfied by the image's 2.13.0a0+..., and pip would fetch another torch over it
+# --no-deps: the image's torch lies in the range of pyproject.toml, and nothing of the image is to be replaced
 # (`pip check` in this image complains for the same reason). --editable: configs/ and launch/ stay beside the package.
 # No constraint here: it would hold back the setuptools of the isolated build.
 RUN PIP_CONSTRAINT='' python -m pip install --no-cache-dir --no-deps --editable . \

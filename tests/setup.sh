@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by launch/quickstart.sh and tests/run.sh: make .venv if it is not there (or is older than pyproject.toml), and
-# put it on PATH. Set MEGATRON_FP4_VENV to use another folder; PYTHON to choose the interpreter (3.11 or newer).
+# Sourced by launch/quickstart.sh and tests/run.sh: make .venv if it is not there (or older than pyproject.toml or the
+# constraints), and put it on PATH. Set MEGATRON_FP4_VENV to use another folder; PYTHON for the interpreter (3.11 or newer).
 # A checkout whose path has a space gets its environment under ~/.cache: torch 2.13 calls the C++ compiler with its own
 # install path unquoted, so its compiler cannot work from such a path.
 venv="${MEGATRON_FP4_VENV:-$PWD/.venv}"
@@ -8,15 +8,17 @@ case "$venv" in
   *[[:space:]]*) venv="${XDG_CACHE_HOME:-$HOME/.cache}/megatron_fp4/venv-$(printf %s "$PWD" | cksum | cut -d' ' -f1)" ;;
 esac
 stamp="$venv/.installed-${extras:=test}"
-if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+constraints=tests/constraints.txt # the exact set that CI tests
+if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ "$constraints" -nt "$stamp" ]; then
   python="${PYTHON:-python3}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $("$python" --version) found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
-  echo "installing into $venv (a few minutes): torch, then this package and what its extra '$extras' names in pyproject.toml ..."
+  torch=$(grep '^torch==' "$constraints")
+  echo "installing into $venv (a few minutes): $torch, then this package and what its extra '$extras' names in pyproject.toml ..."
   mkdir -p "$(dirname "$venv")"
   [ -d "$venv" ] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --upgrade pip
-  "$venv/bin/python" -m pip install --quiet torch==2.13.0 # first and exact, so that nothing below pulls another build
-  "$venv/bin/python" -m pip install --quiet --editable ".[$extras]"
+  "$venv/bin/python" -m pip install --quiet "$torch" # first and exact, so that nothing below pulls another build
+  "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable ".[$extras]"
   if [ "$extras" = test ]; then # an older transformers beside it, for tests/interop/export/test_older_transformers.py
     "$venv/bin/python" -m pip install --quiet --no-deps --upgrade --target "$venv/transformers-4.57" \
       "transformers==4.57.*" "huggingface-hub>=0.34,<1" "tokenizers==0.22.*" ||

@@ -1,7 +1,7 @@
 """`megatron-fp4 env`: what this installation and machine are, to paste into a bug report.
 
-One line per fact, and nothing fails: what is absent is reported as absent. Pins of this package's own requirements and
-the versions of the Dockerfile's image are compared with what is installed; a difference is marked.
+One line per fact, and nothing fails: what is absent is reported as absent. What is installed is compared with what this
+package requires, and with the Dockerfile's image; a difference is marked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from importlib import metadata
 
 import torch
 import torch.distributed as dist
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from megatron_fp4 import __version__
 from megatron_fp4.comm.launch import environment, read_launch
@@ -27,6 +29,8 @@ from megatron_fp4.precision.te.refusals import check_capability
 PACKAGES = ("numpy", "hydra-core", "transformer-engine", "apex", "triton", "wandb", "sentencepiece", "tokenizers")
 IMAGE = {"torch": "2.13.0a0", "cuda": "13.3", "transformer-engine": "2.17"}
 """What the base image of the Dockerfile has, besides Apex (which has no version numbers)."""
+TESTED = {"2.13.0": "all tests", "2.11.0": "tests/versions", "2.14.1": "tests/versions"}
+"""Versions of torch, and what of the tests is run on each."""
 COMPILERS = ("g++", "c++", "clang++")
 SCHEDULERS = {"slurm": "sbatch", "pbs": "qsub", "lsf": "bsub", "kubernetes": "kubectl"}
 JOBS = {"slurm": "SLURM_JOB_ID", "pbs": "PBS_JOBID", "lsf": "LSB_JOBID", "kubernetes": "KUBERNETES_SERVICE_HOST"}
@@ -48,21 +52,20 @@ def main(arguments: Sequence[str]) -> int:
 
 def software() -> Iterator[tuple[str, str]]:
     """Versions of this package and of what it uses."""
-    pins = _pins()
+    required = _requirements()
     yield "megatron-fp4", __version__
     yield "python", platform.python_version()
-    yield (
-        "torch",
-        torch.__version__ + _compared(pins.get("torch"), torch.__version__) + _image("torch", torch.__version__),
-    )
+    version = torch.__version__
+    yield "torch", version + _compared(required.get("torch"), version) + _image("torch", version)
+    yield "torch, tested", _tested(version)
     yield "cuda (torch's)", str(torch.version.cuda) + _image("cuda", torch.version.cuda)
     yield "cudnn", str(torch.backends.cudnn.version())
     yield "nccl", _nccl()
     yield "gloo", "yes" if dist.is_available() and dist.is_gloo_available() else "no"
     for name in PACKAGES:
-        version = _version(name)
-        pin = _compared(pins.get(name), version) if version else ""
-        yield name, (version or "absent") + pin + _image(name, version)
+        installed = _version(name)
+        compared = _compared(required.get(name), installed) if installed else ""
+        yield name, (installed or "absent") + compared + _image(name, installed)
 
 
 def gpus() -> Iterator[tuple[str, str]]:
@@ -136,18 +139,27 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _pins() -> dict[str, str]:
-    """Name -> exactly required version, of this package's own requirements."""
+def _requirements() -> dict[str, SpecifierSet]:
+    """Name -> required versions, of this package's own requirements without those of its extras."""
     try:
-        required = metadata.requires("megatron-fp4") or []
+        lines = metadata.requires("megatron-fp4") or []
     except metadata.PackageNotFoundError:
         return {}
-    exact = (re.match(r"([A-Za-z0-9_.-]+)(?:\[[^]]*\])?==([0-9][^;,\s*]*)(?:;.*)?$", line) for line in required)
-    return {match[1]: match[2] for match in exact if match}
+    requirements = [Requirement(line) for line in lines]
+    return {one.name: one.specifier for one in requirements if "extra" not in str(one.marker)}
 
 
-def _compared(pin: str | None, version: str) -> str:
-    return f"   REQUIRED {pin}" if pin and version.split("+")[0] != pin else ""
+def _compared(required: SpecifierSet | None, version: str) -> str:
+    allowed = required is None or required.contains(version, prereleases=True)  # an image's torch is a pre-release
+    return "" if allowed else f"   REQUIRED {required}"
+
+
+def _tested(version: str) -> str:
+    """Whether tests are run on this torch, and which."""
+    listed = "; ".join(f"{what} on {number}" for number, what in TESTED.items())
+    release = version.split("+")[0]
+    here = f"{TESTED[release]}, yes" if release in TESTED else "no"
+    return f"{here} ({listed})"
 
 
 def _image(name: str, version: str | None) -> str:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from megatron_fp4.cli import env
 from megatron_fp4.cli.main import COMMANDS
 from tests.precision.te import te_double
+
+ROOT = Path(__file__).resolve().parents[2]
+CONSTRAINTS = (ROOT / "tests/constraints.txt").read_text()
 
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,7 +40,47 @@ def test_transformer_engine_features(capsys: pytest.CaptureFixture[str], monkeyp
 def test_a_wrong_version_is_marked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "requires", lambda _: ["torch==1.0.0", "numpy>=1.26", 'x==1.2; extra == "test"'])
     assert env.main([]) == 1
-    assert "REQUIRED 1.0.0" in capsys.readouterr().out
+    assert "REQUIRED ==1.0.0" in capsys.readouterr().out
+
+
+def test_an_images_torch_is_within_the_range() -> None:
+    """NVIDIA's containers have a pre-release, which pip keeps and which is no mistake."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = next(one for one in map(Requirement, project["dependencies"]) if one.name == "torch")
+    assert required.specifier.contains("2.13.0a0+cafe", prereleases=True)
+    assert all(required.specifier.contains(version) for version in env.TESTED)
+    assert {"2.10.0", "2.15.0"} == {version for version in ("2.10.0", "2.15.0") if version not in required.specifier}
+
+
+def test_the_versions_that_are_said_to_be_tested_are() -> None:
+    whole = [version for version, what in env.TESTED.items() if what == "all tests"]
+    assert [f"torch=={version}" for version in whole] == re.findall(r"^torch==.*", CONSTRAINTS, re.MULTILINE)
+    script = (ROOT / "tests/versions/run.sh").read_text()
+    smoke = re.findall(r"\|\| set -- (.*)", script)[0].split()
+    assert smoke == [version for version, what in env.TESTED.items() if what == "tests/versions"]
+
+
+@pytest.mark.parametrize(
+    ("version", "text"), [("2.13.0+cpu", "all tests, yes ("), ("2.12.0", "no (all tests on 2.13.0;")]
+)
+def test_whether_the_present_torch_is_tested(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, version: str, text: str
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    env.main([])
+    assert re.search(rf"^torch, tested +{re.escape(text)}", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_constraints_fit_what_the_package_asks_for() -> None:
+    """Every requirement that the exact set names, of every extra that the tests have."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    exact = {
+        name.lower().replace("_", "-"): version for name, version in re.findall(r"^(\S+?)==(\S+)$", CONSTRAINTS, re.M)
+    }
+    lines = project["dependencies"] + project["optional-dependencies"]["test"]
+    for requirement in map(Requirement, lines):
+        version = exact[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(version), f"{requirement}: {version} in tests/constraints.txt"
 
 
 def test_variables_that_change_a_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
