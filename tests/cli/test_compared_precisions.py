@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,7 @@ from megatron_fp4.train.checked import CheckedConfig, check_config
 FORMATS = {"bf16": "bf16", "fp8": "fp8_block", "mxfp8": "mxfp8", "mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 """precision=NAME -> the format in which it computes what is quantized."""
 LAYOUT = {"paper_12b_10t": 32, "quickstart": 1, "mine": 1}
-MINE = """
-# @package _global_
+MINE = """# @package _global_
 model: {vocab_size: 8192, hidden: 256, ffn_hidden: 512, num_heads: 2, num_kv_heads: 1, head_dim: 128}
 precision:
   use: nvfp4
@@ -31,14 +29,14 @@ precision:
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("own") / "configs"
-    shutil.copytree(CONFIG_DIR, directory)
+    directory = tmp_path_factory.mktemp("own")
+    (directory / "experiment").mkdir()
     (directory / "experiment/mine.yaml").write_text(MINE)
     return directory
 
 
 def checked(configs: Path, *overrides: str, world_size: int = 1) -> CheckedConfig:
-    return check_config(to_run_config(compose_config(overrides, configs)), world_size)
+    return check_config(to_run_config(compose_config(overrides, [configs])), world_size)
 
 
 @pytest.mark.parametrize("experiment", LAYOUT)
