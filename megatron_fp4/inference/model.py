@@ -47,6 +47,10 @@ class Score(NamedTuple):
     greedy: bool
 
 
+LEAST_TEMPERATURE = 1e-6
+"""Logits are divided by it in FP32; below it they overflow."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next id is chosen. temperature: 0 takes the likeliest; else one of the `top_k` likeliest is drawn
@@ -57,8 +61,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf or self.top_k < 0:
-            raise ValueError(f"temperature = {self.temperature:g} and top-k = {self.top_k} must be 0 or above")
+        if self.temperature and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature = {self.temperature:g} must be 0, which takes the likeliest token, or at least"
+                f" {LEAST_TEMPERATURE:g}"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top-k = {self.top_k} must be 0, which draws of all tokens, or above")
 
 
 @dataclass(frozen=True)

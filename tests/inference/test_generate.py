@@ -95,6 +95,7 @@ def test_a_run_without_a_tokenizer() -> None:
         (lambda: Prompt([1], -1), "-1 tokens cannot be added"),
         (lambda: Sampling(temperature=-0.5), "temperature = -0.5"),
         (lambda: Sampling(temperature=math.nan), "temperature = nan"),
+        (lambda: Sampling(temperature=1e-40), "temperature = 1e-40 must be 0, .*or at least 1e-06"),
         (lambda: Sampling(1.0, top_k=-1), "top-k = -1"),
     ],
 )

@@ -64,6 +64,16 @@ def test_nonsense_is_no_traceback(name: str) -> None:
         ("qwen2 window", {"layer_types": ["full_attention"]}, "layer_types = .*of 2 layers"),
         ("llama 3.1", {"original_max_position_embeddings": 32}, "= 32, but beside the factor 64"),
         ("llama yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0}}, "_factor = 0"),
+        (
+            "llama yarn",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e3}},
+            "rope_param.*: factor is missing",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta = None"),
+        ("mistral", {"rope_parameters": None, "rope_theta": None}, "rope_theta = None"),
+        ("llama", {"rope_parameters": {"rope_theta": 0}}, r"rope_theta = 0\.0, a base"),
+        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear'.*it computes default"),
+        ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "it computes default"),
     ],
 )
 def test_what_says_two_things_or_none(name: str, changed: dict[str, Any], refusal: str) -> None:

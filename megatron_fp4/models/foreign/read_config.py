@@ -157,6 +157,7 @@ def _window(reader: ForeignValues, family: Family, layers: int) -> int:
 def _rope(reader: ForeignValues, family: Family, length: int) -> tuple[RopeScalingConfig, float, float]:
     """Scaling, base, and the part of a head that is rotated."""
     old, new = reader.take("rope_scaling"), reader.take("rope_parameters")
+    reader.expect_not("rope_theta", None)  # a missing one has a default
     theta, fraction = reader.take("rope_theta"), reader.take("partial_rotary_factor")
     outer = reader.take("original_max_position_embeddings")
     for name, value in (("rope_scaling", old), ("rope_parameters", new)):
@@ -171,21 +172,25 @@ def _rope(reader: ForeignValues, family: Family, length: int) -> tuple[RopeScali
     inner = ForeignValues(values, f"{reader.source}, {'rope_parameters' if new else 'rope_scaling'}")
     old_kind = inner.take("type", "default")
     kind = inner.take("rope_type", old_kind)
-    base = inner.number("rope_theta", theta or 10000.0)
+    inner.expect_not("rope_theta", None)
+    base = inner.number("rope_theta", 10000.0 if theta is None else theta)
     if theta not in (None, base):
         raise reader.refused("rope_theta", theta, f"but rope_parameters has {base!r}")
+    if base <= 1:
+        raise inner.refused("rope_theta", base, "a base of frequencies, which is above 1")
     fraction = inner.number("partial_rotary_factor", 1.0 if fraction is None else fraction)
     if fraction != 1 and family is not Family.phi3:
         raise reader.refused("partial_rotary_factor", fraction, f"which transformers' class of {family.value} has not")
-    known = {"default": RopeScaling.none, "linear": RopeScaling.linear}
-    if family is not Family.phi3:  # its class takes yarn for longrope
-        known |= {"llama3": RopeScaling.llama3, "yarn": RopeScaling.yarn}
+    known = {"default": RopeScaling.none}
+    if family is not Family.phi3:  # its class has no linear scaling, and takes yarn for longrope
+        known |= {"linear": RopeScaling.linear, "llama3": RopeScaling.llama3, "yarn": RopeScaling.yarn}
     if not isinstance(kind, str) or kind not in known:
         raise inner.refused("rope_type", kind, f"which this model does not compute; it computes {', '.join(known)}")
     try:
         scaling = _scaling(inner, known[kind], outer or length, length)
     except ValueError as error:
-        raise ValueError(f"{inner.source}: {error}") from None
+        beginning = "" if str(error).startswith(inner.source) else f"{inner.source}: "
+        raise ValueError(f"{beginning}{error}") from None
     return scaling, base, fraction
 
 
@@ -193,6 +198,8 @@ def _scaling(inner: ForeignValues, kind: RopeScaling, original: int, length: int
     settings: dict[str, Any] = {"kind": kind}
     if kind in (RopeScaling.llama3, RopeScaling.yarn):
         settings["original_length"] = original = inner.count("original_max_position_embeddings", original)
+    if kind is RopeScaling.yarn:
+        inner.require("factor")  # null is the ratio of the two lengths
     if kind is not RopeScaling.none:
         settings["factor"] = inner.number("factor", length / original if kind is RopeScaling.yarn else None)
     if kind is RopeScaling.llama3:

@@ -65,6 +65,11 @@ class ForeignValues:
             raise self.refused(key, value, "no list of words")
         return value
 
+    def require(self, key: str) -> None:
+        """Raises ValueError where there is no `key`, and takes nothing."""
+        if key not in self._rest:
+            raise ValueError(f"{self.source}: {key} is missing, which transformers refuses too; it has no default")
+
     def expect_not(self, key: str, value: Any) -> None:
         """Raises ValueError for `value`, and takes nothing."""
         if key in self._rest and self._rest[key] == value:
