@@ -1,9 +1,8 @@
 """`config.json` of `transformers` as a `ModelConfig`, or a refusal that names what this model does not compute.
 
-Both dialects are read: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of 5. A missing key means
-what the class of that family takes for it in transformers 5.23, which is not imported.
+A missing key means what the class of that family takes for it in transformers 5.23, which is not imported.
 
-Not here: writing it (config.py), the tensors (weights.py).
+Not here: the rotary embedding (read_rope.py), writing it (config.py), the tensors (weights.py).
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from typing import Any
 
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.qk_norm import QkNorm
-from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.foreign.config import CLASS_NAMES
 from megatron_fp4.models.foreign.families import Family
+from megatron_fp4.models.foreign.read_rope import rope_of
 from megatron_fp4.models.foreign.values import ForeignValues
 
 CONFIG = "config.json"
@@ -115,7 +114,7 @@ def _transformer(reader: ForeignValues, family: Family, length: int) -> dict[str
     squared = family is Family.arcee
     reader.expect("hidden_act", "relu2" if squared else "silu", default="relu2" if squared else "silu")
     layers = reader.count("num_hidden_layers")
-    scaling, base, fraction = _rope(reader, family, length)
+    scaling, base, fraction = rope_of(reader, family, length)
     return {
         "num_layers": layers,
         "activation": Activation.squared_relu if squared else Activation.swiglu,
@@ -152,80 +151,6 @@ def _window(reader: ForeignValues, family: Family, layers: int) -> int:
         mixed = f"{slide} of {layers} layers"
         raise reader.refused("sliding_window", window, f"in {mixed}; this model has one in all of them, or in none")
     return window
-
-
-def _rope(reader: ForeignValues, family: Family, length: int) -> tuple[RopeScalingConfig, float, float]:
-    """Scaling, base, and the part of a head that is rotated."""
-    old, new = reader.take("rope_scaling"), reader.take("rope_parameters")
-    reader.expect_not("rope_theta", None)  # a missing one has a default
-    theta, fraction = reader.take("rope_theta"), reader.take("partial_rotary_factor")
-    outer = reader.take("original_max_position_embeddings")
-    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
-        if not isinstance(value, dict | None):
-            raise reader.refused(name, value, "which is no object of numbers")
-    if old and new and _without(old, "type", "rope_theta") != _without(new, "type", "rope_theta"):
-        raise reader.refused("rope_scaling", old, f"but rope_parameters = {new!r}")
-    values = new or old or {}
-    length_inside = values.get("original_max_position_embeddings")
-    if family is not Family.phi3 and None not in (outer, length_inside) and outer != length_inside:
-        raise reader.refused("original_max_position_embeddings", outer, f"but beside the factor {length_inside!r}")
-    inner = ForeignValues(values, f"{reader.source}, {'rope_parameters' if new else 'rope_scaling'}")
-    old_kind = inner.take("type", "default")
-    kind = inner.take("rope_type", old_kind)
-    inner.expect_not("rope_theta", None)
-    base = inner.number("rope_theta", 10000.0 if theta is None else theta)
-    if theta not in (None, base):
-        raise reader.refused("rope_theta", theta, f"but rope_parameters has {base!r}")
-    if base <= 1:
-        raise inner.refused("rope_theta", base, "a base of frequencies, which is above 1")
-    fraction = inner.number("partial_rotary_factor", 1.0 if fraction is None else fraction)
-    if fraction != 1 and family is not Family.phi3:
-        raise reader.refused("partial_rotary_factor", fraction, f"which transformers' class of {family.value} has not")
-    known = {"default": RopeScaling.none}
-    if family is not Family.phi3:  # its class has no linear scaling, and takes yarn for longrope
-        known |= {"linear": RopeScaling.linear, "llama3": RopeScaling.llama3, "yarn": RopeScaling.yarn}
-    if not isinstance(kind, str) or kind not in known:
-        raise inner.refused("rope_type", kind, f"which this model does not compute; it computes {', '.join(known)}")
-    try:
-        scaling = _scaling(inner, known[kind], outer or length, length)
-    except ValueError as error:
-        beginning = "" if str(error).startswith(inner.source) else f"{inner.source}: "
-        raise ValueError(f"{beginning}{error}") from None
-    return scaling, base, fraction
-
-
-def _scaling(inner: ForeignValues, kind: RopeScaling, original: int, length: int) -> RopeScalingConfig:
-    settings: dict[str, Any] = {"kind": kind}
-    if kind in (RopeScaling.llama3, RopeScaling.yarn):
-        settings["original_length"] = original = inner.count("original_max_position_embeddings", original)
-    if kind is RopeScaling.yarn:
-        inner.require("factor")  # null is the ratio of the two lengths
-    if kind is not RopeScaling.none:
-        settings["factor"] = inner.number("factor", length / original if kind is RopeScaling.yarn else None)
-    if kind is RopeScaling.llama3:
-        settings["low_frequency"] = inner.number("low_freq_factor")
-        settings["high_frequency"] = inner.number("high_freq_factor")
-    if kind is RopeScaling.yarn:
-        settings["beta_fast"] = inner.number("beta_fast", 32.0) or 32.0
-        settings["beta_slow"] = inner.number("beta_slow", 1.0) or 1.0
-        settings["truncate"] = bool(inner.take("truncate", True))
-        settings["attention_factor"] = _attention_factor(inner, settings["factor"])
-    inner.check_rest()
-    return RopeScalingConfig(**settings)
-
-
-def _attention_factor(inner: ForeignValues, factor: float) -> float:
-    """What cosine and sine are multiplied by, 0 where it follows from the factor alone."""
-    inner.expect_not("attention_factor", 0)
-    given, scale, whole = (inner.number(key, 0.0) for key in ("attention_factor", "mscale", "mscale_all_dim"))
-    if given or not (scale and whole):
-        return given
-    return (0.1 * scale * math.log(factor) + 1.0) / (0.1 * whole * math.log(factor) + 1.0)
-
-
-def _without(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    kind = values.get("rope_type", values.get("type"))
-    return {**{key: value for key, value in values.items() if key not in keys}, "rope_type": kind}
 
 
 def _hybrid(reader: ForeignValues) -> dict[str, Any]:
