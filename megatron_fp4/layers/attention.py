@@ -24,6 +24,7 @@ from megatron_fp4.comm.collectives import all_gather_rows
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import split_evenly
 from megatron_fp4.layers.context_parallel import context_parallel_attention, in_sequence_order, query_chunks
+from megatron_fp4.layers.fused.pointwise import PointwiseImpl, pointwise_runner
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.past import KeyValues
@@ -57,6 +58,8 @@ class AttentionSizes(Protocol):
     def qkv_bias(self) -> bool: ...
     @property
     def sliding_window(self) -> int: ...
+    @property
+    def pointwise_impl(self) -> PointwiseImpl: ...
 
 
 class Attention(nn.Module):
@@ -86,6 +89,7 @@ class Attention(nn.Module):
         self._kv_heads = split_evenly(sizes.num_kv_heads, context.tp, what="num_kv_heads")
         self._keep_documents_apart = keep_documents_apart
         self._window = sizes.sliding_window
+        self._run = pointwise_runner(sizes.pointwise_impl, context)
         self._rope = Rope(sizes.rotary_dim, sizes.rope_base, sizes.rope_scaling) if sizes.rope_base else None
         outputs = {"q": sizes.num_heads * E, "k": sizes.num_kv_heads * E, "v": sizes.num_kv_heads * E}
         bias = sizes.qkv_bias
@@ -108,8 +112,8 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self._rope is not None:
-            angles = tokens.once(self._rope, functools.partial(self._rope.angles, tokens.positions))
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
+            cos, sin = tokens.once(self._rope, functools.partial(self._rope.angles, tokens.positions))
+            q, k = (self._run(apply_rope, x_BSHE=part, cos=cos, sin=sin) for part in (q, k))
         return self._attend(widen(q), widen(k), widen(v), tokens).reshape(B * S, -1).to(qkv_TN.dtype)
 
     def _attend(self, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, tokens: Tokens) -> Tensor:

@@ -133,9 +133,12 @@ def rope_angles(positions_BS: Tensor, frequencies: Tensor, factor: float = 1.0) 
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
-def apply_rope(x_BSHE: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + R/2) of every head's first R elements, R from the angles; `x.dtype` in and out."""
-    cos, sin = (part[:, :, None, :] for part in angles)
+def apply_rope(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + R/2) of every head's first R elements; `x.dtype` in and out.
+
+    cos, sin: of the angles, see `rope_angles`.
+    """
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     rotary_dim = 2 * cos.shape[-1]
     first, second = x_BSHE[..., :rotary_dim].float().chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BSHE.dtype)

@@ -30,7 +30,16 @@ def make_mixer(
     """The mixer `kind` (attention, mlp or mamba) with the logical name `name`."""
     std, out_std = config.init_std, config.residual_std
     if kind == "mlp":
-        return MLP(name, config.hidden, config.ffn_hidden, config.activation, context, std=std, out_std=out_std)
+        return MLP(
+            name,
+            config.hidden,
+            config.ffn_hidden,
+            config.activation,
+            context,
+            std=std,
+            out_std=out_std,
+            impl=config.pointwise_impl,
+        )
     if kind == "mamba":
         return Mamba2(
             name,

@@ -15,6 +15,7 @@ from typing import Annotated
 
 from megatron_fp4.layers.fused.loss import LossImpl
 from megatron_fp4.layers.fused.norm import NormImpl
+from megatron_fp4.layers.fused.pointwise import PointwiseImpl
 from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.qk_norm import QkNorm
@@ -87,6 +88,8 @@ class ModelConfig:
     """Who computes RMSNorm."""
     loss_impl: LossImpl = LossImpl.torch
     """Who computes the cross-entropy."""
+    pointwise_impl: PointwiseImpl = PointwiseImpl.auto
+    """Who computes activations, the rotary embedding and Mamba-2's convolution; auto = compiled on GPUs, in BF16."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "model")
@@ -140,7 +143,13 @@ class ModelConfig:
 
     def by_torch(self) -> ModelConfig:
         """The same model of layers that can be built on any device."""
-        return replace(self, norm_impl=NormImpl.torch, loss_impl=LossImpl.torch, mamba_kernel=MambaKernel.torch)
+        return replace(
+            self,
+            norm_impl=NormImpl.torch,
+            loss_impl=LossImpl.torch,
+            pointwise_impl=PointwiseImpl.torch,
+            mamba_kernel=MambaKernel.torch,
+        )
 
     @property
     def blocks(self) -> str:

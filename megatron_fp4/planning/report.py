@@ -91,6 +91,7 @@ LEFT_OUT = (
     "documents kept apart attend to fewer tokens than counted; padding of short ones",
     "dropout, norms, activations, the short convolution: inside the assumed efficiency",
     "fused Mamba kernels (model.mamba_kernel), which keep less than torch's scan; their activations are counted as its",
+    "compiled activations (model.pointwise_impl), which keep less of SwiGLU than torch's; counted as torch's",
     "what changes numbers and no cost: model.norm_eps, init_std, scale_residual_init, rope_scaling",
     "compilation and the first steps; data loading, which runs beside the step",
     "the quantizers of the emulated backends, which take many times as long as those counted",

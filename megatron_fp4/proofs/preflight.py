@@ -59,7 +59,10 @@ def _check_computation(
     results: list[CheckResult] = []
     backend = attempt(results, "backend", lambda: make_backend(config.precision), config.precision.backend.name)
     model = config.model
-    kernels = f"optimizer by {config.optim.impl.name}, norm by {model.norm_impl.name}, loss by {model.loss_impl.name}"
+    kernels = (
+        f"optimizer by {config.optim.impl.name}, norm by {model.norm_impl.name}, loss by {model.loss_impl.name},"
+        f" pointwise by {model.pointwise_impl.name}"
+    )
     attempt(results, "kernels", lambda: check_kernels(config, device), kernels)
     results += slow_path_notes(checked, device)
     if backend is not None:

@@ -117,11 +117,11 @@ def test_zigzag_gives_every_rank_the_same_causal_work() -> None:
 def test_rope_turns_by_position_only() -> None:
     positions = torch.arange(S)[None]
     x = torch.randn(1, S, 1, E, generator=torch.Generator().manual_seed(2))
-    turned = apply_rope(x, rope_angles(positions, rope_frequencies(E, 10000.0, RopeScalingConfig())))
+    turned = apply_rope(x, *rope_angles(positions, rope_frequencies(E, 10000.0, RopeScalingConfig())))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(turned[:, 0], x[:, 0])
     same = apply_rope(
-        x[:, :1].expand(-1, S, -1, -1), rope_angles(positions, rope_frequencies(E, 10000.0, RopeScalingConfig()))
+        x[:, :1].expand(-1, S, -1, -1), *rope_angles(positions, rope_frequencies(E, 10000.0, RopeScalingConfig()))
     )[0, :, 0]
     products = same @ same.T
     torch.testing.assert_close(products.diagonal(1), products.diagonal(1)[:1].expand(S - 1), rtol=1e-4, atol=1e-4)

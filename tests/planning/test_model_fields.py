@@ -45,7 +45,7 @@ OTHER: dict[str, Any] = {
     "loss_impl": LossImpl.te,
 }
 """Values; where none is here the opposite of a flag, or twice a number."""
-WITHOUT_EFFECT = {"norm_eps", "init_std", "scale_residual_init", "rope_scaling", "mamba_kernel"}
+WITHOUT_EFFECT = {"norm_eps", "init_std", "scale_residual_init", "rope_scaling", "mamba_kernel", "pointwise_impl"}
 
 
 def planned(model: ModelConfig, recompute: Recompute = Recompute.none) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.layers.fused.loss import LossImpl
 from megatron_fp4.layers.fused.norm import NormImpl
+from megatron_fp4.layers.fused.pointwise import PointwiseImpl
 from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.decoder import Recompute
@@ -62,6 +63,7 @@ def test_a_command_on_a_cpu_computes_by_torch() -> None:
     config = by_torch(run)
     assert (config.model.norm_impl, config.model.loss_impl) == (NormImpl.torch, LossImpl.torch)
     assert (config.model.mamba_kernel, config.optim.impl) == (MambaKernel.torch, Impl.torch)
+    assert config.model.pointwise_impl is PointwiseImpl.torch
     assert config.precision.backend is BackendName.emulated
 
 

@@ -15,33 +15,24 @@ Letters as in ssd.py, on this rank: W = channels of x | B | C, I = H * P = chann
 from __future__ import annotations
 
 import functools
-import math
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fp4.comm.parameter import Initializer, LogicalParameter
-from megatron_fp4.comm.rect import Placement, Rectangle, split_evenly
+from megatron_fp4.comm.rect import split_evenly
+from megatron_fp4.layers.fused.pointwise import PointwiseImpl, pointwise_runner
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.mamba.context_parallel import carry_states, in_pieces, previous_tokens
 from megatron_fp4.layers.mamba.convolution import causal_conv
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
+from megatron_fp4.layers.mamba.parameters import a_log_init, conv_parameter, dt_bias_init, vector_share
 from megatron_fp4.layers.mamba.ssd import ScanMasks, document_starts, scan_masks, ssd_scan
-from megatron_fp4.layers.parameter import constant_init, make_parameter, sharded_vector, uniform_init
+from megatron_fp4.layers.parameter import constant_init
 from megatron_fp4.layers.past import ScanState
 from megatron_fp4.layers.recompute import run_recomputed
-from megatron_fp4.numerics.random import key_of, uniform
-
-DT_MIN = 1e-3
-DT_MAX = 0.1
-DT_FLOOR = 1e-4
-"""Range of the initial step sizes softplus(dt_bias), log-uniform (the defaults of Mamba-2)."""
-A_MIN = 1.0
-A_MAX = 16.0
-"""Range of the initial decay rates exp(A_log), uniform, as in Mamba-2 and in Megatron-LM's mamba_mixer.py."""
 
 
 class MambaSizes(Protocol):
@@ -63,6 +54,8 @@ class MambaSizes(Protocol):
     def mamba_conv(self) -> int: ...
     @property
     def mamba_chunk(self) -> int: ...
+    @property
+    def pointwise_impl(self) -> PointwiseImpl: ...
 
 
 class Mamba2(nn.Module):
@@ -94,18 +87,19 @@ class Mamba2(nn.Module):
         self._context = context
         self._keep_documents_apart = keep_documents_apart
         self._chunk = config.mamba_chunk
+        self._run = pointwise_runner(config.pointwise_impl, context)
         self._groups = split_evenly(config.mamba_num_groups, context.tp, what="model.mamba_num_groups")
         self._heads = split_evenly(config.mamba_num_heads, context.tp, what="model.mamba_num_heads")
         self._inner = inner // context.tp.size
         self._conv_rows = [size // context.tp.size for size in conv_parts.values()]
         self._fused = FusedMamba(context.device, context.cp.size) if kernel is MambaKernel.mamba_ssm else None
         self.in_proj = ColumnParallelLinear(f"{name}.in_proj", config.hidden, outputs, context, std=std)
-        self.conv_weight = _conv_parameter(name, "weight", conv_parts, config.mamba_conv, context)
-        self.conv_bias = _conv_parameter(name, "bias", conv_parts, config.mamba_conv, context)
+        self.conv_weight = conv_parameter(name, "weight", conv_parts, config.mamba_conv, context)
+        self.conv_bias = conv_parameter(name, "bias", conv_parts, config.mamba_conv, context)
         heads = config.mamba_num_heads
-        self.A_log = _sharded_vector(f"{name}.A_log", a_log_init, heads, context, torch.float32)
-        self.dt_bias = _sharded_vector(f"{name}.dt_bias", dt_bias_init, heads, context, torch.float32)
-        self.D = _sharded_vector(f"{name}.D", constant_init(1.0), heads, context, torch.float32)
+        self.A_log = vector_share(f"{name}.A_log", a_log_init, heads, context, torch.float32)
+        self.dt_bias = vector_share(f"{name}.dt_bias", dt_bias_init, heads, context, torch.float32)
+        self.D = vector_share(f"{name}.D", constant_init(1.0), heads, context, torch.float32)
         self.norm = GatedGroupRMSNorm(f"{name}.norm", inner, config.mamba_num_groups, context, eps=config.norm_eps)
         self.out_proj = RowParallelLinear(f"{name}.out_proj", inner, config.hidden, context, std=out_std)
 
@@ -143,7 +137,14 @@ class Mamba2(nn.Module):
             past.last_BJW = torch.cat([before_BJW, xBC_BSW[:, -reach:]], dim=1)[:, -reach:]
             chunk = min(self._chunk, xBC_BSW.shape[1])
             documents_BI, masks = self._boundaries(tokens, past, chunk)
-        xBC_BSW = causal_conv(xBC_BSW, before_BJW, self.conv_weight, self.conv_bias, documents_BI)
+        xBC_BSW = self._run(
+            causal_conv,
+            x_BSW=xBC_BSW,
+            before_BJW=before_BJW,
+            weight=self.conv_weight,
+            bias=self.conv_bias,
+            documents_BI=documents_BI,
+        )
         x, B, C = self._heads_of(xBC_BSW)
         carry = functools.partial(carry_states, cp=cp) if cp.size > 1 else past.state_BHPN
         y, past.state_BHPN = ssd_scan(x, dt_BSH, A_H, B, C, chunk=chunk, masks=masks, initial=carry)
@@ -191,53 +192,9 @@ class GatedGroupRMSNorm(nn.Module):
         super().__init__()
         self._groups = num_groups // context.tp.size
         self._eps = eps
-        self.weight = _sharded_vector(f"{name}.weight", constant_init(1.0), inner, context, context.dtype)
+        self.weight = vector_share(f"{name}.weight", constant_init(1.0), inner, context, context.dtype)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         gated = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self._groups, -1))
         normed = F.rms_norm(gated, (gated.shape[-1],), eps=self._eps).flatten(-2)
         return (normed * self.weight.to(normed.dtype)).to(z.dtype)
-
-
-def _conv_parameter(
-    name: str, kind: str, parts: dict[str, int], num_taps: int, context: LayerContext
-) -> LogicalParameter:
-    """This rank's rows of x, B and C, each a logical tensor `<name>.conv.<part>.<kind>`: `[rows, taps]` or `[rows]`."""
-    columns = (num_taps,) if kind == "weight" else ()
-    rectangles: list[Rectangle] = []
-    num_rows = 0
-    for part, size in parts.items():
-        rows = split_evenly(size, context.tp, what=f"{name}.conv.{part}")
-        offset = (context.tp.rank * rows, *(0 for _ in columns))
-        rectangles.append(Rectangle(f"{name}.conv.{part}.{kind}", (size, *columns), offset, (rows, *columns)))
-        num_rows += rows
-    bound = 1.0 / math.sqrt(num_taps)  # torch's default for a depthwise conv1d, weight and bias alike
-    placement = Placement(tuple(rectangles), decay=kind == "weight")
-    return make_parameter((num_rows, *columns), placement, uniform_init(-bound, bound), context.dtype, context.device)
-
-
-def _sharded_vector(
-    name: str, initializer: Initializer, size: int, context: LayerContext, dtype: torch.dtype
-) -> LogicalParameter:
-    """This rank's even share of a 1-D parameter."""
-    local = split_evenly(size, context.tp, what=name)
-    placement = sharded_vector(name, size, context.tp.rank * local, (context.tp.rank + 1) * local)
-    return make_parameter((local,), placement, initializer, dtype, context.device)
-
-
-def a_log_init(seed: int, where: Rectangle, device: torch.device) -> Tensor:
-    """Logarithm of a decay rate drawn uniformly."""
-    return (A_MIN + (A_MAX - A_MIN) * _draw_per_head(seed, where, device)).log()
-
-
-def dt_bias_init(seed: int, where: Rectangle, device: torch.device) -> Tensor:
-    """Inverse softplus of a step size drawn log-uniformly."""
-    draw = _draw_per_head(seed, where, device)
-    step = (math.log(DT_MIN) + draw * (math.log(DT_MAX) - math.log(DT_MIN))).exp().clamp(min=DT_FLOOR)
-    return step + torch.log(-torch.expm1(-step))
-
-
-def _draw_per_head(seed: int, where: Rectangle, device: torch.device) -> Tensor:
-    """Uniform in [0, 1), by the head's number in the whole layer."""
-    heads = where.index(0, device)
-    return uniform(key_of(seed, "init", where.name), heads, torch.zeros_like(heads[:1]))[:, 0]

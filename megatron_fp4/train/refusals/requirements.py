@@ -16,6 +16,7 @@ from torch import nn
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
 from megatron_fp4.layers.fused.norm import fused_norm
+from megatron_fp4.layers.fused.pointwise import check_pointwise
 from megatron_fp4.layers.mamba.kernels import FusedMamba, MambaKernel
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim.adam import choose_adamw
@@ -65,6 +66,7 @@ def check_kernels(config: RunConfig, device: torch.device) -> None:
     for name, impl in _implementations(config).items():
         if impl != "torch" and device.type != "cuda":
             raise ValueError(f"{name}={impl} has CUDA kernels only, but this run is on {device}; set {name}=torch")
+    check_pointwise(config.model.pointwise_impl, device)
     check_backend_device(config.precision.backend, device)
     model = config.model
     elements = AdamTensors.start(torch.zeros(64, device=device), torch.zeros(64, device=device))

@@ -17,7 +17,10 @@ from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.resume.differences import ABSENT, compare_settings
 
-FREE = ("dropout", "init_std", "scale_residual_init", "mamba_chunk", "mamba_kernel", "norm_impl", "loss_impl")
+FREE = (
+    *("dropout", "init_std", "scale_residual_init", "mamba_chunk"),
+    *("mamba_kernel", "norm_impl", "loss_impl", "pointwise_impl"),
+)
 """Settings of the model that may be others than those of the weights: they do not say what the weights mean."""
 
 

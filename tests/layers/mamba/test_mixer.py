@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.layers.context_parallel import zigzag_index
+from megatron_fp4.layers.fused.pointwise import PointwiseImpl
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.layers.mamba.convolution import causal_conv
@@ -38,6 +39,7 @@ class Sizes:
     mamba_state: int = 16
     mamba_conv: int = 4
     mamba_chunk: int = 5
+    pointwise_impl: PointwiseImpl = PointwiseImpl.torch
 
 
 def make_mixer(
