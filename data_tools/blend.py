@@ -48,7 +48,7 @@ def read_config(path: Path) -> DataConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_tools.blend", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-fp4 data blend", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--plan", type=Path, required=True, metavar="YAML", help="the run's data settings")
     parser.add_argument("--tokens", type=float, required=True, help="training tokens of the run, e.g. 1e12")
     args = parser.parse_args(argv)

@@ -19,9 +19,20 @@ TOOLS = {
 }
 
 
+HEAD = "usage: megatron-fp4 data <tool> [options]   (<tool> --help for its options)"
+FOOT = """
+exit codes:
+  0    done
+  1    the data is damaged or not what it should be
+  2    refused; nothing was started
+
+example:
+  megatron-fp4 data tokenize text/*.jsonl.gz --tokenizer tokenizer.json --output shards"""
+
+
 def usage() -> str:
     lines = [f"  {name:16} {about}" for name, (_, about) in TOOLS.items()]
-    return "\n".join(["usage: megatron-fp4 data <tool> [options]   (<tool> --help for its options)", "", *lines])
+    return "\n".join([HEAD, "", *lines, FOOT])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -48,7 +48,7 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_tools.inspect", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-fp4 data inspect", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("paths", nargs="*", help="shard-set directory, prefix or glob (with --document)")
     parser.add_argument("--document", type=int, help="number of the document in the given paths")
     parser.add_argument("--run", type=Path, help="directory of a run (with --sample)")

@@ -14,7 +14,7 @@ from megatron_fp4.data.text.tokenizer import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_tools.ledger", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-fp4 data ledger", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="directory of the run")
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")

@@ -124,7 +124,7 @@ def _unusable(data: bytes, seen: set[bytes]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_tools.make_corpus", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-fp4 data make-corpus", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=local_path, required=True, help="JSONL file to write")
     args = parser.parse_args(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)

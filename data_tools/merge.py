@@ -10,7 +10,7 @@ from data_tools.copy_documents import add_arguments, copy_documents, report
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_tools.merge", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-fp4 data merge", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ def parse_parts(texts: list[str]) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_tools.split", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-fp4 data split", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
     parser.add_argument("--part", action="append", required=True, metavar="NAME=SHARE", help="one per split")
     add_arguments(parser)

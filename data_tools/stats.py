@@ -13,7 +13,7 @@ from megatron_fp4.data.shards.shard import TokenShard
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_tools.stats", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-fp4 data stats", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
     args = parser.parse_args(argv)
     print(f"{'documents':>12} {'tokens':>16} {'dtype':>7}  shard")

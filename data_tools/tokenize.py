@@ -169,7 +169,7 @@ def _ends_digest(path: Path) -> str:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policies]:
-    parser = argparse.ArgumentParser(prog="data_tools.tokenize", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-fp4 data tokenize", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("inputs", nargs="+", help="files or globs: .jsonl .txt .parquet, also .gz .zst")
     parser.add_argument("--output", type=local_path, required=True, help="directory of the shard set(s)")
     parser.add_argument("--tokenizer", type=Path, required=True, help=".model, tokenizer.json or .tiktoken")

@@ -70,7 +70,9 @@ def train(lines: Iterator[str], output: Path, *, vocab_size: int, model_type: st
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_tools.train_tokenizer", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="megatron-fp4 data train-tokenizer", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("inputs", nargs="+", help="files or globs: .jsonl .txt .parquet, also .gz .zst")
     parser.add_argument("--output", type=local_path, required=True, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, default=8192)

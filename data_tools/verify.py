@@ -99,7 +99,7 @@ def _token_problems(shard: TokenShard, entry: dict[str, Any] | None, vocab_size:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_tools.verify", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="megatron-fp4 data verify", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument("--tokenizer", type=Path, help="check ids against its vocabulary")

@@ -25,11 +25,14 @@ import torch
 
 from megatron_fp4.checkpoint import edit, offline
 from megatron_fp4.checkpoint.directory import complete_steps, read_state, step_name
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.interop.export import add_export_arguments, export
 from megatron_fp4.cli.interop.import_weights import add_import_arguments, import_folder
 from megatron_fp4.storage.local import local_path
 from megatron_fp4.storage.lock import RunLocked
 from megatron_fp4.train.resume.rewind import Rewound, rewind
+
+EXITS = {0: "done", 1: "verify found damage"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,10 +73,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="megatron-fp4 checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser = CommandParser("checkpoint", __doc__, EXITS, "verify runs/mine")
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=argparse.ArgumentParser)
 
     def action(name: str, count: str | int, *, writes: bool) -> argparse.ArgumentParser:
         sub = actions.add_parser(name)

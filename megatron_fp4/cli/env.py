@@ -6,7 +6,6 @@ package requires, and with the Dockerfile's image; a difference is marked.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_fp4 import __version__
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.comm.launch import environment, read_launch
 from megatron_fp4.precision.operand import Format
 from megatron_fp4.precision.te.api import load_api
@@ -40,10 +40,12 @@ VARIABLES = (
 )
 """Prefixes of variables that change what a run does or how fast."""
 
+EXITS = {0: "done", 1: "an installed version is not the one that is required"}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Print the report; returns 0, or 1 if an installed version is not the one that is required."""
-    argparse.ArgumentParser(prog="megatron-fp4 env", description=__doc__).parse_args(arguments)
+    CommandParser("env", __doc__, EXITS, "").parse_args(arguments)
     facts = [*software(), *gpus(), *transformer_engine(), *machine(), *variables()]
     for name, text in facts:
         print(f"{name:<20} {text}")

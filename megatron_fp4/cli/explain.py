@@ -1,10 +1,11 @@
-"""`megatron-fp4 explain [KEY | SECTION | --markdown]`: what a setting means, and what it may be.
+"""`megatron-fp4 explain [KEY | SECTION | --markdown | --names]`: what a setting means, and what it may be.
 
     megatron-fp4 explain                      the sections
     megatron-fp4 explain optim                a section as a table
     megatron-fp4 explain train.global_batch   meaning, unit, default, bounds, owner, whether a resume may change it
     megatron-fp4 explain precision/recipe     the options of a group of configs/
     megatron-fp4 explain --markdown           docs/settings.md
+    megatron-fp4 explain --names              docs/names.md: what Megatron-LM and transformers call a setting
 
 Everything is read from the dataclasses and their source (settings.py), the rules of a resume, and the composed
 configuration; nothing is written here a second time.
@@ -12,7 +13,6 @@ configuration; nothing is written here a second time.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import inspect
@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import megatron_fp4
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.compose import CONFIG_DIR, compose_config, to_run_config
+from megatron_fp4.cli.overrides import foreign
 from megatron_fp4.cli.render import settings as render
 from megatron_fp4.cli.render.settings import Explained
 from megatron_fp4.settings import Section, Setting, sections
@@ -34,17 +36,23 @@ from megatron_fp4.train.resume.differences import rule_of
 
 PACKAGE = Path(megatron_fp4.__file__).parent
 
+EXITS = {0: "done"}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 2 for a key that does not exist."""
-    parser = argparse.ArgumentParser(
-        prog="megatron-fp4 explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("explain", __doc__, EXITS, "train.global_batch")
     parser.add_argument("key", nargs="?", help="a setting or a section; none: the sections")
     parser.add_argument("--markdown", action="store_true", help="print all settings as docs/settings.md has them")
+    parser.add_argument("--names", action="store_true", help="print the names that settings have elsewhere")
     args = parser.parse_args(arguments)
     try:
-        print(page() if args.markdown else explain(args.key) if args.key else render.contents(sections(RunConfig)))
+        if args.names:
+            print(foreign.page())
+        elif args.markdown:
+            print(page())
+        else:
+            print(explain(args.key) if args.key else render.contents(sections(RunConfig)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -142,5 +150,7 @@ def _find(asked: str, keys: Sequence[str]) -> str:
             return key
     same_name = [key for key in keys if key.rpartition(".")[2] == wanted[-1]][:4]
     near = same_name or difflib.get_close_matches(asked, keys, n=3, cutoff=0.5)
+    if elsewhere := foreign.counterpart(asked):
+        raise ValueError(f"there is no setting or section {asked!r}; {elsewhere}")
     hint = f"; did you mean {' or '.join(near)}?" if near else "; `megatron-fp4 explain` lists the sections"
     raise ValueError(f"there is no setting or section {asked!r}{hint}")

@@ -46,6 +46,8 @@ COMMANDS = {
 def usage() -> str:
     lines = ["usage: megatron-fp4 COMMAND [arguments]", ""]
     lines += [f"  {name:<16} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += ["", "exit codes:", "  0 done, 2 refused, others: megatron-fp4 COMMAND --help", "", "example:"]
+    lines += ["  megatron-fp4 pretrain experiment=quickstart parallel.tp=1"]
     return "\n".join(lines)
 
 

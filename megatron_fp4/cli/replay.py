@@ -5,20 +5,22 @@ What the numbers say about the spike: proofs/replay.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.proofs.replay import in_bf16, replay
 from megatron_fp4.train.faults.bundle import REPORT
 
+EXITS = {0: "the steps were computed"}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 2 for what is no bundle."""
-    parser = argparse.ArgumentParser(prog="megatron-fp4 replay", description=__doc__)
+    parser = CommandParser("replay", __doc__, EXITS, "runs/mine/spikes/step_00001234 --precision bf16")
     parser.add_argument("bundle", type=Path, help="a directory that a loss spike left")
     parser.add_argument("--precision", choices=("run", "bf16"), default="run")
     args = parser.parse_args(arguments)

@@ -10,11 +10,11 @@ proof that a resumed run and an uninterrupted one are the same run. What would p
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.render.comparison import comparison, stored_settings
 from megatron_fp4.cli.render.report.document import write_report
 from megatron_fp4.cli.render.report.picture import write_losses
@@ -22,10 +22,12 @@ from megatron_fp4.storage.local import local_path
 from megatron_fp4.train.telemetry.gaps import different_numbers
 from megatron_fp4.train.telemetry.series import RunSeries, read_runs
 
+EXITS = {0: "done; with --equal, equal", 1: "--equal found a difference"}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 1 if `--equal` finds a difference, 2 for runs that cannot be compared."""
-    parser = argparse.ArgumentParser(prog="megatron-fp4 report", description=__doc__)
+    parser = CommandParser("report", __doc__, EXITS, "runs/a runs/b --html report.html")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories (train.run_dir)")
     parser.add_argument("--plot", type=local_path, help="write the loss curves to this .png, .svg or .pdf")
     parser.add_argument("--html", type=local_path, help="write a page with all plots, one self-contained file")

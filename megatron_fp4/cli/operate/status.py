@@ -1,31 +1,30 @@
 """`megatron-fp4 status RUN`: how a run stands, from its directory alone, on whatever host it runs.
 
-Exit codes: 0 it runs or has finished, 1 it has stopped or failed, 2 that is no run. With --watch a line is printed
-every so many seconds until it no longer runs; the exit code is then that of its end. With --json one object (a line
-each with --watch).
+With --watch a line is printed every so many seconds until it no longer runs; the exit code is then that of its end.
+With --json one object (a line each with --watch).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.train.telemetry.console import format_seconds
 from megatron_fp4.train.telemetry.operator.status import RunState, RunStatus, look_at
 
 WATCH_SECONDS = 10.0
 
+EXITS = {0: "it runs or has finished", 1: "it has stopped or failed"}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="megatron-fp4 status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("status", __doc__, EXITS, "runs/mine --watch 30")
     parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
     parser.add_argument("--json", action="store_true", help="an object for programs")
     parser.add_argument(

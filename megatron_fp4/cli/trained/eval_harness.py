@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.trained.opening import add_choice, with_trained
 from megatron_fp4.inference.generate import TextGenerator
 from megatron_fp4.inference.lead import Led
@@ -27,6 +28,8 @@ from megatron_fp4.train.open import TrainedModel
 
 Results = dict[str, dict[str, Any]]
 """Precision -> task -> what lm-eval found."""
+
+EXITS = {0: "done", 1: "failed"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments of the command."""
-    parser = argparse.ArgumentParser(prog="megatron-fp4 eval-harness", description=__doc__)
+    parser = CommandParser("eval-harness", __doc__, EXITS, "runs/mine --tasks arc_easy,hellaswag --precision same")
     add_choice(parser)
     parser.add_argument("--tasks", required=True, help="names, separated by commas")
     parser.add_argument("--include-path", help="a folder with task files of your own")

@@ -8,18 +8,20 @@ export`: weights as in `same`, activations not quantized.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.trained.opening import add_choice, with_trained
 from megatron_fp4.inference.precisions import table_of
 from megatron_fp4.train.open import TrainedModel
 from megatron_fp4.train.opened import examiner, open_data
 
+EXITS = {0: "done", 1: "failed"}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 2 where run, data or recipe are not there."""
-    parser = argparse.ArgumentParser(prog="megatron-fp4 evaluate", description=__doc__)
+    parser = CommandParser("evaluate", __doc__, EXITS, "runs/mine --precision bf16 --precision same")
     add_choice(parser)
     parser.add_argument(
         "--precision", action="append", help="bf16, same, exported or a recipe of the run (several times)"

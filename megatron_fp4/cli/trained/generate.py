@@ -5,9 +5,9 @@ In one process, whatever layout wrote the checkpoint, or under torchrun on the r
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.trained.opening import add_choice, with_trained
 from megatron_fp4.inference.generate import TextGenerator
 from megatron_fp4.inference.model import RowModel, Sampling
@@ -15,10 +15,12 @@ from megatron_fp4.train.open import TrainedModel
 
 PROMPTS = ["import os\n", "def main(", '"""Return the']
 
+EXITS = {0: "done", 1: "failed"}
+
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 2 where run, checkpoint or tokenizer are not there."""
-    parser = argparse.ArgumentParser(prog="megatron-fp4 generate", description=__doc__)
+    parser = CommandParser("generate", __doc__, EXITS, "runs/mine --prompt 'import os' --tokens 40")
     add_choice(parser)
     parser.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     parser.add_argument("--tokens", type=int, default=60, help="tokens to add")
