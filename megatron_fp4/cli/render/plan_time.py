@@ -94,7 +94,10 @@ def search_lines(results: Mapping[str, Any]) -> list[str]:
         lines.append("  none fits")
     lines += heading("Fallen out, by the first reason")
     reasons = {"batch": "dp x micro_batch does not divide the global batch", "schedule": "wrong number of microbatches"}
-    reasons |= {"model": "sizes of the model do not divide", "alignment": "Transformer Engine could not quantize"}
+    reasons |= {
+        "model": "sizes of the model do not divide",
+        "alignment": f"{results['backend']['name']} could not quantize",
+    }
     reasons |= {"mamba": "cp > 1: Mamba has no kernels for it, and the time of torch's loops is not known"}
     reasons |= {"memory": "do not fit, with full recomputation either"}
     for reason, count in results["fallen"].items():

@@ -1,7 +1,7 @@
 """The layouts that a world allows, each with its time: what `search` (search.py) chooses from.
 
-What layouts share is worked out once: the precision plan depends on the tokens of a microbatch alone, alignment on
-those and tp, the order of a pipeline on pp, schedule and number of microbatches.
+What layouts share is worked out once: the precision plan depends on the tokens of a microbatch alone, whether a backend
+can quantize on those and tp, the order of a pipeline on pp, schedule and number of microbatches.
 
 Not here: memory, and the order in which layouts are looked at.
 """
@@ -14,14 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_fp4.pipeline.schedules import SCHEDULES
-from megatron_fp4.planning.alignment import alignment_warnings
 from megatron_fp4.planning.cost.hardware import Site
 from megatron_fp4.planning.cost.time import StepTime, step_time
 from megatron_fp4.planning.idle import PipelineLayout, idle_part
 from megatron_fp4.planning.layouts.bound import TimeBound
 from megatron_fp4.planning.layouts.chosen import ChosenLayout
 from megatron_fp4.planning.settings import RankSettings
-from megatron_fp4.precision.config import BackendName
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 
@@ -54,12 +52,10 @@ class Choices:
         self._bound = TimeBound(config, site)
         self.fallen: Counter[str] = Counter()
         self._by_tokens: dict[tuple[int, int], CheckedConfig | str] = {}
-        self._aligned: dict[tuple[int, int], bool] = {}
-        backend = config.precision.backend
-        self._native = backend is BackendName.transformer_engine or "fp4" in site.machine.gpu.tflops
+        self._quantizable: dict[tuple[int, int, int], bool] = {}
 
     def layouts(self) -> list[ChosenLayout]:
-        """The layouts that a run would not refuse and whose GEMMs the hardware can quantize; the others are counted."""
+        """The layouts that a run would not refuse; the others are counted."""
         return [layout for layout in self._divisible() if self._allowed(layout)]
 
     def _divisible(self) -> Iterator[ChosenLayout]:
@@ -96,16 +92,15 @@ class Choices:
         config = layout.applied_to(checked.config)
         if not layout.divides(config):
             return "model"
-        tokens = layout.tokens(config)
-        key = (layout.tp, tokens)
-        if self._native and key not in self._aligned:
-            shapes = alignment_warnings(checked.linears, checked.plan.table(), tp=layout.tp, tokens=tokens)
-            self._aligned[key] = not any(warning["severity"] == "error" for warning in shapes)
-        return "alignment" if self._native and not self._aligned[key] else ""
+        shape = (layout.tp, layout.cp, layout.micro_batch)
+        if shape not in self._quantizable:
+            alone = self._check(replace(layout, pp=1, dp=1, schedule="1f1b"))
+            self._quantizable[shape] = not isinstance(alone, str)  # else a run would refuse what tp leaves of a linear
+        return "" if self._quantizable[shape] else "alignment"
 
     def _check(self, layout: ChosenLayout) -> CheckedConfig | str:
         try:
-            return check_config(layout.applied_to(self.config), layout.cp)
+            return check_config(layout.applied_to(self.config), layout.tp * layout.cp)
         except ValueError as error:
             return f"refused: {str(error).split(';')[0]}"
 
