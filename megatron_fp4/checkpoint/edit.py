@@ -25,6 +25,7 @@ from megatron_fp4.checkpoint.store import CheckpointStore
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.settings import MAX_SECONDS
+from megatron_fp4.storage.local import check_room
 
 EVERY_CHECKPOINT = 1 << 30
 """A `keep_last` that deletes nothing: what else is in the output directory stays."""
@@ -130,6 +131,7 @@ def write_tensors(
     checkpoint exists, OSError if it cannot be written.
     """
     destination = check_destination(output_root, step)
+    check_room(destination, sum(tensor.nbytes for tensor in tensors.values()))
     shards = []
     for key, tensor in tensors.items():
         kind, name = key.split("/", 1)

@@ -28,6 +28,7 @@ from megatron_fp4.checkpoint.directory import complete_steps, read_state, step_n
 from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.interop.export import add_export_arguments, export
 from megatron_fp4.cli.interop.import_weights import add_import_arguments, import_folder
+from megatron_fp4.interop.export.folder import check_place
 from megatron_fp4.storage.local import local_path
 from megatron_fp4.storage.lock import RunLocked
 from megatron_fp4.train.resume.rewind import Rewound, rewind
@@ -38,6 +39,7 @@ EXITS = {0: "done", 1: "verify found damage"}
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 1 if `verify` finds damage, 2 for what cannot be done."""
     args = _parse(arguments)
+    paths: list[Path] = []
     try:
         if args.action == "import":
             import_folder(args.checkpoints[0], args)
@@ -57,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
             return _verify(paths)
         if args.action in ("average", "extract"):
             edit.check_destination(args.to, read_state(paths[-1])["step"])
+        if args.action == "export":
+            check_place(args.to, 0, force=args.force)
         if problems := [problem for path in paths for problem in offline.verify(path)]:
             raise ValueError(f"a damaged checkpoint makes no other: {problems[0]}")
         if args.action == "average":
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         else:
             export(paths[0], args)
     except (ValueError, OSError, RunLocked) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_gone(paths)}", file=sys.stderr)
         return 2
     return 0
 
@@ -131,6 +135,12 @@ def _in_window(runs: Sequence[Path], first: int, last: int) -> list[Path]:
             f"steps {first} to {last} hold {len(steps)} checkpoint(s) of {root}, which has those of {listed}"
         )
     return [root / step_name(step) for step in steps]
+
+
+def _gone(paths: Sequence[Path]) -> str:
+    """What to say of checkpoints that were removed while they were read, as a run does with its older ones."""
+    gone = [path for path in paths if not path.exists()]
+    return f"; {gone[0]} was removed while it was read (checkpoint.keep_last): name a newer one" if gone else ""
 
 
 def _newest(path: Path) -> Path:

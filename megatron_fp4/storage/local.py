@@ -6,6 +6,7 @@ Not here: paths among the settings of a run, which megatron_fp4.settings.check_b
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 from megatron_fp4.settings import path_objection
@@ -16,3 +17,11 @@ def local_path(text: str) -> Path:
     if objection := path_objection(text):
         raise argparse.ArgumentTypeError(f"{text}: {objection}")
     return Path(text)
+
+
+def check_room(to: Path, num_bytes: int) -> None:
+    """Raise ValueError where the disk of a file or directory to be written has no room for it."""
+    above = next(path for path in to.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(above).free
+    if free < num_bytes:
+        raise ValueError(f"the model takes {num_bytes / 1e9:.3g} GB, and {above} has room for {free / 1e9:.3g} GB")

@@ -71,6 +71,11 @@ def test_nonsense_is_no_traceback(name: str) -> None:
         ),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta = None"),
         ("mistral", {"rope_parameters": None, "rope_theta": None}, "rope_theta = None"),
+        (
+            "nemotron_h",
+            {"hybrid_override_pattern": "M-*M*"},
+            r"hybrid_override_pattern = 'M-\*M\*', but the layers are",
+        ),
         ("llama", {"rope_parameters": {"rope_theta": 0}}, r"rope_theta = 0\.0, a base"),
         ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear'.*it computes default"),
         ("phi3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "it computes default"),

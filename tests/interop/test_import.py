@@ -6,10 +6,12 @@ import gc
 import json
 import math
 import shlex
+import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +22,12 @@ from megatron_fp4.checkpoint import offline
 from megatron_fp4.cli.checkpoint import main
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.rect import Rectangle
+from megatron_fp4.interop.export.weights import Masters
 from megatron_fp4.interop.logical import write_logical
 from megatron_fp4.models.foreign import tensor_files
 from megatron_fp4.models.foreign.families import from_transformers
 from megatron_fp4.models.foreign.weights import ForeignWeights
+from megatron_fp4.storage import local
 from megatron_fp4.train.resume.same_model import FREE
 from tests.interop.test_families import MODELS, TOKENS, our_logits, theirs
 from tests.models.test_count import make_decoder
@@ -275,6 +279,9 @@ def test_what_is_refused_before_any_work(
         refusal = f"{tmp_path / 'file'} is no directory; choose another output directory"
         assert refusal in error_of("import", str(tmp_path / "hf"), "--to", str(tmp_path / inside))
         assert refusal in error_of("extract", str(tmp_path / "one"), "--to", str(tmp_path / inside))
+        monkeypatch.setattr(offline, "verify", lambda _: pytest.fail("a checkpoint was hashed"))
+        file = tmp_path / "file"
+        assert f"{file} is a file" in error_of("export", str(tmp_path / "one"), "--to", str(tmp_path / inside))
     assert "exists already" in error_of("import", str(tmp_path / "hf"), "--to", str(tmp_path / "one"))
     error = error_of("import", str(tmp_path / "one"), "--to", str(tmp_path / "two"))
     assert f"step_00000000, which needs no import: train.init_from={tmp_path / 'one'} begins" in error
@@ -289,9 +296,37 @@ def test_what_is_refused_before_any_work(
 
 
 def test_a_failed_import_promises_no_retry(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Damaged values, and a disk that is too small: refused with both sizes before a value is read."""
     save_foreign(tmp_path / "hf", "llama", model__norm__weight=torch.full((48,), math.nan))
-    assert main(["import", str(tmp_path / "hf"), "--to", str(tmp_path / "one")]) == 2
+    command = ["import", str(tmp_path / "hf"), "--to", str(tmp_path / "one")]
+    assert main(command) == 2
     assert "not finite" in capsys.readouterr().err
     assert "retry" not in caplog.text
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
+    monkeypatch.setattr(ForeignWeights, "read", lambda *_: pytest.fail("a value was read"))
+    assert main(command) == 2
+    assert "has room for 2e-06 GB" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_its_run_removes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is exported: said, with the remedy, and no folder is left."""
+    save_foreign(tmp_path / "hf", "llama")
+    assert main(["import", str(tmp_path / "hf"), "--to", str(tmp_path / "run" / "checkpoints")]) == 0
+    step, chunks = tmp_path / "run" / "checkpoints" / "step_00000000", Masters.chunks
+
+    def chunks_of_the_last(self: Masters, part: str) -> Iterator[tuple[int, Tensor]]:
+        if part == "final_norm.weight":
+            shutil.rmtree(step)
+        return chunks(self, part)
+
+    monkeypatch.setattr(Masters, "chunks", chunks_of_the_last)
+    assert main(["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 2
+    assert f"{step} was removed while it was read (checkpoint.keep_last): name a newer one" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))

@@ -26,6 +26,7 @@ from megatron_fp4.interop.export.quantized import (
 )
 from megatron_fp4.interop.export.weights import Masters, QuantizationErrors, quantized_rows
 from megatron_fp4.storage.durable import MANIFEST, fsync_directory
+from megatron_fp4.storage.local import check_room
 from megatron_fp4.storage.owner import Owner
 
 ALWAYS_FP32 = (".A_log", ".dt_bias", ".D")
@@ -158,10 +159,9 @@ def check_place(to: Path, num_bytes: int, *, force: bool) -> None:
         raise ValueError(
             f"{to} holds {kept[0]}, so it is no exported model, and --force does not remove it; choose another"
         )
-    above = next(path for path in to.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(above).free
-    if free < num_bytes:
-        raise ValueError(f"the model takes {num_bytes / 1e9:.3g} GB, and {above} has room for {free / 1e9:.3g} GB")
+    if blocking := next((path for path in to.absolute().parents if path.exists() and not path.is_dir()), None):
+        raise ValueError(f"{blocking} is a file; choose another directory")
+    check_room(to, num_bytes)
 
 
 def write_folder(export: Export, to: Path, *, force: bool, last: tuple[str, Callable[[], bytes]]) -> str:
@@ -189,8 +189,10 @@ def write_folder(export: Export, to: Path, *, force: bool, last: tuple[str, Call
             path.chmod(READABLE)
         fsync_directory(temporary)
         _replace(temporary, to)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{to} was not written: {error}") from error
         raise
     fsync_directory(to.parent)
     return export.size_text()

@@ -33,6 +33,9 @@ def transformers_config(config: ModelConfig, *, seq_length: int) -> dict[str, An
     return values | {
         "architectures": [CLASS_NAMES[family]],
         "layers_block_type": [kinds[letter] for letter in config.blocks],
+        # vLLM and TensorRT-LLM read these, and the defaults of their classes are those of another model
+        "hybrid_override_pattern": config.blocks,
+        "num_hidden_layers": len(config.blocks),
         "layer_norm_epsilon": config.norm_eps,
         "mamba_num_heads": config.mamba_num_heads,
         "mamba_head_dim": config.mamba_head_dim,

@@ -171,6 +171,8 @@ def _hybrid(reader: ForeignValues) -> dict[str, Any]:
         if types is None or not set(types) <= LETTERS.keys():
             raise reader.refused("layers_block_type", types, f"this model has {', '.join(LETTERS)}")
         pattern = "".join(LETTERS[one] for one in types)
+    if types is not None and "".join(LETTERS.get(one, "?") for one in types) != pattern:
+        raise reader.refused("hybrid_override_pattern", pattern, f"but the layers are {types}")
     eps = reader.number("layer_norm_epsilon", 1e-5)
     for key in ("norm_eps", "rms_norm_eps"):
         reader.expect(key, eps, None)
