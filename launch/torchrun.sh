@@ -4,6 +4,7 @@
 #   launch/torchrun.sh --nproc-per-node 8 experiment=NAME key=value ...
 #   launch/torchrun.sh --nproc-per-node 8 --multirun experiment=NAME optim.lr=1e-3,3e-3   (one run after the other)
 #   launch/torchrun.sh --nproc-per-node 8 --nnodes 2 --node-rank 0 --master-addr HOST experiment=NAME ...   (each node)
+#   launch/torchrun.sh --nproc-per-node 8 evaluate RUN        another command of megatron-fp4: its name comes first
 #
 # Everything from the first argument that is no launch option (or from `--`) goes to the program as it is, spaces and
 # quotes included. The exit code is the program's: 0 done, 2 configuration error, 85 stopped on request with the
@@ -93,5 +94,8 @@ done
 # megatron_fp4.comm.launch refuses to train when the world is another size.
 export MEGATRON_FP4_EXPECTED_WORLD_SIZE=${MEGATRON_FP4_EXPECTED_WORLD_SIZE:-$((nnodes * nproc_per_node))}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # run this checkout, from whatever folder
+module=${MEGATRON_FP4_MODULE:-megatron_fp4.pretrain}
+# An override of pretrain has a `=`, or begins with `~`; a word alone is the name of a command.
+if [[ ${1:-} =~ ^[a-z][a-z-]*$ && -z ${MEGATRON_FP4_MODULE:-} ]]; then module=megatron_fp4; fi
 exec "$python" "$root/launch/supervise.py" "${rendezvous[@]}" --nproc-per-node "$nproc_per_node" \
-  -m "${MEGATRON_FP4_MODULE:-megatron_fp4.pretrain}" "$@"
+  -m "$module" "$@"

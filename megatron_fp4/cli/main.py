@@ -33,7 +33,10 @@ COMMANDS = {
     "env": ("megatron_fp4.cli.env", "versions and hardware, to paste into a bug report"),
     "checkpoint": ("megatron_fp4.cli.checkpoint", "inspect, verify, average, extract, export and rewind checkpoints"),
     "verify-resume": ("megatron_fp4.cli.verify_resume", "prove that a killed run goes on as if nothing had happened"),
-    "replay": ("megatron_fp4.cli.replay", "run again from a checkpoint to a step whose loss spiked, also in BF16"),
+    "replay": (
+        "megatron_fp4.cli.trained.replay",
+        "run again from a checkpoint to a step whose loss spiked, also in BF16",
+    ),
     "evaluate": ("megatron_fp4.cli.trained.evaluate", "held-out loss of a trained model, in one precision or another"),
     "eval-harness": (
         "megatron_fp4.cli.trained.eval_harness",

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_fp4.cli.compose import load_run_config
-from megatron_fp4.comm.bootstrap import start_process, stop_process
+from megatron_fp4.comm.bootstrap import Process, start_process, stop_process
 from megatron_fp4.comm.launch import Launch, read_launch
 from megatron_fp4.comm.rendezvous import RanksNotMet
 from megatron_fp4.train.arrival.refusals import give_up, refuse
+from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.open import TrainedModel, open_trained
 from megatron_fp4.train.resume.same_model import check_model, checkpoint_in
 
@@ -37,24 +38,33 @@ def with_trained(
 
     2 where run, data or checkpoint are not there, or `use` raises ValueError; 1 where ranks do not meet.
     """
-    launch = Launch()
-    try:
-        launch = read_launch()
-        config = load_run_config(args.run)
+
+    def open_and_use(config: RunConfig, process: Process) -> None:
         elsewhere = None
         if args.checkpoint:
             check_model(args.checkpoint, config.model)
             elsewhere = checkpoint_in(args.checkpoint)
+        use(open_trained(config, args.step, process, documents_apart=documents_apart, checkpoint=elsewhere))
+
+    return on_ranks(args.run, open_and_use)
+
+
+def on_ranks(run: Path, use: Callable[[RunConfig, Process], None]) -> int:
+    """Use the configuration that lies in `run` on the ranks that the launcher has started; returns the exit code."""
+    launch = Launch()
+    try:
+        launch = read_launch()
+        config = load_run_config(run)
         parallel = config.parallel
         process = start_process(
             config.train.device, parallel.timeout_seconds, launch, init_timeout_seconds=parallel.init_timeout_seconds
         )
         try:
-            use(open_trained(config, args.step, process, documents_apart=documents_apart, checkpoint=elsewhere))
+            use(config, process)
             sys.stdout.flush()
         finally:
             stop_process(process)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return refuse(error, speaks=launch.local_rank == 0)
     except RanksNotMet as error:
         return give_up(error)

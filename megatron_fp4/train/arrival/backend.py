@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_fp4.comm.agree import number_ranges
-from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.rendezvous import Rendezvous
 from megatron_fp4.precision.auto import (
     NOTHING_QUANTIZED,
@@ -75,11 +73,6 @@ def settle_backend(
         if verdict["reason"]:
             rejected.append(Rejection(name, verdict["reason"], verdict["failed"]))
     raise AssertionError("the last backend is taken or refused")
-
-
-def settle_alone(config: RunConfig, process: Process) -> CheckedConfig:
-    """The checked configuration of a run of this one process, whatever its layout says. Raises ValueError."""
-    return settle_backend(check_config(config, 1), 1, Rendezvous(Launch(), None), process.device)
 
 
 def with_backend(config: RunConfig, name: BackendName) -> RunConfig:

@@ -7,7 +7,7 @@
     checkpoints/      the newest checkpoint before the step: hard links, which cost nothing and outlive its retention
     replay.sh         one line that runs from there to the bad step again in the run's precision, and one for BF16
 
-Not here: when a step is bad (spikes.py), and the replay (cli/replay.py).
+Not here: when a step is bad (spikes.py), and the replay (proofs/replay.py).
 """
 
 from __future__ import annotations
@@ -120,12 +120,13 @@ def _write(
     if checkpoint is not None:
         target = directory / "checkpoints" / step_name(checkpoint)
         if not target.exists():
-            shutil.copytree(run.store.root / step_name(checkpoint), target, copy_function=_link)
+            shutil.copytree(run.store.root / step_name(checkpoint), target, copy_function=link_or_copy)
 
 
-def _link(source: str, target: str) -> str:
+def link_or_copy(source: str, target: str) -> str:
+    """A hard link, which costs nothing, where the file system has them; for `shutil.copytree`."""
     try:
         os.link(source, target)
-    except OSError:  # a file system without hard links
+    except OSError:  # without hard links, or another file system
         shutil.copy2(source, target)
     return target

@@ -23,7 +23,7 @@ from megatron_fp4.train.run import TrainingDiverged
 from megatron_fp4.train.sections import SpikeConfig
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.distributed import run_distributed
-from tests.helpers.tiny_run import tiny_run
+from tests.helpers.tiny_run import ROOT, tiny_run
 from tests.train.in_process import TrainerInProcess, falsify_loss, make_trainer, masters
 
 LADDER = (
@@ -126,6 +126,16 @@ def test_the_bundle_of_a_quantized_run_and_its_replay(tmp_path: Path) -> None:
     in_the_run = json.loads((bundle / "report.json").read_text())["loss"] / 10  # see `plant`
     assert quantized == pytest.approx(in_the_run, abs=1e-6), "the replay saw another batch, weights or rounding"
     assert bf16 != quantized, "--precision bf16 had no effect"
+
+    launcher = [ROOT / "launch/torchrun.sh", "--nproc-per-node", "2", "replay", str(bundle)]
+    config = (bundle / "config.yaml").read_text()
+    (bundle / "config.yaml").write_text(config.replace("  pp: 1\n", "  pp: 2\n"))
+    environment = {**os.environ, "MEGATRON_FP4_PYTHON": sys.executable}
+    done = subprocess.run(launcher, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (two_stages,) = (float(text.split()[0]) for text in done.stdout.split("step 12: loss ")[1:])
+    assert two_stages == quantized, "at pp 2 the step is another one than in one process"
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name], "its folder stayed"
     assert bf16 == pytest.approx(quantized, rel=0.05)
 
 
