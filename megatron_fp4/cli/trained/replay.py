@@ -16,7 +16,8 @@ from pathlib import Path
 from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.trained.opening import on_ranks
 from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.proofs.replay import in_bf16, replay
+from megatron_fp4.proofs.replay import replay
+from megatron_fp4.proofs.replay_config import in_bf16
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.bundle import REPORT
 

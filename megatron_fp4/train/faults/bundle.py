@@ -16,12 +16,16 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint.directory import step_name
+from megatron_fp4.comm.agree import decided_by_rank0
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.precision.statistics import Report, report_table
 from megatron_fp4.train.faults.rollback import checkpoint_before
 from megatron_fp4.train.faults.spikes import Judgement
@@ -120,11 +124,32 @@ def _write(
     if checkpoint is not None:
         target = directory / "checkpoints" / step_name(checkpoint)
         if not target.exists():
-            shutil.copytree(run.store.root / step_name(checkpoint), target, copy_function=link_or_copy)
+            shutil.copytree(run.store.root / step_name(checkpoint), target, copy_function=_link)
 
 
-def link_or_copy(source: str, target: str) -> str:
-    """A hard link, which costs nothing, where the file system has them; for `shutil.copytree`."""
+@contextmanager
+def replay_folder(bundle: Path, world: Group) -> Iterator[Path]:
+    """A run directory with the bundle's checkpoint, which all ranks see, removed at the end. Collective.
+
+    Several ranks have it beside the bundle, which all nodes see; there it holds links and no copies.
+    """
+
+    def make() -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="replay-", dir=bundle.parent if world.size > 1 else None))
+        if (bundle / "checkpoints").is_dir():
+            shutil.copytree(bundle / "checkpoints", folder / "checkpoints", copy_function=_link)
+        return folder.absolute()
+
+    folder = decided_by_rank0(make, world, OSError)
+    try:
+        yield folder
+        decided_by_rank0(lambda: shutil.rmtree(folder, ignore_errors=True), world)
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> str:
     try:
         os.link(source, target)
     except OSError:  # without hard links, or another file system
