@@ -88,6 +88,7 @@ def run_plan(
 
 LEFT_OUT = (
     "the allocator's fragmentation, CUDA's and NCCL's own memory (a few GB)",
+    "what a step that measures statistics needs besides (train.statistics_interval_steps); rehearse has its peak",
     "documents kept apart attend to fewer tokens than counted; padding of short ones",
     "dropout, norms, activations, the short convolution: inside the assumed efficiency",
     "fused Mamba kernels (model.mamba_kernel), which keep less than torch's scan; their activations are counted as its",
