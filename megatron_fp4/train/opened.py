@@ -84,4 +84,4 @@ def examiner(
     """What measures this engine on the held-out sets and task files of `data`."""
     config = checked.config
     micro_batch, vocab_size = config.train.micro_batch, config.model.vocab_size
-    return Examiner(engine, data.evaluations, data.tasks, mesh, device, micro_batch, vocab_size)
+    return Examiner(engine, data.evaluations, data.tasks, mesh, device, micro_batch, vocab_size, checked.tokenizer)

@@ -17,6 +17,7 @@ from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.launch import Launch
 from megatron_fp4.inference.precisions import table_of
 from megatron_fp4.train.evaluation import sets
+from megatron_fp4.train.evaluation.heldout import HeldOutLoss
 from megatron_fp4.train.open import open_trained
 from megatron_fp4.train.opened import examiner, open_data
 from megatron_fp4.train.telemetry.metrics import read_metrics
@@ -44,9 +45,10 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the command computed, all digits."""
     right, computed = sets.evaluate, []
 
-    def evaluate(*arguments: object) -> float:
-        computed.append(right(*arguments))  # type: ignore[arg-type]
-        return computed[-1]
+    def evaluate(*arguments: object) -> HeldOutLoss:
+        result = right(*arguments)  # type: ignore[arg-type]
+        computed.append(result.loss)
+        return result
 
     monkeypatch.setattr(sets, "evaluate", evaluate)
     return computed

@@ -47,10 +47,10 @@ def test_two_evaluations_of_frozen_weights_are_bit_equal(tmp_path: Path) -> None
     inner, table = trainer.run, trainer.run.plan.evaluation_table()
     for loader in inner.examiner.evaluations:
         inner.loader.batch(40, 4)
-        loss = evaluate(inner.engine, loader, table, inner.mesh, inner.device)
+        loss = evaluate(inner.engine, loader, table, inner.mesh, inner.device).loss
         if loader.name == "a":
             assert loss == logged["eval/a/loss"]
-        assert loss == evaluate(inner.engine, loader, table, inner.mesh, inner.device)
+        assert loss == evaluate(inner.engine, loader, table, inner.mesh, inner.device).loss
     assert [loader.name for loader in inner.examiner.evaluations] == ["a", "b"]
 
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_fp4.train.resume.differences import ABSENT, around_first_difference, compare_settings
-from megatron_fp4.train.telemetry.gaps import changed_data, last_gap, mark_of, no_gap_because
+from megatron_fp4.train.telemetry.gaps import changed_data, comparable_keys, last_gap, mark_of, no_gap_because, set_of
 from megatron_fp4.train.telemetry.goodput import goodput_of
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
 
@@ -122,18 +122,25 @@ def notes(runs: Sequence[RunSeries]) -> list[str]:
 def summary(runs: Sequence[RunSeries]) -> list[str]:
     """Per run: training loss, every held-out loss, each with its gap to the first run, and the speed."""
     labels = {"loss": f"training loss (mean of the last {SMOOTH_STEPS} steps)"}
-    labels |= {key: key for key in matching_keys(runs, "eval/.*/loss")}
+    labels |= {key: key for key in matching_keys(runs, "eval/.*/(loss|bits_per_byte)")}
     width = max(12, *(len(run.name) for run in runs))
     lines = []
     for run in runs:
         for key, label in labels.items():
             value = run.summary(key)
             if value is not None:
-                text = f"{run.name:<{width}} step {run.last_step:>6}  {label:<44} {number(value)}"
+                text = (
+                    f"{run.name:<{width}} step {run.last_step:>6}  {label:<44} {number(value)}{_perplexity(run, key)}"
+                )
                 lines.append(f"{text}{_not_finite(run, key)}{_gap(run, runs[0], key)}")
         if speed := _speed(run):
             lines.append(f"{run.name:<{width}} {speed}")
     return lines
+
+
+def _perplexity(run: RunSeries, key: str) -> str:
+    perplexity = run.summary(f"eval/{set_of(key)}/perplexity") if key.endswith("/loss") else None
+    return "" if perplexity is None else f" (perplexity {number(perplexity, '.4g')})"
 
 
 def number(value: float, how: str = ".4f") -> str:
@@ -159,7 +166,7 @@ def _not_finite(run: RunSeries, key: str) -> str:
 def _gap(run: RunSeries, base: RunSeries, key: str) -> str:
     if run is base or not base.curve(key).values:
         return ""
-    if reason := no_gap_because(run, base):
+    if (reason := no_gap_because(run, base)) and key not in comparable_keys(run, base):
         return f"   no gap: {reason}"
     gap = last_gap(run, base, key)
     if gap is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ class SentencePieceTokenizer:
 
     def piece(self, token_id: int) -> str:
         return self._model.id_to_piece(int(token_id))
+
+    def text_bytes(self) -> list[float]:
+        return [self._text_bytes(token) for token in range(self.vocab_size)]
+
+    def _text_bytes(self, token: int) -> float:
+        model = self._model
+        if model.is_unknown(token) or model.is_unused(token):
+            return math.nan
+        if model.is_control(token):
+            return 0.0
+        return 1.0 if model.is_byte(token) else float(len(self.piece(token).replace("\u2581", " ").encode()))
 
     def _keep_from_text(self) -> None:
         """Text never becomes what ends a document, or was chosen: a piece that users define becomes a control piece.

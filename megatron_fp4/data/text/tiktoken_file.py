@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import operator
 import re
 from collections import Counter
@@ -79,6 +80,7 @@ class TiktokenTokenizer:
         ranks = ranks_of(path, data)
         pattern, special = meaning_of(path, data)
         self.path = path
+        self._ranks, self._special = ranks, special
         _check_special(path, special, ranks)
         self._model = library.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         if not pattern or self.decode(self.encode_batch([PROBE])[0].tolist()) != PROBE:
@@ -103,6 +105,14 @@ class TiktokenTokenizer:
 
     def piece(self, token_id: int) -> str:
         return self._model.decode_single_token_bytes(int(token_id)).decode("utf-8", errors="backslashreplace")
+
+    def text_bytes(self) -> list[float]:
+        numbers = [math.nan] * self.vocab_size
+        for token, rank in self._ranks.items():
+            numbers[rank] = float(len(token))
+        for number in self._special.values():
+            numbers[number] = 0.0
+        return numbers
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []

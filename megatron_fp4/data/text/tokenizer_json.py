@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,8 @@ class HuggingFaceTokenizer:
         self._model.no_padding()
         if getattr(self._model.model, "dropout", None):  # of merges, for training: each encoding would be another one
             self._model.model.dropout = None
+        self._decoders = _types(stored.get("decoder"))
+        self._added = {token["id"]: "" if token["special"] else token["content"] for token in added}
         self._spelled: dict[int, list[int]] = {}
         if stored["model"].get("type") == "Unigram":
             special = {token["content"]: token["id"] for token in added if token["special"] and token["id"] != unknown}
@@ -82,6 +86,30 @@ class HuggingFaceTokenizer:
 
     def piece(self, token_id: int) -> str:
         return self._model.id_to_token(int(token_id)) or ""
+
+    def text_bytes(self) -> list[float]:
+        return [self._text_bytes(token) for token in range(self.vocab_size)]
+
+    def _text_bytes(self, token: int) -> float:
+        """Pieces over bytes have a character for each; others are text, but for U+2581 as blank, and <0xNN> as byte."""
+        piece = self.piece(token)
+        if token == self.special.unk or not piece:
+            return math.nan
+        if token in self._added:
+            return float(len(self._added[token].encode()))
+        if "ByteLevel" in self._decoders:
+            return float(len(piece))
+        if not {"Metaspace", "Replace", "Fuse"} & self._decoders:
+            return math.nan
+        is_byte = "ByteFallback" in self._decoders and re.fullmatch("<0x[0-9A-F]{2}>", piece)
+        return 1.0 if is_byte else float(len(piece.replace("\u2581", " ").encode()))
+
+
+def _types(part: dict[str, Any] | None) -> set[str]:
+    """The type of a part of a tokenizer.json, and those that a sequence is made of."""
+    part = part or {}
+    inner = [one for key in ("decoders", "normalizers", "pretokenizers") for one in part.get(key) or []]
+    return {part.get("type", "")}.union(*map(_types, inner))
 
 
 def _unknown(model: dict[str, Any], vocabulary: dict[str, int]) -> int | None:

@@ -6,8 +6,11 @@ Weights are the same.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from torch import nn
 from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.evaluation import EvalLoader
+from megatron_fp4.data.text.text_bytes import TextBytes
 from megatron_fp4.layers.linear import assign_precision, linears_of
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.engine import Engine
@@ -62,6 +66,27 @@ def evaluating(stages: list[nn.Module], table: PrecisionTable) -> Iterator[None]
                 linear.precision = precisions[name]
 
 
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """loss: mean, in nats per target token. bits_per_byte: of text; None where the bytes are not known."""
+
+    loss: float
+    bits_per_byte: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss: among how many equally likely tokens the model is undecided. Infinite beyond FP64."""
+        return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
+
+    def __str__(self) -> str:
+        text = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g}"
+        return text if self.bits_per_byte is None else f"{text}, {self.bits_per_byte:.4f} bits per byte"
+
+    def metrics(self) -> dict[str, float]:
+        numbers = {"loss": self.loss, "perplexity": self.perplexity}
+        return numbers if self.bits_per_byte is None else numbers | {"bits_per_byte": self.bits_per_byte}
+
+
 def evaluate(
     engine: Engine,
     loader: EvalLoader,
@@ -70,14 +95,15 @@ def evaluate(
     device: torch.device,
     beat: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
-) -> float:
-    """Mean loss in nats per target token over the whole set; the same on every rank. beat: called after each batch.
+    text_bytes: TextBytes | None = None,
+) -> HeldOutLoss:
+    """The loss over the whole set; the same on every rank. beat: called after each batch. text_bytes: of the tokenizer.
 
     stop: whether this rank is asked to stop. Raises EvaluationStopped on all ranks soon after one was. The host waits
     for the device once, for the sums at the end.
     """
     total = torch.zeros(1, dtype=torch.float64, device=device)
-    num_targets = 0
+    num_targets, num_bytes = 0, 0.0
     vote: StopVote | None = None
     with evaluating(list(engine.stages), table):
         for number, batch in enumerate(loader):
@@ -90,7 +116,8 @@ def evaluate(
                 total += loss.double()
                 if mesh.cp.rank == 0:
                     num_targets += int(batch.loss_mask.sum())
+                    num_bytes += text_bytes.of_targets(batch) if text_bytes else 0.0
             beat()
-    sums = torch.cat([total, torch.full_like(total, num_targets)])
-    loss_sum, count = all_reduce_sum(sums, mesh.world).tolist()
-    return loss_sum / count
+    sums = torch.cat([total, *(torch.full_like(total, count) for count in (num_targets, num_bytes))])
+    loss_sum, count, all_bytes = all_reduce_sum(sums, mesh.world).tolist()
+    return HeldOutLoss(loss_sum / count, loss_sum / math.log(2) / all_bytes if all_bytes > 0 else None)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.data.evaluation import EvalLoader
 from megatron_fp4.data.tasks import TaskSet
+from megatron_fp4.data.text.text_bytes import TextBytes, text_bytes
+from megatron_fp4.data.text.tokenizer import Tokenizer
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.evaluation.heldout import EvaluationStopped, evaluate
@@ -29,7 +32,10 @@ class SetResult:
 
 @dataclass(frozen=True)
 class Examiner:
-    """An engine and what it is examined by, on the ranks of a mesh. micro_batch: rows of a task at once."""
+    """An engine and what it is examined by, on the ranks of a mesh. micro_batch: rows of a task at once.
+
+    tokenizer: of the data, by which losses are told per byte of text; None where the run names none.
+    """
 
     engine: Engine
     evaluations: Sequence[EvalLoader]
@@ -38,14 +44,21 @@ class Examiner:
     device: torch.device
     micro_batch: int
     vocab_size: int
+    tokenizer: Tokenizer | None = None
+
+    @cached_property
+    def _text_bytes(self) -> TextBytes | None:
+        """Made when it is first needed: of a large vocabulary it takes a second."""
+        return text_bytes(self.tokenizer) if self.tokenizer else None
 
     def examine(
         self, table: PrecisionTable, beat: Callable[[], None] = lambda: None, stop: Callable[[], bool] = lambda: False
     ) -> Iterator[SetResult]:
         """One set after the other, computed by this table. beat, stop, and what it raises: as `heldout.evaluate`."""
         for loader in self.evaluations:
-            loss = evaluate(self.engine, loader, table, self.mesh, self.device, beat, stop)
-            yield SetResult(f"{loader.name} loss {loss:.4f}", {f"eval/{loader.name}/loss": loss}, loss)
+            held_out = evaluate(self.engine, loader, table, self.mesh, self.device, beat, stop, self._text_bytes)
+            metrics = {f"eval/{loader.name}/{name}": value for name, value in held_out.metrics().items()}
+            yield SetResult(f"{loader.name} {held_out}", metrics, held_out.loss)
         for tasks in self.tasks:
             score = answer_tasks(
                 self.engine,

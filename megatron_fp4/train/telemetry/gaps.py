@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fp4.train.telemetry.series import Curve, RunSeries
+from megatron_fp4.train.telemetry.series import Curve, RunSeries, matching_keys
 
 NOT_DATA = ("tokenizer", "evaluation", "tasks", "prefetch_batches", "index_cache")
 """Settings of `data` that do not say which text is trained on."""
@@ -81,10 +81,19 @@ def no_gap_because(run: RunSeries, base: RunSeries) -> str:
     return "" if same else "other tokenizer: nats per token do not compare"
 
 
+def comparable_keys(run: RunSeries, base: RunSeries) -> list[str]:
+    """The losses whose gap means something: between tokenizers only those per byte of text."""
+    if no_gap_because(run, base):
+        return matching_keys([run, base], "eval/.*/bits_per_byte")
+    return ["loss", *matching_keys([run, base], "eval/.*/loss")]
+
+
 def mark_of(run: RunSeries, base: RunSeries, key: str) -> str:
     """What stands beside a gap of two losses that are not of the same text; "" where they are, or nothing is known."""
     if key == "loss":
         return "other data" if changed_data(run, base) else ""
+    if no_gap_because(run, base):
+        return "other tokenizer, so it holds only if the text is the same"
     name = set_of(key)
     return "other held-out data" if _held_out(run, base, name) != _held_out(base, run, name) else ""
 
@@ -109,8 +118,8 @@ def changed_data(run: RunSeries, base: RunSeries) -> list[str]:
 
 
 def set_of(key: str) -> str:
-    """The name of the held-out set of a metric `eval/NAME/loss`."""
-    return key.removeprefix("eval/").removesuffix("/loss")
+    """The name of the held-out set of a metric, such as `eval/NAME/loss`."""
+    return key.removeprefix("eval/").rpartition("/")[0]
 
 
 def _data_settings(run: RunSeries) -> Mapping[str, Any]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_fp4.data.shards.shard import TokenShard
+from megatron_fp4.data.text.text_bytes import TextBytes
+from megatron_fp4.data.text.tokenizer import Tokenizer
 from megatron_fp4.train.evaluation import heldout as evaluate_module
-from megatron_fp4.train.evaluation.heldout import EvaluationStopped, evaluate
+from megatron_fp4.train.evaluation import sets
+from megatron_fp4.train.evaluation.heldout import EvaluationStopped, HeldOutLoss, evaluate
 from tests.helpers.tiny_run import VOCABULARY, tiny_run
 from tests.train.in_process import TrainerInProcess, make_trainer
 
@@ -27,7 +32,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> TrainerInProcess:
 
 def measured(trainer: TrainerInProcess) -> float:
     run = trainer.run
-    return evaluate(run.engine, run.examiner.evaluations[0], run.plan.evaluation_table(), run.mesh, run.device)
+    return evaluate(run.engine, run.examiner.evaluations[0], run.plan.evaluation_table(), run.mesh, run.device).loss
 
 
 @torch.no_grad()
@@ -54,6 +59,43 @@ def test_a_head_of_zeros_knows_nothing(trainer: TrainerInProcess) -> None:
     with torch.no_grad():
         head.zero_()
     assert measured(trainer) == pytest.approx(math.log(VOCABULARY), rel=1e-7)
+
+
+def test_perplexity_and_bits_per_byte_are_the_same_loss(
+    trainer: TrainerInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token n stands for n % 5 bytes; the bits of all targets over the bytes of all targets."""
+    lengths = torch.arange(VOCABULARY, dtype=torch.float64) % 5
+    monkeypatch.setattr(sets, "text_bytes", lambda _: TextBytes(lengths, None, False))
+    run = trainer.run
+    shard = TokenShard(run.config.data.evaluation[0].paths[0])
+    tokens = [t for number in range(20) for t in shard.document(number).tolist()][1:NUM_TOKENS]
+    examiner = replace(run.examiner, tokenizer=cast(Tokenizer, object()))
+    (result,) = examiner.examine(run.plan.evaluation_table())
+    loss = measured(trainer)
+    assert result.metrics == {
+        "eval/a/loss": loss,
+        "eval/a/perplexity": math.exp(loss),
+        "eval/a/bits_per_byte": pytest.approx(loss * len(tokens) / math.log(2) / sum(token % 5 for token in tokens)),
+    }
+    assert f"loss {loss:.4f}, perplexity {math.exp(loss):.4g}, " in result.text
+    assert result.text.endswith(" bits per byte")
+
+
+def test_what_is_not_known_is_absent_and_not_guessed(
+    trainer: TrainerInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer.run
+    (alone,) = run.examiner.examine(run.plan.evaluation_table())
+    assert set(alone.metrics) == {"eval/a/loss", "eval/a/perplexity"}, "the run names no tokenizer"
+    monkeypatch.setattr(sets, "text_bytes", lambda _: TextBytes(torch.full((VOCABULARY,), math.nan), None, False))
+    (unknown,) = replace(run.examiner, tokenizer=cast(Tokenizer, object())).examine(run.plan.evaluation_table())
+    assert unknown.metrics == alone.metrics
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    assert HeldOutLoss(1000.0).perplexity == math.inf
+    assert str(HeldOutLoss(math.log(2), 0.5)) == "loss 0.6931, perplexity 2, 0.5000 bits per byte"
 
 
 def test_a_stop_is_voted_on_every_few_batches(trainer: TrainerInProcess, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_fp4.cli.render.report.charts import MAX_POINTS, Chart, ChartLine, Points
-from megatron_fp4.train.telemetry.gaps import gap_percent, mark_of, no_gap_because, set_of
+from megatron_fp4.train.telemetry.gaps import comparable_keys, gap_percent, mark_of, no_gap_because, set_of
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
 
 LOSS = "loss (nats per token)"
@@ -50,8 +50,7 @@ def charts(runs: Sequence[RunSeries]) -> list[Chart]:
     drawn = [losses(runs)]
     if len(runs) > 1:
         drawn.append(_gaps(runs))
-    if evaluations := matching_keys(runs, "eval/.*/bits_per_byte"):
-        lines = [line for key in evaluations for line in _dots(runs, key, evaluations.index(key), "/bits_per_byte")]
+    if lines := _dots(runs, "bits_per_byte"):
         drawn.append(Chart("bits per byte of held-out text", lines, about="Independent of the tokenizer."))
     panels = (panel for panel in PANELS if matching_keys(runs, panel.keys))
     return drawn + [chart for panel in panels if (chart := _panel(runs, panel)).lines]
@@ -60,7 +59,6 @@ def charts(runs: Sequence[RunSeries]) -> list[Chart]:
 def losses(runs: Sequence[RunSeries]) -> Chart:
     """Every loss, behind it its trend, and held-out losses as dots, a shape for each set."""
     window = SMOOTH_STEPS * max(run.curve("loss").spacing for run in runs)
-    sets = matching_keys(runs, "eval/.*/loss")
     lines, every_step = list[ChartLine](), list[ChartLine]()
     broken = list[tuple[int, float, int]]()
     for number, run in enumerate(runs):
@@ -74,7 +72,7 @@ def losses(runs: Sequence[RunSeries]) -> Chart:
         every_step.append(ChartLine(f"{name}: each step", number, raw, "raw"))
         points = zip(raw.tokens, raw.steps or [], raw.values, strict=True)
         broken += [(number, tokens, step) for tokens, step, value in points if not math.isfinite(value)][:MAX_POINTS]
-    lines += [line for index, key in enumerate(sets) for line in _dots(runs, key, index, "/loss")]
+    lines += _dots(runs, "loss")
     lines += every_step
     about = (
         f"Thick lines go through the middle of {SMOOTH_STEPS} steps, fewer in a short run (of the run with the largest"
@@ -84,30 +82,35 @@ def losses(runs: Sequence[RunSeries]) -> Chart:
     return Chart(LOSS, lines, wide=True, about=about, broken=broken)
 
 
-def _dots(runs: Sequence[RunSeries], key: str, shape: int, ending: str) -> list[ChartLine]:
-    """A held-out metric of all runs that have it."""
-    points = ((number, run, Points.of(run, key)) for number, run in enumerate(runs))
-    name = set_of(key.removesuffix(ending))
-    return [ChartLine(f"{run.name}: {name}", n, one, "dots", shape=shape) for n, run, one in points if one.values]
+def _sets(runs: Sequence[RunSeries]) -> list[str]:
+    """The names of all held-out sets; the place in it is the shape of a set's dots."""
+    return list(dict.fromkeys(map(set_of, matching_keys(runs, "eval/.*/loss"))))
+
+
+def _dots(runs: Sequence[RunSeries], metric: str) -> list[ChartLine]:
+    """A metric of every held-out set, of all runs that have it."""
+    return [
+        ChartLine(f"{run.name}: {name}", number, points, "dots", shape=shape)
+        for shape, name in enumerate(_sets(runs))
+        for number, run in enumerate(runs)
+        if (points := Points.of(run, f"eval/{name}/{metric}")).values
+    ]
 
 
 def _gaps(runs: Sequence[RunSeries]) -> Chart:
-    """What losses differ by from the first run's, at equal tokens."""
+    """What losses differ by from the first run's, at equal tokens; between tokenizers per byte of text."""
     base, *others = runs
     lines = []
     for number, run in enumerate(others, 1):
-        if no_gap_because(run, base):
-            continue
-        for shape, key in enumerate(["loss", *matching_keys([run, base], "eval/.*/loss")]):
-            gap = gap_percent(run, base, key)
-            mark = mark_of(run, base, key)
-            of = f"{run.name}: {set_of(key)}" if shape else run.name
+        for key in comparable_keys(run, base):
+            gap, mark = gap_percent(run, base, key), mark_of(run, base, key)
+            name = run.name if key == "loss" else f"{run.name}: {set_of(key)}"
+            name += f" ({mark})" if mark else ""
             points = Points(gap.tokens, None, gap.values)
-            if gap.values:
-                style = "dots" if shape else "line"
-                lines.append(
-                    ChartLine(f"{of} ({mark})" if mark else of, number, points, style, shape=max(0, shape - 1))
-                )
+            if key == "loss" and gap.values:
+                lines.append(ChartLine(name, number, points))
+            elif gap.values:
+                lines.append(ChartLine(name, number, points, "dots", shape=_sets(runs).index(set_of(key))))
     about = f"At equal consumed tokens, whatever the batch size; the line is of means of {SMOOTH_STEPS} values."
     return Chart(f"loss against {base.name}, percent", lines, unit="percent", wide=True, zero=True, about=about)
 

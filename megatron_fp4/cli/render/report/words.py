@@ -12,7 +12,7 @@ from typing import Any
 from megatron_fp4.cli.render.comparison import changed_settings, notes, number, tokens_text
 from megatron_fp4.train.history.events import EventKind, RunEvent
 from megatron_fp4.train.resume.differences import ABSENT
-from megatron_fp4.train.telemetry.gaps import gap_percent, last_gap, no_gap_because, set_of
+from megatron_fp4.train.telemetry.gaps import comparable_keys, gap_percent, last_gap, no_gap_because, set_of
 from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
 
 SETTINGS_IN_A_SENTENCE = 4
@@ -52,13 +52,13 @@ def _losses(run: RunSeries) -> Iterator[tuple[str, str]]:
 
 def _against(run: RunSeries, base: RunSeries) -> str:
     """Each loss against the first run's at the last tokens that both have."""
-    if no_gap_because(run, base):
-        return ""
     parts: dict[str, list[str]] = {}
-    for key in ["loss", *matching_keys([run, base], "eval/.*/loss")]:
+    for key in comparable_keys(run, base):
         if (gap := last_gap(run, base, key)) is not None:
             parts.setdefault(tokens_text(gap.tokens), []).append(f"{_of(key)} is {_amount(gap.percent)}")
     texts = [f"At {tokens} tokens, {', '.join(of_tokens)} that of {base.name}." for tokens, of_tokens in parts.items()]
+    if reason := no_gap_because(run, base):
+        texts.append(f"Its other losses are not compared with those of {base.name}: {reason}.")
     return " ".join(texts) or f"It has no tokens in common with {base.name}."
 
 
@@ -71,7 +71,8 @@ def _amount(percent: float) -> str:
 
 
 def _of(key: str) -> str:
-    return "the training loss" if key == "loss" else f"the loss on {set_of(key)}"
+    of = "bits per byte" if key.endswith("/bits_per_byte") else "the loss"
+    return "the training loss" if key == "loss" else f"{of} on {set_of(key)}"
 
 
 def _settings(run: RunSeries, base: RunSeries) -> str:
