@@ -122,25 +122,32 @@ def notes(runs: Sequence[RunSeries]) -> list[str]:
 def summary(runs: Sequence[RunSeries]) -> list[str]:
     """Per run: training loss, every held-out loss, each with its gap to the first run, and the speed."""
     labels = {"loss": f"training loss (mean of the last {SMOOTH_STEPS} steps)"}
-    labels |= {key: key for key in matching_keys(runs, "eval/.*/(loss|bits_per_byte)")}
+    labels |= {key: key for key in matching_keys(runs, "eval/.*/loss")}
+    if any(no_gap_because(run, runs[0]) for run in runs):  # then it is all that compares
+        labels |= {key: key for key in matching_keys(runs, "eval/.*/bits_per_byte")}
     width = max(12, *(len(run.name) for run in runs))
     lines = []
     for run in runs:
         for key, label in labels.items():
             value = run.summary(key)
             if value is not None:
-                text = (
-                    f"{run.name:<{width}} step {run.last_step:>6}  {label:<44} {number(value)}{_perplexity(run, key)}"
-                )
+                text = f"{run.name:<{width}} step {run.last_step:>6}  {label:<44} {number(value)}{_beside(run, key)}"
                 lines.append(f"{text}{_not_finite(run, key)}{_gap(run, runs[0], key)}")
         if speed := _speed(run):
             lines.append(f"{run.name:<{width}} {speed}")
     return lines
 
 
-def _perplexity(run: RunSeries, key: str) -> str:
-    perplexity = run.summary(f"eval/{set_of(key)}/perplexity") if key.endswith("/loss") else None
-    return "" if perplexity is None else f" (perplexity {number(perplexity, '.4g')})"
+def other_forms(run: RunSeries, name: str) -> list[str]:
+    """The loss on a held-out set as perplexity, and in bits per byte where the bytes are known."""
+    perplexity, bits = (run.summary(f"eval/{name}/{metric}") for metric in ("perplexity", "bits_per_byte"))
+    texts = [] if perplexity is None else [f"perplexity {number(perplexity, '.4g')}"]
+    return texts if bits is None else [*texts, f"{number(bits)} bits per byte"]
+
+
+def _beside(run: RunSeries, key: str) -> str:
+    forms = other_forms(run, set_of(key)) if re.fullmatch("eval/.*/loss", key) else []
+    return f" ({', '.join(forms)})" if forms else ""
 
 
 def number(value: float, how: str = ".4f") -> str:

@@ -271,3 +271,24 @@ def test_the_picture_of_ten_trillion_tokens_says_trillions(tmp_path: Path) -> No
     svg = (tmp_path / "loss.svg").read_text()
     assert "consumed tokens (trillions)" in svg
     assert "run: web" in svg
+
+
+def test_between_tokenizers_bits_per_byte_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nats per token are not: a vocabulary of shorter pieces has less of them to tell per token."""
+    runs = []
+    for name, factor in (("base", 1.0), ("short", 0.5)):
+        bits = {"eval/web/perplexity": 7.0, "eval/web/bits_per_byte": 1.0 + (name == "short") / 50}
+        run = a_run(tmp_path / name, factor, lambda step, bits=bits: {} if step % 10 else bits)  # type: ignore[misc]
+        (run / "config.yaml").write_text(json.dumps({"data": {"tokenizer": f"{name}.model"}}))
+        runs.append(run)
+    path = tmp_path / "page.html"
+    assert main([*map(str, runs), "--html", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "eval/web/loss" in out
+    assert "(perplexity 7, 1.0200 bits per byte)   no gap: other tokenizer" in out
+    assert re.search(r"eval/web/bits_per_byte +1.0200   \+2.00% against base at 40.00 M tokens \(other tokenizer", out)
+    words = read_page(path).texts["p"][1]
+    assert "At 40.00 M tokens, bits per byte on web is 2.00 % above that of base." in words
+    assert "Its other losses are not compared with those of base: other tokenizer" in words
+    gaps = next(chart for chart in drawn(path)["charts"] if "against" in chart["title"])
+    assert [line["y"][-1] for line in gaps["lines"]] == [2.0]

@@ -46,10 +46,11 @@ def write_report(runs: Sequence[RunSeries], path: Path) -> None:
         f'<section class="words">{"".join(map(_paragraph, in_words(runs, events)))}</section>',
         *([f"<h2>Settings that differ</h2>{differing}"] if differing else []),
         f"<h2>Results</h2>{facts.results(runs)}",
-        f'<h2>Curves</h2><div id="bar"></div><p class="note">{HINT}</p><noscript><p>The plots need JavaScript;'
+        f'<h2 id="curves">Curves</h2><div id="bar"></div><p class="note">{HINT}</p><noscript><p>Plots need JavaScript;'
         " <code>megatron-fp4 report RUN --plot loss.png</code> makes a picture.</p></noscript>",
         _places(drawn, 0),
-        *([f"<h2>Quantization</h2>{_places(quantized, len(drawn))}{facts.operands(runs, rows)}"] if quantized else []),
+        *([f'<h2 id="quantization">Quantization</h2>{_places(quantized, len(drawn))}'] if quantized else []),
+        *([facts.operands(runs, rows)] if quantized else []),
         *([f"<h2>What happened on the way</h2>{happened}"] if happened else []),
         f"<h2>What the runs are</h2>{facts.what_they_are(runs)}{''.join(map(facts.commands, runs))}",
         *(text for run in runs if (text := facts.spikes(run))),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_fp4.cli.render.comparison import changed_settings, notes, number, tokens_text
+from megatron_fp4.cli.render.comparison import changed_settings, notes, number, other_forms, tokens_text
 from megatron_fp4.train.history.events import EventKind, RunEvent
 from megatron_fp4.train.resume.differences import ABSENT
 from megatron_fp4.train.telemetry.gaps import comparable_keys, gap_percent, last_gap, no_gap_because, set_of
@@ -41,13 +41,9 @@ def _losses(run: RunSeries) -> Iterator[tuple[str, str]]:
     if (loss := run.summary("loss")) is not None:
         yield "training loss", f"{number(loss)} (mean of the last {SMOOTH_STEPS} steps)"
     for key in matching_keys([run], "eval/.*/loss"):
-        value, name = run.summary(key), set_of(key)
-        of = [f"eval/{name}/{metric}" for metric in ("perplexity", "bits_per_byte")]
-        perplexity, bits = (run.summary(one) for one in of)
-        beside = [f"perplexity {number(perplexity, '.4g')}"] if perplexity is not None else []
-        beside += [f"{number(bits)} bits per byte"] if bits is not None else []
+        value, beside = run.summary(key), other_forms(run, set_of(key))
         if value is not None:
-            yield f"loss on {name}", number(value) + (f" ({', '.join(beside)})" if beside else "")
+            yield f"loss on {set_of(key)}", number(value) + (f" ({', '.join(beside)})" if beside else "")
 
 
 def _against(run: RunSeries, base: RunSeries) -> str:

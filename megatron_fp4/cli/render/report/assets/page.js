@@ -168,7 +168,7 @@
       cursor: { sync: { key: "report", scales: ["x", null] }, dataIdx: nearest, drag: { x: true, y: true, uni: 24 },
         points: { size: 7 } },
       axes: [
-        { stroke: ink, grid, ticks, space: 60, values: (u, ticks) => ticks.map((one) => counted(one)), size: 42,
+        { stroke: ink, grid, ticks, space: 60, values: (u, ticks) => ticks.map((one) => counted(one)), size: 30,
           label: view.axis === "t" ? "consumed tokens" : "steps", labelSize: 18, labelFont: "12px system-ui, sans-serif" },
         { stroke: ink, grid, ticks, size: 58, values: (u, ticks) => ticks.map((one) => (one == null ? "" : write(one, 4))) },
       ],
