@@ -30,7 +30,7 @@ while (($#)); do
       ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
-    --multirun) break ;;
+    --multirun | --cfg | --config-dir | --config-dir=*) break ;; # the program's own
     --*) die "unknown option $1; see launch/torchrun.sh --help" ;;
     *) break ;;
   esac

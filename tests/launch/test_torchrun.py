@@ -47,6 +47,12 @@ def test_a_sweep_is_one_program_that_starts_the_ranks_of_each_run(programs: Prog
     assert "MEGATRON_FP4_EXPECTED_WORLD_SIZE" not in environment
 
 
+@pytest.mark.parametrize("own", [["--config-dir", "mine"], ["--config-dir=mine"], ["--cfg"]])
+def test_options_of_the_program_may_come_first(programs: Programs, own: list[str]) -> None:
+    arguments, _ = launch_line(programs, "--nproc-per-node", "1", *own, "a=1")
+    assert arguments[-len(own) - 1 :] == [*own, "a=1"]
+
+
 def test_double_dash_ends_the_options(programs: Programs) -> None:
     arguments, _ = launch_line(programs, "--nproc-per-node", "1", "--", "--help")
     assert arguments[-1] == "--help"

@@ -48,13 +48,15 @@ class PointEnd:
 class PointTask:
     """Starts a run of a sweep and waits for it; never raises for a run that fails.
 
-    root: folder of all runs. keys: what differs between them. command: what starts a run, before its overrides.
+    root: folder of all runs. keys: what differs between them. command: what starts a run, before its overrides;
+    options: what follows those.
     """
 
-    def __init__(self, root: str, keys: Sequence[str], command: Sequence[str]) -> None:
+    def __init__(self, root: str, keys: Sequence[str], command: Sequence[str], options: Sequence[str] = ()) -> None:
         self.root = root
         self.keys = tuple(keys)
         self.command = tuple(command)
+        self.options = tuple(options)
         self.stopped = False
 
     def __call__(self, _settings: DictConfig) -> PointEnd:
@@ -62,8 +64,9 @@ class PointTask:
         name, run_dir = self.place(overrides)
         if self.stopped:
             return PointEnd(name, run_dir, None)
-        own = [f"{RUN_DIR}={QuotedString(run_dir, Quote.single).with_quotes()}"]
-        code = _run([*self.command, *(one for one in overrides if one.partition("=")[0] != RUN_DIR), *own])
+        own = f"{RUN_DIR}={QuotedString(run_dir, Quote.single).with_quotes()}"
+        others = [override for override in overrides if override.partition("=")[0] != RUN_DIR]
+        code = _run([*self.command, *others, own, *self.options])
         self.stopped = code in (EXIT_REQUEUE, EXIT_INTERRUPTED)
         return PointEnd(name, run_dir, code)
 

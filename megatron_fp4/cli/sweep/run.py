@@ -55,13 +55,13 @@ def sweep(overrides: Sequence[str], config_dirs: Sequence[Path], launch: str) ->
         for override in overrides
         if override not in hydras and not override.lstrip("+").startswith(SEARCHPATH)
     ]
-    command = [*(shlex.split(launch) or [sys.executable, "-m", "megatron_fp4.pretrain"])]
-    command += [f"--config-dir={folder}" for folder in places.folders[1:]]
+    command = shlex.split(launch) or [sys.executable, "-m", "megatron_fp4.pretrain"]
+    options = [f"--config-dir={folder}" for folder in places.folders[1:]]
     try:
         with initialize_config_dir(str(CONFIG_DIR), job_name="sweep", version_base="1.3"):
             keys, points = _points([*own, *places.searchpath()])
         root = _root(points[0], hydras, config_dirs)
-        task = PointTask(root, keys, command)
+        task = PointTask(root, keys, command, options)
         _check(points, task, config_dirs, launch)
         hydras = [*hydras, *QUIET, f"hydra.sweep.dir={QuotedString(root, Quote.single).with_quotes()}"]
         with initialize_config_dir(str(CONFIG_DIR), job_name="sweep", version_base="1.3"):

@@ -77,11 +77,11 @@ def test_combinations_and_their_arguments(tmp_path: Path, launcher: Launcher) ->
     assert code == 2, "nothing has metrics, so nothing can be compared"
     assert len(launcher.runs()) == 4
     for words in launcher.runs():
-        assert words[0] == f"--config-dir={own}"
+        assert words[-1] == f"--config-dir={own}", "behind the overrides, where no launcher takes it for its own"
         assert "logging.wandb_name='20_1'" in words, "text stays text"
         assert sum(word.startswith("train.run_dir=") for word in words) == 1
     first = "train.global_batch=10,experiment="
-    assert f"train.run_dir='{tmp_path}/sweep/{first}" in launcher.runs()[0][-1]
+    assert f"train.run_dir='{tmp_path}/sweep/{first}" in launcher.runs()[0][-2]
 
 
 def test_a_run_that_fails_does_not_end_the_sweep(
