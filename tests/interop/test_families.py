@@ -141,6 +141,12 @@ def test_full_size_shapes_are_those_of_the_class() -> None:
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in other.state_dict().items()}
 
 
+def test_a_hybrid_says_its_pattern_as_servers_read_it() -> None:
+    """Where it is missing, their classes have the pattern and the number of layers of another model."""
+    values = transformers_config(HYBRID, seq_length=64)
+    assert (values["hybrid_override_pattern"], values["num_hidden_layers"]) == ("M-*M-", 5)
+
+
 def test_the_older_prefix_is_understood() -> None:
     logical = {p.name: torch.randn(p.shape) for p in model_parameters(HYBRID)}
     state = {k.replace("model.", "backbone.", 1): v for k, v in to_transformers(HYBRID, logical).items()}

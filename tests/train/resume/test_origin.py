@@ -84,17 +84,25 @@ def test_a_resume_reads_no_origin_and_remembers_it(source: TinyRun, tmp_path: Pa
     assert [len(digest) for digest in origin["files"].values()] == [16]
 
 
-def _two_ranks(rank: int, world_size: int, overrides: tuple[str, ...]) -> list[tuple[Any, Tensor]]:
-    trainer, _ = make_trainer(overrides, rank, world_size)
-    return [(one.where, one.tensors["master"].clone()) for one in trainer.run.optimizer.state_shards()]
+def _two_ranks(rank: int, world_size: int, runs: list[tuple[str, ...]]) -> list[list[tuple[Any, Tensor]]]:
+    trainers = [make_trainer(overrides, rank, world_size)[0] for overrides in runs]
+    return [
+        [(one.where, one.tensors["master"].clone()) for one in trainer.run.optimizer.state_shards()]
+        for trainer in trainers
+    ]
 
 
 def test_two_ranks_read_their_rectangles(source: TinyRun, tmp_path: Path) -> None:
+    """Of tensors that are cut, and of the layers of a stage."""
     expected = stored(beside(source, "weights"))
-    run = begun(source, tmp_path, "hf", "parallel.tp=2")
-    for shards in run_distributed(_two_ranks, 2, run.overrides):
-        assert any(where.shape != where.global_shape for where, _ in shards)
-        assert all(torch.equal(master, expected[where.name][where.slices]) for where, master in shards)
+    runs = [begun(source, tmp_path, "hf", f"parallel.{axis}=2").overrides for axis in ("tp", "pp")]
+    ranks = run_distributed(_two_ranks, 2, runs)
+    for tensor_parallel, pipeline in ranks:
+        assert any(where.shape != where.global_shape for where, _ in tensor_parallel)
+        assert all(torch.equal(one, expected[where.name][where.slices]) for where, one in tensor_parallel + pipeline)
+    names = [{where.name for where, _ in pipeline} for _, pipeline in ranks]
+    assert names[0] | names[1] == expected.keys()
+    assert not names[0] & names[1]
 
 
 def test_another_tokenizer_is_said_aloud(tmp_path: Path) -> None:
