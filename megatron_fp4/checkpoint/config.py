@@ -40,7 +40,7 @@ class CheckpointConfig:
     timeout_seconds: Annotated[float, Bound(above=0, most=MAX_SECONDS)] = 300.0
     """A save that takes longer has failed; below parallel.timeout_seconds, because at the next save the other ranks
     wait in a collective for the slowest one."""
-    max_failures: Count = 0
+    max_failures: Count = 3
     """Failed saves in a row after which the next one ends the run; 0 = never: each failure is logged, the next save is
     the retry."""
 

@@ -12,6 +12,7 @@ from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.data_phases import DataPhaseLog
 from megatron_fp4.train.telemetry.metrics import Metrics
 from megatron_fp4.train.telemetry.norms import parameter_norm
+from megatron_fp4.train.telemetry.operator.unsaved import UnsavedWatch
 from megatron_fp4.train.telemetry.quantization import write_statistics
 from megatron_fp4.train.telemetry.stragglers import describe, is_due, straggler_metrics
 from megatron_fp4.train.telemetry.throughput import Throughput
@@ -32,6 +33,7 @@ class StepLog:
         self._data = DataPhaseLog(run, console)
         self._checked = run.probes.checked_table
         self._throughput = Throughput(run.config, run.mesh.world.size, run.device)
+        self._unsaved = UnsavedWatch(run.config)
         self._ledger: LedgerWriter | None = None
         if run.mesh.is_main:
             folder, step = run.config.train.run_dir, position.step + 1
@@ -62,6 +64,8 @@ class StepLog:
         values = self._values(result, num_samples * run.config.data.seq_length)
         self._metrics.write(step, values)
         self._console.step(step, values)
+        if warning := self._unsaved.warning(step, result.position.samples):
+            self._console.say(warning)
         self._tell_checked_gemms(step)
         if run.phases.timer and (device := run.phases.timer.previous_step()):
             self._metrics.write(step - 1, {f"device/{phase}_seconds": value for phase, value in device.items()})
