@@ -89,3 +89,13 @@ def test_program_and_volumes_exist() -> None:
     user = re.search(r"(?m)^USER (\d+)$", (ROOT / "Dockerfile").read_text())
     assert user
     assert POD["securityContext"]["runAsUser"] == int(user[1]), "not the user of the image"
+
+
+def test_data_is_only_read_and_owners_are_not_changed_file_by_file() -> None:
+    (claim,) = (volume for volume in POD["volumes"] if volume["name"] == "data")
+    (mount,) = (mount for mount in TRAINER["volumeMounts"] if mount["name"] == "data")
+    assert claim["persistentVolumeClaim"]["readOnly"]
+    assert mount["readOnly"]
+    assert POD["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+    assert {"cpu", "memory"} <= TRAINER["resources"]["requests"].keys()
+    assert TRAINER["envFrom"][0]["secretRef"]["optional"], "a run without secrets could not start"

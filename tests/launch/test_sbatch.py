@@ -111,3 +111,10 @@ def test_no_hosts_is_an_error_and_not_localhost(programs: Programs) -> None:
     done = programs.run(SCRIPT, (), JOB)
     assert done.returncode == 2
     assert not programs.calls("srun")
+
+
+def test_a_command_takes_the_place_of_training(programs: Programs) -> None:
+    submit(programs, ["evaluate", "/runs/mine", "--precision", "bf16"], {"SLURM_NTASKS_PER_NODE": "4"})
+    (call,) = programs.calls("srun")
+    assert call["arguments"][-6:] == ["-m", "megatron_fp4", "evaluate", "/runs/mine", "--precision", "bf16"]
+    assert call["environment"]["MEGATRON_FP4_EXPECTED_WORLD_SIZE"] == "8", "2 trays of 4"
