@@ -22,6 +22,8 @@ PROGRAMS = re.compile(
     r"(\$ |([A-Z_]+=\S+ )*(megatron-fp4 |launch/\S+\.sh |\./|tests/\S+\.sh|benchmarks/\S+\.sh|python\S* -m |pip |git "
     r"|source \S+$|source \S+ +#|docker |sbatch |srun |kubectl |curl ))"
 )
+OWN = ("experiment=first", "experiment=mine", "experiment=toy", "experiment=runs/")
+"""YAML that the pages write themselves."""
 PLACEHOLDER = re.compile(r"\.\.\.|\bNAME\b|\bKEY\b|\bRUN\b|[<>*]")
 
 WHERE = {
@@ -113,7 +115,9 @@ COMPOSED = [
 
 @pytest.mark.parametrize("command", [one for one in COMPOSED if "error:" not in one.answer], ids=name)
 def test_the_settings_of_a_command_exist(command: Command) -> None:
-    overrides = [one for one in overrides_of(command.text) if not PLACEHOLDER.search(one)]
+    overrides = [one for one in overrides_of(command.text) if not PLACEHOLDER.search(one) and not one.startswith(OWN)]
+    if "--multirun" in command.text:
+        overrides = [one.partition(",")[0] for one in overrides]
     compose_config(overrides)
 
 

@@ -13,11 +13,10 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout  # no public name in torch 2.13
 
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.launch import Launch, read_launch
-from megatron_fp4.comm.mesh import Group, ParallelMesh, build_mesh
+from megatron_fp4.comm.mesh import Group, ParallelMesh, build_mesh, set_timeout
 from megatron_fp4.comm.rendezvous import RanksNotMet, Rendezvous, meet
 
 
@@ -87,7 +86,7 @@ def start_process(
             f" within {patience:g} s (parallel.init_timeout_seconds); a rank has left since, or the nodes cannot reach"
             f" each other's network interface: {error}"
         ) from error
-    _set_pg_timeout(timedelta(seconds=timeout_seconds))
+    set_timeout(timedelta(seconds=timeout_seconds))
     ranks = tuple(range(launch.world_size))
     return Process(launch, Group("world", ranks, launch.rank, dist.group.WORLD), device, rendezvous)
 

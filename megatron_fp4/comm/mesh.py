@@ -25,10 +25,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout  # no public name in torch 2.13
+from torch.distributed import distributed_c10d
 
 from megatron_fp4.comm.config import ParallelConfig
 
+set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+"""The time-out of a process group from now on; public since torch 2.14."""
 AXES = ("pp", "dp", "cp", "tp")  # outermost first
 GROUPS = {
     "tp": ["tp"],
@@ -171,7 +173,7 @@ def _connect(
     else:
         return None
     if process_group is not None and dist.get_backend(process_group) in ("nccl", "gloo"):
-        _set_pg_timeout(timedelta(seconds=config.timeout_seconds), process_group)
+        set_timeout(timedelta(seconds=config.timeout_seconds), process_group)
     return process_group
 
 

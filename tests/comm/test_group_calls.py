@@ -54,7 +54,7 @@ def test_calls_do_not_grow_with_the_world(
         calls, splits[rank] = 0, []
         with fake_world(rank, world_size) as world:
             monkeypatch.setattr(dist, "get_backend", lambda _group: backend)
-            monkeypatch.setattr("megatron_fp4.comm.mesh._set_pg_timeout", lambda *_: None)
+            monkeypatch.setattr("megatron_fp4.comm.mesh.set_timeout", lambda *_: None)
             began = time.process_time()
             mesh = build_mesh(ParallelConfig(**sizes), world)
             assert time.process_time() - began < 2.0, "the rehearsal of a large world waits for this"

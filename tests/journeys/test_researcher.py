@@ -73,9 +73,10 @@ def test_from_text_to_a_comparison(shell: Shell) -> None:
     assert "finished: 40 steps, 10,240 tokens; next:\n  megatron-fp4 report runs/mine" in resumed
     assert "finished" in shell("megatron-fp4 status runs/mine")
 
-    shell(f"{run} precision=bf16 train.run_dir=runs/bf16")
-    compared = shell("megatron-fp4 report runs/bf16 runs/mine --html report.html --plot loss.png")
-    assert "precision.use" in compared
-    assert "eval/heldout/loss" in compared
-    assert (shell.folder / "report.html").stat().st_size > 10_000
+    swept = shell(f"{run} --multirun precision=bf16,nvfp4 train.run_dir=runs/formats train.total_tokens=5120")
+    assert "precision=bf16: done" in swept
+    assert "precision=nvfp4: done" in swept
+    assert "eval/heldout/loss" in swept, "it ends in a comparison"
+    assert (shell.folder / "runs/formats/report.html").stat().st_size > 10_000
+    shell("megatron-fp4 report runs/formats/precision=bf16 runs/mine --plot loss.png")
     shell("megatron-fp4 generate runs/mine --tokens 8")
