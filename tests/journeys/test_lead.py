@@ -28,4 +28,4 @@ def test_from_the_plan_to_the_proofs(tmp_path: Path) -> None:
     assert "verdict: as planned" in rehearsed
     assert "this run can start" in shell(f"megatron-fp4 preflight {SMALL} {DATA} train.total_tokens=64000")
     assert "3 of 3 comparisons passed" in shell(f"megatron-fp4 verify-parallel {SMALL} --layouts tp2 --steps 2")
-    shell(f"megatron-fp4 verify-resume {SMALL} --layout dp1 --others dp1 --steps 1")
+    shell(f"megatron-fp4 verify-resume {SMALL} --layout dp1 --others dp1 --steps 2")
