@@ -17,8 +17,8 @@ def test_from_the_plan_to_the_proofs(tmp_path: Path) -> None:
     """The paper's 12B is planned; a small model stands for it where something is computed."""
     shell = Shell(tmp_path)
     write_toy_shard(tmp_path / "data/web_text_document")
-    found = shell(f"megatron-fp4 plan {PAPER} --search --gpus 2944")
-    overrides = found.split("The first, as overrides\n")[1].splitlines()[0].strip()
+    search = shell(f"megatron-fp4 plan {PAPER} --search --gpus 2944")
+    overrides = search.split("The first, as overrides\n")[1].splitlines()[0].strip()
     plan = shell(f"megatron-fp4 plan {PAPER} {overrides} --gpus 2944")
     assert "2944 GPUs = tp " in plan, "what the search prints can be typed"
     assert "CANNOT RUN" not in plan
