@@ -66,7 +66,7 @@ else
 fi
 
 headline "7. Results"
-megatron-fp4 report "${runs[@]}" --plot "$out/loss.png"
+megatron-fp4 report "${runs[@]}" --plot "$out/loss.png" --html "$out/report.html"
 [ "$baseline" = no ] || echo "(a difference of 1 % on one seed after 200 steps is noise of a short run, no evidence for either format: docs/quickstart.md)"
 megatron-fp4 evaluate "$out/nvfp4" --precision same --precision bf16
 megatron-fp4 generate "$out/nvfp4" --tokens 40
@@ -76,7 +76,7 @@ cat <<END
 === Where everything is
   corpus, tokenizer, shards   $data
   checkpoints, metrics        $out/nvfp4   (metrics.jsonl, tensorboard/, wandb/, config.yaml, precision.txt)
-  loss plot                   $out/loss.png
+  loss plot, report           $out/loss.png, $out/report.html (opens in any browser, without a network)
 
 === In a new shell, first
   cd $PWD && source $venv/bin/activate

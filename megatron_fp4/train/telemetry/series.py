@@ -138,13 +138,23 @@ class RunSeries:
 
     def curve(self, key: str) -> Curve:
         """A metric; its tokens are those of the nearest step before that has them."""
-        seen, curve = 0.0, Curve([], [])
-        for values in self.steps.values():
+        points = self._points.get(key, [])
+        return Curve([tokens for _, tokens, _ in points], [value for _, _, value in points])
+
+    def steps_of(self, key: str) -> list[int]:
+        """The steps that the points of `curve` are of."""
+        return [step for step, _, _ in self._points.get(key, [])]
+
+    @cached_property
+    def _points(self) -> dict[str, list[tuple[int, float, float]]]:
+        """Step, tokens and value of every metric, in one pass: a large model has thousands, each in a few steps."""
+        seen, points = 0.0, dict[str, list[tuple[int, float, float]]]()
+        for step, values in self.steps.items():
             seen = values.get("consumed_tokens", seen)
-            if isinstance(values.get(key), int | float):
-                curve.tokens.append(seen)
-                curve.values.append(float(values[key]))
-        return curve
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    points.setdefault(key, []).append((step, seen, float(value)))
+        return points
 
     def summary(self, key: str) -> float | None:
         """What stands for a metric in a table, None if there is none of it.

@@ -27,8 +27,8 @@ class Points:
 
     @staticmethod
     def of(run: RunSeries, key: str, scale: float = 1.0) -> Points:
-        curve, steps = run.curve(key), [step for step, values in run.steps.items() if _is_number(values.get(key))]
-        return Points(curve.tokens, steps, [scale * value for value in curve.values])
+        curve = run.curve(key)
+        return Points(curve.tokens, run.steps_of(key), [scale * value for value in curve.values])
 
     def thinned(self, limit: int = MAX_POINTS) -> Points:
         """A selection of at most so many; of what is not finite the first of each stretch, beside them."""
@@ -88,10 +88,6 @@ class Chart:
 
     def json(self) -> dict[str, Any]:
         return asdict(self) | {"lines": [line.json() for line in self.lines]}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
 
 
 def _rounded(value: float) -> float:
