@@ -35,7 +35,7 @@ from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle
-from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
+from megatron_fp4.optim import Algorithm, OptimConfig, Overlap, Zero1Optimizer
 
 Step = Callable[[Tensor, Tensor], None]
 """Trains on tokens `[T]` and targets `[T]`."""
@@ -138,7 +138,9 @@ def fsdp2(model: Model, dtype: torch.dtype) -> Contender:
     return torch_step(model)
 
 
-def zero1(model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: bool) -> Contender:
+def zero1(
+    model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: bool, algorithm: Algorithm = Algorithm.adamw
+) -> Contender:
     for module in model.modules():
         if isinstance(module, Linear):
             module.own_gradient = own_gradient
@@ -147,8 +149,8 @@ def zero1(model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: 
             placement = Placement((Rectangle.whole(f"{prefix}.{name}", tuple(p.shape)),), decay=p.dim() > 1)
             setattr(module, name, LogicalParameter(p, placement))
     bucket_mib = 4.0 if overlap is Overlap.always else 25.0  # 25 is DDP's; overlap needs several buckets
-    config = OptimConfig(bucket_mib=bucket_mib, overlap_reduce=overlap, overlap_gather=overlap)
-    optimizer = Zero1AdamW(model.named_parameters(), config, mesh, sequence_parallel=False)
+    config = OptimConfig(bucket_mib=bucket_mib, overlap_reduce=overlap, overlap_gather=overlap, algorithm=algorithm)
+    optimizer = Zero1Optimizer(model.named_parameters(), config, mesh, sequence_parallel=False)
     optimizer.gather_beside_forward(model)
 
     def step(tokens: Tensor, targets: Tensor) -> None:
@@ -171,6 +173,7 @@ def contenders(model: Model, mesh: ParallelMesh, dtype: torch.dtype) -> dict[str
         "FSDP2 + AdamW": fsdp2(fresh(), dtype),
         "ZeRO-1, autograd gradients": zero1(fresh(), mesh, Overlap.never, own_gradient=False),
         "ZeRO-1": zero1(fresh(), mesh, Overlap.never, own_gradient=True),
+        "ZeRO-1, Muon": zero1(fresh(), mesh, Overlap.never, own_gradient=True, algorithm=Algorithm.muon),
         "ZeRO-1, overlapped": zero1(fresh(), mesh, Overlap.always, own_gradient=True),
     }
 

@@ -144,6 +144,16 @@ def build_ends_group(config: ParallelConfig, mesh: ParallelMesh) -> Group:
     return _cut_group(rows, "ends", mesh.world, config, known.get)
 
 
+def build_stage_group(config: ParallelConfig, mesh: ParallelMesh) -> Group:
+    """The ranks of this pipeline rank's stages, in the order of the grid `[dp, cp, tp]`.
+
+    Collective over the world. Raises as `build_mesh`.
+    """
+    rows = rank_grid(config, mesh.world.size).flatten(1).tolist()
+    known = {group.ranks: group for group in (mesh.tp, mesh.dp_cp, mesh.tp_cp, mesh.world)}
+    return _cut_group(rows, "stage", mesh.world, config, known.get)
+
+
 def _cut_group(
     rows: list[list[int]],
     name: str,

@@ -58,6 +58,11 @@ def model_parameters(config: ModelConfig) -> list[ParameterInfo]:
     return parameters
 
 
+def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every logical parameter, by name."""
+    return {parameter.name: parameter.shape for parameter in model_parameters(config)}
+
+
 def _block_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
     parameters = []
     for mixer in MIXERS[config.blocks[index]]:

@@ -5,11 +5,12 @@ Members of enums are in lower case because omegaconf matches them by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
 from megatron_fp4.comm.config import Overlap
+from megatron_fp4.optim.muon.config import MuonConfig
 from megatron_fp4.settings import FP32_LEAST, FP32_MOST, Bound, Count, check_bounds
 
 FP32_PER_MIB = 2**18
@@ -32,6 +33,13 @@ class DecayStyle(Enum):
     exponential = "exponential"  # 2 * 0.5^x - 1, which reaches 0 at x = 1
 
 
+class Algorithm(Enum):
+    """Who updates the weights."""
+
+    adamw = "adamw"  # AdamW, all of them
+    muon = "muon"  # Muon the matrices inside the blocks, AdamW embeddings, head, norms, convolutions and scalars
+
+
 class Impl(Enum):
     """Who computes the AdamW update."""
 
@@ -42,8 +50,10 @@ class Impl(Enum):
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its learning rate as a function of consumed tokens, clipping, and how gradients travel."""
+    """The optimizer, its learning rate as a function of consumed tokens, clipping, and how gradients travel."""
 
+    algorithm: Algorithm = Algorithm.adamw
+    """Who updates the weights."""
     lr: Annotated[float, Bound(above=0, most=FP32_MOST)] = 3e-4
     """Peak learning rate, which the warm-up ends at."""
     min_lr: Annotated[float, Bound(least=0)] = 0.0
@@ -67,8 +77,10 @@ class OptimConfig:
     none; 0 = off."""
     clip_norm: Annotated[float, Bound(least=0)] = 1.0
     """Largest norm of all gradients together; a larger one is scaled down to it; 0 = off."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Muon, where it is the algorithm."""
     impl: Impl = Impl.torch
-    """Who computes the update."""
+    """Who computes the update of AdamW."""
     bucket_mib: Annotated[float, Bound(above=0)] = 128.0
     """FP32 gradients that are reduced in one collective, in MiB; more where dp is in the hundreds, so that a rank's
     part of a bucket stays above 1 MiB."""
@@ -81,6 +93,11 @@ class OptimConfig:
     def bucket_numel(self) -> int:
         """Elements from which on a bucket is full."""
         return max(1, int(self.bucket_mib * FP32_PER_MIB))
+
+    def adamw_lr(self, lr: float) -> float:
+        """The rate of what AdamW updates where the schedule says `lr`."""
+        own = self.algorithm is Algorithm.muon and self.muon.adamw_lr
+        return lr * (self.muon.adamw_lr / self.lr) if own else lr
 
     def __post_init__(self) -> None:
         check_bounds(self, "optim")

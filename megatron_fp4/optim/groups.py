@@ -1,6 +1,7 @@
-"""What an update works on: the flat FP32 tensors that this rank owns, by weight decay.
+"""What an update works on: the flat FP32 tensors that this rank owns of each bucket.
 
-The only thing that differs between parameters is the weight decay, and the placement says it.
+AdamW keeps two moments of every element, Muon one. Beyond that parameters differ in the weight decay only, and the
+placement says it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,30 @@ class AdamTensors:
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by kind."""
         return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+
+@dataclass(frozen=True, eq=False)
+class MuonTensors:
+    """Master weights, gradient and momentum of the same elements; flat FP32 views of one length."""
+
+    master: Tensor
+    grad: Tensor
+    momentum: Tensor
+
+    @staticmethod
+    def start(parameters: Tensor, grads: Tensor) -> MuonTensors:
+        """Before the first step. An FP32 tensor is shared: such parameters are their own masters."""
+        master = parameters.float()
+        return MuonTensors(master, grads.float(), torch.zeros_like(master))
+
+    def narrow(self, start: int, numel: int) -> MuonTensors:
+        """Elements `[start, start + numel)`, as views."""
+        return MuonTensors(*(tensor[start : start + numel] for tensor in (self.master, self.grad, self.momentum)))
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by kind."""
+        return {"master": self.master, "momentum": self.momentum}
 
 
 @dataclass

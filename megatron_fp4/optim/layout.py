@@ -18,7 +18,7 @@ multiples of `ALIGN` these are the last ones of the parameter at every data-para
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,8 @@ class ParameterPiece:
 class BucketKind:
     """What all parameters of a bucket share.
 
-    tp_summed: the tensor-parallel ranks hold partial gradients. tied_group: the stages that hold a copy.
+    tp_summed: the tensor-parallel ranks hold partial gradients. tied_group: the stages that hold a copy. matrices: they
+    are updated as matrices, by Muon.
     A bucket with either is reduced at the end of the step, with its replicas, whose sums stay bit-equal.
     """
 
@@ -74,6 +75,7 @@ class BucketKind:
     device: torch.device
     tp_summed: bool = False
     tied_group: Group | None = None
+    matrices: bool = False
 
     @property
     def deferred(self) -> bool:
@@ -114,10 +116,12 @@ def make_buckets(
     *,
     bucket_numel: int,
     sum_replicated_over_tp: bool,
+    as_matrix: Callable[[LogicalParameter], bool] = lambda parameter: False,
 ) -> list[Bucket]:
     """Lay the parameters out, last one first (the order in which backward finishes them), deferred buckets last.
 
-    bucket_numel: a bucket is closed when it holds at least this many elements. Raises ValueError for a parameter
+    bucket_numel: a bucket is closed when it holds at least this many elements. as_matrix: which parameters are updated
+    as matrices; they have buckets of their own. Raises ValueError for a parameter
     without a valid placement, a frozen one, a scalar, or one given twice.
     """
     waiting: dict[BucketKind, list[tuple[str, LogicalParameter]]] = {}
@@ -133,6 +137,7 @@ def make_buckets(
             checked.device,
             tp_summed=checked.placement.tp_replicated and sum_replicated_over_tp,
             tied_group=checked.tied_group,
+            matrices=as_matrix(checked),
         )
         members = waiting.setdefault(kind, [])
         members.append((name, checked))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.optim.groups import AdamTensors
+from megatron_fp4.optim.groups import AdamTensors, MuonTensors
 from megatron_fp4.optim.layout import ParameterPiece
 
 
@@ -20,7 +20,7 @@ class OwnedPiece:
     """What this rank updates of a parameter. writes: False where another rank counts and saves the same elements."""
 
     piece: ParameterPiece
-    tensors: AdamTensors
+    tensors: AdamTensors | MuonTensors
     writes: bool
 
     def shards(self, flats: dict[str, Tensor]) -> Iterator[Shard]:

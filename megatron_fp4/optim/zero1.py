@@ -1,13 +1,14 @@
-"""ZeRO-1: AdamW whose FP32 master weights and moments are divided over the data-parallel ranks.
+"""ZeRO-1: an optimizer whose FP32 master weights and moments are divided over the data-parallel ranks.
 
     backward      main_grad += gradient (FP32)                                      every rank, all elements
     sum_grads     reduce-scatter: own part of the sum over dp x cp -> its square    (tied copies and tp partials before)
-    step          clip -> AdamW on own part -> all-gather parameters                (in the parameters' dtype)
+    step          clip -> update of own part -> all-gather parameters                (in the parameters' dtype)
 
 A bucket of parameters is summed, updated and gathered by flat ranges (layout.py), and every range is a list of
 rectangles (state.py), which is what the checkpoint sees. The loss is normalised by the caller; nothing is divided here.
 A step whose gradient norm is not finite changes no state on any rank. Nothing is read back from the device but in
-`finish_grads`, which is for whoever has no message between ranks of his own. Not here: the update itself (adam.py).
+`finish_grads`, which is for whoever has no message between ranks of his own. Not here: the update itself (adam.py,
+muon/).
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
-from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.clip import clip_factor, norm_of, sum_of_squares
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
-from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
+from megatron_fp4.optim.groups import AdamTensors, MuonTensors, UpdateGroup
 from megatron_fp4.optim.layout import ParameterPiece, make_buckets
+from megatron_fp4.optim.muon.update import Muon, make_muon
 from megatron_fp4.optim.param_buffer import ParamBuffer
 from megatron_fp4.optim.state import OwnedPiece, StepReport
 
@@ -35,14 +37,15 @@ class LateGradientError(RuntimeError):
     """A gradient was added after its bucket had been sent, on some rank: the sums are worthless on all."""
 
 
-class Zero1AdamW:
+class Zero1Optimizer:
     """The optimizer of one rank.
 
     named_parameters: all trainable parameters of this rank, as `LogicalParameter`. They become views into flat buffers
     and get their `main_grad` and `grad_ready`. Build it after they have their initial values; all ranks must.
     sequence_parallel: replicated parameters have partial gradients on each tensor-parallel rank, which are summed.
     on_weights_changed: called after the parameters have been rewritten (step, load). sum_dtype: of `main_grad` and of
-    the sums over ranks; FP64 hides in the rounding how many microbatches and ranks a sum was cut into.
+    the sums over ranks; FP64 hides in the rounding how many microbatches and ranks a sum was cut into. stage: the ranks
+    of this pipeline stage, which Muon needs (`comm.mesh.build_stage_group`).
     Raises ValueError for a parameter without a valid placement, and for an implementation that is not installed.
     """
 
@@ -54,6 +57,7 @@ class Zero1AdamW:
         sequence_parallel: bool,
         on_weights_changed: Callable[[], None] | None = None,
         sum_dtype: torch.dtype = torch.float32,
+        stage: Group | None = None,
     ) -> None:
         self.config = config
         self.step_count = 0
@@ -64,6 +68,7 @@ class Zero1AdamW:
             mesh.dp_cp,
             bucket_numel=config.bucket_numel,
             sum_replicated_over_tp=sequence_parallel and mesh.tp.size > 1,
+            as_matrix=lambda parameter: Muon.takes(parameter, config),
         )
         if not self.buckets:
             raise ValueError("the optimizer got no parameters")
@@ -71,13 +76,17 @@ class Zero1AdamW:
         overlap = config.overlap_reduce.enabled(self._device.type)
         self._grads = GradBuffer(self.buckets, mesh.dp_cp, mesh.tp, overlap=overlap, dtype=sum_dtype)
         self._params = ParamBuffer(self.buckets, mesh.dp_cp)
-        self._parts = [AdamTensors.start(*pair) for pair in zip(self._params.parts, self._grads.parts, strict=True)]
+        self._parts = [
+            (MuonTensors if bucket.kind.matrices else AdamTensors).start(parameters, grads)
+            for bucket, parameters, grads in zip(self.buckets, self._params.parts, self._grads.parts, strict=True)
+        ]
         self._owned = [
             OwnedPiece(piece, part.narrow(piece.offset, piece.numel), self._writes(piece))
             for bucket, part in zip(self.buckets, self._parts, strict=True)
             for piece in bucket.pieces(mesh.dp_cp.rank)
         ]
         self._adamw = choose_adamw(self._update_groups(), config)
+        self._muon = make_muon(self.buckets, self._parts, config, mesh, stage or mesh.dp_cp, sum_dtype)
         self._beside_forward = False
         self._finished = False
 
@@ -143,7 +152,9 @@ class Zero1AdamW:
             torch._foreach_mul_([part.grad for part in self._parts], factor)
         self.step_count += 1
         self._params.wait()  # what a module without a forward has not waited for may still be on its way
-        self._adamw.update(lr, self.step_count)
+        self._adamw.update(self.config.adamw_lr(lr), self.step_count)
+        if self._muon is not None:
+            self._muon.update(lr)
         self._refresh()
         return StepReport(lr, norm, factor, skipped=False)
 
@@ -206,6 +217,8 @@ class Zero1AdamW:
     def _update_groups(self) -> list[UpdateGroup]:
         groups: dict[float, UpdateGroup] = {}
         for owned in self._owned:
+            if not isinstance(owned.tensors, AdamTensors):
+                continue
             decay = self.config.weight_decay if owned.piece.slot.placement.decay else 0.0
             groups.setdefault(decay, UpdateGroup(decay)).members.append(owned.tensors)
         return list(groups.values())

@@ -6,6 +6,7 @@ reported is what a run has. Not here: bytes (memory.py, traffic.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,15 +16,37 @@ from torch import nn
 from megatron_fp4.comm.mesh import draw_mesh, rank_grid
 from megatron_fp4.optim.layout import Bucket, make_buckets
 from megatron_fp4.optim.layout_report import layout_report
+from megatron_fp4.optim.muon.choice import is_muons
+from megatron_fp4.optim.muon.exchange import busiest
 from megatron_fp4.planning.stand_ins import SizedBackend
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.trainable import draw_stages
 
 
 def division_section(checked: CheckedConfig, num_gpus: int) -> list[dict[str, Any]]:
-    """A `LayoutReport` per pipeline rank, of its first tensor-parallel rank."""
+    """A `LayoutReport` per pipeline rank, of its first tensor-parallel rank; with Muon the load of its owners."""
     first_ranks = rank_grid(checked.config.parallel, num_gpus)[:, 0, 0, 0].tolist()
-    return [asdict(layout_report(drawn_buckets(checked, num_gpus, rank))) for rank in first_ranks]
+    entries = []
+    for rank in first_ranks:
+        buckets = drawn_buckets(checked, num_gpus, rank)
+        entries.append(asdict(layout_report(buckets)) | {"muon": _muon_load(checked, buckets)})
+    return entries
+
+
+def _muon_load(checked: CheckedConfig, buckets: Sequence[Bucket]) -> dict[str, Any] | None:
+    """How the matrices of a stage divide over its ranks; None where Muon has none."""
+    config = checked.config
+    rectangles = [
+        where
+        for bucket in buckets
+        if bucket.kind.matrices
+        for slot in bucket.slots
+        for where in slot.placement.rectangles
+    ]
+    shapes = {where.name: (where.global_shape[0], where.global_shape[1]) for where in rectangles}
+    ranks = buckets[0].num_parts * config.parallel.tp
+    load = busiest(shapes, ranks, len(config.optim.muon.newton_schulz.triples)) if shapes else None
+    return load and {"matrices": len(shapes), "ranks": ranks, **load._asdict()}
 
 
 def drawn_buckets(checked: CheckedConfig, num_gpus: int, rank: int) -> list[Bucket]:
@@ -37,4 +60,5 @@ def drawn_buckets(checked: CheckedConfig, num_gpus: int, rank: int) -> list[Buck
         mesh.dp_cp,
         bucket_numel=config.optim.bucket_numel,
         sum_replicated_over_tp=mesh.tp.size > 1,
+        as_matrix=lambda parameter: is_muons(parameter, config.optim),
     )

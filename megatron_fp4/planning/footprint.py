@@ -116,7 +116,9 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettings) -> Footprint:
     """A whole stage, its loss included."""
-    key = replace(settings, dp=1, num_microbatches=1, table=None, bucket_numel=1)  # what the sizes do not depend on
+    key = replace(
+        settings, dp=1, num_microbatches=1, table=None, optim=RankSettings().optim
+    )  # what the sizes do not depend on
     ends = replace(config, pattern="---", num_layers=3)
     parts = [_footprint(ends, EMBEDDING, (), key)] if stage.has_embedding else []
     for index in range(stage.first, stage.stop):
@@ -201,7 +203,7 @@ class _Sums:
     def send(self, elements: int) -> None:
         """A gradient of so many elements is complete."""
         self._waiting += elements
-        if self._settings.replicas > 1 and self._waiting >= self._settings.bucket_numel:
+        if self._settings.replicas > 1 and self._waiting >= self._settings.optim.bucket_numel:
             self.arrived += self._waiting * FP32 // self._settings.replicas
             self._waiting = 0
 

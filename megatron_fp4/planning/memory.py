@@ -19,6 +19,7 @@ from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.pipeline.order import Work, in_flight
 from megatron_fp4.planning.footprint import FP32, Footprint, stage_footprint
 from megatron_fp4.planning.idle import PipelineLayout
+from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import DEQUANTIZING, stored_bytes
 from megatron_fp4.precision.config import BackendName
@@ -49,10 +50,11 @@ def rank_memory(
     state = _state(config, stages.values(), settings)
     activations, most = _most_held(works, footprints)
     sums = _sums_at_once(config, stages.values(), settings)
+    update = MuonShare.of(config, stages.values(), settings).update_bytes(settings.replicas, settings.dtype.itemsize)
     return {
         **state,
         "activations": float(activations),
-        "working set": max(most, sums) - activations,  # gradients are summed when nothing else is left
+        "working set": max(most, sums, update) - activations,  # these two when nothing else is left
     }
 
 
@@ -103,11 +105,12 @@ def _state(config: ModelConfig, stages: Collection[StageRange], settings: RankSe
     parameters = sum(parameter.local_numel(settings.tp) for parameter in held_parameters(config, stages))
     compute_bytes = settings.dtype.itemsize
     master = FP32 if compute_bytes < FP32 else 0  # FP32 weights are their own
+    muon = MuonShare.of(config, stages, settings)  # has one moment, not two
     return {
         "weights": float(parameters * compute_bytes),
         "quantized weights": sum(_weight_copies(config, stage, settings) for stage in stages),
         "main gradients": float(parameters * FP32),
-        "optimizer": (2 * FP32 + master) * parameters / settings.replicas,
+        "optimizer": ((2 * FP32 + master) * parameters - FP32 * muon.elements) / settings.replicas,
         "buffers": sum(_receive_buffers(config, stage, settings) for stage in stages),
     }
 

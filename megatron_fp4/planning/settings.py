@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,7 +21,7 @@ class RankSettings:
 
     dtype: of weights, activations. table: precision of every linear; None for `dtype` everywhere. on_gpu: False for
     the kernels that torch has on a CPU, which keep more. defers_wgrad: the pipeline's schedule computes weight
-    gradients later. num_microbatches: per step. bucket_numel: gradients that leave together.
+    gradients later. num_microbatches: per step.
     """
 
     tp: int = 1
@@ -37,7 +37,7 @@ class RankSettings:
     on_gpu: bool = True
     defers_wgrad: bool = False
     num_microbatches: int = 1
-    bucket_numel: int = OptimConfig().bucket_numel
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
     @staticmethod
     def of(checked: CheckedConfig, table: PrecisionTable) -> RankSettings:
@@ -56,7 +56,7 @@ class RankSettings:
             table=table,
             defers_wgrad=schedule_rule(config.parallel.schedule).defers_wgrad and config.parallel.pp > 1,
             num_microbatches=config.train.gradient_accumulation(checked.dp, config.train.global_batch),
-            bucket_numel=config.optim.bucket_numel,
+            optim=config.optim,
         )
 
     @property

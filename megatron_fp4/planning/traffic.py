@@ -13,6 +13,8 @@ from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import Recompute, StageRange
+from megatron_fp4.optim import Algorithm
+from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
 
 FP32 = 4
@@ -28,7 +30,8 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     token of the loss the largest logit (FP32) and three FP64 sums; once a step the gradients of replicated parameters,
     of which each replica sums its part. context: keys, values and document numbers, states of Mamba-2. pipeline:
     activations forward, their gradients back, except between two of `stages` (the point of a V); gradients of a tied
-    table. data: FP32 gradients reduce-scattered once a step, parameters gathered.
+    table. data: FP32 gradients reduce-scattered once a step, parameters gathered. matrices: with Muon, at
+    most, the elements of a rank to the owners of their matrices, and whole matrices back.
     """
     mixers = [mixer for s in stages for index in range(s.first, s.stop) for mixer in MIXERS[config.blocks[index]]]
     compute_bytes = settings.dtype.itemsize
@@ -54,11 +57,20 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
         "context": settings.num_microbatches * context,
         "pipeline": settings.num_microbatches * borders * rows / settings.tp + _tied_bytes(config, stages, settings),
         "data": parameters * (FP32 + compute_bytes) * _share(settings.replicas),
+        **_muon_bytes(config, stages, settings),
     }
 
 
 def _share(size: int) -> float:
     return (size - 1) / size
+
+
+def _muon_bytes(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> dict[str, float]:
+    if settings.optim.algorithm is not Algorithm.muon:
+        return {}
+    muon = MuonShare.of(config, stages, settings)
+    alone = settings.replicas * settings.tp == 1
+    return {"matrices": 0.0 if alone else settings.dtype.itemsize * (muon.elements / settings.replicas + muon.largest)}
 
 
 def _tied_bytes(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> float:

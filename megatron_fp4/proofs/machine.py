@@ -17,11 +17,11 @@ from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum, barrier
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.data.order.index_need import IndexNeed
-from megatron_fp4.models.count import by_kind, model_parameters
+from megatron_fp4.models.count import logical_shapes
+from megatron_fp4.optim import state_bytes
 from megatron_fp4.proofs.checks import CheckResult
 from megatron_fp4.train.config import RunConfig
 
-STATE_BYTES = 12  # FP32 master weight and two moments, per parameter
 WRITE_BYTES = 32 * 2**20
 LINK_BYTES = 64 * 2**20
 MAX_CLOCK_SKEW_SECONDS = 2.0
@@ -32,7 +32,7 @@ def check_disk(config: RunConfig) -> CheckResult:
     folder = Path(config.train.run_dir).resolve()
     while not folder.exists():
         folder = folder.parent
-    each = STATE_BYTES * sum(by_kind(model_parameters(config.model)).values())
+    each = state_bytes(logical_shapes(config.model), config.optim)
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     if config.checkpoint.keep_every_tokens:
         kept += int(config.train.total_tokens // config.checkpoint.keep_every_tokens)

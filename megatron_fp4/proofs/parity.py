@@ -115,8 +115,11 @@ def synthetic_inputs(case: Case, mesh: ParallelMesh, step: int, device: torch.de
 
 
 def copies(shards: Iterable[Shard], *kinds: str) -> list[Shard]:
-    """The tensors of these kinds, which training goes on to change, as they are now."""
-    return [Shard(shard.where, {kind: shard.tensors[kind].clone() for kind in kinds}, shard.writes) for shard in shards]
+    """The tensors of these kinds (none named: of all), which training goes on to change, as they are now."""
+    return [
+        Shard(shard.where, {kind: shard.tensors[kind].clone() for kind in kinds or shard.tensors}, shard.writes)
+        for shard in shards
+    ]
 
 
 def _live(trainable: Trainable) -> list[Shard]:

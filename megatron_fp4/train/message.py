@@ -30,7 +30,7 @@ class StepMessage:
 
     loss: a scalar on the device, its part of the sum, counted once per sequence shard. square: an FP64 scalar there,
     its part of the squared norm of the gradients. stop: a stop was requested. late: its gradients came late (see
-    `Zero1AdamW.grads_came_late`). num_targets: of the samples that it was fed. tokens_hash: their
+    `Zero1Optimizer.grads_came_late`). num_targets: of the samples that it was fed. tokens_hash: their
     `data.ledger.step_hash`.
     """
 

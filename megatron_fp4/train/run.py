@@ -18,7 +18,7 @@ from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.rendezvous import Rendezvous
 from megatron_fp4.data.loader import Loader
-from megatron_fp4.optim import StepReport, Zero1AdamW
+from megatron_fp4.optim import StepReport, Zero1Optimizer
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.probes import Probes
@@ -98,7 +98,7 @@ class Run:
     clock: StepClock
     plan: PrecisionPlan
     engine: Engine
-    optimizer: Zero1AdamW
+    optimizer: Zero1Optimizer
     store: CheckpointStore
     loader: Loader
     examiner: Examiner

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from megatron_fp4.comm.mesh import Group, ParallelMesh, build_ends_group
+from megatron_fp4.comm.mesh import Group, ParallelMesh, build_ends_group, build_stage_group
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.models.partition import split_stages
-from megatron_fp4.optim import Zero1AdamW
+from megatron_fp4.optim import Algorithm, Zero1Optimizer
 from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, TakeWgrads
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
 from megatron_fp4.precision import Backend, StepClock, WgradPlan
@@ -34,7 +34,7 @@ class Trainable:
 
     clock: StepClock
     engine: Engine
-    optimizer: Zero1AdamW
+    optimizer: Zero1Optimizer
 
 
 def build_trainable(
@@ -58,7 +58,10 @@ def build_trainable(
 
     together = nn.ModuleList(stages)  # names a table that two stages share once
     sum_dtype = config.precision.compute_dtype.sum_dtype
-    optimizer = Zero1AdamW(together.named_parameters(), config.optim, mesh, True, weights_changed, sum_dtype)
+    peers = build_stage_group(config.parallel, mesh) if config.optim.algorithm is Algorithm.muon else None
+    optimizer = Zero1Optimizer(
+        together.named_parameters(), config.optim, mesh, True, weights_changed, sum_dtype, stage=peers
+    )
     optimizer.gather_beside_forward(together)
     queues = [context.queue.take for context in contexts if context.queue is not None]
     return Trainable(clock, _engine(config, stages, queues, mesh, device), optimizer)

@@ -14,7 +14,7 @@ from megatron_fp4.cli import verify_resume
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.comm.bootstrap import Launch, Process
 from megatron_fp4.comm.config import ParallelConfig
-from megatron_fp4.optim import Zero1AdamW
+from megatron_fp4.optim import Zero1Optimizer
 from megatron_fp4.precision import WeightCache
 from megatron_fp4.precision.backends import Copy
 from megatron_fp4.proofs import resume
@@ -66,14 +66,14 @@ def test_evaluations_between_steps_are_part_of_it(
 
 def forgets_moments(process: Process, case: Case, parallel: ParallelConfig, stretch: Stretch) -> StretchReport:
     """A resume whose second moments start from zero."""
-    right = Zero1AdamW.after_load
+    right = Zero1Optimizer.after_load
 
-    def after_load(self: Zero1AdamW, step_count: int) -> None:
+    def after_load(self: Zero1Optimizer, step_count: int) -> None:
         for shard in self.state_shards():
             shard.tensors["exp_avg_sq"].zero_()
         right(self, step_count)
 
-    Zero1AdamW.after_load = after_load  # type: ignore[method-assign]
+    Zero1Optimizer.after_load = after_load  # type: ignore[method-assign]
     return run_stretch(process, case, parallel, stretch)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import ParallelMesh, build_stage_group
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle, Shard
-from megatron_fp4.optim import OptimConfig, Zero1AdamW
+from megatron_fp4.optim import OptimConfig, Zero1Optimizer
 from tests.optim.synthetic import contribute, exact_gradient, hash_of
 
 # Local sizes are multiples of 16 elements at tp 4: torch's kernel computes what is left over in another precision.
@@ -123,7 +124,8 @@ def train(
 ) -> Outcome:
     """Train on the same global gradients at any layout."""
     model = LocalModel.build(mesh, dtype)
-    optimizer = Zero1AdamW(model.parameters.items(), config, mesh, sequence_parallel)
+    stage = build_stage_group(ParallelConfig(tp=mesh.tp.size, cp=mesh.cp.size, pp=mesh.pp.size), mesh)
+    optimizer = Zero1Optimizer(model.parameters.items(), config, mesh, sequence_parallel, stage=stage)
     norms = []
     local_parts = range(mesh.dp_cp.rank, NUM_PARTS, mesh.dp_cp.size)
     for step in range(num_steps):
@@ -155,7 +157,7 @@ def unpacked(value: bytes) -> Any:
 
 def assemble(outcomes: list[Outcome]) -> dict[str, dict[str, Tensor]]:
     """{kind: {logical name: tensor}} from the shards that are written; each element must be written exactly once."""
-    whole: dict[str, dict[str, Tensor]] = {"master": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    whole: dict[str, dict[str, Tensor]] = {}
     written: dict[str, Tensor] = {}
     for outcome in outcomes:
         for shard in outcome.shards:
@@ -164,7 +166,7 @@ def assemble(outcomes: list[Outcome]) -> dict[str, dict[str, Tensor]]:
             name, shape, place = shard.name, shard.where.global_shape, shard.where.slices
             written.setdefault(name, torch.zeros(shape, dtype=torch.int64))[place] += 1
             for kind, tensor in shard.tensors.items():
-                whole[kind].setdefault(name, torch.full(shape, float("nan")))[place] = tensor
+                whole.setdefault(kind, {}).setdefault(name, torch.full(shape, float("nan")))[place] = tensor
     for name, count in written.items():
         assert bool((count == 1).all()), f"{name}: some elements are saved {count.unique().tolist()} times"
     return whole

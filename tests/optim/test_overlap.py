@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
+from megatron_fp4.optim import OptimConfig, Overlap, Zero1Optimizer
 from megatron_fp4.optim.zero1 import LateGradientError
 from tests.helpers.distributed import mesh_for, run_distributed
 from tests.optim.layouts import packed, unpacked
@@ -35,7 +35,7 @@ def skips(step: int, rank: int) -> bool:
 def train(mesh: ParallelMesh, config: OptimConfig, dtype: torch.dtype, microbatches: range, **calls: Any) -> Toy:
     """Ten steps on `microbatches` of each global batch. calls: `armed=False` never announces the last microbatch."""
     model = Toy(dtype=dtype)
-    optimizer = Zero1AdamW(model.named_parameters(), config, mesh, sequence_parallel=False)
+    optimizer = Zero1Optimizer(model.named_parameters(), config, mesh, sequence_parallel=False)
     optimizer.gather_beside_forward(model)
     sent_early = []
     repeated = []
@@ -67,7 +67,7 @@ def train(mesh: ParallelMesh, config: OptimConfig, dtype: torch.dtype, microbatc
 def poisoned_step(mesh: ParallelMesh) -> tuple[bool, tuple[str, ...], bool, float]:
     """(skipped, names, state unchanged, norm) of a step in which only rank 1 makes a NaN."""
     model = Toy()
-    optimizer = Zero1AdamW(model.named_parameters(), config_of(Overlap.always, Overlap.never), mesh, False)
+    optimizer = Zero1Optimizer(model.named_parameters(), config_of(Overlap.always, Overlap.never), mesh, False)
     for poison in (False, True):
         before = [{kind: t.clone() for kind, t in shard.tensors.items()} for shard in optimizer.state_shards()]
         weights = [parameter.detach().clone() for parameter in model.parameters()]
@@ -87,7 +87,7 @@ def poisoned_step(mesh: ParallelMesh) -> tuple[bool, tuple[str, ...], bool, floa
 def ramped_steps(mesh: ParallelMesh) -> list[int]:
     """How many buckets leave early in steps of 1, 2, 1, 3, 2 and 3 microbatches, each announced as a whole."""
     model = Toy()
-    optimizer = Zero1AdamW(model.named_parameters(), config_of(Overlap.always, Overlap.never), mesh, False)
+    optimizer = Zero1Optimizer(model.named_parameters(), config_of(Overlap.always, Overlap.never), mesh, False)
     sent_early = []
     for step, count in enumerate((1, 2, 1, 3, 2, 3)):
         optimizer.zero_grad()
@@ -174,7 +174,7 @@ def test_accumulation_over_ranks_and_microbatches_is_one_batch(ranks: list[dict[
 def train_like_two_ranks() -> list[torch.Tensor]:
     """The same global batches on one rank, four microbatches accumulated; rank 1's parts skip as rank 1 does."""
     model = Toy()
-    optimizer = Zero1AdamW(model.named_parameters(), OptimConfig(), ParallelMesh.single_process(), False)
+    optimizer = Zero1Optimizer(model.named_parameters(), OptimConfig(), ParallelMesh.single_process(), False)
     for step in range(NUM_STEPS):
         optimizer.zero_grad()
         for part in range(MICROBATCHES):

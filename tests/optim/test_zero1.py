@@ -12,14 +12,14 @@ import torch
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement
-from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
+from megatron_fp4.optim import OptimConfig, Overlap, Zero1Optimizer
 from tests.optim.synthetic import QKV_ROWS, SHAPES, Toy, contribute, exact_gradient, make_parameters, tokens_of
 
 CONFIG = OptimConfig(weight_decay=0.1, bucket_mib=0.01)
 
 
-def optimizer_of(parameters: dict[str, LogicalParameter], config: OptimConfig = CONFIG) -> Zero1AdamW:
-    return Zero1AdamW(parameters.items(), config, ParallelMesh.single_process(), sequence_parallel=False)
+def optimizer_of(parameters: dict[str, LogicalParameter], config: OptimConfig = CONFIG) -> Zero1Optimizer:
+    return Zero1Optimizer(parameters.items(), config, ParallelMesh.single_process(), sequence_parallel=False)
 
 
 def reference_of(parameters: dict[str, LogicalParameter], config: OptimConfig = CONFIG) -> torch.optim.AdamW:
@@ -116,7 +116,7 @@ def test_bf16_parameters_follow_fp32_masters() -> None:
 def test_nonfinite_gradient_skips_the_step_and_is_named(bad: float) -> None:
     parameters = make_parameters()
     changes = []
-    optimizer = Zero1AdamW(
+    optimizer = Zero1Optimizer(
         parameters.items(), CONFIG, ParallelMesh.single_process(), False, on_weights_changed=lambda: changes.append(1)
     )
     for name, shape in SHAPES.items():
@@ -184,7 +184,7 @@ def test_rows_that_are_still_being_sent_are_not_updated() -> None:
 
 
 def test_restored_state_continues_bit_for_bit() -> None:
-    def run(optimizer: Zero1AdamW, parameters: dict[str, LogicalParameter], steps: range) -> None:
+    def run(optimizer: Zero1Optimizer, parameters: dict[str, LogicalParameter], steps: range) -> None:
         for step in steps:
             optimizer.zero_grad()
             for name, shape in SHAPES.items():
@@ -234,7 +234,7 @@ def test_calls_out_of_order_are_caught() -> None:
     with pytest.raises(AssertionError, match="twice"):
         optimizer.finish_grads()
     with pytest.raises(ValueError, match="no parameters"):
-        Zero1AdamW([], CONFIG, ParallelMesh.single_process(), False)
+        Zero1Optimizer([], CONFIG, ParallelMesh.single_process(), False)
 
 
 def test_replica_that_is_owned_elsewhere_is_not_counted() -> None:
@@ -252,7 +252,7 @@ def test_replica_that_is_owned_elsewhere_is_not_counted() -> None:
 def test_sums_in_fp64_keep_what_fp32_loses() -> None:
     """2^24 + 1 - 2^24 is 1 in FP64 and 0 in FP32; what AdamW sees is the sum, rounded once."""
     ours, theirs = make_parameters(), make_parameters()
-    optimizer = Zero1AdamW(ours.items(), CONFIG, ParallelMesh.single_process(), False, sum_dtype=torch.float64)
+    optimizer = Zero1Optimizer(ours.items(), CONFIG, ParallelMesh.single_process(), False, sum_dtype=torch.float64)
     optimizer.zero_grad()
     for parameter in ours.values():
         for part in (2.0**24, 1.0, -(2.0**24)):
@@ -296,11 +296,11 @@ def test_a_replica_is_summed_with_sequence_parallel_and_counted_on_one_rank(
         return {"norm": norm, "w": LogicalParameter.whole("w", torch.zeros(32, 64))}
 
     mesh = dataclasses.replace(ParallelMesh.single_process(), tp=OneOfTwo(rank))
-    optimizer = Zero1AdamW(replica().items(), CONFIG, mesh, sequence_parallel)
+    optimizer = Zero1Optimizer(replica().items(), CONFIG, mesh, sequence_parallel)
     summed = [(bucket.kind.tp_summed, [slot.name for slot in bucket.slots]) for bucket in optimizer.buckets]
     assert summed == ([(False, ["w"]), (True, ["norm"])] if sequence_parallel else [(False, ["w", "norm"])])
     assert {shard.name: shard.writes for shard in optimizer.state_shards()} == {"norm": counts, "w": True}
-    alone = Zero1AdamW(replica().items(), CONFIG, ParallelMesh.single_process(), True)
+    alone = Zero1Optimizer(replica().items(), CONFIG, ParallelMesh.single_process(), True)
     assert not any(bucket.kind.tp_summed for bucket in alone.buckets), "one rank has nobody to sum with"
 
 
@@ -309,7 +309,7 @@ def test_a_replica_is_summed_with_sequence_parallel_and_counted_on_one_rank(
 )
 def test_gradients_travel_during_backward_where_it_is_asked_for(overlap: Overlap, expected: bool) -> None:
     mesh = dataclasses.replace(ParallelMesh.single_process(), dp_cp=OneOfTwo(0))
-    optimizer = Zero1AdamW(make_parameters().items(), OptimConfig(overlap_reduce=overlap), mesh, False)
+    optimizer = Zero1Optimizer(make_parameters().items(), OptimConfig(overlap_reduce=overlap), mesh, False)
     assert optimizer._grads._overlap is expected
 
 

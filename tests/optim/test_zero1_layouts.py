@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.optim import OptimConfig, Overlap
+from megatron_fp4.optim import Algorithm, OptimConfig, Overlap
 from megatron_fp4.optim import bucket_comm as bucket_comm_module
 from megatron_fp4.optim.clip import clip_factor, global_norm
 from tests.helpers.distributed import mesh_for, run_distributed
@@ -19,6 +19,7 @@ from tests.optim.synthetic import exact_gradient
 
 SMALL = OptimConfig(bucket_mib=0.01, overlap_reduce=Overlap.always)
 LARGE = OptimConfig(bucket_mib=1.0)
+MUON = OptimConfig(bucket_mib=0.01, algorithm=Algorithm.muon)
 SIZES = {
     "dp2": (2, {"dp": 2}),
     "tp2": (2, {"tp": 2}),
@@ -36,6 +37,8 @@ VARIANTS = {
     "one bucket": {"config": LARGE},
     "no sequence parallel": {"config": LARGE, "sequence_parallel": False},
     "bf16": {"config": SMALL, "dtype": torch.bfloat16},
+    "muon": {"config": MUON},
+    "muon, bf16": {"config": MUON, "dtype": torch.bfloat16},
 }
 
 
@@ -61,9 +64,12 @@ def worlds() -> dict[int, list[dict[tuple[str, str], Outcome]]]:
 
 
 @pytest.fixture(scope="module")
-def one_process() -> dict[torch.dtype, Outcome]:
+def one_process() -> dict[str, Outcome]:
+    """By variant."""
     mesh = ParallelMesh.single_process()
-    return {dtype: train(mesh, SMALL, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    adamw = train(mesh, SMALL)
+    own = {variant: train(mesh, **VARIANTS[variant]) for variant in ("bf16", "muon", "muon, bf16")}  # type: ignore[arg-type]
+    return {**dict.fromkeys([*VARIANTS, "native collectives"], adamw), **own}
 
 
 def torch_adamw() -> tuple[list[float], dict[str, Tensor]]:
@@ -90,10 +96,10 @@ def torch_adamw() -> tuple[list[float], dict[str, Tensor]]:
     return norms, {name: weight.detach() for name, weight in weights.items()}
 
 
-def test_one_process_is_torch_adamw(one_process: dict[torch.dtype, Outcome]) -> None:
+def test_one_process_is_torch_adamw(one_process: dict[str, Outcome]) -> None:
     norms, weights = torch_adamw()
-    assert one_process[torch.float32].norms == norms
-    masters = assemble([one_process[torch.float32]])["master"]
+    assert one_process["one bucket"].norms == norms
+    masters = assemble([one_process["one bucket"]])["master"]
     for name, weight in weights.items():
         assert torch.equal(masters[name], weight), f"{name} differs from torch.optim.AdamW"
 
@@ -104,9 +110,9 @@ def test_layout_changes_no_bit(
     layout: str,
     variant: str,
     worlds: dict[int, list[dict[tuple[str, str], Outcome]]],
-    one_process: dict[torch.dtype, Outcome],
+    one_process: dict[str, Outcome],
 ) -> None:
-    reference = one_process[torch.bfloat16 if variant == "bf16" else torch.float32]
+    reference = one_process[variant]
     outcomes = [rank[layout, variant] for rank in worlds[SIZES[layout][0]]]
     for rank, outcome in enumerate(outcomes):
         assert outcome.norms == reference.norms, f"rank {rank}: a gradient is counted twice, not summed, or left out"
@@ -121,11 +127,11 @@ def test_layout_changes_no_bit(
 def test_parameters_are_gathered_on_every_rank(
     layout: str,
     worlds: dict[int, list[dict[tuple[str, str], Outcome]]],
-    one_process: dict[torch.dtype, Outcome],
+    one_process: dict[str, Outcome],
 ) -> None:
-    for variant, dtype in (("one bucket", torch.float32), ("bf16", torch.bfloat16)):
+    for variant in ("one bucket", "bf16", "muon, bf16"):
         for rank, outcomes in enumerate(worlds[SIZES[layout][0]]):
-            for name, parameter in one_process[dtype].parameters.items():
+            for name, parameter in one_process[variant].parameters.items():
                 gathered = outcomes[layout, variant].parameters[name]
                 assert torch.equal(gathered, parameter), f"rank {rank}, {variant}: {name} is stale or shifted"
 

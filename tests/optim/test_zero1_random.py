@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,14 +13,14 @@ from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore
 from megatron_fp4.comm.collectives import barrier
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.parameter import LogicalParameter
-from megatron_fp4.optim import OptimConfig, Overlap, Zero1AdamW
+from megatron_fp4.optim import Algorithm, OptimConfig, Overlap, Zero1Optimizer
 from megatron_fp4.optim import bucket_comm as bucket_comm_module
 from tests.helpers.distributed import mesh_for, run_distributed
 from tests.optim.synthetic import contribute, exact_gradient, hash_of
 
 NUM_RANKS = 5
 NUM_CASES = 60
-WITH_CHECKPOINT = (0, 1, 2)
+WITH_CHECKPOINT = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class Case:
             lambda: (draw.randint(1, 48), 1, 4),
         ]
         overlap = draw.choice([Overlap.never, Overlap.always])
-        return Case(
+        case = Case(
             {f"w{index}": draw.choice(shapes)() for index in range(draw.randint(1, 5))},
             OptimConfig(bucket_mib=draw.choice([1e-9, 0.002, 1.0]), overlap_reduce=overlap),
             draw.choice([torch.float32, torch.bfloat16]),
             draw.choice([0.0, 0.5]),
             draw.choice([False, True]),
         )
+        return replace(case, config=replace(case.config, algorithm=draw.choice(list(Algorithm))))
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Trained:
     case: Case
     mesh: ParallelMesh
     parameters: dict[str, LogicalParameter]
-    optimizer: Zero1AdamW
+    optimizer: Zero1Optimizer
     norms: list[float]
 
     @staticmethod
@@ -70,7 +71,7 @@ class Trained:
             return torch.randn(shape, generator=torch.Generator().manual_seed(hash_of(name))).to(case.dtype)
 
         parameters = {name: LogicalParameter.whole(name, initial(name, shape)) for name, shape in case.shapes.items()}
-        return Trained(case, mesh, parameters, Zero1AdamW(parameters.items(), config, mesh, False), [])
+        return Trained(case, mesh, parameters, Zero1Optimizer(parameters.items(), config, mesh, False), [])
 
     def train(self, steps: range) -> None:
         for step in steps:
@@ -103,7 +104,8 @@ def save(trained: Trained, root: Path) -> None:
 
 def load(saver: Trained, mesh: ParallelMesh, root: Path) -> Trained:
     """The same model on the ranks of another mesh and in other buckets, with the state in the file."""
-    loader = Trained.start(saver.case, mesh, OptimConfig(bucket_mib=0.001))
+    config = OptimConfig(bucket_mib=0.001, algorithm=saver.case.config.algorithm)
+    loader = Trained.start(saver.case, mesh, config)
     store = CheckpointStore(root, mesh.world, CheckpointConfig())
     chosen = store.choose(1)
     store.load(chosen, loader.optimizer.state_shards())
@@ -118,7 +120,10 @@ def all_cases(rank: int, world_size: int, root: str) -> list[str]:
     gloo = bucket_comm_module.uses_gloo
     for number in range(NUM_CASES):
         case = Case.number(number)
-        ours, reference = Trained.start(case, mesh, case.config), Trained.start(case, single, OptimConfig())
+        ours, reference = (
+            Trained.start(case, mesh, case.config),
+            Trained.start(case, single, OptimConfig(algorithm=case.config.algorithm)),
+        )
         bucket_comm_module.uses_gloo = lambda group, native=case.native: not native  # type: ignore[misc]
         for trained in (ours, reference):
             trained.train(range(3))

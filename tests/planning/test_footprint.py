@@ -21,6 +21,7 @@ from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder, Recompute, whole_model
+from megatron_fp4.optim import OptimConfig
 from megatron_fp4.planning import footprint
 from megatron_fp4.planning.footprint import LiveBytes, stage_footprint
 from megatron_fp4.planning.settings import RankSettings
@@ -250,7 +251,7 @@ def test_kinds_of_blocks_are_counted_once() -> None:
     footprint._footprint.cache_clear()
     whole = planned(config, settings)
     assert footprint._footprint.cache_info().misses == 5, "M, * and -, embedding, head"
-    other = planned(config, replace(settings, dp=64, num_microbatches=8, bucket_numel=2**20))
+    other = planned(config, replace(settings, dp=64, num_microbatches=8, optim=OptimConfig(bucket_mib=4.0)))
     assert (other.kept, other.peak) == (whole.kept, whole.peak)
     assert other.last > whole.last == whole.peak, "sums of gradients arrive"
     assert footprint._footprint.cache_info().misses == 5

@@ -19,7 +19,7 @@ from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder, Recompute, whole_model
 from megatron_fp4.models.partition import split_stages
-from megatron_fp4.optim import OptimConfig, Zero1AdamW
+from megatron_fp4.optim import OptimConfig, Zero1Optimizer
 from megatron_fp4.pipeline.order import Work, pipeline_order
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
 from megatron_fp4.planning.footprint import LiveBytes
@@ -61,7 +61,7 @@ def measured_peak(config: ModelConfig, batch: int, length: int, *, recompute: Re
         initialize_parameters(model, 0)
         for linear in linears_of(model).values():
             linear.precision = table[linear.name]
-        optimizer = Zero1AdamW(model.named_parameters(), OptimConfig(), mesh, True, weights_changed)
+        optimizer = Zero1Optimizer(model.named_parameters(), OptimConfig(), mesh, True, weights_changed)
         engine = LocalEngine(model, TokenLoss(vocabulary, mesh.tp))
         live.peak = live.now  # how the optimizer sets itself up is not part of a step
         for _ in range(2):
@@ -188,7 +188,7 @@ def test_sums_of_gradients_arrive_beside_the_last_backward_pass() -> None:
     alone, summed = (stage_memory(config, whole_model(config), RankSettings(dp=dp)) for dp in (1, 2))
     beside = summed["working set"] - alone["working set"]
     assert 0 < beside < summed["main gradients"] / 2
-    late = RankSettings(dp=2, bucket_numel=2**40)  # none is full before the end
+    late = RankSettings(dp=2, optim=OptimConfig(bucket_mib=2.0**22))  # none is full before the end
     assert stage_memory(config, whole_model(config), late)["working set"] == alone["working set"]
     short = stage_memory(config, whole_model(config), RankSettings(dp=2, seq_length=64))
     assert short["activations"] + short["working set"] == pytest.approx(short["main gradients"] / 2, rel=0.05)

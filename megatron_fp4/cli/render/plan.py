@@ -119,7 +119,7 @@ def _memory(section: Mapping[str, Any], traffic: list[Mapping[str, float]]) -> l
 
 
 def _division(entries: list[Mapping[str, Any]], replicas: int) -> list[str]:
-    if replicas == 1:
+    if replicas == 1 and not any(entry["muon"] for entry in entries):
         return []
     lines = heading(f"Gradients and optimizer state, divided over {replicas} ranks")
     for number, entry in enumerate(entries):
@@ -129,6 +129,11 @@ def _division(entries: list[Mapping[str, Any]], replicas: int) -> list[str]:
             f" padding {entry['padding']:.2%}, largest share {entry['imbalance']:.3f} x the mean,"
             f" {entry['empty_ranks']} ranks own nothing"
         )
+        if muon := entry["muon"]:
+            lines.append(
+                f"    Muon: {muon['matrices']} matrices over {muon['ranks']} ranks, the busiest has"
+                f" {muon['flops'] / 1e12:.2f} TFLOP a step, {muon['imbalance']:.2f} x the mean"
+            )
     return lines
 
 

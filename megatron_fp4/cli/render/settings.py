@@ -141,7 +141,7 @@ def type_text(hint: Any) -> str:
     if origin is dict:
         return f"mapping of names to {type_text(arguments[1])}"
     if origin is tuple:
-        return f"[{', '.join(type_text(argument) for argument in arguments)}]"
+        return f"[{', '.join(type_text(argument) for argument in arguments if argument is not ...)}]"
     if origin in (Union, types.UnionType):
         return " or ".join(type_text(argument) for argument in arguments)
     names = {str: "text", bool: "true or false", type(None): "null"}

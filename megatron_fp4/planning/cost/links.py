@@ -73,6 +73,7 @@ def paths(parallel: ParallelConfig, dp: int, machine: Machine, rails: float = 1.
         "tensor": (1, tp),
         "context": (tp, cp),
         "data": (tp, dp * cp),
+        "matrices": (1, tp * cp * dp),
         "pipeline": (tp * cp * dp, parallel.pp),
         "amax": (1, tp * cp),
     }

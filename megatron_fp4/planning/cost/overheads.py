@@ -16,6 +16,7 @@ from megatron_fp4.models.block import block_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import StageRange
+from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import STORED_BYTES
 from megatron_fp4.precision.config import BackendName
@@ -27,6 +28,8 @@ CLEAR_BYTES = 4
 UPDATE_BYTES = 4 + 4 * 3 + 4 * 3 + 4 + 2
 """Per parameter that a rank updates: gradient (for the norm too), master and two moments read; those three and the
 BF16 weight written."""
+MUON_BYTES = 2 * 4 + 4 * 2 * 2 + 2 + 6 * 2
+"""The same by Muon: one moment; and in BF16 what is orthogonalized, its message, and the message that comes back."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Overheads:
     """What one rank does beside products and messages.
 
     quantizer_bytes: read and written per microbatch. weight_bytes: the same for weights, once a step. scale_reductions:
-    all-reduces of scales per microbatch. weight_reductions: once a step. optimizer_bytes: per step.
+    all-reduces of scales per microbatch. weight_reductions: once a step. optimizer_bytes,
+    optimizer_flops: per step; the FLOPs are those of Muon, on the rank of the stage that has most.
     """
 
     quantizer_bytes: float
@@ -42,6 +46,7 @@ class Overheads:
     scale_reductions: int
     weight_reductions: int
     optimizer_bytes: float
+    optimizer_flops: float
 
     @staticmethod
     def of(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> Overheads:
@@ -57,8 +62,10 @@ class Overheads:
                     quantizer += one.num_bytes
                     scales += one.reduced
         parameters = sum(parameter.local_numel(settings.tp) for parameter in held_parameters(config, stages))
-        optimizer = parameters * (CLEAR_BYTES + UPDATE_BYTES / settings.replicas)
-        return Overheads(quantizer, weight, scales, weight_scales, optimizer)
+        muon = MuonShare.of(config, stages, settings)
+        updated = (parameters - muon.elements) * UPDATE_BYTES + muon.elements * MUON_BYTES
+        optimizer = parameters * CLEAR_BYTES + updated / settings.replicas
+        return Overheads(quantizer, weight, scales, weight_scales, optimizer, muon.flops)
 
 
 def _linears(

@@ -18,6 +18,7 @@ A plan that leaves a term out ranks layouts by what it left out.
     amax          all-reduces of scales, by latency                 nothing
     quantizers    their bytes by the part of memory's bandwidth     -
     optimizer     its bytes by the bandwidth of memory              -
+    muon          matrices to their owners, products there, back    nothing
     fp4           FP4 products reach less of their peak than others -
     stretch       idle time while other ranks do these              -
 
@@ -67,6 +68,7 @@ class StepTime:
     amax: float
     quantizers: float
     optimizer: float
+    muon: float
     fp4: float
     stretch: float
     behind_backward: float
@@ -136,6 +138,7 @@ def step_time(
     fp4 = heaviest * tokens / site.num_gpus * _fp4_shortfall(flops, table, settings.recompute, site)
     in_layers = seconds["tensor"] + seconds["context"] + quantizers + amax + latency + fp4
     device = (products * heaviest + in_layers) / microbatches
+    flops_of_muon = max(one.optimizer_flops for one in beside)
     return StepTime(
         products=products,
         imbalance=products * (heaviest - 1),
@@ -149,6 +152,8 @@ def step_time(
         amax=amax,
         quantizers=quantizers,
         optimizer=max(one.optimizer_bytes for one in beside) / memory,
+        muon=_seconds({"bf16": flops_of_muon}, machine.gpu) / site.assumptions.efficiency
+        + seconds.get("matrices", 0.0),
         fp4=fp4,
         stretch=in_layers * idle / (1 - idle),
         behind_backward=device * 2 / 3 * config.optim.overlap_reduce.enabled("cuda"),

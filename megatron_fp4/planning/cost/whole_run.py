@@ -14,14 +14,13 @@ import math
 from typing import Any
 
 from megatron_fp4.data.shards.shard import token_dtype
-from megatron_fp4.models.count import Flops, model_parameters
+from megatron_fp4.models.count import Flops, logical_shapes
+from megatron_fp4.optim import state_bytes
 from megatron_fp4.planning.cost.hardware import Site
 from megatron_fp4.planning.indices import index_section
 from megatron_fp4.train.checked import CheckedConfig
 
 HOUR, DAY = 3600.0, 86400.0
-STATE_BYTES = 12
-"""Of a checkpoint per parameter: FP32 master and two moments (checkpoint/; the BF16 copy is made from the master)."""
 HARDLY = 0.5
 """Part of the time that should be progress."""
 FAR, LITTLE = 3.0, 0.001
@@ -69,8 +68,7 @@ def _evaluation_seconds(checked: CheckedConfig, flops: Flops, site: Site) -> flo
 def _saves(checked: CheckedConfig, seconds: float, site: Site) -> dict[str, Any]:
     """What saves and failures take, and how often a save is worth it."""
     config, assumptions = checked.config, site.assumptions
-    parameters = sum(parameter.numel for parameter in model_parameters(config.model))
-    size = float(parameters * STATE_BYTES)
+    size = float(state_bytes(logical_shapes(config.model), config.optim))
     per_gpu = size / site.num_gpus
     written = size / (1e9 * assumptions.storage_gb_per_second)
     copied = per_gpu / (1e9 * site.machine.host_link_gb_per_second) + assumptions.save_stop_seconds

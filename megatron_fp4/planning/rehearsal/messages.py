@@ -52,6 +52,8 @@ class Message(NamedTuple):
     @property
     def axis(self) -> str:
         """The plan's word for what it is for; data and context may share a group."""
+        if self.origin.startswith("optim/muon/"):
+            return "matrices"
         of_optimizer = self.origin.startswith("optim/") and self.group in ("dp", "dp_cp", "cp")
         return "data" if of_optimizer else AXES.get(self.group, "others")
 

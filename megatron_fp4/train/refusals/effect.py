@@ -14,8 +14,9 @@ from typing import Any
 
 from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.optim.config import Schedule
+from megatron_fp4.optim.config import Algorithm, Schedule
 from megatron_fp4.optim.lr import decay_tokens
+from megatron_fp4.optim.muon.config import MuonConfig
 from megatron_fp4.precision.config import SAME, PrecisionConfig
 from megatron_fp4.settings import settings_of
 from megatron_fp4.train.config import RunConfig
@@ -95,6 +96,9 @@ def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
     if schedule is not Schedule.wsd:
         for name in ("decay_fraction", "decay_style"):
             yield f"optim.{name}", f"optim.schedule={schedule.name} has no last phase; wsd has"
+    if config.optim.algorithm is not Algorithm.muon:
+        for item in settings_of(MuonConfig):
+            yield f"optim.muon.{item.name}", f"optim.algorithm={config.optim.algorithm.name}"
     yield from _without_block(config.model)
     for name in config.precision.recipes:
         if name not in named_recipes(config.precision):

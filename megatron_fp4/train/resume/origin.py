@@ -22,7 +22,7 @@ from megatron_fp4.comm.agree import agreed, decided_by_rank0
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.models.foreign.source import is_foreign
-from megatron_fp4.optim import Zero1AdamW
+from megatron_fp4.optim import Zero1Optimizer
 from megatron_fp4.storage.durable import MANIFEST, hash_of
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.resume.foreign_origin import MASTER, fill_from_foreign
@@ -47,7 +47,7 @@ def choose_checkpoint(policy: Resume, store: CheckpointStore) -> Verified | None
 
 
 def begin_from(
-    config: RunConfig, optimizer: Zero1AdamW, world: Group, beat: Callable[[], None]
+    config: RunConfig, optimizer: Zero1Optimizer, world: Group, beat: Callable[[], None]
 ) -> dict[str, Any] | None:
     """Fill the masters of a new run from `train.init_from`; what is stored of it, None where nothing is set.
 

@@ -12,8 +12,8 @@ import torch
 
 from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.text.tokenizer import describe_tokenizer
-from megatron_fp4.models.count import model_parameters
-from megatron_fp4.optim.lr import describe_schedule
+from megatron_fp4.models.count import logical_shapes, model_parameters
+from megatron_fp4.optim import Algorithm, choice_table, describe_schedule
 from megatron_fp4.precision.backends.choose import eager_reason
 from megatron_fp4.precision.backends.triton_limits import emulated_gemms
 from megatron_fp4.precision.plan import PrecisionPlan
@@ -54,6 +54,8 @@ def describe_run(
     paragraphs = ["\n".join(f"{name:<10} {text}" for name, text in facts.items())]
     paragraphs += ["\n".join(grid)] if world_size > 1 and grid else []
     paragraphs.append(checked.plan.describe())
+    if config.optim.algorithm is Algorithm.muon:
+        paragraphs.append("\n".join(["updated by", *choice_table(logical_shapes(config.model), config.optim)]))
     if reason := eager_reason(config.precision):
         paragraphs.append(f"precision.compile is on, but {reason}: the quantizer runs eagerly (same numbers, slower)")
     if emulated := emulated_gemms(config.precision):

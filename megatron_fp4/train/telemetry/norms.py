@@ -9,23 +9,23 @@ import torch
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.optim import Zero1AdamW
+from megatron_fp4.optim import Zero1Optimizer
 from megatron_fp4.optim.clip import global_norm
 
 
-def parameter_norm(optimizer: Zero1AdamW, world: Group, device: torch.device) -> float:
+def parameter_norm(optimizer: Zero1Optimizer, world: Group, device: torch.device) -> float:
     """Norm of the FP32 master weights of the whole model. Collective."""
     return global_norm([shard.tensors["master"] for shard in optimizer.state_shards() if shard.writes], world, device)
 
 
-def norms_by_tensor(optimizer: Zero1AdamW) -> dict[str, dict[str, float]]:
+def norms_by_tensor(optimizer: Zero1Optimizer) -> dict[str, dict[str, float]]:
     """{logical name: {"parameter", "gradient"}}, after `finish_grads` and before `step`. Collective; for reports."""
     parameters = _norms(optimizer, optimizer.state_shards(), "master")
     gradients = _norms(optimizer, optimizer.grad_shards(), "grad")
     return {name: {"parameter": norm, "gradient": gradients[name]} for name, norm in parameters.items()}
 
 
-def _norms(optimizer: Zero1AdamW, shards: Iterable[Shard], kind: str) -> dict[str, float]:
+def _norms(optimizer: Zero1Optimizer, shards: Iterable[Shard], kind: str) -> dict[str, float]:
     """The norm of each logical tensor, sorted by name, from the shards of all ranks. Collective."""
     written = [shard for shard in shards if shard.writes]
     squares = [shard.tensors[kind].double().square().sum() for shard in written]

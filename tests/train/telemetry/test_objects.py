@@ -18,7 +18,7 @@ from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.collectives import tell_first
 from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.optim import OptimConfig, Zero1AdamW
+from megatron_fp4.optim import OptimConfig, Zero1Optimizer
 from megatron_fp4.precision.statistics import QuantizationStats
 from megatron_fp4.proofs.checks import CheckResult
 from megatron_fp4.proofs.machine import check_links
@@ -62,7 +62,7 @@ def proposal_of(rank: int) -> SaveProposal:
 
 def norms_of(mesh: ParallelMesh, *, spoiled: bool = False) -> dict[str, dict[str, float]]:
     model = LocalModel.build(mesh, torch.float32)
-    optimizer = Zero1AdamW(model.parameters.items(), OptimConfig(), mesh, True)
+    optimizer = Zero1Optimizer(model.parameters.items(), OptimConfig(), mesh, True)
     for part in range(mesh.dp_cp.rank, NUM_PARTS, mesh.dp_cp.size):
         model.backward(0, part, True)
     if spoiled and "1.up.weight" in model.parameters and mesh.dp.rank == mesh.tp.rank == 0:

@@ -1,0 +1,56 @@
+"""What Muon costs a rank: the elements that it updates, the matrices that it orthogonalizes, the messages between.
+
+Not here: AdamW's bytes (memory.py, cost/overheads.py), which Muon's replace for these elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.count import held_parameters
+from megatron_fp4.models.decoder import StageRange
+from megatron_fp4.optim.config import OptimConfig
+from megatron_fp4.optim.muon.choice import matrices_of
+from megatron_fp4.optim.muon.exchange import busiest
+from megatron_fp4.planning.settings import RankSettings
+
+
+@dataclass(frozen=True)
+class MuonShare:
+    """Muon on one rank; all zero without it.
+
+    elements: of the matrices on it, its tensor-parallel part, before they are divided over the replicas. flops: of the
+    rank of the stage that orthogonalizes most; imbalance: that over the mean. largest: elements that a rank has to hold
+    as whole matrices.
+    """
+
+    elements: int = 0
+    flops: float = 0.0
+    imbalance: float = 1.0
+    largest: int = 0
+
+    @staticmethod
+    def of(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> MuonShare:
+        """The share of a rank that holds `stages`."""
+        return _share(config, tuple(stages), settings.optim, settings.tp, settings.replicas)
+
+    def update_bytes(self, replicas: int, dtype_bytes: int) -> float:
+        """Bytes alive during an update: what is to be orthogonalized and its messages; matrices and their messages."""
+        own = self.elements / replicas
+        return dtype_bytes * 2 * (own + max(own, self.largest))
+
+
+@cache
+def _share(
+    config: ModelConfig, stages: tuple[StageRange, ...], optim: OptimConfig, tp: int, replicas: int
+) -> MuonShare:
+    held = {parameter.name: parameter for parameter in held_parameters(config, stages)}
+    matrices = matrices_of({name: parameter.shape for name, parameter in held.items()}, optim)
+    if not matrices:
+        return MuonShare()
+    steps = len(optim.muon.newton_schulz.triples)
+    load = busiest(matrices, tp * replicas, steps)
+    return MuonShare(sum(held[name].local_numel(tp) for name in matrices), load.flops, load.imbalance, load.largest)
