@@ -10,6 +10,9 @@ import subprocess
 import sys
 import tomllib
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 from tests.launch.scripts import ROOT
 from tests.launch.tools import linter
 
@@ -52,6 +55,26 @@ def test_pip_cannot_replace_torch() -> None:
     package = [install for install in installs if "--editable ." in install]
     assert len(package) == 1
     assert "--no-deps" in package[0], "torch==... of pyproject.toml would be fetched over the image's"
+
+
+def test_the_image_has_what_the_extras_ask_for() -> None:
+    """Its torch and Transformer Engine lie in the ranges of pyproject.toml; Mamba's kernels are named by version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {
+        requirement.name: requirement.specifier
+        for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["te"]])
+    }
+    torch = re.search(r"whose torch \((\S+), CUDA", TEXT)
+    engine = re.search(r"Transformer Engine (\S+) and Apex", TEXT)
+    assert torch is not None
+    assert engine is not None
+    assert asked["torch"].contains(Version(torch[1]).base_version)
+    assert asked["transformer-engine"].contains(engine[1])
+    kernels = [line for line in instructions("RUN") if "mamba-ssm==" in line]
+    assert len(kernels) == 1
+    assert "causal-conv1d==" in kernels[0]
+    assert {"--no-deps", "--no-build-isolation"} <= set(kernels[0].split()), "another torch would be fetched"
+    assert "arm64" in TEXT, "GB200's CPUs are arm64"
 
 
 def test_not_root_and_no_healthcheck() -> None:

@@ -33,8 +33,8 @@ def slow_paths(config: RunConfig, plan: PrecisionPlan, *, fp4: bool) -> list[str
         if config.parallel.cp > 1:
             remedy = f"mamba_ssm has no kernels for parallel.cp={config.parallel.cp}: set parallel.cp=1 and " + remedy
         lines.append(
-            f"model.mamba_kernel=torch on GPUs: convolution and scan of {mamba} Mamba blocks are loops of torch's"
-            f" operations, hundreds of launches a block; {remedy}"
+            f"model.mamba_kernel=torch on GPUs: the scan of {mamba} Mamba blocks is a loop of torch's operations,"
+            f" hundreds of launches a block; {remedy}"
         )
     return lines
 
