@@ -35,7 +35,7 @@ def test_every_tool_has_help(tool, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([tool, "--help"])
     assert stopped.value.code == 0
-    assert f"data_tools.{TOOLS[tool][0]}" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"usage: megatron-fp4 data {tool} ")
 
 
 def test_usage_and_unknown_tool(capsys):
