@@ -85,6 +85,7 @@ def test_links() -> None:
         "tensor": False,
         "context": False,
         "data": True,
+        "matrices": True,
         "pipeline": True,
         "amax": False,
     }

@@ -25,6 +25,7 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train import trainer as trainer_module
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.evaluation import sets as evaluation_sets
+from megatron_fp4.train.evaluation.heldout import HeldOutLoss
 from megatron_fp4.train.phases import STEP_PHASES, Phases
 from megatron_fp4.train.sections import TrainConfig
 from megatron_fp4.train.telemetry.console import Console
@@ -70,7 +71,7 @@ def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "checkpoint.asynchronous=false",
     )  # fmt: skip
     losses = iter([3.0, 0.0, 1.0, 9.0, 2.0, 0.0, 2.5, 0.0, 1.5, 0.0])  # of both sets in turn, at steps 2, 4, ...
-    monkeypatch.setattr(evaluation_sets, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(evaluation_sets, "evaluate", lambda *_: HeldOutLoss(next(losses)))
     trainer, _ = make_trainer(run.overrides)
     trainer.fit()
     assert trainer.run.store.complete_steps() == [4, 10]

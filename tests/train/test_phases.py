@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_fp4.train.evaluation import sets as evaluation_sets
+from megatron_fp4.train.evaluation.heldout import HeldOutLoss
 from megatron_fp4.train.phases import DeviceEvent, DeviceTimer, Phases
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import tiny_run
@@ -99,9 +100,9 @@ def test_an_evaluation_counts_in_the_wall_clock_of_the_next_step(
 ) -> None:
     trainer = trained(tmp_path)
 
-    def evaluate(*_: object) -> float:
+    def evaluate(*_: object) -> HeldOutLoss:
         time.sleep(0.5)
-        return 1.0
+        return HeldOutLoss(1.0)
 
     monkeypatch.setattr(evaluation_sets, "evaluate", evaluate)
     trainer.fit()
