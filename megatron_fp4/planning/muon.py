@@ -24,13 +24,14 @@ class MuonShare:
 
     elements: of the matrices on it, its tensor-parallel part, before they are divided over the replicas. flops: of the
     rank of the stage that orthogonalizes most; imbalance: that over the mean. largest: elements that a rank has to hold
-    as whole matrices.
+    as whole matrices; matrix: of the largest one.
     """
 
     elements: int = 0
     flops: float = 0.0
     imbalance: float = 1.0
     largest: int = 0
+    matrix: int = 0
 
     @staticmethod
     def of(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> MuonShare:
@@ -38,9 +39,13 @@ class MuonShare:
         return _share(config, tuple(stages), settings.optim, settings.tp, settings.replicas)
 
     def update_bytes(self, replicas: int, dtype_bytes: int) -> float:
-        """Bytes alive during an update: what is to be orthogonalized and its messages; matrices and their messages."""
+        """Bytes alive during an update of the rank that has most to hold.
+
+        On the way what a rank sends and receives, twice each: parts and their message, message and matrices. In between
+        its matrices, and beside the one that is orthogonalized two more of its size and the two squares.
+        """
         own = self.elements / replicas
-        return dtype_bytes * 2 * (own + max(own, self.largest))
+        return dtype_bytes * max(2 * (own + max(own, self.largest)), self.largest + 4 * self.matrix)
 
 
 @cache
@@ -53,4 +58,4 @@ def _share(
         return MuonShare()
     steps = len(optim.muon.newton_schulz.triples)
     load = busiest(matrices, tp * replicas, steps)
-    return MuonShare(sum(held[name].local_numel(tp) for name in matrices), load.flops, load.imbalance, load.largest)
+    return MuonShare(sum(held[name].local_numel(tp) for name in matrices), *load)

@@ -45,7 +45,7 @@ def train_step(
     2 forward and backward  microbatches in turn; their gradients add up in FP32
     3 sum                   gradients over all ranks, and their norm; a NaN or Inf on one rank spoils everybody's
     4 agree                 one message of each rank: its part of loss and norm, whether to stop, the hash of its tokens
-    5 update                clip and AdamW; not after a loss spike, without a target token, or with a norm that is not
+    5 update                clip and update; not after a loss spike, without a target token, or with a norm that is not
                             finite
     6 count                 the position behind the step; where the NaN or Inf was
 

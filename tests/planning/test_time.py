@@ -85,7 +85,6 @@ def test_links() -> None:
         "tensor": False,
         "context": False,
         "data": True,
-        "matrices": True,
         "pipeline": True,
         "amax": False,
     }

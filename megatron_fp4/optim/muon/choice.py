@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.config import Algorithm, OptimConfig
+from megatron_fp4.optim.muon.config import MuonConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ def choose(name: str, shape: Sequence[int], config: OptimConfig) -> Updater:
         if fnmatchcase(name, pattern):
             return Updater(False, f"optim.muon.adamw_for: {pattern}")
     return Updater(True, "a matrix")
+
+
+def check_patterns(names: Collection[str], config: OptimConfig) -> None:
+    """Raises ValueError for a pattern of `adamw_for` that fits none of these logical tensors; the defaults may."""
+    for pattern in config.muon.adamw_for if config.algorithm is Algorithm.muon else ():
+        if pattern not in MuonConfig().adamw_for and not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"optim.muon.adamw_for: {pattern!r} fits no weight of this model; they are called"
+                f" {', '.join(sorted(names)[:4])}, ..."
+            )
 
 
 def is_muons(parameter: LogicalParameter, config: OptimConfig) -> bool:

@@ -2,9 +2,9 @@
 
 A rank's elements of a matrix are runs of its flat ranges (layout.py), each a rectangle. What goes to an owner is one
 message: the rank's runs of all matrices of that owner, in the order of the buckets; what comes back has the same
-order. Every rank of the stage works out all messages from the placements of its tensor-parallel peers, which are told
-once, because the replicas divide buckets alike. Owners are chosen by cost, the largest matrix first, each for the rank
-that has the least to do; ties by name and rank, so that all ranks choose alike.
+order. Every rank of the stage works out all messages from the buckets of its tensor-parallel peers, which are told
+once; their replicas divide them alike. Owners are chosen by cost, the largest matrix first, each for the rank that has
+the least to do; ties by name and rank, so that all ranks choose alike.
 
     rank 0   [q q q k|          runs of q -> rank 2 ..     rank 2: q [8, 3] = rectangles of ranks 0, 1, 2
     rank 1    q k k v v|        runs of k -> rank 0 ..
@@ -44,23 +44,35 @@ class MatrixRun:
     sends: bool
 
 
-def runs_of(
-    buckets: Sequence[Bucket], placements: Sequence[Sequence[Placement]], rank: int, sends: bool
-) -> list[MatrixRun]:
-    """The runs of replica `rank` of a tensor-parallel rank whose parameters have `placements`, by bucket and slot.
+@dataclass(frozen=True)
+class BucketLayout:
+    """How a tensor-parallel rank lays out a bucket: elements of a replica's part; where its parameters start, and what
+    they are. Ranks with uneven shares of a matrix have other ones."""
+
+    part_numel: int
+    slots: tuple[tuple[int, Placement], ...]
+
+    @staticmethod
+    def of(bucket: Bucket) -> BucketLayout:
+        """The layout of one of this rank's own."""
+        return BucketLayout(bucket.part_numel, tuple((slot.start, slot.placement) for slot in bucket.slots))
+
+
+def runs_of(layouts: Sequence[BucketLayout], rank: int, sends: bool) -> list[MatrixRun]:
+    """The runs of replica `rank` of the tensor-parallel rank that has these buckets, in their order.
 
     sends: whether this tensor-parallel rank sends what all of them hold.
     """
     runs: list[MatrixRun] = []
-    for number, (bucket, placed) in enumerate(zip(buckets, placements, strict=True)):
-        placement_of = dict(zip(bucket.slots, placed, strict=True))
-        for piece in bucket.pieces(rank):
-            placement, start = placement_of[piece.slot], piece.offset
-            for where in placement.elements(piece.start, piece.stop):
+    for number, layout in enumerate(layouts):
+        low, high = rank * layout.part_numel, (rank + 1) * layout.part_numel
+        for begin, placement in layout.slots:
+            start = max(begin, low)
+            for where in placement.elements(start - begin, high - begin):
                 stop = start + where.numel
-                runs.append(MatrixRun(number, start, stop, where, sends or not placement.tp_replicated))
+                runs.append(MatrixRun(number, start - low, stop - low, where, sends or not placement.tp_replicated))
                 start = stop
-    return runs
+    return [run for run in runs if run.where.numel]
 
 
 def choose_owners(shapes: Mapping[str, tuple[int, int]], num_ranks: int) -> dict[str, int]:
@@ -76,11 +88,13 @@ def choose_owners(shapes: Mapping[str, tuple[int, int]], num_ranks: int) -> dict
 
 
 class Load(NamedTuple):
-    """flops: of the owner with most to do; imbalance: that over the mean. largest: elements of the fullest owner."""
+    """flops: of the owner with most to do; imbalance: that over the mean. largest: elements of the fullest owner.
+    matrix: elements of the largest matrix."""
 
     flops: float
     imbalance: float
     largest: int
+    matrix: int
 
 
 def busiest(shapes: Mapping[str, tuple[int, int]], num_ranks: int, steps: int) -> Load:
@@ -89,7 +103,8 @@ def busiest(shapes: Mapping[str, tuple[int, int]], num_ranks: int, steps: int) -
     for name, rank in choose_owners(shapes, num_ranks).items():
         flops[rank] += orthogonalization_flops(*shapes[name], steps)
         elements[rank] += shapes[name][0] * shapes[name][1]
-    return Load(max(flops), max(flops) * num_ranks / sum(flops), max(elements))
+    matrix = max(rows * columns for rows, columns in shapes.values())
+    return Load(max(flops), max(flops) * num_ranks / sum(flops), max(elements), matrix)
 
 
 class MatrixExchange:
@@ -102,11 +117,9 @@ class MatrixExchange:
     def __init__(self, buckets: Sequence[Bucket], dp_cp: Group, tp: Group, group: Group) -> None:
         assert group.size == dp_cp.size * tp.size, f"{group.name}: {group.size} ranks, {dp_cp.size} x {tp.size} needed"
         self._group = group
-        own = [[slot.placement for slot in bucket.slots] for bucket in buckets]
-        of_peers = all_gather_object(own, tp)
+        of_peers = all_gather_object([BucketLayout.of(bucket) for bucket in buckets], tp)
         runs = [  # of every rank of the stage
-            runs_of(buckets, of_peers[rank % tp.size], rank // tp.size, sends=rank % tp.size == 0)
-            for rank in range(group.size)
+            runs_of(of_peers[rank % tp.size], rank // tp.size, sends=rank % tp.size == 0) for rank in range(group.size)
         ]
         self.shapes = {
             run.where.name: (run.where.global_shape[0], run.where.global_shape[1])

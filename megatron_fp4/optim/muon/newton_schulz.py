@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_fp4.optim.muon.config import Triple
 
+BLOCK = 2**22  # elements that are divided at once, in `norm_dtype`
 SMALLEST_NORM = 1e-20  # a matrix of zeros stays one; torch stops at 1e-7, which small gradients reach
 
 
@@ -28,8 +29,9 @@ def orthogonalize(
     tall = x.shape[0] > x.shape[1]
     wide = x.to(dtype, copy=True)
     wide = wide.T if tall else wide
-    precise = wide.to(norm_dtype)
-    wide = (precise / precise.norm().clamp(min=SMALLEST_NORM)).to(dtype)
+    norm = torch.linalg.vector_norm(wide, dtype=norm_dtype).clamp(min=SMALLEST_NORM)
+    for rows in wide.split(max(1, BLOCK // wide.shape[1])):  # of each block a copy, not of the whole
+        rows.copy_(rows.to(norm_dtype) / norm)
     for a, b, c in triples:
         gram = wide @ wide.T
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)

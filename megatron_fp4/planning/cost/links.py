@@ -63,20 +63,23 @@ class Path:
         return math.ceil(math.log2(-(-self.size // self.inside)))
 
 
-def paths(parallel: ParallelConfig, dp: int, machine: Machine, rails: float = 1.0) -> dict[str, Path]:
+def paths(
+    parallel: ParallelConfig, dp: int, machine: Machine, rails: float = 1.0, *, with_owners: bool = False
+) -> dict[str, Path]:
     """Axis of traffic.py -> what it crosses; `amax` are the ranks that share a scale.
 
-    dp: the resolved size. rails: see `Assumptions`.
+    dp: the resolved size. rails: see `Assumptions`. with_owners: the matrices of Muon too.
     """
     tp, cp = parallel.tp, parallel.cp
     groups = {
         "tensor": (1, tp),
         "context": (tp, cp),
         "data": (tp, dp * cp),
-        "matrices": (1, tp * cp * dp),
         "pipeline": (tp * cp * dp, parallel.pp),
         "amax": (1, tp * cp),
     }
+    if with_owners:
+        groups["matrices"] = (1, tp * cp * dp)
     return {axis: _path(stride, size, machine, rails) for axis, (stride, size) in groups.items()}
 
 

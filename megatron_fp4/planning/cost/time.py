@@ -88,11 +88,11 @@ class StepTime:
 
     @property
     def hidden(self) -> float:
-        return max(self.compute + self.tensor + self.context, self.data, self.pipeline)
+        return max(self.compute + self.tensor + self.context + self.muon, self.data, self.pipeline)
 
     @property
     def exposed(self) -> float:
-        return self.compute + self.tensor + self.context + self.data + self.pipeline
+        return self.compute + self.tensor + self.context + self.muon + self.data + self.pipeline
 
     @property
     def expected(self) -> float:
@@ -123,7 +123,7 @@ def step_time(
     products = tokens / site.num_gpus * seconds_per_token(flops, table, settings.recompute, machine.gpu)
     products /= site.assumptions.efficiency
     heaviest = imbalance(pipeline.costs(config.model))
-    links = paths(config.parallel, settings.dp, machine, site.assumptions.rails)
+    links = paths(config.parallel, settings.dp, machine, site.assumptions.rails, with_owners=True)
     sent = [bytes_sent(config.model, held.values(), settings) for held in pipeline.chunks]
     seconds = {axis: max(links[axis].seconds(part[axis]) for part in sent) for axis in sent[0]}
     beside = [Overheads.of(config.model, held.values(), settings) for held in pipeline.chunks]

@@ -14,8 +14,10 @@ from typing import Any
 
 from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.count import logical_shapes
 from megatron_fp4.optim.config import Algorithm, Schedule
 from megatron_fp4.optim.lr import decay_tokens
+from megatron_fp4.optim.muon.choice import check_patterns
 from megatron_fp4.optim.muon.config import MuonConfig
 from megatron_fp4.precision.config import SAME, PrecisionConfig
 from megatron_fp4.settings import settings_of
@@ -81,6 +83,11 @@ def _check_decay_from(config: RunConfig) -> None:
             f"train.decay_from={text} leaves no step to decay: the run ends at {config.run_tokens} tokens; raise"
             " train.total_tokens, which is where the decay ends"
         )
+
+
+def check_muon(config: RunConfig) -> None:
+    """Raises ValueError for a pattern of `optim.muon.adamw_for` that fits no weight."""
+    check_patterns(logical_shapes(config.model), config.optim)
 
 
 def named_recipes(precision: PrecisionConfig) -> set[str]:

@@ -47,6 +47,7 @@ class ResumeRule:
     reason: str = ""
 
 
+OTHER_MOMENTS = "its moments would be missing: begin another train.run_dir with train.init_from=CHECKPOINT"
 RULES = (
     ResumeRule("train.run_dir", Policy.ignore),
     ResumeRule("train.resume*", Policy.ignore),
@@ -76,6 +77,8 @@ RULES = (
     ResumeRule("*seed", Policy.ask, "randomness would not go on"),
     ResumeRule("precision.*", Policy.note, "precision may change: tensors are stored without it"),
     ResumeRule("parallel.*", Policy.note, "layout may change: tensors are stored without it"),
+    ResumeRule("optim.algorithm", Policy.refuse, OTHER_MOMENTS),
+    ResumeRule("optim.muon.adamw_for", Policy.refuse, OTHER_MOMENTS),
     ResumeRule("*", Policy.note, "the config's value is used from here on"),
 )
 """The first whose glob fits decides."""
@@ -125,6 +128,10 @@ def compare_settings(
     under their present name.
     """
     left, right = {current_name(key): value for key, value in _leaves(saved)}, dict(_leaves(configured))
+    if "optim.algorithm" in right and "optim.algorithm" not in left:  # before there was a choice it was AdamW
+        left |= {key: value for key, value in right.items() if key.startswith("optim.muon.")} | {
+            "optim.algorithm": "adamw"
+        }
     parents = {key[:dot] for key in left.keys() | right.keys() for dot in range(len(key)) if key[dot] == "."}
     differences = []
     for key in sorted(left.keys() | right.keys()):

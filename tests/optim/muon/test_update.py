@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.collectives import even_counts
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import ParallelMesh, build_stage_group
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.optim import Algorithm, OptimConfig, Zero1Optimizer
 from megatron_fp4.optim.muon import update as update_module
-from megatron_fp4.optim.muon.choice import choice_table, is_muons
+from megatron_fp4.optim.muon.choice import check_patterns, choice_table, is_muons
 from megatron_fp4.optim.muon.config import SIMPLE, MuonConfig, NewtonSchulz, UpdateScale
 from megatron_fp4.optim.muon.exchange import choose_owners
 from megatron_fp4.optim.muon.newton_schulz import SMALLEST_NORM
+from tests.helpers.distributed import mesh_for, run_distributed
+from tests.optim.layouts import packed, unpacked
 from tests.optim.synthetic import contribute, exact_gradient, make_parameters
 
 BY_TORCH = {UpdateScale.shape: "original", UpdateScale.match_adamw_rms: "match_rms_adamw"}
@@ -91,6 +96,12 @@ def test_a_fused_weight_is_not_cut_between_optimizers() -> None:
     assert not is_muons(parameter, config_of(adamw_for=("*.attention.*",)))
 
 
+def test_a_pattern_that_fits_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'embeding\.\*' fits no weight of this model; they are called"):
+        check_patterns(["embedding.weight", "head.weight"], config_of(adamw_for=("embeding.*",)))
+    check_patterns(["up.weight"], config_of())
+
+
 def test_the_table_says_who_and_why() -> None:
     placements = [parameter.placement for parameter in make_parameters().values()]
     shapes = {where.name: where.global_shape for placed in placements for where in placed.rectangles}
@@ -107,6 +118,46 @@ def test_the_table_says_who_and_why() -> None:
 def test_a_matrix_without_weight_decay_is_adamws() -> None:
     placement = Placement((Rectangle.whole("blocks.0.x.weight", (4, 4)),), decay=False)
     assert not is_muons(LogicalParameter(torch.zeros(4, 4), placement), config_of())
+
+
+UNEVEN = {"a.weight": (37, 12), "b.weight": (9, 16), "c.weight": (64, 8)}
+
+
+def train_uneven(mesh: ParallelMesh) -> dict[str, tuple[tuple[slice, ...], torch.Tensor]]:
+    """The parameters of this rank after two steps, where tensor-parallel ranks have uneven parts of a matrix."""
+    parameters = {}
+    for name, (rows, columns) in UNEVEN.items():
+        counts = even_counts(rows, mesh.tp.size)
+        first, count = sum(counts[: mesh.tp.rank]), counts[mesh.tp.rank]
+        whole = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+        where = Rectangle(name, (rows, columns), (first, 0), (count, columns))
+        parameters[name] = LogicalParameter(whole[where.slices].clone(), Placement((where,)))
+    config = replace(config_of(adamw_for=()), bucket_mib=0.0015)
+    stage = build_stage_group(ParallelConfig(tp=mesh.tp.size), mesh)
+    optimizer = Zero1Optimizer(parameters.items(), config, mesh, sequence_parallel=True, stage=stage)
+    for step in range(2):
+        optimizer.zero_grad()
+        for name, parameter in parameters.items():
+            (where,) = parameter.placement.rectangles
+            for part in range(mesh.dp.rank, 2, mesh.dp.size):
+                contribute(parameter, exact_gradient(name, UNEVEN[name], step, part)[where.slices])
+        optimizer.step(optimizer.finish_grads(), lr=1e-2, max_norm=0.0)
+    optimizer.wait_parameters()
+    return {
+        name: (tensor.placement.rectangles[0].slices, tensor.detach().clone()) for name, tensor in parameters.items()
+    }
+
+
+def uneven_layouts(rank: int, world_size: int) -> bytes:
+    return packed([train_uneven(mesh_for(rank, world_size, tp=tp, dp=world_size // tp)) for tp in (2, 4)])
+
+
+def test_ranks_with_uneven_shares_lay_buckets_out_differently() -> None:
+    expected = {name: whole for name, (_, whole) in train_uneven(ParallelMesh.single_process()).items()}
+    for rank, result in enumerate(run_distributed(uneven_layouts, 4)):
+        for layout, of_rank in enumerate(unpacked(result)):
+            for name, (slices, tensor) in of_rank.items():
+                assert torch.equal(tensor, expected[name][slices]), f"rank {rank}, layout {layout}: {name}"
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])

@@ -149,3 +149,13 @@ def test_table_has_all_columns_aligned() -> None:
     assert lines[1].index("refused") == lines[0].index("used"), "the columns do not line up"
     assert "0.001" in lines[2]
     assert "the config's value is used" in lines[2]
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_was_made_by_adamw() -> None:
+    configured = {"optim": {"algorithm": "adamw", "muon": {"momentum": 0.95}, "lr": 1.0}}
+    assert compare_settings({"optim": {"lr": 1.0}}, configured) == []
+    configured["optim"]["algorithm"] = "muon"
+    (difference,) = compare_settings({"optim": {"lr": 1.0}}, configured)
+    assert difference.key == "optim.algorithm"
+    assert difference.refused
+    assert "train.init_from" in difference.reason
