@@ -44,6 +44,7 @@ def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
     dp = config.parallel.resolve_dp(world_size)
     config.check_timeouts(world_size)
     config.check_evaluations()
+    config.logging.check_prometheus_file()
     num_stages = _check_batches(config, dp)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     config = _with_vocabulary(config, tokenizer)

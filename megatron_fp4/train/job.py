@@ -56,6 +56,8 @@ from megatron_fp4.train.telemetry.operator.hook import check_environment
 from megatron_fp4.train.trainer import Outputs, fit
 
 log = logging.getLogger(__name__)
+HUNG_CLOSE_SECONDS = 4.0
+"""What a hung job gives its last event: the watchdog ends the process a little later."""
 
 
 class _Prepared(NamedTuple):
@@ -203,7 +205,7 @@ def _end_hung(events: Events, phases: Phases, lock: RunLock) -> None:
     lock.release()
     step, phase, _ = phases.current
     events.add("hang", step, f"no progress in phase {phase} of step {step}; the job ends, and its log says which rank")
-    events.close()
+    events.close(HUNG_CLOSE_SECONDS)
 
 
 def _announce(run: Run, start: Start, config_text: str, console: Console) -> None:

@@ -200,3 +200,11 @@ class LoggingConfig:
                 "logging.on_event holds what looks like a secret, and a setting is stored in config.yaml and in every"
                 " checkpoint; put it into an environment variable of rank 0 and write $NAME in its place"
             )
+
+    def check_prometheus_file(self) -> None:
+        """Raises ValueError for a name that nobody scrapes. For launches: what an older run stored is read."""
+        if self.prometheus_file and not self.prometheus_file.endswith(".prom"):
+            raise ValueError(
+                f"logging.prometheus_file = {self.prometheus_file} must end in .prom: node_exporter reads no other"
+                f" file; write {self.prometheus_file.removesuffix('.txt')}.prom"
+            )

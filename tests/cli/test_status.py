@@ -134,6 +134,29 @@ def test_a_run_that_makes_no_step_is_still_starting_or_silent(
     assert "no step for 100 s, where one takes" in str(value["why"])
 
 
+def test_a_run_that_has_stored_no_settings_yet_is_starting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = TinyRun(tmp_path, ())
+    hold(run, host="n7", pid=1)
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert ": starting, held by pid 1 on host n7" in out
+    assert "\n  no metric yet\n" in out
+    hold(run, host="n7", pid=1, age_seconds=400)
+    assert status(run, capsys)[1]["state"] == "failed"
+
+
+def test_no_age_is_negative(run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step that ends while this looks, or on a host whose clock is ahead."""
+    copy = TinyRun(tmp_path / "copy", ())
+    shutil.copytree(run.run_dir, copy.run_dir)
+    with open(copy.run_dir / "metrics.jsonl", "a") as file:
+        values = {"consumed_tokens": 256.0, "wall_seconds": 2.0, "wall_time": time.time() + 30}
+        file.write(json.dumps({"step": 2, "loss": 2.0, **values}) + "\n")
+    assert status(copy, capsys)[1]["last_metric_age_seconds"] == 0.0
+    main([str(copy.run_dir)])
+    assert "last metric 0 s ago" in capsys.readouterr().out
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert "holds no config.yaml" in capsys.readouterr().err

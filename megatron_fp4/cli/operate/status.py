@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.train.telemetry.console import format_seconds
-from megatron_fp4.train.telemetry.operator.status import RunState, RunStatus, look_at
+from megatron_fp4.train.telemetry.operator.status import RunState, RunStatus, look_at, look_at_start
 
 WATCH_SECONDS = 10.0
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         if args.watch is not None and not args.watch > 0:
             raise ValueError(f"--watch = {args.watch:g}, must be above 0 seconds")
         while True:
-            status = look_at(load_run_config(args.run))
+            status = _status_of(args.run)
             runs = status.state in (RunState.starting, RunState.running)
             text = json.dumps(status.as_json()) if args.json else describe(status)
             if args.watch is not None and not args.json and runs:
@@ -50,13 +50,18 @@ def main(arguments: Sequence[str]) -> int:
         return 2
 
 
+def _status_of(run_dir: Path) -> RunStatus:
+    starting = None if (run_dir / "config.yaml").exists() else look_at_start(run_dir)
+    return starting or look_at(load_run_config(run_dir))
+
+
 def describe(status: RunStatus) -> str:
     """Four lines for people."""
     metric = "no metric yet"
     if status.last_metric_age_seconds is not None:
         host = f" on host {status.host}" if status.host else ""
         metric = f"last metric {_ago(status.last_metric_age_seconds)}{host}"
-    facts = [f"step {status.step:,} of {status.last_step:,}"]
+    facts = [f"step {status.step:,} of {status.last_step:,}"] if status.last_step else []
     facts += [f"loss {status.loss:.4f}"] if status.loss is not None else []
     facts += [f"{status.tokens_per_second:,.0f} tokens/s"] if status.tokens_per_second is not None else []
     facts += [f"ETA {format_seconds(status.eta_seconds)}"] if status.eta_seconds is not None else []
@@ -76,4 +81,5 @@ def describe(status: RunStatus) -> str:
 
 
 def _ago(seconds: float) -> str:
+    seconds = max(0.0, seconds)  # clocks of two hosts, or a record that came while this one looked
     return f"{seconds:.0f} s ago" if seconds < 120 else f"{format_seconds(seconds)} ago"

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_fp4.train.resume.differences import ABSENT, around_first_difference, compare_settings
 from megatron_fp4.train.telemetry.gaps import changed_data, comparable_keys, last_gap, mark_of, no_gap_because, set_of
 from megatron_fp4.train.telemetry.goodput import goodput_of
-from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
+from megatron_fp4.train.telemetry.series import RunSeries, matching_keys
 
 MAX_CELL = 40
 CONTEXT = 8
@@ -121,7 +121,7 @@ def notes(runs: Sequence[RunSeries]) -> list[str]:
 
 def summary(runs: Sequence[RunSeries]) -> list[str]:
     """Per run: training loss, every held-out loss, each with its gap to the first run, and the speed."""
-    labels = {"loss": f"training loss (mean of the last {SMOOTH_STEPS} steps)"}
+    labels = {"loss": "training loss"}
     labels |= {key: key for key in matching_keys(runs, "eval/.*/loss")}
     if any(no_gap_because(run, runs[0]) for run in runs):  # then it is all that compares
         labels |= {key: key for key in matching_keys(runs, "eval/.*/bits_per_byte")}
@@ -131,11 +131,17 @@ def summary(runs: Sequence[RunSeries]) -> list[str]:
         for key, label in labels.items():
             value = run.summary(key)
             if value is not None:
+                label += f" ({mean_of(run)})" if key == "loss" else ""
                 text = f"{run.name:<{width}} step {run.last_step:>6}  {label:<44} {number(value)}{_beside(run, key)}"
                 lines.append(f"{text}{_not_finite(run, key)}{_gap(run, runs[0], key)}")
         if speed := _speed(run):
             lines.append(f"{run.name:<{width}} {speed}")
     return lines
+
+
+def mean_of(run: RunSeries) -> str:
+    """`mean of the last 20 steps`: what the training loss in a table is; of a short run fewer."""
+    return f"mean of the last {run.num_smoothed} steps" if run.num_smoothed > 1 else "of the last step alone"
 
 
 def other_forms(run: RunSeries, name: str) -> list[str]:
@@ -186,7 +192,7 @@ def _gap(run: RunSeries, base: RunSeries, key: str) -> str:
 
 
 def _speed(run: RunSeries) -> str:
-    """`1,912 tokens/s in the median step, 1,650 by the clock; goodput 86% (...)`."""
+    """`1,912 tokens/s in the median step; 1,650 by the clock; goodput 86% (...)`."""
     rate, good = run.summary("tokens_per_second"), goodput_of(run)
     if rate is None:
         return ""
@@ -195,7 +201,9 @@ def _speed(run: RunSeries) -> str:
         text += f", MFU {mfu:.1%}"
     if good is None:
         return text
+    most = good.in_first_steps > good.in_steps / 2
+    firsts = f"of it {good.in_first_steps:.1%} in the first step of a launch, which compiles; " if most else ""
     return (
-        f"{text}; {good.tokens_per_second:,.0f} by the clock, goodput {good.in_steps:.1%} (evaluation, saves, logging,"
-        f" start-up {good.beside_steps:.1%}; between launches, or made again {good.between_launches:.1%})"
+        f"{text}; {good.tokens_per_second:,.0f} by the clock, goodput {good.in_steps:.1%} ({firsts}evaluation, saves,"
+        f" logging, start-up {good.beside_steps:.1%}; between launches, or made again {good.between_launches:.1%})"
     )

@@ -17,15 +17,17 @@ from megatron_fp4.train.telemetry.series import RunSeries
 
 @dataclass(frozen=True)
 class Goodput:
-    """From the start of the first launch to the end of the newest step, as parts of that time, which add up to 1.
+    """From the start of the first launch to the end of the newest step, and parts of that time, 0 to 1.
 
-    in_steps: the goodput; skipped steps count. beside_steps: evaluation, saves, logging, start-up. between_launches:
-    nothing ran, or ran steps that were lost and made again.
+    in_steps: the goodput; skipped steps count, and so do first steps of launches, which compile (in_first_steps).
+    beside_steps: evaluation, saves, logging, start-up. between_launches: nothing ran, or ran steps that were lost and
+    made again. In, beside and between add up to 1.
     """
 
     seconds: float
     tokens_per_second: float
     in_steps: float
+    in_first_steps: float
     beside_steps: float
     between_launches: float
 
@@ -41,5 +43,6 @@ def goodput_of(run: RunSeries) -> Goodput | None:
         return None
     before = first["consumed_tokens"] - first["tokens_per_second"] * first["step_seconds"]
     in_steps, launched = (sum(values[key] for values in steps) / seconds for key in ("step_seconds", "wall_seconds"))
+    firsts = sum(run.steps[step].get("step_seconds", 0.0) for step in run.launched & run.steps.keys()) / seconds
     tokens = last["consumed_tokens"] - before
-    return Goodput(seconds, tokens / seconds, in_steps, launched - in_steps, max(0.0, 1.0 - launched))
+    return Goodput(seconds, tokens / seconds, in_steps, firsts, launched - in_steps, max(0.0, 1.0 - launched))

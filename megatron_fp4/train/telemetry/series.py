@@ -24,7 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_fp4.data.ledger import DataIdentity, read_identity
+from megatron_fp4.storage.append import read_values
 from megatron_fp4.train.telemetry.metrics import read_metrics
+from megatron_fp4.train.telemetry.operator.events import EVENTS_FILE, first_steps
 
 SMOOTH_STEPS = 20
 """Steps whose mean stands for the training loss of one step."""
@@ -32,7 +34,7 @@ RATES = (
     r"(wall_)?tokens_per_second|(step|wall|data_wait)_seconds|goodput|tflops|mfu|mfu_mixed|device/.*|save/.*seconds"
     r"|straggler/.*/(seconds|median)"
 )
-"""Metrics of which the median of all steps is shown: one step says nothing about speed."""
+"""Metrics of which the median is shown: one step says nothing about speed, the first of a launch least of all."""
 NOT_FINITE = ("nan", "inf", "-inf")
 
 
@@ -97,6 +99,7 @@ class RunSeries:
 
     name: tells it from the others of a report. steps: everything that was recorded of a step, by step. settings: as its
     config.yaml has them, None where there is none. data: content of what it read, None where it kept no ledger.
+    launched: the steps that were the first of a launch.
     """
 
     folder: Path
@@ -104,6 +107,7 @@ class RunSeries:
     steps: dict[int, dict[str, Any]]
     settings: Mapping[str, Any] | None = None
     data: DataIdentity | None = None
+    launched: frozenset[int] = frozenset()
 
     @staticmethod
     def read(folder: Path, name: str = "", settings: Mapping[str, Any] | None = None) -> RunSeries:
@@ -121,7 +125,8 @@ class RunSeries:
                     f"run {folder}: {before:g} tokens were consumed by step {step}, {after:g} by step {next_step}; its"
                     " metrics.jsonl is of several runs"
                 )
-        return RunSeries(folder, name or folder.name, steps, settings, read_identity(folder))
+        launched = first_steps(read_values(folder / EVENTS_FILE)) | {tokens[0][0]}
+        return RunSeries(folder, name or folder.name, steps, settings, read_identity(folder), launched)
 
     @property
     def last_step(self) -> int:
@@ -159,8 +164,9 @@ class RunSeries:
     def summary(self, key: str) -> float | None:
         """What stands for a metric in a table, None if there is none of it.
 
-        Of the loss the mean of the last SMOOTH_STEPS, of the gradient norm their median, of RATES the median of all
-        steps, of everything else the newest value.
+        Of the loss the mean of the last SMOOTH_STEPS, of the gradient norm their median, of everything else the newest
+        value. Of RATES the median of all steps but the first of each launch, if there are others: of two in the middle
+        the slower one, so that a time and the rate of it are of one step.
         """
         curve = self.curve(key)
         if not curve.values:
@@ -169,7 +175,18 @@ class RunSeries:
             return curve.smooth().values[-1]
         if key == "grad_norm":
             return median(curve.values[-SMOOTH_STEPS:])
-        return median(curve.values) if re.fullmatch(RATES, key) else curve.values[-1]
+        if not re.fullmatch(RATES, key):
+            return curve.values[-1]
+        pairs = list(zip(self.steps_of(key), curve.values, strict=True))
+        later = [value for step, value in pairs if step not in self.launched and math.isfinite(value)]
+        finite = later or [value for value in curve.values if math.isfinite(value)]
+        slower = statistics.median_high if re.search("seconds$|median$", key) else statistics.median_low
+        return slower(finite) if finite else math.nan
+
+    @property
+    def num_smoothed(self) -> int:
+        """The number of steps that the training loss of `summary` is the mean of."""
+        return min(SMOOTH_STEPS, len(self.curve("loss").values))
 
     def not_finite(self, key: str) -> list[int]:
         """The steps at which a metric is NaN or infinite."""

@@ -172,6 +172,42 @@ def test_equal_losses_and_losses_that_are_no_numbers_are_called_so(tmp_path: Pat
     assert "a loss that is not finite in 1 step(s), the last 39" in words[2]
 
 
+def test_only_what_is_equal_to_the_bit_is_called_equal(tmp_path: Path) -> None:
+    """6.2637 against 6.2639 is -0.003 %, which two digits would show as nothing."""
+    folders = [a_run(tmp_path / "base"), a_run(tmp_path / "near", 1 - 3e-5), a_run(tmp_path / "off", 1 + 6e-5)]
+    assert main([*map(str, folders), "--html", str(tmp_path / "page.html")]) == 0
+    words = read_page(tmp_path / "page.html").texts["p"]
+    assert "the training loss is less than 0.01 % below" in words[1]
+    assert "the training loss is 0.01 % above" in words[2]
+
+
+def test_speed_is_of_the_same_steps_and_the_clock_of_the_page_is_that_of_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """512 tokens a step; the first takes 20 s, most of it to compile, the second 0.5 s: 1024 / 21.5 s by the clock."""
+
+    def timed(step: int) -> dict[str, Any]:
+        seconds = 20.0 if step == 1 else 0.5
+        values = {"consumed_tokens": 512.0 * step, "step_seconds": seconds, "tokens_per_second": 512 / seconds}
+        return values | {"wall_seconds": seconds + 0.5, "wall_time": (1e3, 1001.0)[step - 1]}
+
+    run = a_run(tmp_path / "run", change=timed, steps=2)
+    assert main([str(run), "--html", str(tmp_path / "page.html")]) == 0
+    out = capsys.readouterr().out
+    assert "training loss (mean of the last 2 steps)" in out
+    assert "1,024 tokens/s in the median step; 48 by the clock, goodput 95.3% (of it 93.0% in the first step" in out
+    page = read_page(tmp_path / "page.html")
+    assert "(mean of the last 2 steps)" in page.texts["p"][0]
+    cells = page.texts["td"]
+    shown = {
+        name: cells[number + 1]
+        for number, cell in enumerate(cells)
+        for name in ("tokens/s (median", "time of a step", "tokens/s by the clock", "goodput", "of it in the first")
+        if cell.startswith(name)
+    }
+    assert list(shown.values()) == ["1,024", "500 ms", "47.628", "95.3%", "93.0%"]
+
+
 def eventful(step: int) -> dict[str, Any]:
     """Another blend after step 10, precision after 20; a learning rate that jumps after 25 and falls from 31."""
     rate = 1e-3 if step <= 25 else 5e-4

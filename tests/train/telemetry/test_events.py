@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -158,3 +159,42 @@ def test_prometheus_text(tmp_path: Path) -> None:
     assert "megatron_fp4_loss" not in (tmp_path / "x.prom").read_text(), "written more than once a second"
     sink.close()
     assert 'megatron_fp4_loss{run="x"} 2.0' in (tmp_path / "x.prom").read_text()
+
+
+def test_a_command_does_not_outlive_the_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The process ends by os._exit: what is still delivered then is killed, with its children; nothing more starts."""
+    monkeypatch.setattr(hook_module, "CLOSE_SECONDS", 0.5)
+    events = Events(tmp_path, LoggingConfig(on_event=f"echo $$ >> {tmp_path}/groups; sleep 100; true"))
+    events.add("start", 0, "")
+    events.add("finish", 2, "")
+    with caplog.at_level(logging.WARNING):
+        events.close()
+    (group,) = (tmp_path / "groups").read_text().split()
+    deadline = time.monotonic() + 5
+    while members(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert members(group) == [], "a process of the command lives on"
+    assert [record.getMessage() for record in caplog.records] == [
+        "logging.on_event: start was not delivered (the command was killed at the end of the launch); this is said"
+        " once",
+        "logging.on_event: 2 event(s) were not delivered",
+    ]
+
+
+def members(group: str) -> list[str]:
+    """The processes of a process group that live."""
+    living = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, of_group, *_ = path.read_text().rpartition(")")[2].split()
+            living += [path.parent.name] if of_group == group and state != "Z" else []
+    return living
+
+
+def test_a_file_that_nobody_scrapes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run(tmp_path, "precision=bf16", "logging.prometheus_file=x.txt")
+    assert main(run.overrides) == 2
+    assert "x.txt must end in .prom: node_exporter reads no other file; write x.prom" in capsys.readouterr().err
+    assert not run.run_dir.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,24 @@ def test_a_higher_loss_is_a_positive_gap() -> None:
     assert (gap.tokens, gap.percent) == (30e3, pytest.approx(5.0))
     assert back.percent == pytest.approx(-100 / 21)
     assert gap_percent(worse, base).values == pytest.approx([5.0] * 30)
+
+
+def test_a_median_leaves_out_the_first_step_of_each_launch(tmp_path: Path) -> None:
+    """Of steps 2, 3, 5 and 6 the two in the middle take 2 s and 3 s; the slower one has both its time and its rate."""
+    times = [90.0, 1.0, 2.0, 80.0, 3.0, 4.0]
+    records = [
+        {
+            "step": step,
+            "loss": 2.0,
+            "consumed_tokens": 12.0 * step,
+            "step_seconds": time,
+            "tokens_per_second": 12 / time,
+        }
+        for step, time in enumerate(times, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    events = [{"event": "start", "step": 0}, {"event": "skip", "step": 1}, {"event": "resume", "step": 3}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
+    run = RunSeries.read(tmp_path)
+    assert (run.summary("step_seconds"), run.summary("tokens_per_second")) == (3.0, 4.0)
+    assert run.num_smoothed == 6

@@ -15,10 +15,10 @@ from megatron_fp4.train.history.launches import LaunchRecord, read_launches
 from megatron_fp4.train.telemetry.goodput import goodput_of
 from megatron_fp4.train.telemetry.series import RunSeries, matching_keys
 
+BUT_FIRST = ", first steps of launches left out"
 UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 MEDIANS = {
     "tokens_per_second": "tokens/s",
-    "wall_tokens_per_second": "tokens/s by the clock",
     "step_seconds": "time of a step",
     "data_wait_seconds": "of it for data",
     "tflops": "TFLOP/s a device",
@@ -44,7 +44,7 @@ def results(runs: Sequence[RunSeries]) -> str:
     """The newest losses, and medians of everything about speed."""
     losses = ["loss", *matching_keys(runs, "eval/.*/(loss|perplexity|bits_per_byte)"), "grad_norm"]
     keys = {key: key.removeprefix("eval/").replace("_", " ") for key in losses if matching_keys(runs, re.escape(key))}
-    keys |= {key: f"{label} (median)" for key, label in MEDIANS.items() if matching_keys(runs, key)}
+    keys |= {key: f"{label} (median{BUT_FIRST})" for key, label in MEDIANS.items() if matching_keys(runs, key)}
     rows = [["step", *(f"{run.last_step:,}" for run in runs)]]
     rows.append(["tokens", *(tokens_text(run.last_tokens) for run in runs)])
     for key, label in keys.items():
@@ -52,9 +52,11 @@ def results(runs: Sequence[RunSeries]) -> str:
         rows.append([label, *("" if value is None else _cell(key, value) for value in values)])
     goods = [goodput_of(run) for run in runs]
     if any(goods):
-        rows.append(
-            ["goodput (of all time since the start)", *(f"{good.in_steps:.1%}" if good else "" for good in goods)]
-        )
+        clock = [number(good.tokens_per_second, ",.5g") if good else "" for good in goods]
+        shares = [(f"{good.in_steps:.1%}", f"{good.in_first_steps:.1%}") if good else ("", "") for good in goods]
+        rows.append(["tokens/s by the clock (all time since the start)", *clock])
+        rows.append(["goodput (part of that time in steps)", *(whole for whole, _ in shares)])
+        rows.append(["of it in the first step of each launch, which compiles", *(first for _, first in shares)])
     return table(["", *(run.name for run in runs)], rows, "values")
 
 

@@ -111,7 +111,7 @@ def _gaps(runs: Sequence[RunSeries]) -> Chart:
                 lines.append(ChartLine(name, number, points))
             elif gap.values:
                 lines.append(ChartLine(name, number, points, "dots", shape=_sets(runs).index(set_of(key))))
-    about = f"At equal consumed tokens, whatever the batch size; the line is of means of {SMOOTH_STEPS} values."
+    about = f"At equal consumed tokens, whatever the batch size; the line is of means of {SMOOTH_STEPS} values at most."
     return Chart(f"loss against {base.name}, percent", lines, unit="percent", wide=True, zero=True, about=about)
 
 

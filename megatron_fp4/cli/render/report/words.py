@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megatron_fp4.cli.render.comparison import changed_settings, notes, number, other_forms, tokens_text
+from megatron_fp4.cli.render.comparison import changed_settings, mean_of, notes, number, other_forms, tokens_text
 from megatron_fp4.train.history.events import EventKind, RunEvent
 from megatron_fp4.train.resume.differences import ABSENT
 from megatron_fp4.train.telemetry.gaps import comparable_keys, gap_percent, last_gap, no_gap_because, set_of
-from megatron_fp4.train.telemetry.series import SMOOTH_STEPS, RunSeries, matching_keys
+from megatron_fp4.train.telemetry.series import RunSeries, matching_keys
 
 SETTINGS_IN_A_SENTENCE = 4
 FEW_STEPS = 2000
 FEW_TOKENS = 1e9
+LEAST_PERCENT = 0.01
+"""The last digit of a difference; a smaller one is not called equal, which means equal to the bit."""
 
 
 def in_words(runs: Sequence[RunSeries], events: Sequence[Sequence[RunEvent]]) -> list[str]:
@@ -39,7 +41,7 @@ def _ends(run: RunSeries) -> str:
 
 def _losses(run: RunSeries) -> Iterator[tuple[str, str]]:
     if (loss := run.summary("loss")) is not None:
-        yield "training loss", f"{number(loss)} (mean of the last {SMOOTH_STEPS} steps)"
+        yield "training loss", f"{number(loss)} ({mean_of(run)})"
     for key in matching_keys([run], "eval/.*/loss"):
         value, beside = run.summary(key), other_forms(run, set_of(key))
         if value is not None:
@@ -61,9 +63,10 @@ def _against(run: RunSeries, base: RunSeries) -> str:
 def _amount(percent: float) -> str:
     if percent != percent:
         return "NaN against"
-    if abs(percent) < 0.005:
+    if percent == 0:
         return "equal to"
-    return f"{abs(percent):.2f} % {'above' if percent > 0 else 'below'}"
+    amount = f"{abs(percent):.2f} %" if abs(percent) >= LEAST_PERCENT / 2 else f"less than {LEAST_PERCENT} %"
+    return f"{amount} {'above' if percent > 0 else 'below'}"
 
 
 def _of(key: str) -> str:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from megatron_fp4.storage.append import AppendFile
 from megatron_fp4.train.sections import LoggingConfig
@@ -31,6 +32,11 @@ it made its last step. fail: it ended by an error. spike: a loss spike whose bat
 update, because of NaN, Inf or no target. rollback: back to a checkpoint, by the ladder of spikes. save_failed: a
 checkpoint was not written. hang: the watchdog ends the job. rewind: `checkpoint rewind`, by hand."""
 EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
+
+
+def first_steps(events: Iterable[Mapping[str, Any]]) -> frozenset[int]:
+    """The first step of each launch, which compiles and waits for what starts up."""
+    return frozenset(one["step"] + 1 for one in events if one["event"] in ("start", "resume"))
 
 
 class Events:
@@ -64,7 +70,7 @@ class Events:
         if self._hook:
             self._hook.deliver(event)
 
-    def close(self) -> None:
-        """Wait, not for long, until what was told is delivered."""
+    def close(self, seconds: float | None = None) -> None:
+        """Wait, not for long, until what was told is delivered. seconds: how long, hook.CLOSE_SECONDS if not said."""
         if self._hook:
-            self._hook.close()
+            self._hook.close(seconds)

@@ -1,7 +1,8 @@
 """Hands events to a command or a URL (`logging.on_event`): a pager, a chat, a scheduler.
 
 A thread delivers one event after the other, each within DELIVERY_SECONDS; whoever tells an event never waits. What goes
-wrong is said once in a launch, and at its end how many events were not delivered.
+wrong is said once in a launch, and at its end how many events were not delivered. A command is killed with all that it
+started when its time is over, or that of the launch: the process ends by os._exit, which would leave it behind.
 
 A setting is stored in config.yaml and in every checkpoint, and printed: a token in it would be too. So `$NAME` in a URL
 is read from the environment of rank 0 when it is used, a command has its `$NAME` from its shell, and what looks like a
@@ -28,7 +29,9 @@ from typing import Any
 log = logging.getLogger(__name__)
 DELIVERY_SECONDS = 10.0
 CLOSE_SECONDS = 15.0
-"""How long the end of a launch waits for what is still to be delivered."""
+"""How long the end of a launch waits for what is still to be delivered; then it is cut off."""
+KILL_SECONDS = 1.0
+"""How long the thread has to count what was cut off."""
 MAX_WAITING = 1000
 URL = re.compile(r"https?://", re.IGNORECASE)
 
@@ -57,6 +60,7 @@ class Hook:
         self._target = target
         self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(MAX_WAITING)
         self._undelivered = 0
+        self._commands = Commands()
         self._thread = threading.Thread(target=self._work, name="event-hook", daemon=True)
         self._thread.start()
 
@@ -67,13 +71,16 @@ class Hook:
         except queue.Full:
             self._failed(event, f"{MAX_WAITING} wait before it")
 
-    def close(self) -> None:
-        """Safe to call twice."""
+    def close(self, seconds: float | None = None) -> None:
+        """Wait so long, CLOSE_SECONDS if not said, and cut off the rest. Safe to call twice."""
         if not self._thread.is_alive():
             return
         with suppress(queue.Full):
             self._queue.put_nowait(None)
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(CLOSE_SECONDS if seconds is None else seconds)
+        if self._thread.is_alive():
+            self._commands.end()
+            self._thread.join(KILL_SECONDS)
         waiting = self._queue.qsize() if self._thread.is_alive() else 0
         if self._undelivered + waiting:
             log.warning("logging.on_event: %d event(s) were not delivered", self._undelivered + waiting)
@@ -81,7 +88,7 @@ class Hook:
     def _work(self) -> None:
         while (event := self._queue.get()) is not None:
             try:
-                send = _post if URL.match(self._target) else _run
+                send = _post if URL.match(self._target) else self._commands.run
                 send(self._target, json.dumps(event).encode())
             except (OSError, ValueError) as error:
                 self._failed(event, _reason(error))
@@ -114,20 +121,46 @@ def _post(url: str, body: bytes) -> None:
         pass
 
 
-def _run(command: str, body: bytes) -> None:
-    """The command in a shell of its own, with the event on its standard input. Raises OSError."""
-    process = subprocess.Popen(
-        ["/bin/sh", "-c", command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        process.communicate(body + b"\n", timeout=DELIVERY_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise HookFailed(f"the command took longer than {DELIVERY_SECONDS:g} s") from None
-    if process.returncode:
-        raise HookFailed(f"the command ended with exit code {process.returncode}")
+class Commands:
+    """Runs one command at a time, each in a process group of its own, until `end`, which another thread may call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ended = False
+
+    def run(self, command: str, body: bytes) -> None:
+        """A shell, with the event on its standard input. Raises OSError."""
+        with self._lock:
+            if self._ended:
+                raise HookFailed("the launch has ended")
+            process = self._process = subprocess.Popen(
+                ["/bin/sh", "-c", command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        try:
+            process.communicate(body + b"\n", timeout=DELIVERY_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            process.wait()
+            raise HookFailed(f"the command took longer than {DELIVERY_SECONDS:g} s") from None
+        finally:
+            with self._lock:
+                self._process = None
+        if process.returncode:
+            ended = "was killed at the end of the launch" if self._ended else None
+            raise HookFailed(f"the command {ended or f'ended with exit code {process.returncode}'}")
+
+    def end(self) -> None:
+        """Kill what runs, with all that it started, and start nothing more."""
+        self._ended = True
+        self._kill()
+
+    def _kill(self) -> None:
+        with self._lock:
+            if self._process is not None:
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)

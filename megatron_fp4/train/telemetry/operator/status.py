@@ -23,7 +23,7 @@ from megatron_fp4.storage.durable import MANIFEST
 from megatron_fp4.storage.lock import Holder, last_holder
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.telemetry.metrics import METRICS_FILE
-from megatron_fp4.train.telemetry.operator.events import EVENTS_FILE
+from megatron_fp4.train.telemetry.operator.events import EVENTS_FILE, first_steps
 
 TAIL_BYTES = 1 << 20
 PACE_STEPS = 50
@@ -50,7 +50,8 @@ class RunStatus:
     """See the module. why: what the state is known from. step: the newest one made, of `last_step`.
 
     loss: of the newest step; a NaN as it is. tokens_per_second: median of the newest steps. eta_seconds: until the last
-    step, by the clock; None unless it runs. save_step: of the checkpoint that a resume takes. event: see events.py.
+    step, by the clock; None unless it runs. last_step: 0 while it is not known. save_step: of the checkpoint that a
+    resume takes. event: see events.py.
     """
 
     run: str
@@ -81,7 +82,7 @@ def look_at(config: RunConfig) -> RunStatus:
     newest: Mapping[str, Any] = records[-1] if records else {}
     step = newest.get("step", 0)
     last_step = config.last_step(step, int(newest.get("consumed_tokens", 0)) // config.data.seq_length)
-    age = now - newest["wall_time"] if "wall_time" in newest else None
+    age = max(0.0, now - newest["wall_time"]) if "wall_time" in newest else None
     pace = _seconds_per_step(records, events)
     holder = last_holder(run_dir)
     state, why = _state(holder, records, events, step >= last_step > 0)
@@ -102,9 +103,19 @@ def look_at(config: RunConfig) -> RunStatus:
         eta_seconds=pace * (last_step - step) if pace is not None and state is RunState.running else None,
         last_metric_age_seconds=age,
         save_step=save_step,
-        save_age_seconds=now - saved.stat().st_mtime if saved else None,
+        save_age_seconds=max(0.0, now - saved.stat().st_mtime) if saved else None,
         event=events[-1] if events else None,
     )
+
+
+def look_at_start(run_dir: Path) -> RunStatus | None:
+    """The status of a run that has stored no settings yet; None where no launch holds its directory, or died there."""
+    holder = last_holder(run_dir)
+    if holder is None:
+        return None
+    state, why = _state(holder, [], [], at_end=False)
+    host = holder.owner.host if holder.owner else None
+    return RunStatus(str(run_dir), state, why, host, 0, 0, None, None, None, None, None, None, None)
 
 
 def _state(
@@ -129,6 +140,6 @@ def _state(
 
 def _seconds_per_step(records: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> float | None:
     """Seconds by the clock, evaluations and saves included, but not the first step of a launch with its start-up."""
-    firsts = {one["step"] + 1 for one in events if one["event"] in ("start", "resume")}
+    firsts = first_steps(events)
     times = [one["wall_seconds"] for one in records if "wall_seconds" in one and one["step"] not in firsts]
     return statistics.fmean(times[-PACE_STEPS:]) if times else None
