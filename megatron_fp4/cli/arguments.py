@@ -94,7 +94,10 @@ class CommandParser(argparse.ArgumentParser):
             return self.parse_args(arguments)
         args, unknown = self.parse_known_intermixed_args(arguments)
         if unknown:
-            elsewhere = counterpart(unknown[0].partition("=")[0])
+            from megatron_fp4.cli.overrides.mistakes import same_named  # here: other commands need no hydra
+
+            name = unknown[0].partition("=")[0]
+            elsewhere = counterpart(name) or same_named(name)
             self.error(f"unknown option {unknown[0]!r}{f'; {elsewhere}' if elsewhere else ''}")
         return args
 

@@ -104,9 +104,9 @@ def load_run_config(run_dir: Path) -> RunConfig:
     stored = run_dir / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{run_dir} holds no config.yaml; is it the train.run_dir of a run?")
-    if objection := ambiguous_text(stored):
-        raise ConfigError(objection)
     try:
+        if objection := ambiguous_text(stored):
+            raise ConfigError(objection)
         settings = OmegaConf.load(stored)
         if renamed := renamed_keys(OmegaConf.to_container(settings)):
             raise ConfigError(
@@ -116,7 +116,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
         tree.train.run_dir = str(run_dir)
     except YAMLError as error:
         raise ConfigError(yaml_mistake(error)) from None
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{stored}: {short(error)}") from None
     assert isinstance(tree, DictConfig)
     return to_run_config(tree)

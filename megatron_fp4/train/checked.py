@@ -46,7 +46,7 @@ def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
     config.check_evaluations()
     config.logging.check_prometheus_file()
     num_stages = _check_batches(config, dp)
-    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    tokenizer = _tokenizer(config)
     config = _with_vocabulary(config, tokenizer)
     check_choices(config)
     tokens = _tokens(config)
@@ -57,6 +57,11 @@ def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
     check_muon(config)
     check_decay(config)
     return CheckedConfig(config, linears, plan, dp, tokenizer, _notes(config, plan))
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The configuration with the tokenizer's vocabulary where `model.vocab_size` is 0. Raises ValueError."""
+    return _with_vocabulary(config, _tokenizer(config))
 
 
 def settle_decay(checked: CheckedConfig, kept: str, consumed_samples: int) -> CheckedConfig:
@@ -91,8 +96,11 @@ def _check_batches(config: RunConfig, dp: int) -> int:
     return num_stages
 
 
+def _tokenizer(config: RunConfig) -> Tokenizer | None:
+    return load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+
+
 def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer | None) -> RunConfig:
-    """The configuration with the tokenizer's vocabulary where `model.vocab_size` is 0."""
     if config.model.vocab_size == 0:
         if tokenizer is None:
             raise ValueError("model.vocab_size is 0 (take it from the tokenizer), but data.tokenizer is not set")

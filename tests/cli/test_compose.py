@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_fp4.cli import main, pretrain
-from megatron_fp4.cli.compose import ConfigError, compose_config
+from megatron_fp4.cli.compose import ConfigError, compose_config, load_run_config
 from megatron_fp4.train.sections import WandbMode
 
 COMMANDS = (
@@ -127,6 +127,8 @@ def test_an_experiment_by_its_path(own: Path, monkeypatch: pytest.MonkeyPatch) -
         ("# @package _global_\ndefaults: {model: gpt_tiny}\n", "defaults must be a list"),
         ("# @package _global_\ndefaults: [override /model: gpt_tinny]\n", "did you mean 'gpt_tiny'"),
         ("# @package _global_\nx: \xff\n", "utf-8"),
+        ("# @package _global_\ntrain: {run_dir: '${unclosed'}\n", "an interpolation looks like ${optim.lr}"),
+        ("# @package _global_\ndata: {sources: &x [*x]}\n", "an anchor (&name) holds itself"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,6 +138,23 @@ def test_mistakes_in_a_file(tmp_path: Path, text: str, expected: str, capsys: py
     assert expected in printed
     assert str(file) in printed or "gpt_tinny" in printed
     assert "../" not in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("norm_eps: ${unclosed\n", "an interpolation looks"), ("hidden: &x [*x]\n", "holds itself")]
+)
+def test_mistakes_in_a_file_of_any_group(
+    tmp_path: Path, text: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    printed = refusal(capsys, "model=mine", f"--config-dir={tmp_path}")
+    assert printed.startswith(f"error: {file}: ")
+    assert expected in printed
+    (tmp_path / "config.yaml").write_text(f"model:\n  {text}")
+    with pytest.raises(ConfigError, match=rf"config\.yaml: .*{expected}"):
+        load_run_config(tmp_path)
 
 
 def test_a_path_without_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

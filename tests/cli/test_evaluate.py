@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,8 @@ from megatron_fp4.cli.trained import evaluate as command
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.launch import Launch
+from megatron_fp4.data.shards.shard import token_dtype
+from megatron_fp4.data.shards.writer import ShardWriter
 from megatron_fp4.inference.precisions import table_of
 from megatron_fp4.train.evaluation import sets
 from megatron_fp4.train.evaluation.heldout import HeldOutLoss
@@ -22,6 +25,7 @@ from megatron_fp4.train.open import open_trained
 from megatron_fp4.train.opened import examiner, open_data
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.distributed import run_distributed, world_group
+from tests.helpers.letters import make_tokenizer
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import make_trainer
 
@@ -88,6 +92,34 @@ def test_the_mean_of_a_window(
     assert folder not in (newest, three_alone), "the weights are not those of the mean"
     assert average(["average", str(run.run_dir), "--window", "4", "9", "--to", str(tmp_path / "one")]) == 2
     assert "steps 4 to 9 hold 1 checkpoint(s)" in capsys.readouterr().err
+
+
+def test_the_mean_of_a_run_with_its_tokenizers_vocabulary(
+    tmp_path: Path, losses: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stored configuration says 0; another model is still refused, by the argument that was typed."""
+    shard, mean = tmp_path / "shards" / "toy", tmp_path / "mean"
+    shard.parent.mkdir()
+    writer = ShardWriter(shard, token_dtype(29))
+    for first in range(100):
+        writer.add_document(np.array([*(2 + (first + np.arange(40)) % 27), 1]))
+    writer.close()
+    run = tiny_run(
+        tmp_path, "model.vocab_size=0", f"data.tokenizer='{make_tokenizer(tmp_path)}'", "train.stop_after_steps=2",
+        "train.save_interval_steps=1", f"data.evaluation=[{{name: toy, paths: ['{shard}'], may_overlap: true}}]",
+        "train.eval_interval_steps=9",
+    )  # fmt: skip
+    make_trainer(run.overrides)[0].fit()
+    assert average(["average", str(run.run_dir), "--window", "1", "2", "--to", str(mean)]) == 0
+    typed = [str(run.run_dir), "--precision", "bf16", "--checkpoint"]
+    for checkpoint in (mean, mean / "step_00000002"):
+        assert command.main([*typed, str(checkpoint)]) == 0, capsys.readouterr().err
+    assert losses[0] == losses[1]
+    stored = run.run_dir / "config.yaml"
+    stored.write_text(stored.read_text().replace("norm_eps: 1.0e-05", "norm_eps: 1.0e-04"))
+    assert command.main([*typed, str(mean)]) == 2
+    printed = capsys.readouterr().err
+    assert f"error: --checkpoint {mean} holds another model than {run.run_dir}:\n  model.norm_eps: 1e-05 in" in printed
 
 
 def on_two_ranks(rank: int, world_size: int, run_dir: str, layouts: list[ParallelConfig]) -> list[float]:

@@ -100,6 +100,13 @@ RAMP = [
         (["checkpoint.keep_best=1"], "nothing is evaluated"),
         (["train.eval_interval_steps=5"], "train.eval_interval_steps = 5 would have no effect"),
         (["--frobnicate"], "unknown option"),
+        (
+            ["--weight-decay", "0.1"],
+            "unknown option '--weight-decay'; a setting has no dashes: optim.weight_decay=VALUE",
+        ),
+        (["--weight_decay=0.1"], "a setting has no dashes: optim.weight_decay=VALUE"),
+        (["--vocab-size", "4"], "a setting has no dashes: model.vocab_size=VALUE"),
+        (["--seed", "4"], "a setting has no dashes: data.seed=VALUE or train.seed=VALUE"),
         (["hydra.run.dir=outputs"], "hydra.run.dir has no effect"),
         (["hydra/launcher=basic"], "hydra/launcher has no effect"),
         (["precision.rules=[{match: '/(/', use: nvfp4}]"], "match = '/(/' is no regular expression: missing )"),

@@ -292,6 +292,11 @@ def test_what_is_refused_before_any_work(
     assert "says what model it is; take it away" in error_of(
         "import", str(tmp_path / "hf"), "model.hidden=3", "--to", str(tmp_path / "two")
     )
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "metadata.json").write_text("{}")
+    assert "a torch_dist checkpoint of Megatron-LM; import it by --from megatron" in error_of(
+        "import", str(tmp_path / "theirs"), "--from", "transformers", "--to", str(tmp_path / "two")
+    )
     assert not (tmp_path / "two").exists()
 
 

@@ -18,7 +18,7 @@ from megatron_fp4.checkpoint import edit, offline
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.interop.read import Imported, import_weights
 from megatron_fp4.layers.rope import RopeScaling
-from megatron_fp4.models.foreign.megatron_weights import MegatronWeights
+from megatron_fp4.models.foreign.megatron_weights import MegatronWeights, megatron_directory
 from megatron_fp4.models.foreign.read_config import CONFIG
 from megatron_fp4.models.foreign.source import ForeignSource, is_foreign
 from megatron_fp4.models.foreign.weights import ForeignWeights
@@ -49,6 +49,8 @@ def _source(folder: Path, origin: str | None, overrides: list[str]) -> ForeignSo
     if origin == "transformers" or (origin is None and (folder / CONFIG).is_file()):
         if overrides:
             raise ValueError(f"{overrides[0]}: {folder / CONFIG} says what model it is; take it away")
+        if not (folder / CONFIG).is_file() and megatron_directory(folder) is not None:
+            raise ValueError(f"{folder} is a torch_dist checkpoint of Megatron-LM; import it by --from megatron")
         return ForeignWeights(folder)
     if len(overrides) == 1 and overrides[0].startswith(VOCABULARY):
         return MegatronWeights(folder, vocab_size=to_run_config(compose_config(overrides)).model.vocab_size)

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from megatron_fp4.cli.overrides.foreign import counterpart
@@ -29,6 +29,9 @@ from megatron_fp4.train.renamed import renamed_keys, renamed_option, renaming_me
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is for the user."""
+
+
+ENDLESS = "an anchor (&name) holds itself (*name), which has no end; write out what is meant"
 
 
 class Options(Protocol):
@@ -67,6 +70,13 @@ def unknown_key(key: str, groups: Sequence[str]) -> str:
     return ""
 
 
+def same_named(option: str) -> str:
+    """What is said of an option, such as `--weight-decay`, that has the name of a setting; "" for another one."""
+    name = option.lstrip("-").replace("-", "_")
+    keys = [key for key in _all_keys(hint_at("")) if name in (key, key.rpartition(".")[2])]
+    return f"a setting has no dashes: {' or '.join(f'{key}=VALUE' for key in keys)}" if keys else ""
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -86,6 +96,10 @@ def short(error: BaseException) -> str:
     lines: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, RecursionError):
+            return ENDLESS
+        if isinstance(cause, GrammarParseError):
+            return f"{str(cause).splitlines()[0]}; an interpolation looks like ${{optim.lr}} or ${{oc.env:NAME}}"
         lines += [line.strip() for line in str(cause).splitlines()]
         cause = cause.__cause__
     noise = ("object_type", "reference_type", "To append", "Set the", "See https://hydra.cc")
@@ -152,14 +166,16 @@ def _typed(key: str, value: str) -> str:
 
 
 def _of_files(overrides: Sequence[str], options: Options) -> Iterator[str]:
-    """What is wrong in the files of the experiments that are asked for."""
+    """What is wrong in the files of the options that are asked for; more is known of an experiment."""
     for override in overrides:
-        group, _, option = override.partition("=")
-        for file in options.files(f"{group}/{option.strip(chr(39))}") if group == "experiment" else ():
+        group, _, option = override.lstrip("+").partition("=")
+        for file in options.files(f"{group}/{option.strip(chr(39))}") if group in options else ():
             try:
                 header, tree = PACKAGE.search(file.read_text()), OmegaConf.load(file)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, OmegaConfBaseException, RecursionError) as error:
                 yield f"{file}: {short(error)}"
+                continue
+            if group != "experiment":
                 continue
             yield "".join(_renamed_in(file, tree))
             if header is None or header[1] != "_global_":
@@ -213,5 +229,6 @@ def _all_keys(hint: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-REFUSED = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
-"""What hydra raises for a configuration; ValueError for a defaults list that is none, or a file that is no text."""
+REFUSED = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
+"""What hydra raises for a configuration; ValueError for a defaults list that is none, or a file that is no text;
+RecursionError for an anchor that holds itself."""

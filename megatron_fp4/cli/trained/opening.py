@@ -16,9 +16,10 @@ from megatron_fp4.comm.bootstrap import Process, start_process, stop_process
 from megatron_fp4.comm.launch import Launch, read_launch
 from megatron_fp4.comm.rendezvous import RanksNotMet
 from megatron_fp4.train.arrival.refusals import give_up, refuse
+from megatron_fp4.train.checked import with_vocabulary
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.open import TrainedModel, open_trained
-from megatron_fp4.train.resume.same_model import check_model, checkpoint_in
+from megatron_fp4.train.resume.same_model import checkpoint_in, differences_from
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,8 @@ def with_trained(
     def open_and_use(config: RunConfig, process: Process) -> None:
         elsewhere = None
         if args.checkpoint:
-            check_model(args.checkpoint, config.model)
+            if listed := differences_from(args.checkpoint, with_vocabulary(config).model):
+                raise ValueError(f"--checkpoint {args.checkpoint} holds another model than {args.run}:\n{listed}")
             elsewhere = checkpoint_in(args.checkpoint)
         use(open_trained(config, args.step, process, documents_apart=documents_apart, checkpoint=elsewhere))
 

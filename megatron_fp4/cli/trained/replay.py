@@ -32,6 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
 
     def use(config: RunConfig, process: Process) -> None:
+        if not (args.bundle / REPORT).is_file():
+            raise ValueError(_what_to_give(args.bundle))
         report = json.loads((args.bundle / REPORT).read_text())
         step = report["step"]
         losses = replay(args.bundle, in_bf16(config) if args.precision == "bf16" else config, step, process)
@@ -41,3 +43,9 @@ def main(arguments: Sequence[str]) -> int:
             print(f"step {step} in the run: loss {report['loss']:.6f}, running mean {report['mean']:.6f}")
 
     return on_ranks(args.bundle, use)
+
+
+def _what_to_give(folder: Path) -> str:
+    bundles = sorted(str(report.parent) for report in folder.glob(f"spikes/*/{REPORT}"))
+    remedy = f"give one of its spikes: {', '.join(bundles)}" if bundles else "a run has them in its folder spikes"
+    return f"{folder} is not what a loss spike left (it holds no {REPORT}); {remedy}"

@@ -202,8 +202,8 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _cells(saved: Any, configured: Any) -> list[str]:
-    """Both values as text; of a long one the part around the first difference."""
-    texts = [value if isinstance(value, str) else repr(value) for value in (saved, configured)]
+    """Both values as text, '' for an empty one; of a long one the part around the first difference."""
+    texts = [value if isinstance(value, str) and value else repr(value) for value in (saved, configured)]
     if texts[0] == texts[1]:
         texts = [repr(saved), repr(configured)]
     return around_first_difference(texts, MAX_CELL, CONTEXT)

@@ -35,25 +35,31 @@ def check_origin(config: RunConfig) -> None:
 
 def check_model(folder: Path, model: ModelConfig) -> None:
     """Raises ValueError for settings that are others than those of the weights in `folder`; FileNotFoundError."""
+    if listed := differences_from(folder, model):
+        raise ValueError(f"train.init_from={folder} holds another model; set these as they are in it:\n{listed}")
+
+
+def differences_from(folder: Path, model: ModelConfig) -> str:
+    """The settings that are others than those of the weights in `folder`, a line for each. Raises FileNotFoundError.
+
+    model: with its vocabulary filled in (`CheckedConfig.config`), as the weights have it.
+    """
     if is_foreign(folder):
         saved: Mapping[str, Any] = to_json_values(open_source(folder).config)
     else:
         settings = read_state(checkpoint_in(folder))["meta"].get("config")
         if not isinstance(settings, dict) or "model" not in settings:
-            return
+            return ""
         saved = settings["model"]
     defaults = to_json_values(ModelConfig())
     rope_scaling = defaults["rope_scaling"] | saved.get("rope_scaling", {})
     complete = {**defaults, **saved, "rope_scaling": rope_scaling}  # older checkpoints know fewer settings
     differences = compare_settings({"model": _comparable(complete)}, {"model": _comparable(to_json_values(model))})
-    lines = [
+    return "\n".join(
         f"  {one.key}: {one.saved} in the weights, {one.configured} in this run"
         for one in differences
         if ABSENT not in (one.saved, one.configured)
-    ]
-    if lines:
-        listed = "\n".join(lines)
-        raise ValueError(f"train.init_from={folder} holds another model; set these as they are in it:\n{listed}")
+    )
 
 
 def checkpoint_in(folder: Path) -> Path:

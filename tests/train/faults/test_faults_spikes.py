@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_fp4.cli.trained.replay import main as replay
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.data.ledger import read_step
 from megatron_fp4.train.faults.rollback import RECORD, recall
@@ -95,13 +96,15 @@ def check_bundle(bundle: Path) -> None:
     assert not (bundle / "quantization.txt").exists(), "nothing is quantized in this run"
 
 
-def test_the_bundle_of_a_quantized_run_and_its_replay(tmp_path: Path) -> None:
+def test_the_bundle_of_a_quantized_run_and_its_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Samples 44 to 47 (step 12) lead straight back to checkpoint 8. Both lines of replay.sh are run."""
     run = tiny_run(tmp_path, *LADDER[:-1], "train.spikes.max_skips=0", "train.stop_after_steps=13")
     trainer, _ = make_trainer(run.overrides)
     plant(trainer, range(44, 48))
     trainer.fit()
     bundle = run.run_dir / "spikes" / "step_00000012"
+    assert replay([str(run.run_dir)]) == 2
+    assert capsys.readouterr().err.endswith(f"(it holds no report.json); give one of its spikes: {bundle}\n")
     table = (bundle / "quantization.txt").read_text().splitlines()
     rows = {line.split()[0]: float(line.split()[1]) for line in table[1:]}
     operands = ("fprop.x", "fprop.w", "dgrad.dy", "wgrad.dy", "wgrad.x")  # dgrad.w: the codes of fprop.w

@@ -141,6 +141,11 @@ def test_first_fitting_rule_decides_and_one_side_may_lack_a_key() -> None:
     assert gone["precision.recipe"].configured == ABSENT
 
 
+def test_an_empty_text_is_seen_in_the_table() -> None:
+    changes = compare_settings({"train": {"decay_from": ""}}, {"train": {"decay_from": "5120"}})
+    assert as_table(changes).splitlines()[1].split()[:4] == ["train.decay_from", "''", "5120", "5120"]
+
+
 def test_table_has_all_columns_aligned() -> None:
     changes = compare_settings(SAVED, changed(optim={"lr": 2e-3}, data={"paths": ["c" * 100]}))
     lines = as_table(changes).splitlines()
