@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from megatron_fp4.data.checks import check_enough_data
 from megatron_fp4.data.config import DataConfig, config_from_dict
@@ -48,7 +48,7 @@ def read_config(path: Path) -> DataConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="megatron-fp4 data blend", description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser("blend", __doc__)
     parser.add_argument("--plan", type=Path, required=True, metavar="YAML", help="the run's data settings")
     parser.add_argument("--tokens", type=float, required=True, help="training tokens of the run, e.g. 1e12")
     args = parser.parse_args(argv)

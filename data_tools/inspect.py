@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from megatron_fp4.data.checks import check_vocabulary
 from megatron_fp4.data.ledger import last_start, ledger, reopen
@@ -48,7 +49,7 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="megatron-fp4 data inspect", description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser("inspect", __doc__)
     parser.add_argument("paths", nargs="*", help="shard-set directory, prefix or glob (with --document)")
     parser.add_argument("--document", type=int, help="number of the document in the given paths")
     parser.add_argument("--run", type=Path, help="directory of a run (with --sample)")

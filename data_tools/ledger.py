@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.inspect import show
 from megatron_fp4.data.ledger import ledger, read_step, reopen, replay
@@ -14,7 +14,7 @@ from megatron_fp4.data.text.tokenizer import load_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="megatron-fp4 data ledger", description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser("ledger", __doc__)
     parser.add_argument("--run", type=Path, required=True, help="directory of the run")
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")

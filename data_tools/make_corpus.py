@@ -7,7 +7,6 @@ written is counted with its reason. Same interpreter, same file, byte for byte.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import inspect
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from megatron_fp4.storage.local import local_path
 
@@ -124,7 +124,7 @@ def _unusable(data: bytes, seen: set[bytes]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="megatron-fp4 data make-corpus", description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser("make-corpus", __doc__)
     parser.add_argument("--output", type=local_path, required=True, help="JSONL file to write")
     args = parser.parse_args(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)

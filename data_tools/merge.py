@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.copy_documents import add_arguments, copy_documents, report
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="megatron-fp4 data merge", description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser("merge", __doc__)
     parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
 import sys
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.copy_documents import add_arguments, copy_documents, report, unit_hash
 
@@ -26,7 +26,7 @@ def parse_parts(texts: list[str]) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="megatron-fp4 data split", description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser("split", __doc__)
     parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
     parser.add_argument("--part", action="append", required=True, metavar="NAME=SHARE", help="one per split")
     add_arguments(parser)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import numpy as np
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.shards_of import list_shards
 from megatron_fp4.data.shards.shard import TokenShard
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="megatron-fp4 data stats", description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser("stats", __doc__)
     parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
     args = parser.parse_args(argv)
     print(f"{'documents':>12} {'tokens':>16} {'dtype':>7}  shard")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.documents import expand_inputs, read_batches, texts_of
 from data_tools.policies import Policies, Report, add_policy_arguments, policies_of, print_counts
@@ -169,7 +170,7 @@ def _ends_digest(path: Path) -> str:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policies]:
-    parser = argparse.ArgumentParser(prog="megatron-fp4 data tokenize", description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser("tokenize", __doc__)
     parser.add_argument("inputs", nargs="+", help="files or globs: .jsonl .txt .parquet, also .gz .zst")
     parser.add_argument("--output", type=local_path, required=True, help="directory of the shard set(s)")
     parser.add_argument("--tokenizer", type=Path, required=True, help=".model, tokenizer.json or .tiktoken")

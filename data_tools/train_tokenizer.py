@@ -6,13 +6,13 @@ characters become bytes. Deterministic: documents are chosen by a hash of their 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.documents import read_texts
 from data_tools.policies import Policies, Report, add_policy_arguments, policies_of, print_counts
@@ -70,9 +70,7 @@ def train(lines: Iterator[str], output: Path, *, vocab_size: int, model_type: st
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="megatron-fp4 data train-tokenizer", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = tool_parser("train-tokenizer", __doc__)
     parser.add_argument("inputs", nargs="+", help="files or globs: .jsonl .txt .parquet, also .gz .zst")
     parser.add_argument("--output", type=local_path, required=True, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, default=8192)

@@ -5,13 +5,13 @@ With --heldout: does a held-out set hold documents of these shards? Equal token 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.shards_of import Listed, list_shards
 from megatron_fp4.data.overlap import MIN_TOKENS, any_hashes, common_documents
@@ -99,7 +99,7 @@ def _token_problems(shard: TokenShard, entry: dict[str, Any] | None, vocab_size:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="megatron-fp4 data verify", description=(__doc__ or "").splitlines()[0])
+    parser = tool_parser("verify", __doc__)
     parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
     vocabulary = parser.add_mutually_exclusive_group()
     vocabulary.add_argument("--tokenizer", type=Path, help="check ids against its vocabulary")

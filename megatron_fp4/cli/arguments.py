@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from megatron_fp4.cli.overrides.foreign import counterpart
 
@@ -58,6 +58,13 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return text
 
 
+def help_page(command: str, exits: Mapping[int, str], example: str) -> dict[str, Any]:
+    """What argparse needs to say defaults, exit codes (2, refused, is added) and an example of a command."""
+    codes = "\n".join(f"  {code:<4} {text}" for code, text in sorted({2: REFUSED, **exits}.items()))
+    epilog = f"exit codes:\n{codes}\n\nexample:\n  megatron-fp4 {command} {example}".rstrip()
+    return {"formatter_class": _Formatter, "epilog": epilog}
+
+
 class CommandParser(argparse.ArgumentParser):
     """Arguments of `megatron-fp4 COMMAND`.
 
@@ -68,12 +75,10 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(
         self, command: str, about: str | None, exits: Mapping[int, str], example: str, *, configured: bool = False
     ) -> None:
-        codes = "\n".join(f"  {code:<4} {text}" for code, text in sorted({2: REFUSED, **exits}.items()))
         super().__init__(
             prog=f"megatron-fp4 {command}",
             description=about,
-            formatter_class=_Formatter,
-            epilog=f"exit codes:\n{codes}\n\nexample:\n  megatron-fp4 {command} {example}".rstrip(),
+            **help_page(command, exits, example),
             allow_abbrev=False,
         )
         self._configured = configured

@@ -25,7 +25,7 @@ import torch
 
 from megatron_fp4.checkpoint import edit, offline
 from megatron_fp4.checkpoint.directory import complete_steps, read_state, step_name
-from megatron_fp4.cli.arguments import CommandParser
+from megatron_fp4.cli.arguments import CommandParser, help_page
 from megatron_fp4.cli.interop.export import add_export_arguments, export
 from megatron_fp4.cli.interop.import_weights import add_import_arguments, import_folder
 from megatron_fp4.interop.export.folder import check_place
@@ -76,12 +76,23 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+EXAMPLES = {
+    "inspect": "runs/mine",
+    "verify": "runs/mine",
+    "average": "runs/mine --window 15000 20000 --to runs/mean",
+    "extract": "runs/mine --to runs/masters",
+    "rewind": "runs/mine 15000",
+    "import": "models/llama --to runs/begin",
+    "export": "runs/mine --to exported --format hf",
+}
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser("checkpoint", __doc__, EXITS, "verify runs/mine")
     actions = parser.add_subparsers(dest="action", required=True, parser_class=argparse.ArgumentParser)
 
     def action(name: str, count: str | int, *, writes: bool) -> argparse.ArgumentParser:
-        sub = actions.add_parser(name)
+        sub = actions.add_parser(name, **help_page(f"checkpoint {name}", EXITS, EXAMPLES[name]))
         sub.add_argument("checkpoints", nargs=count, type=Path, metavar="CHECKPOINT")
         if writes:
             sub.add_argument("--to", type=local_path, required=True, help="directory to write into")
@@ -95,7 +106,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--window", nargs=2, type=int, metavar=("FIRST", "LAST"), help="all checkpoints of the run in these steps"
     )
     action("extract", 1, writes=True).add_argument("--kinds", nargs="+", default=["master"])
-    back = actions.add_parser("rewind")
+    back = actions.add_parser("rewind", **help_page("checkpoint rewind", EXITS, EXAMPLES["rewind"]))
     back.add_argument("run", type=Path, help="run directory (train.run_dir); no launch of it may live")
     back.add_argument("step", type=int, help="the checkpoint that the next start takes")
     add_import_arguments(action("import", 1, writes=True))

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.arguments import EXAMPLES as TOOL_EXAMPLES
 from data_tools.cli import TOOLS
 from megatron_fp4.cli import main
+from megatron_fp4.cli.checkpoint import EXAMPLES
 from megatron_fp4.cli.compose import CONFIG_DIR
 from megatron_fp4.cli.overrides.foreign import COUNTERPARTS, page
 from megatron_fp4.cli.schema import hint_at
@@ -29,7 +31,10 @@ def help_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
 
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_every_command_says_how_it_is_used(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_of(capsys, command)
+    check_page(help_of(capsys, command), command)
+
+
+def check_page(text: str, command: str) -> None:
     assert text.startswith(f"usage: megatron-fp4 {command} ")
     assert re.search(r"exit codes:\n  0    \w", text)
     assert "\n  2    " in text
@@ -40,7 +45,19 @@ def test_every_command_says_how_it_is_used(command: str, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_tool_is_called_as_it_is_typed(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert help_of(capsys, "data", tool).startswith(f"usage: megatron-fp4 data {tool} ")
+    check_page(help_of(capsys, "data", tool), f"data {tool}")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_example_of_a_tool_is_one_that_it_takes(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.run(["data", tool, *shlex.split(TOOL_EXAMPLES[tool]), "--frobnicate"])
+    assert "unrecognized arguments: --frobnicate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("action", EXAMPLES)
+def test_every_action_on_checkpoints_says_how_it_is_used(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_page(help_of(capsys, "checkpoint", action), f"checkpoint {action}")
 
 
 @pytest.mark.parametrize("command", [name for name in main.COMMANDS if name not in ("env", "explain", "data")])

@@ -32,7 +32,7 @@ MOST_LISTED = 5
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """What `checkpoint import` takes beside the folder and --to; `args.overrides` is what else is given."""
     parser.add_argument("--from", dest="origin", choices=("transformers", "megatron"), help="what the folder is")
-    parser.epilog = "model.KEY=VALUE says of a checkpoint of Megatron-LM what its arguments do not."
+    parser.description = "model.KEY=VALUE says of a checkpoint of Megatron-LM what its arguments do not."
 
 
 def import_folder(folder: Path, args: argparse.Namespace) -> None:
