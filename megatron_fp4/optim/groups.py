@@ -6,60 +6,49 @@ placement says it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class AdamTensors:
-    """Master weights, gradient and moments of the same elements; flat FP32 views of one length."""
+class UpdatedTensors:
+    """Master weights and gradient of the same elements, and in subclasses moments; flat FP32 views of one length."""
 
     master: Tensor
     grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
 
-    @staticmethod
-    def start(parameters: Tensor, grads: Tensor) -> AdamTensors:
+    @classmethod
+    def start(cls, parameters: Tensor, grads: Tensor) -> Self:
         """Before the first step. An FP32 tensor is shared: such parameters are their own masters."""
         master = parameters.float()
-        return AdamTensors(master, grads.float(), torch.zeros_like(master), torch.zeros_like(master))
+        return cls(master, grads.float(), *(torch.zeros_like(master) for _ in fields(cls)[2:]))
 
-    def narrow(self, start: int, numel: int) -> AdamTensors:
+    def narrow(self, start: int, numel: int) -> Self:
         """Elements `[start, start + numel)`, as views."""
-        tensors = (self.master, self.grad, self.exp_avg, self.exp_avg_sq)
-        return AdamTensors(*(tensor[start : start + numel] for tensor in tensors))
+        return type(self)(*(getattr(self, each.name)[start : start + numel] for each in fields(self)))
 
     @property
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by kind."""
-        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "grad"}
 
 
 @dataclass(frozen=True, eq=False)
-class MuonTensors:
-    """Master weights, gradient and momentum of the same elements; flat FP32 views of one length."""
+class AdamTensors(UpdatedTensors):
+    """What AdamW updates, with its two moments."""
 
-    master: Tensor
-    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MuonTensors(UpdatedTensors):
+    """What Muon updates, with its momentum."""
+
     momentum: Tensor
-
-    @staticmethod
-    def start(parameters: Tensor, grads: Tensor) -> MuonTensors:
-        """Before the first step. An FP32 tensor is shared: such parameters are their own masters."""
-        master = parameters.float()
-        return MuonTensors(master, grads.float(), torch.zeros_like(master))
-
-    def narrow(self, start: int, numel: int) -> MuonTensors:
-        """Elements `[start, start + numel)`, as views."""
-        return MuonTensors(*(tensor[start : start + numel] for tensor in (self.master, self.grad, self.momentum)))
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, by kind."""
-        return {"master": self.master, "momentum": self.momentum}
 
 
 @dataclass

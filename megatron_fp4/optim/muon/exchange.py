@@ -15,7 +15,7 @@ Not here: what an owner does with a matrix (newton_schulz.py), the group of the 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -127,8 +127,9 @@ class MatrixExchange:
             for run in of_rank
         }
         self.owners = choose_owners(self.shapes, group.size)
-        self.own_runs = runs[group.rank]
-        self.by_owner = _grouped(self.own_runs, lambda run: self.owners[run.where.name])
+        self.by_owner: dict[int, list[MatrixRun]] = {}
+        for run in runs[group.rank]:
+            self.by_owner.setdefault(self.owners[run.where.name], []).append(run)
         self._at_owner = {  # by the rank that holds them
             rank: owned
             for rank, of_rank in enumerate(runs)
@@ -195,13 +196,6 @@ class MatrixExchange:
         for work in dist.batch_isend_irecv(ops) if ops else ():
             work.wait()
         return received
-
-
-def _grouped(runs: Sequence[MatrixRun], key: Callable[[MatrixRun], int]) -> dict[int, list[MatrixRun]]:
-    groups: dict[int, list[MatrixRun]] = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
-    return groups
 
 
 def _split(message: Tensor, runs: Sequence[MatrixRun]) -> Iterator[tuple[MatrixRun, Tensor]]:
