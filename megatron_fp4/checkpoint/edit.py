@@ -7,6 +7,7 @@ checkpoint by `train.init_from`; it cannot go on from it, because the moments ar
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,20 @@ def average(
         return (total / sum(shares)).to(torch.float32)
 
     return _write(paths[-1], output_root, shapes, mean, {"averaged_from": [str(path) for path in paths]})
+
+
+def minus_sqrt_weights(steps: Sequence[int]) -> list[float]:
+    """Weights that make of checkpoints at a constant rate what a decay by 1 - sqrt(x) over their steps would have made.
+
+    x is the part of the window, from the first checkpoint to the last. The update between two neighbours counts by the
+    mean of the decay between them, so it is in the sum of the weights from there on (arXiv 2507.17634); the first
+    checkpoint has what is missing to 1. Raises ValueError unless there are two steps or more, ascending.
+    """
+    if len(steps) < 2 or any(first >= second for first, second in itertools.pairwise(steps)):
+        raise ValueError(f"weights minus_sqrt need two or more checkpoints of one run in ascending order, got {steps}")
+    parts = [(step - steps[0]) / (steps[-1] - steps[0]) for step in steps]
+    counted = [1.0 - 2 / 3 * (b**1.5 - a**1.5) / (b - a) for a, b in itertools.pairwise(parts)]
+    return [first - second for first, second in itertools.pairwise([1.0, *counted, 0.0])]
 
 
 def extract(

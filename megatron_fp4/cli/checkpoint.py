@@ -4,6 +4,8 @@
     megatron-fp4 checkpoint verify RUN                     sizes and hashes of all files; exit code 1 if one differs
     megatron-fp4 checkpoint average A B C --to DIRECTORY   the mean of their weights, summed in FP64
     megatron-fp4 checkpoint average RUN --window 900 1000 --to DIRECTORY      of all checkpoints in these steps
+    megatron-fp4 checkpoint average RUN --window 900 1000 --weights minus_sqrt --to DIRECTORY
+                                                           as if the rate had decayed by 1 - sqrt(x) over them
     megatron-fp4 checkpoint extract A --to DIRECTORY       only the weights, in one file
     megatron-fp4 checkpoint export A --to DIRECTORY        for `transformers` or, as 4-bit codes, for those who serve
     megatron-fp4 checkpoint rewind RUN STEP                back to that checkpoint by hand; later ones are set aside
@@ -64,8 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         if problems := [problem for path in paths for problem in offline.verify(path)]:
             raise ValueError(f"a damaged checkpoint makes no other: {problems[0]}")
         if args.action == "average":
-            weights = args.weights and [float(weight) for weight in args.weights]
-            print(f"written: {edit.average(paths, args.to, weights=weights)}")
+            print(f"written: {edit.average(paths, args.to, weights=_weights(args.weights, paths))}")
         elif args.action == "extract":
             print(f"written: {edit.extract(paths[0], args.to, kinds=args.kinds)}")
         else:
@@ -101,7 +102,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     action("inspect", "+", writes=False).add_argument("--names", default="", help="only tensors whose key has this")
     action("verify", "+", writes=False)
     mean = action("average", "+", writes=True)
-    mean.add_argument("--weights", nargs="+", help="one per checkpoint (default: equal)")
+    mean.add_argument("--weights", nargs="+", help="one per checkpoint, or minus_sqrt (default: equal)")
     mean.add_argument(
         "--window", nargs=2, type=int, metavar=("FIRST", "LAST"), help="all checkpoints of the run in these steps"
     )
@@ -146,6 +147,16 @@ def _in_window(runs: Sequence[Path], first: int, last: int) -> list[Path]:
             f"steps {first} to {last} hold {len(steps)} checkpoint(s) of {root}, which has those of {listed}"
         )
     return [root / step_name(step) for step in steps]
+
+
+def _weights(texts: Sequence[str] | None, paths: Sequence[Path]) -> list[float] | None:
+    """What `--weights` says of the checkpoints; None for equal weights. Raises ValueError for what is no number."""
+    if texts == ["minus_sqrt"]:
+        return edit.minus_sqrt_weights([read_state(path)["step"] for path in paths])
+    try:
+        return [float(text) for text in texts] if texts else None
+    except ValueError:
+        raise ValueError(f"--weights {' '.join(texts or ())}: one number per checkpoint, or minus_sqrt alone") from None
 
 
 def _gone(paths: Sequence[Path]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, edit, off
 from megatron_fp4.checkpoint.directory import read_state
 from megatron_fp4.checkpoint.pieces.stored import Description, StoredPieces
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.optim import DecayStyle, OptimConfig, Schedule, learning_rate
 from tests.checkpoint.synthetic import Layout, save_one, shards_of, two_pieces, whole_shard
 
 
@@ -29,6 +31,24 @@ def test_average(tmp_path: Path) -> None:
         edit.average([paths[0], other], tmp_path / "no")
     with pytest.raises(ValueError, match="as many weights"):
         edit.average(paths, tmp_path / "no", weights=[1.0])
+
+
+def test_minus_sqrt_weights_are_those_of_a_decay() -> None:
+    """A model that moves by a constant velocity between checkpoints: the mean is where a decaying rate had led it."""
+    steps, velocities = [100, 150, 250, 300], [3.0, -1.0, 2.0]
+    places, decayed, lr = [0.0], 0.0, OptimConfig(lr=1.0, schedule=Schedule.wsd, decay_style=DecayStyle.minus_sqrt)
+    for (first, last), velocity in zip(itertools.pairwise(steps), velocities, strict=True):
+        places.append(places[-1] + velocity * (last - first))
+        fine = [first + (last - first) * (i + 0.5) / 4000 for i in range(4000)]  # midpoints of the rate's integral
+        rates = [learning_rate(lr, round(1e6 * step), 300_000_000, decay_start=100_000_000) for step in fine]
+        decayed += velocity * (last - first) * sum(rates) / len(rates)
+    weights = edit.minus_sqrt_weights(steps)
+    assert sum(weights) == pytest.approx(1.0)
+    assert all(weight > 0 for weight in weights)
+    assert sum(weight * place for weight, place in zip(weights, places, strict=True)) == pytest.approx(decayed, 1e-4)
+    for wrong in ([100], [200, 100], [100, 100]):
+        with pytest.raises(ValueError, match="ascending order"):
+            edit.minus_sqrt_weights(wrong)
 
 
 def test_a_layout_is_read_once_for_all_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

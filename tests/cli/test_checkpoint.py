@@ -64,6 +64,13 @@ def test_average_and_extract(run: TinyRun, tmp_path: Path, capsys: pytest.Captur
     mean = offline.read_tensor(offline.resolve(tmp_path / "mean"), key)
     expected = (offline.read_tensor(two, key).double() + 3 * offline.read_tensor(four, key).double()) / 4
     assert torch.equal(mean, expected.float())
+    merge = ["average", str(run.run_dir), "--window", "2", "4", "--to", str(tmp_path / "decayed"), "--weights"]
+    assert main([*merge, "minus_sqrt"]) == 0
+    first, last = (offline.read_tensor(path, key).double() for path in (two, four))
+    decayed = offline.read_tensor(offline.resolve(tmp_path / "decayed"), key)
+    torch.testing.assert_close(decayed, ((2 * first + last) / 3).float(), atol=1e-7, rtol=1e-6)
+    assert main([*merge, "minus-sqrt"]) == 2
+    assert "one number per checkpoint, or minus_sqrt alone" in capsys.readouterr().err
     assert main(["extract", str(four), "--to", str(tmp_path / "weights")]) == 0
     assert {info.kind for info in offline.list_tensors(offline.resolve(tmp_path / "weights"))} == {"master"}
     assert main(["extract", str(four), "--to", str(tmp_path / "weights")]) == 2, "must not overwrite"
