@@ -69,6 +69,7 @@ def test_average_and_extract(run: TinyRun, tmp_path: Path, capsys: pytest.Captur
     first, last = (offline.read_tensor(path, key).double() for path in (two, four))
     decayed = offline.read_tensor(offline.resolve(tmp_path / "decayed"), key)
     torch.testing.assert_close(decayed, ((2 * first + last) / 3).float(), atol=1e-7, rtol=1e-6)
+    merge[6] = str(tmp_path / "other")
     assert main([*merge, "minus-sqrt"]) == 2
     assert "one number per checkpoint, or minus_sqrt alone" in capsys.readouterr().err
     assert main(["extract", str(four), "--to", str(tmp_path / "weights")]) == 0
