@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.comm.autograd import gather_rows, scatter_sum_rows
+from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle, split_evenly
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
@@ -55,13 +56,14 @@ class ParallelLinear(nn.Module):
         high = str(self._context.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
         return f"{self.name}, {columns} -> {rows}{here}, {self.precision if self.precision.quantized else high}"
 
-    def gemm(self, x_TK: Tensor, tokens: Tokens, queue: WgradQueue | None) -> Tensor:
-        """`[T, K_local] -> [T, N_local]` in the layer's precision. queue: where Wgrad waits; None: nowhere."""
+    def gemm(self, x_TK: Tensor, rows: Tensor, queue: WgradQueue | None) -> Tensor:
+        """`[T, K_local] -> [T, N_local]` in the layer's precision. rows: int64 `[T]`, their addresses. queue: where
+        Wgrad waits; None: nowhere."""
         context = self._context
         return quantized_linear(
             x_TK,
             self.weight,
-            rows=tokens.rows,
+            rows=rows,
             sharding=self.sharding,
             precision=self.precision,
             backend=context.backend,
@@ -127,9 +129,9 @@ class ColumnParallelLinear(ParallelLinear):
         if context.wgrad is WgradPlan.while_scattering and x_TD.requires_grad:  # without dx nothing would travel
             queue = WgradQueue()
             x_TK = gather_rows(widen(x_TD), context.tp, while_sending=queue.drain)
-            y_TN = self.gemm(x_TK, tokens, queue)
+            y_TN = self.gemm(x_TK, tokens.rows, queue)
         else:
-            y_TN = self.gemm(gather_rows(widen(x_TD), context.tp), tokens, context.queue)
+            y_TN = self.gemm(gather_rows(widen(x_TD), context.tp), tokens.rows, context.queue)
         return (y_TN if self.bias is None else y_TN + widen(self.bias)).to(x_TD.dtype)
 
 
@@ -161,8 +163,38 @@ class RowParallelLinear(ParallelLinear):
         super().__init__(context, sharding, weight)
 
     def forward(self, x_TK: Tensor, tokens: Tokens) -> Tensor:
-        y_TN = self.gemm(widen(x_TK), tokens, self._context.queue)
+        y_TN = self.gemm(widen(x_TK), tokens.rows, self._context.queue)
         return scatter_sum_rows(y_TN, self._context.tp).to(x_TK.dtype)
+
+
+class ReplicatedLinear(ParallelLinear):
+    """The whole weight on every tensor-parallel rank, each on its own rows: `x [T/tp, K] -> y [T/tp, N]`.
+
+        forward   y  [T/tp, N] = x w^T                 no collective
+        dgrad     dx [T/tp, K] = dy w                  no collective
+        wgrad     dw [N, K]    = dy^T x                of these rows; the optimizer sums it over tp, once a step
+
+    For small products between two tensors whose rows are sharded already. Quantized, the T/tp rows of a rank must be
+    whole blocks.
+    """
+
+    def __init__(self, name: str, in_features: int, out_features: int, context: LayerContext, *, std: float) -> None:
+        shape = (out_features, in_features)
+        placement = Placement((Rectangle.whole(f"{name}.weight", shape),), tp_replicated=True)
+        weight = make_parameter(shape, placement, normal_init(std), context.dtype, context.device)
+        sharding = Sharding(
+            name=name,
+            x_group=context.tp_cp,
+            w_group=Group.single(),
+            dy_group=context.tp_cp,
+            n_index=torch.arange(out_features, device=context.device),
+            k_index=torch.arange(in_features, device=context.device),
+        )
+        super().__init__(context, sharding, weight)
+
+    def forward(self, x_TK: Tensor, tokens: Tokens) -> Tensor:
+        context = self._context
+        return self.gemm(widen(x_TK), tokens.local_rows(context.tp), context.queue).to(x_TK.dtype)
 
 
 def column_sharding(name: str, n_index: Tensor, in_features: int, context: LayerContext) -> Sharding:

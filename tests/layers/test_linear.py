@@ -1,4 +1,4 @@
-"""A column- and a row-parallel linear at tp 1, 2 and 4: output, input gradient and weight gradients of one process."""
+"""A replicated, a column- and a row-parallel linear at tp 1, 2 and 4: output and gradients of one process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.layers import lab
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
-from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_fp4.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.precision import EmulatedBackend, WgradPlan, nvfp4_paper
 from megatron_fp4.precision.clock import StepClock
@@ -27,19 +28,20 @@ RECIPES = {"high": LinearPrecision(), "nvfp4": nvfp4_paper()}
 
 
 def run(mesh: ParallelMesh, precision: LinearPrecision) -> list[Shard]:
-    """This rank's rows of y and dx, and of dw the rectangles that its weights are."""
+    """This rank's rows of y and dx, and of dw the rectangles that its weights are; of the replicated one, the sum."""
     context = LayerContext.of(mesh, EmulatedBackend(), StepClock(0), torch.float32, torch.device("cpu"))
     up = ColumnParallelLinear("up", D, {"gate": F, "": F}, context, std=0.1)
     down = RowParallelLinear("down", F, D, context, std=0.1)
-    initialize_parameters(nn.ModuleList([up, down]), 0)
+    mix = ReplicatedLinear("mix", D, D, context, std=0.1)
+    initialize_parameters(nn.ModuleList([up, down, mix]), 0)
     random = torch.Generator().manual_seed(3)
     x, dy = (torch.randn(T, D, generator=random).chunk(mesh.tp.size)[mesh.tp.rank] for _ in "xy")
     tokens = Tokens.of_one_document(T)
-    for linear in (up, down):
+    for linear in (up, down, mix):
         linear.precision = precision
         linear.weight.main_grad = torch.zeros(linear.weight.shape, dtype=torch.float64)
     x = x.clone().requires_grad_()
-    gate, h = up(x, tokens).chunk(2, dim=-1)
+    gate, h = up(mix(x, tokens), tokens).chunk(2, dim=-1)
     y = down(gate * h, tokens)
     y.backward(dy)
     assert x.grad is not None
@@ -48,7 +50,12 @@ def run(mesh: ParallelMesh, precision: LinearPrecision) -> list[Shard]:
         Shard(Rectangle.whole(name, (T, D)).rows(first, first + len(y)), {"values": values})
         for name, values in (("y", y.detach()), ("dx", x.grad))
     ]
+    assert mix.weight.main_grad is not None
+    mixed = all_reduce_sum(mix.weight.main_grad, mesh.tp)  # as the optimizer does, once a step
+    if mesh.tp.rank == 0:
+        shards.append(Shard(Rectangle.whole("mix.weight", (D, D)), {"values": mixed}))
     for linear in (up, down):
+        assert linear.weight.main_grad is not None
         for rows, where in linear.weight.placement.pieces():
             shards.append(Shard(where, {"values": linear.weight.main_grad[rows]}))
     return shards
