@@ -91,10 +91,10 @@ def start_process(
     return Process(launch, Group("world", ranks, launch.rank, dist.group.WORLD), device, rendezvous)
 
 
-def connect_mesh(config: ParallelConfig, process: Process) -> ParallelMesh:
+def connect_mesh(config: ParallelConfig, process: Process, *, experts: bool = False) -> ParallelMesh:
     """`build_mesh` in the world of `process`. Raises RanksNotMet if a rank does not come to make its groups."""
     try:
-        return build_mesh(config, process.world)
+        return build_mesh(config, process.world, experts=experts)
     except dist.DistError as error:
         seconds = min(config.init_timeout_seconds, config.timeout_seconds)
         raise RanksNotMet(

@@ -5,6 +5,7 @@ Not here: the ranks and groups that a layout is cut into (mesh.py).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
@@ -25,7 +26,7 @@ class Overlap(Enum):
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the four axes of the rank grid, the pipeline's schedule, and how long ranks wait for each other."""
+    """Sizes of the rank grid and of the groups that share experts, the pipeline's schedule, how long ranks wait."""
 
     tp: Size = 1
     """Tensor-parallel ranks, which share every linear and every token's activations; innermost, inside a node."""
@@ -35,6 +36,8 @@ class ParallelConfig:
     """Context-parallel ranks, which share each sequence."""
     dp: Count = 0
     """Data-parallel ranks, which share each global batch; 0 = as many as the world size leaves."""
+    ep: Size = 1
+    """Expert-parallel ranks, each with a part of the experts: neighbours among the tp * cp * dp ranks of a stage."""
     schedule: str = "1f1b"
     """Order of the microbatches in a pipeline, a name of pipeline/schedules.py."""
     virtual_stages: Count = 0
@@ -58,8 +61,9 @@ class ParallelConfig:
 
     @property
     def smallest_world(self) -> int:
-        """Ranks of this layout, with one data-parallel copy where `dp` is left open."""
-        return self.tp * self.pp * self.cp * max(1, self.dp)
+        """Ranks of this layout, with as few data-parallel copies as `ep` takes where `dp` is left open."""
+        sharing = self.tp * self.cp
+        return sharing * self.pp * (self.dp or self.ep // math.gcd(self.ep, sharing))
 
     def resolve_dp(self, world_size: int) -> int:
         """The data-parallel size for `world_size` ranks. Raises ValueError with the equation if it does not fit."""
@@ -71,5 +75,11 @@ class ParallelConfig:
                 f"layout does not fit the world size: tp * pp * cp * dp = {self.tp} * {self.pp} * {self.cp} * {asked}"
                 f" must equal {world_size} ranks; start {model * max(self.dp, 1)} ranks, or change the sizes so that"
                 f" their product is {world_size}"
+            )
+        stage = self.tp * self.cp * dp
+        if stage % self.ep:
+            raise ValueError(
+                f"parallel.ep = {self.ep} does not divide the tp * cp * dp = {self.tp} * {self.cp} * {dp} = {stage}"
+                f" ranks of a pipeline stage; choose a divisor of {stage}, or another parallel.dp"
             )
         return dp

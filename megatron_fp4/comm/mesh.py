@@ -7,9 +7,15 @@ small collectives stay inside a node; pipeline stages are outermost:
 
     e.g. tp=2 cp=1 dp=2 pp=2:     stage 0: [0 1] [2 3]     stage 1: [4 5] [6 7]     (one [tp tp] pair per dp rank)
 
+Experts are laid out beside these axes, not along one: the ranks of a stage, in their order, are cut into groups of `ep`
+neighbours that share the experts, and ranks at the same place of their groups (`edp`) hold the same experts.
+
+    e.g. tp=2 dp=4 ep=4:          ep: [0 1 2 3] [4 5 6 7]     edp: [0 4] [1 5] [2 6] [3 7]
+
 Groups are values that are passed to whoever needs them; nothing is looked up. A group of one rank has no process
 group: its collectives return their input, and the program runs without torch.distributed. Groups of the same ranks
-share a process group.
+share a process group, but for the experts': rows on their way to experts never wait behind gradients or parameters that
+travel beside the computation, and the sums of experts' gradients never behind tensor parallelism.
 
 A rank makes one call of torch per axis, whatever the size of the world. NCCL splits the world's communicator, all
 subgroups at once. gloo cannot split; there the members of a subgroup meet in the store and wait for nobody else, which
@@ -40,7 +46,9 @@ GROUPS = {
     "dp_cp": ["dp", "cp"],
     "tp_cp": ["cp", "tp"],
 }
-"""The axes of every group of a `ParallelMesh` but the world, in the order in which they are made."""
+"""The axes of every group of a `ParallelMesh` but the world and the experts', in the order in which they are made."""
+SHARED_BY_EXPERTS = {"ep": ("tp", "cp", "tp_cp"), "edp": ("dp", "dp_cp")}
+"""Whose process groups those of experts may be, where the ranks are the same: what is used in the same places."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +95,14 @@ class ParallelMesh:
     pp: Group
     dp_cp: Group  # gradients are summed and optimizer state is sharded over it
     tp_cp: Group  # ranks that hold parts of one activation tensor
+    ep: Group  # ranks that share the experts
+    edp: Group  # ranks that hold the same experts: their gradients are summed, their state is divided over it
     world: Group
 
     @staticmethod
     def single_process() -> ParallelMesh:
         """The mesh of one rank, without torch.distributed."""
-        names = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "world")
+        names = ("tp", "cp", "dp", "pp", "dp_cp", "tp_cp", "ep", "edp", "world")
         return ParallelMesh(*(Group.single(name) for name in names))
 
     @property
@@ -106,10 +116,11 @@ def rank_grid(config: ParallelConfig, world_size: int) -> torch.Tensor:
     return torch.arange(world_size).view(config.pp, dp, config.cp, config.tp)
 
 
-def build_mesh(config: ParallelConfig, world: Group) -> ParallelMesh:
+def build_mesh(config: ParallelConfig, world: Group, *, experts: bool = False) -> ParallelMesh:
     """Cut every group of the mesh out of the world. All ranks must call it, in the same order as everything else.
 
-    Raises ValueError when the sizes do not multiply to the world size (before any process group is made), and torch's
+    experts: whether the model has some; without, `ep` and `edp` are groups of one rank, which nobody uses. Raises
+    ValueError when the sizes do not multiply to the world size (before any process group is made), and torch's
     DistError where the ranks of a group are not connected within `init_timeout_seconds`.
     """
     grid = rank_grid(config, world.size)
@@ -118,6 +129,13 @@ def build_mesh(config: ParallelConfig, world: Group) -> ParallelMesh:
     for name, axes in GROUPS.items():
         cut[name] = _cut_group(_rows(grid, axes), name, world, config, groups.get)
         groups.setdefault(cut[name].ranks, cut[name])
+    for name, rows in expert_rows(grid, config.ep).items():
+        if not experts and config.ep == 1:
+            cut[name] = Group.single(name, world.rank)
+            continue
+        apart = cut["dp_cp" if name == "ep" else "tp_cp"].ranks
+        like = {cut[each].ranks: cut[each] for each in SHARED_BY_EXPERTS[name] if cut[each].ranks != apart}
+        cut[name] = _cut_group(rows, name, world, config, like.get)
     return ParallelMesh(**cut, world=world)
 
 
@@ -128,8 +146,9 @@ def draw_mesh(config: ParallelConfig, world_size: int, rank: int) -> ParallelMes
     """
     grid = rank_grid(config, world_size)
     groups = {}
-    for name, axes in GROUPS.items():
-        ranks = next(row for row in _rows(grid, axes) if rank in row)
+    rows_of = {name: _rows(grid, axes) for name, axes in GROUPS.items()} | expert_rows(grid, config.ep)
+    for name, rows in rows_of.items():
+        ranks = next(row for row in rows if rank in row)
         groups[name] = DrawnGroup(name, tuple(ranks), ranks.index(rank))
     return ParallelMesh(**groups, world=DrawnGroup("world", tuple(range(world_size)), rank))
 
@@ -196,15 +215,27 @@ def _rows(grid: torch.Tensor, axes: Sequence[str]) -> list[list[int]]:
     return rows
 
 
+def expert_rows(grid: torch.Tensor, ep: int) -> dict[str, list[list[int]]]:
+    """The ranks of every group of "ep" and of "edp". grid: as `rank_grid` makes it."""
+    stages = grid.reshape(grid.shape[0], -1, ep)
+    return {"ep": stages.reshape(-1, ep).tolist(), "edp": stages.transpose(1, 2).reshape(-1, stages.shape[1]).tolist()}
+
+
 def describe(config: ParallelConfig, world_size: int) -> str:
-    """The rank grid as text: one line a stage and data-parallel rank, for the start of a log."""
+    """The rank grid as text, for a log's start: one line a stage and data-parallel rank, one of a stage's experts."""
     grid = rank_grid(config, world_size)
     sizes = " x ".join(f"{axis} {size}" for axis, size in zip(("pp", "dp", "cp", "tp"), grid.shape, strict=True))
     lines = [f"{world_size} rank{'s' if world_size > 1 else ''} = {sizes}"]
+    if config.ep > 1:
+        lines[0] += f"; of a stage, for experts: edp {grid[0].numel() // config.ep} x ep {config.ep}"
     if world_size > 64:
         return lines[0] + " (rank = ((pp*DP + dp)*CP + cp)*TP + tp)"
     for stage, per_dp in enumerate(grid.tolist()):
         for dp, per_cp in enumerate(per_dp):
             cells = " ".join("[" + " ".join(str(rank) for rank in per_tp) + "]" for per_tp in per_cp)
             lines.append(f"  stage {stage}, dp {dp}: {cells}")
+    by_stage = grid.reshape(grid.shape[0], -1, config.ep).tolist() if config.ep > 1 else []
+    for stage, groups in enumerate(by_stage):
+        cells = " ".join("[" + " ".join(map(str, ranks)) + "]" for ranks in groups)
+        lines.append(f"  stage {stage}, experts: {cells}")
     return "\n".join(lines)

@@ -124,6 +124,8 @@ class Placement:
     tp_replicated: every tensor-parallel rank holds the same values (norm weights, biases of row-parallel layers).
     decay: weight decay applies (matrices yes; norms, biases and state-space scalars no).
     writes: False on a copy whose owner is elsewhere (the head's copy of a tied embedding on another stage).
+    of_experts: the rectangles are experts of this rank of `ep`; gradients are summed, and optimizer state is divided,
+    over `edp` instead of dp x cp.
     Raises ValueError if a rectangle has no rows or the rectangles differ in width.
     """
 
@@ -131,6 +133,7 @@ class Placement:
     tp_replicated: bool = False
     decay: bool = True
     writes: bool = True
+    of_experts: bool = False
 
     def __post_init__(self) -> None:
         first = self.rectangles[0]

@@ -34,8 +34,9 @@ class LayerContext:
     """What every layer of one model, or of one of its pipeline stages, is constructed with.
 
     dtype: type of weights and activations (the compute dtype, BF16 or FP32). wgrad: when linears compute their weight
-    gradients. queue: where those that `wgrad` defers wait for the pipeline schedule; None where it defers none. Raises
-    ValueError where a gradient would wait for nobody.
+    gradients. queue: where those that `wgrad` defers wait for the pipeline schedule; None where it defers none. ep: the
+    ranks that share the experts; edp: those that hold the same ones. Raises ValueError where a gradient would wait for
+    nobody.
     """
 
     tp: Group
@@ -47,6 +48,8 @@ class LayerContext:
     device: torch.device
     wgrad: WgradPlan = WgradPlan.now
     queue: WgradQueue | None = None
+    ep: Group = field(default_factory=lambda: Group.single("ep"))
+    edp: Group = field(default_factory=lambda: Group.single("edp"))
 
     def __post_init__(self) -> None:
         if self.wgrad is WgradPlan.while_scattering and self.tp.size == 1:
@@ -66,7 +69,8 @@ class LayerContext:
     ) -> LayerContext:
         """A context on the groups of a mesh, with a queue of its own where weight gradients are deferred."""
         queue = WgradQueue() if wgrad is WgradPlan.deferred else None
-        return LayerContext(mesh.tp, mesh.cp, mesh.tp_cp, backend, clock, dtype, device, wgrad, queue)
+        groups = (mesh.tp, mesh.cp, mesh.tp_cp)
+        return LayerContext(*groups, backend, clock, dtype, device, wgrad, queue, ep=mesh.ep, edp=mesh.edp)
 
 
 def widen(x: Tensor) -> Tensor:

@@ -11,6 +11,11 @@ from megatron_fp4.models.config import ModelConfig
 def check_model_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_length: int, tokens: int) -> None:
     """Raises ValueError where a dimension does not divide. tokens: per microbatch on one context-parallel rank."""
     tp, cp = parallel.tp, parallel.cp
+    if parallel.ep > 1 and "E" not in model.blocks:
+        raise ValueError(
+            f"parallel.ep = {parallel.ep} has no effect: no block of the model has experts (model.pattern has no E);"
+            " leave it at 1"
+        )
     _check_divides("tokens per microbatch and cp rank", tokens, "parallel.tp", tp)
     if cp > 1:
         _check_divides("data.seq_length", seq_length, "2 * parallel.cp", 2 * cp)

@@ -19,6 +19,7 @@ def run_section(checked: CheckedConfig, num_gpus: int, microbatches: int) -> dic
         "pp": parallel.pp,
         "cp": parallel.cp,
         "dp": checked.dp,
+        "ep": parallel.ep,
         "seq_length": config.data.seq_length,
         "micro_batch": config.train.micro_batch,
         "microbatches_per_step": microbatches,

@@ -1,7 +1,8 @@
-"""Parallel layouts as text: `tp2 pp2 dp2`, `pp4:zbv`, `tp2 pp2v3:interleaved_1f1b`.
+"""Parallel layouts as text: `tp2 pp2 dp2`, `pp4:zbv`, `tp2 pp2v3:interleaved_1f1b`, `tp2 ep4`.
 
-A layout is written as it is spoken. Axes that are not named have size 1; what follows the colon is the
-pipeline schedule, and `v3` after the pipeline size means three stages per rank.
+A layout is written as it is spoken. Axes that are not named have size 1, but for dp, which is the smallest that `ep`
+divides into; what follows the colon is the pipeline schedule, and `v3` after the pipeline size means three stages per
+rank.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from megatron_fp4.comm.config import Overlap, ParallelConfig
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_per_rank
 
-_AXIS = re.compile(r"(tp|pp|cp|dp)([1-9]\d*)(?:v([1-9]\d*))?")
+_AXIS = re.compile(r"(tp|pp|cp|dp|ep)([1-9]\d*)(?:v([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        parallel = self.parallel
-        return parallel.tp * parallel.pp * parallel.cp * parallel.dp
+        return self.parallel.smallest_world
 
     @property
     def num_stages(self) -> int:
@@ -58,7 +58,7 @@ def parse_layout(text: str) -> Layout:
         if match is None or match[1] in sizes or (match[3] and match[1] != "pp"):
             raise ValueError(
                 f"layout {text!r}: {word!r} is not an axis, or names one twice; write for example 'tp2 pp2 dp2',"
-                " 'cp2 dp2', 'pp4:zbv' or 'pp2v3:interleaved_1f1b'"
+                " 'cp2 dp2', 'tp2 ep4', 'pp4:zbv' or 'pp2v3:interleaved_1f1b'"
             )
         sizes[match[1]] = int(match[2])
         virtual_stages = int(match[3]) if match[3] else virtual_stages
@@ -66,9 +66,11 @@ def parse_layout(text: str) -> Layout:
         tp=sizes.get("tp", 1),
         pp=sizes.get("pp", 1),
         cp=sizes.get("cp", 1),
-        dp=sizes.get("dp", 1),
+        dp=sizes.get("dp", 0),
+        ep=sizes.get("ep", 1),
         virtual_stages=virtual_stages,
     )
+    parallel = replace(parallel, dp=parallel.resolve_dp(parallel.smallest_world))
     if schedule:
         parallel = replace(parallel, schedule=schedule.strip())
     stages_per_rank(parallel)

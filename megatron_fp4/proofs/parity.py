@@ -62,7 +62,7 @@ class Record:
 
 def run_cases(process: Process, cases: Sequence[Case], parallel: ParallelConfig) -> list[Record]:
     """Run every case on this rank of the layout. Collective over the world."""
-    mesh = build_mesh(parallel, process.world)
+    mesh = build_mesh(parallel, process.world, experts=any("E" in case.config.model.blocks for case in cases))
     return [run_case(process, case, parallel, mesh) for case in cases]
 
 

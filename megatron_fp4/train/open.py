@@ -6,6 +6,7 @@ tensor and pipeline sizes ask for, with a copy of the model on every so many mor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def _layout(trained: ParallelConfig, world_size: int) -> ParallelConfig:
     return ParallelConfig(
         tp=trained.tp,
         pp=trained.pp,
+        ep=math.gcd(trained.tp, trained.ep),
         timeout_seconds=trained.timeout_seconds,
         init_timeout_seconds=trained.init_timeout_seconds,
     )

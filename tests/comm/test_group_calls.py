@@ -67,6 +67,21 @@ def test_calls_do_not_grow_with_the_world(
     assert len(first) == (expected if backend == "nccl" else 0)
 
 
+def test_groups_of_experts_have_no_communicator_of_what_travels_beside_the_computation() -> None:
+    """Rows on their way to experts would wait behind buckets of gradients, in an order that ranks need not share."""
+    for sizes in ({"ep": 4}, {"tp": 2, "ep": 2}, {"tp": 2, "ep": 4}, {"cp": 4, "ep": 4}, {"tp": 4}, {}):
+        with fake_world(1, 4) as world:
+            mesh = build_mesh(ParallelConfig(**sizes), world, experts=True)
+            beside = {mesh.dp.process_group, mesh.dp_cp.process_group, mesh.edp.process_group} - {None}
+            assert mesh.ep.process_group not in beside, sizes
+            assert mesh.edp.process_group not in {mesh.tp.process_group, mesh.ep.process_group} - {None}, sizes
+    with fake_world(1, 4) as world:
+        mesh = build_mesh(ParallelConfig(), world, experts=True)
+        assert mesh.edp.process_group is mesh.dp_cp.process_group, "two communicators of the same gradients"
+    with fake_world(1, 4) as world:
+        assert build_mesh(ParallelConfig(tp=4), world).edp.size == 1, "a model without experts makes no group for them"
+
+
 def test_the_ends_of_two_stages_are_the_pipeline() -> None:
     with fake_world(1, 8) as world:
         two = ParallelConfig(pp=2)

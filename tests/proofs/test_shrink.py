@@ -76,10 +76,14 @@ def test_layouts_as_text() -> None:
     layout = parse_layout("tp2  pp2v3:interleaved_1f1b")
     assert (layout.parallel.tp, layout.parallel.pp, layout.parallel.virtual_stages) == (2, 2, 3)
     assert (layout.world_size, layout.num_stages) == (4, 6)
+    sizes = [(each.parallel.dp, each.world_size) for each in parse_layouts("ep2, tp2 ep2, pp2 ep2, cp2 ep4, dp4 ep2")]
+    assert sizes == [(2, 2), (1, 2), (2, 4), (2, 4), (4, 4)], "without a dp the smallest that ep fits"
     assert [entry.name for entry in parse_layouts("tp2 pp2 dp2, pp4:zbv")] == ["tp2 pp2 dp2", "pp4:zbv"]
 
 
-@pytest.mark.parametrize("text", ["", "tp2,", "tp0", "tp2 tp4", "ep2", "tp2v2", "pp4:zigzag", "pp2v3:zbv", "dp2:zbv"])
+@pytest.mark.parametrize(
+    "text", ["", "tp2,", "tp0", "tp2 tp4", "sp2", "dp3 ep2", "tp2v2", "pp4:zigzag", "pp2v3:zbv", "dp2:zbv"]
+)
 def test_what_is_no_layout_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"layout|parallel\."):
         parse_layouts(text)

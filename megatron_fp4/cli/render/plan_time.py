@@ -99,6 +99,7 @@ def search_lines(results: Mapping[str, Any]) -> list[str]:
         "alignment": f"{results['backend']['name']} could not quantize",
     }
     reasons |= {"mamba": "cp > 1: Mamba has no kernels for it, and the time of torch's loops is not known"}
+    reasons |= {"experts": "parallel.ep does not divide tp x cp x dp"}
     reasons |= {"memory": "do not fit, with full recomputation either"}
     for reason, count in results["fallen"].items():
         lines.append(f"  {count:>5} {reasons.get(reason, reason)}")

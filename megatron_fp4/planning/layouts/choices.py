@@ -9,6 +9,7 @@ Not here: memory, and the order in which layouts are looked at.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -62,7 +63,7 @@ class Choices:
         """The layouts whose sizes divide world and batch and whose schedule takes the number of microbatches."""
         num_gpus, batches = self.site.num_gpus, self.config.train.batch_sizes
         sizes = [[size for size in range(1, most + 1) if num_gpus % size == 0] for most in LARGEST.values()]
-        has_mamba = "M" in self.config.model.blocks
+        has_mamba, ep = "M" in self.config.model.blocks, self.config.parallel.ep
         for tp, pp, cp in itertools.product(*sizes):
             if num_gpus % (tp * pp * cp):
                 continue
@@ -74,8 +75,10 @@ class Choices:
                     self.fallen["schedule"] += 1
                 elif cp > 1 and has_mamba:
                     self.fallen["mamba"] += 1
+                elif tp * cp * dp % ep:
+                    self.fallen["experts"] += 1
                 else:
-                    yield ChosenLayout(tp, pp, cp, dp, micro_batch, schedule)
+                    yield ChosenLayout(tp, pp, cp, dp, micro_batch, schedule, ep=ep)
 
     def _allowed(self, layout: ChosenLayout) -> bool:
         reason = self._objection(layout)
@@ -100,7 +103,10 @@ class Choices:
 
     def _check(self, layout: ChosenLayout) -> CheckedConfig | str:
         try:
-            return check_config(layout.applied_to(self.config), layout.tp * layout.cp)
+            config = layout.applied_to(self.config)
+            sharing = layout.tp * layout.cp
+            alone = replace(config, parallel=replace(config.parallel, ep=math.gcd(layout.ep, sharing)))
+            return check_config(alone, sharing)
         except ValueError as error:
             return f"refused: {str(error).split(';')[0]}"
 

@@ -17,7 +17,7 @@ from megatron_fp4.train.config import RunConfig
 
 @dataclass(frozen=True)
 class ChosenLayout:
-    """What a search chooses. dp follows from the world."""
+    """What a search chooses. dp follows from the world; ep is the one that was asked for."""
 
     tp: int
     pp: int
@@ -26,6 +26,7 @@ class ChosenLayout:
     micro_batch: int
     schedule: str
     recompute: str = "none"
+    ep: int = 1
 
     def applied_to(self, config: RunConfig) -> RunConfig:
         """The configuration with this layout."""
@@ -35,6 +36,7 @@ class ChosenLayout:
             pp=self.pp,
             cp=self.cp,
             dp=self.dp,
+            ep=self.ep,
             schedule=self.schedule,
             virtual_stages=0,
             stage_split="cost",
@@ -46,6 +48,7 @@ class ChosenLayout:
     def overrides(self) -> list[str]:
         """Arguments of a command."""
         sizes: dict[str, Any] = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "dp": self.dp}
+        sizes |= {"ep": self.ep} if self.ep > 1 else {}
         sizes |= {"schedule": self.schedule} if self.pp > 1 else {}
         parallel = [f"parallel.{name}={value}" for name, value in sizes.items()]
         return [*parallel, f"train.micro_batch={self.micro_batch}", f"train.recompute={self.recompute}"]

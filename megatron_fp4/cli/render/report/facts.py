@@ -140,7 +140,8 @@ def _facts(run: RunSeries) -> dict[str, str]:
         parts += [f"{launches[-1].parameters:,} parameters"] if launches else []
         facts["model"] = ", ".join(parts)
     if layout:
-        facts["layout"] = ", ".join(f"{axis} {layout.get(axis) or 'auto'}" for axis in ("tp", "pp", "cp", "dp"))
+        axes = ("tp", "pp", "cp", "dp", *(("ep",) if layout.get("ep", 1) > 1 else ()))
+        facts["layout"] = ", ".join(f"{axis} {layout.get(axis) or 'auto'}" for axis in axes)
     if train and data:
         facts["batch"] = f"{train.get('global_batch')} samples of {data.get('seq_length')} tokens"
         facts["tokens planned"] = tokens_text(float(train.get("total_tokens") or 0))
