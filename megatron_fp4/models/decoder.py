@@ -23,6 +23,7 @@ from megatron_fp4.layers.mlp import MLP
 from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.residuals import ResidualProbe
 
 
 class Recompute(Enum):
@@ -72,6 +73,7 @@ class Decoder(nn.Module):
         self.config = config
         self.stage = stage
         self.recompute = recompute
+        self.residuals = ResidualProbe()
         vocab_size, hidden = config.vocab_size, config.hidden
         tables: list[LogicalParameter] = []
         if stage.has_embedding:
@@ -117,8 +119,10 @@ class Decoder(nn.Module):
         """See `forward`; layers find the tables of their tokens in `tokens`, or leave them there."""
         if self.stage.has_embedding:
             x = self.embedding(x)
-        for block in self.blocks.values():
+        for index, block in self.blocks.items():
             x = run_recomputed(block, x, tokens, when=self.recompute is Recompute.full)
+            if self.residuals.recording:
+                self.residuals.add(int(index), x)
         if self.stage.has_head:
             x = self.head(self.final_norm(x), tokens)
         return x

@@ -117,5 +117,7 @@ def _notes(config: RunConfig, plan: PrecisionPlan) -> list[str]:
     """What is said of settings without effect that do not mislead: one YAML file serves for runs that are compared."""
     notes = idle_notes(config)
     if config.train.statistics_interval_steps and not any(table.num_quantized_gemms for _, table in plan.phases):
-        notes.append("no effect of train.statistics_interval_steps: no GEMM of this run is quantized")
+        notes.append(
+            "train.statistics_interval_steps measures the residual stream only: no GEMM of this run is quantized"
+        )
     return notes

@@ -16,6 +16,7 @@ COMMON = (
     "train.total_tokens=768",
     "train.eval_interval_steps=3",
     "train.save_interval_steps=3",
+    "train.statistics_interval_steps=3",
 )
 
 
@@ -34,7 +35,7 @@ def test_pipeline_run_equals_one_process_and_resumes_on_it(tmp_path: Path) -> No
     for name, tensor in one.state(3).items():
         assert torch.allclose(piped.state(3)[name], tensor, rtol=1e-5, atol=1e-7), f"checkpoint differs in {name}"
     piped.with_overrides("train.resume=required", "parallel.pp=1", "parallel.schedule=1f1b").run()
-    for key in ("loss", "grad_norm", "eval/toy/loss"):
+    for key in ("loss", "grad_norm", "eval/toy/loss", "residual/blocks.0/rms", "residual/blocks.3/rms"):
         ours, theirs = metrics(piped, key), metrics(one, key)
         assert len(ours) == len(theirs) > 0, f"{key}: written {len(ours)} times instead of {len(theirs)}"
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-6), f"{key}: {ours} != {theirs}"

@@ -1,7 +1,7 @@
-"""What looks at a training step without changing it: the GEMM ledger and the quantization statistics.
+"""What looks at a training step without changing it: GEMM ledger, quantization statistics, size of the residual stream.
 
-Both are backends that wrap the run's backend, so they see what the linears really do, under any pipeline schedule or
-recomputation. They record only inside `watching`, on the steps that are due.
+The first two are backends that wrap the run's backend, so they see what the linears really do, under any pipeline
+schedule or recomputation. All record only inside `watching`, on the steps that are due.
 """
 
 from __future__ import annotations
@@ -46,9 +46,14 @@ def watching(run: Run, step: int, table: PrecisionTable, num_microbatches: int) 
         gemms.recording = checks
     if statistics is not None:
         statistics.recording = False
-        if measures(run, step):
+    if measures(run, step):
+        for stage in run.engine.stages:
+            stage.residuals.begin()
+        if statistics is not None:
             begin_measuring(run, statistics)
     yield
+    for stage in run.engine.stages:
+        stage.residuals.recording = False
     if statistics is not None:
         statistics.recording = False
     if gemms is not None and checks:

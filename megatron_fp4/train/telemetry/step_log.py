@@ -11,6 +11,7 @@ from megatron_fp4.train.run import Position, Run, StepResult
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.data_phases import DataPhaseLog
 from megatron_fp4.train.telemetry.metrics import Metrics
+from megatron_fp4.train.telemetry.monitors.residuals import write_residuals
 from megatron_fp4.train.telemetry.norms import parameter_norm
 from megatron_fp4.train.telemetry.operator.unsaved import UnsavedWatch
 from megatron_fp4.train.telemetry.quantization import write_statistics
@@ -74,6 +75,7 @@ class StepLog:
             self._metrics.write(step, seconds)
             self._console.say(f"step {step}: {describe(seconds)}")
         write_statistics(run, step, self._metrics)
+        write_residuals(run, step, self._metrics, self._console)
 
     def close(self) -> None:
         if self._ledger:

@@ -49,8 +49,14 @@ def test_what_is_typed_and_changes_nothing_is_refused(overrides: list[str], key:
         ([], []),
         (["experiment=quickstart", "optim.schedule=cosine"], ["no effect of optim.decay_fraction: "]),
         (["experiment=hybrid_quick"], []),
-        (["experiment=hybrid_quick", "precision=bf16"], ["no effect of train.statistics_interval_steps: no GEMM"]),
-        (["precision=bf16", "train.statistics_interval_steps=5"], ["no effect of train.statistics_interval_steps: "]),
+        (
+            ["experiment=hybrid_quick", "precision=bf16"],
+            ["train.statistics_interval_steps measures the residual stream only: no GEMM"],
+        ),
+        (
+            ["precision=bf16", "train.statistics_interval_steps=5"],
+            ["train.statistics_interval_steps measures the resid"],
+        ),
         (["precision/recipe=nemotron3"], ["no effect of precision.recipes.mxfp8: "]),
         (
             ["model=hybrid_tiny", "model.pattern=TT", "model.num_layers=2"],

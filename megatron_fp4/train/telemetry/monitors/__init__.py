@@ -1,0 +1,1 @@
+"""What is watched of the model itself while it trains: its residual stream, its experts."""
