@@ -36,8 +36,8 @@ class Layer:
         self.weight = LogicalParameter.whole("w", w.clone())
         self.weight.main_grad = torch.zeros_like(w, dtype=torch.float32)
         single = Group.single()
-        index = [torch.arange(size, device=w.device) for size in w.shape]
-        self.sharding = Sharding("benchmark", single, single, single, *index)
+        n_index, k_index = (torch.arange(size, device=w.device) for size in w.shape)
+        self.sharding = Sharding("benchmark", single, single, single, n_index, k_index)
         self.rows = torch.arange(tokens, device=w.device)
         self.precision, self.backend, self.cache, self.clock = precision, backend, WeightCache(), StepClock(seed=1)
 

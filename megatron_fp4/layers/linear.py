@@ -51,7 +51,7 @@ class ParallelLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer: its name, the features on this rank, and its precision."""
-        rows, columns = self.weight.shape
+        rows, columns = len(self.sharding.n_index), len(self.sharding.k_index)
         here = " on this rank" if self._context.tp.size > 1 else ""
         high = str(self._context.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
         return f"{self.name}, {columns} -> {rows}{here}, {self.precision if self.precision.quantized else high}"

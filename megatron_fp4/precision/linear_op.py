@@ -48,12 +48,7 @@ class _Call:
 
     def weights(self, weight: Tensor) -> tuple[QuantizedOperand, ...]:
         """The Fprop copy of the weight, and the Dgrad copy where a backward pass may follow."""
-        now = WeightVersion.of(weight, self.clock)
-        if now != self.version:
-            raise RuntimeError(
-                f"{self.sharding.name}: the weights changed ({self.version} -> {now}) between a forward pass and its "
-                f"backward pass; Dgrad would use other weights than Fprop"
-            )
+        check_version(self.sharding.name, self.version, WeightVersion.of(weight, self.clock))
         return self.cache.get(
             weight,
             self.copies["w"] if self.differentiable else self.copies["w"][:1],
@@ -83,7 +78,7 @@ class _Linear(torch.autograd.Function):
         needs_dw = call.differentiable and ctx.needs_input_grad[1]
         origin = call.sharding.x(call.rows, call.seed, call.step)
         copies = call.copies["x"] if needs_dw else call.copies["x"][:1]
-        for_fprop, *for_wgrad = call.backend.quantize(_narrow(x.detach()).contiguous(), origin, copies)
+        for_fprop, *for_wgrad = call.backend.quantize(narrow(x.detach()).contiguous(), origin, copies)
         ctx.call, ctx.weight = call, weight
         if needs_dw:
             ctx.wgrad_x = for_wgrad[0].with_tensors(())
@@ -97,7 +92,7 @@ class _Linear(torch.autograd.Function):
         dy = grads[0].contiguous()
         needs_dx, needs_dw, _ = ctx.needs_input_grad
         copies = [copy for copy, needed in zip(call.copies["dy"], (needs_dx, needs_dw), strict=True) if needed]
-        operands = list(call.backend.quantize(_narrow(dy), call.sharding.dy(call.rows, call.seed, call.step), copies))
+        operands = list(call.backend.quantize(narrow(dy), call.sharding.dy(call.rows, call.seed, call.step), copies))
         dx = dw = None
         if needs_dx:
             dx = call.backend.matmul(operands.pop(0), call.weights(ctx.weight)[1], out_dtype=dy.dtype)
@@ -106,7 +101,16 @@ class _Linear(torch.autograd.Function):
         return dx, dw, None
 
 
-def _narrow(x: Tensor) -> Tensor:
+def check_version(name: str, before: WeightVersion, now: WeightVersion) -> None:
+    """Raises RuntimeError where a backward pass would use other weights than its forward pass."""
+    if now != before:
+        raise RuntimeError(
+            f"{name}: the weights changed ({before} -> {now}) between a forward pass and its backward pass; Dgrad would"
+            f" use other weights than Fprop"
+        )
+
+
+def narrow(x: Tensor) -> Tensor:
     """FP64 is the type of sums in FP32 compute (layers.layer_context.widen); the values themselves are FP32."""
     return x.float() if x.dtype == torch.float64 else x
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.precision.backends.protocol import OperandOrigin
+from megatron_fp4.precision.backends.randomness import expert_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +18,7 @@ class Sharding:
     name: logical name of the linear, "blocks.3.attention.qkv". x_group, w_group, dy_group: ranks that hold other parts
     of the logical x, w, dy (their amax is max-reduced there when amax_scope=tensor). n_index: int64 `[N]` global
     output-feature index of each local weight row. k_index: int64 `[K]` global input-feature index of each column.
+    expert: global number of the expert whose linear it is; its noise is drawn at addresses of its own.
     """
 
     name: str
@@ -25,15 +27,21 @@ class Sharding:
     dy_group: Group
     n_index: Tensor
     k_index: Tensor
+    expert: int | None = None
 
     def x(self, rows: Tensor, seed: int, step: int) -> OperandOrigin:
         """x `[T, K]`. rows: int64 `[T]` address of each token in the global batch."""
-        return OperandOrigin(self.name, "x", rows, self.k_index, self.x_group, seed, step)
+        return self._origin("x", rows, self.k_index, self.x_group, seed, step)
 
     def w(self, seed: int, step: int) -> OperandOrigin:
         """The weight `[N, K]`."""
-        return OperandOrigin(self.name, "w", self.n_index, self.k_index, self.w_group, seed, step)
+        return self._origin("w", self.n_index, self.k_index, self.w_group, seed, step)
 
     def dy(self, rows: Tensor, seed: int, step: int) -> OperandOrigin:
         """dy `[T, N]`."""
-        return OperandOrigin(self.name, "dy", rows, self.n_index, self.dy_group, seed, step)
+        return self._origin("dy", rows, self.n_index, self.dy_group, seed, step)
+
+    def _origin(self, operand: str, rows: Tensor, cols: Tensor, group: Group, seed: int, step: int) -> OperandOrigin:
+        if self.expert is not None:
+            rows = expert_rows(rows, self.expert)
+        return OperandOrigin(self.name, operand, rows, cols, group, seed, step, self.expert)

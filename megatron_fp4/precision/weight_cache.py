@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand
+from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand
 from megatron_fp4.precision.backends.randomness import varies_by_step
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.sharding import Sharding
@@ -43,6 +43,10 @@ class WeightCache:
     def __init__(self) -> None:
         self._operands: dict[Hashable, QuantizedOperand] = {}
 
+    def clear(self) -> None:
+        """Forget the copies."""
+        self._operands = {}
+
     def get(
         self,
         weight: Tensor,
@@ -58,7 +62,12 @@ class WeightCache:
         common = (version, weight.device, weight.dtype, backend, sharding)
         keys = [(copy, *common, (seed, step) if varies_by_step(copy.operand) else None) for copy in copies]
         if any(key not in self._operands for key in keys):
-            self._operands = {}  # the old ones go first
-            operands = backend.quantize(weight.detach(), sharding.w(seed, step), copies)
+            self.clear()  # the old ones go first
+            operands = self._quantize(weight.detach(), copies, backend, sharding.w(seed, step))
             self._operands = dict(zip(keys, operands, strict=True))
         return tuple(self._operands[key] for key in keys)
+
+    def _quantize(
+        self, weight: Tensor, copies: Sequence[Copy], backend: Backend, origin: OperandOrigin
+    ) -> tuple[QuantizedOperand, ...]:
+        return backend.quantize(weight, origin, copies)

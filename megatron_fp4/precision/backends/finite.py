@@ -22,7 +22,7 @@ class NonFiniteError(FloatingPointError):
 
     def __init__(self, origin: OperandOrigin, amax: float) -> None:
         super().__init__(
-            f"{origin.name}: operand {origin.operand} contains NaN or Inf (max |{origin.operand}| = {amax}) at step "
+            f"{origin.label}: operand {origin.operand} contains NaN or Inf (max |{origin.operand}| = {amax}) at step "
             f"{origin.step} on rank {origin.rank}; it cannot be quantized"
         )
         self.name = origin.name
@@ -31,7 +31,7 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class NonFiniteEvent:
-    """A NaN or Inf in an operand of the linear `name`. rank: a rank of the group that held the tensor."""
+    """A NaN or Inf in an operand of the linear `name`, or of one of its experts. rank: one that held the tensor."""
 
     name: str
     operand: str
@@ -73,7 +73,7 @@ class NonFiniteWatch:
             return []
         finite = torch.isfinite(torch.stack([largest for _, largest in seen])).tolist()
         events = [
-            NonFiniteEvent(origin.name, origin.operand, origin.step, origin.rank)
+            NonFiniteEvent(origin.label, origin.operand, origin.step, origin.rank)
             for (origin, _), good in zip(seen, finite, strict=True)
             if not good
         ]

@@ -26,7 +26,8 @@ class OperandOrigin:
     """A tensor `[R, C]` on its way to a GEMM, and its place in the logical tensor.
 
     name: logical name of the linear. operand: "x", "w" or "dy". rows, cols: int64 `[R]`, `[C]` global indices of its
-    rows and columns (noise addresses). group: ranks that hold other parts. seed, step: of the noise.
+    rows and columns (noise addresses; of an expert, see `randomness.expert_rows`). group: ranks that hold other parts.
+    seed, step: of the noise. expert: global number of the one whose tensor it is; None: not of one expert.
     """
 
     name: str
@@ -36,6 +37,12 @@ class OperandOrigin:
     group: Group
     seed: int
     step: int
+    expert: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The linear, and the expert if it is one's."""
+        return self.name if self.expert is None else f"{self.name}, expert {self.expert}"
 
     @property
     def rank(self) -> int:
@@ -135,14 +142,14 @@ def check_shape(x: Tensor, origin: OperandOrigin, copy: Copy) -> None:
     assert operand.tile is not None
     if not x.numel():
         raise ValueError(
-            f"{origin.name}: operand {origin.operand} of {copy.gemm} has local shape {tuple(x.shape)}, which has no"
+            f"{origin.label}: operand {origin.operand} of {copy.gemm} has local shape {tuple(x.shape)}, which has no"
             " element, and so no largest one to scale by; leave the GEMM out for an empty microbatch"
         )
     contracted, other = x.shape[copy.along], x.shape[1 - copy.along]
     for size, multiple in ((contracted, operand.contraction_multiple), (other, operand.tile[0])):
         if size % multiple:
             raise ValueError(
-                f"{origin.name}: operand {origin.operand} of {copy.gemm} has local shape {tuple(x.shape)}; its "
+                f"{origin.label}: operand {origin.operand} of {copy.gemm} has local shape {tuple(x.shape)}; its "
                 f"dimension of {size} must be a multiple of {multiple} (tile {operand.tile[0]}x{operand.tile[1]}, "
                 f"Hadamard size {operand.rht_size}); change the sizes or the parallel layout, let the GEMM "
                 f"pad, or leave this linear in bf16"

@@ -12,6 +12,18 @@ from megatron_fp4.numerics.random import key_of
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
 from megatron_fp4.precision.operand import Operand, Signs
 
+EXPERT_STRIDE = 1 << 40
+"""Rows of one expert's addresses: more than tokens in a global batch, or rows in a weight."""
+
+
+def expert_rows(rows: Tensor, experts: Tensor | int) -> Tensor:
+    """Noise addresses of rows that belong to experts: a token that reaches k experts has k rows of one address.
+
+    rows: int64 global indices. experts: global number of the expert of each row, or of all. One key then serves all
+    experts of a linear, so one pass draws the noise of all.
+    """
+    return rows + experts * EXPERT_STRIDE
+
 
 def varies_by_step(operand: Operand) -> bool:
     """Whether seed and step go into an operand: then it is another one at each step, though its tensor is the same."""

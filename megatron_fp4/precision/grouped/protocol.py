@@ -1,0 +1,116 @@
+"""Operands of many GEMMs at once: one part per segment, or per expert.
+
+A backend needs nothing for it: by default each segment is a tensor of its own. One that has a faster way, or that must
+see a grouped GEMM as one (the ledger), has two more methods, `SegmentBackend`. Results are equal, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand
+from megatron_fp4.precision.grouped.segments import Segments
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedOperand(QuantizedOperand):
+    """Operands of one backend, in the order of the segments. tensors: those of all parts, one after the other."""
+
+    parts: tuple[QuantizedOperand, ...]
+
+    @staticmethod
+    def of(parts: Sequence[QuantizedOperand]) -> GroupedOperand:
+        return GroupedOperand(tuple(tensor for part in parts for tensor in part.tensors), tuple(parts))
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """None while autograd keeps them, and then again all."""
+        if not tensors:
+            return replace(self, tensors=())
+        rest, parts = list(tensors), []
+        for part in self.parts:
+            count = len(part.tensors)
+            parts.append(part.with_tensors(rest[:count]))
+            rest = rest[count:]
+        return replace(self, tensors=tuple(tensors), parts=tuple(parts))
+
+
+Pairs = Sequence[tuple[int, int]]
+"""Which part of the first operand is multiplied by which part of the second."""
+
+
+@runtime_checkable
+class SegmentBackend(Protocol):
+    """What a `Backend` may have besides."""
+
+    def quantize_segments(
+        self, x: Tensor, origin: OperandOrigin, segments: Segments, first_expert: int, copies: Sequence[Copy]
+    ) -> tuple[QuantizedOperand, ...]:
+        """See `quantize_segments`."""
+
+    def matmul_segments(
+        self,
+        a: QuantizedOperand,
+        b: QuantizedOperand,
+        pairs: Pairs,
+        *,
+        out_dtype: torch.dtype,
+        accumulate_into: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """See `matmul_segments`."""
+
+
+def quantize_segments(
+    backend: Backend,
+    x: Tensor,
+    origin: OperandOrigin,
+    segments: Segments,
+    first_expert: int,
+    copies: Sequence[Copy],
+) -> tuple[QuantizedOperand, ...]:
+    """All asked copies of `x [R, C]`, each a grouped operand with one part per segment.
+
+    segments: dense, and already extended to the tiles. origin: of all rows, their addresses with the expert in them.
+    first_expert: global number of the local expert 0.
+    """
+    if isinstance(backend, SegmentBackend):
+        return backend.quantize_segments(x, origin, segments, first_expert, copies)
+    quantized = [
+        backend.quantize(x[part.rows], part_origin(origin, part.rows, first_expert + part.expert), copies)
+        for part in segments.parts
+    ]
+    return tuple(GroupedOperand.of([parts[i] for parts in quantized]) for i in range(len(copies)))
+
+
+def part_origin(origin: OperandOrigin, rows: slice, expert: int) -> OperandOrigin:
+    """The origin of one segment of a tensor."""
+    return replace(origin, rows=origin.rows[rows], expert=expert)
+
+
+def matmul_segments(
+    backend: Backend,
+    a: QuantizedOperand,
+    b: QuantizedOperand,
+    pairs: Pairs,
+    *,
+    out_dtype: torch.dtype,
+    accumulate_into: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """`Backend.matmul` of each pair of parts, in this order. accumulate_into: one tensor per pair; some may be one."""
+    if isinstance(backend, SegmentBackend):
+        return backend.matmul_segments(a, b, pairs, out_dtype=out_dtype, accumulate_into=accumulate_into)
+    assert isinstance(a, GroupedOperand)
+    assert isinstance(b, GroupedOperand)
+    return [
+        backend.matmul(
+            a.parts[left],
+            b.parts[right],
+            out_dtype=out_dtype,
+            accumulate_into=accumulate_into[i] if accumulate_into else None,
+        )
+        for i, (left, right) in enumerate(pairs)
+    ]
