@@ -22,12 +22,19 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.collectives import all_gather_rows
 from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import split_evenly
-from megatron_fp4.layers.context_parallel import context_parallel_attention, in_sequence_order, query_chunks
+from megatron_fp4.layers.context_parallel import (
+    context_parallel_attention,
+    gather_sequence,
+    in_sequence_order,
+    query_chunks,
+)
 from megatron_fp4.layers.fused.pointwise import PointwiseImpl, pointwise_runner
 from megatron_fp4.layers.layer_context import LayerContext, Tokens, widen
 from megatron_fp4.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_fp4.layers.past import KeyValues
+from megatron_fp4.layers.qk_clip.maxima import LogitMaxima
 from megatron_fp4.layers.qk_norm import QkNorm, make_qk_norm
 from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.layers.rope import Rope, RopeScalingConfig, apply_rope
@@ -83,10 +90,11 @@ class Attention(nn.Module):
         super().__init__()
         self.recompute_core = False
         self.past: KeyValues | None = None
+        self._maxima: LogitMaxima | None = None
         self._context = context
-        self._head_dim = E = sizes.attention_head_dim
+        self.head_dim = E = sizes.attention_head_dim
         self._heads = split_evenly(sizes.num_heads, context.tp, what="num_heads")
-        self._kv_heads = split_evenly(sizes.num_kv_heads, context.tp, what="num_kv_heads")
+        self.kv_heads = split_evenly(sizes.num_kv_heads, context.tp, what="num_kv_heads")
         self._keep_documents_apart = keep_documents_apart
         self._window = sizes.sliding_window
         self._run = pointwise_runner(sizes.pointwise_impl, context)
@@ -99,6 +107,16 @@ class Attention(nn.Module):
         self.k_norm = make_qk_norm(kind, f"{name}.k_norm", sizes.num_kv_heads, E, context, eps=eps)
         self.out = RowParallelLinear(f"{name}.out", sizes.num_heads * E, sizes.hidden, context, std=out_std)
 
+    @property
+    def projections(self) -> list[LogicalParameter]:
+        """The fused q|k|v weight, and the bias if it has one."""
+        return [parameter for parameter in (self.qkv.weight, self.qkv.bias) if parameter is not None]
+
+    def watch_logits(self) -> LogitMaxima:
+        """The largest logits of its heads in every forward pass from now on that has a backward pass."""
+        self._maxima = LogitMaxima(self._heads, self._context.device)
+        return self._maxima
+
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         core_TN = run_recomputed(self._core, self.qkv(x_TD, tokens), tokens, when=self.recompute_core)
         return self.out(core_TN, tokens)
@@ -106,8 +124,8 @@ class Attention(nn.Module):
     def _core(self, qkv_TN: Tensor, tokens: Tokens) -> Tensor:
         """Everything between the projections, `[T, N / tp]`."""
         B, S = tokens.positions.shape
-        E = self._head_dim
-        sizes = [self._heads * E, self._kv_heads * E, self._kv_heads * E]
+        E = self.head_dim
+        sizes = [self._heads * E, self.kv_heads * E, self.kv_heads * E]
         q, k, v = (part.view(B, S, -1, E) for part in qkv_TN.split(sizes, dim=-1))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -121,6 +139,10 @@ class Attention(nn.Module):
             return self._continue(self.past, q_BSHE, k_BSGE, v_BSGE, tokens)
         cp, apart = self._context.cp, self._keep_documents_apart
         masks = attention_masks(tokens, cp, keep_documents_apart=apart, window=self._window, dtype=q_BSHE.dtype)
+        if cp.size > 1:
+            k_BSGE, v_BSGE = gather_sequence(k_BSGE, cp), gather_sequence(v_BSGE, cp)
+        if self._maxima is not None and torch.is_grad_enabled():
+            self._maxima.observe(q_BSHE, k_BSGE, masks, cp)
         if cp.size > 1:
             return context_parallel_attention(q_BSHE, k_BSGE, v_BSGE, masks, cp)
         return attend(q_BSHE, k_BSGE, v_BSGE, *masks)

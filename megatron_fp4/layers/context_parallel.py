@@ -40,7 +40,7 @@ def in_sequence_order(gathered: Tensor, cp: Group) -> Tensor:
     return torch.cat([first.flatten(0, 1), second.flip(0).flatten(0, 1)])
 
 
-def _gather_sequence(x_BSGE: Tensor, cp: Group) -> Tensor:
+def gather_sequence(x_BSGE: Tensor, cp: Group) -> Tensor:
     """`[B, S, ...]` on each rank -> `[B, cp * S, ...]` in sequence order, with its gradient."""
     gathered = gather_rows(x_BSGE.transpose(0, 1).contiguous(), cp)
     return in_sequence_order(gathered.view(cp.size, -1, *gathered.shape[1:]), cp).transpose(0, 1)
@@ -56,13 +56,15 @@ def query_chunks(num_queries: int, cp: Group) -> list[tuple[slice, int]]:
 
 
 def context_parallel_attention(
-    q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, masks: Sequence[Tensor | None], cp: Group
+    q_BSHE: Tensor, k_BJGE: Tensor, v_BJGE: Tensor, masks: Sequence[Tensor | None], cp: Group
 ) -> Tensor:
-    """Attention of this rank's queries over the whole sequence, `[B, S, H, E]`. masks: see `attention_masks`."""
-    keys, values = _gather_sequence(k_BSGE, cp), _gather_sequence(v_BSGE, cp)
+    """Attention of this rank's queries over the whole sequence, `[B, S, H, E]`.
+
+    k_BJGE, v_BJGE: from `gather_sequence`. masks: see `attention_masks`.
+    """
     outputs = []
     for (rows, stop), mask in zip(query_chunks(q_BSHE.shape[1], cp), masks, strict=True):
-        q, k, v = (x.transpose(1, 2) for x in (q_BSHE[:, rows], keys[:, :stop], values[:, :stop]))
+        q, k, v = (x.transpose(1, 2) for x in (q_BSHE[:, rows], k_BJGE[:, :stop], v_BJGE[:, :stop]))
         bias = _lower_right(rows.stop - rows.start, stop) if mask is None else mask
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True).transpose(1, 2))
     return torch.cat(outputs, dim=1)

@@ -49,6 +49,19 @@ class Impl(Enum):
 
 
 @dataclass(frozen=True)
+class QkClipConfig:
+    """Queries and keys of attention heads are scaled down after a step in which a logit of theirs was too large."""
+
+    threshold: Annotated[float, Bound(least=0)] = 0.0
+    """Largest logit, as the softmax sees it, that a head may have; 0 = off. Kimi K2 has 100."""
+    alpha: Annotated[float, Bound(least=0, most=1)] = 0.5
+    """Part of the correction, as a power, that queries take; keys take the rest."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "optim.qk_clip")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimizer, its learning rate as a function of consumed tokens, clipping, and how gradients travel."""
 
@@ -79,6 +92,8 @@ class OptimConfig:
     """Largest norm of all gradients together; a larger one is scaled down to it; 0 = off."""
     muon: MuonConfig = field(default_factory=MuonConfig)
     """Muon, where it is the algorithm."""
+    qk_clip: QkClipConfig = field(default_factory=QkClipConfig)
+    """A limit of attention logits, whatever the algorithm."""
     impl: Impl = Impl.torch
     """Who computes the update of AdamW."""
     bucket_mib: Annotated[float, Bound(above=0)] = 128.0

@@ -5,12 +5,14 @@ The checkpoint needs no knowledge of buckets or ranks, and the optimizer none of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from megatron_fp4.comm.rect import Shard
+from megatron_fp4.comm.parameter import LogicalParameter
+from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.optim.groups import AdamTensors, MuonTensors
 from megatron_fp4.optim.layout import ParameterPiece
 
@@ -23,6 +25,16 @@ class OwnedPiece:
     tensors: AdamTensors | MuonTensors
     writes: bool
 
+    def scale_rows(self, factors: Tensor) -> None:
+        """Multiply its master weights, each row of the local parameter by its own of `factors [rows]`."""
+        parameter, start = self.piece.slot.parameter, 0
+        local = Rectangle.whole(self.piece.slot.name, tuple(parameter.shape))
+        for where in local.elements(self.piece.start, self.piece.stop):
+            stop = start + where.numel
+            of_rows = factors[where.slices[0]].view(-1, *[1] * (parameter.dim() - 1))
+            self.tensors.master[start:stop].view(where.shape).mul_(of_rows)
+            start = stop
+
     def shards(self, flats: dict[str, Tensor]) -> Iterator[Shard]:
         """The rectangles that the piece is, with views of `flats` (by kind), which hold its elements."""
         start = 0
@@ -30,6 +42,16 @@ class OwnedPiece:
             stop = start + where.numel
             yield Shard(where, {kind: flat[start:stop].view(where.shape) for kind, flat in flats.items()}, self.writes)
             start = stop
+
+
+class RowScales(Protocol):
+    """Whoever scales rows of parameters after an update."""
+
+    def begin(self) -> None:
+        """A step begins, or begins once more."""
+
+    def row_factors(self) -> Mapping[LogicalParameter, Tensor]:
+        """Factors by parameter, FP32 `[rows]` of the local one. Called by all ranks, once in a step that updates."""
 
 
 @dataclass(frozen=True)

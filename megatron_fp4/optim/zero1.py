@@ -30,7 +30,7 @@ from megatron_fp4.optim.groups import AdamTensors, MuonTensors, UpdateGroup
 from megatron_fp4.optim.layout import ParameterPiece, make_buckets
 from megatron_fp4.optim.muon.update import Muon, make_muon
 from megatron_fp4.optim.param_buffer import ParamBuffer
-from megatron_fp4.optim.state import OwnedPiece, StepReport
+from megatron_fp4.optim.state import OwnedPiece, RowScales, StepReport
 
 
 class LateGradientError(RuntimeError):
@@ -45,7 +45,7 @@ class Zero1Optimizer:
     sequence_parallel: replicated parameters have partial gradients on each tensor-parallel rank, which are summed.
     on_weights_changed: called after the parameters have been rewritten (step, load). sum_dtype: of `main_grad` and of
     the sums over ranks; FP64 hides in the rounding how many microbatches and ranks a sum was cut into. stage: the ranks
-    of this pipeline stage, which Muon needs (`comm.mesh.build_stage_group`).
+    of this pipeline stage, which Muon needs (`comm.mesh.build_stage_group`). rows: scales rows after each update.
     Raises ValueError for a parameter without a valid placement, and for an implementation that is not installed.
     """
 
@@ -58,10 +58,11 @@ class Zero1Optimizer:
         on_weights_changed: Callable[[], None] | None = None,
         sum_dtype: torch.dtype = torch.float32,
         stage: Group | None = None,
+        rows: RowScales | None = None,
     ) -> None:
         self.config = config
         self.step_count = 0
-        self._mesh = mesh
+        self._mesh, self._rows = mesh, rows
         self._on_weights_changed = on_weights_changed
         self.buckets = make_buckets(
             named_parameters,
@@ -95,6 +96,8 @@ class Zero1Optimizer:
     def zero_grad(self) -> None:
         """Clear all gradients; begins a step."""
         self._grads.zero()
+        if self._rows is not None:
+            self._rows.begin()
         self._finished = False
 
     def begin_last_microbatch(self, num_microbatches: int = 1) -> None:
@@ -155,6 +158,10 @@ class Zero1Optimizer:
         self._adamw.update(self.config.adamw_lr(lr), self.step_count)
         if self._muon is not None:
             self._muon.update(lr)
+        factors = self._rows.row_factors() if self._rows is not None else {}
+        for owned in self._owned if factors else ():
+            if (of_rows := factors.get(owned.piece.slot.parameter)) is not None:
+                owned.scale_rows(of_rows)
         self._refresh()
         return StepReport(lr, norm, factor, skipped=False)
 

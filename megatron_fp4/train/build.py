@@ -98,6 +98,7 @@ def build(
         phases=phases,
         rendezvous=process.rendezvous,
         origin=origin,
+        qk_clip=trainable.qk_clip,
     )
     return run, start
 

@@ -17,7 +17,7 @@ from megatron_fp4.models.partition import split_stages
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.refusals.effect import check_decay, check_muon, idle_notes
+from megatron_fp4.train.refusals.effect import check_decay, check_muon, check_qk_clip, idle_notes
 from megatron_fp4.train.refusals.precision_plan import make_plan
 from megatron_fp4.train.refusals.requirements import check_choices
 
@@ -55,6 +55,7 @@ def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
     linears = model_linears(config.model)
     plan = make_plan(config, linears, tokens)
     check_muon(config)
+    check_qk_clip(config)
     check_decay(config)
     return CheckedConfig(config, linears, plan, dp, tokenizer, _notes(config, plan))
 

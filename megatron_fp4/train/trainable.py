@@ -18,6 +18,7 @@ from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.models.partition import split_stages
+from megatron_fp4.models.qk_clip import QkClip
 from megatron_fp4.optim import Algorithm, Zero1Optimizer
 from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, TakeWgrads
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
@@ -35,6 +36,7 @@ class Trainable:
     clock: StepClock
     engine: Engine
     optimizer: Zero1Optimizer
+    qk_clip: QkClip | None = None
 
 
 def build_trainable(
@@ -59,12 +61,13 @@ def build_trainable(
     together = nn.ModuleList(stages)  # names a table that two stages share once
     sum_dtype = config.precision.compute_dtype.sum_dtype
     peers = build_stage_group(config.parallel, mesh) if config.optim.algorithm is Algorithm.muon else None
+    clip = QkClip(stages, config.optim.qk_clip, mesh) if config.optim.qk_clip.threshold else None
     optimizer = Zero1Optimizer(
-        together.named_parameters(), config.optim, mesh, True, weights_changed, sum_dtype, stage=peers
+        together.named_parameters(), config.optim, mesh, True, weights_changed, sum_dtype, stage=peers, rows=clip
     )
     optimizer.gather_beside_forward(together)
     queues = [context.queue.take for context in contexts if context.queue is not None]
-    return Trainable(clock, _engine(config, stages, queues, mesh, device), optimizer)
+    return Trainable(clock, _engine(config, stages, queues, mesh, device), optimizer, clip)
 
 
 def draw_evaluation(

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.attention import attend, attention_masks
-from megatron_fp4.layers.context_parallel import context_parallel_attention, in_sequence_order, zigzag_index
+from megatron_fp4.layers.context_parallel import (
+    context_parallel_attention,
+    gather_sequence,
+    in_sequence_order,
+    zigzag_index,
+)
 from megatron_fp4.layers.layer_context import Tokens
 from megatron_fp4.layers.rope import RopeScalingConfig, apply_rope, rope_angles, rope_frequencies
 from tests.helpers.distributed import run_distributed, world_group
@@ -84,7 +89,8 @@ RINGS = [(False, 0), (True, 0), (False, WINDOW), (True, WINDOW)]
 def _ring(cp: Group, apart: bool, window: int) -> tuple[Tensor, list[Tensor]]:
     columns = zigzag_index(S, cp)
     q, k, v = (x[:, columns].clone().requires_grad_() for x in qkv())
-    out = context_parallel_attention(q, k, v, masks_of(columns, cp, apart, window), cp)
+    keys, values = gather_sequence(k, cp), gather_sequence(v, cp)
+    out = context_parallel_attention(q, keys, values, masks_of(columns, cp, apart, window), cp)
     (out * torch.arange(S, dtype=torch.float64)[columns][None, :, None, None]).sum().backward()
     return out.detach(), [x.grad for x in (q, k, v) if x.grad is not None]
 

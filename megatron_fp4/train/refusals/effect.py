@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import logical_shapes
@@ -90,6 +91,24 @@ def check_muon(config: RunConfig) -> None:
     check_patterns(logical_shapes(config.model), config.optim)
 
 
+def check_qk_clip(config: RunConfig) -> None:
+    """Raises ValueError where scaled weights of queries and keys scale no logit."""
+    threshold, model = config.optim.qk_clip.threshold, config.model
+    if not threshold:
+        return
+    if not set("T*") & set(model.blocks):
+        raise ValueError(
+            f"optim.qk_clip.threshold = {threshold:g} has no effect: no block of the model has attention"
+            " (model.pattern); set it to 0"
+        )
+    if model.qk_norm is not QkNorm.none:
+        raise ValueError(
+            f"optim.qk_clip.threshold = {threshold:g} has no effect with model.qk_norm={model.qk_norm.name}, which"
+            " normalizes queries and keys whatever the scale of their weights, and bounds the logits itself; set one of"
+            " the two to 0 or none"
+        )
+
+
 def named_recipes(precision: PrecisionConfig) -> set[str]:
     """Recipes that a rule, a switch, the evaluation or `use` names."""
     names = {precision.use, precision.evaluation} | {switch.use for switch in precision.switch}
@@ -106,6 +125,8 @@ def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.optim.algorithm is not Algorithm.muon:
         for item in settings_of(MuonConfig):
             yield f"optim.muon.{item.name}", f"optim.algorithm={config.optim.algorithm.name}"
+    if not config.optim.qk_clip.threshold:
+        yield "optim.qk_clip.alpha", "optim.qk_clip.threshold = 0 (off)"
     yield from _without_block(config.model)
     for name in config.precision.recipes:
         if name not in named_recipes(config.precision):

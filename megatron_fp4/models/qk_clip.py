@@ -1,0 +1,86 @@
+"""QK-clip of all attentions of a rank: watch a step, then say by how much the optimizer scales which rows.
+
+    forward      largest logit of each head                                    every rank, its heads and tokens
+    row_factors  the largest over dp x cp -> factors of heads -> rows          after the update, of a step that is made
+
+It has no state: the factors of a step follow from that step alone, so a resume goes on as if there had been no stop.
+What is only counted, for the metrics, begins anew with a launch. Not here: the arithmetic (layers/qk_clip/), the
+weights (optim/zero1.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_fp4.comm.collectives import all_reduce_max, all_reduce_sum
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.parameter import LogicalParameter
+from megatron_fp4.layers.attention import Attention
+from megatron_fp4.layers.qk_clip.factors import head_factors, row_factors
+from megatron_fp4.layers.qk_clip.maxima import LogitMaxima
+from megatron_fp4.models.decoder import Decoder
+from megatron_fp4.optim.config import QkClipConfig
+
+
+class QkClip:
+    """Clips the attentions of `stages`, of which a rank may have none. It is what `Zero1Optimizer` calls `rows`."""
+
+    def __init__(self, stages: Sequence[Decoder], config: QkClipConfig, mesh: ParallelMesh) -> None:
+        self._config, self._mesh = config, mesh
+        self._watched: list[tuple[Attention, LogitMaxima]] = []
+        self._blocks: list[int] = []
+        for stage in stages:
+            for index, block in stage.blocks.items():
+                for mixer in block.modules():
+                    if isinstance(mixer, Attention):
+                        self._blocks.append(int(index))
+                        self._watched.append((mixer, mixer.watch_logits()))
+        self._num_blocks = len(stages[0].config.blocks)
+        self._device = next(stages[0].parameters()).device
+        self._begin_report()
+
+    def begin(self) -> None:
+        """A step begins."""
+        for _, maxima in self._watched:
+            maxima.forget()
+
+    def row_factors(self) -> dict[LogicalParameter, Tensor]:
+        """What each row of a parameter is multiplied with, FP32 `[rows]`. Collective over dp x cp."""
+        if not self._watched:
+            return {}
+        local_LH = torch.stack([maxima.values for _, maxima in self._watched])
+        largest_LH = all_reduce_max(local_LH, self._mesh.dp_cp)
+        config, kv_heads = self._config, self._watched[0][0].kv_heads
+        factors = head_factors(largest_LH, kv_heads, threshold=config.threshold, alpha=config.alpha)
+        self._largest_L = torch.maximum(self._largest_L, largest_LH.amax(1))
+        self._clipped_L += factors.clipped.sum(1)
+        rows: dict[LogicalParameter, Tensor] = {}
+        for (attention, _), queries, keys in zip(self._watched, factors.queries, factors.keys, strict=True):
+            of_rows = row_factors(queries, keys, attention.head_dim)
+            rows |= dict.fromkeys(attention.projections, of_rows)
+        return rows
+
+    def report(self) -> dict[str, float]:
+        """Metrics of the steps since the last report, of the whole model: the largest logit, and that of each block
+        with attention; query heads that were clipped, counted in every step. Collective over the world."""
+        mesh, blocks = self._mesh, torch.tensor(self._blocks, dtype=torch.int64, device=self._device)
+        largest = torch.full((self._num_blocks,), -torch.inf, device=self._device).index_copy(
+            0, blocks, self._largest_L
+        )
+        clipped = torch.zeros(self._num_blocks, device=self._device).index_copy(0, blocks, self._clipped_L)
+        told = torch.stack([largest, all_reduce_sum(clipped, mesh.tp)])
+        of_blocks, counts = all_reduce_max(told, mesh.world).tolist()
+        self._begin_report()
+        seen = {index: value for index, value in enumerate(of_blocks) if value != -torch.inf}
+        if not seen:
+            return {}
+        values = {f"qk_clip/max_logit/blocks.{index}": value for index, value in seen.items()}
+        return {"qk_clip/max_logit": max(seen.values()), "qk_clip/clipped_heads": sum(counts), **values}
+
+    def _begin_report(self) -> None:
+        layers = (len(self._watched),)
+        self._largest_L = torch.full(layers, -torch.inf, device=self._device)
+        self._clipped_L = torch.zeros(layers, device=self._device)
