@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.collectives import all_gather_rows
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import split_evenly
 from megatron_fp4.layers.context_parallel import (
     context_parallel_attention,
@@ -106,11 +105,6 @@ class Attention(nn.Module):
         self.q_norm = make_qk_norm(kind, f"{name}.q_norm", sizes.num_heads, E, context, eps=eps)
         self.k_norm = make_qk_norm(kind, f"{name}.k_norm", sizes.num_kv_heads, E, context, eps=eps)
         self.out = RowParallelLinear(f"{name}.out", sizes.num_heads * E, sizes.hidden, context, std=out_std)
-
-    @property
-    def projections(self) -> list[LogicalParameter]:
-        """The fused q|k|v weight, and the bias if it has one."""
-        return [parameter for parameter in (self.qkv.weight, self.qkv.bias) if parameter is not None]
 
     def watch_logits(self) -> LogitMaxima:
         """The largest logits of its heads in every forward pass from now on that has a backward pass."""

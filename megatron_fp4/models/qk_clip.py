@@ -40,7 +40,7 @@ class QkClip:
                         self._watched.append((mixer, mixer.watch_logits()))
         self._num_blocks = len(stages[0].config.blocks)
         self._device = next(stages[0].parameters()).device
-        self._begin_report()
+        self._largest_L, self._clipped_L = self._nothing_seen()
 
     def begin(self) -> None:
         """A step begins."""
@@ -59,8 +59,9 @@ class QkClip:
         self._clipped_L += factors.clipped.sum(1)
         rows: dict[LogicalParameter, Tensor] = {}
         for (attention, _), queries, keys in zip(self._watched, factors.queries, factors.keys, strict=True):
-            of_rows = row_factors(queries, keys, attention.head_dim)
-            rows |= dict.fromkeys(attention.projections, of_rows)
+            rows[attention.qkv.weight] = row_factors(queries, keys, attention.head_dim)
+            if attention.qkv.bias is not None:
+                rows[attention.qkv.bias] = rows[attention.qkv.weight]
         return rows
 
     def report(self) -> dict[str, float]:
@@ -71,16 +72,15 @@ class QkClip:
             0, blocks, self._largest_L
         )
         clipped = torch.zeros(self._num_blocks, device=self._device).index_copy(0, blocks, self._clipped_L)
-        told = torch.stack([largest, all_reduce_sum(clipped, mesh.tp)])
-        of_blocks, counts = all_reduce_max(told, mesh.world).tolist()
-        self._begin_report()
+        of_ranks = torch.stack([largest, all_reduce_sum(clipped, mesh.tp)])
+        of_blocks, counts = all_reduce_max(of_ranks, mesh.world).tolist()
+        self._largest_L, self._clipped_L = self._nothing_seen()
         seen = {index: value for index, value in enumerate(of_blocks) if value != -torch.inf}
         if not seen:
             return {}
         values = {f"qk_clip/max_logit/blocks.{index}": value for index, value in seen.items()}
         return {"qk_clip/max_logit": max(seen.values()), "qk_clip/clipped_heads": sum(counts), **values}
 
-    def _begin_report(self) -> None:
+    def _nothing_seen(self) -> tuple[Tensor, Tensor]:
         layers = (len(self._watched),)
-        self._largest_L = torch.full(layers, -torch.inf, device=self._device)
-        self._clipped_L = torch.zeros(layers, device=self._device)
+        return torch.full(layers, -torch.inf, device=self._device), torch.zeros(layers, device=self._device)

@@ -53,6 +53,9 @@ class RowScales(Protocol):
     def row_factors(self) -> Mapping[LogicalParameter, Tensor]:
         """Factors by parameter, FP32 `[rows]` of the local one. Called by all ranks, once in a step that updates."""
 
+    def report(self) -> dict[str, float]:
+        """Metrics of the steps since the last report. Collective over the world."""
+
 
 @dataclass(frozen=True)
 class StepReport:

@@ -62,7 +62,7 @@ class Zero1Optimizer:
     ) -> None:
         self.config = config
         self.step_count = 0
-        self._mesh, self._rows = mesh, rows
+        self._mesh, self.rows = mesh, rows
         self._on_weights_changed = on_weights_changed
         self.buckets = make_buckets(
             named_parameters,
@@ -96,8 +96,8 @@ class Zero1Optimizer:
     def zero_grad(self) -> None:
         """Clear all gradients; begins a step."""
         self._grads.zero()
-        if self._rows is not None:
-            self._rows.begin()
+        if self.rows is not None:
+            self.rows.begin()
         self._finished = False
 
     def begin_last_microbatch(self, num_microbatches: int = 1) -> None:
@@ -158,7 +158,7 @@ class Zero1Optimizer:
         self._adamw.update(self.config.adamw_lr(lr), self.step_count)
         if self._muon is not None:
             self._muon.update(lr)
-        factors = self._rows.row_factors() if self._rows is not None else {}
+        factors = self.rows.row_factors() if self.rows is not None else {}
         for owned in self._owned if factors else ():
             if (of_rows := factors.get(owned.piece.slot.parameter)) is not None:
                 owned.scale_rows(of_rows)

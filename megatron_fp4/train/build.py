@@ -98,7 +98,6 @@ def build(
         phases=phases,
         rendezvous=process.rendezvous,
         origin=origin,
-        qk_clip=trainable.qk_clip,
     )
     return run, start
 

@@ -18,7 +18,6 @@ from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.rendezvous import Rendezvous
 from megatron_fp4.data.loader import Loader
-from megatron_fp4.models.qk_clip import QkClip
 from megatron_fp4.optim import StepReport, Zero1Optimizer
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.plan import PrecisionPlan
@@ -106,7 +105,6 @@ class Run:
     probes: Probes
     phases: Phases
     origin: dict[str, Any] | None = None
-    qk_clip: QkClip | None = None
     rendezvous: Rendezvous = field(default_factory=Rendezvous.alone)
 
     def waiting_for_index(self) -> AbstractContextManager[None]:

@@ -36,7 +36,6 @@ class Trainable:
     clock: StepClock
     engine: Engine
     optimizer: Zero1Optimizer
-    qk_clip: QkClip | None = None
 
 
 def build_trainable(
@@ -67,7 +66,7 @@ def build_trainable(
     )
     optimizer.gather_beside_forward(together)
     queues = [context.queue.take for context in contexts if context.queue is not None]
-    return Trainable(clock, _engine(config, stages, queues, mesh, device), optimizer, clip)
+    return Trainable(clock, _engine(config, stages, queues, mesh, device), optimizer)
 
 
 def draw_evaluation(

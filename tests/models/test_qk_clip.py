@@ -75,8 +75,8 @@ def two_steps(process: Process, case: Case, parallel: ParallelConfig) -> tuple[l
         microbatches = inputs.split(config.train.micro_batch)
         trainable.engine.train(microbatches, 1.0 / num_targets, trainable.optimizer.begin_last_microbatch)
         trainable.optimizer.step(trainable.optimizer.finish_grads(), lr=config.optim.lr, max_norm=0.0)
-        assert trainable.qk_clip is not None
-        reports.append(trainable.qk_clip.report())
+        assert trainable.optimizer.rows is not None
+        reports.append(trainable.optimizer.rows.report())
         masters = masters or copies(trainable.optimizer.state_shards(), "master")
     return reports, masters
 
@@ -151,11 +151,11 @@ def test_a_skipped_step_clips_nothing_and_a_hybrid_clips_its_attention() -> None
         build_mesh(ParallelConfig(), ALONE.world),
         torch.device("cpu"),
     )
-    assert trainable.qk_clip is not None
+    assert trainable.optimizer.rows is not None
     trainable.optimizer.zero_grad()
     trainable.optimizer.finish_grads()
     assert trainable.optimizer.step(math.nan, lr=1.0, max_norm=0.0).skipped
-    assert trainable.qk_clip.report() == {}
+    assert trainable.optimizer.rows.report() == {}
     reports, _ = two_steps(ALONE, case, ParallelConfig())
     assert list(reports[0]) == ["qk_clip/max_logit", "qk_clip/clipped_heads", "qk_clip/max_logit/blocks.2"]
 

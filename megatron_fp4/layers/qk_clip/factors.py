@@ -1,4 +1,4 @@
-"""By how much the rows of a fused q|k|v weight are scaled, so that no logit of the step would have been too large.
+"""What the rows of a fused q|k|v weight are multiplied with, so that no logit of the step would have been too large.
 
 A logit is linear in its query and in its key, so a head whose largest logit S is above the threshold has it at the
 threshold when queries are scaled by (threshold / S)^alpha and keys by (threshold / S)^(1 - alpha). Where several query
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class HeadFactors(NamedTuple):
-    """Of layers that are alike, FP32. queries: `[..., H]`. keys: `[..., G]`. clipped: bool `[..., H]`."""
+    """Factors in layers that are alike, FP32. queries: `[..., H]`. keys: `[..., G]`. clipped: bool `[..., H]`."""
 
     queries: Tensor
     keys: Tensor
@@ -23,7 +23,7 @@ class HeadFactors(NamedTuple):
 
 
 def head_factors(maxima: Tensor, kv_heads: int, *, threshold: float, alpha: float) -> HeadFactors:
-    """maxima: largest logits `[..., H]`, FP32; one that is not finite clips nothing.
+    """Factors of all heads. maxima: largest logits `[..., H]`, FP32; one that is not finite clips nothing.
 
     Powers are taken in FP64 and rounded: those of FP32 differ in their last bit with the place in a vector.
     """
@@ -36,5 +36,5 @@ def head_factors(maxima: Tensor, kv_heads: int, *, threshold: float, alpha: floa
 
 
 def row_factors(queries: Tensor, keys: Tensor, head_dim: int) -> Tensor:
-    """Of the rows of q|k|v, FP32 `[(H + 2 G) E]`. queries: `[H]`. keys: `[G]`."""
+    """Factors of the rows of q|k|v, FP32 `[(H + 2 G) E]`. queries: `[H]`. keys: `[G]`."""
     return torch.cat([queries, keys, torch.ones_like(keys)]).repeat_interleave(head_dim)

@@ -121,5 +121,5 @@ class StepLog:
         values |= self._data.metrics() | self._throughput.metrics(run.phases, table, tokens)
         if position.step % max(1, run.config.train.log_interval_steps) == 0:
             values["param_norm"] = parameter_norm(run.optimizer, run.mesh.world, run.device)
-            values |= run.qk_clip.report() if run.qk_clip else {}
+            values |= run.optimizer.rows.report() if run.optimizer.rows else {}
         return values
