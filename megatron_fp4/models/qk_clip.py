@@ -55,7 +55,7 @@ class QkClip:
         largest_LH = all_reduce_max(local_LH, self._mesh.dp_cp)
         config, kv_heads = self._config, self._watched[0][0].kv_heads
         factors = head_factors(largest_LH, kv_heads, threshold=config.threshold, alpha=config.alpha)
-        self._largest_L = torch.maximum(self._largest_L, largest_LH.amax(1))
+        self._largest_L = torch.maximum(self._largest_L, largest_LH.max(1).values)
         self._clipped_L += factors.clipped.sum(1)
         rows: dict[LogicalParameter, Tensor] = {}
         for (attention, _), queries, keys in zip(self._watched, factors.queries, factors.keys, strict=True):
