@@ -1,6 +1,6 @@
 """One block of the decoder: a residual around each of its mixers.
 
-    x <- x + dropout(mixer(norm(x)))         once for M, * and -;  attention, then MLP for T
+    x <- x + dropout(mixer(norm(x)))         once for M, *, - and E;  attention, then MLP for T
     x <- x + dropout(norm(mixer(x)))         with model.post_norm
 
 The linears of a block are also listed here without building it, for the precision plan and for planning.
@@ -8,6 +8,7 @@ The linears of a block are also listed here without building it, for the precisi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -20,15 +21,19 @@ from megatron_fp4.layers.mlp import MLP, Activation
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.config import ModelConfig
 
-MIXERS = {"T": ("attention", "mlp"), "M": ("mamba",), "*": ("attention",), "-": ("mlp",)}
+MIXERS = {"T": ("attention", "mlp"), "M": ("mamba",), "*": ("attention",), "-": ("mlp",), "E": ("moe",)}
 """The kinds of mixers in a block, by its letter in `model.pattern`; also their part of logical names."""
 
 
 def make_mixer(
     kind: str, name: str, config: ModelConfig, context: LayerContext, *, keep_documents_apart: bool
 ) -> Attention | MLP | Mamba2:
-    """The mixer `kind` (attention, mlp or mamba) with the logical name `name`."""
+    """The mixer `kind` (attention, mlp, mamba or moe) with the logical name `name`."""
     std, out_std = config.init_std, config.residual_std
+    if kind == "moe":
+        raise ValueError(
+            f"{name}: mixtures of experts are planned here, but not built yet; take E out of model.pattern"
+        )
     if kind == "mlp":
         return MLP(
             name,
@@ -100,7 +105,9 @@ class LinearInfo:
     """A linear of the model as the precision plan and the planner see it, without building it.
 
     block: None outside the blocks (the head). outputs: logical output features per part. column: True if the output
-    features are sharded over tp, False if the input features are.
+    features are sharded over tp, False if the input features are. whole: every tensor-parallel rank holds all features
+    (latent projections, routed experts). num_experts: that many matrices of this shape are the linear, of which a token
+    passes top_k; 0 and 0: one matrix, which every token passes.
     """
 
     name: str
@@ -108,13 +115,28 @@ class LinearInfo:
     in_features: int
     outputs: dict[str, int]
     column: bool
+    whole: bool = False
+    num_experts: int = 0
+    top_k: int = 0
 
     @property
     def out_features(self) -> int:
         return sum(self.outputs.values())
 
+    @property
+    def numel(self) -> int:
+        """Elements of all its matrices."""
+        return self.in_features * self.out_features * (self.num_experts or 1)
+
+    @property
+    def active_numel(self) -> int:
+        """Elements that a token is multiplied by."""
+        return self.in_features * self.out_features * (self.top_k or 1)
+
     def local_shape(self, tp: int) -> tuple[int, int]:
-        """Local weight shape [N, K] under `tp` (of the first rank where the vocabulary is uneven)."""
+        """Local weight shape [N, K] under `tp` (of the first rank where the vocabulary is uneven); of one expert."""
+        if self.whole:
+            return self.out_features, self.in_features
         if self.column:
             return sum(-(-rows // tp) for rows in self.outputs.values()), self.in_features
         return self.out_features, self.in_features // tp
@@ -127,7 +149,7 @@ def block_linears(index: int, config: ModelConfig) -> list[LinearInfo]:
     def add(name: str, in_features: int, outputs: dict[str, int], *, column: bool) -> None:
         linears.append(LinearInfo(f"blocks.{index}.{name}", index, in_features, outputs, column))
 
-    D, F = config.hidden, config.ffn_hidden
+    D = config.hidden
     for kind in MIXERS[config.blocks[index]]:
         if kind == "attention":
             query = config.num_heads * config.attention_head_dim
@@ -135,15 +157,42 @@ def block_linears(index: int, config: ModelConfig) -> list[LinearInfo]:
             add("attention.qkv", D, {"q": query, "k": key, "v": key}, column=True)
             add("attention.out", query, {"": D}, column=False)
         elif kind == "mlp":
-            gated = config.activation is Activation.swiglu
-            add("mlp.gate_up" if gated else "mlp.up", D, {"gate": F, "up": F} if gated else {"": F}, column=True)
-            add("mlp.down", F, {"": D}, column=False)
+            first, outputs = mlp_input(config, config.ffn_hidden)
+            add(f"mlp.{first}", D, outputs, column=True)
+            add("mlp.down", config.ffn_hidden, {"": D}, column=False)
+        elif kind == "moe":
+            linears += _moe_linears(index, config)
         else:
             inner, states = config.mamba_inner, config.mamba_num_groups * config.mamba_state
             parts = {"z": inner, "x": inner, "B": states, "C": states, "dt": config.mamba_num_heads}
             add("mamba.in_proj", D, parts, column=True)
             add("mamba.out_proj", inner, {"": D}, column=False)
     return linears
+
+
+def mlp_input(config: ModelConfig, ffn_hidden: int) -> tuple[str, dict[str, int]]:
+    """Name and outputs of the first linear of an MLP or expert of width `ffn_hidden`."""
+    if config.activation is Activation.swiglu:
+        return "gate_up", {"gate": ffn_hidden, "up": ffn_hidden}
+    return "up", {"": ffn_hidden}
+
+
+def _moe_linears(index: int, config: ModelConfig) -> Iterator[LinearInfo]:
+    """Those of a mixture of experts. Its router is none: it is always computed in FP32."""
+    moe, D, name = config.moe, config.hidden, f"blocks.{index}.moe"
+    width = moe.latent or D
+    if moe.latent:
+        yield LinearInfo(f"{name}.latent.down", index, D, {"": width}, column=True, whole=True)
+    first, outputs = mlp_input(config, moe.ffn_hidden)
+    share = (moe.num_experts, moe.top_k)
+    yield LinearInfo(f"{name}.experts.{first}", index, width, outputs, True, True, *share)
+    yield LinearInfo(f"{name}.experts.down", index, moe.ffn_hidden, {"": width}, False, True, *share)
+    if moe.latent:
+        yield LinearInfo(f"{name}.latent.up", index, width, {"": D}, column=False, whole=True)
+    if moe.shared_ffn_hidden:
+        first, outputs = mlp_input(config, moe.shared_ffn_hidden)
+        yield LinearInfo(f"{name}.shared.{first}", index, D, outputs, column=True)
+        yield LinearInfo(f"{name}.shared.down", index, moe.shared_ffn_hidden, {"": D}, column=False)
 
 
 def model_linears(config: ModelConfig) -> list[LinearInfo]:

@@ -3,7 +3,7 @@
 A model is a pattern of blocks, one letter a block, as NVIDIA writes its hybrids:
 
     T   transformer block: attention, then MLP, each with its own norm and residual (the classical GPT layer)
-    M   Mamba-2        *   attention        -   MLP            (one mixer per block, as in Nemotron-H)
+    M   Mamba-2    *   attention    -   MLP    E   mixture of experts    (one mixer per block, as in Nemotron-H)
 
 An empty pattern means `num_layers` transformer blocks.
 """
@@ -18,11 +18,13 @@ from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.fused.pointwise import PointwiseImpl
 from megatron_fp4.layers.mamba.kernels import MambaKernel
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.settings import FP32_LEAST, FP32_MOST, Bound, Count, Size, check_bounds
 
-BLOCK_LETTERS = "TM*-"
+BLOCK_LETTERS = "TM*-E"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ModelConfig:
     num_layers: Annotated[int, Bound(least=1, most=100_000)] = 4
     """Number of blocks."""
     pattern: str = ""
-    """One letter a block: T transformer, M Mamba-2, * attention, - MLP; empty = num_layers transformer blocks."""
+    """One letter a block: T transformer, M Mamba-2, * attention, - MLP, E mixture of experts; empty = num_layers
+    transformer blocks."""
     hidden: Size = 256
     """Width of the residual stream."""
     ffn_hidden: Size = 1024
@@ -84,6 +87,8 @@ class ModelConfig:
     """Tokens that the Mamba-2 scan computes as one matrix product; it changes cost and last bits, not the model."""
     mamba_kernel: MambaKernel = MambaKernel.torch
     """Who computes convolution and scan of Mamba-2; projections never enter it."""
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
     norm_impl: NormImpl = NormImpl.torch
     """Who computes RMSNorm."""
     loss_impl: LossImpl = LossImpl.torch
@@ -95,6 +100,7 @@ class ModelConfig:
         check_bounds(self, "model")
         if self.pattern:
             self._check_pattern()
+        self._check_experts()
         if not self.head_dim and self.hidden % self.num_heads:
             raise ValueError(
                 f"model.hidden = {self.hidden} is not divisible by model.num_heads = {self.num_heads};"
@@ -117,6 +123,19 @@ class ModelConfig:
                 f"model.pattern has {len(self.pattern)} blocks, model.num_layers = {self.num_layers}; set"
                 f" model.num_layers={len(self.pattern)}, or give a pattern of {self.num_layers} letters"
             )
+
+    def _check_experts(self) -> None:
+        if self.mtp.depth:
+            raise ValueError(
+                f"model.mtp.depth = {self.mtp.depth}: multi-token prediction is not there yet; set it to 0"
+            )
+        if "E" not in self.blocks and self.moe != MoeConfig():
+            raise ValueError(
+                "model.moe has no effect: model.pattern has no E; write one where a mixture of experts shall be, or"
+                " leave the settings of model.moe out"
+            )
+        if "E" in self.blocks and not self.moe.num_experts:
+            raise ValueError("model.pattern has mixtures of experts (E), but model.moe.num_experts is 0; set it")
 
     def _check_rope(self) -> None:
         if self.rope_base and self.attention_head_dim % 2:
@@ -150,6 +169,11 @@ class ModelConfig:
             pointwise_impl=PointwiseImpl.torch,
             mamba_kernel=MambaKernel.torch,
         )
+
+    def with_blocks(self, pattern: str) -> ModelConfig:
+        """The same model of other blocks; where none is a mixture of experts, without the settings of experts."""
+        moe = self.moe if "E" in pattern else MoeConfig()
+        return replace(self, pattern=pattern, num_layers=len(pattern), moe=moe)
 
     @property
     def blocks(self) -> str:

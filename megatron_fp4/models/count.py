@@ -16,23 +16,37 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fp4.layers.qk_norm import QkNorm
-from megatron_fp4.models.block import MIXERS, block_linears, model_linears
+from megatron_fp4.models.block import MIXERS, LinearInfo, block_linears, model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
 
-KINDS = ("embedding", "head", "attention", "mlp", "mamba", "mamba_other", "norms")
+KINDS = (
+    "embedding",
+    "head",
+    "attention",
+    "mlp",
+    "mamba",
+    "mamba_other",
+    "experts",
+    "shared",
+    "latent",
+    "router",
+    "norms",
+)
 """mamba: its two projections. mamba_other: convolution, A_log, dt_bias, D. norms: all, the gated one included."""
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One logical parameter. block: None outside the blocks. sharded: the dimension that tp divides, None if whole."""
+    """One logical parameter. block: None outside the blocks. sharded: the dimension that tp divides, None if whole.
+    expert: the routed expert that it is of."""
 
     name: str
     block: int | None
     kind: str
     shape: tuple[int, ...]
     sharded: int | None
+    expert: int | None = None
 
     @property
     def numel(self) -> int:
@@ -69,16 +83,35 @@ def _block_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
         name = f"blocks.{index}.{mixer}_norm.weight"
         parameters.append(ParameterInfo(name, index, "norms", (config.hidden,), None))
     for info in block_linears(index, config):
-        kind = info.name.split(".")[2]
-        for part, rows in info.outputs.items():
-            label = f"{info.name}.{part}" if part else info.name
-            sharded = 0 if info.column else 1
-            parameters.append(ParameterInfo(f"{label}.weight", index, kind, (rows, info.in_features), sharded))
+        parameters += _linear_parameters(info)
     if "attention" in MIXERS[config.blocks[index]]:
         parameters += _attention_parameters(index, config)
     if config.blocks[index] == "M":
         parameters += _mamba_parameters(index, config)
+    if config.blocks[index] == "E":
+        parameters += _router_parameters(index, config)
     return parameters
+
+
+def _linear_parameters(info: LinearInfo) -> Iterator[ParameterInfo]:
+    """The weight of each part; of a linear of experts, one after the other, those of each expert."""
+    *_, kind, linear = info.name.split(".")
+    sharded = None if info.whole else 0 if info.column else 1
+    for expert in range(info.num_experts) or (None,):
+        name = info.name if expert is None else f"{info.name.removesuffix(linear)}{expert}.{linear}"
+        for part, rows in info.outputs.items():
+            label = f"{name}.{part}" if part else name
+            yield ParameterInfo(f"{label}.weight", info.block, kind, (rows, info.in_features), sharded, expert)
+
+
+def _router_parameters(index: int, config: ModelConfig) -> Iterator[ParameterInfo]:
+    """What a router has: a weight, and by the settings a bias in the choice and the load of the global batch before."""
+    moe, name = config.moe, f"blocks.{index}.moe.router"
+    yield ParameterInfo(f"{name}.weight", index, "router", (moe.num_experts, config.hidden), None)
+    if moe.expert_bias:
+        yield ParameterInfo(f"{name}.bias", index, "router", (moe.num_experts,), None)
+    if moe.global_loss:
+        yield ParameterInfo(f"{name}.load", index, "router", (moe.num_experts,), None)
 
 
 def _attention_parameters(index: int, config: ModelConfig) -> Iterator[ParameterInfo]:
@@ -104,6 +137,12 @@ def _mamba_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
     shapes |= {"A_log": (heads,), "dt_bias": (heads,), "D": (heads,)}
     others = [ParameterInfo(f"{name}.{part}", index, "mamba_other", shape, 0) for part, shape in shapes.items()]
     return [*others, ParameterInfo(f"{name}.norm.weight", index, "norms", (inner,), 0)]
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Elements of the parameters that act on a token: of the routed experts, as many as a token is sent to."""
+    idle = sum(info.numel - info.active_numel for info in model_linears(config))
+    return sum(parameter.numel for parameter in model_parameters(config)) - idle
 
 
 def by_kind(parameters: Iterable[ParameterInfo], tp: int = 1) -> dict[str, int]:
@@ -138,17 +177,18 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageRange]) -> tuple[
 class Flops:
     """FLOPs of one token's forward pass.
 
-    linears: each linear by name. attention: scores and mixing, all blocks together. scan: the chunked state-space scan,
-    all blocks together.
+    linears: each linear by name; of routed experts, those that a token is sent to. attention: scores and mixing, all
+    blocks together. scan: the chunked state-space scan, all blocks together. router: the logits, all blocks together.
     """
 
     linears: dict[str, float]
     attention: float
     scan: float
+    router: float = 0.0
 
     @property
     def forward(self) -> float:
-        return sum(self.linears.values()) + self.attention + self.scan
+        return sum(self.linears.values()) + self.attention + self.scan + self.router
 
     @property
     def training(self) -> float:
@@ -169,13 +209,15 @@ def count_flops(config: ModelConfig, seq_length: int, *, causal: bool = True) ->
     a kernel without causal skipping, and torch's counter, see. Documents kept apart attend to fewer; that depends on
     the data and is left out. The scan is the one of layers/mamba/ssd.py: its chunks are dense.
     """
-    linears = {info.name: 2.0 * info.in_features * info.out_features for info in model_linears(config)}
+    linears = {info.name: 2.0 * info.active_numel for info in model_linears(config)}
     window = min(config.sliding_window or seq_length, seq_length)
     keys = window - window * (window - 1) / (2 * seq_length) if causal else seq_length
     attention_blocks = sum("attention" in MIXERS[letter] for letter in config.blocks)
     attention = attention_blocks * 4.0 * config.num_heads * config.attention_head_dim * keys
     mamba_blocks = config.blocks.count("M")
-    return Flops(linears, attention, mamba_blocks * _scan_flops(config, seq_length) if mamba_blocks else 0.0)
+    scan = mamba_blocks * _scan_flops(config, seq_length) if mamba_blocks else 0.0
+    router = config.blocks.count("E") * 2.0 * config.hidden * config.moe.num_experts
+    return Flops(linears, attention, scan, router)
 
 
 def _scan_flops(config: ModelConfig, seq_length: int) -> float:
@@ -191,4 +233,4 @@ def _scan_flops(config: ModelConfig, seq_length: int) -> float:
 def quantized_parameters(config: ModelConfig, names: Iterable[str]) -> int:
     """Parameters in the linears `names`."""
     chosen = set(names)
-    return sum(info.in_features * info.out_features for info in model_linears(config) if info.name in chosen)
+    return sum(info.numel for info in model_linears(config) if info.name in chosen)

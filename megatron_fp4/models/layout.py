@@ -22,6 +22,7 @@ def check_model_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_leng
     sizes_by_kind = {
         "attention": {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads},
         "mlp": {"ffn_hidden": model.ffn_hidden},
+        "moe": {"moe.shared_ffn_hidden": model.moe.shared_ffn_hidden},
         "mamba": {"mamba_num_heads": model.mamba_num_heads, "mamba_num_groups": model.mamba_num_groups},
     }
     used = {kind for letter in model.blocks for kind in MIXERS[letter]}

@@ -16,8 +16,7 @@ from megatron_fp4.models.decoder import StageRange
 def block_costs(config: ModelConfig) -> list[float]:
     """Multiply-adds per token of each block's linears; the head is added to the last block (the embedding is free)."""
     costs = [
-        float(sum(info.in_features * info.out_features for info in block_linears(index, config)))
-        for index in range(len(config.blocks))
+        float(sum(info.active_numel for info in block_linears(index, config))) for index in range(len(config.blocks))
     ]
     costs[-1] += float(config.hidden * config.vocab_size)
     return costs

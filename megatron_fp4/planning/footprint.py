@@ -119,10 +119,10 @@ def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettin
     key = replace(
         settings, dp=1, num_microbatches=1, table=None, optim=RankSettings().optim
     )  # what the sizes do not depend on
-    ends = replace(config, pattern="---", num_layers=3)
+    ends = config.with_blocks("---")
     parts = [_footprint(ends, EMBEDDING, (), key)] if stage.has_embedding else []
     for index in range(stage.first, stage.stop):
-        same_letter = replace(config, pattern=3 * config.blocks[index], num_layers=3)
+        same_letter = config.with_blocks(3 * config.blocks[index])
         precisions = tuple(settings.precision(info.name) for info in block_linears(index, config))
         parts.append(_footprint(same_letter, BLOCK, precisions, key))
     if stage.has_head:

@@ -109,9 +109,7 @@ def _small_model(full: ModelConfig, picked: list[int], by: _Divisors, *, quantiz
     kv_heads = math.lcm(tp, 2) if full.num_kv_heads > 1 else tp
     groups = math.lcm(tp, 2) if full.mamba_num_groups > 1 else tp
     return replace(
-        full,
-        num_layers=len(picked),
-        pattern="".join(full.blocks[index] for index in picked),
+        full.with_blocks("".join(full.blocks[index] for index in picked)),
         hidden=max(64, unit),
         ffn_hidden=max(32, unit) * tp,
         num_kv_heads=kv_heads,

@@ -1,0 +1,1 @@
+"""Multi-token prediction: further heads' worth of blocks that predict the tokens after the next one."""
