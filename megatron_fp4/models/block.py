@@ -179,7 +179,8 @@ def mlp_input(config: ModelConfig, ffn_hidden: int) -> tuple[str, dict[str, int]
 
 def _moe_linears(index: int, config: ModelConfig) -> Iterator[LinearInfo]:
     """Those of a mixture of experts. Its router is none: it is always computed in FP32."""
-    moe, D, name = config.moe, config.hidden, f"blocks.{index}.moe"
+    name, moe = f"blocks.{index}.moe", config.moe
+    D = config.hidden
     width = moe.latent or D
     if moe.latent:
         yield LinearInfo(f"{name}.latent.down", index, D, {"": width}, column=True, whole=True)
