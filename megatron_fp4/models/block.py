@@ -178,7 +178,7 @@ def mlp_input(config: ModelConfig, ffn_hidden: int) -> tuple[str, dict[str, int]
 
 
 def _moe_linears(index: int, config: ModelConfig) -> Iterator[LinearInfo]:
-    """Those of a mixture of experts. Its router is none: it is always computed in FP32."""
+    """The linears of a mixture of experts. Its router is none: it is always computed in FP32."""
     name, moe = f"blocks.{index}.moe", config.moe
     D = config.hidden
     width = moe.latent or D
