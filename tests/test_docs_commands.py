@@ -41,6 +41,7 @@ WHERE = {
     r"megatron-fp4 pretrain": "tests/journeys/test_researcher.py",
     r"megatron-fp4 report": "tests/cli/test_report.py",
     r"megatron-fp4 status": "tests/cli/test_status.py",
+    r"megatron-fp4 study": "tests/cli/study/test_study.py",
     r"megatron-fp4 explain": "tests/test_settings.py",
     r"megatron-fp4 plan": "tests/journeys/test_lead.py",
     r"megatron-fp4 rehearse": "tests/journeys/test_lead.py",

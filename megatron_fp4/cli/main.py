@@ -17,6 +17,7 @@ COMMANDS = {
     "data": ("data_tools.cli", "text to shards, and what is in them (tokenize, inspect, verify, blend, ledger, ...)"),
     "status": ("megatron_fp4.cli.operate.status", "how a run stands: alive, step, loss, ETA, last save, last event"),
     "report": ("megatron_fp4.cli.report", "loss curves and held-out losses of runs; bit-for-bit comparison"),
+    "study": ("megatron_fp4.cli.study.command", "does a claim hold: arms x seeds, paired by seed, with intervals"),
     "explain": ("megatron_fp4.cli.explain", "every setting: meaning, unit, default, bounds, may a resume change it"),
     "plan": ("megatron_fp4.cli.planning.plan", "parameters, memory, time and traffic of a run, without a GPU"),
     "rehearse": (

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import subprocess
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
+from megatron_fp4.cli.processes import RunProcesses
 from megatron_fp4.train.faults.signals import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 RUN_DIR = "train.run_dir"
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 MAX_NAME = 200
 
 
@@ -66,7 +61,8 @@ class PointTask:
             return PointEnd(name, run_dir, None)
         own = f"{RUN_DIR}={QuotedString(run_dir, Quote.single).with_quotes()}"
         others = [override for override in overrides if override.partition("=")[0] != RUN_DIR]
-        code = _run([*self.command, *others, own, *self.options])
+        with RunProcesses() as processes:
+            code = processes.run([*self.command, *others, own, *self.options])
         self.stopped = code in (EXIT_REQUEUE, EXIT_INTERRUPTED)
         return PointEnd(name, run_dir, code)
 
@@ -81,31 +77,3 @@ class PointTask:
         name = re.sub(r"(?<==)[./]+|\.yaml", "", re.sub("['\"]", "", name))
         name = re.sub(r"[^\w.+=,-]+", "_", name)[:MAX_NAME]
         return name, os.path.join(self.root, name)
-
-
-def _run(command: Sequence[str]) -> int:
-    """The exit code of the command; requests to stop go on to it, once."""
-    with _forwarding() as processes, subprocess.Popen(command, start_new_session=True) as process:
-        processes.append(process)
-        code = process.wait()
-    return code if code >= 0 else 128 - code
-
-
-@contextmanager
-def _forwarding() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Signals to this process go to those of the list, which have a session of their own and see no terminal."""
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def forward(signum: int, _frame: FrameType | None) -> None:
-        for process in processes:
-            process.send_signal(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield processes
-        return
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
-        yield processes
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,94 @@
+"""`megatron-fp4 study STUDY`: does a claim hold? Arms x seeds of an experiment, paired by seed, with intervals.
+
+STUDY is a YAML file, or the name of one in configs/study (docs/studies.md). The same command goes on where a study was
+stopped, and does only what is missing. Settings after STUDY go to every run, behind the study's own base.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_fp4.cli.arguments import CommandParser, above_zero, returns_code
+from megatron_fp4.cli.study.read import find_study, read_study
+from megatron_fp4.cli.study.runs import StudyRun, results_of, run_all, runs_of
+from megatron_fp4.storage.local import local_path
+from megatron_fp4.studies.design import Study
+from megatron_fp4.studies.outcome import StudyOutcome, conclude
+from megatron_fp4.train.faults.signals import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE
+
+EXITS = {
+    0: "complete, whatever the claims came to",
+    EXIT_REQUEUE: "stopped on request; the same command goes on",
+    EXIT_INTERRUPTED: "stopped by Ctrl-C; the same command goes on",
+    EXIT_FAILED: "a run failed; the others were made",
+}
+
+
+@returns_code
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = CommandParser("study", __doc__, EXITS, "recipe_small --jobs 2")
+    parser.add_argument("study", help="a YAML file, or the name of one in configs/study")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, as seq_length")
+    parser.add_argument("--out", type=local_path, default=None, help="folder of runs and results (studies/NAME)")
+    parser.add_argument("--jobs", type=above_zero, default=1, help="runs at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="instead of the study's")
+    parser.add_argument("--config-dir", action="append", type=Path, default=[], help="a folder laid out like configs/")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--list", action="store_true", help="print a command for each missing run, and end")
+    only.add_argument("--show", action="store_true", help="conclude from the results that there are, and end")
+    args = parser.parse(arguments)
+    try:
+        study = read_study(find_study(args.study))
+        study = replace(study, base=[*study.base, *args.overrides], seeds=args.seeds or study.seeds)
+        root = args.out or Path("studies") / study.name
+        return _study(study, root, runs_of(study, args.config_dir), args.jobs, only_list=args.list, only_show=args.show)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _study(study: Study, root: Path, runs: Sequence[StudyRun], jobs: int, *, only_list: bool, only_show: bool) -> int:
+    done = {result.key for result in results_of(root, runs)}
+    missing = [run for run in runs if run.key not in done]
+    if only_list:
+        for run in missing:
+            print(run.shell(root))
+        return 0
+    codes: set[int | None] = set()
+    if not only_show:
+        print(f"study {study.name}: {len(runs)} runs, {len(runs) - len(missing)} of them done, in {root}", flush=True)
+        for number, (run, code) in enumerate(run_all(root, missing, jobs), 1):
+            codes.add(code)
+            print(f"  {number} of {len(missing)}: {run.name} {_told(run, code, root)}", flush=True)
+    outcome = _conclude(study, root, runs)
+    if only_show or codes <= {0}:
+        return 0 if outcome is not None else 2
+    stopped = codes & {EXIT_INTERRUPTED, EXIT_REQUEUE}
+    return max(code for code in stopped if code is not None) if stopped else EXIT_FAILED
+
+
+def _told(run: StudyRun, code: int | None, root: Path) -> str:
+    if code is None:
+        return "not started"
+    if code in (EXIT_REQUEUE, EXIT_INTERRUPTED):
+        return "stopped; the same command goes on"
+    return "done" if code == 0 else f"FAILED with exit code {code}: {run.log(root)}"
+
+
+def _conclude(study: Study, root: Path, runs: Sequence[StudyRun]) -> StudyOutcome | None:
+    """Print and write what the results say; None where there are none."""
+    from megatron_fp4.cli.study.show import as_markdown, write_outcome  # here: it draws
+
+    results = results_of(root, runs)
+    if not results:
+        print(f"no run of {study.name} is complete in {root}", file=sys.stderr)
+        return None
+    outcome = conclude(study, results)
+    write_outcome(outcome, results, root)
+    print("\n" + as_markdown(outcome))
+    print(f"page: {root / 'study.html'}")
+    return outcome
