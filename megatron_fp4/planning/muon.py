@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.count import held_parameters
+from megatron_fp4.models.count import held_parameters, logical_shapes
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.muon.choice import matrices_of
 from megatron_fp4.optim.muon.exchange import busiest
+from megatron_fp4.optim.muon.newton_schulz import orthogonalization_flops
 from megatron_fp4.planning.settings import RankSettings
 
 
@@ -46,6 +47,13 @@ class MuonShare:
         """
         own = self.elements / replicas
         return dtype_bytes * max(2 * (own + max(own, self.largest)), self.largest + 4 * self.matrix)
+
+
+def whole_flops(config: ModelConfig, optim: OptimConfig) -> int:
+    """FLOPs of a step's orthogonalizations, all matrices of the model together; 0 without Muon."""
+    steps = len(optim.muon.newton_schulz.triples)
+    matrices = matrices_of(logical_shapes(config), optim)
+    return sum(orthogonalization_flops(rows, columns, steps) for rows, columns in matrices.values())
 
 
 @cache

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from megatron_fp4.comm.mesh import DrawnGroup, ParallelMesh
 from megatron_fp4.comm.parameter import LogicalParameter
-from megatron_fp4.models.count import logical_shapes
+from megatron_fp4.models.count import count_flops, logical_shapes
 from megatron_fp4.models.decoder import whole_model
 from megatron_fp4.optim import Algorithm, OptimConfig, Zero1Optimizer, state_bytes
 from megatron_fp4.optim.layout import make_buckets
 from megatron_fp4.optim.muon.choice import is_muons, matrices_of
 from megatron_fp4.optim.muon.exchange import MatrixExchange
 from megatron_fp4.planning.memory import stage_memory
-from megatron_fp4.planning.muon import MuonShare
+from megatron_fp4.planning.muon import MuonShare, whole_flops
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.traffic import bytes_sent
 from tests.models.test_count import load
@@ -24,6 +25,7 @@ from tests.optim.synthetic import make_parameters
 MUON = OptimConfig(algorithm=Algorithm.muon, bucket_mib=0.01)
 MODEL = replace(load("hybrid_tiny"), vocab_size=128)
 STAGE = whole_model(MODEL)
+SHARE_AT_12B = 0.00286
 
 
 def test_state_is_one_moment_for_matrices_and_two_for_the_rest() -> None:
@@ -44,6 +46,17 @@ def test_planned_state_is_smaller_by_a_moment_of_the_matrices() -> None:
     elements = sum(rows * columns for rows, columns in matrices.values())
     assert adamw - muon == 4 * elements / 2 / 2
     assert MuonShare.of(MODEL, [STAGE], RankSettings(tp=2, optim=MUON)).elements == elements // 2
+
+
+def test_flops_are_those_of_every_matrix_once_and_a_part_of_a_step_at_12b() -> None:
+    """At the paper's 6 M tokens a step; by hand for the MLPs, which are half of them."""
+    config = load("nemotron_h_12b")
+    per_block = 5 * 2 * (2 * 5120**2 * 20480 + 5120**3)
+    total = whole_flops(config, OptimConfig(algorithm=Algorithm.muon))
+    assert total > 2 * config.blocks.count("-") * per_block
+    assert whole_flops(config, OptimConfig()) == 0
+    step = count_flops(config, 8192).training * 768 * 8192
+    assert total / step == pytest.approx(SHARE_AT_12B, rel=0.01), "docs/optimizers.md"
 
 
 def test_a_rank_sends_no_more_than_planned_and_every_element_once_each_way() -> None:

@@ -88,7 +88,12 @@ def _flops(section: Mapping[str, Any]) -> list[str]:
         ),
         f"  forward: {kinds}",
         f"  training, by rate: {shares}; {section['training_per_step']:.3e} a step",
+        *_orthogonalization(section["orthogonalization_per_step"], section["training_per_step"]),
     ]
+
+
+def _orthogonalization(flops: float, of_step: float) -> list[str]:
+    return [f"  Muon: {flops:.3e} a step in all, {flops / of_step:.2%} of these"] if flops else []
 
 
 def _pipeline(section: Mapping[str, Any]) -> list[str]:

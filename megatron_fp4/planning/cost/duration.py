@@ -16,6 +16,7 @@ from megatron_fp4.planning.cost.links import paths
 from megatron_fp4.planning.cost.time import KINDS, StepTime, speed_up, step_time
 from megatron_fp4.planning.cost.whole_run import whole_run_section
 from megatron_fp4.planning.idle import PipelineLayout
+from megatron_fp4.planning.muon import whole_flops
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.checked import CheckedConfig
@@ -46,6 +47,7 @@ def flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dic
         "training_per_token": flops.training,
         "training_per_step": flops.training * config.tokens_per_step,
         "training_per_token_by_rate": flops_by_rate(flops, table),
+        "orthogonalization_per_step": whole_flops(config.model, config.optim),
     }
 
 

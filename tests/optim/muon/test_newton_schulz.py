@@ -42,6 +42,30 @@ def test_singular_values_come_close_to_one_and_vectors_stay(kind: NewtonSchulz) 
     assert low < float(seen.diagonal().min()) <= float(seen.diagonal().max()) < high
 
 
+POLAR = {  # docs/optimizers.md: relative distance to the polar factor, in FP32 and in BF16
+    NewtonSchulz.simple: (0.20, 0.20),
+    NewtonSchulz.quintic: (0.05, 0.06),
+    NewtonSchulz.polar_express: (1e-5, 0.03),
+    NewtonSchulz.deepseek_v4: (3e-4, 0.03),
+}
+
+
+@pytest.mark.parametrize("kind", NewtonSchulz)
+def test_the_distance_to_the_polar_factor_is_as_documented(kind: NewtonSchulz) -> None:
+    """The polar factor by a singular value decomposition in FP64, of a matrix with condition 100."""
+    random = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(rows, 96, generator=random, dtype=torch.float64))[0] for rows in (96, 256)
+    )
+    x = (left * torch.logspace(0, -2, 96, dtype=torch.float64) @ right.T).float()
+    u, _, vt = torch.linalg.svd(x.double(), full_matrices=False)
+    for dtype, limit in zip((torch.float32, torch.bfloat16), POLAR[kind], strict=True):
+        result = orthogonalize(x, kind.triples, dtype=dtype).double()
+        distance = float((result - u @ vt).norm() / (u @ vt).norm())
+        print(f"{kind.name:<14} {dtype!s:<15} {distance:.1e}")
+        assert distance < limit
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_input_is_left_alone_and_its_scale_does_not_matter(dtype: torch.dtype) -> None:
     x = matrix_of((24, 40)).to(dtype)
