@@ -1,4 +1,4 @@
-"""FP32 main gradients in flat buckets, reduced over the data-parallel ranks.
+"""FP32 main gradients in flat buckets, reduced over the data-parallel ranks, or those that hold the same experts.
 
 A gradient is added to `parameter.main_grad` where it is made, and the optimizer counts the contributions. A linear
 layer's backward adds its weight gradient itself and calls `parameter.grad_ready()`; the gradient of every other
@@ -8,8 +8,8 @@ bucket that has got as many contributions as in the step before is sent at once,
 The count is a guess, never a condition: what was not sent is sent in `finish()` (unused parameters, the first step, the
 first one of so many microbatches), and a contribution to a bucket that was sent already (a weight used more often than
 last time) makes the sums worthless, which `late` says: only the caller can repeat the step, on all ranks. Buckets leave
-in their fixed order on every rank. Only a rank's own part of a bucket holds the sum afterwards; the rest is this rank's
-partial gradient.
+in their fixed order on every rank, whatever their groups. Only a rank's own part of a bucket holds the sum afterwards;
+the rest is this rank's partial gradient.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_IN_FLIGHT = 2  # buckets of which parts are received at once, where none wer
 
 
 class GradBuffer:
-    """Main gradients of all parameters; reduces them over `group` (dp x cp), after `tp` and tied stages where needed.
+    """Main gradients of all parameters; reduces each bucket over its group, after `tp` and tied stages where needed.
 
     overlap: send full buckets during the armed backward. It changes no bit of the result. dtype: type of the sums.
     parts: this rank's part of each bucket, views; the sums after `finish`. late: whether a gradient of this rank came
@@ -38,13 +38,13 @@ class GradBuffer:
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], group: Group, tp: Group, *, overlap: bool, dtype: torch.dtype = torch.float32
+        self, buckets: Sequence[Bucket], tp: Group, *, overlap: bool, dtype: torch.dtype = torch.float32
     ) -> None:
         self._buckets = buckets
-        self._group, self._tp = group, tp
-        self._overlap = overlap and group.size > 1
+        self._tp = tp
+        self._overlap = overlap and any(bucket.group.size > 1 for bucket in buckets)
         self._flats = [torch.zeros(bucket.numel, dtype=dtype, device=bucket.kind.device) for bucket in buckets]
-        self.parts = [bucket.part(flat, group.rank) for bucket, flat in zip(buckets, self._flats, strict=True)]
+        self.parts = [bucket.part(flat, bucket.group.rank) for bucket, flat in zip(buckets, self._flats, strict=True)]
         self._num_early = sum(not bucket.kind.deferred for bucket in buckets)
         self._known: dict[int, list[list[int]]] = {}  # contributions to each parameter, by number of microbatches
         self._num_microbatches = 0  # of those that were announced
@@ -84,17 +84,16 @@ class GradBuffer:
         """Complete all sums: afterwards every rank's own part of each bucket is the sum over all ranks."""
         for absorb in self._absorbers:  # what reached `.grad` without autograd's hook, as pipeline engines do
             absorb()
-        in_order = sums_in_rank_order(self._group)
-        if in_order:  # equal gradients have equal sums on all replicas
-            for bucket, flat in zip(self._buckets, self._flats, strict=True):
+        for bucket, flat in zip(self._buckets, self._flats, strict=True):
+            if sums_in_rank_order(bucket.group):  # equal gradients have equal sums on all replicas
                 _sum_replicas(bucket, flat, self._tp)
-        if self._group.size > 1:
-            for index in range(len(self._buckets)):
-                while self._num_sent < min(index + MAX_IN_FLIGHT, len(self._buckets)):
-                    self._send_next()
+        for index in range(len(self._buckets)):
+            while self._num_sent < min(index + MAX_IN_FLIGHT, len(self._buckets)):
+                self._send_next()
+            if self._buckets[index].group.size > 1:
                 self._pending.pop(index).finish()
-        if not in_order:  # the replicas' own sums need not be equal
-            for bucket, part in zip(self._buckets, self.parts, strict=True):
+        for bucket, part in zip(self._buckets, self.parts, strict=True):
+            if not sums_in_rank_order(bucket.group):  # the replicas' own sums need not be equal
                 _sum_replicas(bucket, part, self._tp)
         if self._armed:
             self._known[self._num_microbatches] = [list(counts) for counts in self._counts]
@@ -119,7 +118,9 @@ class GradBuffer:
             self._send_next()
 
     def _send_next(self) -> None:
-        self._pending[self._num_sent] = PendingSum(self._flats[self._num_sent], self._group)
+        group = self._buckets[self._num_sent].group
+        if group.size > 1:
+            self._pending[self._num_sent] = PendingSum(self._flats[self._num_sent], group)
         self._num_sent += 1
 
 

@@ -66,6 +66,7 @@ class ParameterPiece:
 class BucketKind:
     """What all parameters of a bucket share.
 
+    group: the ranks over which it is summed and divided: dp x cp, or, of experts, those that hold the same ones.
     tp_summed: the tensor-parallel ranks hold partial gradients. tied_group: the stages that hold a copy. matrices: they
     are updated as matrices, by Muon.
     A bucket with either is reduced at the end of the step, with its replicas, whose sums stay bit-equal.
@@ -73,6 +74,7 @@ class BucketKind:
 
     dtype: torch.dtype
     device: torch.device
+    group: Group
     tp_summed: bool = False
     tied_group: Group | None = None
     matrices: bool = False
@@ -90,6 +92,11 @@ class Bucket:
     slots: tuple[Slot, ...]
     part_numel: int
     num_parts: int
+
+    @property
+    def group(self) -> Group:
+        """The ranks that share it."""
+        return self.kind.group
 
     @property
     def numel(self) -> int:
@@ -117,12 +124,13 @@ def make_buckets(
     bucket_numel: int,
     sum_replicated_over_tp: bool,
     as_matrix: Callable[[LogicalParameter], bool] = lambda parameter: False,
+    edp: Group | None = None,
 ) -> list[Bucket]:
     """Lay the parameters out, last one first (the order in which backward finishes them), deferred buckets last.
 
     bucket_numel: a bucket is closed when it holds at least this many elements. as_matrix: which parameters are updated
-    as matrices; they have buckets of their own. Raises ValueError for a parameter
-    without a valid placement, a frozen one, a scalar, or one given twice.
+    as matrices; they have buckets of their own. edp: the group of experts, `group` that of all others. Raises
+    ValueError for a parameter without a valid placement, a frozen one, a scalar, or one given twice.
     """
     waiting: dict[BucketKind, list[tuple[str, LogicalParameter]]] = {}
     closed: list[tuple[BucketKind, list[tuple[str, LogicalParameter]]]] = []
@@ -135,6 +143,7 @@ def make_buckets(
         kind = BucketKind(
             checked.dtype,
             checked.device,
+            edp if edp is not None and checked.placement.of_experts else group,
             tp_summed=checked.placement.tp_replicated and sum_replicated_over_tp,
             tied_group=checked.tied_group,
             matrices=as_matrix(checked),
@@ -146,7 +155,7 @@ def make_buckets(
             del waiting[kind]
     closed += waiting.items()
     closed.sort(key=lambda each: each[0].deferred)
-    return [_make_bucket(kind, members, group.size, number) for number, (kind, members) in enumerate(closed)]
+    return [_make_bucket(kind, members, number) for number, (kind, members) in enumerate(closed)]
 
 
 def _checked(name: str, parameter: nn.Parameter) -> LogicalParameter:
@@ -162,10 +171,9 @@ def _checked(name: str, parameter: nn.Parameter) -> LogicalParameter:
     return parameter
 
 
-def _make_bucket(
-    kind: BucketKind, members: Sequence[tuple[str, LogicalParameter]], num_parts: int, number: int
-) -> Bucket:
+def _make_bucket(kind: BucketKind, members: Sequence[tuple[str, LogicalParameter]], number: int) -> Bucket:
     """number: of the bucket; the gap lies after all parameters, after all but one, ..., before all, and so on."""
+    num_parts = kind.group.size
     used = sum(_round_up(parameter.numel(), ALIGN) for _, parameter in members)
     part_numel = _round_up(-(-used // num_parts), ALIGN)
     first_after_gap = len(members) - number % (len(members) + 1)

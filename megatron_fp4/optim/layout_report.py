@@ -29,7 +29,7 @@ class LayoutReport:
 
 
 def layout_report(buckets: Sequence[Bucket]) -> LayoutReport:
-    """The report of at least one bucket."""
+    """The report of at least one bucket, all of the same group."""
     num_parts = buckets[0].num_parts
     owned = torch.zeros(num_parts, dtype=torch.int64)
     for bucket in buckets:

@@ -12,20 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_fp4.comm.mesh import Group
 from megatron_fp4.optim.bucket_comm import PendingGather
 from megatron_fp4.optim.layout import Bucket
 
 
 class ParamBuffer:
-    """The parameters of all buckets, replicated over `group` (dp x cp).
+    """The parameters of all buckets, each replicated over its group.
 
     parts: this rank's part of each bucket, views.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], group: Group) -> None:
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
         self._buckets = buckets
-        self._group = group
         self._flats = [torch.zeros(b.numel, dtype=b.kind.dtype, device=b.kind.device) for b in buckets]
         self._pending: dict[int, PendingGather] = {}
         for bucket, flat in zip(buckets, self._flats, strict=True):
@@ -33,7 +31,7 @@ class ParamBuffer:
                 view = flat[slot.start : slot.stop].view(slot.parameter.shape)
                 view.copy_(slot.parameter.detach())
                 slot.parameter.data = view
-        self.parts = [bucket.part(flat, group.rank) for bucket, flat in zip(buckets, self._flats, strict=True)]
+        self.parts = [bucket.part(flat, bucket.group.rank) for bucket, flat in zip(buckets, self._flats, strict=True)]
 
     def refresh(self, masters: Sequence[Tensor], *, wait: bool) -> None:
         """Parameters = masters, rounded. wait=False: gather in the background.
@@ -44,8 +42,9 @@ class ParamBuffer:
         self.wait()
         for index in reversed(range(len(self._buckets))):
             self.parts[index].copy_(masters[index])
-            if self._group.size > 1:
-                self._pending[index] = PendingGather(self._flats[index], self._group)
+            group = self._buckets[index].group
+            if group.size > 1:
+                self._pending[index] = PendingGather(self._flats[index], group)
         if wait:
             self.wait()
 

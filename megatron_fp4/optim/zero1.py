@@ -2,6 +2,7 @@
 
     backward      main_grad += gradient (FP32)                                      every rank, all elements
     sum_grads     reduce-scatter: own part of the sum over dp x cp -> its square    (tied copies and tp partials before)
+                  (of experts: over edp, the ranks that hold the same ones)
     step          clip -> update of own part -> all-gather parameters                (in the parameters' dtype)
 
 A bucket of parameters is summed, updated and gathered by flat ranges (layout.py), and every range is a list of
@@ -28,7 +29,7 @@ from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
 from megatron_fp4.optim.groups import AdamTensors, MuonTensors, UpdateGroup
 from megatron_fp4.optim.layout import ParameterPiece, make_buckets
-from megatron_fp4.optim.muon.update import Muon, make_muon
+from megatron_fp4.optim.muon.update import Muon, make_muons
 from megatron_fp4.optim.param_buffer import ParamBuffer
 from megatron_fp4.optim.state import OwnedPiece, RowScales, StepReport
 
@@ -70,13 +71,14 @@ class Zero1Optimizer:
             bucket_numel=config.bucket_numel,
             sum_replicated_over_tp=sequence_parallel and mesh.tp.size > 1,
             as_matrix=lambda parameter: Muon.takes(parameter, config),
+            edp=mesh.edp,
         )
         if not self.buckets:
             raise ValueError("the optimizer got no parameters")
         self._device = self.buckets[0].kind.device
         overlap = config.overlap_reduce.enabled(self._device.type)
-        self._grads = GradBuffer(self.buckets, mesh.dp_cp, mesh.tp, overlap=overlap, dtype=sum_dtype)
-        self._params = ParamBuffer(self.buckets, mesh.dp_cp)
+        self._grads = GradBuffer(self.buckets, mesh.tp, overlap=overlap, dtype=sum_dtype)
+        self._params = ParamBuffer(self.buckets)
         self._parts = [
             (MuonTensors if bucket.kind.matrices else AdamTensors).start(parameters, grads)
             for bucket, parameters, grads in zip(self.buckets, self._params.parts, self._grads.parts, strict=True)
@@ -84,10 +86,10 @@ class Zero1Optimizer:
         self._owned = [
             OwnedPiece(piece, part.narrow(piece.offset, piece.numel), self._writes(piece))
             for bucket, part in zip(self.buckets, self._parts, strict=True)
-            for piece in bucket.pieces(mesh.dp_cp.rank)
+            for piece in bucket.pieces(bucket.group.rank)
         ]
         self._adamw = choose_adamw(self._update_groups(), config)
-        self._muon = make_muon(self.buckets, self._parts, config, mesh, stage or mesh.dp_cp, sum_dtype)
+        self._muons = make_muons(self.buckets, self._parts, config, mesh, stage or mesh.dp_cp, sum_dtype)
         self._beside_forward = False
         self._finished = False
 
@@ -156,8 +158,8 @@ class Zero1Optimizer:
         self.step_count += 1
         self._params.wait()  # what a module without a forward has not waited for may still be on its way
         self._adamw.update(self.config.adamw_lr(lr), self.step_count)
-        if self._muon is not None:
-            self._muon.update(lr)
+        for muon in self._muons:
+            muon.update(lr)
         factors = self.rows.row_factors() if self.rows is not None else {}
         for owned in self._owned if factors else ():
             if (of_rows := factors.get(owned.piece.slot.parameter)) is not None:
@@ -199,22 +201,34 @@ class Zero1Optimizer:
     def sum_by_name(self, local: Mapping[str, float]) -> dict[str, float]:
         """Sums over all ranks of numbers by logical name, of all names and sorted, the same on all. Collective.
 
-        A number per logical tensor is summed over the ranks of the stage, then the pipeline ranks tell each other: what
-        a rank receives does not grow with the replicas.
+        A number per logical tensor is summed over the ranks of the stage that hold a part of it; then those that share
+        the experts tell each other, then the pipeline ranks: what a rank receives does not grow with the replicas.
         """
-        names = sorted(
-            {where.name for bucket in self.buckets for slot in bucket.slots for where in slot.placement.rectangles}
-        )
-        sums = torch.tensor([local.get(name, 0.0) for name in names], dtype=torch.float64, device=self._device)
-        for group in (self._mesh.dp_cp, self._mesh.tp):
-            sums = all_reduce_sum(sums, group)
-        totals: dict[str, float] = {}
-        for of_stages in all_gather_object(dict(zip(names, sums.tolist(), strict=True)), self._mesh.pp):
-            for name, value in of_stages.items():
-                totals[name] = totals.get(name, 0.0) + value
+        mesh, names = self._mesh, self._names()
+        totals = self._summed(local, names - self._names(of_experts=True), mesh.dp_cp, mesh.tp)
+        for of_rank in all_gather_object(self._summed(local, self._names(of_experts=True), mesh.edp), mesh.ep):
+            totals |= of_rank
+        of_stages, totals = all_gather_object(totals, mesh.pp), {}
+        for name, value in (item for of_stage in of_stages for item in of_stage.items()):
+            totals[name] = totals.get(name, 0.0) + value
         return dict(sorted(totals.items()))
 
     # -- internals ------------------------------------------------------------------------------------------------
+
+    def _names(self, *, of_experts: bool = False) -> set[str]:
+        """The logical tensors of which this rank holds parameters, or the experts' of them."""
+        placements = (slot.placement for bucket in self.buckets for slot in bucket.slots)
+        return {where.name for each in placements if each.of_experts or not of_experts for where in each.rectangles}
+
+    def _summed(self, local: Mapping[str, float], names: set[str], *groups: Group) -> dict[str, float]:
+        """The sums of `names` over groups whose ranks all have these."""
+        if not names:
+            return {}
+        ordered = sorted(names)
+        sums = torch.tensor([local.get(name, 0.0) for name in ordered], dtype=torch.float64, device=self._device)
+        for group in groups:
+            sums = all_reduce_sum(sums, group)
+        return dict(zip(ordered, sums.tolist(), strict=True))
 
     def _writes(self, piece: ParameterPiece) -> bool:
         """False on a rank that holds a replica of elements which another rank counts and saves."""

@@ -24,17 +24,27 @@ from megatron_fp4.train.trainable import draw_stages
 
 
 def division_section(checked: CheckedConfig, num_gpus: int) -> list[dict[str, Any]]:
-    """A `LayoutReport` per pipeline rank, of its first tensor-parallel rank; with Muon the load of its owners."""
+    """A `LayoutReport` per pipeline rank, of its first tensor-parallel rank; with Muon the load of its owners.
+
+    "experts": the same of the experts on that rank, which other ranks share; None without.
+    """
     first_ranks = rank_grid(checked.config.parallel, num_gpus)[:, 0, 0, 0].tolist()
     entries = []
     for rank in first_ranks:
         buckets = drawn_buckets(checked, num_gpus, rank)
-        entries.append(asdict(layout_report(buckets)) | {"muon": _muon_load(checked, buckets)})
+        of_experts = [bucket for bucket in buckets if bucket.slots[0].placement.of_experts]
+        entry = _entry(checked, [bucket for bucket in buckets if bucket not in of_experts], checked.config.parallel.tp)
+        entries.append(entry | {"experts": _entry(checked, of_experts, 1) if of_experts else None})
     return entries
 
 
-def _muon_load(checked: CheckedConfig, buckets: Sequence[Bucket]) -> dict[str, Any] | None:
-    """How the matrices of a stage divide over its ranks; None where Muon has none."""
+def _entry(checked: CheckedConfig, buckets: Sequence[Bucket], copies: int) -> dict[str, Any]:
+    muon = _muon_load(checked, buckets, buckets[0].num_parts * copies)
+    return asdict(layout_report(buckets)) | {"ranks": buckets[0].num_parts, "muon": muon}
+
+
+def _muon_load(checked: CheckedConfig, buckets: Sequence[Bucket], ranks: int) -> dict[str, Any] | None:
+    """How matrices divide over the ranks that share them; None where Muon has none."""
     config = checked.config
     rectangles = [
         where
@@ -44,7 +54,6 @@ def _muon_load(checked: CheckedConfig, buckets: Sequence[Bucket]) -> dict[str, A
         for where in slot.placement.rectangles
     ]
     shapes = {where.name: (where.global_shape[0], where.global_shape[1]) for where in rectangles}
-    ranks = buckets[0].num_parts * config.parallel.tp
     load = busiest(shapes, ranks, len(config.optim.muon.newton_schulz.triples)) if shapes else None
     return load and {"matrices": len(shapes), "ranks": ranks, **load._asdict()}
 
@@ -61,4 +70,5 @@ def drawn_buckets(checked: CheckedConfig, num_gpus: int, rank: int) -> list[Buck
         bucket_numel=config.optim.bucket_numel,
         sum_replicated_over_tp=mesh.tp.size > 1,
         as_matrix=lambda parameter: is_muons(parameter, config.optim),
+        edp=mesh.edp,
     )

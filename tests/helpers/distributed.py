@@ -33,6 +33,6 @@ def world_group(rank: int, world_size: int) -> Group:
     return Group("world", tuple(range(world_size)), rank, dist.group.WORLD if world_size > 1 else None)
 
 
-def mesh_for(rank: int, world_size: int, **sizes: int) -> ParallelMesh:
+def mesh_for(rank: int, world_size: int, *, experts: bool = False, **sizes: int) -> ParallelMesh:
     """Inside a rank function: the mesh of the given sizes."""
-    return build_mesh(ParallelConfig(**sizes), world_group(rank, world_size))
+    return build_mesh(ParallelConfig(**sizes), world_group(rank, world_size), experts=experts)

@@ -24,12 +24,22 @@ NUM_STEPS = 3
 
 @dataclass(frozen=True)
 class Logical:
-    """A local parameter before sharding: logical segments, each cut along `dim` over tp, or None = replicated."""
+    """A local parameter before sharding: logical segments, each cut along `dim` over tp, or None = replicated.
+
+    experts: the segments are divided over ep instead.
+    """
 
     name: str
     segments: dict[str, tuple[int, ...]]
     dim: int | None
     stage: int
+    experts: bool = False
+
+    def segments_on(self, mesh: ParallelMesh) -> dict[str, tuple[int, ...]]:
+        names = list(self.segments)
+        share = len(names) // mesh.ep.size if self.experts else len(names)
+        first = mesh.ep.rank * share if self.experts else 0
+        return {name: self.segments[name] for name in names[first : first + share]}
 
 
 MODEL = (
@@ -38,6 +48,7 @@ MODEL = (
     Logical("0.norm.weight", {"0.norm.weight": (333,)}, None, 0),
     Logical("0.down.weight", {"0.down.weight": (33, 64)}, 1, 0),
     Logical("1.conv.weight", {"1.conv.weight": (48, 1, 4)}, 0, 1),
+    Logical("1.experts.weight", {f"1.experts.{e}.weight": (12, 16) for e in range(4)}, None, 1, experts=True),
     Logical("1.small.weight", {"1.small.weight": (7, 5)}, None, 1),
     Logical("1.norm.weight", {"1.norm.weight": (9,)}, None, 1),
     Logical("1.up.weight", {"1.up.weight": (128, 33)}, 0, 1),
@@ -55,15 +66,16 @@ def initial(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def make_local(logical: Logical, mesh: ParallelMesh, dtype: torch.dtype, writes: bool) -> LogicalParameter:
     pieces, rectangles = [], []
-    for name, shape in logical.segments.items():
+    for name, shape in logical.segments_on(mesh).items():
         piece = cut(initial(name, shape), logical.dim, mesh)
         offset = [0] * len(shape)
         if logical.dim is not None:
             offset[logical.dim] = mesh.tp.rank * piece.shape[logical.dim]
         rectangles.append(Rectangle(name, shape, tuple(offset), tuple(piece.shape)))
         pieces.append(piece)
-    data, replicated = torch.cat(pieces).to(dtype), logical.dim is None
-    placement = Placement(tuple(rectangles), tp_replicated=replicated, decay=data.dim() > 1, writes=writes)
+    data, replicated = torch.cat(pieces).to(dtype), logical.dim is None and not logical.experts
+    flags = {"tp_replicated": replicated, "of_experts": logical.experts}
+    placement = Placement(tuple(rectangles), decay=data.dim() > 1, writes=writes, **flags)
     return LogicalParameter(data, placement)
 
 
@@ -93,6 +105,9 @@ class LocalModel:
             parameter = self.parameters.get(logical.name)
             if parameter is None:
                 continue
+            if logical.experts:
+                self._contribute_to_experts(logical, parameter, step, part)
+                continue
             if logical.dim is None and sequence_parallel and part % mesh.tp.size != mesh.tp.rank:
                 continue  # another tensor-parallel rank saw these tokens
             if logical.name == "embedding.weight" and mesh.pp.size > 1 and part % 2 != mesh.pp.rank:
@@ -102,6 +117,18 @@ class LocalModel:
                 for name, shape in logical.segments.items()
             ]
             contribute(parameter, torch.cat(gradients))
+
+    def _contribute_to_experts(self, logical: Logical, parameter: LogicalParameter, step: int, part: int) -> None:
+        """From the tokens of every rank that shares the experts; of tensor-parallel ones, one has those of a part."""
+        mesh = self.mesh
+        total = torch.zeros(parameter.shape)
+        for member in mesh.ep.ranks:
+            replica, tp_rank = divmod(member % (mesh.tp.size * mesh.dp_cp.size), mesh.tp.size)
+            theirs = part - mesh.dp_cp.rank + replica
+            if theirs % mesh.tp.size == tp_rank:
+                gradients = [exact_gradient(name, s, step, theirs) for name, s in logical.segments_on(mesh).items()]
+                total += torch.cat(gradients)
+        contribute(parameter, total)
 
 
 @dataclass

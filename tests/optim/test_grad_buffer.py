@@ -34,7 +34,7 @@ def test_received_parts_are_freed_bucket_by_bucket() -> None:
     named = [(f"w{number}", LogicalParameter.whole(f"w{number}", torch.zeros(2, 64))) for number in range(6)]
     group = DrawnGroup("dp_cp", (0, 1), 0)
     buckets = make_buckets(named, group, bucket_numel=1, sum_replicated_over_tp=False)
-    buffer = grad_buffer.GradBuffer(buckets, group, Group.single(), overlap=False)
+    buffer = grad_buffer.GradBuffer(buckets, Group.single(), overlap=False)
     with (
         mock.patch.object(grad_buffer, "PendingSum", Receiving),
         mock.patch.object(grad_buffer, "sums_in_rank_order", return_value=True),

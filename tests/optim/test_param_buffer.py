@@ -27,7 +27,7 @@ def build() -> tuple[nn.Sequential, ParamBuffer, list[int]]:
     for index, layer in enumerate(model):
         layer.weight = LogicalParameter.whole(f"{index}.weight", layer.weight)
     buckets = make_buckets(model.named_parameters(), Group.single(), bucket_numel=1, sum_replicated_over_tp=False)
-    buffer = ParamBuffer(buckets, Group.single())
+    buffer = ParamBuffer(buckets)
     log: list[int] = []
     buffer._pending = {index: Recorder(index, log) for index in range(3)}  # type: ignore[misc]
     return model, buffer, log

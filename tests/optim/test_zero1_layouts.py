@@ -31,6 +31,12 @@ SIZES = {
     "tp2 dp2": (4, {"tp": 2, "dp": 2}),
     "pp2 dp2": (4, {"pp": 2, "dp": 2}),
     "tp2 pp2": (4, {"tp": 2, "pp": 2}),
+    "dp2 ep2": (2, {"dp": 2, "ep": 2}),
+    "tp2 ep2": (2, {"tp": 2, "ep": 2}),
+    "dp4 ep2": (4, {"dp": 4, "ep": 2}),
+    "dp4 ep4": (4, {"dp": 4, "ep": 4}),
+    "tp2 dp2 ep4": (4, {"tp": 2, "dp": 2, "ep": 4}),
+    "pp2 dp2 ep2": (4, {"pp": 2, "dp": 2, "ep": 2}),
 }
 VARIANTS = {
     "small buckets, overlapped": {"config": SMALL},
@@ -46,7 +52,7 @@ def all_layouts(rank: int, world_size: int) -> bytes:
     outcomes = {}
     for layout, (size, axes) in SIZES.items():
         if size == world_size:
-            mesh = mesh_for(rank, world_size, **axes)
+            mesh = mesh_for(rank, world_size, experts=True, **axes)
             for variant, options in VARIANTS.items():
                 outcomes[layout, variant] = train(mesh, **options)  # type: ignore[arg-type]
             native = bucket_comm_module.uses_gloo
@@ -142,6 +148,20 @@ def test_tied_copies_stay_bit_equal(layout: str, worlds: dict[int, list[dict[tup
     half = len(outcomes) // 2  # pp is the outermost axis
     for first, last in zip(outcomes[:half], outcomes[half:], strict=True):
         assert torch.equal(first, last), "the stages' copies of the tied embedding drift apart"
+
+
+@pytest.mark.parametrize("layout", [name for name in SIZES if "ep" in name])
+def test_an_expert_is_on_its_ranks_only_and_divided_over_them(
+    layout: str, worlds: dict[int, list[dict[tuple[str, str], Outcome]]]
+) -> None:
+    world, axes = SIZES[layout]
+    holders: dict[str, int] = {}
+    for outcomes in worlds[world]:
+        for name in {shard.name for shard in outcomes[layout, "one bucket"].shards if "experts" in shard.name}:
+            holders[name] = holders.get(name, 0) + 1
+    stage = world // axes.get("pp", 1)
+    assert set(holders) == set(next(logical.segments for logical in MODEL if logical.experts))
+    assert max(holders.values()) <= stage // axes["ep"], "optimizer state of an expert is on ranks that do not hold it"
 
 
 def test_cuts_inside_rows_were_exercised(worlds: dict[int, list[dict[tuple[str, str], Outcome]]]) -> None:

@@ -124,13 +124,19 @@ def _memory(section: Mapping[str, Any], traffic: list[Mapping[str, float]]) -> l
 
 
 def _division(entries: list[Mapping[str, Any]], replicas: int) -> list[str]:
-    if replicas == 1 and not any(entry["muon"] for entry in entries):
+    if replicas == 1 and not any(entry["muon"] or entry["experts"] for entry in entries):
         return []
     lines = heading(f"Gradients and optimizer state, divided over {replicas} ranks")
-    for number, entry in enumerate(entries):
+    named = [(f"pipeline rank {number}", entry) for number, entry in enumerate(entries)]
+    named += [
+        (f"{name}, experts over {entry['experts']['ranks']} ranks", entry["experts"])
+        for name, entry in named
+        if entry["experts"]
+    ]
+    for name, entry in named:
         mib = entry["part_numel"] * 4 / 2**20
         lines.append(
-            f"  pipeline rank {number}: buckets {entry['num_buckets']}, of each up to {mib:.2f} MiB a rank (FP32);"
+            f"  {name}: buckets {entry['num_buckets']}, of each up to {mib:.2f} MiB a rank (FP32);"
             f" padding {entry['padding']:.2%}, largest share {entry['imbalance']:.3f} x the mean,"
             f" {entry['empty_ranks']} ranks own nothing"
         )

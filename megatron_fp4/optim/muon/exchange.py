@@ -110,8 +110,8 @@ def busiest(shapes: Mapping[str, tuple[int, int]], num_ranks: int, steps: int) -
 class MatrixExchange:
     """The messages of one rank, laid out once.
 
-    buckets: of matrices only. group: the ranks of the pipeline stage, tensor parallelism innermost. Collective over tp
-    when it is made.
+    buckets: of matrices only. group: the ranks of the pipeline stage, tensor parallelism innermost; of experts, whose
+    tp is one rank, those that hold the same ones. Collective over tp when it is made.
     """
 
     def __init__(self, buckets: Sequence[Bucket], dp_cp: Group, tp: Group, group: Group) -> None:

@@ -65,22 +65,27 @@ class Muon:
         return (part.grad.lerp(part.momentum, mu) if self._config.nesterov else part.momentum).to(self._dtype)
 
 
-def make_muon(
+def make_muons(
     buckets: Sequence[Bucket],
     parts: Sequence[AdamTensors | MuonTensors],
     config: OptimConfig,
     mesh: ParallelMesh,
     stage: Group,
     sum_dtype: torch.dtype,
-) -> Muon | None:
-    """Muon for the buckets of matrices, None where this stage has none.
+) -> list[Muon]:
+    """Muon for the buckets of matrices that the ranks of `stage` share, and for those of experts, which never leave the
+    ranks that hold the same ones.
 
     Products are in BF16, in the proof mode (sum_dtype FP64) in FP32. Collective over tp.
     """
-    chosen = [bucket for bucket in buckets if bucket.kind.matrices]
-    if not chosen:
-        return None
     dtype = torch.float32 if sum_dtype == torch.float64 else torch.bfloat16
-    exchange = MatrixExchange(chosen, mesh.dp_cp, mesh.tp, stage)
-    matrices = [part for part in parts if isinstance(part, MuonTensors)]
-    return Muon(matrices, exchange, config.muon, config.weight_decay, dtype)
+    of_groups: dict[bool, list[tuple[Bucket, MuonTensors]]] = {}
+    for bucket, part in zip(buckets, parts, strict=True):
+        if isinstance(part, MuonTensors):
+            of_groups.setdefault(bucket.slots[0].placement.of_experts, []).append((bucket, part))
+    muons: list[Muon] = []
+    for of_experts, members in sorted(of_groups.items(), key=lambda each: each[0]):
+        groups = (mesh.edp, Group.single(), mesh.edp) if of_experts else (mesh.dp_cp, mesh.tp, stage)
+        exchange = MatrixExchange([bucket for bucket, _ in members], *groups)
+        muons.append(Muon([part for _, part in members], exchange, config.muon, config.weight_decay, dtype))
+    return muons

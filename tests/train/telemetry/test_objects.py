@@ -27,7 +27,7 @@ from megatron_fp4.train.telemetry.norms import norms_by_tensor
 from tests.helpers.distributed import mesh_for, run_distributed
 from tests.optim.layouts import NUM_PARTS, LocalModel
 
-LAYOUTS = ({"pp": 2, "dp": 2}, {"tp": 2, "dp": 2})
+LAYOUTS = ({"pp": 2, "dp": 2}, {"tp": 2, "dp": 2}, {"dp": 4, "ep": 2})
 STATS = QuantizationStats(20.0, 0.01, 0.0, 0.0, (), 1.0)
 
 
@@ -74,7 +74,7 @@ def norms_of(mesh: ParallelMesh, *, spoiled: bool = False) -> dict[str, dict[str
 
 
 def tell_in_all_layouts(rank: int, world_size: int) -> list[dict[str, Any]]:
-    return [tell(rank, mesh_for(rank, world_size, **sizes)) for sizes in LAYOUTS]
+    return [tell(rank, mesh_for(rank, world_size, experts=True, **sizes)) for sizes in LAYOUTS]
 
 
 def tell(rank: int, mesh: ParallelMesh) -> dict[str, Any]:
