@@ -16,6 +16,8 @@ def check_model_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_leng
             f"parallel.ep = {parallel.ep} has no effect: no block of the model has experts (model.pattern has no E);"
             " leave it at 1"
         )
+    if "E" in model.blocks:
+        _check_divides("model.moe.num_experts", model.moe.num_experts, "parallel.ep", parallel.ep)
     _check_divides("tokens per microbatch and cp rank", tokens, "parallel.tp", tp)
     if cp > 1:
         _check_divides("data.seq_length", seq_length, "2 * parallel.cp", 2 * cp)

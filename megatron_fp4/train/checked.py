@@ -18,6 +18,7 @@ from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.refusals.effect import check_decay, check_muon, check_qk_clip, idle_notes
+from megatron_fp4.train.refusals.experts import check_segments
 from megatron_fp4.train.refusals.precision_plan import make_plan
 from megatron_fp4.train.refusals.requirements import check_choices
 
@@ -54,6 +55,7 @@ def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
     split_stages(config.model, num_stages, config.parallel.stage_split)
     linears = model_linears(config.model)
     plan = make_plan(config, linears, tokens)
+    check_segments(config, plan)
     check_muon(config)
     check_qk_clip(config)
     check_decay(config)

@@ -55,7 +55,7 @@ class GroupedLinear(ParallelLinear):
             for expert in range(first, first + local)
             for part, rows in outputs.items()
         ]
-        placement = Placement(tuple(rectangles))
+        placement = Placement(tuple(rectangles), of_experts=True)
         shape = (placement.num_rows, in_features)
         weight = make_parameter(shape, placement, normal_init(std), context.dtype, context.device)
         alone = Group.single("expert", context.tp.ranks[context.tp.rank])
