@@ -32,6 +32,13 @@ def norm_of(squared: float) -> float:
     return float(torch.tensor(math.sqrt(squared), dtype=torch.float32))
 
 
+def norm_over(square: Tensor, world: Group, *, flag: bool) -> tuple[float, bool]:
+    """The norm whose square is the sum of the FP64 scalars `square` of all ranks; whether any has raised its flag."""
+    parts = torch.stack([square, torch.full_like(square, float(flag))])
+    squared, raised = all_reduce_sum(parts, world).tolist()
+    return norm_of(squared), bool(raised)
+
+
 def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """FP64 scalar on `device`, of this rank's FP32 tensors; may be of none."""
     # On CPUs torch's norm with another dtype takes three times as long as these chunks of FP64 copies.

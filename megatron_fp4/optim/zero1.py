@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.optim.adam import choose_adamw
-from megatron_fp4.optim.clip import clip_factor, norm_of, sum_of_squares
+from megatron_fp4.optim.by_name import sum_by_name
+from megatron_fp4.optim.clip import clip_factor, norm_over, sum_of_squares
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
 from megatron_fp4.optim.groups import AdamTensors, MuonTensors, UpdateGroup
@@ -137,11 +137,10 @@ class Zero1Optimizer:
         Raises LateGradientError on all ranks.
         """
         square = self.sum_grads()
-        parts = torch.stack([square, torch.full_like(square, float(self.grads_came_late))])
-        squared, late = all_reduce_sum(parts, self._mesh.world).tolist()
+        norm, late = norm_over(square, self._mesh.world, flag=self.grads_came_late)
         if late:
             raise LateGradientError("a weight was used more often than in the step before, after its gradient had left")
-        return norm_of(squared)
+        return norm
 
     @torch.no_grad()
     def step(self, norm: float, *, lr: float, max_norm: float) -> StepReport:
@@ -199,36 +198,10 @@ class Zero1Optimizer:
         self._refresh(wait=True)
 
     def sum_by_name(self, local: Mapping[str, float]) -> dict[str, float]:
-        """Sums over all ranks of numbers by logical name, of all names and sorted, the same on all. Collective.
-
-        A number per logical tensor is summed over the ranks of the stage that hold a part of it; then those that share
-        the experts tell each other, then the pipeline ranks: what a rank receives does not grow with the replicas.
-        """
-        mesh, names = self._mesh, self._names()
-        totals = self._summed(local, names - self._names(of_experts=True), mesh.dp_cp, mesh.tp)
-        for of_rank in all_gather_object(self._summed(local, self._names(of_experts=True), mesh.edp), mesh.ep):
-            totals |= of_rank
-        of_stages, totals = all_gather_object(totals, mesh.pp), {}
-        for name, value in (item for of_stage in of_stages for item in of_stage.items()):
-            totals[name] = totals.get(name, 0.0) + value
-        return dict(sorted(totals.items()))
+        """Sums over all ranks of numbers by logical name, of all names and sorted, the same on all. Collective."""
+        return sum_by_name(self.buckets, local, self._mesh)
 
     # -- internals ------------------------------------------------------------------------------------------------
-
-    def _names(self, *, of_experts: bool = False) -> set[str]:
-        """The logical tensors of which this rank holds parameters, or the experts' of them."""
-        placements = (slot.placement for bucket in self.buckets for slot in bucket.slots)
-        return {where.name for each in placements if each.of_experts or not of_experts for where in each.rectangles}
-
-    def _summed(self, local: Mapping[str, float], names: set[str], *groups: Group) -> dict[str, float]:
-        """The sums of `names` over groups whose ranks all have these."""
-        if not names:
-            return {}
-        ordered = sorted(names)
-        sums = torch.tensor([local.get(name, 0.0) for name in ordered], dtype=torch.float64, device=self._device)
-        for group in groups:
-            sums = all_reduce_sum(sums, group)
-        return dict(zip(ordered, sums.tolist(), strict=True))
 
     def _writes(self, piece: ParameterPiece) -> bool:
         """False on a rank that holds a replica of elements which another rank counts and saves."""
