@@ -17,7 +17,8 @@ def check_segments(config: RunConfig, plan: PrecisionPlan) -> None:
     A microbatch is on tp x cp ranks. Where these do not all share the same experts, only chunks of tokens that one rank
     has can be segments.
     """
-    model, parallel, S = config.model, config.parallel, config.data.seq_length
+    model, parallel = config.model, config.parallel
+    S = config.data.seq_length
     if "E" not in model.blocks:
         return
     tokens, chunk = config.train.micro_batch * S, model.moe.segment_tokens
