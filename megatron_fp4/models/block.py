@@ -18,8 +18,11 @@ from megatron_fp4.layers.dropout import Dropout
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.mamba.mixer import Mamba2
 from megatron_fp4.layers.mlp import MLP, Activation
+from megatron_fp4.layers.moe.layer import MixtureOfExperts
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.config import ModelConfig
+
+Mixer = Attention | MLP | Mamba2 | MixtureOfExperts
 
 MIXERS = {"T": ("attention", "mlp"), "M": ("mamba",), "*": ("attention",), "-": ("mlp",), "E": ("moe",)}
 """The kinds of mixers in a block, by its letter in `model.pattern`; also their part of logical names."""
@@ -27,12 +30,19 @@ MIXERS = {"T": ("attention", "mlp"), "M": ("mamba",), "*": ("attention",), "-": 
 
 def make_mixer(
     kind: str, name: str, config: ModelConfig, context: LayerContext, *, keep_documents_apart: bool
-) -> Attention | MLP | Mamba2:
+) -> Mixer:
     """The mixer `kind` (attention, mlp, mamba or moe) with the logical name `name`."""
     std, out_std = config.init_std, config.residual_std
     if kind == "moe":
-        raise ValueError(
-            f"{name}: mixtures of experts are planned here, but not built yet; take E out of model.pattern"
+        return MixtureOfExperts(
+            name,
+            config.moe,
+            config.hidden,
+            config.activation,
+            context,
+            std=std,
+            out_std=out_std,
+            impl=config.pointwise_impl,
         )
     if kind == "mlp":
         return MLP(
@@ -66,7 +76,7 @@ def make_norm(name: str, config: ModelConfig, context: LayerContext) -> RMSNorm:
 class Residual(nn.Module):
     """`x + dropout(mixer(norm(x)))`: x_TD `[T/tp, D]` -> `[T/tp, D]`. post_norm: `x + dropout(norm(mixer(x)))`."""
 
-    def __init__(self, norm: RMSNorm, mixer: Attention | MLP | Mamba2, dropout: Dropout, *, post_norm: bool) -> None:
+    def __init__(self, norm: RMSNorm, mixer: Mixer, dropout: Dropout, *, post_norm: bool) -> None:
         super().__init__()
         self._post_norm = post_norm
         self.norm = norm

@@ -105,13 +105,13 @@ def _linear_parameters(info: LinearInfo) -> Iterator[ParameterInfo]:
 
 
 def _router_parameters(index: int, config: ModelConfig) -> Iterator[ParameterInfo]:
-    """What a router has: a weight, and by the settings a bias in the choice and the load of the global batch before."""
+    """A router's weight, and by the settings its bias in the choice and the overload of the global batch before."""
     moe, name = config.moe, f"blocks.{index}.moe.router"
     yield ParameterInfo(f"{name}.weight", index, "router", (moe.num_experts, config.hidden), None)
     if moe.expert_bias:
         yield ParameterInfo(f"{name}.bias", index, "router", (moe.num_experts,), None)
     if moe.global_loss:
-        yield ParameterInfo(f"{name}.load", index, "router", (moe.num_experts,), None)
+        yield ParameterInfo(f"{name}.overload", index, "router", (moe.num_experts,), None)
 
 
 def _attention_parameters(index: int, config: ModelConfig) -> Iterator[ParameterInfo]:

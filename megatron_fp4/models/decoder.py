@@ -20,6 +20,7 @@ from megatron_fp4.layers.attention import Attention
 from megatron_fp4.layers.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_table
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.mlp import MLP
+from megatron_fp4.layers.moe.experts import GroupedExperts
 from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         )
         if recompute is Recompute.selective:
             for mixer in self.modules():
-                if isinstance(mixer, Attention | MLP):
+                if isinstance(mixer, Attention | MLP | GroupedExperts):
                     mixer.recompute_core = True
         if stage.has_head:
             self.final_norm = make_norm("final_norm", config, context)

@@ -5,7 +5,7 @@ The checkpoint needs no knowledge of buckets or ranks, and the optimizer none of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +55,31 @@ class RowScales(Protocol):
 
     def report(self) -> dict[str, float]:
         """Metrics of the steps since the last report. Collective over the world."""
+
+
+class GradientFree(Protocol):
+    """Parameters that no gradient changes, but a rule of their own, once a step that updates: FP32, the same on every
+    rank of a stage, and in checkpoints beside the masters."""
+
+    @property
+    def parameters(self) -> Sequence[LogicalParameter]:
+        """All of them on this rank."""
+
+    def begin(self) -> None:
+        """A step begins, or begins once more."""
+
+    def update(self) -> None:
+        """Change the parameters. Collective over the stage."""
+
+    def report(self) -> dict[str, float]:
+        """Metrics of the newest step that updated. Collective over the world."""
+
+
+def gradient_free_shards(parameters: Sequence[LogicalParameter], *, writes: bool) -> Iterator[Shard]:
+    """The rectangles that they are, as masters; their tensors are views into live state."""
+    for parameter in parameters:
+        for rows, where in parameter.placement.pieces():
+            yield Shard(where, {"master": parameter.detach()[rows]}, writes and parameter.placement.writes)
 
 
 @dataclass(frozen=True)

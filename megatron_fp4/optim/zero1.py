@@ -31,7 +31,7 @@ from megatron_fp4.optim.groups import AdamTensors, MuonTensors, UpdateGroup
 from megatron_fp4.optim.layout import ParameterPiece, make_buckets
 from megatron_fp4.optim.muon.update import Muon, make_muons
 from megatron_fp4.optim.param_buffer import ParamBuffer
-from megatron_fp4.optim.state import OwnedPiece, RowScales, StepReport
+from megatron_fp4.optim.state import GradientFree, OwnedPiece, RowScales, StepReport, gradient_free_shards
 
 
 class LateGradientError(RuntimeError):
@@ -47,6 +47,7 @@ class Zero1Optimizer:
     on_weights_changed: called after the parameters have been rewritten (step, load). sum_dtype: of `main_grad` and of
     the sums over ranks; FP64 hides in the rounding how many microbatches and ranks a sum was cut into. stage: the ranks
     of this pipeline stage, which Muon needs (`comm.mesh.build_stage_group`). rows: scales rows after each update.
+    gradient_free: what changes once a step, and not by a gradient.
     Raises ValueError for a parameter without a valid placement, and for an implementation that is not installed.
     """
 
@@ -60,10 +61,12 @@ class Zero1Optimizer:
         sum_dtype: torch.dtype = torch.float32,
         stage: Group | None = None,
         rows: RowScales | None = None,
+        gradient_free: GradientFree | None = None,
     ) -> None:
         self.config = config
         self.step_count = 0
         self._mesh, self.rows = mesh, rows
+        self.gradient_free = gradient_free
         self._on_weights_changed = on_weights_changed
         self.buckets = make_buckets(
             named_parameters,
@@ -100,6 +103,8 @@ class Zero1Optimizer:
         self._grads.zero()
         if self.rows is not None:
             self.rows.begin()
+        if self.gradient_free is not None:
+            self.gradient_free.begin()
         self._finished = False
 
     def begin_last_microbatch(self, num_microbatches: int = 1) -> None:
@@ -163,6 +168,8 @@ class Zero1Optimizer:
         for owned in self._owned if factors else ():
             if (of_rows := factors.get(owned.piece.slot.parameter)) is not None:
                 owned.scale_rows(of_rows)
+        if self.gradient_free is not None:
+            self.gradient_free.update()
         self._refresh()
         return StepReport(lr, norm, factor, skipped=False)
 
@@ -185,7 +192,11 @@ class Zero1Optimizer:
     def state_shards(self) -> list[Shard]:
         """The rectangles of logical tensors whose state this rank holds; their tensors are views into live state."""
         self._params.wait()
-        return [shard for owned in self._owned for shard in owned.shards(owned.tensors.state)]
+        shards = [shard for owned in self._owned for shard in owned.shards(owned.tensors.state)]
+        if self.gradient_free is not None:
+            writes = self._mesh.dp_cp.rank == self._mesh.tp.rank == 0
+            shards += gradient_free_shards(self.gradient_free.parameters, writes=writes)
+        return shards
 
     def grad_shards(self) -> list[Shard]:
         """The summed gradients of what this rank updates, as "grad", between `sum_grads` and `step`."""

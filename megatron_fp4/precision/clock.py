@@ -16,5 +16,7 @@ class StepClock:
     seed: int
     step: int = 0
     """Optimizer steps begun."""
+    batch_samples: int = 1
+    """Samples of the global batch in progress, over which losses that no target token has are means."""
     weights_version: int = 0
     """Goes up whenever any weight may have changed."""

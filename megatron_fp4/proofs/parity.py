@@ -78,6 +78,7 @@ def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: Paral
     for step in range(case.num_steps):
         trainable.clock.step = step
         inputs, num_targets = synthetic_inputs(case, mesh, step, process.device)
+        trainable.clock.batch_samples = len(inputs.tokens) * mesh.dp.size
         optimizer.zero_grad()
         microbatches = inputs.split(config.train.micro_batch)
         loss = engine.train(microbatches, 1.0 / num_targets, optimizer.begin_last_microbatch)

@@ -59,6 +59,7 @@ def train_step(
     for stage in run.engine.stages:
         assign_precision(stage, table)
     run.clock.step = position.step
+    num_samples = run.clock.batch_samples = config.train.batch_at(position.samples)
     optimizer.zero_grad()
     run.probes.nonfinite.forget()
     microbatches = make_inputs(batch, run.mesh.cp, run.device).split(config.train.micro_batch)
@@ -82,7 +83,6 @@ def train_step(
     nonfinite = "" if math.isfinite(agreed.norm) else _nonfinite_operands(run, batch)
 
     enter("update")  # 5
-    num_samples = config.train.batch_at(position.samples)
     lr = config.learning_rate((position.samples + num_samples) * config.data.seq_length)
     update = StepReport(lr, agreed.norm, 0.0, skipped=True)
     if (agreed.num_targets or not math.isfinite(agreed.norm)) and guard.passes(agreed.loss, position, rerun_step):

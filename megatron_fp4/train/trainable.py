@@ -15,6 +15,7 @@ from torch import nn
 from megatron_fp4.comm.mesh import Group, ParallelMesh, build_ends_group, build_stage_group
 from megatron_fp4.layers.layer_context import LayerContext
 from megatron_fp4.layers.linear import assign_precision
+from megatron_fp4.layers.moe.balance import LoadBalance
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.models.partition import split_stages
@@ -61,8 +62,17 @@ def build_trainable(
     sum_dtype = config.precision.compute_dtype.sum_dtype
     peers = build_stage_group(config.parallel, mesh) if config.optim.algorithm is Algorithm.muon else None
     clip = QkClip(stages, config.optim.qk_clip, mesh) if config.optim.qk_clip.threshold else None
+    trained = [(name, parameter) for name, parameter in together.named_parameters() if parameter.requires_grad]
     optimizer = Zero1Optimizer(
-        together.named_parameters(), config.optim, mesh, True, weights_changed, sum_dtype, stage=peers, rows=clip
+        trained,
+        config.optim,
+        mesh,
+        True,
+        weights_changed,
+        sum_dtype,
+        stage=peers,
+        rows=clip,
+        gradient_free=LoadBalance(stages, mesh) if config.model.moe.num_experts else None,
     )
     optimizer.gather_beside_forward(together)
     queues = [context.queue.take for context in contexts if context.queue is not None]

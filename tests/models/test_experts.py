@@ -75,7 +75,9 @@ def test_every_expert_is_a_logical_tensor() -> None:
     assert shapes["blocks.1.moe.router.weight"] == (16, 32)
     assert "blocks.1.moe.router.bias" not in shapes
     states = replace(EXPERTS, expert_bias=True, global_loss=1e-2)
-    assert {"blocks.1.moe.router.bias", "blocks.1.moe.router.load"} <= logical_shapes(replace(TINY, moe=states)).keys()
+    assert {"blocks.1.moe.router.bias", "blocks.1.moe.router.overload"} <= logical_shapes(
+        replace(TINY, moe=states)
+    ).keys()
 
 
 def test_the_published_totals() -> None:

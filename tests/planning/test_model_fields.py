@@ -48,7 +48,7 @@ OTHER: dict[str, Any] = {
 }
 """Values; where none is here the opposite of a flag, or twice a number."""
 FIELDS = [field.name for field in dataclasses.fields(ModelConfig)]
-NOT_BUILT = {"moe", "mtp"}
+NOT_BUILT = {"mtp"}
 WITHOUT_EFFECT = {"norm_eps", "init_std", "scale_residual_init", "rope_scaling", "mamba_kernel", "pointwise_impl"}
 
 

@@ -38,7 +38,6 @@ ROPE_SCALING = {
     ),
 }
 """The settings of `model.rope_scaling` that each kind reads."""
-MLP = ("ffn_hidden", "activation")
 KERNEL = "mamba_kernel"
 SPIKES = ("window_steps", "min_steps", "max_skips", "max_rollbacks")
 
@@ -154,7 +153,13 @@ def _without_block(model: ModelConfig) -> Iterator[tuple[str, str]]:
     for item in settings_of(RopeScalingConfig):
         if item.name not in ROPE_SCALING[kind]:
             yield f"model.rope_scaling.{item.name}", f"model.rope_scaling.kind={kind.name} does not read it"
-    for letters, names, what in (("M", mamba, "Mamba-2"), ("T*", ATTENTION, "attention"), ("T-", MLP, "an MLP")):
+    needs = (
+        ("M", mamba, "Mamba-2"),
+        ("T*", ATTENTION, "attention"),
+        ("T-", ("ffn_hidden",), "an MLP"),
+        ("T-E", ("activation",), "an MLP or experts"),
+    )
+    for letters, names, what in needs:
         if not set(letters) & set(model.blocks):
             for name in names:
                 yield f"model.{name}", f"no block of the model has {what} (model.pattern)"

@@ -122,4 +122,5 @@ class StepLog:
         if position.step % max(1, run.config.train.log_interval_steps) == 0:
             values["param_norm"] = parameter_norm(run.optimizer, run.mesh.world, run.device)
             values |= run.optimizer.rows.report() if run.optimizer.rows else {}
+            values |= run.optimizer.gradient_free.report() if run.optimizer.gradient_free else {}
         return values
