@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.layers.moe.router import Routes
 from megatron_fp4.precision.grouped import Segments
@@ -108,9 +109,11 @@ def combine(y_RD: Tensor, arrivals: Arrivals) -> Tensor:
 
 
 def _segments(experts_M: Tensor, address_M: Tensor, config: MoeConfig) -> Segments:
-    """experts_M: ascending; `num_experts` for what was dropped. address_M: ascending within an expert."""
-    source_M = torch.zeros_like(address_M)
-    num_sources = 1
+    """experts_M: ascending; `num_experts` for what was dropped. address_M: ascending within an expert. Without data, on
+    the meta device, all experts are sent as much."""
+    if experts_M.is_meta:
+        return Segments.of_counts([[count] for count in even_counts(len(experts_M), config.num_experts)])
+    source_M, num_sources = torch.zeros_like(address_M), 1
     if config.segment_tokens:
         sources, source_M = (address_M // config.segment_tokens).unique(return_inverse=True)
         num_sources = len(sources)
