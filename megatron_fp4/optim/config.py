@@ -21,11 +21,17 @@ class Schedule(Enum):
 
     wsd = "wsd"  # stable, then a decay over the last `decay_fraction` of the tokens
     cosine = "cosine"  # half a cosine from the end of the warm-up to the end of training
+    power = "power"  # falls with a power of the tokens, then the last phase of wsd (arXiv 2408.13359)
     constant = "constant"
+
+    @property
+    def has_last_phase(self) -> bool:
+        """Whether it ends with a decay over `decay_fraction`."""
+        return self in (Schedule.wsd, Schedule.power)
 
 
 class DecayStyle(Enum):
-    """Shape of the last phase of `wsd`; x is the consumed part of the phase, 0 to 1."""
+    """Shape of the last phase of `wsd` and `power`; x is the consumed part of the phase, 0 to 1."""
 
     linear = "linear"  # 1 - x
     cosine = "cosine"  # (1 + cos(pi x)) / 2
@@ -76,9 +82,13 @@ class OptimConfig:
     warmup_tokens: Count = 0
     """Consumed tokens over which the learning rate rises from 0 to lr, in a straight line."""
     decay_fraction: Annotated[float, Bound(least=0, most=1)] = 0.2
-    """Part of the run's tokens, the last one, over which schedule wsd decays."""
+    """Part of the run's tokens, the last one, over which schedules wsd and power decay."""
     decay_style: DecayStyle = DecayStyle.linear
-    """Shape of the decay of schedule wsd."""
+    """Shape of the decay of schedules wsd and power."""
+    power_exponent: Annotated[float, Bound(above=0, most=1)] = 0.51
+    """How fast schedule power falls: lr (tokens / power_from_tokens)^-power_exponent."""
+    power_from_tokens: Count = 0
+    """Consumed tokens from which on schedule power falls; 0 = the end of the warm-up."""
     beta1: Annotated[float, Bound(least=0, below=1)] = 0.9
     """Decay of the mean of the gradients, per step."""
     beta2: Annotated[float, Bound(least=0, below=1)] = 0.95
@@ -109,6 +119,11 @@ class OptimConfig:
         """Elements from which on a bucket is full."""
         return max(1, int(self.bucket_mib * FP32_PER_MIB))
 
+    @property
+    def power_from(self) -> int:
+        """Consumed tokens at which schedule power leaves `lr`."""
+        return max(self.power_from_tokens, self.warmup_tokens)
+
     def adamw_lr(self, lr: float) -> float:
         """The rate of what AdamW updates where the schedule says `lr`."""
         own = self.algorithm is Algorithm.muon and self.muon.adamw_lr
@@ -118,6 +133,11 @@ class OptimConfig:
         check_bounds(self, "optim")
         if self.min_lr > self.lr:
             raise ValueError(f"optim.min_lr = {self.min_lr}, must not be above optim.lr = {self.lr}")
+        if self.schedule is Schedule.power and not self.power_from:
+            raise ValueError(
+                "optim.schedule=power falls from optim.power_from_tokens or the end of the warm-up on, and both are 0;"
+                " set optim.power_from_tokens or optim.warmup_tokens"
+            )
         if self.schedule is Schedule.constant and self.min_lr:
             raise ValueError(
                 f"optim.min_lr = {self.min_lr} has no effect with optim.schedule=constant; set optim.min_lr=0, or"

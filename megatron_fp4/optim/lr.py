@@ -13,7 +13,7 @@ from megatron_fp4.optim.config import DecayStyle, OptimConfig, Schedule
 
 
 def decay_tokens(config: OptimConfig, total_tokens: int) -> int:
-    """Tokens of the last phase of `wsd`."""
+    """Tokens of the last phase of `wsd` and `power`."""
     return round(config.decay_fraction * total_tokens)
 
 
@@ -22,9 +22,11 @@ def describe_schedule(config: OptimConfig, total_tokens: int, decay_start: int |
     `learning_rate`.
     """
     text = f"{config.lr:.2e}, {config.schedule.name}; warm-up {config.warmup_tokens:,} tokens"
+    if config.schedule is Schedule.power:
+        text += f", from {config.power_from:,} on as tokens^-{config.power_exponent:g}"
     if decay_start is not None:
         text += f", decay from {decay_start:,} on, over the last {total_tokens - decay_start:,} (train.decay_from)"
-    elif config.schedule is Schedule.wsd and (last := decay_tokens(config, total_tokens)):
+    elif config.schedule.has_last_phase and (last := decay_tokens(config, total_tokens)):
         text += f", decay over the last {last:,}"
     return text if config.schedule is Schedule.constant else f"{text}, to {config.min_lr:.2e}"
 
@@ -48,19 +50,26 @@ def check_schedule(config: OptimConfig, total_tokens: int, decay_start: int | No
                 f"the decay begins at token {decay_start}, must be between the {warmup} of optim.warmup_tokens and the"
                 f" {total_tokens} of the run"
             )
-    elif config.schedule is Schedule.wsd and warmup + decay > total_tokens:
+    elif config.schedule.has_last_phase and warmup + decay > total_tokens:
         raise ValueError(
             f"warm-up and decay do not fit: optim.warmup_tokens = {warmup} and optim.decay_fraction ="
             f" {config.decay_fraction} of {total_tokens} = {decay} tokens are {warmup + decay} together; lower one of"
             f" them by {warmup + decay - total_tokens} tokens"
         )
+    if config.schedule is Schedule.power:
+        start = total_tokens - decay if decay_start is None else decay_start
+        if (lowest := _before_decay(config, start)) < config.min_lr:
+            raise ValueError(
+                f"optim.min_lr = {config.min_lr:g} is above the {lowest:.2e} to which schedule power has fallen at"
+                f" token {start}; lower it, or optim.power_exponent"
+            )
 
 
 def learning_rate(config: OptimConfig, tokens_seen: int, total_tokens: int, decay_start: int | None = None) -> float:
     """Rate of the step after which `tokens_seen` of `total_tokens` tokens are consumed.
 
-    decay_start: consumed tokens at which the last phase of `wsd` begins; None: `decay_fraction` says it. Tokens
-    beyond the total keep the final rate. Raises ValueError for negative tokens or phases that do not fit.
+    decay_start: consumed tokens at which the last phase of `wsd` or `power` begins; None: `decay_fraction` says it.
+    Tokens beyond the total keep the final rate. Raises ValueError for negative tokens or phases that do not fit.
     """
     check_schedule(config, total_tokens, decay_start)
     if tokens_seen < 0:
@@ -76,9 +85,16 @@ def learning_rate(config: OptimConfig, tokens_seen: int, total_tokens: int, deca
     else:
         start, style = total_tokens - decay_tokens(config, total_tokens), config.decay_style
     if tokens_seen <= start or start == total_tokens:  # before the decay, or without one
-        return config.lr
+        return _before_decay(config, tokens_seen)
     done = min(1.0, (tokens_seen - start) / (total_tokens - start))
-    return config.min_lr + decay_factor(style, done) * (config.lr - config.min_lr)
+    return config.min_lr + decay_factor(style, done) * (_before_decay(config, start) - config.min_lr)
+
+
+def _before_decay(config: OptimConfig, tokens: int) -> float:
+    """Rate between warm-up and last phase."""
+    if config.schedule is not Schedule.power or tokens <= config.power_from:
+        return config.lr
+    return config.lr * float((tokens / config.power_from) ** -config.power_exponent)
 
 
 def decay_factor(style: DecayStyle, done: float) -> float:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fp4.optim.config import DecayStyle, OptimConfig, Schedule
-from megatron_fp4.optim.lr import check_schedule, learning_rate
+from megatron_fp4.optim.lr import check_schedule, describe_schedule, learning_rate
 
 TOTAL = 1000
 
@@ -55,6 +55,30 @@ def test_cosine_runs_from_the_warmup_to_the_end() -> None:
     assert learning_rate(config, TOTAL, TOTAL) == 0.01
 
 
+def test_power_falls_from_its_first_token_on_and_then_decays_from_where_it_is() -> None:
+    config = replace(wsd(), schedule=Schedule.power, power_exponent=0.5, power_from_tokens=200)
+    assert learning_rate(config, 50, TOTAL) == pytest.approx(0.05)
+    assert learning_rate(config, 200, TOTAL) == 0.1
+    assert learning_rate(config, 800, TOTAL) == pytest.approx(0.05), "four times the tokens, half the rate"
+    assert learning_rate(config, 900, TOTAL) == pytest.approx((0.05 + 0.01) / 2), "the decay does not begin there"
+    assert learning_rate(config, TOTAL, TOTAL) == 0.01
+    assert learning_rate(config, 500, 10 * TOTAL) == learning_rate(config, 500, TOTAL), "it depends on the total"
+    assert learning_rate(config, 450, TOTAL, decay_start=400) < learning_rate(config, 450, TOTAL)
+    from_warmup = replace(config, power_from_tokens=0)
+    assert learning_rate(from_warmup, 400, TOTAL) == pytest.approx(0.05)
+    assert describe_schedule(config, TOTAL) == (
+        "1.00e-01, power; warm-up 100 tokens, from 200 on as tokens^-0.5, decay over the last 200, to 1.00e-02"
+    )
+
+
+def test_power_without_a_beginning_or_below_its_end_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"power_from_tokens or the end of the warm-up on, and both are 0"):
+        OptimConfig(schedule=Schedule.power)
+    config = OptimConfig(lr=0.1, min_lr=0.06, schedule=Schedule.power, power_exponent=0.5, power_from_tokens=200)
+    with pytest.raises(ValueError, match=r"min_lr = 0\.06 is above the 5\.00e-02 .* at token 800"):
+        check_schedule(config, TOTAL)
+
+
 def test_constant_and_phases_of_length_zero() -> None:
     constant = OptimConfig(lr=0.1, warmup_tokens=10, schedule=Schedule.constant)
     assert learning_rate(constant, 5, TOTAL) == pytest.approx(0.05)
@@ -74,7 +98,9 @@ def test_constant_and_phases_of_length_zero() -> None:
 @settings(max_examples=200, deadline=None)
 def test_never_leaves_its_bounds(style: DecayStyle, schedule: Schedule, total: int, data: st.DataObject) -> None:
     warmup = data.draw(st.integers(0, total // 2))
-    config = OptimConfig(lr=0.1, warmup_tokens=warmup, decay_fraction=0.3, decay_style=style, schedule=schedule)
+    config = OptimConfig(
+        lr=0.1, warmup_tokens=warmup, decay_fraction=0.3, decay_style=style, schedule=schedule, power_from_tokens=1
+    )
     seen = sorted(data.draw(st.lists(st.integers(warmup, total), min_size=2, max_size=5)))
     rates = [learning_rate(config, tokens, total) for tokens in seen]
     assert all(0.0 <= rate <= 0.1 for rate in rates)

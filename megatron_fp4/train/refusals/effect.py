@@ -62,7 +62,7 @@ def check_decay(config: RunConfig) -> None:
     if config.train.decay_from:
         _check_decay_from(config)
         return
-    if optim.schedule is not Schedule.wsd or decay_tokens(optim, config.run_tokens):
+    if not optim.schedule.has_last_phase or decay_tokens(optim, config.run_tokens):
         return
     for name, value in {"min_lr": optim.min_lr, "decay_fraction": optim.decay_fraction}.items():
         if value:
@@ -74,7 +74,7 @@ def check_decay(config: RunConfig) -> None:
 
 def _check_decay_from(config: RunConfig) -> None:
     text, schedule = config.train.decay_from, config.optim.schedule
-    if schedule is not Schedule.wsd:
+    if not schedule.has_last_phase:
         raise ValueError(
             f"train.decay_from={text} has no effect: optim.schedule={schedule.name} has no last phase; wsd has"
         )
@@ -118,9 +118,12 @@ def named_recipes(precision: PrecisionConfig) -> set[str]:
 
 def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
     schedule = config.optim.schedule
-    if schedule is not Schedule.wsd:
+    if not schedule.has_last_phase:
         for name in ("decay_fraction", "decay_style"):
             yield f"optim.{name}", f"optim.schedule={schedule.name} has no last phase; wsd has"
+    if schedule is not Schedule.power:
+        for name in ("power_exponent", "power_from_tokens"):
+            yield f"optim.{name}", f"optim.schedule={schedule.name}, not power"
     if config.optim.algorithm is not Algorithm.muon:
         for item in settings_of(MuonConfig):
             yield f"optim.muon.{item.name}", f"optim.algorithm={config.optim.algorithm.name}"
