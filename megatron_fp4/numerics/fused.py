@@ -104,6 +104,8 @@ class Passes:
         """
         across = 1 - along
         lanes, lines = tile[along], tile[across]
+        if lines > 1 and amax.dim() and amax.shape[across] > 1:  # one per row of tiles
+            amax = amax.repeat_interleave(lines, across)
         scale, multiplier = (part if lines == 1 else part.repeat_interleave(lines, across) for part in scales)
         shape = scale.shape  # one entry per line
 

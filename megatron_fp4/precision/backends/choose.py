@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import torch
 
 from megatron_fp4.precision.backends import Backend, NonFiniteWatch
-from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_obstacle
+from megatron_fp4.precision.backends.emulated import compile_obstacle
 from megatron_fp4.precision.backends.native_fp8 import REMEDY, NativeFp8Backend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.backends.triton_limits import MOST_LINES, check_triton_device, check_triton_machine
 from megatron_fp4.precision.backends.triton_limits import REMEDY as TRITON_REMEDY
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
+from megatron_fp4.precision.grouped.emulated import SegmentedEmulatedBackend
 from megatron_fp4.precision.plan import Linear, PrecisionPlan
 from megatron_fp4.precision.te.refusals import check_te_linear
 
@@ -31,7 +32,7 @@ def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -
     if config.backend is BackendName.reference:
         return ReferenceBackend(watch)
     if config.backend is BackendName.emulated:
-        return EmulatedBackend(config.compile and not eager_reason(config), watch)
+        return SegmentedEmulatedBackend(config.compile and not eager_reason(config), watch)
     if config.backend is BackendName.native_fp8:
         return NativeFp8Backend(config, watch)
     if config.backend is BackendName.triton:

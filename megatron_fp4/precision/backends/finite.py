@@ -50,31 +50,39 @@ class NonFiniteWatch:
 
     def __init__(self) -> None:
         self._seen: list[tuple[OperandOrigin, Tensor]] = []
+        self._seen_segments: list[tuple[Sequence[OperandOrigin], Tensor]] = []
 
     def see(self, origin: OperandOrigin, largest: Sequence[Tensor]) -> None:
         """largest: max |x| of some copies, scalars; NaN or Inf if any element is."""
         self._seen += [(origin, amax) for amax in largest]
 
+    def see_segments(self, origins: Sequence[OperandOrigin], largest: Tensor) -> None:
+        """largest: max |x| of each segment, FP32 `[S]`."""
+        self._seen_segments.append((origins, largest))
+
     def forget(self) -> None:
         """Begin a step: what was seen before is nobody's business any more."""
-        self._seen = []
+        self._seen, self._seen_segments = [], []
 
     def spoil(self, x: Tensor) -> Tensor:
         """The FP64 tensor `x` if everything seen since `forget` is finite, else NaN; without reading it."""
-        if not self._seen:
+        if not self._seen and not self._seen_segments:
             return x
-        finite = torch.isfinite(torch.stack([largest for _, largest in self._seen])).all()
-        return x.masked_fill(~finite, float("nan"))
+        return x.masked_fill(~torch.isfinite(self._largest()).all(), float("nan"))
+
+    def _largest(self) -> Tensor:
+        scalars = [torch.stack([largest for _, largest in self._seen])] if self._seen else []
+        return torch.cat([*scalars, *(largest for _, largest in self._seen_segments)])
 
     def take(self) -> list[NonFiniteEvent]:
         """Every event since `forget`, in order, one per linear and operand."""
-        seen, self._seen = self._seen, []
-        if not seen:
-            return []
-        finite = torch.isfinite(torch.stack([largest for _, largest in seen])).tolist()
+        seen = [origin for origin, _ in self._seen]
+        seen += [origin for origins, _ in self._seen_segments for origin in origins]
+        finite = torch.isfinite(self._largest()).tolist() if seen else []
+        self.forget()
         events = [
             NonFiniteEvent(origin.label, origin.operand, origin.step, origin.rank)
-            for (origin, _), good in zip(seen, finite, strict=True)
+            for origin, good in zip(seen, finite, strict=True)
             if not good
         ]
         return list(dict.fromkeys(events))
@@ -86,6 +94,20 @@ def check_finite(largest: Sequence[Tensor], origin: OperandOrigin, watch: NonFin
         watch.see(origin, largest)
     elif not (value := torch.stack(list(largest)).amax().item()) < float("inf"):
         raise NonFiniteError(origin, value)
+
+
+def check_finite_segments(
+    amaxes: Sequence[Tensor], origins: Sequence[OperandOrigin], watch: NonFiniteWatch | None
+) -> None:
+    """See `check_finite`. amaxes: FP32 `[S]`, of some copies of a tensor of S segments."""
+    if watch is not None:
+        for largest in amaxes:
+            watch.see_segments(origins, largest)
+    elif amaxes:
+        values = torch.stack(list(amaxes)).amax(0).tolist()
+        for origin, value in zip(origins, values, strict=True):
+            if not value < float("inf"):
+                raise NonFiniteError(origin, value)
 
 
 def reduce_amaxes(local: Sequence[Tensor], origin: OperandOrigin, copies: Sequence[Copy]) -> list[Tensor]:

@@ -36,6 +36,7 @@ from megatron_fp4.precision import (
 from megatron_fp4.precision.backends import Backend, NonFiniteWatch
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.grouped import GroupedWeightCache, RowSegment, Segments, grouped_linear
+from megatron_fp4.precision.grouped.emulated import SegmentedEmulatedBackend
 from megatron_fp4.precision.recipes import uniform
 
 E, N, K, FIRST = 4, 32, 48, 8
@@ -64,7 +65,7 @@ class Experts:
     ) -> None:
         self.size = size
         self.precision, self.clock = precision, StepClock(seed=3, step=5)
-        self.backend = backend or EmulatedBackend()
+        self.backend = backend or SegmentedEmulatedBackend()
         self.weight = LogicalParameter.whole("w", drawn("w", E * size[0], size[1], dtype))
         self.cache = GroupedWeightCache(E, FIRST)
         self.queue: WgradQueue | None = None
@@ -152,6 +153,10 @@ def routed(
     return drawn("x", len(rows), k, dtype), drawn("dy", len(rows), n, dtype), rows, segments
 
 
+BACKENDS = {"a loop": EmulatedBackend, "one pass": SegmentedEmulatedBackend}
+"""The operands of all segments one after the other, and at once."""
+
+
 def check_equal(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
     for name, ours, theirs in zip(("y", "dx", "dw"), one, other, strict=True):
         assert torch.equal(ours, theirs), f"{name}: {(ours != theirs).sum()} of {ours.numel()} elements differ"
@@ -160,10 +165,13 @@ def check_equal(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", ["bf16", "nvfp4"])
-def test_grouped_equals_a_loop(name: str, counts: list[list[int]], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
+def test_grouped_equals_a_loop(
+    backend: type[EmulatedBackend], name: str, counts: list[list[int]], dtype: torch.dtype
+) -> None:
     """A scale over two segments, noise without the expert, or a row of the neighbour would differ."""
     precision = nvfp4_paper() if name == "nvfp4" else LinearPrecision()
-    experts = Experts(precision, dtype=dtype)
+    experts = Experts(precision, backend(), dtype=dtype)
     case = routed(counts, dtype)
     check_equal(experts.run(*case), experts.looped(*case))
     assert experts.ready == 1
@@ -172,7 +180,11 @@ def test_grouped_equals_a_loop(name: str, counts: list[list[int]], dtype: torch.
 FORMATS = {
     "mxfp4": uniform(Operand(Format.mxfp4, rounding=Rounding.sr)),
     "row scales": LinearPrecision(Fprop(Operand(Format.nvfp4, amax_scope=AmaxScope.row), Operand(Format.nvfp4))),
+    "row scales of all": uniform(Operand(Format.nvfp4, amax_scope=AmaxScope.row)),
     "4/6": uniform(Operand(Format.nvfp4, four_over_six=FourOverSix.mse)),
+    "4/6 square": nvfp4_paper(stochastic=False, rht=False).with_operands(
+        lambda one: replace(one, four_over_six=FourOverSix.mae)
+    ),
     "headroom, wgrad in bf16": replace(
         nvfp4_paper().with_operands(lambda one: replace(one, rounding=Rounding.sr_headroom)),
         wgrad=Wgrad(),
@@ -184,10 +196,11 @@ FORMATS = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
 @pytest.mark.parametrize("precision", FORMATS.values(), ids=FORMATS.keys())
-def test_every_format(precision: LinearPrecision) -> None:
+def test_every_format(precision: LinearPrecision, backend: type[EmulatedBackend]) -> None:
     """Sizes of 96: what is quantized in blocks of 32 needs no padding of N and K."""
-    experts = Experts(precision, size=(96, 96))
+    experts = Experts(precision, backend(), size=(96, 96))
     case = routed(COUNTS["an empty expert and one token"], size=(96, 96))
     check_equal(experts.run(*case), experts.looped(*case))
 
@@ -209,7 +222,9 @@ def test_padded_sizes() -> None:
 def test_reference_backend_is_the_oracle() -> None:
     """The emulated operands and those whose codes are really made: equal up to the one rounding of their sums."""
     case = routed(COUNTS["an empty expert and one token"])
-    results = [Experts(nvfp4_paper(), backend).run(*case) for backend in (EmulatedBackend(), ReferenceBackend())]
+    results = [
+        Experts(nvfp4_paper(), backend).run(*case) for backend in (SegmentedEmulatedBackend(), ReferenceBackend())
+    ]
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-5)
 
@@ -329,11 +344,13 @@ def test_nonfinite_values_name_the_expert(operand: str) -> None:
     {"x": x, "dy": dy}[operand][6, 3] = torch.nan
     with pytest.raises(NonFiniteError, match=rf"experts.up, expert {FIRST + 1}: operand {operand} contains NaN"):
         Experts(nvfp4_paper()).run(x, dy, rows, segments)
-    watch = NonFiniteWatch()
-    Experts(nvfp4_paper(), EmulatedBackend(watch=watch)).run(x, dy, rows, segments)
-    events = [(event.name, event.operand) for event in watch.take()]
-    assert (f"experts.up, expert {FIRST + 1}", operand) in events
-    assert all(name.endswith(f"expert {FIRST + 1}") for name, _ in events)
+    for backend in BACKENDS.values():
+        watch = NonFiniteWatch()
+        Experts(nvfp4_paper(), backend(watch=watch)).run(x, dy, rows, segments)
+        assert watch.spoil(torch.ones((), dtype=torch.float64)).isnan()
+        events = [(event.name, event.operand) for event in watch.take()]
+        assert (f"experts.up, expert {FIRST + 1}", operand) in events
+        assert all(name.endswith(f"expert {FIRST + 1}") for name, _ in events)
 
 
 def test_refusals() -> None:
