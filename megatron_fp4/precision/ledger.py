@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand, WrappedOperand
+from megatron_fp4.precision.grouped.protocol import Pairs, matmul_segments, quantize_segments
+from megatron_fp4.precision.grouped.segments import Segments
 from megatron_fp4.precision.operand import Operand
 from megatron_fp4.precision.spec import LinearPrecision, operands_text
 
@@ -58,27 +60,57 @@ class GemmLedger:
 
     def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """See `Backend.quantize`."""
-        operands = self.inner.quantize(x, origin, copies)
-        return tuple(
-            _Tagged(operand.tensors, operand, origin.name, origin.operand, copy)
-            for operand, copy in zip(operands, copies, strict=True)
-        )
+        return _tagged(self.inner.quantize(x, origin, copies), origin, copies)
 
     def matmul(
         self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
     ) -> Tensor:
         """See `Backend.matmul`."""
+        left, right = self._counted(a, b)
+        return self.inner.matmul(left, right, out_dtype=out_dtype, accumulate_into=accumulate_into)
+
+    def quantize_segments(
+        self, x: Tensor, origin: OperandOrigin, segments: Segments, first_expert: int, copies: Sequence[Copy]
+    ) -> tuple[QuantizedOperand, ...]:
+        """See `SegmentBackend`."""
+        operands = quantize_segments(self.inner, x, origin, segments, first_expert, copies)
+        return _tagged(operands, origin, copies)
+
+    def matmul_segments(
+        self,
+        a: QuantizedOperand,
+        b: QuantizedOperand,
+        pairs: Pairs,
+        *,
+        out_dtype: torch.dtype,
+        accumulate_into: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """See `SegmentBackend`. One GEMM of the linear, however many experts have rows, and if none has."""
+        left, right = self._counted(a, b)
+        return matmul_segments(self.inner, left, right, pairs, out_dtype=out_dtype, accumulate_into=accumulate_into)
+
+    def _counted(self, a: QuantizedOperand, b: QuantizedOperand) -> tuple[QuantizedOperand, QuantizedOperand]:
+        """The operands of the wrapped backend."""
         assert isinstance(a, _Tagged), "an operand that another backend made"
         assert isinstance(b, _Tagged), "an operand that another backend made"
         if self.recording:
             name, gemm = _joined(a.name, b.name), _joined(a.copy.gemm, b.copy.gemm)
             self._counts[Product(name, gemm, (a.tensor, b.tensor), (a.copy.operand, b.copy.operand))] += 1
-        return self.inner.matmul(a.inner, b.inner, out_dtype=out_dtype, accumulate_into=accumulate_into)
+        return a.inner, b.inner
 
     def take(self) -> Counter[Product]:
         """What was counted since the last call."""
         counts, self._counts = self._counts, Counter()
         return counts
+
+
+def _tagged(
+    operands: Sequence[QuantizedOperand], origin: OperandOrigin, copies: Sequence[Copy]
+) -> tuple[QuantizedOperand, ...]:
+    return tuple(
+        _Tagged(operand.tensors, operand, origin.name, origin.operand, copy)
+        for operand, copy in zip(operands, copies, strict=True)
+    )
 
 
 def expected_products(name: str, precision: LinearPrecision) -> list[Product]:

@@ -8,7 +8,7 @@ from megatron_fp4.precision.backends import Backend, NonFiniteWatch
 from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.config import PrecisionConfig
 from megatron_fp4.precision.ledger import GemmLedger
-from megatron_fp4.precision.statistics import StatisticsProbe
+from megatron_fp4.precision.statistics_probe import StatisticsProbe
 from megatron_fp4.precision.table import PrecisionTable
 
 

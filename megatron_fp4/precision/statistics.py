@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.hadamard import hadamard
 from megatron_fp4.precision.backends.finite import NonFiniteError, NonFiniteWatch
-from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand
+from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
 from megatron_fp4.precision.backends.randomness import signs_for
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
 from megatron_fp4.precision.operand import Format, Operand
@@ -54,10 +54,10 @@ def quantization_stats(x: Tensor, operand: Operand, *, along: int = 1, step: int
     """
     if not operand.quantized:
         raise ValueError("quantization_stats: the operand is not quantized (format=bf16)")
-    sums = _sums(x, operand, along, step).tolist()
+    sums = sums_of(x, operand, along, step).tolist()
     if not isfinite(sums[AMAX]):
         raise NonFiniteError(_origin(x, step), sums[AMAX])
-    return _stats(sums, operand)
+    return stats_of(sums, operand)
 
 
 def _origin(x: Tensor, step: int) -> OperandOrigin:
@@ -65,8 +65,8 @@ def _origin(x: Tensor, step: int) -> OperandOrigin:
     return OperandOrigin("report", "x", rows, cols, Group.single(), seed=0, step=step)
 
 
-def _sums(x: Tensor, operand: Operand, along: int, step: int) -> Tensor:
-    """What `_stats` is made of, FP64 on the device of `x`: nothing is read back. Without a meaning if x has NaN."""
+def sums_of(x: Tensor, operand: Operand, along: int, step: int) -> Tensor:
+    """What `stats_of` is made of, FP64 on the device of `x`: nothing is read back. Without a meaning if x has NaN."""
     origin = _origin(x, step)
     (prepared,) = ReferenceBackend(NonFiniteWatch()).quantize(x, origin, [Copy("report", operand, along)])
     values, scale = decode(prepared)
@@ -81,24 +81,27 @@ def _sums(x: Tensor, operand: Operand, along: int, step: int) -> Tensor:
         ((got - wanted) ** 2).sum(),
         (wanted != 0).sum(),
         ((got == 0) & (wanted != 0)).sum(),
-        _saturation(wanted, prepared.tensors[1], scale, operand),
+        _num_saturated(wanted, prepared.tensors[1], scale, operand),
+        wanted.new_full((), wanted.numel()),
     )
     return torch.cat([torch.stack([one.double() for one in of_elements]), _histogram(prepared.tensors[1]).double()])
 
 
 AMAX = 0
-"""Where `_sums` has the largest magnitude, which is NaN or Inf if any element is."""
+"""Where `sums_of` has the largest magnitude, which is NaN or Inf if any element is; all behind it may be added."""
+NUM_ELEMENTS, ZERO_SCALES = 6, 7
+"""Where it has the number of elements, and that of block scales of zero."""
 
 
-def _stats(sums: Sequence[float], operand: Operand) -> QuantizationStats:
-    amax, signal, error, num_nonzero, num_lost, saturation, *histogram = sums
+def stats_of(sums: Sequence[float], operand: Operand) -> QuantizationStats:
+    amax, signal, error, num_nonzero, num_lost, num_saturated, numel, *histogram = sums
     relative = error / signal if signal else 0.0
     return QuantizationStats(
         snr_db=-10 * log10(relative) if relative else inf,
         relative_mse=relative,
         underflow=num_lost / num_nonzero if num_nonzero else 0.0,
-        saturation=saturation,
-        scale_histogram=tuple(histogram) if operand.format is Format.nvfp4 else (),
+        saturation=num_saturated / numel,
+        scale_histogram=_shares(histogram) if operand.format is Format.nvfp4 else (),
         amax=amax,
     )
 
@@ -142,73 +145,24 @@ Report = dict[str, QuantizationStats]
 """`blocks.3.mlp.up/fprop.x` -> statistics."""
 
 
-class StatisticsProbe:
-    """A `Backend` that measures the tensors which pass to the backend `inner`, while `recording`.
-
-    What it measures stays on the device until `take`, which reads it back at once.
-    """
-
-    def __init__(self, inner: Backend) -> None:
-        self.inner = inner
-        self.recording = False
-        self._measured: dict[str, tuple[Operand, Tensor]] = {}
-        self._seen: set[tuple[str, str]] = set()
-
-    def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
-        """See `Backend.quantize`."""
-        if self.recording:
-            self._measure(x, origin, copies)
-        return self.inner.quantize(x, origin, copies)
-
-    def matmul(
-        self, a: QuantizedOperand, b: QuantizedOperand, *, out_dtype: torch.dtype, accumulate_into: Tensor | None = None
-    ) -> Tensor:
-        """See `Backend.matmul`."""
-        return self.inner.matmul(a, b, out_dtype=out_dtype, accumulate_into=accumulate_into)
-
-    @property
-    def report(self) -> Report:
-        """What was measured since the last `take`, without tensors with NaN or Inf: the run's own rule decides what
-        happens to those. One read-back."""
-        if not self._measured:
-            return {}
-        rows = torch.stack([sums for _, sums in self._measured.values()]).tolist()
-        measured = zip(self._measured.items(), rows, strict=True)
-        return {name: _stats(sums, operand) for (name, (operand, _)), sums in measured if isfinite(sums[AMAX])}
-
-    def take(self) -> Report:
-        """`report`, and begin anew."""
-        report = self.report
-        self._measured, self._seen = {}, set()
-        return report
-
-    def _measure(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> None:
-        if (origin.name, origin.operand) in self._seen:  # a later microbatch, or recomputation
-            return
-        self._seen.add((origin.name, origin.operand))
-        known = set()
-        for copy in copies:
-            operand = copy.operand
-            if not operand.quantized or (operand.transposes and operand in known):  # the same codes, transposed
-                continue
-            known.add(operand)
-            sums = _sums(x.detach(), operand, copy.along, origin.step)
-            self._measured[f"{origin.name}/{copy.gemm}.{origin.operand}"] = (operand, sums)
-
-
-def _saturation(wanted: Tensor, scales: Tensor, scale: tuple[Tensor, float] | None, operand: Operand) -> Tensor:
-    """Share of elements whose magnitude, in code units, is above the largest code."""
+def _num_saturated(wanted: Tensor, scales: Tensor, scale: tuple[Tensor, float] | None, operand: Operand) -> Tensor:
+    """Number of elements whose magnitude, in code units, is above the largest code."""
     largest = 6.0 if operand.format in (Format.nvfp4, Format.mxfp4) else 448.0
     unit = scales.double()[..., None]
     if scale is not None:
         factor = scale[0].double() / scale[1]
         unit = unit * (factor[..., None] if factor.dim() else factor)
     blocked = wanted.abs().view(wanted.shape[0], scales.shape[1], -1)
-    return (blocked > largest * unit * (1 + 2.0**-20)).double().mean()
+    return (blocked > largest * unit * (1 + 2.0**-20)).sum()
 
 
 def _histogram(scales: Tensor) -> Tensor:
-    """Share of the block scales in each interval; see `QuantizationStats.scale_histogram`."""
+    """Number of the block scales in each interval; see `QuantizationStats.scale_histogram`."""
     values = scales.float()
     up_to = torch.stack([(values <= edge).sum() for edge in HISTOGRAM_EDGES])  # edges as arguments: no copy of a list
-    return up_to.diff(prepend=torch.zeros_like(up_to[:1])) / values.numel()
+    return up_to.diff(prepend=torch.zeros_like(up_to[:1]))
+
+
+def _shares(counts: Sequence[float]) -> tuple[float, ...]:
+    total = sum(counts)
+    return tuple(count / total for count in counts)

@@ -14,7 +14,7 @@ from megatron_fp4.planning.stand_ins import DEQUANTIZING, SizedBackend
 from megatron_fp4.precision.backends import Backend, Copy, OperandOrigin, QuantizedOperand, choose
 from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.probes import Probes
-from megatron_fp4.precision.statistics import StatisticsProbe
+from megatron_fp4.precision.statistics_probe import StatisticsProbe
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.telemetry.probes import probed_backend
 

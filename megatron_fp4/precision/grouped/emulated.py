@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ from megatron_fp4.precision.grouped.segments import Segments
 from megatron_fp4.precision.operand import AmaxScope, Format
 
 
+class _Part(NamedTuple):
+    """The operand `[M, K]` of one segment, and its global scale."""
+
+    values: Tensor
+    scale: GlobalScale | None
+
+
 @dataclass(frozen=True, eq=False)
 class _SegmentValues(QuantizedOperand):
     """tensors = (values of all segments,) or (values, amaxes): see `_AmaxesOfSegments`."""
@@ -29,8 +37,8 @@ class _SegmentValues(QuantizedOperand):
     copy: Copy
     segments: Segments
 
-    def part(self, index: int) -> tuple[Tensor, GlobalScale | None]:
-        """The operand `[M, K]` of one segment, and its global scale."""
+    def part(self, index: int) -> _Part:
+        """The operand of one segment."""
         rows, operand = self.segments.parts[index].rows, self.copy.operand
         values, *amaxes = self.tensors
         values = values[rows]
@@ -38,7 +46,7 @@ class _SegmentValues(QuantizedOperand):
         if amaxes and operand.format is Format.nvfp4:
             per_row = operand.amax_scope is AmaxScope.row and self.copy.along == 1
             scale = GlobalScale(amaxes[0][rows] if per_row else amaxes[0][index], 6.0 * operand.scale_bound)
-        return (values if self.copy.along == 1 else values.T), scale
+        return _Part(values if self.copy.along == 1 else values.T, scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,16 +106,15 @@ class SegmentedEmulatedBackend(EmulatedBackend):
         left, right = self._complete(a, out_dtype), self._complete(b, out_dtype)
         products = []
         for i, (first, second) in enumerate(pairs):
-            (values, scale), (other_values, other_scale) = left.part(first), right.part(second)
-            into = accumulate_into[i] if accumulate_into else None
+            one, other = left.part(first), right.part(second)
             products.append(
                 scaled_matmul(
-                    values,
-                    other_values,
-                    a_scale=scale,
-                    b_scale=other_scale,
+                    one.values,
+                    other.values,
+                    a_scale=one.scale,
+                    b_scale=other.scale,
                     out_dtype=out_dtype,
-                    accumulate_into=into,
+                    accumulate_into=accumulate_into[i] if accumulate_into else None,
                 )
             )
         return products
@@ -116,10 +123,10 @@ class SegmentedEmulatedBackend(EmulatedBackend):
         """Operands that are still to be made are made in the type in which they will be multiplied."""
         if isinstance(operand, _SegmentsToMake):
             x, amaxes = operand.tensors
-            copy, segments, origin = operand.copy, operand.segments, operand.origin
+            copy, segments = operand.copy, operand.segments
             dtype = torch.float32 if widens(x.device, out_dtype) else x.dtype
-            blocks = self._blocks(x, origin, copy)
-            values = self._values(blocks, _spread(amaxes, segments, copy), origin, copy, dtype)
+            blocks = self._blocks(x, operand.origin, copy)
+            values = self._values(blocks, _spread(amaxes, segments, copy), operand.origin, copy, dtype)
             return _SegmentValues((values, amaxes), copy, segments)
         assert isinstance(operand, _SegmentValues)
         return operand

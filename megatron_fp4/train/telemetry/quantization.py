@@ -13,7 +13,8 @@ from pathlib import Path
 
 from megatron_fp4.comm.agree import gather_to_rank0
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.precision.statistics import Report, StatisticsProbe, report_table
+from megatron_fp4.precision.statistics import Report, report_table
+from megatron_fp4.precision.statistics_probe import StatisticsProbe
 from megatron_fp4.train.run import Run
 from megatron_fp4.train.telemetry.metrics import Metrics
 

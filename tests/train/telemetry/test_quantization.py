@@ -13,7 +13,7 @@ from megatron_fp4 import pretrain
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.precision import EmulatedBackend, Format, Operand, nvfp4_paper
 from megatron_fp4.precision.backends import Copy, NonFiniteWatch, OperandOrigin
-from megatron_fp4.precision.statistics import StatisticsProbe
+from megatron_fp4.precision.statistics_probe import StatisticsProbe
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import falsify_loss, make_trainer
