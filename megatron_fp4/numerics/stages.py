@@ -14,6 +14,7 @@ The arithmetic is explained in docs/numerics.md and spelled out readably in `blo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -60,6 +61,14 @@ def encode_scale(amax: Tensor, aim: float) -> tuple[Tensor, Tensor]:
     encode = (torch.full_like(amax, aim) / amax).clamp(max=rounding.FLT_MAX)
     encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     return encode, torch.ones_like(encode) / encode
+
+
+def power_of_two_amax(amax: Tensor, aim: float) -> Tensor:
+    """The smallest number from `amax` on for which aim / amax is a power of two, exact; 0, NaN and Inf stay."""
+    fraction, _ = math.frexp(aim)
+    mantissa, power = torch.frexp(amax)
+    larger = torch.ldexp(torch.full_like(amax, fraction), power + (mantissa > fraction))
+    return torch.where(torch.isfinite(larger) & torch.isfinite(amax) & (amax != 0), larger, amax)
 
 
 def max_of_row_lanes(x: Tensor, lanes: int) -> Tensor:

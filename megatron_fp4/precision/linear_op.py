@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.precision.backends.padded import with_padding
-from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand, copies_of
+from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand, copies_of, narrow
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.sharding import Sharding
 from megatron_fp4.precision.spec import LinearPrecision, WgradOutput
@@ -48,7 +48,7 @@ class _Call:
 
     def weights(self, weight: Tensor) -> tuple[QuantizedOperand, ...]:
         """The Fprop copy of the weight, and the Dgrad copy where a backward pass may follow."""
-        check_version(self.sharding.name, self.version, WeightVersion.of(weight, self.clock))
+        self.version.check(self.sharding.name, WeightVersion.of(weight, self.clock))
         return self.cache.get(
             weight,
             self.copies["w"] if self.differentiable else self.copies["w"][:1],
@@ -99,20 +99,6 @@ class _Linear(torch.autograd.Function):
         if needs_dw:
             dw = _weight_gradient(call, ctx.weight, operands[0], ctx.wgrad_x.with_tensors(ctx.saved_tensors))
         return dx, dw, None
-
-
-def check_version(name: str, before: WeightVersion, now: WeightVersion) -> None:
-    """Raises RuntimeError where a backward pass would use other weights than its forward pass."""
-    if now != before:
-        raise RuntimeError(
-            f"{name}: the weights changed ({before} -> {now}) between a forward pass and its backward pass; Dgrad would"
-            f" use other weights than Fprop"
-        )
-
-
-def narrow(x: Tensor) -> Tensor:
-    """FP64 is the type of sums in FP32 compute (layers.layer_context.widen); the values themselves are FP32."""
-    return x.float() if x.dtype == torch.float64 else x
 
 
 def _weight_gradient(call: _Call, weight: Tensor, dy: QuantizedOperand, x: QuantizedOperand) -> Tensor | None:

@@ -51,6 +51,14 @@ class AmaxScope(Enum):
     tensor = "tensor"  # the logical tensor: equal numbers in any parallel layout
     shard = "shard"  # the part on this rank (what Transformer Engine does for weights)
     row = "row"  # each row of the local operand (one scale per token or output feature)
+    expert_call = "expert_call"  # all rows that reach an expert in one call, as Transformer Engine: other with other ep
+
+
+class AmaxRounding(Enum):
+    """What becomes of the amax below the FP32 scale of nvfp4."""
+
+    none = "none"
+    power_of_two = "power_of_two"  # raised, less than twice, until that scale is a power of two
 
 
 class FourOverSix(Enum):
@@ -94,6 +102,8 @@ class Operand:
     """Order of the multiplications in the block scale of nvfp4."""
     amax_scope: AmaxScope = AmaxScope.tensor
     """Over what the FP32 scale of nvfp4 is taken."""
+    amax_rounding: AmaxRounding = AmaxRounding.none
+    """Whether the FP32 scale of nvfp4 is made a power of two, by a larger amax; other amaxes then change few codes."""
     four_over_six: FourOverSix = FourOverSix.off
     """Whether each block of nvfp4 may choose a scale that maps its maximum to 4 instead of 6, and by which error."""
     four_over_six_bound: Annotated[int, Bound(only=(256, 448))] = 256
@@ -179,7 +189,7 @@ def _objections(operand: Operand) -> list[str]:
     if operand.format in (Format.mxfp8, Format.fp8_block) and operand.stochastic:
         reasons.append("stochastic rounding is defined for E2M1 codes only; FP8 recipes round to nearest")
     if operand.format is not Format.nvfp4:
-        only = changed & {"scale_order", "amax_scope", "four_over_six", "four_over_six_bound"}
+        only = changed & {"scale_order", "amax_scope", "amax_rounding", "four_over_six", "four_over_six_bound"}
         if only:
             reasons.append(f"{', '.join(sorted(only))} need(s) the two-level scales of nvfp4")
         if operand.rounding is Rounding.sr_headroom:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_fp4.precision.config import GEMMS, SAME, BackendName, PrecisionConfig, Rule, Switch, regular_expression
+from megatron_fp4.precision.grouped.scales import check_expert_scales
 from megatron_fp4.precision.spec import Gemm, LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable, Row, describe, difference, gemm_format
 
@@ -31,6 +32,10 @@ class Linear(Protocol):
     def outputs(self) -> dict[str, int]: ...
     @property
     def column(self) -> bool: ...
+    @property
+    def whole(self) -> bool: ...
+    @property
+    def num_experts(self) -> int: ...
     def local_shape(self, tp: int) -> tuple[int, int]: ...
 
 
@@ -132,6 +137,8 @@ class PrecisionPlan:
                 raise ValueError(f"precision.switch at {start} tokens lies beyond the end of the run, {total_tokens}")
             table = self._switched(table, switch)
             self.phases.append((start, table))
+        for label, table in self.labelled_tables():
+            check_expert_scales(label, table, linears)
 
     def _switched(self, table: PrecisionTable, switch: Switch) -> PrecisionTable:
         recipe = self.config.recipe(switch.use)
@@ -229,9 +236,9 @@ def _refuse_padding(config: PrecisionConfig) -> None:
 def _misfits(info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> Iterator[tuple[Gemm, str]]:
     """The quantized GEMMs that cannot take the local shape of a linear, and what each would need."""
     rows, columns = info.local_shape(tp)
-    outputs = [size // tp for size in info.outputs.values()] if info.column else [rows]
+    outputs = [size // tp for size in info.outputs.values()] if info.column and not info.whole else [rows]
     sizes = {
-        "T": ([tokens], "tokens per microbatch and rank"),
+        "T": ([] if info.num_experts else [tokens], "tokens per microbatch and rank"),  # segments are extended
         "N": (outputs, "output features per rank"),
         "K": ([columns], "input features per rank"),
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, Self
 
-from megatron_fp4.precision.operand import Operand
+from megatron_fp4.precision.operand import AmaxScope, Operand
 
 TENSOR_DIMS = {"x": ("T", "K"), "w": ("N", "K"), "dy": ("T", "N")}
 """Tokens, output features and input features: the shape of each tensor of a linear layer."""
@@ -47,6 +47,8 @@ class Gemm:
     def __post_init__(self) -> None:
         if self.pad and not self.quantized:
             raise ValueError("pad: true on a GEMM in bf16, which takes any shape, would have no effect; leave it out")
+        if AmaxScope.expert_call in [operand.amax_scope for operand in self.operands]:
+            _check_expert_call(self)
         first, second = self.operands
         if (first.rht_size, first.rht_signs) != (second.rht_size, second.rht_signs):
             raise ValueError(
@@ -68,6 +70,11 @@ class Gemm:
     def quantized(self) -> bool:
         return any(operand.quantized for operand in self.operands)
 
+    @property
+    def joins_segments(self) -> bool:
+        """Whether all rows of an expert are one tensor, whose amax is one: `amax_scope=expert_call`."""
+        return any(operand.amax_scope is AmaxScope.expert_call for operand in self.operands)
+
     def multiples(self) -> dict[str, int]:
         """What T, N and K must be multiples of for the tiles and transforms of both operands; all are powers of two."""
         multiples = {"T": 1, "N": 1, "K": 1}
@@ -84,6 +91,17 @@ class Gemm:
             tensor: change(operand) for tensor, operand in zip(self.tensors, self.operands, strict=True)
         }
         return replace(self, **changed)
+
+
+def _check_expert_call(gemm: Gemm) -> None:
+    """Raises ValueError where a scale over all rows of an expert has no meaning."""
+    scopes = {name: operand.amax_scope for name, operand in zip(gemm.tensors, gemm.operands, strict=True)}
+    if scopes.get("w") is AmaxScope.expert_call:
+        raise ValueError(
+            f"{gemm}: amax_scope=expert_call of a weight, whose scale is one per expert already; leave it out there"
+        )
+    if gemm.name == "wgrad" and len(set(scopes.values())) > 1 and all(one.quantized for one in gemm.operands):
+        raise ValueError(f"{gemm}: amax_scope=expert_call joins the segments of both operands; give it to both")
 
 
 @dataclass(frozen=True)

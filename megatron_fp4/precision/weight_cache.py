@@ -36,6 +36,14 @@ class WeightVersion(NamedTuple):
     def of(weight: Tensor, clock: StepClock) -> WeightVersion:
         return WeightVersion(clock.weights_version, weight._version, StorageWeakRef(weight.untyped_storage()))
 
+    def check(self, name: str, now: WeightVersion) -> None:
+        """Raises RuntimeError where a backward pass would use other weights than its forward pass, of this version."""
+        if now != self:
+            raise RuntimeError(
+                f"{name}: the weights changed ({self} -> {now}) between a forward pass and its backward pass; Dgrad"
+                f" would use other weights than Fprop"
+            )
+
 
 class WeightCache:
     """The last copies of one weight."""

@@ -65,9 +65,10 @@ def in_high_precision(table: PrecisionTable) -> PrecisionTable:
 
 
 def over_whole_tensors(table: PrecisionTable) -> PrecisionTable:
-    """The same recipes with every `amax_scope=shard` widened to the logical tensor."""
+    """The same recipes with every `amax_scope` that depends on the layout widened to the logical tensor."""
+    narrow = (AmaxScope.shard, AmaxScope.expert_call)
 
     def widen(operand: Operand) -> Operand:
-        return replace(operand, amax_scope=AmaxScope.tensor) if operand.amax_scope is AmaxScope.shard else operand
+        return replace(operand, amax_scope=AmaxScope.tensor) if operand.amax_scope in narrow else operand
 
     return PrecisionTable(tuple(replace(row, precision=row.precision.with_operands(widen)) for row in table.rows))

@@ -24,7 +24,7 @@ from megatron_fp4.precision import (
     nvfp4_paper,
     uniform,
 )
-from megatron_fp4.precision.operand import RHT_SIZES
+from megatron_fp4.precision.operand import RHT_SIZES, AmaxRounding
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rounding": Rounding.sr}, "nothing is quantized"),
@@ -92,6 +92,7 @@ ALTERNATIVES: dict[str, list[Any]] = {
     "rht_signs": list(Signs),
     "scale_order": list(ScaleOrder),
     "amax_scope": list(AmaxScope),
+    "amax_rounding": list(AmaxRounding),
     "four_over_six": list(FourOverSix),
     "four_over_six_bound": [256, 448],
 }
@@ -99,10 +100,14 @@ ALTERNATIVES: dict[str, list[Any]] = {
 
 def every_operand() -> set[Operand]:
     """All that are not refused."""
+    formats, tiles, *others = ALTERNATIVES.values()
     operands = set()
-    for values in itertools.product(*ALTERNATIVES.values()):
+    for kind in itertools.product(formats, tiles):
         with suppress(ValueError):
-            operands.add(Operand(*values))
+            operands.add(Operand(*kind))
+            for values in itertools.product(*others):
+                with suppress(ValueError):
+                    operands.add(Operand(*kind, *values))
     return operands
 
 

@@ -19,7 +19,7 @@ from megatron_fp4.precision.backends.triton_limits import REMEDY as TRITON_REMED
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.grouped.emulated import SegmentedEmulatedBackend
 from megatron_fp4.precision.plan import Linear, PrecisionPlan
-from megatron_fp4.precision.te.refusals import check_te_linear
+from megatron_fp4.precision.te.refusals import LEAST_ROWS, check_te_linear
 
 
 def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> Backend:
@@ -65,7 +65,8 @@ def check_backend_shapes(plan: PrecisionPlan, linears: Sequence[Linear], *, tp: 
     if plan.config.backend is BackendName.transformer_engine:
         for label, table in plan.labelled_tables():
             for info in linears:
-                check_te_linear(f"{label}{info.name}", table[info.name], info.local_shape(tp), tokens)
+                rows = LEAST_ROWS if info.num_experts else tokens  # segments of experts are extended
+                check_te_linear(f"{label}{info.name}", table[info.name], info.local_shape(tp), rows)
     if plan.config.backend is BackendName.triton and tokens > MOST_LINES:
         raise ValueError(
             f"precision.backend=triton quantizes at most {MOST_LINES:,} rows at once, and a microbatch has {tokens:,}"

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.collectives import all_reduce_max
+from megatron_fp4.numerics.stages import power_of_two_amax
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
-from megatron_fp4.precision.operand import AmaxScope, Format
+from megatron_fp4.precision.operand import AmaxRounding, AmaxScope, Format
 
 
 class NonFiniteError(FloatingPointError):
@@ -111,7 +112,7 @@ def check_finite_segments(
 
 
 def reduce_amaxes(local: Sequence[Tensor], origin: OperandOrigin, copies: Sequence[Copy]) -> list[Tensor]:
-    """The amax of each copy over its scope, with one collective for all of them.
+    """The amax of each copy over its scope, rounded if it shall be, with one collective for all of them.
 
     local: FP32 amaxes of this rank, scalars (or one per row for amax_scope=row, which is never reduced). Only nvfp4
     has a global scale, so without it there is no collective.
@@ -123,6 +124,9 @@ def reduce_amaxes(local: Sequence[Tensor], origin: OperandOrigin, copies: Sequen
         reduced = all_reduce_max(torch.stack([local[i] for i in shared]), origin.group).unbind()
         for i, amax in zip(shared, reduced, strict=True):
             result[i] = amax
+    for i, copy in enumerate(copies):
+        if copy.operand.amax_rounding is AmaxRounding.power_of_two:
+            result[i] = power_of_two_amax(result[i], 6.0 * copy.operand.scale_bound)
     return result
 
 

@@ -154,3 +154,8 @@ def check_shape(x: Tensor, origin: OperandOrigin, copy: Copy) -> None:
                 f"Hadamard size {operand.rht_size}); change the sizes or the parallel layout, let the GEMM "
                 f"pad, or leave this linear in bf16"
             )
+
+
+def narrow(x: Tensor) -> Tensor:
+    """FP64 is the type of sums in FP32 compute (layers.layer_context.widen); the values themselves are FP32."""
+    return x.float() if x.dtype == torch.float64 else x

@@ -28,7 +28,7 @@ from megatron_fp4.precision.operand import AmaxScope, Format, Operand
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.te.api import load_api
 from megatron_fp4.precision.te.quantizers import make_quantizer, one_quantizer
-from megatron_fp4.precision.te.refusals import check_capability, check_recipe, check_te_shape
+from megatron_fp4.precision.te.refusals import LEAST_ROWS, check_capability, check_recipe, check_te_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,12 @@ class TeOperand(QuantizedOperand):
 
 
 class TransformerEngineBackend:
-    """See `Backend`. Refuses at construction every recipe that the installed version cannot compute as it says."""
+    """See `Backend`. Refuses at construction every recipe that the installed version cannot compute as it says.
+
+    Experts are GEMMs one by one, with the segments of `grouped`, not one grouped GEMM.
+    """
+
+    least_rows = LEAST_ROWS
 
     def __init__(self, config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> None:
         self.api = load_api()

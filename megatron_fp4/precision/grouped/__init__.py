@@ -5,7 +5,8 @@ an FP32 scale of its own in all three GEMMs and zeros behind it up to the tile, 
 what else has come to the same rank: neither on expert nor on data parallelism.
 """
 
-from megatron_fp4.precision.grouped.linear_op import GroupedWeightCache, grouped_linear
+from megatron_fp4.precision.grouped.linear_op import grouped_linear
 from megatron_fp4.precision.grouped.segments import RowSegment, Segments
+from megatron_fp4.precision.grouped.weight_cache import GroupedWeightCache
 
 __all__ = ["GroupedWeightCache", "RowSegment", "Segments", "grouped_linear"]

@@ -14,13 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_fp4.numerics.stages import power_of_two_amax
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.backends.finite import check_finite_segments
 from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul, widens
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
 from megatron_fp4.precision.grouped.protocol import GroupedOperand, Pairs, part_origin
 from megatron_fp4.precision.grouped.segments import Segments
-from megatron_fp4.precision.operand import AmaxScope, Format
+from megatron_fp4.precision.operand import AmaxRounding, AmaxScope, Format
 
 
 class _Part(NamedTuple):
@@ -80,6 +81,8 @@ class SegmentedEmulatedBackend(EmulatedBackend):
             blocks = self._blocks(x, origin, copy)
             measured = _Amaxes.of(blocks.maxima, segments, copy)
             amaxes = measured.scales
+            if copy.operand.amax_rounding is AmaxRounding.power_of_two:
+                amaxes = power_of_two_amax(amaxes, 6.0 * copy.operand.scale_bound)
             largest.append(measured.whole)
             if copy.deferred:
                 operands.append(_SegmentsToMake((x, amaxes), copy, segments, origin))

@@ -17,43 +17,16 @@ from torch import Tensor
 
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.precision.backends.padded import padded_index
-from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand, copies_of
+from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand, copies_of, narrow
 from megatron_fp4.precision.backends.randomness import expert_rows
 from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.precision.grouped.protocol import matmul_segments, quantize_segments
-from megatron_fp4.precision.grouped.segments import Padding, RowSegment, Segments
-from megatron_fp4.precision.linear_op import check_version, narrow
+from megatron_fp4.precision.grouped.protocol import least_rows, matmul_segments, quantize_segments
+from megatron_fp4.precision.grouped.segments import Padding, Segments
+from megatron_fp4.precision.grouped.weight_cache import GroupedWeightCache
 from megatron_fp4.precision.sharding import Sharding
 from megatron_fp4.precision.spec import LinearPrecision, WgradOutput
-from megatron_fp4.precision.weight_cache import WeightCache, WeightVersion
+from megatron_fp4.precision.weight_cache import WeightVersion
 from megatron_fp4.precision.wgrad import WgradQueue
-
-
-class GroupedWeightCache(WeightCache):
-    """The last copies of the weights of `num_experts` experts, `[E * N, K]`, each with scales of its own.
-
-    first_expert: global number of the first. multiples: of N and K, to which weights are extended by zeros.
-    """
-
-    def __init__(self, num_experts: int, first_expert: int) -> None:
-        super().__init__()
-        self.num_experts = num_experts
-        self.first_expert = first_expert
-        self.multiples = (1, 1)
-
-    def _quantize(
-        self, weight: Tensor, copies: Sequence[Copy], backend: Backend, origin: OperandOrigin
-    ) -> tuple[QuantizedOperand, ...]:
-        size = weight.shape[0] // self.num_experts
-        experts = tuple(RowSegment(e, e * size, (e + 1) * size) for e in range(self.num_experts))
-        rows, columns = self.multiples
-        padding = Segments(experts, len(weight)).padded(rows, weight.device)
-        numbers = torch.arange(self.num_experts, device=weight.device) + self.first_expert
-        index = expert_rows(origin.rows.repeat(self.num_experts), numbers.repeat_interleave(size))
-        place = replace(origin, rows=padding.addresses(index), cols=padded_index(origin.cols, columns))
-        return quantize_segments(
-            backend, padding.rows(weight, columns), place, padding.segments, self.first_expert, copies
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +35,8 @@ class _Call:
 
     segments: Segments
     padding: Padding
+    joined: Segments
+    joining: frozenset[str]
     index: Tensor
     multiples: tuple[int, int, int]
     sharding: Sharding
@@ -78,7 +53,7 @@ class _Call:
 
     def weights(self, weight: Tensor) -> tuple[QuantizedOperand, ...]:
         """The Fprop copies of the weights, and the Dgrad copies where a backward pass may follow."""
-        check_version(self.sharding.name, self.version, WeightVersion.of(weight, self.clock))
+        self.version.check(self.sharding.name, WeightVersion.of(weight, self.clock))
         _, n, k = self.multiples
         if self.cache.multiples != (n, k):
             self.cache.multiples = (n, k)
@@ -98,20 +73,35 @@ class _Call:
     ) -> tuple[QuantizedOperand, ...]:
         """Grouped operands of x or dy `[R, C]`."""
         place = replace(origin, cols=padded_index(origin.cols, columns))
-        return quantize_segments(
-            self.backend, self.padding.rows(x, columns), place, self.padding.segments, self.cache.first_expert, copies
-        )
+        rows = self.padding.rows(x, columns)
+        operands: dict[Copy, QuantizedOperand] = {}
+        for segments in (self.padding.segments, self.joined):
+            some = [copy for copy in copies if self.parts_of(copy.gemm) is segments]
+            if some:
+                quantized = quantize_segments(self.backend, rows, place, segments, self.cache.first_expert, some)
+                operands |= zip(some, quantized, strict=True)
+        return tuple(operands[copy] for copy in copies)
 
-    def multiplied(self, a: QuantizedOperand, weights: QuantizedOperand, columns: int, dtype: torch.dtype) -> Tensor:
+    def multiplied(
+        self, gemm: str, a: QuantizedOperand, weights: QuantizedOperand, columns: int, dtype: torch.dtype
+    ) -> Tensor:
         """`[R, columns]`: each segment by the weight of its expert; zero where no segment is."""
-        parts = self.segments.parts
-        pairs = [(i, part.expert) for i, part in enumerate(parts)]
+        operands = self.parts_of(gemm).parts
+        pairs = [(i, part.expert) for i, part in enumerate(operands)]
         products = matmul_segments(self.backend, a, weights, pairs, out_dtype=dtype)
         make = torch.empty if self.segments.dense else torch.zeros
         out = make(self.segments.num_rows, columns, dtype=dtype, device=self.index.device)
-        for part, product in zip(parts, products, strict=True):
-            out[part.rows] = product[: part.num_rows, :columns]
+        index = 0
+        for part, extended in zip(self.segments.parts, self.padding.segments.parts, strict=True):
+            while operands[index].stop < extended.stop:
+                index += 1
+            first = extended.start - operands[index].start
+            out[part.rows] = products[index][first : first + part.num_rows, :columns]
         return out
+
+    def parts_of(self, gemm: str) -> Segments:
+        """What the operands of a GEMM are quantized as: segments, or with amax_scope=expert_call all of an expert."""
+        return self.joined if gemm in self.joining else self.padding.segments
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -134,7 +124,7 @@ class _GroupedLinear(torch.autograd.Function):
         if needs_dw:
             ctx.wgrad_x = for_wgrad[0].with_tensors(())
             ctx.save_for_backward(*for_wgrad[0].tensors)
-        return call.multiplied(for_fprop, call.weights(weight)[0], len(call.sharding.n_index), x.dtype)
+        return call.multiplied("fprop", for_fprop, call.weights(weight)[0], len(call.sharding.n_index), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -147,7 +137,9 @@ class _GroupedLinear(torch.autograd.Function):
         operands = list(call.quantized(narrow(dy), origin, call.multiples[1], copies))
         dx = dw = None
         if needs_dx:
-            dx = call.multiplied(operands.pop(0), call.weights(ctx.weight)[1], len(call.sharding.k_index), dy.dtype)
+            dx = call.multiplied(
+                "dgrad", operands.pop(0), call.weights(ctx.weight)[1], len(call.sharding.k_index), dy.dtype
+            )
         if needs_dw:
             dw = _weight_gradient(call, ctx.weight, operands[0], ctx.wgrad_x.with_tensors(ctx.saved_tensors))
         return dx, dw, None
@@ -178,7 +170,7 @@ def _weight_gradient(call: _Call, weight: Tensor, dy: QuantizedOperand, x: Quant
 
 def _add_products(call: _Call, dy: QuantizedOperand, x: QuantizedOperand, total: Tensor, dtype: torch.dtype) -> None:
     """Add dw of every segment to the rows of its expert in `total [E * N, K]`."""
-    parts = call.segments.parts
+    parts = call.parts_of("wgrad").parts
     size, columns = len(call.sharding.n_index), len(call.sharding.k_index)
     pairs = [(i, i) for i in range(len(parts))]
     targets = [total[part.expert * size : (part.expert + 1) * size] for part in parts]
@@ -217,11 +209,14 @@ def grouped_linear(
     if len(weight) != cache.num_experts * len(sharding.n_index):
         raise ValueError(f"{sharding.name}: a weight of {len(weight)} rows for {cache.num_experts} experts")
     _, n, k = precision.padding
-    t = max([1, *(gemm.multiples()["T"] for gemm in precision.gemms if gemm.quantized)])
+    t = max([1, *(max(gemm.multiples()["T"], least_rows(backend)) for gemm in precision.gemms if gemm.quantized)])
     padding = segments.padded(t, x.device)
+    joining = frozenset(gemm.name for gemm in precision.gemms if gemm.joins_segments)
     call = _Call(
         segments=segments,
         padding=padding,
+        joined=padding.segments.joined() if joining else padding.segments,
+        joining=joining,
         index=_index(rows, segments, padding, cache.first_expert),
         multiples=(t, n, k),
         sharding=sharding,

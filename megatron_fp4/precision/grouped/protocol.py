@@ -86,6 +86,14 @@ def quantize_segments(
     return tuple(GroupedOperand.of([parts[i] for parts in quantized]) for i in range(len(copies)))
 
 
+def least_rows(backend: Backend) -> int:
+    """Multiple of rows that the kernels of a backend take, whatever watches it; 1 where the tiles alone decide."""
+    while (inner := getattr(backend, "inner", None)) is not None:
+        backend = inner
+    rows: int = getattr(backend, "least_rows", 1)
+    return rows
+
+
 def part_origin(origin: OperandOrigin, rows: slice, expert: int) -> OperandOrigin:
     """The origin of one segment of a tensor."""
     return replace(origin, rows=origin.rows[rows], expert=expert)

@@ -68,6 +68,14 @@ class Segments:
         """Whether every row belongs to a segment."""
         return sum(part.num_rows for part in self.parts) == self.num_rows
 
+    def joined(self) -> Segments:
+        """One segment per expert, from the first of its rows to the last; of dense ones."""
+        parts: dict[int, RowSegment] = {}
+        for part in self.parts:
+            first = parts.get(part.expert, part)
+            parts[part.expert] = RowSegment(part.expert, first.start, part.stop)
+        return Segments(tuple(parts.values()), self.num_rows)
+
     def owners(self, device: torch.device, lines: int = 1) -> Tensor:
         """Position in `parts` of what each `lines` consecutive rows belong to; int64. Dense, of multiples of `lines`
         only."""

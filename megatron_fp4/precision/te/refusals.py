@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from megatron_fp4.precision.backends.protocol import copies_of
-from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding, Signs
+from megatron_fp4.precision.operand import AmaxRounding, AmaxScope, Format, FourOverSix, Operand, Rounding, Signs
 from megatron_fp4.precision.spec import Gemm, LinearPrecision
 from megatron_fp4.precision.te.quantizers import TENSORS, directions, one_quantizer
 from megatron_fp4.precision.te.versions import Features
@@ -70,6 +70,8 @@ def _operand_objections(operand: Operand, features: Features) -> Iterator[str]:
         yield "a Hadamard transform of an operand in 16x16 tiles; use 1x16 tiles"
     if operand.amax_scope is AmaxScope.row:
         yield "amax_scope row, which is not connected to its row-scaled mode; use shard or tensor"
+    if operand.amax_rounding is not AmaxRounding.none:
+        yield f"amax_rounding {operand.amax_rounding.name}, but its quantizers take the amax as measured; use none"
     if operand.four_over_six is not FourOverSix.off:
         if not features.four_over_six:
             yield "four_over_six, which came in 2.17; install a newer version, or set four_over_six: off"
@@ -80,6 +82,10 @@ def _operand_objections(operand: Operand, features: Features) -> Iterator[str]:
             f"scale_order {operand.scale_order.name}, but this version multiplies in the order"
             f" {features.scale_order.name} (it changed in 2.14); set scale_order: {features.scale_order.name}"
         )
+
+
+LEAST_ROWS = 128
+"""Multiple of rows to which segments of experts are extended, which its kernels then take along any dimension."""
 
 
 def check_te_shape(name: str, operand: Operand, shape: Sequence[int], along: int) -> None:

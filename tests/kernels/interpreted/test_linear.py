@@ -25,6 +25,7 @@ from megatron_fp4.precision.spec import Fprop
 from tests.kernels.interpreted.test_operands import origin
 from tests.models.test_count import load
 from tests.planning.test_footprint import planned, real_forward, settings_for
+from tests.precision.grouped.test_grouped_linear import Experts, routed
 from tests.precision.test_linear_op import Linear, tensors
 
 WITHOUT_LAUNCH = {"empty", "view", "alias", "select", "slice", "detach", "unbind", "_unsafe_view", "as_strided", "t"}
@@ -127,3 +128,14 @@ def test_a_linear_equals_the_emulation(precision: LinearPrecision, dtype: torch.
         assert expected.dtype == ours.dtype
         error = (expected.double() - ours.double()).norm() / expected.double().norm()
         assert error < (1e-4 if expected.dtype == torch.bfloat16 else 1e-6), f"{name}: {error}"
+
+
+def test_experts_by_the_kernels() -> None:
+    """Segment by segment: the operands are the emulation's, sums differ in their order only."""
+    case = routed([[5, 20], [0, 0], [1, 0], [7, 3]])
+    theirs, ours = (
+        Experts(nvfp4_paper(), backend).run(*case)
+        for backend in (TritonBackend(PrecisionConfig(compile=False)), EmulatedBackend())
+    )
+    for name, one, other in zip(("y", "dx", "dw"), theirs, ours, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-2, msg=f"{name} differs from the emulation")

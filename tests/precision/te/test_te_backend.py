@@ -35,10 +35,13 @@ from megatron_fp4.precision.backends import Copy, NonFiniteWatch, OperandOrigin,
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig
+from megatron_fp4.precision.ledger import GemmLedger
+from megatron_fp4.precision.operand import AmaxRounding
 from megatron_fp4.precision.selftest.parts import first_mismatch, reference_parts, te_parts
 from megatron_fp4.precision.te.api import FAST_MATH
 from megatron_fp4.precision.te.refusals import check_capability
 from megatron_fp4.precision.te.versions import Features
+from tests.precision.grouped.test_grouped_linear import Experts, routed
 from tests.precision.te import te_double
 from tests.precision.te.te_wheels import SYMBOLS_OF_DOUBLE, find, parameters
 
@@ -376,3 +379,19 @@ def test_nvfp4_availability_is_not_believed() -> None:
         check_capability((12, 0), {Format.nvfp4})
     with pytest.raises(ValueError, match=r"nvfp4.*this one has 9\.0"):
         check_capability((9, 0), {Format.fp8_block, Format.nvfp4})
+
+
+def test_experts_on_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GEMM by GEMM, segments extended to what its kernels take; operands are those of the emulation."""
+    te_double.install(monkeypatch)
+    counts, size = [[5, 40], [0, 0], [1, 0], [7, 3]], (96, 128)
+    case = routed(counts, size=size)
+    theirs, ours = (
+        Experts(RNE, backend, size=size).run(*case)
+        for backend in (GemmLedger(TransformerEngineBackend(config(RNE))), EmulatedBackend())
+    )
+    for name, one, other in zip(("y", "dx", "dw"), theirs, ours, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-2, msg=f"{name} differs from the emulation")
+    rounded = RNE.with_operands(lambda one: replace(one, amax_rounding=AmaxRounding.power_of_two))
+    with pytest.raises(ValueError, match=r"amax_rounding power_of_two, .*; use none"):
+        TransformerEngineBackend(config(rounded))

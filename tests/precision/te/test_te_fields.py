@@ -42,6 +42,7 @@ from megatron_fp4.precision import (
 from megatron_fp4.precision.backends import Copy
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
 from megatron_fp4.precision.config import GEMMS, ComputeDtype, PrecisionConfig, Rule
+from megatron_fp4.precision.operand import AmaxRounding
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.te.quantizers import TENSORS, directions
 from tests.helpers.parity import MODEL
@@ -76,6 +77,9 @@ OPERAND: dict[str, list[tuple[Operand, Operand, tuple[str, str]]]] = {
     "amax_scope": [
         (FP4, replace(FP4, amax_scope=AmaxScope.tensor), ("", r"amax_scope tensor.*amax_scope: shard.*unsharded=True")),
         (FP4, replace(FP4, amax_scope=AmaxScope.row), ("amax_scope row",) * 2),
+    ],
+    "amax_rounding": [
+        (FP4, replace(FP4, amax_rounding=AmaxRounding.power_of_two), ("amax_rounding power_of_two",) * 2)
     ],
     "four_over_six": [(FP4, SIX, HONOURED), (SIX, replace(SIX, four_over_six=FourOverSix.mse), HONOURED)],
     "four_over_six_bound": [(SIX, replace(SIX, four_over_six_bound=448), HONOURED)],
