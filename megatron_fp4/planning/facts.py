@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_fp4.models.count import Flops, by_kind, model_parameters, quantized_parameters
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.count import Flops, active_parameters, by_kind, model_parameters, quantized_parameters
+from megatron_fp4.planning.cost.experts import padding_share
+from megatron_fp4.planning.cost.hardware import Assumptions
+from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.precision.table import PrecisionTable, summary
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.config import RunConfig
@@ -38,7 +42,14 @@ def parameter_section(config: RunConfig, table: PrecisionTable) -> dict[str, Any
     kinds = by_kind(model_parameters(model))
     quantized = quantized_parameters(model, [row.name for row in table.rows if row.precision.quantized])
     total = sum(kinds.values())
-    return {"total": total, "by_kind": kinds, "quantized": quantized, "quantized_share": quantized / total}
+    acting = active_parameters(model)
+    return {
+        "total": total,
+        "active": acting,
+        "by_kind": kinds,
+        "quantized": quantized,
+        "quantized_share": quantized / total,
+    }
 
 
 def precision_section(checked: CheckedConfig, flops: Flops) -> list[dict[str, Any]]:
@@ -48,3 +59,23 @@ def precision_section(checked: CheckedConfig, flops: Flops) -> list[dict[str, An
         share = flops.quantized_share({row.name: [g.quantized for g in row.precision.gemms] for row in table.rows})
         phases.append({"from_tokens": start, "summary": summary(table), "quantized_share_of_flops": share})
     return phases
+
+
+def experts_section(config: ModelConfig, settings: RankSettings, assumptions: Assumptions) -> dict[str, Any]:
+    """What comes to the experts of a rank; empty for a model without. segments: of all its experts together."""
+    moe = config.moe
+    if not moe.num_experts:
+        return {}
+    routed = settings.routed(moe)
+    segments = routed.experts * routed.segments
+    return {
+        "experts": moe.num_experts,
+        "per_rank": routed.experts,
+        "top_k": moe.top_k,
+        "width": moe.latent or config.hidden,
+        "rows": routed.rows,
+        "segments": segments,
+        "rows_per_segment": routed.rows / segments,
+        "padding": padding_share(config, settings),
+        "grouped_share": assumptions.grouped_share,
+    }

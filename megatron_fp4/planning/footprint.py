@@ -150,7 +150,8 @@ def _footprint(
 ) -> Footprint:
     """The stage is run on the first rank, which holds the remainder of an uneven vocabulary."""
     meta, backend = torch.device("meta"), SizedBackend(settings.backend, on_gpu=settings.on_gpu)
-    mesh = draw_mesh(ParallelConfig(tp=settings.tp, cp=settings.cp, dp=1), settings.tp * settings.cp, rank=0)
+    layout = ParallelConfig(tp=settings.tp, cp=settings.cp, ep=settings.ep)
+    mesh = draw_mesh(layout, layout.smallest_world, rank=0)
     wgrad = WgradPlan.choose(defer=settings.defers_wgrad, overlap=settings.on_gpu and settings.tp > 1)
     context = LayerContext.of(mesh, backend, StepClock(0), settings.dtype, meta, wgrad=wgrad)
     model = Decoder(
@@ -167,6 +168,8 @@ def _footprint(
     live = LiveBytes()
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, LogicalParameter)
+        if not parameter.requires_grad:
+            continue
         # a tied table is summed after the step's last backward pass
         elements = 0 if config.tied_embeddings and name in TABLES else parameter.numel()
         parameter.grad_ready = functools.partial(live.end_moment, elements)

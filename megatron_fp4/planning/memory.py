@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from megatron_fp4.models.block import block_linears
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.pipeline.order import Work, in_flight
 from megatron_fp4.planning.footprint import FP32, Footprint, stage_footprint
+from megatron_fp4.planning.held import HeldElements, stage_linears
 from megatron_fp4.planning.idle import PipelineLayout
 from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
@@ -49,25 +48,13 @@ def rank_memory(
     footprints = {number: stage_footprint(config, stage, settings) for number, stage in stages.items()}
     state = _state(config, stages.values(), settings)
     activations, most = _most_held(works, footprints)
-    sums = _sums_at_once(config, stages.values(), settings)
-    update = MuonShare.of(config, stages.values(), settings).update_bytes(settings.replicas, settings.dtype.itemsize)
+    sums = HeldElements.of(config, stages.values(), settings).sums_at_once(settings)
+    update = MuonShare.of(config, stages.values(), settings).update_bytes(settings)
     return {
         **state,
         "activations": float(activations),
         "working set": max(most, sums, update) - activations,  # these two when nothing else is left
     }
-
-
-def _sums_at_once(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> float:
-    """Bytes of sums that a rank holds after the last backward pass; those of a tied table come when others are used."""
-    if settings.replicas == 1:
-        return 0.0
-    both_ends = any(stage.has_embedding for stage in stages) and any(stage.has_head for stage in stages)
-    sizes = {"tied": 0, "others": 0}
-    for parameter in held_parameters(config, stages):
-        tied = config.tied_embeddings and parameter.kind == "embedding" and not both_ends
-        sizes["tied" if tied else "others"] += parameter.local_numel(settings.tp)
-    return FP32 * max(sizes.values()) / settings.replicas
 
 
 def stage_memory(config: ModelConfig, stage: StageRange, settings: RankSettings) -> dict[str, float]:
@@ -102,15 +89,15 @@ def _most_held(works: Sequence[Work], footprints: Mapping[int, Footprint]) -> tu
 
 def _state(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> dict[str, float]:
     """What does not depend on the microbatches in flight."""
-    parameters = sum(parameter.local_numel(settings.tp) for parameter in held_parameters(config, stages))
+    held = HeldElements.of(config, stages, settings)
     compute_bytes = settings.dtype.itemsize
     master = FP32 if compute_bytes < FP32 else 0  # FP32 weights are their own
     muon = MuonShare.of(config, stages, settings)  # has one moment, not two
     return {
-        "weights": float(parameters * compute_bytes),
+        "weights": float(held.total * compute_bytes),
         "quantized weights": sum(_weight_copies(config, stage, settings) for stage in stages),
-        "main gradients": float(parameters * FP32),
-        "optimizer": ((2 * FP32 + master) * parameters - FP32 * muon.elements) / settings.replicas,
+        "main gradients": float(held.total * FP32),
+        "optimizer": (2 * FP32 + master) * held.divided(settings) - FP32 * muon.divided(settings),
         "buffers": sum(_receive_buffers(config, stage, settings) for stage in stages),
     }
 
@@ -123,13 +110,13 @@ def _receive_buffers(config: ModelConfig, stage: StageRange, settings: RankSetti
 
 
 def _weight_copies(config: ModelConfig, stage: StageRange, settings: RankSettings) -> float:
-    sizes = {"head": config.hidden * -(-config.vocab_size // settings.tp)} if stage.has_head else {}
-    for index in range(stage.first, stage.stop):
-        for info in block_linears(index, config):
-            rows, columns = info.local_shape(settings.tp)
-            sizes[info.name] = rows * columns
-    each = (settings.backend, settings.dtype.itemsize)
-    return sum(size * weight_copy_bytes(settings.precision(name), *each) for name, size in sizes.items())
+    total = 0.0
+    for info in stage_linears(config, stage):
+        rows, columns = info.local_shape(settings.tp)
+        size = rows * columns * max(1, info.num_experts // settings.ep)
+        precision = settings.precision(info.name)
+        total += size * weight_copy_bytes(precision, settings.backend, settings.dtype.itemsize)
+    return total
 
 
 def weight_copy_bytes(precision: LinearPrecision, backend: BackendName, compute_bytes: int) -> float:

@@ -18,7 +18,7 @@ from megatron_fp4.planning.cost.duration import cost_sections
 from megatron_fp4.planning.cost.gains import roofline_with_gains
 from megatron_fp4.planning.cost.hardware import DEFAULT_GPU, Assumptions, Site
 from megatron_fp4.planning.division import division_section
-from megatron_fp4.planning.facts import parameter_section, precision_section, run_section
+from megatron_fp4.planning.facts import experts_section, parameter_section, precision_section, run_section
 from megatron_fp4.planning.idle import PipelineLayout, pipeline_section, ramp_section
 from megatron_fp4.planning.memory import memory_section
 from megatron_fp4.planning.settings import RankSettings
@@ -70,6 +70,7 @@ def run_plan(
         "batch_ramp": ramp if len(ramp) > 1 else [],
         "parameters": parameter_section(config, table),
         "precision": precision_section(checked, flops),
+        "experts": experts_section(config.model, settings, assumptions),
         "pipeline": pipeline_section(pipeline, pipeline.costs(config.model), ramp[-1]["bubble"], timeline=schedule),
         **costs,
         "memory_per_rank": memory,

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_fp4.layers.moe.config import MoeConfig
+from megatron_fp4.models.block import LinearInfo
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.pipeline.schedules import schedule_rule
@@ -13,6 +15,21 @@ from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.checked import CheckedConfig
+
+
+@dataclass(frozen=True)
+class RoutedRows:
+    """rows: copies of tokens that a rank sends to experts and, on average, receives. experts: on a rank. segments: of
+    each expert's rows, every one extended to whole tiles where an operand is quantized (precision/grouped).
+    """
+
+    rows: int
+    experts: int
+    segments: float
+
+    def padded(self, tile: int) -> float:
+        """Rows with padding, if the last tile of a segment is filled by chance."""
+        return self.rows + self.experts * self.segments * (tile - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,7 @@ class RankSettings:
     tp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
     micro_batch: int = 1
     seq_length: int = 8192
     recompute: Recompute = Recompute.none
@@ -47,6 +65,7 @@ class RankSettings:
             tp=config.parallel.tp,
             cp=config.parallel.cp,
             dp=checked.dp,
+            ep=config.parallel.ep,
             micro_batch=config.train.micro_batch,
             seq_length=config.data.seq_length,
             recompute=config.train.recompute,
@@ -68,6 +87,26 @@ class RankSettings:
     def replicas(self) -> int:
         """Ranks over which gradients are summed and optimizer state is divided."""
         return self.dp * self.cp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks over which gradients of routed experts are summed and their optimizer state is divided."""
+        return self.replicas * self.tp // self.ep
+
+    def routed(self, moe: MoeConfig) -> RoutedRows:
+        """What comes to the routed experts of a mixture on a rank in a microbatch if every expert gets the same."""
+        reach = self.ep / (self.tp * self.cp)  # data-parallel ranks whose tokens come to a rank's experts
+        segments = max(1.0, reach)
+        if moe.segment_tokens:
+            segments = max(1.0, reach * self.micro_batch * self.seq_length / moe.segment_tokens)
+        return RoutedRows(self.tokens * moe.top_k // self.tp, max(1, moe.num_experts // self.ep), segments)
+
+    def rows(self, info: LinearInfo, moe: MoeConfig) -> float:
+        """Rows of a microbatch that a linear multiplies on a rank, padding included."""
+        if info.num_experts:
+            gemms = self.precision(info.name).gemms
+            return self.routed(moe).padded(max([1, *(gemm.multiples()["T"] for gemm in gemms if gemm.quantized)]))
+        return self.tokens / self.tp if info.whole else self.tokens
 
     def precision(self, linear: str) -> LinearPrecision:
         """The precision of the linear of this name."""

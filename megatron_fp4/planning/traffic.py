@@ -11,14 +11,16 @@ from collections.abc import Collection
 from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import Recompute, StageRange
 from megatron_fp4.optim import Algorithm
+from megatron_fp4.planning.held import HeldElements, num_mixtures
 from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
 
 FP32 = 4
 INT64 = 8
+ROW_TAG = FP32 + INT64
+"""Bytes that travel with a row to an expert: its weight and its address."""
 LOSS_BYTES = 4 + 3 * 8
 """Per token, reduced over the ranks that hold parts of the vocabulary (layers/loss.py)."""
 
@@ -31,14 +33,17 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     of which each replica sums its part. context: keys, values and document numbers, states of Mamba-2. pipeline:
     activations forward, their gradients back, except between two of `stages` (the point of a V); gradients of a tied
     table. data: FP32 gradients reduce-scattered once a step, parameters gathered. matrices: with Muon, at
-    most, the elements of a rank to the owners of their matrices, and whole matrices back.
+    most, the elements of a rank to the owners of their matrices, and whole matrices back. experts: rows to the routed
+    experts and back, if every expert gets the same; expert_data: as `data`, of routed experts.
     """
     mixers = [mixer for s in stages for index in range(s.first, s.stop) for mixer in MIXERS[config.blocks[index]]]
     compute_bytes = settings.dtype.itemsize
     rows = float(settings.tokens * config.hidden * compute_bytes)
-    collectives = 4 * len(mixers) + 2 * sum(s.has_embedding + s.has_head for s in stages)
+    gathering = [mixer for mixer in mixers if mixer != "moe" or config.moe.shared_ffn_hidden]  # experts take own rows
+    collectives = 4 * len(gathering) + 2 * sum(s.has_embedding + s.has_head for s in stages)
     if settings.recompute is Recompute.full:  # it stops where nothing more is needed: before a block's last scatter
-        collectives += 2 * len(mixers) - sum(s.stop - s.first for s in stages)
+        blocks = "".join(config.blocks[s.first : s.stop] for s in stages)
+        collectives += 2 * len(gathering) - sum(letter != "E" or config.moe.shared_ffn_hidden > 0 for letter in blocks)
     inside = {s.first for s in stages} & {s.stop for s in stages}  # where one stage hands over to the next on this rank
     borders = sum((not s.has_embedding) + (not s.has_head) for s in stages) - 2 * len(inside)
     context = sum(_context_bytes(mixer, config, settings) for mixer in mixers)
@@ -47,16 +52,15 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     )
     if settings.keep_documents_apart:  # gathered once for all layers of a stage
         context += (settings.cp - 1) * settings.tokens * INT64 * attending
-    held = held_parameters(config, stages)
-    parameters = sum(parameter.local_numel(settings.tp) for parameter in held)
-    replicated = sum(parameter.numel for parameter in held if parameter.sharded is None)
+    held = HeldElements.of(config, stages, settings)
     loss_tokens = settings.num_microbatches * settings.tokens * any(s.has_head for s in stages)
-    reduced = loss_tokens * LOSS_BYTES + replicated * FP32 / settings.replicas
+    reduced = loss_tokens * LOSS_BYTES + held.replicated * FP32 / settings.replicas
     return {
         "tensor": (settings.num_microbatches * collectives * rows + 2 * reduced) * _share(settings.tp),
         "context": settings.num_microbatches * context,
         "pipeline": settings.num_microbatches * borders * rows / settings.tp + _tied_bytes(config, stages, settings),
-        "data": parameters * (FP32 + compute_bytes) * _share(settings.replicas),
+        "data": held.common * (FP32 + compute_bytes) * _share(settings.replicas),
+        **_expert_bytes(config, num_mixtures(config, stages), held, settings),
         **_muon_bytes(config, stages, settings),
     }
 
@@ -65,12 +69,26 @@ def _share(size: int) -> float:
     return (size - 1) / size
 
 
+def _expert_bytes(config: ModelConfig, count: int, held: HeldElements, settings: RankSettings) -> dict[str, float]:
+    """count: of mixtures on the rank. Empty where the model has none."""
+    if not config.moe.num_experts:
+        return {}
+    row = (config.moe.latent or config.hidden) * settings.dtype.itemsize
+    passes = 2 if settings.recompute is Recompute.full else 1
+    exchanged = passes * (2 * row + ROW_TAG) + 2 * row + FP32  # backward: gradients of rows and of their weights
+    rows = settings.num_microbatches * count * settings.routed(config.moe).rows
+    return {
+        "experts": rows * exchanged * _share(settings.ep),
+        "expert_data": held.experts * (FP32 + settings.dtype.itemsize) * _share(settings.expert_replicas),
+    }
+
+
 def _muon_bytes(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> dict[str, float]:
     if settings.optim.algorithm is not Algorithm.muon:
         return {}
     muon = MuonShare.of(config, stages, settings)
     alone = settings.replicas * settings.tp == 1
-    return {"matrices": 0.0 if alone else settings.dtype.itemsize * (muon.elements / settings.replicas + muon.largest)}
+    return {"matrices": 0.0 if alone else settings.dtype.itemsize * (muon.divided(settings) + muon.largest)}
 
 
 def _tied_bytes(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> float:

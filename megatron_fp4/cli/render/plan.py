@@ -24,6 +24,7 @@ def render(report: Mapping[str, Any]) -> str:
         *_ramp(report["batch_ramp"]),
         *_parameters(report["parameters"]),
         *_precision(report["precision"]),
+        *_experts(report["experts"]),
         *_flops(report["flops"]),
         *_pipeline(report["pipeline"]),
         *time_lines(report["time"]),
@@ -65,6 +66,7 @@ def _parameters(section: Mapping[str, Any]) -> list[str]:
     return [
         *heading(f"Parameters: {section['total'] / 1e9:.3f} B ({section['total']:,})"),
         f"  in billions: {kinds}",
+        *([f"  acting on a token: {section['active'] / 1e9:.3f} B"] if section["active"] < section["total"] else []),
         f"  in quantized linears: {section['quantized'] / 1e9:.3f} B, {section['quantized_share']:.1%}",
     ]
 
@@ -75,6 +77,21 @@ def _precision(phases: list[Mapping[str, Any]]) -> list[str]:
         share = f"{phase['quantized_share_of_flops']:.1%} of the training FLOPs"
         lines.append(f"  from {phase['from_tokens']:,} tokens: {share}; {phase['summary']}")
     return lines
+
+
+def _experts(section: Mapping[str, Any]) -> list[str]:
+    if not section:
+        return []
+    return [
+        *heading(
+            f"Experts: {section['per_rank']} of {section['experts']} on a rank, {section['top_k']} for a token; padding"
+            f" {section['padding']:.1%}"
+        ),
+        f"  a microbatch brings a rank {section['rows']:,} rows of {section['width']} if every expert gets the same:"
+        f" {section['rows_per_segment']:,.0f} in each of {section['segments']:,.0f} segments",
+        f"  grouped products are assumed to reach {section['grouped_share']:.0%} of what dense ones do"
+        " (--assume grouped_share=PART)",
+    ]
 
 
 def _flops(section: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ def roofline_lines(section: Mapping[str, Any]) -> list[str]:
         "  linear            n   tokens x in x out     product format       GFLOP      us  quantize MB     us  share",
     ]
     for linear in section["linears"]:
-        shape = f"{section['tokens']} x {linear['columns']} x {linear['rows']}"
+        shape = f"{linear['tokens']:.0f} x {linear['columns']} x {linear['rows']}"
         head = f"  {linear['linear']:<16} {linear['count']:>3}  {shape:<20} "
         lines += [f"{head} {_product(product)}" for product in linear["products"]]
     lines += [

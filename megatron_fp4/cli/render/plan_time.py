@@ -73,19 +73,22 @@ def whole_run_lines(section: Mapping[str, Any]) -> list[str]:
 
 def search_lines(results: Mapping[str, Any]) -> list[str]:
     """The layouts that fit, fastest first; why the others fell out; batch sizes near the asked one."""
+    with_experts = any(entry["ep"] > 1 for entry in results["fitting"])
     lines = [
         *([results["backend"]["reason"]] if results["backend"]["reason"] else []),
         f"{results['tried']} layouts of {results['gpus']} {results['gpu']}, global batch {results['global_batch']},"
         f" up to {results['memory_share']:.0%} of the memory",
         "days: by products and bytes alone, with all traffic hidden ... none; and as expected",
         "",
-        "  tp pp cp    dp mb  m schedule                recompute  idle   GB  hidden ... none  expected  dominated by",
+        f"  tp pp cp    dp {' ep ' if with_experts else ''}mb  m schedule                recompute  idle   GB"
+        "  hidden ... none  expected  dominated by",
     ]
     for entry in results["fitting"]:
         days = entry["days"]
         schedule = entry["schedule"] if entry["pp"] > 1 else "-"
+        experts = f" {entry['ep']:>3}" if with_experts else ""
         lines.append(
-            f"  {entry['tp']:>2} {entry['pp']:>2} {entry['cp']:>2} {entry['dp']:>5} {entry['micro_batch']:>2}"
+            f"  {entry['tp']:>2} {entry['pp']:>2} {entry['cp']:>2} {entry['dp']:>5}{experts} {entry['micro_batch']:>2}"
             f" {entry['microbatches']:>2} {schedule:<23} {entry['recompute']:<9} {entry['idle']:>5.1%}"
             f" {entry['memory_bytes'] / 1e9:>4.0f}  {days['hidden']:>6.2f} ... {days['exposed']:<5.2f}"
             f" {days['expected']:>8.2f}  {entry['dominating']}"

@@ -41,12 +41,13 @@ def flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dic
         kinds["head" if name == "head" else name.split(".")[2]] += value
     kinds["moe"] += flops.router
     kinds |= {"attention products": flops.attention, "state-space scan": flops.scan}
+    router = {"fp32": 3 * flops.router} if flops.router else {}
     return {
         "forward_per_token": flops.forward,
         "forward_per_token_by_kind": {kind: value for kind, value in kinds.items() if value},
         "training_per_token": flops.training,
         "training_per_step": flops.training * config.tokens_per_step,
-        "training_per_token_by_rate": flops_by_rate(flops, table),
+        "training_per_token_by_rate": flops_by_rate(flops, table) | router,
         "orthogonalization_per_step": whole_flops(config.model, config.optim),
     }
 
@@ -83,8 +84,10 @@ def time_section(
     config, assumptions = checked.config, site.assumptions
     gpu = site.machine.gpu
     tokens = config.tokens_per_step / site.num_gpus
-    links = paths(config.parallel, checked.dp, site.machine, assumptions.rails)
-    most = paths(config.parallel, checked.dp, site.machine, rails=site.machine.domain_gpus)
+    with_experts = bool(config.model.moe.num_experts)
+    links = paths(config.parallel, checked.dp, site.machine, assumptions.rails, with_experts=with_experts)
+    rails = site.machine.domain_gpus
+    most = paths(config.parallel, checked.dp, site.machine, rails=rails, with_experts=with_experts)
     at_peak = assumptions.efficiency / DAY
     return {
         "gpu": gpu.name,
@@ -123,7 +126,8 @@ def cost_sections(
 ) -> dict[str, Any]:
     """The sections `flops`, `time` and `whole_run` of a report. ramp: `idle.ramp_section`."""
     table = checked.plan.table()
-    step = step_time(checked.config, flops, pipeline, RankSettings.of(checked, table), ramp[-1]["bubble"], site)
+    settings = RankSettings.of(checked, table)
+    step = step_time(checked.config, flops, pipeline, settings, ramp[-1]["bubble"], site)
     spans = run_spans(checked, flops, pipeline, ramp, site)
     by_all_links = replace(site, assumptions=replace(site.assumptions, rails=float(site.machine.domain_gpus)))
     fastest = run_spans(checked, flops, pipeline, ramp, by_all_links)

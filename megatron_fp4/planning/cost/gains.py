@@ -58,4 +58,6 @@ def roofline_with_gains(
     site: Site,
 ) -> dict[str, Any]:
     """The section `roofline` of a report."""
-    return roofline_section(linears, settings, site, partial(step_gains, config, flops, pipeline, settings, idle))
+    return roofline_section(
+        linears, config.model.moe, settings, site, partial(step_gains, config, flops, pipeline, settings, idle)
+    )

@@ -30,6 +30,12 @@ class Assumptions:
     published for a 70B in MXFP8 on 64 GB200 and 0.28 in NVFP4 (Megatron-Bridge performance summary 26.04)."""
     fp4_share: float = 0.0
     """Part of `efficiency` that FP4 products reach."""
+    grouped_share: float = 0.8
+    """Part of `efficiency` that grouped products of experts reach; an assumption, measure yours. At best as much as
+    dense ones: 0.91 of the peak of an H800 by a kernel made for it (arXiv 2501.16103)."""
+    fp32_tflops: float = 75.0
+    """Of products in FP32 outside the tensor cores, by which routers are computed: 600 / 8 of DGX B200's data sheet, as
+    others quote it."""
     quantizer_efficiency: float = 0.5
     """Part of the memory's bandwidth that quantizers reach: 0.53 for NVFP4 and 0.52 for MXFP8, by the bytes counted
     here and the times on a B300, with quantizers and without, in Transformer Engine's GEMM Profiling Tutorial."""
@@ -67,7 +73,7 @@ class Assumptions:
             if not (LEAST <= value <= MOST or (value == 0 and field.name in MAY_BE_ZERO)):
                 zero = ", or 0" if field.name in MAY_BE_ZERO else ""
                 raise ValueError(f"--assume {field.name}={value:g}: must be a number from {LEAST:g} to {MOST:g}{zero}")
-        for name in ("efficiency", "fp4_share", "quantizer_efficiency", "memory_share"):
+        for name in ("efficiency", "fp4_share", "grouped_share", "quantizer_efficiency", "memory_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} = {getattr(self, name):g}, must be above 0 and at most 1")
         if self.rails < 1 or self.domain_gpus % 1:

@@ -40,6 +40,12 @@ class Path:
         """Seconds of sending `num_bytes`, without latency."""
         return num_bytes / self.bytes_per_second
 
+    def exchange_seconds(self, num_bytes: float) -> float:
+        """Seconds of an all-to-all: what stays in the domain and what leaves it go at the same time by their links."""
+        if not self.crosses:
+            return self.seconds(num_bytes)
+        return self.seconds(num_bytes * (self.size - self.inside) / (self.size - 1))
+
     @property
     def latency(self) -> float:
         """Seconds until the first byte of an all-gather or reduce-scatter has come round.
@@ -64,11 +70,18 @@ class Path:
 
 
 def paths(
-    parallel: ParallelConfig, dp: int, machine: Machine, rails: float = 1.0, *, with_owners: bool = False
+    parallel: ParallelConfig,
+    dp: int,
+    machine: Machine,
+    rails: float = 1.0,
+    *,
+    with_owners: bool = False,
+    with_experts: bool = False,
 ) -> dict[str, Path]:
     """Axis of traffic.py -> what it crosses; `amax` are the ranks that share a scale.
 
-    dp: the resolved size. rails: see `Assumptions`. with_owners: the matrices of Muon too.
+    dp: the resolved size. rails: see `Assumptions`. with_owners: the matrices of Muon too. with_experts: rows to routed
+    experts and their gradients too.
     """
     tp, cp = parallel.tp, parallel.cp
     groups = {
@@ -80,6 +93,8 @@ def paths(
     }
     if with_owners:
         groups["matrices"] = (1, tp * cp * dp)
+    if with_experts:
+        groups |= {"experts": (1, parallel.ep), "expert_data": (parallel.ep, tp * cp * dp // parallel.ep)}
     return {axis: _path(stride, size, machine, rails) for axis, (stride, size) in groups.items()}
 
 

@@ -9,13 +9,14 @@ Not here: the emulation's quantizers, which are many kernels and take many times
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from megatron_fp4.models.block import block_linears
+from megatron_fp4.layers.moe.config import MoeConfig
+from megatron_fp4.models.block import LinearInfo
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import StageRange
+from megatron_fp4.planning.held import HeldElements, stage_linears
 from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import STORED_BYTES
@@ -53,31 +54,20 @@ class Overheads:
         """The overheads of a rank that holds `stages`."""
         quantizer = weight = 0.0
         scales = weight_scales = 0
-        for rows, columns, precision in _linears(config, stages, settings):
-            for tensor, one in quantizers(rows, columns, precision, settings).items():
+        for info in (info for stage in stages for info in stage_linears(config, stage)):
+            for tensor, one in linear_quantizers(info, config.moe, settings).items():
                 if tensor == "w":
                     weight += one.num_bytes
                     weight_scales += one.reduced
                 else:
                     quantizer += one.num_bytes
                     scales += one.reduced
-        parameters = sum(parameter.local_numel(settings.tp) for parameter in held_parameters(config, stages))
+        held = HeldElements.of(config, stages, settings)
         muon = MuonShare.of(config, stages, settings)
-        updated = (parameters - muon.elements) * UPDATE_BYTES + muon.elements * MUON_BYTES
-        optimizer = parameters * CLEAR_BYTES + updated / settings.replicas
+        by_muon = muon.divided(settings)
+        updated = (held.divided(settings) - by_muon) * UPDATE_BYTES + by_muon * MUON_BYTES
+        optimizer = held.total * CLEAR_BYTES + updated
         return Overheads(quantizer, weight, scales, weight_scales, optimizer, muon.flops)
-
-
-def _linears(
-    config: ModelConfig, stages: Collection[StageRange], settings: RankSettings
-) -> Iterator[tuple[int, int, LinearPrecision]]:
-    """Local rows and columns, and precision."""
-    for stage in stages:
-        for index in range(stage.first, stage.stop):
-            for info in block_linears(index, config):
-                yield *info.local_shape(settings.tp), settings.precision(info.name)
-        if stage.has_head:
-            yield -(-config.vocab_size // settings.tp), config.hidden, settings.precision("head")
 
 
 @dataclass(frozen=True)
@@ -97,13 +87,32 @@ class Quantizer:
         return self.read + sum(self.written.values())
 
 
+def tensor_sizes(info: LinearInfo, moe: MoeConfig, settings: RankSettings) -> dict[str, float]:
+    """Elements on a rank of x and dy of a microbatch, and of w; of routed experts together."""
+    rows, columns = info.local_shape(settings.tp)
+    tokens = settings.rows(info, moe)
+    return {"x": tokens * columns, "dy": tokens * rows, "w": rows * columns * max(1, info.num_experts // settings.ep)}
+
+
+def linear_quantizers(info: LinearInfo, moe: MoeConfig, settings: RankSettings) -> dict[str, Quantizer]:
+    """The quantizers of x and dy in a microbatch, and of w once a step."""
+    precision = settings.precision(info.name)
+    ours = _quantizers(tensor_sizes(info, moe, settings), precision, settings)
+    # a scale of experts is of one segment, whose rows are all on this rank
+    return {tensor: replace(one, reduced=False) for tensor, one in ours.items()} if info.num_experts else ours
+
+
 def quantizers(rows: int, columns: int, precision: LinearPrecision, settings: RankSettings) -> dict[str, Quantizer]:
-    """The quantizers of x and dy in a microbatch, and of w once a step. rows, columns: of the weight on a rank."""
-    numels = {"x": settings.tokens * columns, "dy": settings.tokens * rows, "w": rows * columns}
-    return {tensor: _quantizer(tensor, numel, precision, settings) for tensor, numel in numels.items()}
+    """The same of any linear that every token passes. rows, columns: of the weight on a rank."""
+    sizes = {"x": settings.tokens * columns, "dy": settings.tokens * rows, "w": rows * columns}
+    return _quantizers(sizes, precision, settings)
 
 
-def _quantizer(tensor: str, numel: int, precision: LinearPrecision, settings: RankSettings) -> Quantizer:
+def _quantizers(sizes: Mapping[str, float], precision: LinearPrecision, settings: RankSettings) -> dict[str, Quantizer]:
+    return {tensor: _quantizer(tensor, numel, precision, settings) for tensor, numel in sizes.items()}
+
+
+def _quantizer(tensor: str, numel: float, precision: LinearPrecision, settings: RankSettings) -> Quantizer:
     uses = {gemm.name: dict(zip(gemm.tensors, gemm.operands, strict=True)) for gemm in precision.gemms}
     copies = {name: operands[tensor] for name, operands in uses.items() if tensor in operands}
     copies = {name: operand for name, operand in copies.items() if operand.quantized}

@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.models.block import LinearInfo
 from megatron_fp4.planning.cost.hardware import Site
 from megatron_fp4.planning.cost.machines import MACHINES, Machine
-from megatron_fp4.planning.cost.overheads import quantizers
+from megatron_fp4.planning.cost.overheads import linear_quantizers, tensor_sizes
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import STORED_BYTES
 from megatron_fp4.precision.spec import Gemm, LinearPrecision
@@ -54,31 +55,36 @@ class RoofProduct:
 
 @dataclass(frozen=True)
 class LinearRoof:
-    """Linears of one kind, shape and precision. count: how many the model has. rows, columns: of a rank's weight."""
+    """Linears of one kind, shape and precision. count: how many the model has. tokens: rows of x on a rank. rows,
+    columns: of a rank's weight, of one expert where there are some.
+    """
 
     linear: str
     count: int
+    tokens: float
     rows: int
     columns: int
     products: tuple[RoofProduct, ...]
 
 
-def linear_roofs(linears: Sequence[LinearInfo], settings: RankSettings) -> list[LinearRoof]:
+def linear_roofs(linears: Sequence[LinearInfo], moe: MoeConfig, settings: RankSettings) -> list[LinearRoof]:
     """In the order of the model."""
-    counts: dict[tuple[str, int, int, LinearPrecision], int] = {}
+    alike: dict[tuple[str, int, int, LinearPrecision], list[LinearInfo]] = {}
     for info in linears:
         kind = re.sub(r"^blocks\.\d+\.", "", info.name)
         key = (kind, *info.local_shape(settings.tp), settings.precision(info.name))
-        counts[key] = counts.get(key, 0) + 1
+        alike.setdefault(key, []).append(info)
     return [
-        LinearRoof(kind, count, rows, columns, _products(rows, columns, precision, settings))
-        for (kind, rows, columns, precision), count in counts.items()
+        LinearRoof(kind, len(infos), settings.rows(infos[0], moe), rows, columns, _products(infos[0], moe, settings))
+        for (kind, rows, columns, _), infos in alike.items()
     ]
 
 
-def _products(rows: int, columns: int, precision: LinearPrecision, settings: RankSettings) -> tuple[RoofProduct, ...]:
-    tensors = quantizers(rows, columns, precision, settings)
-    numels = {"x": settings.tokens * columns, "dy": settings.tokens * rows, "w": rows * columns}
+def _products(info: LinearInfo, moe: MoeConfig, settings: RankSettings) -> tuple[RoofProduct, ...]:
+    tensors = linear_quantizers(info, moe, settings)
+    numels = tensor_sizes(info, moe, settings)
+    rows, columns = info.local_shape(settings.tp)
+    precision = settings.precision(info.name)
     results = {"fprop": "dy", "dgrad": "x", "wgrad": "w"}  # each has the shape of one of the tensors
 
     def product(gemm: Gemm) -> RoofProduct:
@@ -91,17 +97,21 @@ def _products(rows: int, columns: int, precision: LinearPrecision, settings: Ran
         stored = [STORED_BYTES.get(operand.format, settings.dtype.itemsize) for operand in gemm.operands]
         read = sum(numels[tensor] * each for tensor, each in zip(gemm.tensors, stored, strict=True))
         result = 2 * FP32 if gemm.name == "wgrad" else settings.dtype.itemsize  # gradients are read and written
-        flops = 2.0 * settings.tokens * rows * columns
+        flops = 2.0 * settings.rows(info, moe) * rows * columns
         return RoofProduct(gemm.name, gemm_format(gemm), flops, read + numels[results[gemm.name]] * result, quantized)
 
     return tuple(product(gemm) for gemm in precision.gemms)
 
 
 def roofline_section(
-    linears: Sequence[LinearInfo], settings: RankSettings, site: Site, gains: Callable[[Site], dict[str, float]]
+    linears: Sequence[LinearInfo],
+    moe: MoeConfig,
+    settings: RankSettings,
+    site: Site,
+    gains: Callable[[Site], dict[str, float]],
 ) -> dict[str, Any]:
     """One entry per kind of linear; the totals of this GPU and of `OTHERS`. gains: of the whole step, on a site."""
-    roofs = linear_roofs(linears, settings)
+    roofs = linear_roofs(linears, moe, settings)
     others = [name for name in OTHERS if name != site.machine.gpu.name]
     return {
         "gpu": site.machine.gpu.name,

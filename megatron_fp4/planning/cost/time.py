@@ -16,6 +16,9 @@ A plan that leaves a term out ranks layouts by what it left out.
     data_latency  of the messages of `data`                         as `data`
     latency       of the other messages                             nothing
     amax          all-reduces of scales, by latency                 nothing
+    experts       rows to routed experts and back, copies too       nothing
+    grouped       products of experts: padding, and slower ones     -
+    router        its products in FP32, at their peak               -
     quantizers    their bytes by the part of memory's bandwidth     -
     optimizer     its bytes by the bandwidth of memory              -
     muon          matrices to their owners, products there, back    nothing
@@ -35,8 +38,9 @@ from typing import Any
 
 from megatron_fp4.models.count import Flops
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.planning.cost.experts import ExpertTime
 from megatron_fp4.planning.cost.hardware import Site
-from megatron_fp4.planning.cost.links import paths
+from megatron_fp4.planning.cost.links import Path, paths
 from megatron_fp4.planning.cost.overheads import Overheads
 from megatron_fp4.planning.idle import PipelineLayout, imbalance
 from megatron_fp4.planning.settings import RankSettings
@@ -66,6 +70,9 @@ class StepTime:
     data_latency: float
     latency: float
     amax: float
+    experts: float
+    grouped: float
+    router: float
     quantizers: float
     optimizer: float
     muon: float
@@ -88,11 +95,11 @@ class StepTime:
 
     @property
     def hidden(self) -> float:
-        return max(self.compute + self.tensor + self.context + self.muon, self.data, self.pipeline)
+        return max(self.compute + self.tensor + self.context + self.experts + self.muon, self.data, self.pipeline)
 
     @property
     def exposed(self) -> float:
-        return self.compute + self.tensor + self.context + self.muon + self.data + self.pipeline
+        return self.compute + self.tensor + self.context + self.experts + self.muon + self.data + self.pipeline
 
     @property
     def expected(self) -> float:
@@ -123,7 +130,7 @@ def step_time(
     products = tokens / site.num_gpus * seconds_per_token(flops, table, settings.recompute, machine.gpu)
     products /= site.assumptions.efficiency
     heaviest = imbalance(pipeline.costs(config.model))
-    links = paths(config.parallel, settings.dp, machine, site.assumptions.rails, with_owners=True)
+    links = _links(config, settings, site)
     sent = [bytes_sent(config.model, held.values(), settings) for held in pipeline.chunks]
     seconds = {axis: max(links[axis].seconds(part[axis]) for part in sent) for axis in sent[0]}
     beside = [Overheads.of(config.model, held.values(), settings) for held in pipeline.chunks]
@@ -134,9 +141,13 @@ def step_time(
     amax = reductions * links["amax"].small_latency + max(one.weight_reductions for one in beside) * (
         links["tensor"].small_latency
     )
+    exchanged = max(part.get("experts", 0.0) for part in sent)
+    experts = ExpertTime.of(config.model, pipeline, settings, links.get("experts"), exchanged, site)
+    router = 3 * flops.router * tokens / site.num_gpus / (1e12 * site.assumptions.fp32_tflops)
     latency, data_latency = _latencies(config, sent, settings, site)
     fp4 = heaviest * tokens / site.num_gpus * _fp4_shortfall(flops, table, settings.recompute, site)
     in_layers = seconds["tensor"] + seconds["context"] + quantizers + amax + latency + fp4
+    in_layers += experts.moving + experts.grouped + router
     device = (products * heaviest + in_layers) / microbatches
     flops_of_muon = max(one.optimizer_flops for one in beside)
     return StepTime(
@@ -145,11 +156,14 @@ def step_time(
         idle=products * heaviest * idle / (1 - idle),
         tensor=seconds["tensor"],
         context=seconds["context"],
-        data=seconds["data"],
+        data=seconds["data"] + seconds.get("expert_data", 0.0),
         pipeline=seconds["pipeline"],
         data_latency=data_latency,
         latency=latency,
         amax=amax,
+        experts=experts.moving,
+        grouped=experts.grouped,
+        router=router,
         quantizers=quantizers,
         optimizer=max(one.optimizer_bytes for one in beside) / memory,
         muon=_seconds({"bf16": flops_of_muon}, machine.gpu) / site.assumptions.efficiency
@@ -166,7 +180,7 @@ def _latencies(
     config: RunConfig, sent: Sequence[Mapping[str, float]], settings: RankSettings, site: Site
 ) -> tuple[float, float]:
     """Seconds a step: of tensor parallelism and of one trip down the pipeline and back; of all buckets both ways."""
-    links = paths(config.parallel, settings.dp, site.machine, site.assumptions.rails)
+    links = _links(config, settings, site)
     rows = settings.tokens * config.model.hidden * settings.dtype.itemsize
     share, replicas = 1 - 1 / settings.tp, 1 - 1 / settings.replicas
     messages = max(part["tensor"] for part in sent) / (rows * share) if share else 0.0
@@ -175,6 +189,12 @@ def _latencies(
     trips = 2 * (config.parallel.pp - 1)
     latency = messages * links["tensor"].latency + trips * links["pipeline"].latency
     return latency, 2 * buckets * links["data"].latency
+
+
+def _links(config: RunConfig, settings: RankSettings, site: Site) -> dict[str, Path]:
+    """Every path that messages of this run take."""
+    some = {"with_owners": True, "with_experts": bool(config.model.moe.num_experts)}
+    return paths(config.parallel, settings.dp, site.machine, site.assumptions.rails, **some)
 
 
 def seconds_per_token(flops: Flops, table: PrecisionTable, recompute: Recompute, gpu: Gpu) -> float:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import functools
 
-from megatron_fp4.models.count import count_flops, model_parameters
-from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.models.count import count_flops
+from megatron_fp4.models.decoder import Recompute, whole_model
 from megatron_fp4.pipeline.schedules import stages_per_rank
 from megatron_fp4.planning.cost.hardware import Site
 from megatron_fp4.planning.cost.links import paths
 from megatron_fp4.planning.cost.time import seconds_per_token
+from megatron_fp4.planning.held import HeldElements
 from megatron_fp4.planning.idle import PipelineShape, idle_part
 from megatron_fp4.planning.layouts.chosen import ChosenLayout
+from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 
@@ -35,7 +37,7 @@ class TimeBound:
         config, site = self.config, self.site
         model = config.model
         parallel = layout.applied_to(config).parallel
-        links = paths(parallel, layout.dp, site.machine, site.assumptions.rails)
+        links = paths(parallel, layout.dp, site.machine, site.assumptions.rails, with_experts=bool(self._held.experts))
         microbatches = config.train.global_batch // (layout.dp * layout.micro_batch)
         per_token = self._per_token(layout, table) / site.assumptions.efficiency
         products = per_token * config.tokens_per_step / site.num_gpus
@@ -47,7 +49,11 @@ class TimeBound:
         rows = layout.micro_batch * config.data.seq_length / layout.cp * model.hidden * 2
         tensor = messages * (links["tensor"].seconds(rows * (1 - 1 / layout.tp)) + links["tensor"].latency)
         busy = (products + tensor) / (1 - idle)
-        data = links["data"].seconds(6 * self._parameters / (layout.tp * layout.pp) * (1 - 1 / (layout.dp * layout.cp)))
+        replicas, expert_replicas = layout.dp * layout.cp, layout.dp * layout.cp * layout.tp // layout.ep
+        data = links["data"].seconds(6 * self._held.common / (layout.tp * layout.pp) * (1 - 1 / replicas))
+        if self._held.experts:
+            mean = self._held.experts / (layout.ep * layout.pp)
+            data += links["expert_data"].seconds(6 * mean * (1 - 1 / expert_replicas))
         return busy + max(0.0, data - 1.5 * (products + tensor) / microbatches)
 
     def _per_token(self, layout: ChosenLayout, table: PrecisionTable) -> float:
@@ -59,5 +65,6 @@ class TimeBound:
         return self._at_peak[key]
 
     @functools.cached_property
-    def _parameters(self) -> int:
-        return sum(parameter.numel for parameter in model_parameters(self.config.model))
+    def _held(self) -> HeldElements:
+        """Elements of a rank that holds everything."""
+        return HeldElements.of(self.config.model, [whole_model(self.config.model)], RankSettings())

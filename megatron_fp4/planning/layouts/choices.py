@@ -25,6 +25,7 @@ from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 
 LARGEST = {"tp": 16, "pp": 16, "cp": 16}
+LARGEST_EP = 128
 MICRO_BATCHES = (1, 2, 4)
 
 
@@ -63,7 +64,7 @@ class Choices:
         """The layouts whose sizes divide world and batch and whose schedule takes the number of microbatches."""
         num_gpus, batches = self.site.num_gpus, self.config.train.batch_sizes
         sizes = [[size for size in range(1, most + 1) if num_gpus % size == 0] for most in LARGEST.values()]
-        has_mamba, ep = "M" in self.config.model.blocks, self.config.parallel.ep
+        has_mamba = "M" in self.config.model.blocks
         for tp, pp, cp in itertools.product(*sizes):
             if num_gpus % (tp * pp * cp):
                 continue
@@ -75,10 +76,17 @@ class Choices:
                     self.fallen["schedule"] += 1
                 elif cp > 1 and has_mamba:
                     self.fallen["mamba"] += 1
-                elif tp * cp * dp % ep:
+                elif not (sizes_of_ep := self._sizes_of_ep(tp * cp * dp)):
                     self.fallen["experts"] += 1
                 else:
-                    yield ChosenLayout(tp, pp, cp, dp, micro_batch, schedule, ep=ep)
+                    yield from (ChosenLayout(tp, pp, cp, dp, micro_batch, schedule, ep=ep) for ep in sizes_of_ep)
+
+    def _sizes_of_ep(self, ranks: int) -> list[int]:
+        """The one that was asked for, or the powers of two that divide experts and the ranks of a stage."""
+        asked, experts = self.config.parallel.ep, self.config.model.moe.num_experts
+        powers = (2**power for power in range(LARGEST_EP.bit_length()))
+        sizes = [asked] if asked > 1 or not experts else [size for size in powers if experts % size == 0]
+        return [size for size in sizes if ranks % size == 0]
 
     def _allowed(self, layout: ChosenLayout) -> bool:
         reason = self._objection(layout)

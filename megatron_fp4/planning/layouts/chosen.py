@@ -17,7 +17,7 @@ from megatron_fp4.train.config import RunConfig
 
 @dataclass(frozen=True)
 class ChosenLayout:
-    """What a search chooses. dp follows from the world; ep is the one that was asked for."""
+    """What a search chooses. dp follows from the world."""
 
     tp: int
     pp: int

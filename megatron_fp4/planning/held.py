@@ -1,0 +1,88 @@
+"""What a rank holds, linears and elements of parameters: counted once per stage, for every layout.
+
+A model with experts has tens of thousands of tensors, and a search asks for thousands of layouts, so what a layout
+divides is summed by the size of the dimension that it divides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from megatron_fp4.models.block import LinearInfo, model_linears
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.count import held_parameters
+from megatron_fp4.models.decoder import StageRange
+from megatron_fp4.planning.footprint import FP32
+from megatron_fp4.planning.settings import RankSettings
+
+
+@dataclass(frozen=True)
+class HeldElements:
+    """Elements on a rank: common, all but those of routed experts; of these `replicated` on every tensor-parallel rank,
+    `tied` in a table whose copy another pipeline rank has too; experts: of the routed experts on it.
+    """
+
+    common: int
+    replicated: int
+    tied: int
+    experts: int
+
+    @staticmethod
+    def of(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> HeldElements:
+        """The elements of a rank that holds `stages`: of the one with the remainder of an uneven vocabulary."""
+        sizes = _sizes(config, tuple(stages))
+        tp = settings.tp
+        local = {
+            kind: sum(numel // size * -(-size // tp) for (of_kind, size), numel in sizes.items() if of_kind == kind)
+            for kind in ("sharded", "tied")
+        }
+        replicated, experts = sizes["whole", 1], sizes["experts", 1] // settings.ep
+        return HeldElements(local["sharded"] + local["tied"] + replicated, replicated, local["tied"], experts)
+
+    @property
+    def total(self) -> int:
+        return self.common + self.experts
+
+    def divided(self, settings: RankSettings) -> float:
+        """Elements whose optimizer state is on this rank."""
+        return self.common / settings.replicas + self.experts / settings.expert_replicas
+
+    def sums_at_once(self, settings: RankSettings) -> float:
+        """Bytes of summed gradients after the last backward pass; those of a tied table come when others are used."""
+        common = max(self.tied, self.common - self.tied) if settings.replicas > 1 else 0
+        experts = self.experts if settings.expert_replicas > 1 else 0
+        return FP32 * (common / settings.replicas + experts / settings.expert_replicas)
+
+
+def num_mixtures(config: ModelConfig, stages: Iterable[StageRange]) -> int:
+    """Mixtures of experts in the blocks of these stages."""
+    return sum(config.blocks[stage.first : stage.stop].count("E") for stage in stages)
+
+
+@functools.cache
+def stage_linears(config: ModelConfig, stage: StageRange) -> tuple[LinearInfo, ...]:
+    """The linears that a stage holds; what is outside the blocks is where the head is."""
+    return tuple(
+        info
+        for info in model_linears(config)
+        if (stage.has_head if info.block is None else stage.first <= info.block < stage.stop)
+    )
+
+
+@functools.cache
+def _sizes(config: ModelConfig, stages: tuple[StageRange, ...]) -> Counter[tuple[str, int]]:
+    """(experts, whole, sharded or tied; size of the dimension that tensor parallelism divides, or 1) -> elements."""
+    both_ends = any(stage.has_embedding for stage in stages) and any(stage.has_head for stage in stages)
+    sizes: Counter[tuple[str, int]] = Counter()
+    for parameter in held_parameters(config, stages):
+        if parameter.expert is not None:
+            sizes["experts", 1] += parameter.numel
+        elif parameter.sharded is None:
+            sizes["whole", 1] += parameter.numel
+        else:
+            tied = config.tied_embeddings and parameter.kind == "embedding" and not both_ends
+            sizes["tied" if tied else "sharded", parameter.shape[parameter.sharded]] += parameter.numel
+    return sizes
