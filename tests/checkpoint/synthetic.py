@@ -1,8 +1,8 @@
-"""A model-free stand-in for the optimizer: logical tensors cut into shards for any (tp, pp, dp).
+"""A model-free stand-in for the optimizer: logical tensors cut into shards for any (tp, pp, dp, ep).
 
 Values are a function of (kind, name, element), so what a rank must hold after a load needs no reference run.
 Has uneven rows, a fused weight (q|k|v as three logical tensors in one parameter), column shards, a tensor replicated
-over tp, and a tied copy on the last stage.
+over tp, a tied copy on the last stage, and experts, whole on the ranks that hold them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from megatron_fp4.comm.rect import Rectangle, Shard
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 NUM_BLOCKS = 4
+EXPERTS = {f"blocks.0.experts.{number}": (3, 12) for number in range(12)}
 VOCAB, HIDDEN, KV = 22, 12, 4
 
 
 @dataclass(frozen=True)
 class Layout:
+    """ep: 0 = the model has no experts."""
+
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    ep: int = 0
 
     @property
     def world_size(self) -> int:
@@ -48,8 +52,9 @@ def whole_shard(name: str, tensors: dict[str, Tensor]) -> Shard:
     return Shard(Rectangle.whole(name, tuple(next(iter(tensors.values())).shape)), tensors)
 
 
-def logical_shapes() -> dict[str, tuple[int, ...]]:
+def logical_shapes(*, experts: bool = False) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embedding": (VOCAB, HIDDEN), "final_norm": (HIDDEN,)}
+    shapes |= EXPERTS if experts else {}
     for block in range(NUM_BLOCKS):
         shapes |= {
             f"blocks.{block}.norm": (HIDDEN,),
@@ -65,21 +70,27 @@ def logical_shapes() -> dict[str, tuple[int, ...]]:
 def shards_of(layout: Layout, rank: int, *, filled: bool, version: int = 0, kinds: Any = KINDS) -> list[Shard]:
     """All shards of `rank`: filled with the right values, or with NaN to be loaded."""
     tp, pp, dp = layout.place(rank)
-    shapes = logical_shapes()
+    shapes = logical_shapes(experts=bool(layout.ep))
     shards: list[Shard] = []
 
-    def add(name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None, writes: bool = True) -> None:
+    def add(
+        name: str,
+        rows: tuple[int, int],
+        columns: tuple[int, int] | None = None,
+        writes: bool = True,
+        part: tuple[int, int] = (dp, layout.dp),
+    ) -> None:
         """Rows `[rows)` of the logical tensor, of which this dp rank owns an (uneven) part."""
-        start, stop = rows
+        (start, stop), (number, parts) = rows, part
         size = stop - start
-        low, high = start + size * dp // layout.dp, start + size * (dp + 1) // layout.dp
+        low, high = start + size * number // parts, start + size * (number + 1) // parts
         where = Rectangle.whole(name, shapes[name]).rows(low, high)
         if columns is not None:
             where = Rectangle(name, shapes[name], (low, columns[0]), (high - low, columns[1] - columns[0]))
         tensors = {}
         for kind in kinds:
-            part = whole(kind, name, shapes[name], version)[where.slices].clone()
-            tensors[kind] = part if filled else torch.full_like(part, torch.nan)
+            values = whole(kind, name, shapes[name], version)[where.slices].clone()
+            tensors[kind] = values if filled else torch.full_like(values, torch.nan)
         shards.append(Shard(where, tensors, writes))
 
     def share(name: str, dim: int = 0) -> tuple[int, int]:
@@ -94,6 +105,11 @@ def shards_of(layout: Layout, rank: int, *, filled: bool, version: int = 0, kind
         for part in ("q", "k", "v", "conv"):
             add(f"blocks.{block}.{part}", share(f"blocks.{block}.{part}"))
         add(f"blocks.{block}.out", (0, HIDDEN), share(f"blocks.{block}.out", 1))
+    if first and layout.ep:
+        edp, ep = divmod(dp * layout.tp + tp, layout.ep)
+        share_of = len(EXPERTS) // layout.ep
+        for name in list(EXPERTS)[ep * share_of : (ep + 1) * share_of]:
+            add(name, (0, shapes[name][0]), part=(edp, layout.dp * layout.tp // layout.ep))
     if last:
         add("final_norm", (0, HIDDEN), writes=tp == 0)
         add("embedding", share("embedding"), writes=False)  # the head's copy of a tied embedding; another tensor

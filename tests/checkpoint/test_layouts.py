@@ -13,8 +13,8 @@ from tests.helpers.distributed import run_distributed
 
 WORLD_SIZE = 4
 # 22 vocabulary rows, 12 hidden and 4 key rows: uneven shares at dp 3 and 4, empty ones at tp 4 x dp > 1
-SAVERS = [Layout(), Layout(tp=2, dp=2), Layout(pp=2, dp=2), Layout(dp=3)]
-LOADERS = [*SAVERS, Layout(tp=4), Layout(pp=4), Layout(tp=2, pp=2)]
+SAVERS = [Layout(ep=1), Layout(tp=2, dp=2, ep=4), Layout(pp=2, dp=2, ep=2), Layout(dp=3, ep=1)]
+LOADERS = [*SAVERS, Layout(tp=4, ep=2), Layout(pp=4, ep=1), Layout(tp=2, pp=2, ep=2), Layout(dp=3, ep=3)]
 KINDS = ("master", "exp_avg")
 META = {"tokens": 7.5, "loader": {"cursor": [1, 2]}}
 
