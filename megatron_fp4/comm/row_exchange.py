@@ -2,7 +2,8 @@
 
 Every rank of a group has rows for every other, as many as its data say. `agree` tells each rank what it will get, and
 reads the numbers back: the only time that the host waits. Then `there` and `back` are one message between each pair of
-ranks, as often as wanted; each is the other's backward pass. Rows of several tensors travel as one (`pack`).
+ranks, as often as wanted; each is the other's backward pass. Rows of several tensors travel as one message
+(`together`).
 
 A rank that gets or sends nothing takes part all the same. On the meta device, which has no numbers, rows are spread
 evenly. Not here: which row is for which rank, and the order of what arrives (layers/moe/dispatch.py).
@@ -10,8 +11,7 @@ evenly. Not here: which row is for which rank, and the order of what arrives (la
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,16 +78,13 @@ def _in_rows(flat: Sequence[int], num_rows: int) -> list[Sequence[int]]:
     return [flat[start : start + width] for start in range(0, len(flat), width)]
 
 
-def pack(*tensors: Tensor) -> Tensor:
-    """Tensors `[R]` or `[R, C]`, side by side as bytes: uint8 `[R, B]`."""
-    matrices = (tensor if tensor.dim() == 2 else tensor[:, None] for tensor in tensors)
-    return torch.cat([matrix.contiguous().view(torch.uint8) for matrix in matrices], dim=1)
-
-
-def unpack(rows: Tensor, *like: tuple[torch.dtype, tuple[int, ...]]) -> list[Tensor]:
-    """The tensors that were packed, by their dtypes and the shapes of a row."""
-    widths = [dtype.itemsize * math.prod(shape) for dtype, shape in like]
+def together(rows: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Tensors `[R]` or `[R, C]` moved in one message: `together([x, weight], exchange.there)`."""
+    matrices = [each if each.dim() == 2 else each[:, None] for each in rows]
+    packed = torch.cat([matrix.contiguous().view(torch.uint8) for matrix in matrices], dim=1)
+    arrived = move(packed)
+    widths = [matrix.shape[1] * matrix.itemsize for matrix in matrices]
     return [  # clones, because the bytes of a single row may begin anywhere
-        part.clone(memory_format=torch.contiguous_format).view(dtype).view(len(rows), *shape)
-        for part, (dtype, shape) in zip(rows.split(widths, dim=1), like, strict=True)
+        part.clone(memory_format=torch.contiguous_format).view(each.dtype).view(len(arrived), *each.shape[1:])
+        for part, each in zip(arrived.split(widths, dim=1), rows, strict=True)
     ]

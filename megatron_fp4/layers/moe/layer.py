@@ -70,7 +70,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
         routes = self.router(x_TD, tokens)
         x_TL = x_TD if self.latent_down is None else self.latent_down(x_TD, tokens)
-        arrivals = dispatch(x_TL, routes, tokens.local_rows(self._context.tp), self.config)
+        arrivals = dispatch(x_TL, routes, tokens.local_rows(self._context.tp), self.config, self._context)
         y_RL = self.experts(arrivals.x_RD, arrivals.weight_R, arrivals.rows, arrivals.segments)
         y_TD = combine(y_RL, arrivals)
         if self.latent_up is not None:
