@@ -155,14 +155,15 @@ def test_rows_go_and_come_back_as_on_one_rank(
         assert [bool(outcome.segments) for outcome in outcomes].count(False) >= 2, "no rank was without a row"
     seen = [part for outcome in outcomes for part in outcome.segments]
     wanted = [part for outcome in alone for part in outcome.segments]
-    key = lambda part: (part[0], int(part[1][0]))  # noqa: E731
     assert len(seen) == len(wanted)
-    for (expert, rows, x), (other, right_rows, right_x) in zip(
-        sorted(seen, key=key), sorted(wanted, key=key), strict=True
-    ):
-        assert expert == other
-        assert torch.equal(rows, right_rows), f"expert {expert}: {rows.tolist()}, not {right_rows.tolist()}"
-        assert torch.equal(x, right_x)
+    for part, right in zip(sorted(seen, key=_place), sorted(wanted, key=_place), strict=True):
+        assert part[0] == right[0]
+        assert torch.equal(part[1], right[1]), f"expert {part[0]}: {part[1].tolist()}, not {right[1].tolist()}"
+        assert torch.equal(part[2], right[2])
+
+
+def _place(part: tuple[int, Tensor, Tensor]) -> tuple[int, int]:
+    return part[0], int(part[1][0])
 
 
 def test_segments_of_a_rank_are_in_the_order_of_expert_and_source(
@@ -170,7 +171,7 @@ def test_segments_of_a_rank_are_in_the_order_of_expert_and_source(
 ) -> None:
     for of_rank in ranks:
         for outcome in of_rank.values():
-            order = [(expert, int(rows[0])) for expert, rows, _ in outcome.segments]
+            order = [_place(part) for part in outcome.segments]
             assert order == sorted(order)
 
 
