@@ -1,7 +1,7 @@
 """Rows to the ranks that they are for, and back: numbers of rows that are known to the device only.
 
 Every rank of a group has rows for every other, as many as its data say. `agree` tells each rank what it will get, and
-reads the numbers back: the only time that the host waits. Then `there` and `back` are one message between each pair of
+reads the numbers back: the only time that the host waits. Then `deliver` and `back` are one message between each pair of
 ranks, as often as wanted; each is the other's backward pass. Rows of several tensors travel as one message
 (`together`).
 
@@ -64,12 +64,12 @@ class RowExchange:
         """Rows that arrive, those of this rank itself among them."""
         return sum(self.received)
 
-    def there(self, rows: Tensor) -> Tensor:
+    def deliver(self, rows: Tensor) -> Tensor:
         """`[num_sent, ...]`, sorted by rank -> `[num_received, ...]`, in the order of the ranks. Collective."""
         return all_to_all_rows(rows, self.group, self.sent, self.received)
 
     def back(self, rows: Tensor) -> Tensor:
-        """`[num_received, ...]` as `there` gave them -> `[num_sent, ...]`. Collective."""
+        """`[num_received, ...]` as `deliver` gave them -> `[num_sent, ...]`. Collective."""
         return all_to_all_rows(rows, self.group, self.received, self.sent)
 
 
@@ -79,7 +79,7 @@ def _in_rows(flat: Sequence[int], num_rows: int) -> list[Sequence[int]]:
 
 
 def together(rows: Sequence[Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Tensors `[R]` or `[R, C]` moved in one message: `together([x, weight], exchange.there)`."""
+    """Tensors `[R]` or `[R, C]` moved in one message: `together([x, weight], exchange.deliver)`."""
     matrices = [each if each.dim() == 2 else each[:, None] for each in rows]
     packed = torch.cat([matrix.contiguous().view(torch.uint8) for matrix in matrices], dim=1)
     arrived = move(packed)

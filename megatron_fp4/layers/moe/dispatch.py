@@ -77,7 +77,7 @@ class _ToExperts(torch.autograd.Function):
         rows = [x_TD[moves.token_M], weight_Tk.flatten()[moves.choice_M], moves.key_M]
         order_R = torch.empty_like(moves.key_M)
         if moves.travel:
-            rows = together(rows, moves.exchange.there)
+            rows = together(rows, moves.exchange.deliver)
             order_R = rows[-1].argsort()
             rows = [each[order_R] for each in rows]
         ctx.moves, ctx.order_R = moves, order_R
@@ -108,7 +108,7 @@ class _FromExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         moves: Moves = ctx.moves
         dy_MD = grads[0][moves.token_M]
-        return moves.exchange.there(dy_MD)[ctx.order_R] if moves.travel else dy_MD, None, None
+        return moves.exchange.deliver(dy_MD)[ctx.order_R] if moves.travel else dy_MD, None, None
 
 
 def _unsorted(rows: Tensor, order_R: Tensor) -> Tensor:
