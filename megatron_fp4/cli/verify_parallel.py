@@ -26,6 +26,7 @@ from megatron_fp4.proofs.verdict import TOLERANCES, find_failures, likely_cause
 from megatron_fp4.train.config import RunConfig
 
 DEFAULT_LAYOUTS = "tp2, cp2, dp2, pp2, tp2 pp2 dp2"
+EXPERT_LAYOUTS = "ep2, ep4, tp2 ep2, dp2 ep2, pp2 ep2, cp2 ep2"
 EXITS = {0: "all layouts agree with one process", 1: "one does not"}
 EXAMPLE = 'experiment=quickstart --layouts "tp2, pp4:zbv"'
 HEADER = f"{'layout':<26} {'case':<7} {'loss':>8} {'norm':>8} {'grads':>8} {'step 1':>8} {'step n':>8}  result"
@@ -34,7 +35,7 @@ HEADER = f"{'layout':<26} {'case':<7} {'loss':>8} {'norm':>8} {'grads':>8} {'ste
 def main(arguments: Sequence[str], worker: Callable[..., list[Record]] = run_cases) -> int:
     """Returns the exit code. worker: what runs on each rank (tests plant bugs in it)."""
     parser = CommandParser("verify-parallel", __doc__, EXITS, EXAMPLE, configured=True)
-    parser.add_argument("--layouts", default=DEFAULT_LAYOUTS, help="separated by commas")
+    parser.add_argument("--layouts", help=f"separated by commas; {DEFAULT_LAYOUTS}; with experts {EXPERT_LAYOUTS}")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one layout")
     args = parser.parse(arguments)
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str], worker: Callable[..., list[Record]] = run_cas
         if args.steps < 2:
             raise ValueError(f"--steps = {args.steps}, must be at least 2")
         config = to_run_config(compose_config(args.overrides, args.config_dir))
-        layouts = [with_overlap(layout, config.parallel.overlap_tensor) for layout in parse_layouts(args.layouts)]
+        asked = args.layouts or (EXPERT_LAYOUTS if "E" in config.model.blocks else DEFAULT_LAYOUTS)
+        layouts = [with_overlap(layout, config.parallel.overlap_tensor) for layout in parse_layouts(asked)]
         cases = [replace(case, num_steps=args.steps) for case in shrink(config, layouts)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

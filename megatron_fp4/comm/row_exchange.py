@@ -1,8 +1,8 @@
 """Rows to the ranks that they are for, and back: numbers of rows that are known to the device only.
 
 Every rank of a group has rows for every other, as many as its data say. `agree` tells each rank what it will get, and
-reads the numbers back: the only time that the host waits. Then `deliver` and `back` are one message between each pair of
-ranks, as often as wanted; each is the other's backward pass. Rows of several tensors travel as one message
+reads the numbers back: the only time that the host waits. Then `deliver` and `back` are one message between each pair
+of ranks, as often as wanted; each is the other's backward pass. Rows of several tensors travel as one message
 (`together`).
 
 A rank that gets or sends nothing takes part all the same. On the meta device, which has no numbers, rows are spread

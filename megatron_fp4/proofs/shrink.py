@@ -8,6 +8,7 @@ tied embeddings, gating, documents, dropout), not per size. So kinds are kept an
     heads       kv heads: one per tensor-parallel rank, at least two if the model has several; query heads: the model's
                 ratio, at most 2; Mamba-2 heads and groups: as many as a rank's shape must be a multiple of
     widths      the smallest that every recipe and every layout divide
+    experts     as many as every ep divides, at least 8; at most 3 of a token, groups as they are
     vocabulary  101, which no tensor-parallel size divides, unless the head is quantized
     tokens      samples of 64 tokens or more; microbatches of one sample; a global batch that suits every layout
     batch ramp  if there is one: two steps of that batch, one of twice and one of three times it, then four times
@@ -30,18 +31,19 @@ from dataclasses import dataclass, replace
 from megatron_fp4.comm.config import Overlap
 from megatron_fp4.data.ramp import BatchRampConfig, batch_sizes
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.config import ComputeDtype
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.proofs.layouts import Layout
 from megatron_fp4.proofs.parity import Case
-from megatron_fp4.proofs.shrink_precision import (
+from megatron_fp4.proofs.shrink_parts import (
+    check_layouts,
     first_table,
     in_high_precision,
     over_whole_tensors,
     pick_blocks,
     quantization_unit,
+    small_experts,
     small_table,
 )
 from megatron_fp4.train.config import RunConfig
@@ -55,11 +57,12 @@ DEFAULT_VOCABULARY = 101
 
 @dataclass(frozen=True)
 class _Divisors:
-    """What sizes must divide by: unit by the recipes, tp and cp by the layouts."""
+    """What sizes must divide by: unit by the recipes, tp, cp and ep by the layouts."""
 
     unit: int
     tp: int
     cp: int
+    ep: int
 
 
 def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
@@ -74,15 +77,14 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
         quantization_unit(table),
         math.lcm(*(layout.parallel.tp for layout in layouts)),
         math.lcm(*(layout.parallel.cp for layout in layouts)),
+        math.lcm(*(layout.parallel.ep for layout in layouts)),
     )
     picked = pick_blocks(full, table, max(4, *(layout.num_stages for layout in layouts)))
     model = _small_model(full, picked, divisors, quantized_head=table["head"].quantized)
     small = replace(config, model=model, data=replace(config.data, seq_length=_seq_length(divisors)))
     small = _with_small_batches(_with_small_steps(small), layouts)
-    for layout in layouts:
-        tokens = small.data.seq_length // layout.parallel.cp
-        check_model_layout(model, layout.parallel, seq_length=small.data.seq_length, tokens=tokens)
     recipe = small_table(table, picked, model)
+    check_layouts(small, recipe, [layout.parallel for layout in layouts])
     high = in_high_precision(recipe)
     cases = [_case("fp32", small, high, ComputeDtype.fp32), _case("bf16", small, high, ComputeDtype.bf16)]
     if table.num_quantized_gemms:
@@ -106,12 +108,14 @@ def _case(name: str, config: RunConfig, table: PrecisionTable, dtype: ComputeDty
 
 def _small_model(full: ModelConfig, picked: list[int], by: _Divisors, *, quantized_head: bool) -> ModelConfig:
     unit, tp = by.unit, by.tp
+    S = _seq_length(by)
+    width, chunk = max(32, unit), math.gcd(S // (2 * by.cp), S // (by.cp * tp))
     kv_heads = math.lcm(tp, 2) if full.num_kv_heads > 1 else tp
     groups = math.lcm(tp, 2) if full.mamba_num_groups > 1 else tp
     return replace(
         full.with_blocks("".join(full.blocks[index] for index in picked)),
         hidden=max(64, unit),
-        ffn_hidden=max(32, unit) * tp,
+        ffn_hidden=width * tp,
         num_kv_heads=kv_heads,
         num_heads=kv_heads * min(2, full.num_heads // full.num_kv_heads),
         head_dim=unit,
@@ -123,6 +127,7 @@ def _small_model(full: ModelConfig, picked: list[int], by: _Divisors, *, quantiz
         mamba_num_groups=groups if full.mamba_num_heads else full.mamba_num_groups,
         mamba_state=unit,
         mamba_chunk=16,
+        moe=small_experts(full.moe, by.ep, width=width, shared_width=width * tp, chunk=chunk),
     )
 
 

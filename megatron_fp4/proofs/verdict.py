@@ -115,7 +115,7 @@ def _gradient_cause(
         times = f"{factor:.2g} times the right one: " if factor else ""
         return f"the gradient of the tied embedding is {times}its two copies are not summed exactly once"
     if factor:
-        sizes = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": parallel.dp}
+        sizes = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": parallel.dp, "ep": parallel.ep}
         for axis, size in sizes.items():
             if size > 1 and abs(factor * size - 1) < 0.2:
                 return f"gradients are 1/{size} of the right ones: a sum over {axis} is missing"

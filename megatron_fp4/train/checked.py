@@ -55,7 +55,7 @@ def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
     split_stages(config.model, num_stages, config.parallel.stage_split)
     linears = model_linears(config.model)
     plan = make_plan(config, linears, tokens)
-    check_segments(config, plan)
+    check_segments(config, [table for _, table in plan.phases])
     check_muon(config)
     check_qk_clip(config)
     check_decay(config)

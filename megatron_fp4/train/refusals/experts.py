@@ -6,16 +6,17 @@ Not here: what must divide by ep (comm/config.py, models/layout.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-from megatron_fp4.precision.plan import PrecisionPlan
+from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 
 
-def check_segments(config: RunConfig, plan: PrecisionPlan) -> None:
+def check_segments(config: RunConfig, tables: Iterable[PrecisionTable]) -> None:
     """Raises ValueError where a segment, whose rows a quantized expert gives one scale, would be on several ranks.
 
-    A microbatch is on tp x cp ranks. Where these do not all share the same experts, only chunks of tokens that one rank
-    has can be segments.
+    tables: of the run's phases. A microbatch is on tp x cp ranks. Where these do not all share the same experts, only
+    chunks of tokens that one rank has can be segments.
     """
     model, parallel = config.model, config.parallel
     S = config.data.seq_length
@@ -33,7 +34,7 @@ def check_segments(config: RunConfig, plan: PrecisionPlan) -> None:
     consecutive = math.gcd(tokens // (tp * cp), S // (2 * cp) if cp > 1 else tokens)
     if chunk and consecutive % chunk == 0:
         return
-    for _, table in plan.phases:
+    for table in tables:
         for row in table.rows:
             if ".moe.experts." in row.name and row.precision.quantized:
                 raise ValueError(

@@ -1,20 +1,26 @@
-"""The precision of the small model of shrink.py: which blocks it must have, and what their linears become.
+"""Parts of the small model of shrink.py: which blocks it must have, what their linears become, and its experts.
 
-Everything here is a function of precision tables; sizes and batches are shrink.py's.
+The first two are functions of precision tables; other sizes and batches are shrink.py's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.precision.config import PrecisionConfig
 from megatron_fp4.precision.operand import AmaxScope, Operand
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable
+from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.refusals.experts import check_segments
 
 
 def first_table(config: PrecisionConfig, model: ModelConfig) -> PrecisionTable:
@@ -72,3 +78,31 @@ def over_whole_tensors(table: PrecisionTable) -> PrecisionTable:
         return replace(operand, amax_scope=AmaxScope.tensor) if operand.amax_scope in narrow else operand
 
     return PrecisionTable(tuple(replace(row, precision=row.precision.with_operands(widen)) for row in table.rows))
+
+
+def small_experts(full: MoeConfig, ep: int, *, width: int, shared_width: int, chunk: int) -> MoeConfig:
+    """At least 8 experts, as many as `ep` divides, at most 3 of a token. width: of an expert and of a projection;
+    chunk: tokens of a segment, where the run has such."""
+    if not full.num_experts:
+        return full
+    groups, top_k = full.num_groups, min(full.top_k, 3)
+    number = step = math.lcm(ep, groups)
+    while number < 8 or top_k > full.top_groups * (number // groups):
+        number += step
+    return replace(
+        full,
+        num_experts=number,
+        top_k=top_k,
+        ffn_hidden=width,
+        shared_ffn_hidden=shared_width if full.shared_ffn_hidden else 0,
+        latent=width if full.latent else 0,
+        segment_tokens=chunk if full.segment_tokens else 0,
+    )
+
+
+def check_layouts(small: RunConfig, recipe: PrecisionTable, layouts: Sequence[ParallelConfig]) -> None:
+    """Raises ValueError for a layout that the small model cannot have, or its quantized experts cannot."""
+    seq_length = small.data.seq_length
+    for parallel in layouts:
+        check_model_layout(small.model, parallel, seq_length=seq_length, tokens=seq_length // parallel.cp)
+        check_segments(replace(small, parallel=parallel), [recipe])
