@@ -18,7 +18,7 @@ from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers import linear
-from megatron_fp4.optim import grad_buffer, zero1
+from megatron_fp4.optim import clip, grad_buffer
 from megatron_fp4.precision.backends import finite
 from megatron_fp4.proofs.parity import Case, Record, run_cases
 
@@ -97,5 +97,5 @@ def unsummed_replicas() -> Iterator[None]:
 @contextmanager
 def unsummed_grad_norm() -> Iterator[None]:
     """Each rank clips by the norm of what it holds."""
-    with patch.object(zero1, "all_reduce_sum", _local):
+    with patch.object(clip, "all_reduce_sum", _local):
         yield
