@@ -10,10 +10,11 @@ import pytest
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import run_local
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.decoder import Recompute
-from megatron_fp4.optim import Overlap
+from megatron_fp4.optim import Algorithm, Overlap
 from megatron_fp4.proofs.distance import Comparison, compare, worst
 from megatron_fp4.proofs.layouts import Layout, parse_layout
 from megatron_fp4.proofs.parity import Case, Record, run_cases
@@ -103,6 +104,21 @@ def test_hybrid_model() -> None:
     references = alone(case)
     for layout in ("tp2", "cp2", "tp2 pp2"):
         check([case], layout, references)
+
+
+def test_experts_on_other_ranks() -> None:
+    """Rows go to experts of tensor-parallel and data-parallel ranks and back, weight gradients are put off; Muon's
+    experts stay on the ranks that hold them."""
+    moe = MoeConfig(
+        num_experts=4, top_k=2, ffn_hidden=16, shared_ffn_hidden=32, latent=16, expert_bias=True, bias_rate=1e-2,
+        sequence_loss=1e-2, global_loss=1e-2, z_loss=1e-3,
+    )  # fmt: skip
+    case, muon = (parity_case(pattern="*EE*", moe=moe, optim=optim) for optim in ({}, {"algorithm": Algorithm.muon}))
+    references = alone(case, muon)
+    for layout in ("tp2 dp2 ep4", "pp2 ep2:interleaved_zero_bubble"):
+        comparisons = check([case, muon], layout, references)
+        assert worst(comparisons[0].initial) == 0.0, "initial values depend on where an expert is"
+        assert comparisons[0].loss_error < 1e-5, "a scale or a draw of rounding noise depends on where an expert is"
 
 
 def test_what_other_families_have() -> None:
