@@ -11,6 +11,9 @@ from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.config import Algorithm, OptimConfig
 from megatron_fp4.optim.muon.config import MuonConfig
 
+ROUTER = "*.router.weight"
+"""Matrices whose rows are experts, each with a scale that says how often it is chosen."""
+
 
 @dataclass(frozen=True)
 class Updater:
@@ -26,6 +29,8 @@ def choose(name: str, shape: Sequence[int], config: OptimConfig) -> Updater:
         return Updater(False, "optim.algorithm=adamw")
     if len(shape) != 2:
         return Updater(False, "no matrix")
+    if fnmatchcase(name, ROUTER):
+        return Updater(False, "a router")
     for pattern in config.muon.adamw_for:
         if fnmatchcase(name, pattern):
             return Updater(False, f"optim.muon.adamw_for: {pattern}")

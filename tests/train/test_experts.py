@@ -1,0 +1,144 @@
+"""Runs with experts: they balance, and no microbatch, resume or skipped step changes what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_fp4.cli.checkpoint import main as checkpoint
+from megatron_fp4.layers.moe.balance import LoadBalance
+from megatron_fp4.train.telemetry.metrics import read_metrics
+from tests.helpers.tiny_run import TinyRun, tiny_run
+from tests.train.in_process import TrainerInProcess, make_trainer, masters
+
+MOE = {
+    "num_experts": 4,
+    "top_k": 2,
+    "ffn_hidden": 32,
+    "shared_ffn_hidden": 32,
+    "latent": 16,
+    "expert_bias": "true",
+    "bias_rate": 0.05,
+    "sequence_loss": 0.01,
+    "global_loss": 0.01,
+    "z_loss": 0.001,
+}
+SIZES = (
+    "model.hidden=32",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.mamba_num_heads=4",
+    "model.mamba_head_dim=8",
+    "model.mamba_state=8",
+    "precision.compute_dtype=fp32",
+)
+
+
+def run_of(folder: Path, *overrides: str, pattern: str = "E*E", moe: dict[str, object] | None = None) -> TinyRun:
+    text = ", ".join(f"{name}: {value}" for name, value in (MOE | (moe or {})).items())
+    mamba = SIZES if "M" in pattern else tuple(size for size in SIZES if "mamba" not in size)
+    sizes = (*mamba, f"model.num_layers={len(pattern)}", f"model.pattern={pattern}", f"model.moe={{{text}}}")
+    return tiny_run(folder, *sizes, "precision=bf16", *overrides)
+
+
+def balance_of(trainer: TrainerInProcess) -> LoadBalance:
+    balance = trainer.run.optimizer.gradient_free
+    assert isinstance(balance, LoadBalance)
+    return balance
+
+
+def biases(trainer: TrainerInProcess) -> list[Tensor]:
+    return [state.detach().clone() for state in balance_of(trainer).parameters]
+
+
+def fitted(run: TinyRun, *overrides: str) -> TrainerInProcess:
+    trainer, _ = make_trainer(run.with_overrides(*overrides).overrides)
+    trainer.fit()
+    return trainer
+
+
+def test_a_hybrid_learns_and_its_load_balances(tmp_path: Path) -> None:
+    """It begins with biases that send every token to the same expert first."""
+    run = run_of(tmp_path, "train.stop_after_steps=14", pattern="MEM*EME", moe={"bias_rate": 0.01, "global_loss": 0})
+    trainer, _ = make_trainer(run.overrides)
+    with torch.no_grad():
+        for state in balance_of(trainer).parameters:
+            state[0] += 0.1
+    trainer.fit()
+    records = [record for record in read_metrics(run.run_dir) if "loss" in record]
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    assert records[0]["experts/max_vio"] > 0.9
+    assert records[-1]["experts/max_vio"] < 0.7
+    assert {"experts/max_vio/blocks.1", "experts/sequence_loss", "experts/entropy"} <= records[0].keys()
+    assert records[0]["experts/entropy"] == pytest.approx(1.386, abs=0.02)  # log 4: scores are alike at first
+
+
+def test_microbatches_change_nothing(tmp_path: Path) -> None:
+    """Losses are means over the global batch; one of a microbatch would be two times as large here."""
+    trainers = [
+        fitted(
+            run_of(tmp_path, "train.stop_after_steps=3"),
+            f"train.run_dir='{tmp_path / str(size)}'",
+            f"train.micro_batch={size}",
+        )
+        for size in (1, 4)
+    ]
+    for one, four in zip(*map(biases, trainers), strict=True):
+        assert torch.equal(one, four)
+        assert one.any()
+    one, four = (masters(trainer) for trainer in trainers)
+    for name in one:
+        assert torch.allclose(one[name], four[name], rtol=1e-5, atol=1e-6), name
+    reports = [balance_of(trainer).report() for trainer in trainers]
+    assert reports[0] == pytest.approx(reports[1], rel=1e-6)
+
+
+def test_a_resume_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """Bias, overload and what is counted; and the weights of the checkpoint alone begin another run with its biases."""
+    run = run_of(tmp_path, "precision=nvfp4", "precision.compile=false", "train.save_interval_steps=1", pattern="E")
+    whole = fitted(run, "train.stop_after_steps=2", f"train.run_dir='{tmp_path / 'whole'}'")
+    fitted(run, "train.stop_after_steps=1")
+    resumed = fitted(run, "train.stop_after_steps=2")
+    for name, value in masters(whole).items():
+        assert torch.equal(value, masters(resumed)[name]), name
+    names = {name.rpartition(".")[2] for name in masters(whole) if ".router." in name}
+    assert names == {"weight", "bias", "overload"}
+
+    stored, weights = run.run_dir / "checkpoints" / "step_00000002", tmp_path / "weights"
+    assert checkpoint(["extract", str(stored), "--to", str(weights)]) == 0
+    begun, _ = make_trainer(run.with_overrides(f"train.init_from='{weights}'", run_dir=tmp_path / "begun").overrides)
+    for state, expected in zip(biases(begun), biases(resumed), strict=True):
+        assert torch.equal(state, expected)
+
+
+def test_a_step_that_does_not_update_moves_no_bias(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(run_of(tmp_path).overrides)
+    optimizer = trainer.run.optimizer
+    before = biases(trainer)
+    optimizer.zero_grad()
+    optimizer.finish_grads()
+    optimizer.step(float("inf"), lr=1e-3, max_norm=1.0)
+    assert all(torch.equal(one, other) for one, other in zip(before, biases(trainer), strict=True))
+    assert balance_of(trainer).loads == {}
+
+
+def test_muon_takes_each_expert_and_no_router(tmp_path: Path) -> None:
+    trainer = fitted(run_of(tmp_path, "optim=muon", "train.stop_after_steps=2"))
+    kinds = {shard.name: sorted(shard.tensors) for shard in trainer.run.optimizer.state_shards()}
+    assert "momentum" in kinds["blocks.0.moe.experts.3.up.weight"]
+    assert "momentum" in kinds["blocks.0.moe.latent.down.weight"]
+    assert "exp_avg" in kinds["blocks.0.moe.router.weight"]
+    assert kinds["blocks.0.moe.router.bias"] == ["master"]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_bit(tmp_path: Path, recompute: str) -> None:
+    run = run_of(tmp_path, "train.stop_after_steps=2", "model.dropout=0.1", "data.reset_documents=true")
+    once = fitted(run, f"train.run_dir='{tmp_path / 'once'}'")
+    twice = fitted(run, f"train.recompute={recompute}", f"train.run_dir='{tmp_path / 'twice'}'")
+    for name, value in masters(once).items():
+        assert torch.equal(value, masters(twice)[name]), name
+    assert balance_of(once).report() == balance_of(twice).report()
