@@ -98,7 +98,7 @@ def test_microbatches_change_nothing(tmp_path: Path) -> None:
 
 def test_a_resume_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     """Bias, overload and what is counted; and the weights of the checkpoint alone begin another run with its biases."""
-    run = run_of(tmp_path, "precision=nvfp4", "precision.compile=false", "train.save_interval_steps=1", pattern="E")
+    run = run_of(tmp_path, "precision=nvfp4", "precision.compile=false", "train.save_interval_steps=1", pattern="E*")
     whole = fitted(run, "train.stop_after_steps=2", f"train.run_dir='{tmp_path / 'whole'}'")
     fitted(run, "train.stop_after_steps=1")
     resumed = fitted(run, "train.stop_after_steps=2")
