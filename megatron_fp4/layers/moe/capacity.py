@@ -1,9 +1,9 @@
 """Which rows a full expert gives up.
 
-An expert takes `capacity_factor` times its fair share of each segment, rounded up. A segment is a microbatch of one
-data-parallel rank, or `segment_tokens` consecutive tokens; the ranks that hold parts of it tell each other their
-choices, so that no layout changes which rows are dropped. A dropped row adds nothing, and the weights of the token's
-other experts stay as they are (as in Megatron-LM).
+In training an expert takes `capacity_factor` times its fair share of each segment, rounded up. A segment is a
+microbatch of one data-parallel rank, or `segment_tokens` consecutive tokens; the ranks that hold parts of it tell each
+other their choices, so that no layout changes which rows are dropped. A dropped row adds nothing, and the weights of
+the token's other experts stay as they are (as in Megatron-LM). In evaluations nothing is dropped.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class MoeConfig:
     z_loss: Coefficient = 0.0
     """Coefficient of the mean square of the logits' logarithmic sum; 0 = off."""
     capacity_factor: Coefficient = 0.0
-    """Rows that an expert takes of a segment at most, as a multiple of its fair share; 0 = all of them, dropless."""
+    """Rows that an expert takes of a segment in training, at most, as a multiple of its fair share; 0 = all, dropless,
+    as in every evaluation."""
     drop: Drop = Drop.weight
     """Which rows a full expert gives up."""
     segment_tokens: Count = 0

@@ -83,11 +83,14 @@ class Router(nn.Module):
         with torch.no_grad():
             experts_Tk = choose_experts(scores_TE.float(), self.bias, config)
         weights_Tk = weights_of(scores_TE, experts_Tk, config).float()
-        if torch.is_grad_enabled() and weights_Tk.requires_grad:
+        trained = torch.is_grad_enabled() and weights_Tk.requires_grad
+        if trained:
             routing = Routing(logits_TE, scores_TE, experts_Tk, self.overload)
             weights_Tk = balanced(weights_Tk, routing, config, tokens, context, self.tally)
-        kept_Tk = rows_kept(experts_Tk, weights_Tk, tokens, config, context) if config.capacity_factor else None
-        return Routes(experts_Tk, weights_Tk, kept_Tk)
+        full = trained and config.capacity_factor  # what is evaluated depends on no token beside it
+        return Routes(
+            experts_Tk, weights_Tk, rows_kept(experts_Tk, weights_Tk, tokens, config, context) if full else None
+        )
 
 
 class _RouterLogits(torch.autograd.Function):

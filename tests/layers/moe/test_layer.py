@@ -168,9 +168,13 @@ def test_full_experts(drop: Drop) -> None:
     others = Tokens(
         *(ids.flatten()[shuffled].view(SEQUENCES, -1) for ids in (tokens.address, tokens.positions)), tokens.documents
     )
-    with torch.no_grad():
-        assert torch.equal(layer(x, tokens)[shuffled], layer(x[shuffled], others))
-    layer(x, tokens).sum().backward()  # a dropped row has no gradient
+    trained = layer(x, tokens)
+    assert torch.equal(trained[shuffled], layer(x[shuffled], others))
+    trained.sum().backward()  # a dropped row has no gradient
+    with torch.no_grad():  # an evaluation is of every row
+        everything = layer(x, tokens)
+        assert not torch.equal(everything, trained)
+        assert torch.equal(everything, make(SMALL, layers.lab())(x, tokens))
 
 
 def test_nothing_is_dropped_where_there_is_room() -> None:
