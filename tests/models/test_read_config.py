@@ -135,7 +135,7 @@ def test_nemotron_h_as_it_was_published() -> None:
     }
     config = parse_config(published).config
     assert (config.pattern, config.head_dim, config.mamba_num_groups, config.rope_base) == ("M-M*-", 128, 8, 0.0)
-    with pytest.raises(ValueError, match=r"mixtures of experts \(E\)"):
-        parse_config(published | {"hybrid_override_pattern": "MEM*E"})
-    with pytest.raises(ValueError, match=r"num_nextn_predict_layers = 1"):
-        parse_config(published | {"num_nextn_predict_layers": 1})
+    moe = parse_config(published | {"hybrid_override_pattern": "MEM*E"}).config.moe
+    assert (moe.num_experts, moe.top_k, moe.ffn_hidden) == (8, 2, 7688), "the defaults of the class"
+    with pytest.raises(ValueError, match=r"num_nextn_predict_layers = -1, no whole number"):
+        parse_config(published | {"num_nextn_predict_layers": -1})

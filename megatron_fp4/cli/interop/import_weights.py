@@ -23,7 +23,7 @@ from megatron_fp4.models.foreign.read_config import CONFIG
 from megatron_fp4.models.foreign.source import ForeignSource, is_foreign
 from megatron_fp4.models.foreign.weights import ForeignWeights
 from megatron_fp4.train.refusals.effect import ROPE_SCALING
-from megatron_fp4.train.resume.same_model import FREE
+from megatron_fp4.train.resume.same_model import FREE, FREE_INSIDE
 
 VOCABULARY = "model.vocab_size="
 MOST_LISTED = 5
@@ -89,6 +89,10 @@ def _overrides(model: Mapping[str, Any]) -> Iterator[str]:
         if name == "rope_scaling":
             kind = RopeScaling[value["kind"]]
             yield from (_override(f"rope_scaling.{key}", value[key]) for key in value if key in ROPE_SCALING[kind])
+        elif name in FREE_INSIDE:
+            said = [key for key in value if key not in FREE_INSIDE[name] or key == "depth"]
+            if value.get("num_experts") or value.get("depth"):
+                yield from (_override(f"{name}.{key}", value[key]) for key in said)
         elif name not in FREE and (hybrid or not name.startswith("mamba_")):
             yield _override(name, value)
 

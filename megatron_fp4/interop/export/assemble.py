@@ -23,6 +23,7 @@ from megatron_fp4.interop.export.plan import (
 from megatron_fp4.interop.export.quantized import ExportFormat, config_sections, quantization_files
 from megatron_fp4.interop.export.text import ExportedText, exported_text, without_tokenizer
 from megatron_fp4.interop.export.weights import Masters, QuantizationErrors
+from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.foreign.config import transformers_config
 from megatron_fp4.train.config import RunConfig
 
@@ -98,8 +99,9 @@ def assemble(
         values["quantization_config"] = config_sections(options.form, unquantized, activations=inputs is not None)
         about = [sentence, *about]
     if inputs is not None:
-        check_inputs(inputs, {one.coded.name for one in tensors if one.coded is not None})
+        check_inputs(inputs, {one.coded.linear for one in tensors if one.coded is not None})
         about.append("Activations are quantized too, with global scales measured on a sample of the held-out set.")
+    about += _differences_of_others(config.model)
     files = _json_files(two_dialects(values), text, options)
     export = Export(
         options.form,
@@ -113,6 +115,16 @@ def assemble(
         inputs or {},
     )
     return Assembled(export, [*about, *text.notes], state, config, checkpoint)
+
+
+def _differences_of_others(model: ModelConfig) -> list[str]:
+    """Sentences on what others compute otherwise."""
+    sentences = []
+    if model.moe.capacity_factor:
+        sentences.append("Training left out tokens of full experts; transformers and servers compute all of them.")
+    if model.mtp.depth:
+        sentences.append("transformers 5.23 leaves the layers for further tokens (mtp.*) unread; vLLM reads them.")
+    return sentences
 
 
 def _text(config: RunConfig, options: ExportOptions) -> ExportedText:

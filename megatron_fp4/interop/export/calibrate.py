@@ -56,6 +56,11 @@ def _watched(trained: TrainedModel) -> dict[str, Tensor]:
 
 def check_inputs(linears: Mapping[str, Tensor], coded: set[str]) -> None:
     """Raise ValueError for linears whose codes would meet activations of another kind than in training."""
+    if experts := sorted(name for name in coded if ".experts." in name):
+        raise ValueError(
+            f"--activations: training weighs what enters {experts[-1]}, servers what leaves it, so it has no scale that"
+            " both share; leave --activations out"
+        )
     if missing := sorted(coded - linears.keys()):
         raise ValueError(
             f"--activations: {', '.join(missing[:3])} multiplied its codes with activations that were not NVFP4;"

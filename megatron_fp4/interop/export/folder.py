@@ -29,8 +29,9 @@ from megatron_fp4.storage.durable import MANIFEST, fsync_directory
 from megatron_fp4.storage.local import check_room
 from megatron_fp4.storage.owner import Owner
 
-ALWAYS_FP32 = (".A_log", ".dt_bias", ".D")
-"""Ends of the names that stay FP32 in a file of another type, as in training: three numbers a head of Mamba-2."""
+ALWAYS_FP32 = (".A_log", ".dt_bias", ".D", ".e_score_correction_bias")
+"""Ends of the names that stay FP32 in a file of another type, as in training: three numbers a head of Mamba-2, and one
+an expert of a mixture."""
 INPUT_DIVISOR = 6.0 * 448.0
 """Largest code times largest block scale of an activation, which servers quantize without four over six."""
 OF_A_RUN = (MANIFEST, "state.json", "config.yaml")
@@ -61,6 +62,9 @@ class Export:
     def file_tensors(self) -> Iterator[FileTensor]:
         """Every tensor of the files."""
         for one in self.tensors:
+            if one.zeros:
+                yield FileTensor(one.joined.name, torch.float32, (one.zeros,))
+                continue
             shapes = [self.masters.shapes[part] for part in one.joined.parts]
             rows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
             if one.coded is not None:
@@ -111,7 +115,9 @@ class Export:
     def write_weights(self, writer: PartsWriter) -> None:
         """Every tensor, some rows at a time."""
         for one in self.tensors:
-            if one.coded is None:
+            if one.zeros:
+                writer.write(one.joined.name, 0, torch.zeros(one.zeros))
+            elif one.coded is None:
                 self._write_dense(one, writer)
             else:
                 self._write_coded(one, one.coded, writer)

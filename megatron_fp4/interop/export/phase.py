@@ -44,7 +44,7 @@ def tensors_as_trained(
             f" --precision-at {last} makes the codes of these weights in the precision of step {last}, the last before"
             " the switch"
         ) from None
-    coded = {one.coded.name for one in tensors if one.coded is not None}
+    coded = {one.coded.linear for one in tensors if one.coded is not None}
     how = "the operand that Fprop multiplied" if not requantize else f"quantized anew, {requantize.value}"
     return tensors, f"{len(coded)} of {len(linears)} linears hold NVFP4 codes ({how}, in the precision {when})."
 

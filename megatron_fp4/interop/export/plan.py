@@ -9,12 +9,14 @@ Not here: the arithmetic (weights.py), the names in the files (quantized.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.count import model_parameters
+from megatron_fp4.models.foreign.experts import BIAS
 from megatron_fp4.models.foreign.families import JoinedTensor, joined_tensors
 from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand
 from megatron_fp4.precision.spec import LinearPrecision
@@ -38,11 +40,13 @@ class Requantize(Enum):
 
 @dataclass(frozen=True)
 class CodedLinear:
-    """A linear whose weight is written as codes. parts: its logical tensors, which share one global scale.
+    """A linear, or one expert of a linear of experts, whose weight is written as codes.
 
-    trained: the operand of Fprop, None where no file can hold it. operand: that of the codes.
+    linear: its name in the precision table. parts: its logical tensors, which share one global scale. trained: the
+    operand of Fprop, None where no file can hold it. operand: that of the codes.
     """
 
+    linear: str
     name: str
     parts: tuple[str, ...]
     trained: Operand | None
@@ -51,10 +55,14 @@ class CodedLinear:
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """A tensor of transformers. coded: the linear that it is a part of, where it is written as codes."""
+    """A tensor of transformers. coded: the linear that it is a part of, where it is written as codes.
+
+    zeros: its size where it is 0 and no logical tensor.
+    """
 
     joined: JoinedTensor
     coded: CodedLinear | None = None
+    zeros: int = 0
 
     @property
     def module(self) -> str:
@@ -64,7 +72,7 @@ class ExportedTensor:
 
 def dense_tensors(config: ModelConfig) -> list[ExportedTensor]:
     """Every tensor of the model, none as codes."""
-    return [ExportedTensor(joined) for joined in joined_tensors(config)]
+    return _exported(config, {})
 
 
 def coded_tensors(
@@ -75,36 +83,71 @@ def coded_tensors(
     tp: tensor-parallel size of the training. Raises ValueError, naming the linear, where no file holds the operand, and
     where nothing is left to be written as codes.
     """
-    linears = {_parts(info)[0]: info for info in model_linears(config)}
     if config.tied_embeddings and table["head"].fprop.w.quantized:
         raise ValueError(
             "head multiplied the embedding's table in a quantized format, and a tied table is in the files once, in"
             " high precision; --format hf writes the model"
         )
     coded: dict[str, CodedLinear] = {}
-    for info in linears.values():
+    for info in model_linears(config):
         if table[info.name].fprop.w.quantized:
-            coded.update(dict.fromkeys(_parts(info), _coded(info, table[info.name], tp, requantize)))
+            for name, parts in _matrices(info):
+                coded.update(dict.fromkeys(parts, _coded(info, name, parts, table[info.name], tp, requantize)))
+    _check_experts(config, coded)
     if not coded:
         raise ValueError(
             "no linear multiplied a quantized weight, so there are no codes to export; --format hf writes the model"
         )
-    return [ExportedTensor(joined, coded.get(joined.parts[0])) for joined in joined_tensors(config)]
+    return _exported(config, coded)
 
 
 def unquantized_modules(config: ModelConfig, tensors: Sequence[ExportedTensor]) -> list[str]:
-    """The linear modules of transformers that stay in high precision, a tied head included."""
-    weights = {part for info in model_linears(config) for part in _parts(info)}
-    modules = [one.module for one in tensors if one.coded is None and one.joined.parts[0] in weights]
+    """The linear modules of transformers that stay in high precision, a tied head and routers included."""
+    weights = {part for info in model_linears(config) for _, parts in _matrices(info) for part in parts}
+    weights |= {parameter.name for parameter in model_parameters(config) if parameter.name.endswith(".router.weight")}
+    modules = [one.module for one in tensors if one.coded is None and weights.intersection(one.joined.parts)]
     return [*modules, "lm_head"] if config.tied_embeddings else modules
 
 
-def _parts(info: LinearInfo) -> tuple[str, ...]:
-    """The logical tensors of a linear's weight."""
-    return tuple(f"{info.name}.{part}.weight" if part else f"{info.name}.weight" for part in info.outputs)
+def _exported(config: ModelConfig, coded: Mapping[str, CodedLinear]) -> list[ExportedTensor]:
+    """coded: by logical tensor. A bias of experts that the model has not is 0: servers load it in any case."""
+    tensors = []
+    for joined in joined_tensors(config):
+        tensors.append(ExportedTensor(joined, coded.get(joined.parts[0])))
+        if joined.name.endswith(".mixer.gate.weight") and not config.moe.expert_bias:
+            bias = f"{joined.name.removesuffix('gate.weight')}{BIAS}"
+            tensors.append(ExportedTensor(JoinedTensor(bias, ()), zeros=config.moe.num_experts))
+    return tensors
 
 
-def _coded(info: LinearInfo, precision: LinearPrecision, tp: int, requantize: Requantize | None) -> CodedLinear:
+def _matrices(info: LinearInfo) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(name, logical tensors) of a linear's weight; of a linear of experts, of each of them."""
+    front, _, last = info.name.rpartition(".")
+    for name in [f"{front}.{expert}.{last}" for expert in range(info.num_experts)] or [info.name]:
+        yield name, tuple(f"{name}.{part}.weight" if part else f"{name}.weight" for part in info.outputs)
+
+
+def _check_experts(config: ModelConfig, coded: Mapping[str, CodedLinear]) -> None:
+    """Raise ValueError where a server's kernel for experts would meet codes in one of their two linears only."""
+    names = {one.linear for one in coded.values()}
+    experts = [info.name.rpartition(".")[0] for info in model_linears(config) if info.num_experts]
+    for name in experts:
+        linears = {info.name for info in model_linears(config) if info.name.startswith(f"{name}.")}
+        if len(names & linears) not in (0, len(linears)):
+            raise ValueError(
+                f"{(names & linears).pop()} multiplied NVFP4 and {(linears - names).pop()} did not, and servers compute"
+                " both by one kernel; --format hf writes the model"
+            )
+
+
+def _coded(
+    info: LinearInfo,
+    name: str,
+    parts: tuple[str, ...],
+    precision: LinearPrecision,
+    tp: int,
+    requantize: Requantize | None,
+) -> CodedLinear:
     if info.in_features % BLOCK:
         raise ValueError(
             f"{info.name} has {info.in_features} input features, and the files hold blocks of {BLOCK}; --format hf"
@@ -118,7 +161,7 @@ def _coded(info: LinearInfo, precision: LinearPrecision, tp: int, requantize: Re
         )
     trained = None if objection else precision.fprop.w
     operand = requantize.operand if requantize else precision.fprop.w
-    return CodedLinear(info.name, _parts(info), trained, operand)
+    return CodedLinear(info.name, name, parts, trained, operand)
 
 
 def _objection(info: LinearInfo, precision: LinearPrecision, tp: int) -> str:
@@ -133,6 +176,7 @@ def _objection(info: LinearInfo, precision: LinearPrecision, tp: int) -> str:
         return "its weight rounded stochastically, other codes in each step"
     if operand.amax_scope is AmaxScope.row:
         return "its weight with a global scale in each row, and a file has one"
+    tp = 1 if info.whole else tp
     if operand.amax_scope is AmaxScope.shard and tp > 1:
         return f"its weight with a global scale on each of {tp} tensor-parallel ranks, and a file has one"
     rows = [size // tp for size in info.outputs.values()] if info.column else [info.out_features]

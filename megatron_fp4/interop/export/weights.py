@@ -97,7 +97,7 @@ class QuantizationErrors:
 
     def add(self, linear: CodedLinear, rows: Tensor, amax: Tensor) -> None:
         """Quantize `rows` in every way, and add up what it costs."""
-        kind = linear.name.split(".", 2)[-1]  # without "blocks.3."
+        kind = linear.linear.split(".", 2)[-1]  # without "blocks.3."
         exact = rows.double()
         self.squares[kind] = self.squares.get(kind, 0.0) + float(exact.square().sum())
         ways = {way.value: way.operand for way in Requantize}

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_fp4.layers.rope import RopeScaling
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.foreign.experts import LETTERS, expert_values
 from megatron_fp4.models.foreign.families import Family, family_of
 
 
@@ -29,10 +30,9 @@ def transformers_config(config: ModelConfig, *, seq_length: int) -> dict[str, An
     }
     if family is not Family.nemotron_h:
         return values | _transformer_values(config, family, seq_length)
-    kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
     return values | {
         "architectures": [CLASS_NAMES[family]],
-        "layers_block_type": [kinds[letter] for letter in config.blocks],
+        "layers_block_type": [LETTERS[letter] for letter in config.blocks],
         # vLLM and TensorRT-LLM read these, and the defaults of their classes are those of another model
         "hybrid_override_pattern": config.blocks,
         "num_hidden_layers": len(config.blocks),
@@ -46,6 +46,7 @@ def transformers_config(config: ModelConfig, *, seq_length: int) -> dict[str, An
         # transformers 5.23 clamps the step sizes to at least this, which training does not; the class default of 0.001
         # would change the logits. Not 0: its initialization takes the logarithm.
         "time_step_min": 1e-30,
+        **expert_values(config),
     }
 
 

@@ -3,7 +3,7 @@
 A tensor of transformers is one logical tensor, or a few that are joined along rows. `joined_tensors` lists them for a
 configuration, and the list is read both ways. Logical tensors are whole: parallel layouts are not known here.
 
-    nemotron_h   patterns of M, * and -, squared ReLU, no position embedding
+    nemotron_h   patterns of M, *, - and E, squared ReLU, no position embedding
     llama        transformer blocks with RoPE and SwiGLU
     mistral      a sliding window                        (what each has beside llama)
     qwen2        biases of queries, keys and values
@@ -14,7 +14,8 @@ configuration, and the list is read both ways. Logical tensors are whole: parall
 
 Written for transformers 5.23, which is not imported.
 
-Not here: config.json (config.py), the parameters of a model in memory (interop/logical.py).
+Not here: the tensors of a mixer (mixers.py), config.json (config.py), the parameters of a model in memory
+(interop/logical.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from megatron_fp4.layers.rope import RopeScaling
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import model_parameters
+from megatron_fp4.models.foreign.experts import mtp_layers, mtp_modules, objection_to_experts
+from megatron_fp4.models.foreign.mixers import mixer_tensors
 
 
 class Family(Enum):
@@ -60,8 +63,8 @@ class FamilyNames:
 HYBRID_NAMES = FamilyNames(
     embedding="embeddings",
     final_norm="norm_f",
-    norms={"attention": "norm", "mlp": "norm", "mamba": "norm"},
-    mixers={"attention": "mixer", "mlp": "mixer", "mamba": "mixer"},
+    norms=dict.fromkeys(("attention", "mlp", "mamba", "moe"), "norm"),
+    mixers=dict.fromkeys(("attention", "mlp", "mamba", "moe"), "mixer"),
 )
 TRANSFORMER_NAMES = FamilyNames(
     embedding="embed_tokens",
@@ -117,6 +120,8 @@ def features_of(config: ModelConfig) -> set[str]:
 def family_of(config: ModelConfig) -> Family:
     """The architecture of transformers that computes the same. Raises ValueError with what stands in the way."""
     features = features_of(config)
+    if objection := objection_to_experts(config):
+        raise ValueError(f"no architecture of transformers computes {objection}")
     if set(config.blocks) == {"T"} and config.rope_base:
         for family, known in FEATURES.items():
             if known.fit(features):
@@ -129,7 +134,7 @@ def family_of(config: ModelConfig) -> Family:
         f"no architecture of transformers computes pattern {config.pattern or 'T' * config.num_layers!r} with"
         f" rope_base={config.rope_base:g}, tied_embeddings={config.tied_embeddings} and"
         f" {', '.join(sorted(features)) or 'nothing else'}: T blocks need rope_base > 0 and one of these ({listed}); M,"
-        " * and - need squared_relu, rope_base = 0 and an untied head (nemotron_h)"
+        " *, - and E need squared_relu, rope_base = 0 and an untied head (nemotron_h)"
     )
 
 
@@ -175,51 +180,26 @@ def joined_tensors(config: ModelConfig, family: Family | None = None) -> Iterato
     yield JoinedTensor(f"model.{names.embedding}.weight", ("embedding.weight",))
     for index, letter in enumerate(config.blocks):
         for kind in MIXERS[letter]:
-            ours, theirs = f"blocks.{index}.{kind}", f"model.layers.{index}"
-            yield JoinedTensor(f"{theirs}.{names.norms[kind]}.weight", (f"{ours}_norm.weight",))
-            for name, parts in _mixer_tensors(kind, config, fused=family is Family.phi3).items():
-                joined = tuple(f"{ours}.{part}" for part in parts)
-                yield JoinedTensor(f"{theirs}.{names.mixers[kind]}.{name}", joined, name == "conv1d.weight")
+            tensors = mixer_tensors(kind, config, fused=family is Family.phi3)
+            yield from _residual_tensors(f"model.layers.{index}", f"blocks.{index}", kind, names, tensors)
     yield JoinedTensor(f"model.{names.final_norm}.weight", ("final_norm.weight",))
     if not config.tied_embeddings:
         yield JoinedTensor("lm_head.weight", ("head.weight",))
+    for theirs, ours in mtp_modules(config):
+        yield JoinedTensor(f"{theirs}.weight", (f"{ours}.weight",))
+    for theirs, ours, letter in mtp_layers(config):
+        for kind in MIXERS[letter]:
+            yield from _residual_tensors(theirs, ours, kind, names, mixer_tensors(kind, config, fused=False))
 
 
-def _mixer_tensors(kind: str, config: ModelConfig, *, fused: bool) -> dict[str, tuple[str, ...]]:
-    """The tensors of a mixer in transformers, and what is joined in each; names within the mixer.
-
-    fused: one tensor for q, k and v, and one for gate and up.
-    """
-    if kind == "attention":
-        return _attention_tensors(config, fused=fused)
-    if kind == "mlp":
-        if config.activation is not Activation.swiglu:
-            return {"up_proj.weight": ("up.weight",), "down_proj.weight": ("down.weight",)}
-        gate, up = "gate_up.gate.weight", "gate_up.up.weight"
-        down: dict[str, tuple[str, ...]] = {"down_proj.weight": ("down.weight",)}
-        if fused:
-            return {"gate_up_proj.weight": (gate, up), **down}
-        return {"gate_proj.weight": (gate,), "up_proj.weight": (up,), **down}
-    return {
-        "in_proj.weight": tuple(f"in_proj.{part}.weight" for part in ("z", "x", "B", "C", "dt")),
-        "conv1d.weight": tuple(f"conv.{part}.weight" for part in "xBC"),
-        "conv1d.bias": tuple(f"conv.{part}.bias" for part in "xBC"),
-        "A_log": ("A_log",),
-        "dt_bias": ("dt_bias",),
-        "D": ("D",),
-        "norm.weight": ("norm.weight",),
-        "out_proj.weight": ("out_proj.weight",),
-    }
-
-
-def _attention_tensors(config: ModelConfig, *, fused: bool) -> dict[str, tuple[str, ...]]:
-    tensors: dict[str, tuple[str, ...]] = {"o_proj.weight": ("out.weight",)}
-    for leaf in ("weight", "bias") if config.qkv_bias else ("weight",):
-        parts = {f"{part}_proj.{leaf}": (f"qkv.{part}.{leaf}",) for part in "qkv"}
-        tensors |= {f"qkv_proj.{leaf}": tuple(part for one in parts.values() for part in one)} if fused else parts
-    if config.qk_norm is not QkNorm.none:
-        tensors |= {f"{part}_norm.weight": (f"{part}_norm.weight",) for part in "qk"}
-    return tensors
+def _residual_tensors(
+    theirs: str, ours: str, kind: str, names: FamilyNames, tensors: Mapping[str, tuple[str, ...]]
+) -> Iterator[JoinedTensor]:
+    """Norm and mixer of one residual. tensors: those of the mixer."""
+    yield JoinedTensor(f"{theirs}.{names.norms[kind]}.weight", (f"{ours}.{kind}_norm.weight",))
+    for name, parts in tensors.items():
+        joined = tuple(f"{ours}.{kind}.{part}" for part in parts)
+        yield JoinedTensor(f"{theirs}.{names.mixers[kind]}.{name}", joined, name == "conv1d.weight")
 
 
 def to_transformers(config: ModelConfig, logical: Mapping[str, Tensor]) -> dict[str, Tensor]:

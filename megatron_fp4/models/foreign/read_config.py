@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.foreign.config import CLASS_NAMES
+from megatron_fp4.models.foreign.experts import read_experts, read_mtp
 from megatron_fp4.models.foreign.families import Family
 from megatron_fp4.models.foreign.read_rope import rope_of
 from megatron_fp4.models.foreign.values import ForeignValues
 
 CONFIG = "config.json"
-LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-"}
+LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
 KV_HEADS = {Family.mistral: 8, Family.qwen2: 32, Family.qwen3: 32, Family.nemotron_h: 8}
 """What a missing num_key_value_heads means; in the other families as many as num_attention_heads."""
 HEAD_DIM = {Family.qwen3: 128, Family.nemotron_h: 128}
@@ -36,8 +38,9 @@ HYBRID_WITHOUT_EFFECT = (
     *("moe_latent_size", "moe_shared_expert_overlap", "num_experts_per_tok", "routed_scaling_factor", "n_group"),
     *("topk_group", "norm_topk_prob", "output_router_logits", "mtp_layers_block_type", "mtp_hybrid_override_pattern"),
 )
-"""Keys of a Nemotron-H without experts and without layers for further tokens. The limits of the step sizes are those of
-their initial values, although transformers 5.23 also clamps to time_step_min; NVIDIA's own code does not."""
+"""Keys of a Nemotron-H; those of experts and of layers for further tokens are read where a model has them. The limits
+of the step sizes are those of their initial values, although transformers 5.23 also clamps to time_step_min; NVIDIA's
+own code does not."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,6 @@ def _hybrid(reader: ForeignValues) -> dict[str, Any]:
     for key in ("use_bias", "mamba_proj_bias"):
         reader.expect(key, False, default=False)
     reader.expect("sliding_window", None)
-    reader.expect("num_nextn_predict_layers", 0, default=0)
     reader.expect("time_step_limit", [0.0, math.inf], [0.0, {"__float__": "Infinity"}], None)
     pattern, types = reader.take("hybrid_override_pattern"), reader.strings("layers_block_type")
     types = reader.strings("layer_types") or types
@@ -176,9 +178,12 @@ def _hybrid(reader: ForeignValues) -> dict[str, Any]:
     eps = reader.number("layer_norm_epsilon", 1e-5)
     for key in ("norm_eps", "rms_norm_eps"):
         reader.expect(key, eps, None)
+    mtp = read_mtp(reader)
     return {
         "num_layers": len(pattern),
         "pattern": pattern,
+        "moe": read_experts(reader) if "E" in pattern + mtp.pattern else MoeConfig(),
+        "mtp": mtp,
         "activation": Activation.squared_relu,
         "rope_base": 0.0,
         "norm_eps": eps,

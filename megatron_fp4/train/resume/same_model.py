@@ -22,6 +22,14 @@ FREE = (
     *("mamba_kernel", "norm_impl", "loss_impl", "pointwise_impl"),
 )
 """Settings of the model that may be others than those of the weights: they do not say what the weights mean."""
+FREE_INSIDE = {
+    "moe": (
+        *("bias_rate", "sequence_loss", "global_loss", "z_loss"),
+        *("capacity_factor", "drop", "segment_tokens"),
+    ),
+    "mtp": ("depth", "shared", "loss_scale"),
+}
+"""The same within a group of settings; of `mtp`, weights show how many sequences of blocks there are."""
 
 
 def check_origin(config: RunConfig) -> None:
@@ -52,8 +60,8 @@ def differences_from(folder: Path, model: ModelConfig) -> str:
             return ""
         saved = settings["model"]
     defaults = to_json_values(ModelConfig())
-    rope_scaling = defaults["rope_scaling"] | saved.get("rope_scaling", {})
-    complete = {**defaults, **saved, "rope_scaling": rope_scaling}  # older checkpoints know fewer settings
+    groups = {key: value | saved.get(key, {}) for key, value in defaults.items() if isinstance(value, dict)}
+    complete = {**defaults, **saved, **groups}  # older checkpoints know fewer settings
     differences = compare_settings({"model": _comparable(complete)}, {"model": _comparable(to_json_values(model))})
     return "\n".join(
         f"  {one.key}: {one.saved} in the weights, {one.configured} in this run"
@@ -71,6 +79,10 @@ def checkpoint_in(folder: Path) -> Path:
 def _comparable(model: Mapping[str, Any]) -> dict[str, Any]:
     """Without what may differ; one value for what can be said in two ways."""
     values = {key: value for key, value in model.items() if key not in FREE}
+    for group, free in FREE_INSIDE.items():
+        values[group] = {key: value for key, value in model[group].items() if key not in free}
+    depth = model["mtp"]["depth"]
+    values["mtp"]["sequences"] = min(depth, 1) if model["mtp"]["shared"] else depth
     values["pattern"] = model["pattern"] or "T" * model["num_layers"]
     values["head_dim"] = model["head_dim"] or model["hidden"] // model["num_heads"]
     if "M" not in values["pattern"]:
