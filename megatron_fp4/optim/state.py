@@ -71,9 +71,6 @@ class GradientFree(Protocol):
     def update(self) -> None:
         """Change the parameters. Collective over the stage."""
 
-    def report(self) -> dict[str, float]:
-        """Metrics of the newest step that updated. Collective over the world."""
-
 
 def gradient_free_shards(parameters: Sequence[LogicalParameter], *, writes: bool) -> Iterator[Shard]:
     """The rectangles that they are, as masters; their tensors are views into live state."""

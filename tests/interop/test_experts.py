@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_fp4.interop.logical import read_logical, write_logical
 from megatron_fp4.layers.moe.config import MoeConfig, RouterScore
+from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import model_parameters
 from megatron_fp4.models.foreign.config import transformers_config
 from megatron_fp4.models.foreign.experts import BIAS, expert_tensors
 from megatron_fp4.models.foreign.families import Family, family_of, from_transformers, to_transformers
 from megatron_fp4.models.foreign.read_config import parse_config
-from tests.interop.test_families import HYBRID
+from tests.interop.test_families import HYBRID, TOKENS, disturb, our_logits
+from tests.models.test_count import make_decoder
 
 EXPERTS = MoeConfig(
     num_experts=12,
@@ -44,6 +47,21 @@ def random_logical(config: ModelConfig) -> dict[str, Tensor]:
     return {p.name: 0.1 * torch.randn(p.shape) for p in model_parameters(config)}
 
 
+def loaded(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> Any:
+    """The model of transformers that is made of files with these tensors, and complains of none."""
+    from safetensors.torch import save_file
+
+    transformers = pytest.importorskip("transformers")
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(transformers_config(config, seq_length=64)))
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return model.eval()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_settings_are_read_as_they_are_written(name: str) -> None:
     """By us, and by transformers, which puts its own defaults and names beside ours."""
@@ -60,23 +78,32 @@ def test_settings_are_read_as_they_are_written(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_files_that_transformers_saves_have_our_names_and_values(name: str, tmp_path: Path) -> None:
     """It holds experts stacked, and stores them one by one."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     config = MODELS[name]
     logical = random_logical(config)
-    ours = to_transformers(config, logical)
-    save_file({key: tensor.contiguous() for key, tensor in ours.items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(transformers_config(config, seq_length=64)))
-    transformers = pytest.importorskip("transformers")
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
+    model = loaded(config, to_transformers(config, logical), tmp_path)
     stacked = model.state_dict()["model.layers.1.mixer.experts.up_proj"]
     assert torch.equal(stacked[7], logical["blocks.1.moe.experts.7.up.weight"])
     model.save_pretrained(tmp_path / "theirs")
     back = from_transformers(config, load_file(tmp_path / "theirs" / "model.safetensors"))
     assert back.keys() == logical.keys()
     assert all(torch.equal(back[key], logical[key]) for key in logical)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Both ways, with biases that decide who is chosen."""
+    config = MODELS[name]
+    model = make_decoder(config, "cpu")
+    initialize_parameters(model, 1)
+    logical = disturb(read_logical(model), 2)
+    write_logical(model, logical)
+    other = loaded(config, to_transformers(config, logical), tmp_path)
+    with torch.no_grad():
+        expected = other(TOKENS).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(our_logits(model, TOKENS), expected, rtol=1e-5, atol=1e-5)
 
 
 REFUSED: dict[str, dict[str, Any]] = {

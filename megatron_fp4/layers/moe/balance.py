@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megatron_fp4.comm.collectives import all_gather_object, all_reduce_sum
+from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.parameter import LogicalParameter
-from megatron_fp4.layers.moe.losses import MEANS, Tally
+from megatron_fp4.layers.moe.losses import Tally
 from megatron_fp4.layers.moe.router import Router
 
 
@@ -32,17 +32,12 @@ class RouterLoad:
     counts_E: Tensor
     means: Tensor
 
-    @property
-    def max_vio(self) -> float:
-        """How much more than the mean the fullest expert was sent, as a part of the mean (arXiv 2408.15664)."""
-        return float(self.counts_E.max() / self.counts_E.mean().clamp(min=1.0)) - 1.0
-
 
 class LoadBalance:
     """The routers of this rank's stages.
 
     loads: of the newest global batch that updated the weights, by the router's name (`blocks.3.moe.router`), for
-    whoever shows them; reading one waits for the device.
+    whoever shows them (train/telemetry/monitors/experts.py); reading one waits for the device.
     """
 
     def __init__(self, stages: Iterable[nn.Module], mesh: ParallelMesh) -> None:
@@ -76,25 +71,6 @@ class LoadBalance:
             total = Tally(numbers)
             self.loads[name] = RouterLoad(total.counts_E, total.means)
             _change(router, total.counts_E)
-
-    def report(self) -> dict[str, float]:
-        """Metrics of `loads`, of the whole model: the means over its routers of `losses.MEANS`, without coefficients,
-        and MaxVio of each router and its largest, how much more than the mean the fullest expert was sent. Collective
-        over the world, in models with experts."""
-        local = {name: [*load.means.tolist(), load.max_vio] for name, load in self.loads.items()}
-        everyones = {
-            name: numbers for of_rank in all_gather_object(local, self._mesh.pp) for name, numbers in of_rank.items()
-        }
-        if not everyones:
-            return {}
-        *means, worst = zip(*everyones.values(), strict=True)
-        values = {
-            f"experts/{name}": sum(of_routers) / len(of_routers) for name, of_routers in zip(MEANS, means, strict=True)
-        }
-        values["experts/max_vio"] = max(worst)
-        return values | {
-            f"experts/max_vio/{name.removesuffix('.moe.router')}": numbers[-1] for name, numbers in everyones.items()
-        }
 
 
 def _change(router: Router, counts_E: Tensor) -> None:

@@ -29,6 +29,9 @@ from megatron_fp4.train.resume.foreign_origin import MASTER, fill_from_foreign
 from megatron_fp4.train.resume.same_model import check_model, checkpoint_in
 from megatron_fp4.train.sections import Resume
 
+NO_WEIGHT = ".router.overload"
+"""End of the names of what begins at 0 in a new run: it tells of the global batch before."""
+
 
 def choose_checkpoint(policy: Resume, store: CheckpointStore) -> Verified | None:
     """The newest intact checkpoint, None to begin anew. Collective.
@@ -56,7 +59,11 @@ def begin_from(
     if not config.train.init_from:
         return None
     folder = Path(config.train.init_from)
-    shards = [Shard(one.where, {MASTER: one.tensors[MASTER]}, writes=False) for one in optimizer.state_shards()]
+    shards = [
+        Shard(one.where, {MASTER: one.tensors[MASTER]}, writes=False)
+        for one in optimizer.state_shards()
+        if not one.name.endswith(NO_WEIGHT)
+    ]
     agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)
     fill = fill_from_foreign if is_foreign(folder) else partial(_from_checkpoint, config=config.checkpoint)
     record = fill(folder, shards, world, beat)

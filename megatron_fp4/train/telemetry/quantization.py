@@ -71,9 +71,10 @@ def _gather(report: Report, mesh: ParallelMesh) -> Report:
     if mesh.tp.rank == mesh.cp.rank == mesh.dp.rank == 0:
         for part in gather_to_rank0(report, mesh.pp):
             merged |= part
-    return dict(sorted(merged.items(), key=lambda item: _order(item[0])))
+    return dict(sorted(merged.items(), key=lambda item: model_order(item[0])))
 
 
-def _order(name: str) -> tuple[int, str]:
+def model_order(name: str) -> tuple[int, str]:
+    """Sorts names by the number of their block; what is in no block comes last."""
     first, _, rest = name.partition(".")
     return (int(rest.split(".")[0]), name) if first == "blocks" else (1 << 30, name)

@@ -11,10 +11,9 @@ from megatron_fp4.train.run import Position, Run, StepResult
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.data_phases import DataPhaseLog
 from megatron_fp4.train.telemetry.metrics import Metrics
-from megatron_fp4.train.telemetry.monitors.residuals import write_residuals
+from megatron_fp4.train.telemetry.monitors.model import ModelMonitors
 from megatron_fp4.train.telemetry.norms import parameter_norm
 from megatron_fp4.train.telemetry.operator.unsaved import UnsavedWatch
-from megatron_fp4.train.telemetry.quantization import write_statistics
 from megatron_fp4.train.telemetry.stragglers import describe, is_due, straggler_metrics
 from megatron_fp4.train.telemetry.throughput import Throughput
 
@@ -35,6 +34,7 @@ class StepLog:
         self._checked = run.probes.checked_table
         self._throughput = Throughput(run.config, run.mesh.world.size, run.device)
         self._unsaved = UnsavedWatch(run.config)
+        self._monitors = ModelMonitors(run, metrics, console)
         self._ledger: LedgerWriter | None = None
         if run.mesh.is_main:
             folder, step = run.config.train.run_dir, position.step + 1
@@ -74,8 +74,7 @@ class StepLog:
             seconds = straggler_metrics(run.phases, run.mesh.world, run.device)
             self._metrics.write(step, seconds)
             self._console.say(f"step {step}: {describe(seconds)}")
-        write_statistics(run, step, self._metrics)
-        write_residuals(run, step, self._metrics, self._console)
+        self._monitors.end(step, skipped=result.update.skipped)
 
     def close(self) -> None:
         if self._ledger:
@@ -122,5 +121,4 @@ class StepLog:
         if position.step % max(1, run.config.train.log_interval_steps) == 0:
             values["param_norm"] = parameter_norm(run.optimizer, run.mesh.world, run.device)
             values |= run.optimizer.rows.report() if run.optimizer.rows else {}
-            values |= run.optimizer.gradient_free.report() if run.optimizer.gradient_free else {}
         return values

@@ -134,6 +134,26 @@ def test_quantization_is_shown_worst_first(page: Path) -> None:
     assert rows == [f"a&b<c: {name}" for name in worst]
 
 
+def test_experts_and_residual_stream_are_shown_worst_first(tmp_path: Path) -> None:
+    def watched(step: int) -> dict[str, Any]:
+        layers = {"blocks.1": 1.0, "blocks.5": 1.0 + step / 10}
+        values = {f"experts/max_vio/{name}": one for name, one in layers.items()}
+        values |= {f"experts/entropy/{name}": 3.0 - one for name, one in layers.items()}
+        return values | {f"residual/blocks.{block}/rms": 10.0**block for block in range(3)} if step % 10 == 0 else {}
+
+    path = tmp_path / "page.html"
+    assert main([str(a_run(tmp_path / "run", change=watched)), "--html", str(path)]) == 0
+    charts = {chart["title"]: chart for chart in drawn(path)["charts"]}
+    worst = ["run: blocks.5", "run: blocks.1"]
+    violation = charts["load of a layer's busiest expert over the mean, less 1"]
+    assert [line["name"] for line in violation["lines"]] == worst
+    assert [line["name"] for line in charts["entropy of a router's shares, nats"]["lines"]] == worst
+    assert "experts of a layer without a token" not in charts, "nothing was measured"
+    rms = charts["root mean square of the residual stream behind a block"]
+    assert [line["name"] for line in rms["lines"]] == ["run: blocks.2", "run: blocks.1", "run: blocks.0"]
+    assert rms["log"]
+
+
 def test_one_run_is_compared_with_nothing(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     assert main([str(a_run(tmp_path / "run")), "--html", str(path)]) == 0

@@ -19,6 +19,7 @@ from megatron_fp4.cli.render.page import page, write_text
 from megatron_fp4.cli.render.plan_plot import plan_plots
 from megatron_fp4.cli.render.report import facts
 from megatron_fp4.cli.render.report.charts import Chart
+from megatron_fp4.cli.render.report.monitors import monitor_charts
 from megatron_fp4.cli.render.report.panels import charts
 from megatron_fp4.cli.render.report.quantization import operand_rows, quantization_charts
 from megatron_fp4.cli.render.report.words import in_words
@@ -39,7 +40,7 @@ def write_report(runs: Sequence[RunSeries], path: Path) -> None:
     base, *others = [run.name for run in runs]
     title = f"{', '.join(others)} against {base}" if others else f"run {base}"
     events = [events_of(run) for run in runs]
-    drawn, quantized = charts(runs), quantization_charts(runs)
+    drawn, quantized = [*charts(runs), *monitor_charts(runs)], quantization_charts(runs)
     differing, happened = facts.settings(runs), facts.history(runs, events)
     rows = operand_rows(runs) if quantized else []
     body = [

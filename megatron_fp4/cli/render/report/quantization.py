@@ -71,10 +71,17 @@ def _operand(key: str) -> str:
 
 
 def _chart(runs: Sequence[RunSeries], statistic: Statistic) -> Chart:
+    return worst_first(runs, f"{FOLDER}/", f"/{statistic.field}", statistic)
+
+
+def worst_first(
+    runs: Sequence[RunSeries], before: str, behind: str, statistic: Statistic, *, log: bool = False
+) -> Chart:
+    """A chart of the metrics whose keys are a name between two texts, the worst ones drawn; it may be empty."""
     measured = [
-        (number, _operand(key), Points.of(run, key, statistic.scale))
+        (number, key.removeprefix(before).removesuffix(behind), Points.of(run, key, statistic.scale))
         for number, run in enumerate(runs)
-        for key in matching_keys([run], f"{FOLDER}/.*/{statistic.field}")
+        for key in matching_keys([run], f"{before}.*{behind}")
     ]
     measured.sort(key=lambda one: one[2].values[-1], reverse=not statistic.low_is_bad)
     limit = max(20, min(MAX_POINTS, MAX_NUMBERS // max(1, len(measured))))
@@ -83,4 +90,4 @@ def _chart(runs: Sequence[RunSeries], statistic: Statistic) -> Chart:
         for place, (number, name, points) in enumerate(measured)
     ]
     about = f"{statistic.about} The {min(SHOWN, len(lines))} worst of {len(lines)}, by the newest measurement."
-    return Chart(statistic.title, lines, unit=statistic.unit, wide=True, about=about)
+    return Chart(statistic.title, lines, unit=statistic.unit, log=log, wide=True, about=about)
