@@ -17,6 +17,9 @@ BETWEEN_STEPS = {
 }
 CROSSINGS = {"copies_in": "copies in", "copies_out": "copies out", "read_backs": "read-backs"}
 
+EXPERTS = ("layers/moe/dispatch.py", "precision/grouped/")
+"""Where mixtures of experts learn how many rows they have."""
+
 
 def render(report: Mapping[str, Any]) -> str:
     """The report of `planning.rehearsal.report.rehearse`, one rank after the other, and the verdict."""
@@ -57,11 +60,18 @@ def _deviations(entry: Mapping[str, Any]) -> Iterator[str]:
             yield f"{axis} traffic {_beside(sent['measured'], sent['plan'])}"
 
     for name, section in (("step", entry), ("evaluation", entry.get("evaluation", {}))):
-        counts = section.get("read_backs", {})
+        counts = _beside_experts(section.get("read_backs", {}))
         if sum(counts.values()) > 1:
             yield f"read-backs in the {name}: {_places(counts)}; one is enough, each other one drains the queue"
-    if sum(entry["copies_in"].values()) > 1:
-        yield f"copies in: {_places(entry['copies_in'])}; the batch is one"
+    copies_in = _beside_experts(entry["copies_in"])
+    if sum(copies_in.values()) > 1:
+        yield f"copies in: {_places(copies_in)}; the batch is one"
+
+
+def _beside_experts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Without the numbers of rows that mixtures of experts read back, and the indices made of them: one of each for a
+    mixture and microbatch, as long as the shapes of products are made on the host."""
+    return {place: count for place, count in counts.items() if not place.startswith(EXPERTS)}
 
 
 def _rank(entry: Mapping[str, Any]) -> list[str]:

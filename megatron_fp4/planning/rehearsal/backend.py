@@ -36,6 +36,8 @@ def counted_backend(config: RunConfig, counts: KernelCounts, around_weight: Arou
 def modelled(config: RunConfig) -> Iterator[str]:
     """What stands in for that of a GPU."""
     yield "attention and RMSNorm keep what CUDA's kernels keep"
+    if "E" in config.model.blocks:
+        yield "every expert is sent as many rows"
     backend = config.precision.backend
     if backend not in DEQUANTIZING:
         yield f"operands have the sizes of {backend.name}'s; its own kernels and scratch memory are not counted"

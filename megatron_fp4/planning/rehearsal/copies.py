@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.planning.rehearsal.device import NAME, is_rehearsed
 from megatron_fp4.planning.rehearsal.origin import origin
 
@@ -77,6 +78,11 @@ class Copies:
         """`x.tolist()`."""
         self.read_backs[origin()] += 1
         return torch.ones(x.shape, dtype=x.dtype).tolist()
+
+    def read_evenly(self, counts: Tensor, num_rows: int) -> list[list[int]]:
+        """`row_exchange.read_counts`: every expert is sent as much."""
+        self.read_backs[origin()] += 1
+        return [even_counts(num_rows, counts.shape[1]) for _ in range(counts.shape[0])]
 
     def _copied(self, x: Tensor, to: torch.device, kwargs: dict[str, Any]) -> Any:
         dtype = kwargs.get("dtype") or x.dtype

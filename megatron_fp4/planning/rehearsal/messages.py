@@ -51,9 +51,13 @@ class Message(NamedTuple):
 
     @property
     def axis(self) -> str:
-        """The plan's word for what it is for; data and context may share a group."""
+        """The plan's word for what it is for; data, context and the experts' data may share a group."""
         if self.origin.startswith("optim/muon/"):
             return "matrices"
+        if self.origin.startswith("layers/moe/dispatch"):
+            return "experts"
+        if self.origin.startswith("optim/bucket_comm") and self.group not in ("dp", "dp_cp", "cp"):
+            return "expert_data"
         of_optimizer = self.origin.startswith("optim/") and self.group in ("dp", "dp_cp", "cp")
         return "data" if of_optimizer else AXES.get(self.group, "others")
 

@@ -12,7 +12,7 @@ import megatron_fp4
 
 _PACKAGE = f"{Path(megatron_fp4.__file__).parent}/"
 _OBSERVERS = f"{_PACKAGE}planning/"
-_CARRIERS = ("comm/collectives.py", "comm/autograd.py")
+_CARRIERS = ("comm/collectives.py", "comm/autograd.py", "comm/row_exchange.py")
 """Whoever called these asked for it."""
 _files: dict[CodeType, str] = {}
 """The path within the package of code that has been asked about, "" where it is not the project's."""

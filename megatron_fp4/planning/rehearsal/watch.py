@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_fp4.comm import row_exchange
 from megatron_fp4.planning.rehearsal.copies import Copies
 from megatron_fp4.planning.rehearsal.device import NAME, is_rehearsed
 from megatron_fp4.planning.rehearsal.kernels import KernelCounts, tensors_of
@@ -59,6 +60,7 @@ class Watch(TorchDispatchMode):
         with ExitStack() as stack:
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))  # modes belong to one thread
             stack.enter_context(patch.object(FakeTensor, "tolist", lambda x: self.copies.listed(x)))
+            stack.enter_context(patch.object(row_exchange, "read_counts", self.copies.read_evenly))
             stack.enter_context(patch.object(torch, "tensor", _with_device(torch.tensor, self.copies)))
             stack.enter_context(patch.object(torch.get_device_module(NAME), "synchronize", self.copies.waited))
             stack.enter_context(patch.dict(BY_DEVICE, {NAME: multiply_on_cuda}))
