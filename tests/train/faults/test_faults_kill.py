@@ -12,6 +12,7 @@ from tests.helpers.tiny_run import tiny_run
 from tests.train.resume.test_resume import losses
 
 STEPS = 14
+EXPERTS = ("model.num_layers=3", "model.pattern='*E*'", "model.moe.num_experts=4", "model.moe.ffn_hidden=32")
 SHORT = (f"train.stop_after_steps={STEPS}", "train.save_interval_steps=4", "checkpoint.keep_last=9")
 
 
@@ -36,3 +37,16 @@ def test_sigkill_of_one_rank_and_resume(tmp_path: Path, monkeypatch: pytest.Monk
     state, resumed = whole.state(STEPS), broken.state(STEPS)
     different = [key for key, tensor in state.items() if not torch.equal(tensor, resumed[key])]
     assert not different, f"differ after the resume: {different[:5]}"
+
+
+def test_sigkill_of_one_rank_leaves_nobody_waiting_for_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forward pass of step 2, whose first messages are those between the ranks that share the experts."""
+    monkeypatch.setenv("MEGATRON_FP4_MODULE", "tests.train.faults.faulty")
+    monkeypatch.setenv("TEST_FAULT", "killed,1,2,forward_backward")
+    run = tiny_run(tmp_path, "parallel.dp=2", "parallel.ep=2", *EXPERTS, *SHORT)
+    began = time.monotonic()
+    process = run.start(2)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode not in (0, 85), f"a killed rank must fail the job:\n{output[-3000:]}"
+    assert time.monotonic() - began < 60, "the other rank waited for its time-out"
+    assert "row_exchange" in output, f"the other rank was not on its way to the experts:\n{output[-3000:]}"
