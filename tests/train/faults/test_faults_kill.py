@@ -39,7 +39,7 @@ def test_sigkill_of_one_rank_and_resume(tmp_path: Path, monkeypatch: pytest.Monk
     assert not different, f"differ after the resume: {different[:5]}"
 
 
-def test_sigkill_of_one_rank_leaves_nobody_waiting_for_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigkill_leaves_nobody_waiting_for_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the forward pass of step 2, whose first messages are those between the ranks that share the experts."""
     monkeypatch.setenv("MEGATRON_FP4_MODULE", "tests.train.faults.faulty")
     monkeypatch.setenv("TEST_FAULT", "killed,1,2,forward_backward")
