@@ -2,6 +2,8 @@
 
 STUDY is a YAML file, or the name of one in configs/study (docs/studies.md). The same command goes on where a study was
 stopped, and does only what is missing. Settings after STUDY go to every run, behind the study's own base.
+--gradients asks a sharper question in seconds: how far each arm's gradient is from the first arm's on equal weights
+(train.init_from=RUN takes trained ones) and batches.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_fp4.cli.arguments import CommandParser, above_zero, returns_code
+from megatron_fp4.cli.study.gradients import gradients_as_markdown, gradients_of
 from megatron_fp4.cli.study.read import find_study, read_study
-from megatron_fp4.cli.study.runs import StudyRun, results_of, run_all, runs_of
+from megatron_fp4.cli.study.runs import StudyRun, check_arms, results_of, run_all, runs_of
 from megatron_fp4.storage.local import local_path
 from megatron_fp4.studies.design import Study
 from megatron_fp4.studies.outcome import StudyOutcome, conclude
@@ -40,12 +43,22 @@ def main(arguments: Sequence[str]) -> int:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--list", action="store_true", help="print a command for each missing run, and end")
     only.add_argument("--show", action="store_true", help="conclude from the results that there are, and end")
+    only.add_argument(
+        "--gradients", action="store_true", help="compare the arms' gradients on one batch a seed; trains nothing"
+    )
+    parser.add_argument("--draws", type=above_zero, default=4, help="of noise on each batch, with --gradients")
     args = parser.parse(arguments)
     try:
         study = read_study(find_study(args.study))
         study = replace(study, base=[*study.base, *args.overrides], seeds=args.seeds or study.seeds)
+        runs = runs_of(study, args.config_dir)
+        if not args.show:
+            check_arms(study, args.config_dir)
+        if args.gradients:
+            print(gradients_as_markdown(study, gradients_of(study, args.config_dir, args.draws), args.draws))
+            return 0
         root = args.out or Path("studies") / study.name
-        return _study(study, root, runs_of(study, args.config_dir), args.jobs, only_list=args.list, only_show=args.show)
+        return _study(study, root, runs, args.jobs, only_list=args.list, only_show=args.show)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,6 +25,7 @@ from megatron_fp4.cli.processes import RunProcesses
 from megatron_fp4.storage.append import AppendFile, read_values
 from megatron_fp4.studies.design import Study
 from megatron_fp4.studies.measures import ArmResult
+from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.resume.provenance import git_state, versions
 from megatron_fp4.train.telemetry.series import RunSeries
 
@@ -94,6 +95,16 @@ def runs_of(study: Study, config_dirs: Sequence[Path] = ()) -> list[StudyRun]:
             arms_by_key[key] = arm
             runs.append(StudyRun(arm, seed, tuple(study.overrides(arm, seed)), key, config.total_steps))
     return sorted(runs, key=lambda run: study.seeds.index(run.seed))
+
+
+def check_arms(study: Study, config_dirs: Sequence[Path] = ()) -> None:
+    """Refuse what an arm's runs would refuse, before the first one starts. Raises ValueError and FileNotFoundError."""
+    for arm in study.arms:
+        config = to_run_config(compose_config(study.overrides(arm, study.seeds[0]), config_dirs))
+        try:
+            check_config(config, config.parallel.smallest_world)
+        except ValueError as error:
+            raise ConfigError(f"arm {arm}: {error}") from None
 
 
 def configuration_key(tree: DictConfig) -> str:

@@ -28,8 +28,15 @@ def as_markdown(outcome: StudyOutcome) -> str:
     if outcome.missing:
         lines += ["", f"**Not complete**: {len(outcome.missing)} of {len(study.arms) * len(study.seeds)} runs missing."]
     if outcome.claims:
-        lines += ["", "## Claims", "", *_table(CLAIM_HEAD, [_claim_cells(one) for one in outcome.claims])]
-    lines += ["", "## Gaps", "", *_table(GAP_HEAD, [_gap_cells(gap) for gap in outcome.gaps]), "", _how_to_read(study)]
+        lines += ["", "## Claims", "", *as_table(CLAIM_HEAD, [_claim_cells(one) for one in outcome.claims])]
+    lines += [
+        "",
+        "## Gaps",
+        "",
+        *as_table(GAP_HEAD, [_gap_cells(gap) for gap in outcome.gaps]),
+        "",
+        _how_to_read(study),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -55,7 +62,7 @@ GAP_HEAD = (
 def _claim_cells(judged: JudgedClaim) -> list[str]:
     claim = judged.claim
     pairs = "-" if judged.pairs is None else f"{judged.pairs}"
-    seen = _interval(judged.gap.final, judged.gap.diverged)
+    seen = interval_text(judged.gap.final, judged.gap.diverged)
     return [f"{claim.arm} against {claim.against}", str(claim), seen, judged.verdict.value, pairs, claim.because]
 
 
@@ -63,11 +70,11 @@ def _gap_cells(gap: ArmGap) -> list[str]:
     pairs = str(len(gap.gaps))
     smallest = "-" if gap.final is None else f"{gap.final.smallest:.2f} %"
     by_seed = ", ".join(f"{value:+.2f}" for value in gap.gaps.values())
-    final, whole = _interval(gap.final, gap.diverged), _interval(gap.integrated, ())
+    final, whole = interval_text(gap.final, gap.diverged), interval_text(gap.integrated, ())
     return [gap.arm, gap.against, pairs, final, whole, smallest, by_seed]
 
 
-def _interval(interval: Interval | None, diverged: Sequence[int]) -> str:
+def interval_text(interval: Interval | None, diverged: Sequence[int] = ()) -> str:
     if diverged:
         return f"diverged (seeds {', '.join(map(str, diverged))})"
     if interval is None:
@@ -84,7 +91,7 @@ def _how_to_read(study: Study) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
 
