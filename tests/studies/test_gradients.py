@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fp4.cli import main
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.studies.gradients import gradient_errors
 from tests.helpers.tiny_run import tiny_run
