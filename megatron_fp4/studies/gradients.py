@@ -34,7 +34,7 @@ Gradient = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class GradientError:
-    """Of one arm on one batch. error, cosine: see the module. bias: None where one noise was drawn."""
+    """One arm on one batch. error, cosine: see the module. bias: None where one noise was drawn."""
 
     error: float
     cosine: float
