@@ -30,6 +30,12 @@ MODELS = {
         "model.rope_fraction=0.5",
     ),
     "hybrid": ("model=hybrid_tiny", "model.num_layers=3", "model.pattern='M*-'", "model.mamba_chunk=8"),
+    "experts": (
+        "model=gpt_tiny",
+        "model.num_layers=3",
+        "model.pattern='E*E'",
+        "model.moe={num_experts: 8, ffn_hidden: 32, shared_ffn_hidden: 32, expert_bias: true, bias_rate: 0.05}",
+    ),
 }
 LENGTHS = (3, 1, 9, 17, 2)
 NOISE = Sampling(temperature=1.0, seed=3)
@@ -133,7 +139,8 @@ def test_no_layout_shows(layout: dict[str, int], config: RunConfig, trained: Tra
     greedy = [TokenRow(ids + RowModel(trained).continue_rows([Prompt(ids, 5)], never)[0], 5)]
     wanted = computed(start_alone("cpu"), config, greedy)
     assert [score.greedy for score in wanted[0][0]] == [False] * len(ROWS) + [True]
-    first, other = run_local(computed, 2, replace(config, parallel=ParallelConfig(**layout)), greedy)
+    shared = {"ep": 2} if "E" in config.model.blocks and "tp" in layout else {}
+    first, other = run_local(computed, 2, replace(config, parallel=ParallelConfig(**layout, **shared)), greedy)
     assert other == [([], [])] * 2, "rank 0 has the results"
     for (scores, ids), (right_scores, right_ids) in zip(first, wanted, strict=True):
         assert ids == right_ids
