@@ -15,6 +15,8 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
+from megatron_fp4.layers.moe.config import MoeConfig
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.renamed import current_name
@@ -89,6 +91,9 @@ RULES = (
 )
 """The first whose glob fits decides."""
 
+BEFORE_EXPERTS = {"model.moe": MoeConfig(), "model.mtp": MtpConfig()}
+"""What a model was whose checkpoint does not have these sections."""
+
 
 @dataclass(frozen=True)
 class SettingDifference:
@@ -138,6 +143,10 @@ def compare_settings(
         left |= {key: value for key, value in right.items() if key.startswith("optim.muon.")} | {
             "optim.algorithm": "adamw"
         }
+    for section, without in BEFORE_EXPERTS.items():
+        in_saved, in_configured = (any(key.startswith(f"{section}.") for key in side) for side in (left, right))
+        if in_configured and not in_saved:
+            left |= dict(_leaves(to_json_values(without), section))
     parents = {key[:dot] for key in left.keys() | right.keys() for dot in range(len(key)) if key[dot] == "."}
     differences = []
     for key in sorted(left.keys() | right.keys()):

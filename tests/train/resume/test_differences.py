@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_fp4.layers.moe.config import MoeConfig
+from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.settings import to_json_values
 from megatron_fp4.train.resume.differences import (
     ABSENT,
     Policy,
@@ -164,3 +167,14 @@ def test_a_checkpoint_from_before_there_was_a_choice_was_made_by_adamw() -> None
     assert difference.key == "optim.algorithm"
     assert difference.refused
     assert "train.init_from" in difference.reason
+
+
+def test_a_checkpoint_from_before_there_were_experts_has_none() -> None:
+    """A dense run goes on in the program that knows experts; one that gets them is another model."""
+    saved = {"model": {"hidden": 64}}
+    dense = to_json_values(ModelConfig(hidden=64))
+    now = {"model": {"hidden": 64, "moe": dense["moe"], "mtp": dense["mtp"]}}
+    assert compare_settings(saved, now) == []
+    now["model"]["moe"] = to_json_values(MoeConfig(num_experts=8, ffn_hidden=32))
+    differences = {one.key: (one.saved, one.refused) for one in compare_settings(saved, now)}
+    assert differences == {"model.moe.num_experts": (0, True), "model.moe.ffn_hidden": (0, True)}
