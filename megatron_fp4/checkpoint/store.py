@@ -5,7 +5,7 @@
     for report in store.poll(): log(report)                              # every step, no communication
     if store.latest() is not None:
         chosen = store.choose()                                          # all ranks; the files are hashed here, once
-        store.load(chosen, optimizer.state_shards())                     # all ranks; `meta` comes back as chosen.meta
+        store.load(chosen, optimizer.state_to_fill())                    # all ranks; `meta` comes back as chosen.meta
     store.close()                                                        # before the process groups go
 
 Everything but `poll` is collective over the group, and leaves all ranks with the same answer or error.

@@ -52,7 +52,8 @@ class Staging:
         accelerator: torch.device | None = None
         for shard in shards:
             copied = {}
-            for kind, data in shard.tensors.items():
+            for kind in shard.tensors:
+                data = shard.read(kind)
                 place = (kind, shard.name, shard.where.offset)
                 buffer = self._buffer(place, data)
                 buffer.copy_(data, non_blocking=True)

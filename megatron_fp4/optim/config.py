@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Annotated
 
 from megatron_fp4.comm.config import Overlap
+from megatron_fp4.optim.kept.config import MasterFormat, MomentsConfig
 from megatron_fp4.optim.muon.config import MuonConfig
 from megatron_fp4.settings import FP32_LEAST, FP32_MOST, Bound, Count, check_bounds
 
@@ -104,6 +105,10 @@ class OptimConfig:
     """Muon, where it is the algorithm."""
     qk_clip: QkClipConfig = field(default_factory=QkClipConfig)
     """A limit of attention logits, whatever the algorithm."""
+    master: MasterFormat = MasterFormat.fp32
+    """How FP32 master weights are kept where weights are BF16; the same numbers either way."""
+    moments: MomentsConfig = field(default_factory=MomentsConfig)
+    """How moments are kept between two steps."""
     impl: Impl = Impl.torch
     """Who computes the update of AdamW."""
     bucket_mib: Annotated[float, Bound(above=0)] = 128.0

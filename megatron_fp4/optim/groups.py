@@ -24,11 +24,16 @@ class UpdatedTensors:
     def start(cls, parameters: Tensor, grads: Tensor) -> Self:
         """Before the first step. An FP32 tensor is shared: such parameters are their own masters."""
         master = parameters.float()
-        return cls(master, grads.float(), *(torch.zeros_like(master) for _ in fields(cls)[2:]))
+        return cls(master, grads.float(), *(torch.zeros_like(master) for _ in cls.moments()))
 
     def narrow(self, start: int, numel: int) -> Self:
         """Elements `[start, start + numel)`, as views."""
         return type(self)(*(getattr(self, each.name)[start : start + numel] for each in fields(self)))
+
+    @classmethod
+    def moments(cls) -> list[str]:
+        """The kinds that a subclass adds."""
+        return [each.name for each in fields(cls)[2:]]
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -67,9 +67,9 @@ class BucketKind:
     """What all parameters of a bucket share.
 
     group: the ranks over which it is summed and divided: dp x cp, or, of experts, those that hold the same ones.
-    tp_summed: the tensor-parallel ranks hold partial gradients. tied_group: the stages that hold a copy. matrices: they
-    are updated as matrices, by Muon.
-    A bucket with either is reduced at the end of the step, with its replicas, whose sums stay bit-equal.
+    tp_summed: the tensor-parallel ranks hold partial gradients. tied_group: the stages that hold a copy. A bucket with
+    either is reduced at the end of the step, with its replicas, whose sums stay bit-equal.
+    matrices: they are updated as matrices, by Muon. blocks: their rows are whole blocks of moments (kept/codes.py).
     """
 
     dtype: torch.dtype
@@ -78,6 +78,7 @@ class BucketKind:
     tp_summed: bool = False
     tied_group: Group | None = None
     matrices: bool = False
+    blocks: bool = False
 
     @property
     def deferred(self) -> bool:
@@ -125,12 +126,14 @@ def make_buckets(
     sum_replicated_over_tp: bool,
     as_matrix: Callable[[LogicalParameter], bool] = lambda parameter: False,
     edp: Group | None = None,
+    in_blocks: Callable[[LogicalParameter], bool] = lambda parameter: False,
 ) -> list[Bucket]:
     """Lay the parameters out, last one first (the order in which backward finishes them), deferred buckets last.
 
     bucket_numel: a bucket is closed when it holds at least this many elements. as_matrix: which parameters are updated
-    as matrices; they have buckets of their own. edp: the group of experts, `group` that of all others. Raises
-    ValueError for a parameter without a valid placement, a frozen one, a scalar, or one given twice.
+    as matrices; in_blocks: which have moments in blocks; both have buckets of their own. edp: the group of experts,
+    `group` that of all others. Raises ValueError for a parameter without a valid placement, a frozen one, a scalar, or
+    one given twice.
     """
     waiting: dict[BucketKind, list[tuple[str, LogicalParameter]]] = {}
     closed: list[tuple[BucketKind, list[tuple[str, LogicalParameter]]]] = []
@@ -147,6 +150,7 @@ def make_buckets(
             tp_summed=checked.placement.tp_replicated and sum_replicated_over_tp,
             tied_group=checked.tied_group,
             matrices=as_matrix(checked),
+            blocks=in_blocks(checked),
         )
         members = waiting.setdefault(kind, [])
         members.append((name, checked))

@@ -33,16 +33,18 @@ class ParamBuffer:
                 slot.parameter.data = view
         self.parts = [bucket.part(flat, bucket.group.rank) for bucket, flat in zip(buckets, self._flats, strict=True)]
 
-    def refresh(self, masters: Sequence[Tensor], *, wait: bool) -> None:
+    def refresh(self, masters: Sequence[Tensor | None], *, wait: bool) -> None:
         """Parameters = masters, rounded. wait=False: gather in the background.
 
         masters: FP32, one flat part per bucket; those of FP32 parameters may be `parts` themselves, if nobody writes
-        them before `wait`. The buckets go out in forward order, the reverse of their own.
+        them before `wait`; None where `parts` holds them, rounded. The buckets go out in forward order, the reverse of
+        their own.
         """
         self.wait()
         for index in reversed(range(len(self._buckets))):
-            self.parts[index].copy_(masters[index])
-            group = self._buckets[index].group
+            master, group = masters[index], self._buckets[index].group
+            if master is not None:
+                self.parts[index].copy_(master)
             if group.size > 1:
                 self._pending[index] = PendingGather(self._flats[index], group)
         if wait:

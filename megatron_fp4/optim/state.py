@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Rectangle, Shard
-from megatron_fp4.optim.groups import AdamTensors, MuonTensors
+from megatron_fp4.optim.kept.part import MASTER, KeptPart, KeptShard
 from megatron_fp4.optim.layout import ParameterPiece
 
 
@@ -22,26 +22,37 @@ class OwnedPiece:
     """What this rank updates of a parameter. writes: False where another rank counts and saves the same elements."""
 
     piece: ParameterPiece
-    tensors: AdamTensors | MuonTensors
+    part: KeptPart
     writes: bool
 
     def scale_rows(self, factors: Tensor) -> None:
         """Multiply its master weights, each row of the local parameter by its own of `factors [rows]`."""
-        parameter, start = self.piece.slot.parameter, 0
-        local = Rectangle.whole(self.piece.slot.name, tuple(parameter.shape))
-        for where in local.elements(self.piece.start, self.piece.stop):
-            stop = start + where.numel
-            of_rows = factors[where.slices[0]].view(-1, *[1] * (parameter.dim() - 1))
-            self.tensors.master[start:stop].view(where.shape).mul_(of_rows)
-            start = stop
+        piece, parameter = self.piece, self.piece.slot.parameter
+        local = Rectangle.whole(piece.slot.name, tuple(parameter.shape))
+        shift = piece.start - piece.offset
+        for chunk in self.part.chunks_of(piece):
+            master, start = self.part.read(MASTER, chunk), 0
+            for where in local.elements(chunk.start + shift, min(chunk.stop + shift, piece.stop)):
+                stop = start + where.numel
+                of_rows = factors[where.slices[0]].view(-1, *[1] * (parameter.dim() - 1))
+                master[start:stop].view(where.shape).mul_(of_rows)
+                start = stop
+            self.part.write(MASTER, chunk, master)
 
-    def shards(self, flats: dict[str, Tensor]) -> Iterator[Shard]:
-        """The rectangles that the piece is, with views of `flats` (by kind), which hold its elements."""
-        start = 0
-        for where in self.piece.slot.placement.elements(self.piece.start, self.piece.stop):
-            stop = start + where.numel
+    @property
+    def grad(self) -> Tensor:
+        """FP32, flat."""
+        return self.part.grad[self.piece.offset : self.piece.offset + self.piece.numel]
+
+    def shards(self, flats: Mapping[str, Tensor]) -> Iterator[Shard]:
+        """The rectangles that the piece is, with views of `flats` (by kind), which are as long as the part."""
+        for where, start, stop in self.part.rectangles(self.piece):
             yield Shard(where, {kind: flat[start:stop].view(where.shape) for kind, flat in flats.items()}, self.writes)
-            start = stop
+
+    def state_shards(self) -> Iterator[Shard]:
+        """The rectangles that the piece is, with what is kept of them; see `KeptShard`."""
+        for where, start, stop in self.part.rectangles(self.piece):
+            yield KeptShard(where, self.part.views(where, start, stop), self.writes, part=self.part, start=start)
 
 
 class RowScales(Protocol):

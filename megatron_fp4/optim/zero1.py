@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.optim.adam import choose_adamw
 from megatron_fp4.optim.by_name import sum_by_name
 from megatron_fp4.optim.clip import clip_factor, norm_over, sum_of_squares
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
-from megatron_fp4.optim.groups import AdamTensors, MuonTensors, UpdateGroup
+from megatron_fp4.optim.kept.adamw import PartwiseAdamW
+from megatron_fp4.optim.kept.choice import has_blocks
+from megatron_fp4.optim.kept.part import KeptPart
 from megatron_fp4.optim.layout import ParameterPiece, make_buckets
 from megatron_fp4.optim.muon.update import Muon, make_muons
 from megatron_fp4.optim.param_buffer import ParamBuffer
@@ -47,7 +48,7 @@ class Zero1Optimizer:
     on_weights_changed: called after the parameters have been rewritten (step, load). sum_dtype: of `main_grad` and of
     the sums over ranks; FP64 hides in the rounding how many microbatches and ranks a sum was cut into. stage: the ranks
     of this pipeline stage, which Muon needs (`comm.mesh.build_stage_group`). rows: scales rows after each update.
-    gradient_free: what changes once a step, and not by a gradient.
+    gradient_free: what changes once a step, and not by a gradient. seed: of the stochastic rounding of moments.
     Raises ValueError for a parameter without a valid placement, and for an implementation that is not installed.
     """
 
@@ -62,6 +63,7 @@ class Zero1Optimizer:
         stage: Group | None = None,
         rows: RowScales | None = None,
         gradient_free: GradientFree | None = None,
+        seed: int = 0,
     ) -> None:
         self.config = config
         self.step_count = 0
@@ -75,6 +77,7 @@ class Zero1Optimizer:
             sum_replicated_over_tp=sequence_parallel and mesh.tp.size > 1,
             as_matrix=lambda parameter: Muon.takes(parameter, config),
             edp=mesh.edp,
+            in_blocks=lambda parameter: has_blocks(parameter, config),
         )
         if not self.buckets:
             raise ValueError("the optimizer got no parameters")
@@ -83,15 +86,11 @@ class Zero1Optimizer:
         self._grads = GradBuffer(self.buckets, mesh.tp, overlap=overlap, dtype=sum_dtype)
         self._params = ParamBuffer(self.buckets)
         self._parts = [
-            (MuonTensors if bucket.kind.matrices else AdamTensors).start(parameters, grads)
+            KeptPart(bucket, parameters, grads, config, seed)
             for bucket, parameters, grads in zip(self.buckets, self._params.parts, self._grads.parts, strict=True)
         ]
-        self._owned = [
-            OwnedPiece(piece, part.narrow(piece.offset, piece.numel), self._writes(piece))
-            for bucket, part in zip(self.buckets, self._parts, strict=True)
-            for piece in bucket.pieces(bucket.group.rank)
-        ]
-        self._adamw = choose_adamw(self._update_groups(), config)
+        self._owned = [OwnedPiece(piece, part, self._writes(piece)) for part in self._parts for piece in part.pieces]
+        self._adamw = PartwiseAdamW(self._parts, config)
         self._muons = make_muons(self.buckets, self._parts, config, mesh, stage or mesh.dp_cp, sum_dtype)
         self._beside_forward = False
         self._finished = False
@@ -134,7 +133,7 @@ class Zero1Optimizer:
             if part.grad is not total:
                 part.grad.copy_(total)
         self._finished = True
-        return sum_of_squares([owned.tensors.grad for owned in self._owned if owned.writes], self._device)
+        return sum_of_squares([owned.grad for owned in self._owned if owned.writes], self._device)
 
     def finish_grads(self) -> float:
         """`sum_grads`, and the global norm from it, rounded to FP32, the same on every rank. Collective over the world.
@@ -163,7 +162,7 @@ class Zero1Optimizer:
         self._params.wait()  # what a module without a forward has not waited for may still be on its way
         self._adamw.update(self.config.adamw_lr(lr), self.step_count)
         for muon in self._muons:
-            muon.update(lr)
+            muon.update(lr, self.step_count)
         factors = self.rows.row_factors() if self.rows is not None else {}
         for owned in self._owned if factors else ():
             if (of_rows := factors.get(owned.piece.slot.parameter)) is not None:
@@ -190,22 +189,30 @@ class Zero1Optimizer:
         self._params.wait()
 
     def state_shards(self) -> list[Shard]:
-        """The rectangles of logical tensors whose state this rank holds; their tensors are views into live state."""
+        """The rectangles of logical tensors whose state this rank holds, in FP32: `read` gives the values of a kind.
+
+        What is kept in FP32 is a view of live state.
+        """
         self._params.wait()
-        shards = [shard for owned in self._owned for shard in owned.shards(owned.tensors.state)]
-        if self.gradient_free is not None:
-            writes = self._mesh.dp_cp.rank == self._mesh.tp.rank == 0
-            shards += gradient_free_shards(self.gradient_free.parameters, writes=writes)
-        return shards
+        return [shard for owned in self._owned for shard in owned.state_shards()] + self._gradient_free_shards()
+
+    def state_to_fill(self) -> list[Shard]:
+        """The same rectangles with tensors to be filled, whatever is kept; `after_load` takes what is in them."""
+        self._params.wait()
+        flats = {part: part.to_fill() for part in self._parts}
+        shards = [shard for owned in self._owned for shard in owned.shards(flats[owned.part])]
+        return shards + self._gradient_free_shards()
 
     def grad_shards(self) -> list[Shard]:
         """The summed gradients of what this rank updates, as "grad", between `sum_grads` and `step`."""
         assert self._finished, "finish_grads comes first"
-        return [shard for owned in self._owned for shard in owned.shards({"grad": owned.tensors.grad})]
+        return [shard for owned in self._owned for shard in owned.shards({"grad": owned.part.grad})]
 
     def after_load(self, step_count: int) -> None:
-        """Parameters = masters, after the state of `step_count` steps was filled in. Collective over dp x cp."""
+        """Take what `state_to_fill` has given; parameters = masters of `step_count` steps. Collective over dp x cp."""
         self.step_count = step_count
+        for part in self._parts:
+            part.take(step_count)
         self._refresh(wait=True)
 
     def sum_by_name(self, local: Mapping[str, float]) -> dict[str, float]:
@@ -214,19 +221,16 @@ class Zero1Optimizer:
 
     # -- internals ------------------------------------------------------------------------------------------------
 
+    def _gradient_free_shards(self) -> list[Shard]:
+        if self.gradient_free is None:
+            return []
+        writes = self._mesh.dp_cp.rank == self._mesh.tp.rank == 0
+        return gradient_free_shards(self.gradient_free.parameters, writes=writes)
+
     def _writes(self, piece: ParameterPiece) -> bool:
         """False on a rank that holds a replica of elements which another rank counts and saves."""
         placement = piece.slot.placement
         return placement.writes and (not placement.tp_replicated or self._mesh.tp.rank == 0)
-
-    def _update_groups(self) -> list[UpdateGroup]:
-        groups: dict[float, UpdateGroup] = {}
-        for owned in self._owned:
-            if not isinstance(owned.tensors, AdamTensors):
-                continue
-            decay = self.config.weight_decay if owned.piece.slot.placement.decay else 0.0
-            groups.setdefault(decay, UpdateGroup(decay)).members.append(owned.tensors)
-        return list(groups.values())
 
     def _refresh(self, wait: bool = False) -> None:
         self._params.refresh([part.master for part in self._parts], wait=wait or not self._beside_forward)

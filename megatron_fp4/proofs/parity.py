@@ -118,7 +118,7 @@ def synthetic_inputs(case: Case, mesh: ParallelMesh, step: int, device: torch.de
 def copies(shards: Iterable[Shard], *kinds: str) -> list[Shard]:
     """The tensors of these kinds (none named: of all), which training goes on to change, as they are now."""
     return [
-        Shard(shard.where, {kind: shard.tensors[kind].clone() for kind in kinds or shard.tensors}, shard.writes)
+        Shard(shard.where, {kind: shard.read(kind).clone() for kind in kinds or shard.tensors}, shard.writes)
         for shard in shards
     ]
 

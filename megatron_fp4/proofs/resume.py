@@ -73,7 +73,7 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
     began = 0
     if store.latest() is not None:
         chosen = store.choose()
-        store.load(chosen, optimizer.state_shards())
+        store.load(chosen, optimizer.state_to_fill())
         optimizer.after_load(chosen.meta["optimizer_steps"])
         began = chosen.step
     losses: dict[int, float] = {}

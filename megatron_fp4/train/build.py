@@ -74,7 +74,7 @@ def build(
     phases.enter("load_checkpoint")
     origin = chosen.meta.get("init_from") if chosen else begin_from(config, optimizer, process.world, phases.beat)
     if chosen:
-        loaded = store.load_or_earlier(chosen, optimizer.state_shards())
+        loaded = store.load_or_earlier(chosen, optimizer.state_to_fill())
         if loaded is not chosen:
             start = _find_start(checked, loaded.meta, process)
             data = agreed(partial(open_data, start.checked, mesh.dp.rank, *start.of_data, opened), process.world)

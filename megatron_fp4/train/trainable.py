@@ -73,6 +73,7 @@ def build_trainable(
         stage=peers,
         rows=clip,
         gradient_free=LoadBalance(stages, mesh) if config.model.moe.num_experts else None,
+        seed=config.train.seed,
     )
     optimizer.gather_beside_forward(together)
     queues = [context.queue.take for context in contexts if context.queue is not None]

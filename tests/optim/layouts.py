@@ -44,9 +44,9 @@ class Logical:
 
 MODEL = (
     Logical("embedding.weight", {"embedding.weight": (128, 24)}, 0, 0),
-    Logical("0.qkv.weight", {"0.q.weight": (48, 16), "0.k.weight": (24, 16), "0.v.weight": (24, 16)}, 0, 0),
+    Logical("0.qkv.weight", {"0.q.weight": (48, 64), "0.k.weight": (24, 64), "0.v.weight": (24, 64)}, 0, 0),
     Logical("0.norm.weight", {"0.norm.weight": (333,)}, None, 0),
-    Logical("0.down.weight", {"0.down.weight": (33, 64)}, 1, 0),
+    Logical("0.down.weight", {"0.down.weight": (33, 256)}, 1, 0),
     Logical("1.conv.weight", {"1.conv.weight": (48, 1, 4)}, 0, 1),
     Logical("1.experts.weight", {f"1.experts.{e}.weight": (12, 16) for e in range(4)}, None, 1, experts=True),
     Logical("1.small.weight", {"1.small.weight": (7, 5)}, None, 1),
@@ -164,7 +164,7 @@ def train(
         norm = optimizer.finish_grads()
         norms.append(optimizer.step(norm, lr=1e-2 / (step + 1), max_norm=max_norm).grad_norm)
     shards = [
-        Shard(shard.where, {kind: tensor.clone() for kind, tensor in shard.tensors.items()}, shard.writes)
+        Shard(shard.where, {kind: shard.read(kind).clone() for kind in shard.tensors}, shard.writes)
         for shard in optimizer.state_shards()
     ]
     parameters = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}

@@ -5,6 +5,8 @@ The gradients sum exactly in FP32, so masters, moments and norms must be those o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,13 +15,21 @@ from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.optim import Algorithm, OptimConfig, Overlap
 from megatron_fp4.optim import bucket_comm as bucket_comm_module
 from megatron_fp4.optim.clip import clip_factor, global_norm
+from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
 from tests.helpers.distributed import mesh_for, run_distributed
 from tests.optim.layouts import MODEL, NUM_PARTS, NUM_STEPS, Outcome, assemble, initial, packed, train, unpacked
 from tests.optim.synthetic import exact_gradient
 
+
+def moments(name: str) -> MomentsConfig:
+    """All of one format."""
+    return MomentsConfig(MomentFormat[name], MomentFormat[name], MomentFormat[name])
+
+
 SMALL = OptimConfig(bucket_mib=0.01, overlap_reduce=Overlap.always)
 LARGE = OptimConfig(bucket_mib=1.0)
 MUON = OptimConfig(bucket_mib=0.01, algorithm=Algorithm.muon)
+AS_FP32_MASTERS = {"remainder": "bf16", "muon, remainder": "muon, bf16"}
 SIZES = {
     "dp2": (2, {"dp": 2}),
     "tp2": (2, {"tp": 2}),
@@ -45,6 +55,14 @@ VARIANTS = {
     "bf16": {"config": SMALL, "dtype": torch.bfloat16},
     "muon": {"config": MUON},
     "muon, bf16": {"config": MUON, "dtype": torch.bfloat16},
+    "remainder": {"config": replace(SMALL, master=MasterFormat.remainder), "dtype": torch.bfloat16},
+    "muon, remainder": {"config": replace(MUON, master=MasterFormat.remainder), "dtype": torch.bfloat16},
+    "bf16 moments": {"config": replace(SMALL, moments=moments("bf16")), "dtype": torch.bfloat16},
+    "int8 moments": {"config": replace(SMALL, moments=moments("int8")), "dtype": torch.bfloat16},
+    "muon, fp8 moments": {
+        "config": replace(MUON, moments=moments("fp8"), master=MasterFormat.remainder),
+        "dtype": torch.bfloat16,
+    },
 }
 
 
@@ -74,8 +92,9 @@ def one_process() -> dict[str, Outcome]:
     """By variant."""
     mesh = ParallelMesh.single_process()
     adamw = train(mesh, SMALL)
-    own = {variant: train(mesh, **VARIANTS[variant]) for variant in ("bf16", "muon", "muon, bf16")}  # type: ignore[arg-type]
-    return {**dict.fromkeys([*VARIANTS, "native collectives"], adamw), **own}
+    as_adamw = ("small buckets, overlapped", "one bucket", "no sequence parallel", "native collectives")
+    own = {variant: train(mesh, **VARIANTS[variant]) for variant in VARIANTS if variant not in as_adamw}  # type: ignore[arg-type]
+    return {**dict.fromkeys(as_adamw, adamw), **own}
 
 
 def torch_adamw() -> tuple[list[float], dict[str, Tensor]]:
@@ -129,13 +148,24 @@ def test_layout_changes_no_bit(
             assert torch.equal(actual[kind][name], tensor), f"{kind}/{name} depends on the layout"
 
 
+@pytest.mark.parametrize(("compact", "full"), AS_FP32_MASTERS.items())
+def test_remainders_are_fp32_masters(compact: str, full: str, one_process: dict[str, Outcome]) -> None:
+    ours, theirs = one_process[compact], one_process[full]
+    assert ours.norms == theirs.norms
+    for kind, tensors in assemble([theirs]).items():
+        for name, tensor in tensors.items():
+            assert torch.equal(assemble([ours])[kind][name], tensor), f"{kind}/{name} differs from FP32 masters"
+    for name, parameter in theirs.parameters.items():
+        assert torch.equal(ours.parameters[name], parameter), f"{name} is rounded otherwise than an FP32 master"
+
+
 @pytest.mark.parametrize("layout", ["dp2", "dp3", "dp4", "cp2 dp2"])
 def test_parameters_are_gathered_on_every_rank(
     layout: str,
     worlds: dict[int, list[dict[tuple[str, str], Outcome]]],
     one_process: dict[str, Outcome],
 ) -> None:
-    for variant in ("one bucket", "bf16", "muon, bf16"):
+    for variant in ("one bucket", "bf16", "muon, bf16", "remainder", "muon, remainder", "muon, fp8 moments"):
         for rank, outcomes in enumerate(worlds[SIZES[layout][0]]):
             for name, parameter in one_process[variant].parameters.items():
                 gathered = outcomes[layout, variant].parameters[name]

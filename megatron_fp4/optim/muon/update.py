@@ -17,12 +17,15 @@ from torch import Tensor
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.config import OptimConfig
-from megatron_fp4.optim.groups import AdamTensors, MuonTensors
+from megatron_fp4.optim.groups import MuonTensors
+from megatron_fp4.optim.kept.part import MASTER, KeptPart
 from megatron_fp4.optim.layout import Bucket
 from megatron_fp4.optim.muon.choice import is_muons
 from megatron_fp4.optim.muon.config import MuonConfig
-from megatron_fp4.optim.muon.exchange import MatrixExchange
+from megatron_fp4.optim.muon.exchange import MatrixExchange, MatrixRun
 from megatron_fp4.optim.muon.newton_schulz import orthogonalize
+
+MOMENTUM = "momentum"
 
 
 class Muon:
@@ -30,7 +33,7 @@ class Muon:
 
     def __init__(
         self,
-        parts: Sequence[MuonTensors],
+        parts: Sequence[KeptPart],
         exchange: MatrixExchange,
         config: MuonConfig,
         weight_decay: float,
@@ -46,28 +49,44 @@ class Muon:
         """Whether it updates a local parameter; see `choice.is_muons`."""
         return is_muons(parameter, config)
 
-    def update(self, lr: float) -> None:
-        """One step of every part in place. Collective over the pipeline stage."""
-        config, device = self._config, self._parts[0].master.device
-        matrices = self._exchange.to_owners([self._direction(part) for part in self._parts])
+    def update(self, lr: float, step: int) -> None:
+        """One step of every part. step: its number, from 1. Collective over the pipeline stage."""
+        config, device = self._config, self._parts[0].grad.device
+        matrices = self._exchange.to_owners([self._direction(part, step) for part in self._parts])
         for name, matrix in matrices.items():
             matrices[name] = orthogonalize(matrix, config.newton_schulz.triples, dtype=self._dtype)
-        for part in self._parts:
-            part.master.mul_(1 - lr * self._weight_decay)
+        updates: list[list[tuple[MatrixRun, Tensor]]] = [[] for _ in self._parts]
         for run, update in self._exchange.to_holders(matrices, self._dtype, device):
-            rows, columns = run.where.global_shape
-            master = self._parts[run.bucket].master[run.start : run.stop]
-            master.add_(update, alpha=-lr * config.scale.factor(rows, columns))
+            updates[run.bucket].append((run, update))
+        for part, of_part in zip(self._parts, updates, strict=True):
+            for chunk in part.chunks():
+                master = part.read(MASTER, chunk)
+                master.mul_(1 - lr * self._weight_decay)
+                for run, update in of_part:
+                    low, high = max(run.start, chunk.start), min(run.stop, chunk.stop)
+                    if low < high:
+                        stretch = master[low - chunk.start : high - chunk.start]
+                        alpha = -lr * config.scale.factor(*run.where.global_shape)
+                        stretch.add_(update[low - run.start : high - run.start], alpha=alpha)
+                part.write(MASTER, chunk, master)
 
-    def _direction(self, part: MuonTensors) -> Tensor:
+    def _direction(self, part: KeptPart, step: int) -> Tensor:
+        """What is to be orthogonalized of a part, flat, after its gradient is in the momentum."""
         mu = self._config.momentum
-        part.momentum.lerp_(part.grad, 1 - mu)
-        return (part.grad.lerp(part.momentum, mu) if self._config.nesterov else part.momentum).to(self._dtype)
+        direction = torch.zeros_like(part.grad, dtype=self._dtype)
+        for chunk in part.chunks():
+            grad = part.grad[chunk.start : chunk.stop]
+            momentum = part.read(MOMENTUM, chunk)
+            momentum.lerp_(grad, 1 - mu)
+            ahead = grad.lerp(momentum, mu) if self._config.nesterov else momentum
+            direction[chunk.start : chunk.stop] = ahead
+            part.write(MOMENTUM, chunk, momentum, step)
+        return direction
 
 
 def make_muons(
     buckets: Sequence[Bucket],
-    parts: Sequence[AdamTensors | MuonTensors],
+    parts: Sequence[KeptPart],
     config: OptimConfig,
     mesh: ParallelMesh,
     stage: Group,
@@ -79,9 +98,9 @@ def make_muons(
     Products are in BF16, in the proof mode (sum_dtype FP64) in FP32. Collective over tp.
     """
     dtype = torch.float32 if sum_dtype == torch.float64 else torch.bfloat16
-    of_groups: dict[bool, list[tuple[Bucket, MuonTensors]]] = {}
+    of_groups: dict[bool, list[tuple[Bucket, KeptPart]]] = {}
     for bucket, part in zip(buckets, parts, strict=True):
-        if isinstance(part, MuonTensors):
+        if part.tensors is MuonTensors:
             of_groups.setdefault(bucket.slots[0].placement.of_experts, []).append((bucket, part))
     muons: list[Muon] = []
     for of_experts, members in sorted(of_groups.items(), key=lambda each: each[0]):

@@ -104,7 +104,7 @@ def roll_back(run: Run, first_step: int, end_sample: int, rollbacks: int) -> tup
         )
     try:
         chosen = run.store.choose(before=first_step)
-        chosen = run.store.load_or_earlier(chosen, run.optimizer.state_shards())
+        chosen = run.store.load_or_earlier(chosen, run.optimizer.state_to_fill())
     except CorruptCheckpoint as damage:
         raise TrainingDiverged(f"loss spikes since step {first_step}, and {damage}; {remedy}") from None
     target = chosen.step

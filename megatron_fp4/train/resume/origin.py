@@ -61,7 +61,7 @@ def begin_from(
     folder = Path(config.train.init_from)
     shards = [
         Shard(one.where, {MASTER: one.tensors[MASTER]}, writes=False)
-        for one in optimizer.state_shards()
+        for one in optimizer.state_to_fill()
         if not one.name.endswith(NO_WEIGHT)
     ]
     agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)

@@ -15,7 +15,7 @@ from megatron_fp4.optim.clip import global_norm
 
 def parameter_norm(optimizer: Zero1Optimizer, world: Group, device: torch.device) -> float:
     """Norm of the FP32 master weights of the whole model. Collective."""
-    return global_norm([shard.tensors["master"] for shard in optimizer.state_shards() if shard.writes], world, device)
+    return global_norm([shard.read("master") for shard in optimizer.state_shards() if shard.writes], world, device)
 
 
 def norms_by_tensor(optimizer: Zero1Optimizer) -> dict[str, dict[str, float]]:
@@ -28,7 +28,7 @@ def norms_by_tensor(optimizer: Zero1Optimizer) -> dict[str, dict[str, float]]:
 def _norms(optimizer: Zero1Optimizer, shards: Iterable[Shard], kind: str) -> dict[str, float]:
     """The norm of each logical tensor, sorted by name, from the shards of all ranks. Collective."""
     written = [shard for shard in shards if shard.writes]
-    squares = [shard.tensors[kind].double().square().sum() for shard in written]
+    squares = [shard.read(kind).double().square().sum() for shard in written]
     local_squares: dict[str, float] = {}
     for shard, square in zip(written, torch.stack(squares).tolist() if squares else [], strict=True):
         local_squares[shard.name] = local_squares.get(shard.name, 0.0) + square
