@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from megatron_fp4.comm.mesh import draw_mesh, rank_grid
+from megatron_fp4.optim.kept.choice import has_blocks
 from megatron_fp4.optim.layout import Bucket, make_buckets
 from megatron_fp4.optim.layout_report import layout_report
 from megatron_fp4.optim.muon.choice import is_muons
@@ -71,4 +72,5 @@ def drawn_buckets(checked: CheckedConfig, num_gpus: int, rank: int) -> list[Buck
         sum_replicated_over_tp=mesh.tp.size > 1,
         as_matrix=lambda parameter: is_muons(parameter, config.optim),
         edp=mesh.edp,
+        in_blocks=lambda parameter: has_blocks(parameter, config.optim),
     )

@@ -15,12 +15,13 @@ from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim import Algorithm, OptimConfig, Overlap, Zero1Optimizer
 from megatron_fp4.optim import bucket_comm as bucket_comm_module
+from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
 from tests.helpers.distributed import mesh_for, run_distributed
 from tests.optim.synthetic import contribute, exact_gradient, hash_of
 
 NUM_RANKS = 5
 NUM_CASES = 60
-WITH_CHECKPOINT = (0, 1, 2, 3)
+WITH_CHECKPOINT = (0, 1, 2, 3, 5, 7, 9)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,17 @@ class Case:
             draw.choice([0.0, 0.5]),
             draw.choice([False, True]),
         )
-        return replace(case, config=replace(case.config, algorithm=draw.choice(list(Algorithm))))
+        config = replace(case.config, algorithm=draw.choice(list(Algorithm)))
+        if number % 2:
+            kept = MomentsConfig(*(draw.choice(list(MomentFormat)) for _ in range(3)))
+            config = replace(config, moments=kept, master=draw.choice(list(MasterFormat)))
+        return replace(case, config=config)
+
+    @property
+    def in_one_process(self) -> OptimConfig:
+        """The same optimizer with other buckets."""
+        config = self.config
+        return OptimConfig(algorithm=config.algorithm, moments=config.moments, master=config.master)
 
 
 @dataclass
@@ -87,12 +98,17 @@ class Trained:
 
     def differences(self, reference: Trained) -> list[str]:
         """What is not bitwise as in one process."""
-        whole = {shard.name: shard.tensors for shard in reference.optimizer.state_shards()}
+        whole = {
+            shard.name: {kind: shard.read(kind) for kind in shard.tensors}
+            for shard in reference.optimizer.state_shards()
+        }
         wrong = [name for name, ours in self.parameters.items() if not torch.equal(ours, reference.parameters[name])]
         for shard in self.optimizer.state_shards():
-            for kind, tensor in shard.tensors.items():
-                if not torch.equal(tensor, whole[shard.name][kind][shard.where.slices]):
-                    wrong.append(f"{kind}/{shard.name} at {shard.where}")
+            wrong += [
+                f"{kind}/{shard.name} at {shard.where}"
+                for kind in shard.tensors
+                if not torch.equal(shard.read(kind), whole[shard.name][kind][shard.where.slices])
+            ]
         return wrong + ([] if self.norms == reference.norms else [f"norms {self.norms}, {reference.norms}"])
 
 
@@ -104,11 +120,11 @@ def save(trained: Trained, root: Path) -> None:
 
 def load(saver: Trained, mesh: ParallelMesh, root: Path) -> Trained:
     """The same model on the ranks of another mesh and in other buckets, with the state in the file."""
-    config = OptimConfig(bucket_mib=0.001, algorithm=saver.case.config.algorithm)
+    config = replace(saver.case.in_one_process, bucket_mib=0.001)
     loader = Trained.start(saver.case, mesh, config)
     store = CheckpointStore(root, mesh.world, CheckpointConfig())
     chosen = store.choose(1)
-    store.load(chosen, loader.optimizer.state_shards())
+    store.load(chosen, loader.optimizer.state_to_fill())
     loader.optimizer.after_load(chosen.meta["steps"])
     loader.norms = list(saver.norms)
     return loader
@@ -122,7 +138,7 @@ def all_cases(rank: int, world_size: int, root: str) -> list[str]:
         case = Case.number(number)
         ours, reference = (
             Trained.start(case, mesh, case.config),
-            Trained.start(case, single, OptimConfig(algorithm=case.config.algorithm)),
+            Trained.start(case, single, case.in_one_process),
         )
         bucket_comm_module.uses_gloo = lambda group, native=case.native: not native  # type: ignore[misc]
         for trained in (ours, reference):

@@ -1,4 +1,8 @@
-"""Which parameters have moments in blocks that share a scale: matrices, where whole blocks make a row."""
+"""Which moments a parameter has, how they are kept, in how many bytes.
+
+Blocks that share a scale are of matrices of which whole blocks make a row: so no layout moves them. Vectors,
+convolutions and other matrices, a small part of a model, keep FP32 instead.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,17 @@ from collections.abc import Sequence
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.kept.codes import BLOCK
-from megatron_fp4.optim.kept.config import MomentFormat
+from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat
 from megatron_fp4.optim.muon.choice import choose
+
+FP32 = 4
+MASTER_BYTES = {MasterFormat.fp32: 4.0, MasterFormat.remainder: 2 + 1 / 8}
+MOMENT_BYTES = {
+    MomentFormat.fp32: 4.0,
+    MomentFormat.bf16: 2.0,
+    MomentFormat.int8: 1 + 1 / BLOCK,
+    MomentFormat.fp8: 1 + 1 / BLOCK,
+}
 
 
 def moment_formats(name: str, shape: Sequence[int], config: OptimConfig) -> dict[str, MomentFormat]:
@@ -20,18 +33,26 @@ def moment_formats(name: str, shape: Sequence[int], config: OptimConfig) -> dict
     return {kind: MomentFormat.fp32 if each.in_blocks else each for kind, each in formats.items()}
 
 
-def has_blocks(parameter: LogicalParameter, config: OptimConfig) -> bool:
-    """Whether moments of a local parameter are kept in blocks.
+def check_whole_blocks(name: str, row: int, parts: int) -> None:
+    """Raises ValueError where `parts` ranks that share each row of a logical tensor would cut a block."""
+    if row % (parts * BLOCK):
+        raise ValueError(
+            f"{name}: rows of {row} over parallel.tp = {parts} are no multiples of the {BLOCK} elements that share a"
+            " scale in optim.moments=int8 and fp8; use a smaller parallel.tp, or moments in bf16"
+        )
 
-    Raises ValueError where tensor parallelism cuts a block.
-    """
+
+def has_blocks(parameter: LogicalParameter, config: OptimConfig) -> bool:
+    """Whether moments of a local parameter are kept in blocks. Raises ValueError where its shard cuts one."""
     first = parameter.placement.rectangles[0]  # those of a fused weight have rows of one length
     formats = moment_formats(first.name, first.global_shape, config)
     if not any(each.in_blocks for each in formats.values()):
         return False
-    if first.offset[1] % BLOCK or first.shape[1] % BLOCK:
-        raise ValueError(
-            f"{first.name}: rows of {first.global_shape[1]} are cut into {first.shape[1]} from {first.offset[1]}, but"
-            f" optim.moments in int8 or fp8 share a scale in blocks of {BLOCK}; use a smaller parallel.tp, or bf16"
-        )
+    check_whole_blocks(first.name, first.global_shape[1], first.global_shape[1] // first.shape[1])
     return True
+
+
+def bytes_per_element(name: str, shape: Sequence[int], config: OptimConfig, weight_bytes: int) -> float:
+    """Of the state of a logical tensor whose weights have so many bytes an element."""
+    master = 0.0 if weight_bytes == FP32 else MASTER_BYTES[config.master]
+    return master + sum(MOMENT_BYTES[each] for each in moment_formats(name, shape, config).values())

@@ -40,6 +40,11 @@ class MomentsConfig:
     """Muon's momentum."""
 
     @property
+    def have_blocks(self) -> bool:
+        """Whether elements of some moment share a scale."""
+        return any(format.in_blocks for format in self.by_kind.values())
+
+    @property
     def by_kind(self) -> dict[str, MomentFormat]:
         """The format of each moment, by the name that it has in a checkpoint."""
         return {"exp_avg": self.first, "exp_avg_sq": self.second, "momentum": self.muon}

@@ -25,6 +25,13 @@ def notes(*overrides: str) -> list[str]:
         (["optim.schedule=cosine", "optim.decay_fraction=0.3"], "optim.decay_fraction", "cosine has no last phase"),
         (["optim.schedule=cosine", "optim.decay_style=cosine"], "optim.decay_style", "cosine has no last phase"),
         (["model.mamba_state=64"], "model.mamba_state", "no block of the model has Mamba-2"),
+        (["optim.moments.muon=bf16"], "optim.moments.muon", "optim.algorithm=adamw"),
+        (["optim.master=remainder", "precision.compute_dtype=fp32"], "optim.master", "the weights are the masters"),
+        (
+            ["optim.moments.second=fp8", "model.hidden=96", "model.ffn_hidden=96", "model.head_dim=24"],
+            "optim.moments.second",
+            "no matrix .* multiple of 64",
+        ),
         (
             ["model=hybrid_tiny", "model.num_layers=2", "model.pattern=M-", "model.num_heads=2"],
             "model.num_heads",

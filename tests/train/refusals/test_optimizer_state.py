@@ -1,0 +1,28 @@
+"""Formats of optimizer state that the layout or the implementation cannot have are refused before a rank starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_fp4.cli.compose import compose_config, to_run_config
+from megatron_fp4.train.checked import check_config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["optim.moments.first=int8", "parallel.tp=2"], "attention.out.weight: rows of 64 over parallel.tp = 2"),
+        (["optim.moments.second=bf16", "optim.impl=te"], "optim.moments.second=bf16 with optim.impl=te"),
+        (["optim.master=remainder", "optim.impl=apex"], "optim.master=remainder with optim.impl=apex"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(overrides: list[str], reason: str) -> None:
+    config = to_run_config(compose_config(["model=gpt_tiny", "model.vocab_size=512", "data.tokenizer=", *overrides]))
+    with pytest.raises(ValueError, match=reason):
+        check_config(config, config.parallel.smallest_world)
+
+
+def test_moments_that_fit_are_accepted() -> None:
+    overrides = ["optim.moments.first=int8", "optim.moments.second=fp8", "optim.master=remainder"]
+    config = to_run_config(compose_config(["model=gpt_tiny", "model.vocab_size=512", "data.tokenizer=", *overrides]))
+    assert not check_config(config, 1).notes
