@@ -129,6 +129,11 @@ class OptimConfig:
         """Consumed tokens at which schedule power leaves `lr`."""
         return max(self.power_from_tokens, self.warmup_tokens)
 
+    @property
+    def keeps_compact(self) -> bool:
+        """Whether some state is kept in fewer bytes than FP32."""
+        return self.master is not MasterFormat.fp32 or self.moments != MomentsConfig()
+
     def adamw_lr(self, lr: float) -> float:
         """The rate of what AdamW updates where the schedule says `lr`."""
         own = self.algorithm is Algorithm.muon and self.muon.adamw_lr

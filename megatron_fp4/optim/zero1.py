@@ -196,6 +196,10 @@ class Zero1Optimizer:
         self._params.wait()
         return [shard for owned in self._owned for shard in owned.state_shards()] + self._gradient_free_shards()
 
+    def kept_tensors(self) -> list[Tensor]:
+        """Everything that is kept of state between two steps; FP32 parameters are their own masters."""
+        return [tensor for part in self._parts for store in part.stores.values() for tensor in store.tensors]
+
     def state_to_fill(self) -> list[Shard]:
         """The same rectangles with tensors to be filled, whatever is kept; `after_load` takes what is in them."""
         self._params.wait()

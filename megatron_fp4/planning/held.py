@@ -9,14 +9,20 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import StageRange
+from megatron_fp4.optim.config import OptimConfig
+from megatron_fp4.optim.kept.choice import bytes_per_element
+from megatron_fp4.optim.kept.part import CHUNK
 from megatron_fp4.planning.footprint import FP32
 from megatron_fp4.planning.settings import RankSettings
+
+OPENED_BYTES = 44
+"""Most per element of a chunk of state that is updated: FP32 copies, random words, what rounding makes in between."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,32 @@ class HeldElements:
         return FP32 * (common / settings.replicas + experts / settings.expert_replicas)
 
 
+def kept_bytes(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> float:
+    """Bytes of optimizer state between two steps on a rank that holds `stages`."""
+    common = experts = 0.0
+    sizes = _sizes_by_state(config, tuple(stages), settings.optim, settings.dtype.itemsize)
+    for (expert, size, each), elements in sizes.items():
+        if expert:
+            experts += each * elements / settings.ep
+        else:
+            common += each * elements / size * -(-size // (settings.tp if size > 1 else 1))
+    return common / settings.replicas + experts / settings.expert_replicas
+
+
+def bytes_per_parameter(config: ModelConfig, settings: RankSettings) -> dict[str, float]:
+    """Bytes of the whole model: what every replica holds, and the optimizer state, which they divide."""
+    whole = (StageRange(0, len(config.blocks), len(config.blocks)),)
+    alone = replace(settings, tp=1, cp=1, dp=1, ep=1)
+    state = kept_bytes(config, whole, alone) / HeldElements.of(config, whole, alone).total
+    return {"weights": settings.dtype.itemsize, "main gradients": FP32, "optimizer": state}
+
+
+def opened_bytes(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> float:
+    """Bytes alive while a chunk of state that is not kept in FP32 is updated."""
+    elements = HeldElements.of(config, stages, settings).divided(settings)
+    return OPENED_BYTES * min(CHUNK, elements) if settings.optim.keeps_compact else 0.0
+
+
 def num_mixtures(config: ModelConfig, stages: Iterable[StageRange]) -> int:
     """Mixtures of experts in the blocks of these stages."""
     return sum(config.blocks[stage.first : stage.stop].count("E") for stage in stages)
@@ -70,6 +102,19 @@ def stage_linears(config: ModelConfig, stage: StageRange) -> tuple[LinearInfo, .
         for info in model_linears(config)
         if (stage.has_head if info.block is None else stage.first <= info.block < stage.stop)
     )
+
+
+@functools.cache
+def _sizes_by_state(
+    config: ModelConfig, stages: tuple[StageRange, ...], optim: OptimConfig, weight_bytes: int
+) -> Counter[tuple[bool, int, float]]:
+    """(of routed experts; size of the dimension that tp divides, or 1; bytes of state an element) -> elements."""
+    sizes: Counter[tuple[bool, int, float]] = Counter()
+    for one in held_parameters(config, stages):
+        size = 1 if one.sharded is None or one.expert is not None else one.shape[one.sharded]
+        each = bytes_per_element(one.name, one.shape, optim, weight_bytes)
+        sizes[one.expert is not None, size, each] += one.numel
+    return sizes
 
 
 @functools.cache

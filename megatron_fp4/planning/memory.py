@@ -16,7 +16,7 @@ from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.pipeline.order import Work, in_flight
 from megatron_fp4.planning.footprint import FP32, Footprint, stage_footprint
-from megatron_fp4.planning.held import HeldElements, stage_linears
+from megatron_fp4.planning.held import HeldElements, bytes_per_parameter, kept_bytes, opened_bytes, stage_linears
 from megatron_fp4.planning.idle import PipelineLayout
 from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
@@ -38,7 +38,8 @@ def memory_section(
         microbatches = in_flight(works) / len(stages)  # over all chunks
         totals.append(sum(kinds.values()))
         ranks.append({"in_flight": microbatches, "bytes": kinds, "total": totals[-1]})
-    return {"pipeline_ranks": ranks, "largest": max(totals), "gpu_bytes": gpu_bytes}
+    each = bytes_per_parameter(config, settings)
+    return {"pipeline_ranks": ranks, "largest": max(totals), "gpu_bytes": gpu_bytes, "per_parameter": each}
 
 
 def rank_memory(
@@ -50,6 +51,7 @@ def rank_memory(
     activations, most = _most_held(works, footprints)
     sums = HeldElements.of(config, stages.values(), settings).sums_at_once(settings)
     update = MuonShare.of(config, stages.values(), settings).update_bytes(settings)
+    update += opened_bytes(config, stages.values(), settings)
     return {
         **state,
         "activations": float(activations),
@@ -91,13 +93,11 @@ def _state(config: ModelConfig, stages: Collection[StageRange], settings: RankSe
     """What does not depend on the microbatches in flight."""
     held = HeldElements.of(config, stages, settings)
     compute_bytes = settings.dtype.itemsize
-    master = FP32 if compute_bytes < FP32 else 0  # FP32 weights are their own
-    muon = MuonShare.of(config, stages, settings)  # has one moment, not two
     return {
         "weights": float(held.total * compute_bytes),
         "quantized weights": sum(_weight_copies(config, stage, settings) for stage in stages),
         "main gradients": float(held.total * FP32),
-        "optimizer": (2 * FP32 + master) * held.divided(settings) - FP32 * muon.divided(settings),
+        "optimizer": kept_bytes(config, stages, settings),
         "buffers": sum(_receive_buffers(config, stage, settings) for stage in stages),
     }
 

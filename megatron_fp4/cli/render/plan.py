@@ -133,6 +133,8 @@ def _memory(section: Mapping[str, Any], traffic: list[Mapping[str, float]]) -> l
         lines.append(
             f"  pipeline rank {number}: {entry['total'] / 1e9:.2f} = {kinds} ({entry['in_flight']:g} in flight)"
         )
+    each = ", ".join(f"{kind} {value:.4g}" for kind, value in section["per_parameter"].items())
+    lines.append(f"  bytes per parameter: {each}; the replicas of a rank divide the last")
     lines += heading("Sent per rank and step, GB")
     for number, axes in enumerate(traffic):
         kinds = ", ".join(f"{axis} {value / 1e9:.2f}" for axis, value in axes.items())

@@ -51,8 +51,7 @@ def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phase
 def label_state(run: Run, live: LiveKinds) -> None:
     """Say what the state of a rank is, in the plan's words."""
     parameters = [parameter for stage in run.engine.stages for parameter in logical_parameters(stage)]
-    state = [tensor for shard in run.optimizer.state_shards() for tensor in shard.tensors.values()]
     sums = [parameter.main_grad for parameter in parameters if parameter.main_grad is not None]
-    live.label(state, "optimizer")
+    live.label(run.optimizer.kept_tensors(), "optimizer")
     live.label(parameters, "weights")  # after the state: FP32 weights are their own masters
     live.label(sums, "main gradients")

@@ -18,6 +18,8 @@ from megatron_fp4.data.config import DataConfig
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.optim import Algorithm, OptimConfig
+from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
 from megatron_fp4.precision import nvfp4_paper
 from megatron_fp4.precision.config import BackendName, PrecisionConfig, Rule
 from megatron_fp4.train.config import RunConfig
@@ -33,6 +35,10 @@ WIDE = replace(DEEP, hidden=4096, ffn_hidden=14336, num_heads=32, num_kv_heads=8
 HYBRID = replace(load("hybrid_tiny"), pattern="M*-M", num_layers=4, vocab_size=4096)
 NVFP4 = PrecisionConfig(recipes={"nvfp4": nvfp4_paper()}, rules=[Rule("head"), Rule("*", use="nvfp4")])
 
+COMPACT = OptimConfig(
+    master=MasterFormat.remainder, moments=MomentsConfig(MomentFormat.int8, MomentFormat.fp8, MomentFormat.bf16)
+)
+
 
 def case(
     model: ModelConfig,
@@ -43,6 +49,7 @@ def case(
     documents: bool = False,
     recompute: str = "none",
     seq_length: int = 512,
+    optim: OptimConfig | None = None,
     **layout: Any,
 ) -> tuple[RunConfig, int, str]:
     """Configuration, ranks of the world, ranks that are rehearsed; two microbatches a step."""
@@ -51,6 +58,7 @@ def case(
         model=model,
         precision=precision or PrecisionConfig(),
         parallel=parallel,
+        optim=optim or OptimConfig(),
         data=DataConfig(seq_length=seq_length, reset_documents=documents),
         train=TrainConfig(
             micro_batch=1, global_batch=2 * parallel.resolve_dp(num_gpus), recompute=Recompute[recompute]
@@ -82,6 +90,8 @@ CASES = {
     "swiglu, full": case(
         replace(DEEP, activation=Activation.swiglu), 4, "first", precision=NVFP4, recompute="full", pp=2
     ),
+    "compact state": case(GPT, 4, "0", optim=COMPACT, tp=2),
+    "compact state, muon": case(HYBRID, 2, "0", optim=replace(COMPACT, algorithm=Algorithm.muon)),
     "cell": case(GPT, 8, "cell", tp=2, pp=2),
 }
 

@@ -1,0 +1,63 @@
+"""The bytes of optimizer state that `plan` says are those of the tensors that live between two steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.layers.layer_context import LayerContext
+from megatron_fp4.models.decoder import Decoder, whole_model
+from megatron_fp4.optim import Algorithm, OptimConfig, Zero1Optimizer
+from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
+from megatron_fp4.planning.footprint import LiveBytes
+from megatron_fp4.planning.held import OPENED_BYTES, bytes_per_parameter
+from megatron_fp4.planning.memory import stage_memory
+from megatron_fp4.planning.settings import RankSettings
+from megatron_fp4.precision import StepClock
+from megatron_fp4.precision.backends.emulated import EmulatedBackend
+from tests.models.test_count import load
+
+FP32, BF16, INT8, FP8 = MomentFormat.fp32, MomentFormat.bf16, MomentFormat.int8, MomentFormat.fp8
+MODEL = replace(load("hybrid_tiny"), vocab_size=4096)
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize(
+    ("master", "moments"),
+    [
+        (MasterFormat.fp32, MomentsConfig()),
+        (MasterFormat.remainder, MomentsConfig()),
+        (MasterFormat.fp32, MomentsConfig(BF16, BF16, BF16)),
+        (MasterFormat.remainder, MomentsConfig(INT8, FP8, INT8)),
+        (MasterFormat.remainder, MomentsConfig(FP8, INT8, FP8)),
+        (MasterFormat.fp32, MomentsConfig(INT8, FP32, BF16)),
+    ],
+)
+def test_planned_state_is_what_is_kept(algorithm: Algorithm, master: MasterFormat, moments: MomentsConfig) -> None:
+    optim = OptimConfig(algorithm=algorithm, master=master, moments=moments)
+    mesh = ParallelMesh.single_process()
+    context = LayerContext.of(mesh, EmulatedBackend(compile=False), StepClock(0), torch.bfloat16, torch.device("cpu"))
+    model = Decoder(MODEL, context, whole_model(MODEL))
+    optimizer = Zero1Optimizer(model.named_parameters(), optim, mesh, True)
+    settings = RankSettings(optim=optim, seq_length=64)
+    kept = sum(tensor.nbytes for tensor in optimizer.kept_tensors())
+    assert kept == pytest.approx(stage_memory(MODEL, whole_model(MODEL), settings)["optimizer"], rel=2e-3)
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    assert kept == pytest.approx(bytes_per_parameter(MODEL, settings)["optimizer"] * elements, rel=2e-3)
+    if algorithm is Algorithm.adamw:
+        optimizer.zero_grad()
+        norm = optimizer.finish_grads()
+        with LiveBytes() as live:
+            optimizer.step(norm, lr=1e-3, max_norm=1.0)
+        most = max(parameter.numel() for parameter in model.parameters())
+        assert live.peak <= OPENED_BYTES * most * 1.01 if optim.keeps_compact else live.peak < 4096
+
+
+def test_bytes_per_parameter_of_large_models() -> None:
+    """Vectors and convolutions, which keep FP32 moments, are too few to be seen."""
+    model = replace(load("nemotron_h_12b"), vocab_size=131072)
+    each = RankSettings(optim=OptimConfig(master=MasterFormat.remainder, moments=MomentsConfig(INT8, FP8)))
+    assert bytes_per_parameter(model, each)["optimizer"] == pytest.approx(2.125 + 2 * (1 + 1 / 64), rel=1e-3)
