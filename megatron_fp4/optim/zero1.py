@@ -27,7 +27,6 @@ from megatron_fp4.optim.clip import clip_factor, norm_over, sum_of_squares
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
 from megatron_fp4.optim.kept.adamw import PartwiseAdamW
-from megatron_fp4.optim.kept.choice import has_blocks
 from megatron_fp4.optim.kept.part import KeptPart
 from megatron_fp4.optim.layout import ParameterPiece, make_buckets
 from megatron_fp4.optim.muon.update import Muon, make_muons
@@ -77,7 +76,7 @@ class Zero1Optimizer:
             sum_replicated_over_tp=sequence_parallel and mesh.tp.size > 1,
             as_matrix=lambda parameter: Muon.takes(parameter, config),
             edp=mesh.edp,
-            in_blocks=lambda parameter: has_blocks(parameter, config),
+            in_blocks=lambda parameter: KeptPart.has_blocks(parameter, config),
         )
         if not self.buckets:
             raise ValueError("the optimizer got no parameters")
