@@ -5,7 +5,7 @@ Members of enums are in lower case because omegaconf matches them by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Annotated
 
@@ -133,6 +133,10 @@ class OptimConfig:
     def keeps_compact(self) -> bool:
         """Whether some state is kept in fewer bytes than FP32."""
         return self.master is not MasterFormat.fp32 or self.moments != MomentsConfig()
+
+    def with_fp32_moments(self) -> OptimConfig:
+        """The same optimizer, whose moments are not rounded."""
+        return replace(self, moments=MomentsConfig())
 
     def adamw_lr(self, lr: float) -> float:
         """The rate of what AdamW updates where the schedule says `lr`."""

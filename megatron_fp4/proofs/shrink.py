@@ -31,8 +31,6 @@ from dataclasses import dataclass, replace
 from megatron_fp4.comm.config import Overlap
 from megatron_fp4.data.ramp import BatchRampConfig, batch_sizes
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.optim.kept.codes import BLOCK
-from megatron_fp4.optim.kept.config import MomentsConfig
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.config import ComputeDtype
 from megatron_fp4.precision.table import PrecisionTable
@@ -76,7 +74,7 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
     full = replace(config.model, vocab_size=config.model.vocab_size or DEFAULT_VOCABULARY)
     table = first_table(config.precision, full)
     divisors = _Divisors(
-        math.lcm(quantization_unit(table), BLOCK if config.optim.moments.have_blocks else 1),
+        math.lcm(quantization_unit(table), config.optim.moments.unit),
         math.lcm(*(layout.parallel.tp for layout in layouts)),
         math.lcm(*(layout.parallel.cp for layout in layouts)),
         math.lcm(*(layout.parallel.ep for layout in layouts)),
@@ -106,7 +104,7 @@ def _with_small_steps(config: RunConfig) -> RunConfig:
 
 def _case(name: str, config: RunConfig, table: PrecisionTable, dtype: ComputeDtype) -> Case:
     if name == "fp32":  # what a layout changes is seen to 7 digits; a moment that is rounded the other way hides it
-        config = replace(config, optim=replace(config.optim, moments=MomentsConfig()))
+        config = replace(config, optim=config.optim.with_fp32_moments())
     return Case(name, replace(config, precision=replace(config.precision, compute_dtype=dtype)), table)
 
 

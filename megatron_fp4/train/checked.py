@@ -17,9 +17,9 @@ from megatron_fp4.models.partition import split_stages
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.refusals.effect import check_decay, check_muon, check_qk_clip, idle_notes
+from megatron_fp4.train.refusals.effect import check_decay, check_qk_clip, idle_notes
 from megatron_fp4.train.refusals.experts import check_segments
-from megatron_fp4.train.refusals.optimizer_state import check_optimizer_state
+from megatron_fp4.train.refusals.optimizer_state import check_muon, check_optimizer_state
 from megatron_fp4.train.refusals.precision_plan import make_plan
 from megatron_fp4.train.refusals.requirements import check_choices
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.config import OptimConfig
-from megatron_fp4.optim.kept.codes import BLOCK
-from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat
+from megatron_fp4.optim.kept.config import BLOCK, MasterFormat, MomentFormat
 from megatron_fp4.optim.muon.choice import choose
 
 FP32 = 4
@@ -53,6 +52,6 @@ def has_blocks(parameter: LogicalParameter, config: OptimConfig) -> bool:
 
 
 def bytes_per_element(name: str, shape: Sequence[int], config: OptimConfig, weight_bytes: int) -> float:
-    """Of the state of a logical tensor whose weights have so many bytes an element."""
+    """Bytes of the state of a logical tensor whose weights have `weight_bytes` an element."""
     master = 0.0 if weight_bytes == FP32 else MASTER_BYTES[config.master]
     return master + sum(MOMENT_BYTES[each] for each in moment_formats(name, shape, config).values())

@@ -20,7 +20,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK = 64  # elements; the cuts of flat ranges (layout.py) fall on multiples of it
 MANTISSA = 23
 BIAS = 127
 
@@ -74,7 +73,7 @@ class Int8(_Scaled):
     code_dtype = torch.int8
 
     def encode(self, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        scales = _scales(values.abs().amax(1, keepdim=True), 127.0)
+        scales = _scales(values.abs().max(1, keepdim=True).values, 127.0)
         codes = (values / _power(scales) + _uniform(words)).floor_().clamp_(-127, 127)
         return codes.to(self.code_dtype), scales.to(torch.uint8)
 
@@ -85,7 +84,7 @@ class Fp8(_Scaled):
     code_dtype = torch.float8_e4m3fn
 
     def encode(self, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        scales = _scales(values.abs().amax(1, keepdim=True), 448.0)
+        scales = _scales(values.abs().max(1, keepdim=True).values, 448.0)
         scaled = values / _power(scales)
         normal = round_bits(scaled, words, MANTISSA - 3).view(torch.float32)
         small = (scaled * 2.0**9 + _uniform(words)).floor_() * 2.0**-9
@@ -100,7 +99,7 @@ class RootInt8:
 
     def encode(self, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         roots = values.sqrt()
-        scales = _scales(roots.amax(1, keepdim=True), 255.0, least=BIAS - 60)  # whose squares are no denormals
+        scales = _scales(roots.max(1, keepdim=True).values, 255.0, least=BIAS - 60)  # whose squares are no denormals
         roots /= _power(scales)
         below = roots.floor()
         up = _uniform(words) < (roots * roots - below * below) / (2 * below + 1)
@@ -118,7 +117,7 @@ class UnsignedFp8:
 
     def encode(self, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         tops = round_bits(values, words, MANTISSA - 3) >> (MANTISSA - 3)
-        scales = tops.amax(1, keepdim=True) >> 3
+        scales = tops.max(1, keepdim=True).values >> 3
         codes = (tops - ((scales - 31) << 3)).clamp_(1, 255) * (values > 0)
         return codes.to(self.code_dtype), scales.to(torch.uint8)
 

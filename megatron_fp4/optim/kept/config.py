@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+BLOCK = 64
+"""Elements that share a scale; the cuts of flat ranges (layout.py) fall on multiples of it."""
+
 
 class MasterFormat(Enum):
     """How FP32 master weights are kept where weights are BF16."""
@@ -37,12 +40,12 @@ class MomentsConfig:
     second: MomentFormat = MomentFormat.fp32
     """AdamW's mean of the squared gradients."""
     muon: MomentFormat = MomentFormat.fp32
-    """Muon's momentum."""
+    """Muon's mean of the gradients."""
 
     @property
-    def have_blocks(self) -> bool:
-        """Whether elements of some moment share a scale."""
-        return any(format.in_blocks for format in self.by_kind.values())
+    def unit(self) -> int:
+        """What parts of rows must be multiples of."""
+        return BLOCK if any(format.in_blocks for format in self.by_kind.values()) else 1
 
     @property
     def by_kind(self) -> dict[str, MomentFormat]:

@@ -42,7 +42,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KeptShard(Shard):
-    """Of what is not kept in FP32 the tensors here are on the meta device, and `read` makes the values."""
+    """A shard whose tensors are on the meta device where they are not kept in FP32: `read` makes the values."""
 
     part: KeptPart
     start: int

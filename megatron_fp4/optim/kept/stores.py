@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.optim.kept import remainder
-from megatron_fp4.optim.kept.codes import BLOCK, Codes, Fp8, Int8, RootInt8, UnsignedFp8, round_bits
-from megatron_fp4.optim.kept.config import MomentFormat
+from megatron_fp4.optim.kept.codes import Codes, Fp8, Int8, RootInt8, UnsignedFp8, round_bits
+from megatron_fp4.optim.kept.config import BLOCK, MomentFormat
 
 
 class Store(Protocol):

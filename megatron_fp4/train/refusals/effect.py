@@ -12,21 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.count import logical_shapes
 from megatron_fp4.optim.config import Algorithm, Schedule
-from megatron_fp4.optim.kept.choice import moment_formats
-from megatron_fp4.optim.kept.codes import BLOCK
 from megatron_fp4.optim.lr import decay_tokens
-from megatron_fp4.optim.muon.choice import check_patterns
 from megatron_fp4.optim.muon.config import MuonConfig
 from megatron_fp4.precision.config import SAME, PrecisionConfig
 from megatron_fp4.settings import settings_of
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.refusals.optimizer_state import idle_formats
 from megatron_fp4.train.sections import WandbMode
 
 ATTENTION = (
@@ -89,11 +84,6 @@ def _check_decay_from(config: RunConfig) -> None:
         )
 
 
-def check_muon(config: RunConfig) -> None:
-    """Raises ValueError for a pattern of `optim.muon.adamw_for` that fits no weight."""
-    check_patterns(logical_shapes(config.model), config.optim)
-
-
 def check_qk_clip(config: RunConfig) -> None:
     """Raises ValueError where scaled weights of queries and keys scale no logit."""
     threshold, model = config.optim.qk_clip.threshold, config.model
@@ -133,25 +123,11 @@ def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"optim.muon.{item.name}", f"optim.algorithm={config.optim.algorithm.name}"
     if not config.optim.qk_clip.threshold:
         yield "optim.qk_clip.alpha", "optim.qk_clip.threshold = 0 (off)"
-    yield from _without_state(config)
+    yield from idle_formats(config)
     yield from _without_block(config.model)
     for name in config.precision.recipes:
         if name not in named_recipes(config.precision):
             yield f"precision.recipes.{name}", "neither precision.use nor a rule, a switch or the evaluation names it"
-
-
-def _without_state(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Formats of optimizer state that no tensor has."""
-    if config.precision.compute_dtype.torch_dtype == torch.float32:
-        yield "optim.master", "precision.compute_dtype=fp32: the weights are the masters"
-    kept = [moment_formats(name, shape, config.optim) for name, shape in logical_shapes(config.model).items()]
-    settings = {"exp_avg": "first", "exp_avg_sq": "second", "momentum": "muon"}
-    for kind, format in config.optim.moments.by_kind.items():
-        if kind == "momentum" and config.optim.algorithm is not Algorithm.muon:
-            yield "optim.moments.muon", f"optim.algorithm={config.optim.algorithm.name}"
-        elif format.in_blocks and not any(formats.get(kind) is format for formats in kept):
-            reason = f"no matrix with such a moment has rows of a multiple of {BLOCK}, which {format.name} takes"
-            yield f"optim.moments.{settings[kind]}", reason
 
 
 def _switched_off(config: RunConfig) -> Iterator[tuple[str, str]]:

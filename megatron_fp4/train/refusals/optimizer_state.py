@@ -1,14 +1,19 @@
-"""Formats of optimizer state that the optimizer's implementation or the layout cannot have, each with the numbers.
+"""Formats of optimizer state that the implementation or the layout cannot have, or that nothing has.
 
-Not here: formats that change nothing (effect.py).
+Beside them, patterns of parameters that fit no weight.
 """
 
 from __future__ import annotations
 
-from megatron_fp4.models.count import model_parameters
-from megatron_fp4.optim.config import Impl
+from collections.abc import Iterator
+
+import torch
+
+from megatron_fp4.models.count import logical_shapes, model_parameters
+from megatron_fp4.optim.config import Algorithm, Impl
 from megatron_fp4.optim.kept.choice import check_whole_blocks, moment_formats
-from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat
+from megatron_fp4.optim.kept.config import BLOCK, MasterFormat, MomentFormat
+from megatron_fp4.optim.muon.choice import check_patterns
 from megatron_fp4.train.config import RunConfig
 
 
@@ -28,3 +33,22 @@ def check_optimizer_state(config: RunConfig) -> None:
         formats = moment_formats(parameter.name, parameter.shape, optim).values()
         if parameter.sharded == 1 and any(format.in_blocks for format in formats):
             check_whole_blocks(parameter.name, parameter.shape[1], config.parallel.tp)
+
+
+def check_muon(config: RunConfig) -> None:
+    """Raises ValueError for a pattern of `optim.muon.adamw_for` that fits no weight."""
+    check_patterns(logical_shapes(config.model), config.optim)
+
+
+def idle_formats(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Formats of optimizer state that no tensor has."""
+    if config.precision.compute_dtype.torch_dtype == torch.float32:
+        yield "optim.master", "precision.compute_dtype=fp32: the weights are the masters"
+    kept = [moment_formats(name, shape, config.optim) for name, shape in logical_shapes(config.model).items()]
+    settings = {"exp_avg": "first", "exp_avg_sq": "second", "momentum": "muon"}
+    for kind, format in config.optim.moments.by_kind.items():
+        if kind == "momentum" and config.optim.algorithm is not Algorithm.muon:
+            yield "optim.moments.muon", f"optim.algorithm={config.optim.algorithm.name}"
+        elif format.in_blocks and not any(formats.get(kind) is format for formats in kept):
+            reason = f"no matrix with such a moment has rows of a multiple of {BLOCK}, which {format.name} takes"
+            yield f"optim.moments.{settings[kind]}", reason

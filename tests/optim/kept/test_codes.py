@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_fp4.optim.kept.codes import BLOCK, Codes, Fp8, Int8, RootInt8, UnsignedFp8
-from megatron_fp4.optim.kept.config import MomentFormat
+from megatron_fp4.optim.kept.codes import Codes, Fp8, Int8, RootInt8, UnsignedFp8
+from megatron_fp4.optim.kept.config import BLOCK, MomentFormat
 from megatron_fp4.optim.kept.stores import moment_store
 
 CODES = {"int8": Int8(), "fp8": Fp8(), "int8 root": RootInt8(), "unsigned fp8": UnsignedFp8()}
@@ -34,8 +34,8 @@ def test_what_was_decoded_is_encoded_to_the_same_value(name: str) -> None:
     x = values(codes)
     once = codes.decode(*codes.encode(x, words(len(x))))
     for seed in (1, 2):
-        again = codes.decode(*codes.encode(once, words(len(x), seed)))
-        assert torch.equal(again, once), "a resume would change moments"
+        twice = codes.decode(*codes.encode(once, words(len(x), seed)))
+        assert torch.equal(twice, once), "a resume would change moments"
     scale = x.abs().amax(1, keepdim=True)
     assert bool(((once - x).abs() <= LARGEST_STEP[name] * scale).all())
     assert torch.equal(once[0], x[0])
