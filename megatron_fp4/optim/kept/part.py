@@ -129,7 +129,7 @@ class KeptPart:
             self.write(kind, chunk, values, step)
 
     def views(self, where: Rectangle, start: int, stop: int) -> dict[str, Tensor]:
-        """By kind, FP32 of the shape of `where`: what is kept, or a tensor without values."""
+        """FP32 tensors of the shape of `where`, by kind: what is kept, or one without values."""
         return {
             kind: store.read(start, stop).view(where.shape)
             if store.in_place
@@ -138,7 +138,7 @@ class KeptPart:
         }
 
     def to_fill(self) -> dict[str, Tensor]:
-        """By kind, FP32 of all elements, to be filled and then taken; what is FP32 is filled in place."""
+        """FP32 tensors of all elements, by kind, to be filled and then taken; what is FP32 is filled in place."""
         self._filled = {
             kind: store.tensors[0] if store.in_place else torch.zeros_like(self.grad)
             for kind, store in self.stores.items()
