@@ -228,7 +228,7 @@ class Zero1Optimizer:
         if self.gradient_free is None:
             return []
         writes = self._mesh.dp_cp.rank == self._mesh.tp.rank == 0
-        return gradient_free_shards(self.gradient_free.parameters, writes=writes)
+        return list(gradient_free_shards(self.gradient_free.parameters, writes=writes))
 
     def _writes(self, piece: ParameterPiece) -> bool:
         """False on a rank that holds a replica of elements which another rank counts and saves."""
