@@ -90,7 +90,7 @@ def _overrides(model: Mapping[str, Any]) -> Iterator[str]:
             kind = RopeScaling[value["kind"]]
             yield from (_override(f"rope_scaling.{key}", value[key]) for key in value if key in ROPE_SCALING[kind])
         elif name in FREE_INSIDE:
-            settings = [key for key in value if key not in FREE_INSIDE[name] or key == "depth"]
+            settings = [key for key in value if key not in FREE_INSIDE[name]]
             if value.get("num_experts") or value.get("depth"):
                 yield from (_override(f"{name}.{key}", value[key]) for key in settings)
         elif name not in FREE and (hybrid or not name.startswith("mamba_")):

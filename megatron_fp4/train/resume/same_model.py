@@ -27,9 +27,9 @@ FREE_INSIDE = {
         *("bias_rate", "sequence_loss", "global_loss", "z_loss"),
         *("capacity_factor", "drop", "segment_tokens"),
     ),
-    "mtp": ("depth", "shared", "loss_scale"),
+    "mtp": ("shared", "loss_scale"),
 }
-"""The same within a group of settings; of `mtp`, weights show how many sequences of blocks there are."""
+"""The same within a group of settings. Depths that share their blocks are as one."""
 
 
 def check_origin(config: RunConfig) -> None:
@@ -82,7 +82,7 @@ def _comparable(model: Mapping[str, Any]) -> dict[str, Any]:
     for group, free in FREE_INSIDE.items():
         values[group] = {key: value for key, value in model[group].items() if key not in free}
     depth = model["mtp"]["depth"]
-    values["mtp"]["sequences"] = min(depth, 1) if model["mtp"]["shared"] else depth
+    values["mtp"]["depth"] = min(depth, 1) if model["mtp"]["shared"] else depth
     values["pattern"] = model["pattern"] or "T" * model["num_layers"]
     values["head_dim"] = model["head_dim"] or model["hidden"] // model["num_heads"]
     if "M" not in values["pattern"]:
