@@ -47,6 +47,7 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.proofs.layouts import Layout, parse_layouts
 from megatron_fp4.proofs.parity import Case, synthetic_inputs
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.engine import TokenLoss
 from megatron_fp4.train.sections import TrainConfig
 from megatron_fp4.train.trainable import Trainable, build_trainable
 
@@ -164,6 +165,7 @@ class _Rows(NamedTuple):
     address: Tensor
     positions: Tensor
     documents: Tensor
+    ahead: Tensor | None = None
 
 
 def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches: int, piece_seconds: float) -> float:
@@ -178,13 +180,14 @@ def measure_bubble(process: Process, parallel: ParallelConfig, num_microbatches:
     engine = PipelineEngine(
         stages,
         [queue.take for queue in queues if queue is not None],
-        lambda output, labels, scale: output.sum() * scale,
+        TokenLoss(8, mesh.tp),
         StageShapes((1, 8), (8, 8), torch.float32),
         parallel,
         mesh.pp,
         process.device,
     )
-    rows = [_Rows(*(torch.zeros(1, 8, dtype=torch.int64) for _ in _Rows._fields)) for _ in range(num_microbatches)]
+    zeros = torch.zeros(1, 8, dtype=torch.int64)
+    rows = [_Rows(zeros, zeros, zeros, zeros, zeros) for _ in range(num_microbatches)]
     seconds = 0.0
     for _ in range(2):
         collectives.barrier(process.world)

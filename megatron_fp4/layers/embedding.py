@@ -6,6 +6,8 @@ needs no padding rows: nothing has to be masked from the softmax or dropped on e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,22 +41,55 @@ def vocab_table(
     return make_parameter((stop - first, hidden), placement, normal_init(std), context.dtype, context.device)
 
 
-class VocabParallelEmbedding(nn.Module):
-    """Token ids `[B, S] -> x_TD [T/tp, D]`: each rank looks up its rows, the sums are scattered over rows."""
+class _LookUpApart(torch.autograd.Function):
+    """Rows of the table; their gradient is added to `main_grad` in that tensor's type, apart from other look-ups.
 
-    def __init__(self, name: str, vocab_size: int, hidden: int, context: LayerContext, *, std: float) -> None:
+    autograd adds the gradients of all uses of a parameter in the parameter's type, BF16, before anybody sees them.
+    There one of a loss of scale 0.05 is rounded away beside one of scale 1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids_T: Tensor, weight: LogicalParameter) -> Tensor:
+        ctx.save_for_backward(ids_T)
+        ctx.weight = weight
+        return F.embedding(ids_T, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
+        (ids_T,) = ctx.saved_tensors
+        weight: LogicalParameter = ctx.weight
+        main_grad = weight.main_grad
+        dy_TD = grads[0].to(grads[0].dtype if main_grad is None else main_grad.dtype)
+        dw_VD = torch.ops.aten.embedding_dense_backward(dy_TD, ids_T, weight.shape[0], -1, False)
+        if main_grad is None:
+            return None, dw_VD
+        main_grad.add_(dw_VD)
+        if weight.grad_ready is not None:
+            weight.grad_ready()
+        return None, None
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token ids `[B, S] -> x_TD [T/tp, D]`: each rank looks up its rows, the sums are scattered over rows.
+
+    weight: this rank's rows of the table (`vocab_table`).
+    """
+
+    def __init__(self, vocab_size: int, weight: LogicalParameter, context: LayerContext) -> None:
         super().__init__()
         self._tp = context.tp
         self._first, self._stop = vocab_range(vocab_size, context.tp)
-        self.weight = vocab_table(f"{name}.weight", vocab_size, hidden, context, std=std)
+        self.weight = weight
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
+    def forward(self, ids_BS: Tensor, *, apart: bool = False) -> Tensor:
+        """apart: add the gradient of this look-up to `main_grad` for itself, not together with those of others."""
         ids_T = ids_BS.reshape(-1)
+        look_up = _LookUpApart.apply if apart else F.embedding
         if self._tp.size == 1:
-            return F.embedding(ids_T, self.weight)
+            return look_up(ids_T, self.weight)
         is_local_T = (ids_T >= self._first) & (ids_T < self._stop)
         local_T = (ids_T - self._first).clamp(0, self._stop - self._first - 1)
-        x_TD = F.embedding(local_T, self.weight).masked_fill(~is_local_T[:, None], 0.0)
+        x_TD = look_up(local_T, self.weight).masked_fill(~is_local_T[:, None], 0.0)
         return scatter_sum_rows(x_TD, self._tp)
 
 

@@ -15,7 +15,7 @@ scatter the sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -90,7 +90,7 @@ class Tokens:
     address: global index of the token within the global batch (the address of its rounding noise and dropout).
     positions: position in its document (or in its sample where documents are not kept apart).
     documents: number of the document within the sample; tokens attend only inside their own.
-    tables: what layers have derived from these alone (`once`): masks, angles.
+    tables: what layers have derived from positions and documents alone (`once`): masks, angles.
     """
 
     address: Tensor
@@ -108,6 +108,10 @@ class Tokens:
                 self.tables[key] = make()
         table: Table = self.tables[key]
         return table
+
+    def moved(self, distance: int) -> Tokens:
+        """The same tokens with other addresses, for noise that is not theirs; tables are shared."""
+        return replace(self, address=self.address + distance)
 
     @staticmethod
     def of_one_document(num_tokens: int, device: str | torch.device = "cpu") -> Tokens:

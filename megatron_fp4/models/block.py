@@ -9,7 +9,7 @@ The linears of a block are also listed here without building it, for the precisi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -89,19 +89,21 @@ class Residual(nn.Module):
 
 
 class Block(nn.Module):
-    """Block `index` of the model: x_TD `[T/tp, D]` -> `[T/tp, D]`.
+    """The block `name` of the kind `letter`: x_TD `[T/tp, D]` -> `[T/tp, D]`.
 
     Its children are its residual branches by kind (`attention`, `mlp`, `mamba`), in the order of execution. A parameter
     of one, `blocks.0.attention.mixer.qkv.weight` to torch, has the logical name `blocks.0.attention.qkv.weight`.
     """
 
-    def __init__(self, index: int, config: ModelConfig, context: LayerContext, *, keep_documents_apart: bool) -> None:
+    def __init__(
+        self, name: str, letter: str, config: ModelConfig, context: LayerContext, *, keep_documents_apart: bool
+    ) -> None:
         super().__init__()
-        for kind in MIXERS[config.blocks[index]]:
-            name = f"blocks.{index}.{kind}"
-            norm = make_norm(f"{name}_norm", config, context)
-            mixer = make_mixer(kind, name, config, context, keep_documents_apart=keep_documents_apart)
-            dropout = Dropout(f"{name}_dropout", config.dropout, context)
+        for kind in MIXERS[letter]:
+            label = f"{name}.{kind}"
+            norm = make_norm(f"{label}_norm", config, context)
+            mixer = make_mixer(kind, label, config, context, keep_documents_apart=keep_documents_apart)
+            dropout = Dropout(f"{label}_dropout", config.dropout, context)
             self.add_module(kind, Residual(norm, mixer, dropout, post_norm=config.post_norm))
 
     def forward(self, x_TD: Tensor, tokens: Tokens) -> Tensor:
@@ -114,10 +116,11 @@ class Block(nn.Module):
 class LinearInfo:
     """A linear of the model as the precision plan and the planner see it, without building it.
 
-    block: None outside the blocks (the head). outputs: logical output features per part. column: True if the output
-    features are sharded over tp, False if the input features are. whole: every tensor-parallel rank holds all features
-    (latent projections, routed experts). num_experts: that many matrices of this shape are the linear, of which a token
-    passes top_k; 0 and 0: one matrix, which every token passes.
+    block: None outside the blocks (the head, what predicts later tokens). outputs: logical output features per part.
+    column: True if the output features are sharded over tp, False if the input features are. whole: every
+    tensor-parallel rank holds all features (latent projections, routed experts). num_experts: that many matrices of
+    this shape are the linear, of which a token passes top_k; 0 and 0: one matrix, which every token passes. uses: how
+    often a token passes it in training; more than once with multi-token prediction.
     """
 
     name: str
@@ -128,6 +131,7 @@ class LinearInfo:
     whole: bool = False
     num_experts: int = 0
     top_k: int = 0
+    uses: int = 1
 
     @property
     def out_features(self) -> int:
@@ -140,7 +144,7 @@ class LinearInfo:
 
     @property
     def active_numel(self) -> int:
-        """Elements that a token is multiplied by."""
+        """Elements that a token is multiplied by, each time."""
         return self.in_features * self.out_features * (self.top_k or 1)
 
     def local_shape(self, tp: int) -> tuple[int, int]:
@@ -151,16 +155,32 @@ class LinearInfo:
             return sum(-(-rows // tp) for rows in self.outputs.values()), self.in_features
         return self.out_features, self.in_features // tp
 
+    def local_outputs(self, tp: int) -> list[int]:
+        """Output features of each part on a rank under `tp`."""
+        shards = tp if self.column and not self.whole else 1
+        return [rows // shards for rows in self.outputs.values()]
+
+    def local_rows(self, tokens: int, tp: int) -> int:
+        """Rows of x on a rank where a microbatch has `tokens`; 0 of experts, whose segments are extended."""
+        if self.num_experts:
+            return 0
+        return tokens // tp if self.whole else tokens
+
 
 def block_linears(index: int, config: ModelConfig) -> list[LinearInfo]:
     """The linears of block `index`, in the order of execution."""
+    return letter_linears(f"blocks.{index}", config.blocks[index], index, config)
+
+
+def letter_linears(block_name: str, letter: str, block: int | None, config: ModelConfig) -> list[LinearInfo]:
+    """The linears of a block of the kind `letter`, in the order of execution."""
     linears: list[LinearInfo] = []
 
     def add(name: str, in_features: int, outputs: dict[str, int], *, column: bool) -> None:
-        linears.append(LinearInfo(f"blocks.{index}.{name}", index, in_features, outputs, column))
+        linears.append(LinearInfo(f"{block_name}.{name}", block, in_features, outputs, column))
 
     D = config.hidden
-    for kind in MIXERS[config.blocks[index]]:
+    for kind in MIXERS[letter]:
         if kind == "attention":
             query = config.num_heads * config.attention_head_dim
             key = config.num_kv_heads * config.attention_head_dim
@@ -171,7 +191,7 @@ def block_linears(index: int, config: ModelConfig) -> list[LinearInfo]:
             add(f"mlp.{first}", D, outputs, column=True)
             add("mlp.down", config.ffn_hidden, {"": D}, column=False)
         elif kind == "moe":
-            linears += _moe_linears(index, config)
+            linears += _moe_linears(f"{block_name}.moe", block, config)
         else:
             inner, states = config.mamba_inner, config.mamba_num_groups * config.mamba_state
             parts = {"z": inner, "x": inner, "B": states, "C": states, "dt": config.mamba_num_heads}
@@ -187,26 +207,38 @@ def mlp_input(config: ModelConfig, ffn_hidden: int) -> tuple[str, dict[str, int]
     return "up", {"": ffn_hidden}
 
 
-def _moe_linears(index: int, config: ModelConfig) -> Iterator[LinearInfo]:
+def _moe_linears(name: str, block: int | None, config: ModelConfig) -> Iterator[LinearInfo]:
     """The linears of a mixture of experts. Its router is none: it is always computed in FP32."""
-    name, moe = f"blocks.{index}.moe", config.moe
-    D = config.hidden
+    moe, D = config.moe, config.hidden
     width = moe.latent or D
     if moe.latent:
-        yield LinearInfo(f"{name}.latent.down", index, D, {"": width}, column=True, whole=True)
+        yield LinearInfo(f"{name}.latent.down", block, D, {"": width}, column=True, whole=True)
     first, outputs = mlp_input(config, moe.ffn_hidden)
     share = (moe.num_experts, moe.top_k)
-    yield LinearInfo(f"{name}.experts.{first}", index, width, outputs, True, True, *share)
-    yield LinearInfo(f"{name}.experts.down", index, moe.ffn_hidden, {"": width}, False, True, *share)
+    yield LinearInfo(f"{name}.experts.{first}", block, width, outputs, True, True, *share)
+    yield LinearInfo(f"{name}.experts.down", block, moe.ffn_hidden, {"": width}, False, True, *share)
     if moe.latent:
-        yield LinearInfo(f"{name}.latent.up", index, width, {"": D}, column=False, whole=True)
+        yield LinearInfo(f"{name}.latent.up", block, width, {"": D}, column=False, whole=True)
     if moe.shared_ffn_hidden:
         first, outputs = mlp_input(config, moe.shared_ffn_hidden)
-        yield LinearInfo(f"{name}.shared.{first}", index, D, outputs, column=True)
-        yield LinearInfo(f"{name}.shared.down", index, moe.shared_ffn_hidden, {"": D}, column=False)
+        yield LinearInfo(f"{name}.shared.{first}", block, D, outputs, column=True)
+        yield LinearInfo(f"{name}.shared.down", block, moe.shared_ffn_hidden, {"": D}, column=False)
 
 
 def model_linears(config: ModelConfig) -> list[LinearInfo]:
     """All linears of the model, in the order of execution, the head last."""
     linears = [info for index in range(len(config.blocks)) for info in block_linears(index, config)]
-    return [*linears, LinearInfo("head", None, config.hidden, {"": config.vocab_size}, column=True)]
+    return [*linears, *last_linears(config)]
+
+
+def last_linears(config: ModelConfig) -> list[LinearInfo]:
+    """The linears behind the blocks: those of multi-token prediction, and the head, which all its depths use."""
+    mtp, D = config.mtp, config.hidden
+    linears: list[LinearInfo] = []
+    for number in range(mtp.num_sequences):
+        linears.append(LinearInfo(f"mtp.{number}.projection", None, 2 * D, {"": D}, column=True, whole=True))
+        for index, letter in enumerate(mtp.pattern):
+            linears += letter_linears(f"mtp.{number}.blocks.{index}", letter, None, config)
+    uses = mtp.depth // max(1, mtp.num_sequences)
+    head = LinearInfo("head", None, D, {"": config.vocab_size}, column=True, uses=1 + mtp.depth)
+    return [*(replace(info, uses=uses) for info in linears), head]

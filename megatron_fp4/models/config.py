@@ -98,8 +98,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "model")
-        if self.pattern:
-            self._check_pattern()
+        for name, pattern in (("pattern", self.pattern), ("mtp.pattern", self.mtp.pattern)):
+            if unknown := sorted(set(pattern) - set(BLOCK_LETTERS)):
+                raise ValueError(f"model.{name} holds {unknown}; the letters are {', '.join(BLOCK_LETTERS)}")
+        if self.pattern and len(self.pattern) != self.num_layers:
+            raise ValueError(
+                f"model.pattern has {len(self.pattern)} blocks, model.num_layers = {self.num_layers}; set"
+                f" model.num_layers={len(self.pattern)}, or give a pattern of {self.num_layers} letters"
+            )
         self._check_experts()
         if not self.head_dim and self.hidden % self.num_heads:
             raise ValueError(
@@ -111,30 +117,16 @@ class ModelConfig:
                 f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}"
             )
         self._check_rope()
-        if "M" in self.blocks:
+        if "M" in self.letters:
             self._check_mamba()
 
-    def _check_pattern(self) -> None:
-        unknown = sorted(set(self.pattern) - set(BLOCK_LETTERS))
-        if unknown:
-            raise ValueError(f"model.pattern holds {unknown}; the letters are {', '.join(BLOCK_LETTERS)}")
-        if len(self.pattern) != self.num_layers:
-            raise ValueError(
-                f"model.pattern has {len(self.pattern)} blocks, model.num_layers = {self.num_layers}; set"
-                f" model.num_layers={len(self.pattern)}, or give a pattern of {self.num_layers} letters"
-            )
-
     def _check_experts(self) -> None:
-        if self.mtp.depth:
-            raise ValueError(
-                f"model.mtp.depth = {self.mtp.depth}: multi-token prediction is not there yet; set it to 0"
-            )
-        if "E" not in self.blocks and self.moe != MoeConfig():
+        if "E" not in self.letters and self.moe != MoeConfig():
             raise ValueError(
                 "model.moe has no effect: model.pattern has no E; write one where a mixture of experts shall be, or"
                 " leave the settings of model.moe out"
             )
-        if "E" in self.blocks and not self.moe.num_experts:
+        if "E" in self.letters and not self.moe.num_experts:
             raise ValueError("model.pattern has mixtures of experts (E), but model.moe.num_experts is 0; set it")
 
     def _check_rope(self) -> None:
@@ -170,15 +162,26 @@ class ModelConfig:
             mamba_kernel=MambaKernel.torch,
         )
 
-    def with_blocks(self, pattern: str) -> ModelConfig:
+    def with_blocks(self, pattern: str, mtp: MtpConfig | None = None) -> ModelConfig:
         """The same model of other blocks; where none is a mixture of experts, without the settings of experts."""
-        moe = self.moe if "E" in pattern else MoeConfig()
-        return replace(self, pattern=pattern, num_layers=len(pattern), moe=moe)
+        mtp = self.mtp if mtp is None else mtp
+        moe = self.moe if "E" in pattern + mtp.pattern else MoeConfig()
+        return replace(self, pattern=pattern, num_layers=len(pattern), moe=moe, mtp=mtp)
 
     @property
     def blocks(self) -> str:
         """One letter per block."""
         return self.pattern or "T" * self.num_layers
+
+    @property
+    def letters(self) -> frozenset[str]:
+        """The kinds of blocks that occur, those of multi-token prediction included."""
+        return frozenset(self.blocks + self.mtp.pattern)
+
+    @property
+    def embeds_at_both_ends(self) -> bool:
+        """Whether the last stage needs the embedding's table too: it is the head's, or later tokens are predicted."""
+        return self.tied_embeddings or self.mtp.depth > 0
 
     @property
     def attention_head_dim(self) -> int:

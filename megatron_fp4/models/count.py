@@ -13,10 +13,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_fp4.layers.qk_norm import QkNorm
-from megatron_fp4.models.block import MIXERS, LinearInfo, block_linears, model_linears
+from megatron_fp4.models.block import MIXERS, LinearInfo, letter_linears, model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
 
@@ -31,9 +31,11 @@ KINDS = (
     "shared",
     "latent",
     "router",
+    "mtp",
     "norms",
 )
-"""mamba: its two projections. mamba_other: convolution, A_log, dt_bias, D. norms: all, the gated one included."""
+"""mamba: its two projections. mamba_other: convolution, A_log, dt_bias, D. mtp: all that multi-token prediction adds.
+norms: all others, the gated one included."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def model_parameters(config: ModelConfig) -> list[ParameterInfo]:
     """All logical parameters in the order of the model. A tied head is the embedding and is not listed again."""
     table = (config.vocab_size, config.hidden)
     parameters = [ParameterInfo("embedding.weight", None, "embedding", table, 0)]
-    for index in range(len(config.blocks)):
-        parameters += _block_parameters(index, config)
+    for index, letter in enumerate(config.blocks):
+        parameters += _block_parameters(f"blocks.{index}", letter, index, config)
+    parameters += _mtp_parameters(config)
     parameters.append(ParameterInfo("final_norm.weight", None, "norms", (config.hidden,), None))
     if not config.tied_embeddings:
         parameters.append(ParameterInfo("head.weight", None, "head", table, 0))
@@ -77,19 +80,30 @@ def logical_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {parameter.name: parameter.shape for parameter in model_parameters(config)}
 
 
-def _block_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
-    parameters = []
-    for mixer in MIXERS[config.blocks[index]]:
-        name = f"blocks.{index}.{mixer}_norm.weight"
-        parameters.append(ParameterInfo(name, index, "norms", (config.hidden,), None))
-    for info in block_linears(index, config):
+def _mtp_parameters(config: ModelConfig) -> Iterator[ParameterInfo]:
+    D = config.hidden
+    for number in range(config.mtp.num_sequences):
+        name = f"mtp.{number}"
+        for norm in ("norm_embedding", "norm_hidden", "final_norm"):
+            yield ParameterInfo(f"{name}.{norm}.weight", None, "mtp", (D,), None)
+        yield ParameterInfo(f"{name}.projection.weight", None, "mtp", (D, 2 * D), None)
+        for index, letter in enumerate(config.mtp.pattern):
+            for parameter in _block_parameters(f"{name}.blocks.{index}", letter, None, config):
+                yield replace(parameter, kind="mtp")
+
+
+def _block_parameters(name: str, letter: str, block: int | None, config: ModelConfig) -> list[ParameterInfo]:
+    """The parameters of the block `name` of the kind `letter`."""
+    norms = [f"{name}.{mixer}_norm.weight" for mixer in MIXERS[letter]]
+    parameters = [ParameterInfo(norm, block, "norms", (config.hidden,), None) for norm in norms]
+    for info in letter_linears(name, letter, block, config):
         parameters += _linear_parameters(info)
-    if "attention" in MIXERS[config.blocks[index]]:
-        parameters += _attention_parameters(index, config)
-    if config.blocks[index] == "M":
-        parameters += _mamba_parameters(index, config)
-    if config.blocks[index] == "E":
-        parameters += _router_parameters(index, config)
+    if "attention" in MIXERS[letter]:
+        parameters += _attention_parameters(f"{name}.attention", block, config)
+    if letter == "M":
+        parameters += _mamba_parameters(f"{name}.mamba", block, config)
+    if letter == "E":
+        parameters += _router_parameters(f"{name}.moe.router", block, config)
     return parameters
 
 
@@ -104,9 +118,9 @@ def _linear_parameters(info: LinearInfo) -> Iterator[ParameterInfo]:
             yield ParameterInfo(f"{label}.weight", info.block, kind, (rows, info.in_features), sharded, expert)
 
 
-def _router_parameters(index: int, config: ModelConfig) -> Iterator[ParameterInfo]:
+def _router_parameters(name: str, index: int | None, config: ModelConfig) -> Iterator[ParameterInfo]:
     """A router's weight, and by the settings its bias in the choice and the overload of the global batch before."""
-    moe, name = config.moe, f"blocks.{index}.moe.router"
+    moe = config.moe
     yield ParameterInfo(f"{name}.weight", index, "router", (moe.num_experts, config.hidden), None)
     if moe.expert_bias:
         yield ParameterInfo(f"{name}.bias", index, "router", (moe.num_experts,), None)
@@ -114,9 +128,9 @@ def _router_parameters(index: int, config: ModelConfig) -> Iterator[ParameterInf
         yield ParameterInfo(f"{name}.overload", index, "router", (moe.num_experts,), None)
 
 
-def _attention_parameters(index: int, config: ModelConfig) -> Iterator[ParameterInfo]:
+def _attention_parameters(name: str, index: int | None, config: ModelConfig) -> Iterator[ParameterInfo]:
     """What an attention has besides its projections."""
-    name, head_dim = f"blocks.{index}.attention", config.attention_head_dim
+    head_dim = config.attention_head_dim
     for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
         if config.qkv_bias:
             yield ParameterInfo(f"{name}.qkv.{part}.bias", index, "attention", (heads * head_dim,), 0)
@@ -126,9 +140,9 @@ def _attention_parameters(index: int, config: ModelConfig) -> Iterator[Parameter
             yield ParameterInfo(f"{name}.{part}_norm.weight", index, "norms", (size,), sharded)
 
 
-def _mamba_parameters(index: int, config: ModelConfig) -> list[ParameterInfo]:
+def _mamba_parameters(name: str, index: int | None, config: ModelConfig) -> list[ParameterInfo]:
     """What Mamba-2 has besides its projections."""
-    name, inner = f"blocks.{index}.mamba", config.mamba_inner
+    inner = config.mamba_inner
     states, heads = config.mamba_num_groups * config.mamba_state, config.mamba_num_heads
     shapes: dict[str, tuple[int, ...]] = {}
     for part, rows in (("x", inner), ("B", states), ("C", states)):
@@ -161,7 +175,7 @@ def stage_parameters(config: ModelConfig, stage: StageRange) -> tuple[ParameterI
         if parameter.block is not None:
             return stage.first <= parameter.block < stage.stop
         if parameter.kind == "embedding":
-            return stage.has_embedding or (config.tied_embeddings and stage.has_head)
+            return stage.has_embedding or (config.embeds_at_both_ends and stage.has_head)
         return stage.has_head
 
     return tuple(parameter for parameter in model_parameters(config) if holds(parameter))
@@ -175,7 +189,7 @@ def held_parameters(config: ModelConfig, stages: Iterable[StageRange]) -> tuple[
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one token's forward pass.
+    """FLOPs of one token's forward pass in training, multi-token prediction included.
 
     linears: each linear by name; of routed experts, those that a token is sent to. attention: scores and mixing, all
     blocks together. scan: the chunked state-space scan, all blocks together. router: the logits, all blocks together.
@@ -209,14 +223,15 @@ def count_flops(config: ModelConfig, seq_length: int, *, causal: bool = True) ->
     a kernel without causal skipping, and torch's counter, see. Documents kept apart attend to fewer; that depends on
     the data and is left out. The scan is the one of layers/mamba/ssd.py: its chunks are dense.
     """
-    linears = {info.name: 2.0 * info.active_numel for info in model_linears(config)}
+    linears = {info.name: 2.0 * info.active_numel * info.uses for info in model_linears(config)}
     window = min(config.sliding_window or seq_length, seq_length)
     keys = window - window * (window - 1) / (2 * seq_length) if causal else seq_length
-    attention_blocks = sum("attention" in MIXERS[letter] for letter in config.blocks)
+    blocks = config.blocks + config.mtp.depth * config.mtp.pattern
+    attention_blocks = sum("attention" in MIXERS[letter] for letter in blocks)
     attention = attention_blocks * 4.0 * config.num_heads * config.attention_head_dim * keys
-    mamba_blocks = config.blocks.count("M")
+    mamba_blocks = blocks.count("M")
     scan = mamba_blocks * _scan_flops(config, seq_length) if mamba_blocks else 0.0
-    router = config.blocks.count("E") * 2.0 * config.hidden * config.moe.num_experts
+    router = blocks.count("E") * 2.0 * config.hidden * config.moe.num_experts
     return Flops(linears, attention, scan, router)
 
 

@@ -24,6 +24,7 @@ from megatron_fp4.layers.moe.experts import GroupedExperts
 from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.mtp.predict import MultiTokenPrediction
 from megatron_fp4.models.residuals import ResidualProbe
 
 
@@ -55,8 +56,9 @@ class StageRange:
 class Decoder(nn.Module):
     """Blocks `stage.first .. stage.stop` of the model, with embedding and head where they belong.
 
-    Tied embeddings: shared_table is the table of the first stage if that is on this rank; otherwise the last stage has
-    a copy of its own, and tied_group, the ranks of the two stages, tells the optimizer to sum the two gradients.
+    Both ends need the embedding where it is tied to the head or where later tokens are predicted: shared_table is the
+    table of the first stage if that is on this rank; otherwise the last stage has a copy of its own, and ends, the
+    ranks of the two stages, tells the optimizer to sum the two gradients.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Decoder(nn.Module):
         *,
         keep_documents_apart: bool = False,
         recompute: Recompute = Recompute.none,
-        tied_group: Group | None = None,
+        ends: Group | None = None,
         shared_table: LogicalParameter | None = None,
     ) -> None:
         super().__init__()
@@ -75,48 +77,55 @@ class Decoder(nn.Module):
         self.stage = stage
         self.recompute = recompute
         self.residuals = ResidualProbe()
-        vocab_size, hidden = config.vocab_size, config.hidden
-        tables: list[LogicalParameter] = []
+        vocab_size, std = config.vocab_size, config.init_std
+        table = shared_table
+        if stage.has_embedding or (stage.has_head and config.embeds_at_both_ends and table is None):
+            table = vocab_table(
+                "embedding.weight", vocab_size, config.hidden, context, std=std, writes=stage.first == 0
+            )
+            table.tied_group = ends if config.embeds_at_both_ends and ends is not None and ends.size > 1 else None
         if stage.has_embedding:
-            self.embedding = VocabParallelEmbedding("embedding", vocab_size, hidden, context, std=config.init_std)
-            tables.append(self.embedding.weight)
+            assert table is not None
+            self.embedding = VocabParallelEmbedding(vocab_size, table, context)
         self.blocks = nn.ModuleDict(
             {
-                str(index): Block(index, config, context, keep_documents_apart=keep_documents_apart)
-                for index in range(stage.first, stage.stop)
+                str(index): Block(f"blocks.{index}", letter, config, context, keep_documents_apart=keep_documents_apart)
+                for index, letter in enumerate(config.blocks)
+                if stage.first <= index < stage.stop
             }
         )
+        self.mtp: MultiTokenPrediction | None = None
+        if stage.has_head and config.mtp.depth:
+            assert table is not None
+            self.mtp = MultiTokenPrediction(
+                config,
+                context,
+                self.embedding if stage.has_embedding else VocabParallelEmbedding(vocab_size, table, context),
+                keep_documents_apart=keep_documents_apart,
+                recompute=recompute is Recompute.full,
+            )
         if recompute is Recompute.selective:
             for mixer in self.modules():
                 if isinstance(mixer, Attention | MLP | GroupedExperts):
                     mixer.recompute_core = True
         if stage.has_head:
             self.final_norm = make_norm("final_norm", config, context)
-            self.head = VocabParallelHead(vocab_size, hidden, self._head_table(context, shared_table), context)
-            tables.append(self.head.weight)
-        if config.tied_embeddings and tied_group is not None and tied_group.size > 1:
-            for table in tables:
-                table.tied_group = tied_group
+            if not config.tied_embeddings:
+                table = vocab_table("head.weight", vocab_size, config.hidden, context, std=std)
+            assert table is not None
+            self.head = VocabParallelHead(vocab_size, config.hidden, table, context)
 
-    def _head_table(self, context: LayerContext, shared_table: LogicalParameter | None) -> LogicalParameter:
-        config = self.config
-        if config.tied_embeddings and self.stage.has_embedding:
-            return self.embedding.weight
-        if config.tied_embeddings and shared_table is not None:
-            return shared_table
-        name = "embedding.weight" if config.tied_embeddings else "head.weight"
-        return vocab_table(
-            name, config.vocab_size, config.hidden, context, std=config.init_std, writes=not config.tied_embeddings
-        )
-
-    def forward(self, x: Tensor, address: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, address: Tensor, positions: Tensor, documents: Tensor, ahead: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
         """Token ids `[B, S]` (first stage) or x_TD `[T/tp, D]` -> x_TD, or logits `[T, V/tp]` (last stage).
 
-        address, positions, documents: int64 `[B, S]`, see `Tokens`.
+        address, positions, documents: int64 `[B, S]`, see `Tokens`. ahead: as `train.inputs.Inputs.ahead`; then the
+        last stage returns the logits of the next token and of each depth of multi-token prediction.
         """
-        return self.run(x, Tokens(address, positions, documents))
+        return self.run(x, Tokens(address, positions, documents), ahead)
 
-    def run(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def run(self, x: Tensor, tokens: Tokens, ahead: Tensor | None = None) -> Tensor | list[Tensor]:
         """See `forward`; layers find the tables of their tokens in `tokens`, or leave them there."""
         if self.stage.has_embedding:
             x = self.embedding(x)
@@ -124,9 +133,13 @@ class Decoder(nn.Module):
             x = run_recomputed(block, x, tokens, when=self.recompute is Recompute.full)
             if self.residuals.recording:
                 self.residuals.add(int(index), x)
-        if self.stage.has_head:
-            x = self.head(self.final_norm(x), tokens)
-        return x
+        if not self.stage.has_head:
+            return x
+        x = self.final_norm(x)
+        logits: Tensor = self.head(x, tokens)
+        if ahead is None or self.mtp is None:
+            return logits
+        return [logits, *self.mtp(x, tokens, list(ahead[..., 0].unbind(-1)), self.head)]
 
 
 def whole_model(config: ModelConfig) -> StageRange:

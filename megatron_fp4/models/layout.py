@@ -11,14 +11,18 @@ from megatron_fp4.models.config import ModelConfig
 def check_model_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_length: int, tokens: int) -> None:
     """Raises ValueError where a dimension does not divide. tokens: per microbatch on one context-parallel rank."""
     tp, cp = parallel.tp, parallel.cp
-    if parallel.ep > 1 and "E" not in model.blocks:
+    if parallel.ep > 1 and "E" not in model.letters:
         raise ValueError(
             f"parallel.ep = {parallel.ep} has no effect: no block of the model has experts (model.pattern has no E);"
             " leave it at 1"
         )
-    if "E" in model.blocks:
+    if "E" in model.letters:
         _check_divides("model.moe.num_experts", model.moe.num_experts, "parallel.ep", parallel.ep)
     _check_divides("tokens per microbatch and cp rank", tokens, "parallel.tp", tp)
+    if model.mtp.depth >= seq_length:
+        raise ValueError(
+            f"model.mtp.depth = {model.mtp.depth} looks beyond every sample of data.seq_length = {seq_length}; lower it"
+        )
     if cp > 1:
         _check_divides("data.seq_length", seq_length, "2 * parallel.cp", 2 * cp)
     sizes_by_kind = {
@@ -27,7 +31,7 @@ def check_model_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_leng
         "moe": {"moe.shared_ffn_hidden": model.moe.shared_ffn_hidden},
         "mamba": {"mamba_num_heads": model.mamba_num_heads, "mamba_num_groups": model.mamba_num_groups},
     }
-    used = {kind for letter in model.blocks for kind in MIXERS[letter]}
+    used = {kind for letter in model.letters for kind in MIXERS[letter]}
     for kind, sizes in sizes_by_kind.items():
         for setting, size in sizes.items() if kind in used else ():
             _check_divides(f"model.{setting}", size, "parallel.tp", tp)

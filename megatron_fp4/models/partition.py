@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 
-from megatron_fp4.models.block import block_linears
+from megatron_fp4.models.block import block_linears, last_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
 
 
 def block_costs(config: ModelConfig) -> list[float]:
-    """Multiply-adds per token of each block's linears; the head is added to the last block (the embedding is free)."""
+    """Multiply-adds per token of each block's linears; head and multi-token prediction are added to the last block (the
+    embedding is free)."""
     costs = [
         float(sum(info.active_numel for info in block_linears(index, config))) for index in range(len(config.blocks))
     ]
-    costs[-1] += float(config.hidden * config.vocab_size)
+    costs[-1] += float(sum(info.active_numel * info.uses for info in last_linears(config)))
     return costs
 
 

@@ -34,14 +34,27 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.pipeline.schedules import rank_of_stage, schedule_rule, stages_of_rank, stages_per_rank
 
 Module = TypeVar("Module", bound=nn.Module)
-Loss = Callable[[Tensor, Tensor, float | Tensor], Tensor]
-"""(output of the last stage, labels, scale) -> FP32 scalar."""
 TakeWgrads = Callable[[], Callable[[], None]]
 """Hands over the weight gradients that wait in one stage now, as a function that computes them."""
 
 
+class Loss(Protocol):
+    """What is computed of the output of the last stage (train.engine.TokenLoss). depth: of multi-token prediction."""
+
+    @property
+    def depth(self) -> int: ...
+
+    def __call__(self, output: Tensor, labels: Tensor, scale: float | Tensor, /) -> Tensor:
+        """FP32 scalar."""
+
+    def of_depths(
+        self, outputs: Sequence[Tensor], labels: Tensor, ahead: Tensor, scale: float | Tensor, /
+    ) -> tuple[Tensor, Tensor]:
+        """What is minimized, and each loss alone, FP32 `[1 + depth]` without gradients."""
+
+
 class Microbatch(Protocol):
-    """What the stages are fed; int64 `[B, S]` each."""
+    """What the stages are fed; int64 `[B, S]` each. ahead: what the last one predicts beyond the next token."""
 
     @property
     def tokens(self) -> Tensor: ...
@@ -53,6 +66,8 @@ class Microbatch(Protocol):
     def positions(self) -> Tensor: ...
     @property
     def documents(self) -> Tensor: ...
+    @property
+    def ahead(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,8 @@ class PipelineEngine(Generic[Module]):
         self._num_microbatches = 0
         self._scale: float | Tensor = 1.0
         self._schedule: Any = None
+        self._parts: list[Tensor] = []  # of the losses of the microbatches, with multi-token prediction
+        self.mtp_losses = torch.zeros(loss.depth)
 
     def train(
         self, microbatches: Sequence[Microbatch], scale: float | Tensor, before_last_backward: Callable[[int], None]
@@ -112,11 +129,15 @@ class PipelineEngine(Generic[Module]):
         first = (_joined(microbatches, "tokens"),) if 0 in self._numbers else ()
         every_stage = {name: _joined(microbatches, name) for name in ("labels", "address", "positions", "documents")}
         target = every_stage["labels"] if self.reports_loss else None  # torch asks for one where a loss is
+        if self.reports_loss and self._loss.depth:
+            every_stage["ahead"] = _joined(microbatches, "ahead")
+        self._parts = []
         self._schedule.step(*first, target=target, losses=losses, return_outputs=False, **every_stage)
-        total = torch.zeros((), device=self._device)
-        for loss in losses:
-            total += loss.detach()
-        return total
+        total = torch.zeros(1 + self._loss.depth, device=self._device)
+        for part in self._parts or [loss.detach()[None] for loss in losses]:
+            total += part
+        self.mtp_losses = total[1:]
+        return total[0]
 
     @torch.no_grad()
     def evaluate(self, microbatch: Microbatch) -> Tensor:
@@ -145,8 +166,12 @@ class PipelineEngine(Generic[Module]):
                 dist.send(output.contiguous(), self._peer(number + 1), group=self._pp.process_group)
         return last
 
-    def _scaled_loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        return self._loss(output, labels, self._scale)
+    def _scaled_loss(self, output: Any, labels: Tensor, ahead: Tensor | None) -> Tensor:
+        if ahead is None:
+            return self._loss(output, labels, self._scale)
+        loss, parts = self._loss.of_depths(output, labels, ahead, self._scale)
+        self._parts.append(parts)
+        return loss
 
     def _receive(self, num_tokens: int, stage: int) -> Tensor:
         """Hidden activations from another rank, in evaluation."""
@@ -191,16 +216,27 @@ class PipelineEngine(Generic[Module]):
 
 
 class _ScheduledStage(nn.Module):
-    """A stage as the schedules see it. loss: of (output, labels), of the last stage, which returns it."""
+    """A stage as the schedules see it. loss: of (output, labels, ahead), of the last stage, which returns it."""
 
-    def __init__(self, module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+    def __init__(self, module: nn.Module, loss: Callable[[Any, Tensor, Tensor | None], Tensor] | None) -> None:
         super().__init__()
         self._module = module
         self._loss = loss
 
-    def forward(self, x: Tensor, labels: Tensor, address: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
-        output: Tensor = self._module(x, address, positions, documents)
-        return output if self._loss is None else self._loss(output, labels)
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        address: Tensor,
+        positions: Tensor,
+        documents: Tensor,
+        ahead: Tensor | None = None,
+    ) -> Tensor:
+        if self._loss is None:
+            output: Tensor = self._module(x, address, positions, documents)
+            return output
+        further = () if ahead is None else (ahead,)
+        return self._loss(self._module(x, address, positions, documents, *further), labels, ahead)
 
 
 def _returned_loss(loss: Tensor, labels: Tensor) -> Tensor:

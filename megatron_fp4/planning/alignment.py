@@ -39,6 +39,8 @@ def alignment_warnings(
 def _objections(info: LinearInfo, precision: LinearPrecision, tp: int, tokens: int) -> list[tuple[str, str]]:
     """(severity, text) for each quantized GEMM whose contracted dimension does not fit."""
     rows, columns = info.local_shape(tp)
+    tokens = info.local_rows(tokens, tp)
+    tp = 1 if info.whole else tp
     split = f" ({info.out_features if info.column else info.in_features} / tp {tp})"
     labels = {
         "fprop": (columns, f"{columns} input features{'' if info.column else split}"),

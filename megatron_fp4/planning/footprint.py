@@ -28,7 +28,7 @@ from megatron_fp4.comm.mesh import draw_mesh
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.linear import linears_of
-from megatron_fp4.models.block import block_linears
+from megatron_fp4.models.block import block_linears, last_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder, StageRange
 from megatron_fp4.planning.settings import RankSettings
@@ -36,11 +36,12 @@ from megatron_fp4.planning.stand_ins import SizedBackend, cross_entropy_of, cuda
 from megatron_fp4.precision import StepClock, WgradPlan
 from megatron_fp4.precision.spec import LinearPrecision
 
-# Of a model of three blocks: the one in the middle; the embedding alone; final norm and head alone.
+# Of a model of three blocks: the one in the middle; the embedding alone; final norm, multi-token prediction and head.
 BLOCK = StageRange(1, 2, 3)
 EMBEDDING = StageRange(0, 0, 3)
 HEAD = StageRange(3, 3, 3)
 TABLES = ("embedding.weight", "head.weight")
+COPY = "mtp.embedding.weight"
 FP32 = 4
 
 
@@ -126,7 +127,8 @@ def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettin
         precisions = tuple(settings.precision(info.name) for info in block_linears(index, config))
         parts.append(_footprint(same_letter, BLOCK, precisions, key))
     if stage.has_head:
-        parts.append(_footprint(ends, HEAD, (settings.precision("head"),), key))
+        precisions = tuple(settings.precision(info.name) for info in last_linears(config))
+        parts.append(_footprint(ends, HEAD, precisions, key))
     kept = kept_by_all = sum(part.kept for part in parts)
     peak = last = later = 0  # later: of parts whose backward pass came before
     sums = _Sums(settings)
@@ -171,9 +173,12 @@ def _footprint(
         if not parameter.requires_grad:
             continue
         # a tied table is summed after the step's last backward pass
-        elements = 0 if config.tied_embeddings and name in TABLES else parameter.numel()
+        tied = name == COPY or (config.tied_embeddings and name in TABLES)
+        elements = 0 if tied else parameter.numel()
         parameter.grad_ready = functools.partial(live.end_moment, elements)
         parameter.register_post_accumulate_grad_hook(functools.partial(_drop_grad, parameter))
+    if model.mtp is not None:
+        model.mtp.embedding.weight.main_grad = torch.empty_like(model.mtp.embedding.weight, dtype=torch.float32)
     cross_entropy = cross_entropy_of(config, mesh.tp)
     ids = torch.empty(settings.micro_batch, settings.seq_length // settings.cp, dtype=torch.int64, device=meta)
     hidden = torch.empty(
@@ -181,10 +186,14 @@ def _footprint(
     )
 
     tokens = Tokens(ids, ids, ids)
+    ahead = ids[..., None, None].expand(*ids.shape, config.mtp.depth, 2) if model.mtp is not None else None
 
     def forward() -> Tensor:
-        output = model.run(ids if stage.has_embedding else hidden.clone(), tokens)
-        return cross_entropy(output, ids.reshape(-1)).sum() if stage.has_head else output
+        output = model.run(ids if stage.has_embedding else hidden.clone(), tokens, ahead)
+        if isinstance(output, Tensor) and not stage.has_head:
+            return output
+        every = output if isinstance(output, list) else [output]
+        return torch.stack([cross_entropy(logits, ids.reshape(-1)).sum() for logits in every]).sum()
 
     with cuda_kernels(on_gpu=settings.on_gpu):
         counted = _count(forward, context.queue.drain if context.queue else lambda: None, hidden, live)

@@ -90,8 +90,11 @@ def opened_bytes(config: ModelConfig, stages: Collection[StageRange], settings: 
 
 
 def num_mixtures(config: ModelConfig, stages: Iterable[StageRange]) -> int:
-    """Mixtures of experts in the blocks of these stages."""
-    return sum(config.blocks[stage.first : stage.stop].count("E") for stage in stages)
+    """Mixtures of experts that a token passes in these stages."""
+    later = config.mtp.depth * config.mtp.pattern.count("E")
+    return sum(
+        config.blocks[stage.first : stage.stop].count("E") + (later if stage.has_head else 0) for stage in stages
+    )
 
 
 @functools.cache
@@ -128,6 +131,6 @@ def _sizes(config: ModelConfig, stages: tuple[StageRange, ...]) -> Counter[tuple
         elif parameter.sharded is None:
             sizes["whole", 1] += parameter.numel
         else:
-            tied = config.tied_embeddings and parameter.kind == "embedding" and not both_ends
+            tied = config.embeds_at_both_ends and parameter.kind == "embedding" and not both_ends
             sizes["tied" if tied else "sharded", parameter.shape[parameter.sharded]] += parameter.numel
     return sizes

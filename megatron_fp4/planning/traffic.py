@@ -36,24 +36,27 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     most, the elements of a rank to the owners of their matrices, and whole matrices back. experts: rows to the routed
     experts and back, if every expert gets the same; expert_data: as `data`, of routed experts.
     """
-    mixers = [mixer for s in stages for index in range(s.first, s.stop) for mixer in MIXERS[config.blocks[index]]]
+    depth = config.mtp.depth * any(s.has_head for s in stages)
+    later = depth * config.mtp.pattern
+    letters = "".join(config.blocks[s.first : s.stop] for s in stages) + later
+    mixers = [mixer for letter in letters for mixer in MIXERS[letter]]
     compute_bytes = settings.dtype.itemsize
     rows = float(settings.tokens * config.hidden * compute_bytes)
     gathering = [mixer for mixer in mixers if mixer != "moe" or config.moe.shared_ffn_hidden]  # experts take own rows
-    collectives = 4 * len(gathering) + 2 * sum(s.has_embedding + s.has_head for s in stages)
+    collectives = 4 * len(gathering) + 2 * sum(s.has_embedding + s.has_head for s in stages) + 4 * depth
     if settings.recompute is Recompute.full:  # it stops where nothing more is needed: before a block's last scatter
-        blocks = "".join(config.blocks[s.first : s.stop] for s in stages)
-        collectives += 2 * len(gathering) - sum(letter != "E" or config.moe.shared_ffn_hidden > 0 for letter in blocks)
+        collectives += 2 * len(gathering) - sum(letter != "E" or config.moe.shared_ffn_hidden > 0 for letter in letters)
     inside = {s.first for s in stages} & {s.stop for s in stages}  # where one stage hands over to the next on this rank
     borders = sum((not s.has_embedding) + (not s.has_head) for s in stages) - 2 * len(inside)
     context = sum(_context_bytes(mixer, config, settings) for mixer in mixers)
     attending = sum(
-        any("attention" in MIXERS[config.blocks[index]] for index in range(s.first, s.stop)) for s in stages
+        any("attention" in MIXERS[letter] for letter in config.blocks[s.first : s.stop] + s.has_head * later)
+        for s in stages
     )
     if settings.keep_documents_apart:  # gathered once for all layers of a stage
         context += (settings.cp - 1) * settings.tokens * INT64 * attending
     held = HeldElements.of(config, stages, settings)
-    loss_tokens = settings.num_microbatches * settings.tokens * any(s.has_head for s in stages)
+    loss_tokens = settings.num_microbatches * settings.tokens * any(s.has_head for s in stages) * (1 + depth)
     reduced = loss_tokens * LOSS_BYTES + held.replicated * FP32 / settings.replicas
     return {
         "tensor": (settings.num_microbatches * collectives * rows + 2 * reduced) * _share(settings.tp),
@@ -97,7 +100,7 @@ def _tied_bytes(config: ModelConfig, stages: Collection[StageRange], settings: R
     Both ends on one rank share one copy. Each replica sums the part that it updates.
     """
     one_end = any(s.has_embedding for s in stages) != any(s.has_head for s in stages)
-    if not (config.tied_embeddings and one_end):
+    if not (config.embeds_at_both_ends and one_end):
         return 0.0
     table = even_counts(config.vocab_size, settings.tp)[0] * config.hidden
     return 2 * FP32 * table / settings.replicas * _share(2)

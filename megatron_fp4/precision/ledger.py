@@ -9,7 +9,7 @@ line. It changes no number.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,7 +114,7 @@ def _tagged(
 
 
 def expected_products(name: str, precision: LinearPrecision) -> list[Product]:
-    """The three GEMMs of a linear: each happens once per microbatch."""
+    """The three GEMMs of a linear: each happens once per microbatch and use of the linear."""
     return [Product(name, gemm.name, gemm.tensors, gemm.operands) for gemm in precision.gemms]
 
 
@@ -124,11 +124,12 @@ def differences(
     *,
     num_microbatches: int,
     recomputed: Iterable[str] = (),
+    uses: Mapping[str, int] | None = None,
 ) -> list[str]:
     """One line per GEMM that was executed too often, too rarely, or in a format that the table does not give.
 
     precisions: the linears on this rank and what the table gives them. recomputed: the linears whose forward pass
-    activation recomputation may repeat.
+    activation recomputation may repeat. uses: of those that a microbatch passes not once.
     """
     repeated = set(recomputed)
     lines = []
@@ -136,8 +137,9 @@ def differences(
     for name, precision in precisions.items():
         for product in expected_products(name, precision):
             executed = unexpected.pop(product, 0)
-            most = num_microbatches * (2 if product.gemm == "fprop" and name in repeated else 1)
-            if not num_microbatches <= executed <= most:
+            least = num_microbatches * (uses or {}).get(name, 1)
+            most = least * (2 if product.gemm == "fprop" and name in repeated else 1)
+            if not least <= executed <= most:
                 lines.append(f"{product}: executed {executed} times for {num_microbatches} microbatches")
     lines += [f"{product}: executed {count} times, not in the table" for product, count in unexpected.items()]
     return lines

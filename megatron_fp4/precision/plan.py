@@ -31,12 +31,10 @@ class Linear(Protocol):
     @property
     def outputs(self) -> dict[str, int]: ...
     @property
-    def column(self) -> bool: ...
-    @property
-    def whole(self) -> bool: ...
-    @property
     def num_experts(self) -> int: ...
     def local_shape(self, tp: int) -> tuple[int, int]: ...
+    def local_outputs(self, tp: int) -> list[int]: ...
+    def local_rows(self, tokens: int, tp: int) -> int: ...
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -235,11 +233,11 @@ def _refuse_padding(config: PrecisionConfig) -> None:
 
 def _misfits(info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> Iterator[tuple[Gemm, str]]:
     """The quantized GEMMs that cannot take the local shape of a linear, and what each would need."""
-    rows, columns = info.local_shape(tp)
-    outputs = [size // tp for size in info.outputs.values()] if info.column and not info.whole else [rows]
+    _, columns = info.local_shape(tp)
+    tokens = info.local_rows(tokens, tp)
     sizes = {
-        "T": ([] if info.num_experts else [tokens], "tokens per microbatch and rank"),  # segments are extended
-        "N": (outputs, "output features per rank"),
+        "T": ([tokens], "tokens per microbatch and rank"),
+        "N": (info.local_outputs(tp), "output features per rank"),
         "K": ([columns], "input features per rank"),
     }
     for gemm in precision.gemms:

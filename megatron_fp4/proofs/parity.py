@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
@@ -25,7 +26,7 @@ from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.inputs import Inputs, make_inputs
+from megatron_fp4.train.inputs import Inputs, count_targets, look_ahead, make_inputs
 from megatron_fp4.train.trainable import Trainable, build_trainable
 
 
@@ -62,7 +63,7 @@ class Record:
 
 def run_cases(process: Process, cases: Sequence[Case], parallel: ParallelConfig) -> list[Record]:
     """Run every case on this rank of the layout. Collective over the world."""
-    mesh = build_mesh(parallel, process.world, experts=any("E" in case.config.model.blocks for case in cases))
+    mesh = build_mesh(parallel, process.world, experts=any("E" in case.config.model.letters for case in cases))
     return [run_case(process, case, parallel, mesh) for case in cases]
 
 
@@ -94,8 +95,11 @@ def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: Paral
     return Record(losses, norms, grads, masters, _live(trainable))
 
 
-def synthetic_inputs(case: Case, mesh: ParallelMesh, step: int, device: torch.device) -> tuple[Inputs, int]:
-    """This rank's share of step `step`'s random batch, and the number of targets in the whole of it."""
+def synthetic_inputs(case: Case, mesh: ParallelMesh, step: int, device: torch.device) -> tuple[Inputs, int | Tensor]:
+    """This rank's share of step `step`'s random batch, and the number of targets in the whole of it.
+
+    With multi-token prediction they are one of each loss, FP64 `[1 + depth]`.
+    """
     train, S = case.config.train, case.config.data.seq_length
     random = torch.Generator().manual_seed(1000 * train.seed + step)
     _, num_samples = next(itertools.islice(steps_from(0, train.batch_ramp, train.global_batch), step, None))
@@ -112,7 +116,10 @@ def synthetic_inputs(case: Case, mesh: ParallelMesh, step: int, device: torch.de
     whole = Batch(ids[:, :-1], ids[:, 1:], mask, positions, documents, address, torch.arange(shape[0]))
     rows = shape[0] // mesh.dp.size
     local = Batch(*(tensor[mesh.dp.rank * rows : (mesh.dp.rank + 1) * rows] for tensor in whole))
-    return make_inputs(local, mesh.cp, device), int(mask.sum())
+    depth = case.config.model.mtp.depth
+    inputs = make_inputs(local, mesh.cp, device, look_ahead(local, depth))
+    counts = count_targets(whole, look_ahead(whole, depth))
+    return inputs, torch.tensor(counts, dtype=torch.float64, device=device).clamp(min=1.0) if depth else counts[0]
 
 
 def copies(shards: Iterable[Shard], *kinds: str) -> list[Shard]:

@@ -65,7 +65,7 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
     Where the run evaluates, this one does so after every step, in the precision of training, whose quantized weights
     are kept: those of an evaluation must not serve the next step.
     """
-    mesh = build_mesh(parallel, process.world, experts="E" in case.config.model.blocks)
+    mesh = build_mesh(parallel, process.world, experts="E" in case.config.model.letters)
     config = replace(case.config, parallel=parallel)
     trainable = build_trainable(config, case.table, EmulatedBackend(compile=False), mesh, process.device)
     optimizer, engine = trainable.optimizer, trainable.engine

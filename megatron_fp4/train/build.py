@@ -57,7 +57,7 @@ def build(
     config = checked.config
     phases = phases or Phases(process.device)
     phases.enter("groups")
-    mesh = connect_mesh(config.parallel, process, experts="E" in config.model.blocks)
+    mesh = connect_mesh(config.parallel, process, experts="E" in config.model.letters)
     phases.enter("build")
     run_dir = Path(config.train.run_dir)
     if mesh.is_main:

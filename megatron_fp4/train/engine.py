@@ -3,12 +3,18 @@
 The loss of a batch is the sum over its target tokens divided by their number in the whole global batch, so no gradient
 needs to be rescaled afterwards, however the batch is divided. An engine returns that rank's part of the sum.
 
+With multi-token prediction each depth has a loss of its own over its own targets; what is minimized is
+
+    loss + loss_scale / depth * (sum of the losses of the depths)
+
+and all of them are reported as they are.
+
 Not here: the same interface over several stages (pipeline/engine.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +23,7 @@ from torch import Tensor
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
 from megatron_fp4.models.decoder import Decoder
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.train.inputs import Inputs
 
 
@@ -29,13 +36,17 @@ class Engine(Protocol):
     reports_loss: bool
     """True on the ranks that hold the last stage."""
 
+    mtp_losses: Tensor
+    """What the newest `train` would have returned for each depth of multi-token prediction, FP32 `[depth]`."""
+
     def train(
         self, microbatches: list[Inputs], scale: float | Tensor, before_last_backward: Callable[[int], None]
     ) -> Tensor:
         """Accumulate gradients; returns sum of token losses * scale (FP32 scalar, 0 where `reports_loss` is False).
 
-        scale: also as a scalar on the device. before_last_backward is called once, with the number of microbatches
-        whose backward passes follow, when all gradients will be complete after them.
+        scale: also as a scalar on the device, or as `[1 + depth]` there, one for each loss. before_last_backward is
+        called once, with the number of microbatches whose backward passes follow, when all gradients will be complete
+        after them.
         """
 
     def evaluate(self, microbatch: Inputs) -> Tensor:
@@ -49,16 +60,38 @@ class TokenLoss:
     """Sum of token losses times a scale, from this rank's logits. See `choose_cross_entropy` for `impl`.
 
     smoothing: how far training labels are smoothed; an evaluation, which records no gradients, takes them as they are.
+    mtp: depth and loss scale of multi-token prediction.
     """
 
-    def __init__(self, vocab_size: int, tp: Group, impl: LossImpl = LossImpl.torch, smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        tp: Group,
+        impl: LossImpl = LossImpl.torch,
+        smoothing: float = 0.0,
+        mtp: MtpConfig | None = None,
+    ) -> None:
         self._training = choose_cross_entropy(impl, vocab_size, tp, smoothing)
         self._held_out = choose_cross_entropy(impl, vocab_size, tp)
+        self.depth = mtp.depth if mtp else 0
+        self._weight = mtp.loss_scale / mtp.depth if mtp and mtp.depth else 0.0
 
     def __call__(self, logits_TV: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
         cross_entropy = self._training if torch.is_grad_enabled() else self._held_out
         total = cross_entropy(logits_TV, labels.reshape(-1)).sum()
         return total * (scale.to(total.dtype) if isinstance(scale, Tensor) else scale)
+
+    def of_depths(
+        self, logits: Sequence[Tensor], labels: Tensor, ahead: Tensor, scale: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is minimized, and each loss alone, FP32 `[1 + depth]` without gradients.
+
+        logits: those of the next token, then of each depth. ahead: as `Inputs.ahead`. scale: one, or `[1 + depth]`.
+        """
+        every = (labels, *ahead[..., 1].unbind(-1))
+        scales = scale if isinstance(scale, Tensor) and scale.dim() else [scale] * len(every)
+        losses = torch.stack([self(*one) for one in zip(logits, every, scales, strict=True)])
+        return losses[0] + self._weight * losses[1:].sum(), losses.detach()
 
 
 class LocalEngine:
@@ -68,30 +101,37 @@ class LocalEngine:
 
     def __init__(self, model: Decoder, loss: TokenLoss) -> None:
         self.stages = [model]
+        self.mtp_losses = torch.zeros(loss.depth)
         self._model, self._loss = model, loss
-
-    def _forward(self, inputs: Inputs, scale: float | Tensor) -> Tensor:
-        return self._loss(self._logits(inputs), inputs.labels, scale)
 
     def _logits(self, inputs: Inputs) -> Tensor:
         logits: Tensor = self._model(inputs.tokens, inputs.address, inputs.positions, inputs.documents)
         return logits
 
+    def _minimized(self, inputs: Inputs, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimized, and each loss alone, FP32 `[1 + depth]` without gradients."""
+        if inputs.ahead is None:
+            loss = self._loss(self._logits(inputs), inputs.labels, scale)
+            return loss, loss.detach()[None]
+        logits = self._model(inputs.tokens, inputs.address, inputs.positions, inputs.documents, inputs.ahead)
+        return self._loss.of_depths(logits, inputs.labels, inputs.ahead, scale)
+
     def train(
         self, microbatches: list[Inputs], scale: float | Tensor, before_last_backward: Callable[[int], None]
     ) -> Tensor:
-        total = torch.zeros((), device=microbatches[0].tokens.device)
+        total = torch.zeros(1 + self._loss.depth, device=microbatches[0].tokens.device)
         for number, inputs in enumerate(microbatches):
-            loss = self._forward(inputs, scale)
+            loss, losses = self._minimized(inputs, scale)
             if number == len(microbatches) - 1:
                 before_last_backward(1)
             loss.backward()
-            total += loss.detach()
-        return total
+            total += losses
+        self.mtp_losses = total[1:]
+        return total[0]
 
     @torch.no_grad()
     def evaluate(self, microbatch: Inputs) -> Tensor:
-        return self._forward(microbatch, 1.0)
+        return self._loss(self._logits(microbatch), microbatch.labels, 1.0)
 
     @torch.no_grad()
     def logits(self, microbatch: Inputs) -> Tensor:

@@ -77,7 +77,7 @@ class StepResult:
 
     loss: nats per target token of the global batch; None if it has no target. nonfinite: where a NaN or Inf was met,
     for people; "" if nowhere. tokens_hash: the global batch's, for the data ledger. stop: a rank was asked to stop.
-    position: behind the step.
+    position: behind the step. mtp_losses: of each depth of multi-token prediction, in nats per target of its own.
     """
 
     loss: float | None
@@ -86,6 +86,7 @@ class StepResult:
     tokens_hash: int
     stop: bool
     position: Position
+    mtp_losses: tuple[float, ...] = ()
 
 
 @dataclass

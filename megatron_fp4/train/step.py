@@ -19,7 +19,7 @@ from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ledger import step_hash
 from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.optim import StepReport
-from megatron_fp4.train.inputs import make_inputs
+from megatron_fp4.train.inputs import count_targets, look_ahead, make_inputs
 from megatron_fp4.train.message import StepAgreement, StepMessage, exchange
 from megatron_fp4.train.run import Position, Run, StepResult, TrainingDiverged
 from megatron_fp4.train.sections import NonFinite
@@ -62,8 +62,9 @@ def train_step(
     num_samples = run.clock.batch_samples = config.train.batch_at(position.samples)
     optimizer.zero_grad()
     run.probes.nonfinite.forget()
-    microbatches = make_inputs(batch, run.mesh.cp, run.device).split(config.train.micro_batch)
-    scale = _loss_scale(run, batch)
+    ahead = look_ahead(batch, config.model.mtp.depth)
+    microbatches = make_inputs(batch, run.mesh.cp, run.device, ahead).split(config.train.micro_batch)
+    scale = _loss_scale(run, count_targets(batch, ahead))
 
     def rerun_step() -> Tensor:
         return run.engine.train(microbatches, scale, lambda _num_microbatches: None)
@@ -94,25 +95,28 @@ def train_step(
     useless = bool(nonfinite) or not agreed.num_targets
     position = position.after(num_samples, skipped=update.skipped, useless=useless)
     loss_of_batch = agreed.loss if agreed.num_targets else None
-    return StepResult(loss_of_batch, update, nonfinite, agreed.tokens_hash, agreed.stop, position)
+    return StepResult(loss_of_batch, update, nonfinite, agreed.tokens_hash, agreed.stop, position, agreed.mtp_losses)
 
 
-def _loss_scale(run: Run, batch: Batch) -> Tensor:
+def _loss_scale(run: Run, num_targets: list[int]) -> Tensor:
     """1 / target tokens of the whole global batch, an FP64 scalar on the device; never read by the host.
 
-    Where each document has one token only there is none: the step is computed all the same, and ranks stay in step.
+    num_targets: of this rank's rows. With multi-token prediction they, and the result, are one of each loss. Where each
+    document has one token only there is none: the step is computed all the same, and ranks stay in step.
     """
     mesh = run.mesh
     # Over the world, one rank of each data shard: dp may be the communicator of dp_cp, where it would queue behind all
     # parameters that travel beside the forward pass, which would then begin when the last of them is there.
     counts = mesh.tp.rank == mesh.cp.rank == mesh.pp.rank == 0
-    count = torch.full((1,), int(batch.loss_mask.sum()) * counts, dtype=torch.float64, device=run.device)
-    return (1.0 / all_reduce_sum(count, mesh.world).clamp(min=1.0))[0]
+    filled = [torch.full((1,), count * counts, dtype=torch.float64, device=run.device) for count in num_targets]
+    scales = 1.0 / all_reduce_sum(torch.cat(filled), mesh.world).clamp(min=1.0)
+    return scales if len(num_targets) > 1 else scales[0]
 
 
 def _agree(run: Run, batch: Batch, loss: Tensor, square: Tensor, stop_requested: Callable[[], bool]) -> StepAgreement:
     """What all ranks know of the step after this rank has told its part. Collective; the one read-back."""
     counts = run.mesh.tp.rank == 0 and run.engine.reports_loss
+    mtp_losses = run.engine.mtp_losses
     message = StepMessage(
         loss=loss if counts else torch.zeros_like(loss),
         square=run.probes.nonfinite.spoil(square),
@@ -120,6 +124,7 @@ def _agree(run: Run, batch: Batch, loss: Tensor, square: Tensor, stop_requested:
         late=run.optimizer.grads_came_late,
         num_targets=int(batch.loss_mask.sum()),
         tokens_hash=step_hash(batch),
+        mtp_losses=mtp_losses if counts else torch.zeros_like(mtp_losses),
     )
     return exchange(message, run.mesh)
 

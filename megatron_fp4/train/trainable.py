@@ -18,6 +18,7 @@ from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.layers.moe.balance import LoadBalance
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.decoder import Decoder
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.models.partition import split_stages
 from megatron_fp4.models.qk_clip import QkClip
 from megatron_fp4.optim import Algorithm, Zero1Optimizer
@@ -48,9 +49,9 @@ def build_trainable(
     numbers = stages_of_rank(mesh.pp.rank, config.parallel)
     wgrad = _wgrad_plan(config, device)
     contexts = [LayerContext.of(mesh, backend, clock, dtype, device, wgrad=wgrad) for _ in numbers]
-    tied = config.model.tied_embeddings and not schedule_rule(config.parallel.schedule).v_shaped
-    tied_group = build_ends_group(config.parallel, mesh) if tied and config.parallel.pp > 1 else None
-    stages = _make_stages(config, numbers, contexts, tied_group)
+    copies = config.model.embeds_at_both_ends and not schedule_rule(config.parallel.schedule).v_shaped
+    ends = build_ends_group(config.parallel, mesh) if copies and config.parallel.pp > 1 else None
+    stages = _make_stages(config, numbers, contexts, ends)
     for stage in stages:
         initialize_parameters(stage, config.train.seed)
         assign_precision(stage, table)
@@ -86,17 +87,23 @@ def draw_evaluation(
     """An engine that only evaluates, of stages that are not filled, and the clock of their noise.
 
     documents_apart: keep documents of a row apart even if the run does not. The schedule must be one of a stage a rank.
+    What predicts the tokens behind the next one is left out.
     """
     backend, clock = make_backend(replace(config.precision, compile=False)), StepClock(config.train.seed)
-    apart = replace(config, data=replace(config.data, reset_documents=documents_apart or config.data.reset_documents))
+    apart = replace(
+        config,
+        model=config.model.with_blocks(config.model.blocks, MtpConfig()),
+        data=replace(config.data, reset_documents=documents_apart or config.data.reset_documents),
+    )
     stages = draw_stages(apart, backend, mesh, device, clock)
-    return clock, _engine(config, [stage.eval() for stage in stages], [], mesh, device)
+    return clock, _engine(apart, [stage.eval() for stage in stages], [], mesh, device)
 
 
 def _engine(
     config: RunConfig, stages: list[Decoder], queues: list[TakeWgrads], mesh: ParallelMesh, device: torch.device
 ) -> Engine:
-    loss = TokenLoss(config.model.vocab_size, mesh.tp, config.model.loss_impl, config.train.label_smoothing)
+    model = config.model
+    loss = TokenLoss(model.vocab_size, mesh.tp, model.loss_impl, config.train.label_smoothing, model.mtp)
     if config.parallel.pp == 1:
         return LocalEngine(stages[0], loss)
     return PipelineEngine(stages, queues, loss, _shapes(config, mesh), config.parallel, mesh.pp, device)
@@ -112,7 +119,7 @@ def draw_stages(
 
 
 def _make_stages(
-    config: RunConfig, numbers: list[int], contexts: list[LayerContext], tied_group: Group | None
+    config: RunConfig, numbers: list[int], contexts: list[LayerContext], ends: Group | None
 ) -> list[Decoder]:
     parallel = config.parallel
     ranges = split_stages(config.model, parallel.pp * stages_per_rank(parallel), parallel.stage_split)
@@ -126,7 +133,7 @@ def _make_stages(
                 ranges[number],
                 keep_documents_apart=config.data.reset_documents,
                 recompute=config.train.recompute,
-                tied_group=tied_group,
+                ends=ends,
                 shared_table=first.embedding.weight if first is not None and first.stage.has_embedding else None,
             )
         )

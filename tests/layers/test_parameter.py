@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.layers import lab, parameter
-from megatron_fp4.layers.embedding import VocabParallelEmbedding
+from megatron_fp4.layers.embedding import VocabParallelEmbedding, vocab_table
 from megatron_fp4.layers.parameter import (
     constant_init,
     initialize_parameters,
@@ -49,7 +49,9 @@ def test_blocks_change_no_value() -> None:
 
 def test_a_large_table_needs_little_beside_itself() -> None:
     """The head of the 12B at tp 1: drawn at once it took 16 GB beside its 1.3."""
-    table = VocabParallelEmbedding("embedding", 131_072, 5120, lab(device="meta", dtype=torch.bfloat16), std=0.02)
+    context = lab(device="meta", dtype=torch.bfloat16)
+    weight = vocab_table("embedding.weight", 131_072, 5120, context, std=0.02)
+    table = VocabParallelEmbedding(131_072, weight, context)
     with LiveBytes() as live:
         initialize_parameters(table, seed=0)
     assert live.peak <= 28 * parameter.BLOCK < 0.5e9

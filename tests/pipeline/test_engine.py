@@ -159,7 +159,7 @@ def evaluate_between_steps(process: Process, case: Case, layout: ParallelConfig)
     values.append(trainable.engine.train(microbatches, 1.0 / count, trainable.optimizer.begin_last_microbatch))
     norm = trainable.optimizer.finish_grads()
     trainable.optimizer.step(norm, lr=1e-2, max_norm=0.0)
-    short = type(inputs)(*(tensor[:1, :16].contiguous() for tensor in inputs))
+    short = type(inputs)(*(tensor[:1, :16].contiguous() for tensor in inputs if tensor is not None))
     values.append(trainable.engine.evaluate(short))
     reports = trainable.engine.reports_loss
     assert reports or not any(bool(value) for value in values), "only the last stage may report a loss"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.optim import Algorithm, Overlap
 from megatron_fp4.proofs.distance import Comparison, compare, worst
 from megatron_fp4.proofs.layouts import Layout, parse_layout
@@ -136,6 +138,27 @@ def test_what_other_families_have() -> None:
     references = alone(head, full)
     for layout in ("tp2 cp2", "pp2:zbv"):
         check([head, full], layout, references)
+
+
+MTP = MtpConfig(depth=2, pattern="*-", loss_scale=0.3)
+MTP_CASES = [
+    parity_case(steps=2, seq_length=64, reset_documents=True, mtp=replace(MTP, shared=True), dropout=0.1),
+    fp32(steps=2, seq_length=64, mtp=MTP, tied_embeddings=True, train={"recompute": Recompute.full}),
+]
+
+
+@pytest.fixture(scope="module")
+def mtp_references() -> list[Record]:
+    return alone(*MTP_CASES)
+
+
+@pytest.mark.parametrize("layout", ["tp2 pp2", "cp2 pp2:zbv"])
+def test_multi_token_prediction(layout: str, mtp_references: list[Record]) -> None:
+    """Tokens ahead of a zig-zag shard's columns; the embedding on both ends, one copy or two, tied or not; the head and
+    a shared block sequence used more than once a microbatch, with weight gradients that wait, and recomputed."""
+    for comparison in check(MTP_CASES, layout, mtp_references):
+        assert "mtp.0.projection.weight" in {difference.name for difference in comparison.grads}
+        assert not comparison.replicas, "the copies of the embedding drifted apart"
 
 
 # -- features that frameworks got wrong -------------------------------------------------------------------------------

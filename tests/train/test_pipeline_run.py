@@ -1,4 +1,5 @@
-"""A whole run on two pipeline stages: training, evaluation and checkpoints are those of one process."""
+"""A whole run on two pipeline stages: training, evaluation and checkpoints are those of one process. It
+predicts two further tokens, whose losses are metrics of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ COMMON = (
     "precision.compute_dtype=fp32",
     "model.num_layers=4",
     "model.tied_embeddings=true",
+    "model.mtp={depth: 2, pattern: '*-', shared: true}",
     "train.total_tokens=768",
     "train.eval_interval_steps=3",
     "train.save_interval_steps=3",
@@ -35,7 +37,8 @@ def test_pipeline_run_equals_one_process_and_resumes_on_it(tmp_path: Path) -> No
     for name, tensor in one.state(3).items():
         assert torch.allclose(piped.state(3)[name], tensor, rtol=1e-5, atol=1e-7), f"checkpoint differs in {name}"
     piped.with_overrides("train.resume=required", "parallel.pp=1", "parallel.schedule=1f1b").run()
-    for key in ("loss", "grad_norm", "eval/toy/loss", "residual/blocks.0/rms", "residual/blocks.3/rms"):
+    keys = ["loss", "grad_norm", "eval/toy/loss", "residual/blocks.0/rms", "residual/blocks.3/rms"]
+    for key in (*keys, "mtp_1_loss", "mtp_2_loss"):
         ours, theirs = metrics(piped, key), metrics(one, key)
         assert len(ours) == len(theirs) > 0, f"{key}: written {len(ours)} times instead of {len(theirs)}"
         assert torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-6), f"{key}: {ours} != {theirs}"

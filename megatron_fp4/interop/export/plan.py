@@ -179,8 +179,7 @@ def _objection(info: LinearInfo, precision: LinearPrecision, tp: int) -> str:
     tp = 1 if info.whole else tp
     if operand.amax_scope is AmaxScope.shard and tp > 1:
         return f"its weight with a global scale on each of {tp} tensor-parallel ranks, and a file has one"
-    rows = [size // tp for size in info.outputs.values()] if info.column else [info.out_features]
-    columns = info.in_features if info.column else info.in_features // tp
+    rows, (_, columns) = info.local_outputs(tp), info.local_shape(tp)
     joined = len(rows) > 1 or tp > 1
     if columns % BLOCK or (joined and any(size % operand.tile[0] for size in rows)):
         return f"its weight padded: tiles that hold rows of two parts or ranks ({rows} x {columns} each, tp = {tp})"

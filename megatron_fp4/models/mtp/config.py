@@ -30,3 +30,10 @@ class MtpConfig:
                 f"model.mtp.pattern = {self.pattern!r} and model.mtp.shared = {self.shared} have no effect while"
                 " model.mtp.depth = 0; set the depth, or leave them out"
             )
+        if self.depth == 1 and self.shared:
+            raise ValueError("model.mtp.shared=true has no effect: model.mtp.depth = 1 has nobody to share with")
+
+    @property
+    def num_sequences(self) -> int:
+        """Block sequences, each with weights of its own."""
+        return min(self.depth, 1) if self.shared else self.depth

@@ -36,9 +36,9 @@ class Span:
 
 def flops_section(config: RunConfig, flops: Flops, table: PrecisionTable) -> dict[str, Any]:
     """FLOPs of a token and of a step in the first phase of the run."""
-    kinds = {"attention": 0.0, "mlp": 0.0, "mamba": 0.0, "moe": 0.0, "head": 0.0}
+    kinds = {"attention": 0.0, "mlp": 0.0, "mamba": 0.0, "moe": 0.0, "mtp": 0.0, "head": 0.0}
     for name, value in flops.linears.items():
-        kinds["head" if name == "head" else name.split(".")[2]] += value
+        kinds[name.split(".")[2] if name.startswith("blocks.") else name.split(".")[0]] += value
     kinds["moe"] += flops.router
     kinds |= {"attention products": flops.attention, "state-space scan": flops.scan}
     router = {"fp32": 3 * flops.router} if flops.router else {}

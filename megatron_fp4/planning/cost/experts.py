@@ -67,7 +67,7 @@ def _grouped_seconds(config: ModelConfig, stages: Collection[StageRange], settin
         for gemm in settings.precision(info.name).gemms:
             rate = rate_of(gemm_format(gemm), site.machine.gpu)
             share = site.assumptions.efficiency * (site.machine.fp4_share if rate == "fp4" else 1.0)
-            times = 2 if gemm.name == "fprop" and settings.recompute is Recompute.full else 1
+            times = info.uses * (2 if gemm.name == "fprop" and settings.recompute is Recompute.full else 1)
             flops = 2.0 * rows * info.in_features * info.out_features
             seconds += times * longer * flops / site.machine.gpu.rate(rate) / share
     return seconds

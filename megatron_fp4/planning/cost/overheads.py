@@ -60,8 +60,8 @@ class Overheads:
                     weight += one.num_bytes
                     weight_scales += one.reduced
                 else:
-                    quantizer += one.num_bytes
-                    scales += one.reduced
+                    quantizer += one.num_bytes * info.uses
+                    scales += one.reduced * info.uses
         held = HeldElements.of(config, stages, settings)
         muon = MuonShare.of(config, stages, settings)
         by_muon = muon.divided(settings)

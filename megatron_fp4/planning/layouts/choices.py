@@ -64,7 +64,7 @@ class Choices:
         """The layouts whose sizes divide world and batch and whose schedule takes the number of microbatches."""
         num_gpus, batches = self.site.num_gpus, self.config.train.batch_sizes
         sizes = [[size for size in range(1, most + 1) if num_gpus % size == 0] for most in LARGEST.values()]
-        has_mamba = "M" in self.config.model.blocks
+        has_mamba = "M" in self.config.model.letters
         for tp, pp, cp in itertools.product(*sizes):
             if num_gpus % (tp * pp * cp):
                 continue

@@ -25,7 +25,7 @@ from megatron_fp4.train.trainable import build_trainable
 def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phases: Phases, watch: Watch) -> Run:
     """The run of this rank, on any device; what it computes with is counted by `watch`."""
     config = checked.config
-    mesh = build_mesh(config.parallel, world, experts="E" in config.model.blocks)
+    mesh = build_mesh(config.parallel, world, experts="E" in config.model.letters)
     watch.messages.names = group_names(mesh)
     backend, probes = counted_backend(config, watch.kernels, lambda: watch.live.making("quantized weights"))
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, device)

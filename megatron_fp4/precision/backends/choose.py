@@ -65,7 +65,8 @@ def check_backend_shapes(plan: PrecisionPlan, linears: Sequence[Linear], *, tp: 
     if plan.config.backend is BackendName.transformer_engine:
         for label, table in plan.labelled_tables():
             for info in linears:
-                rows = LEAST_ROWS if info.num_experts else tokens  # segments of experts are extended
+                # segments of experts are extended
+                rows = LEAST_ROWS if info.num_experts else info.local_rows(tokens, tp)
                 check_te_linear(f"{label}{info.name}", table[info.name], info.local_shape(tp), rows)
     if plan.config.backend is BackendName.triton and tokens > MOST_LINES:
         raise ValueError(

@@ -131,7 +131,7 @@ def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _switched_off(config: RunConfig) -> Iterator[tuple[str, str]]:
-    if "M" not in config.model.blocks:
+    if "M" not in config.model.letters:
         yield f"model.{KERNEL}", "no block of the model has Mamba-2 (model.pattern)"
     if not config.train.spikes.enabled:
         for name in SPIKES:
@@ -147,6 +147,8 @@ def _switched_off(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _without_block(model: ModelConfig) -> Iterator[tuple[str, str]]:
     mamba = [item.name for item in settings_of(ModelConfig) if item.name.startswith("mamba_") and item.name != KERNEL]
+    if not model.mtp.depth:
+        yield "model.mtp.loss_scale", "model.mtp.depth = 0"
     kind = model.rope_scaling.kind
     for item in settings_of(RopeScalingConfig):
         if item.name not in ROPE_SCALING[kind]:
@@ -158,7 +160,7 @@ def _without_block(model: ModelConfig) -> Iterator[tuple[str, str]]:
         ("T-E", ("activation",), "an MLP or experts"),
     )
     for letters, names, what in needs:
-        if not set(letters) & set(model.blocks):
+        if not set(letters) & model.letters:
             for name in names:
                 yield f"model.{name}", f"no block of the model has {what} (model.pattern)"
 

@@ -20,7 +20,7 @@ def check_segments(config: RunConfig, tables: Iterable[PrecisionTable]) -> None:
     """
     model, parallel = config.model, config.parallel
     S = config.data.seq_length
-    if "E" not in model.blocks:
+    if "E" not in model.letters:
         return
     tokens, chunk = config.train.micro_batch * S, model.moe.segment_tokens
     if chunk and tokens % chunk:

@@ -74,7 +74,7 @@ def check_kernels(config: RunConfig, device: torch.device) -> None:
     weight = nn.Parameter(torch.ones(64, device=device, dtype=config.precision.compute_dtype.torch_dtype))
     fused_norm(model.norm_impl, weight, model.norm_eps)
     choose_cross_entropy(model.loss_impl, model.vocab_size, Group.single(), config.train.label_smoothing)
-    if "M" in model.blocks and model.mamba_kernel is not MambaKernel.torch:
+    if "M" in model.letters and model.mamba_kernel is not MambaKernel.torch:
         FusedMamba(device, config.parallel.cp)
 
 

@@ -71,6 +71,7 @@ RULES = (
     ResumeRule("model.moe.capacity_factor", Policy.note, "which rows experts take from here on: the same tensors"),
     ResumeRule("model.moe.drop", Policy.note, "which rows experts take from here on: the same tensors"),
     ResumeRule("model.moe.segment_tokens", Policy.note, "what capacities and scales are of: the same tensors"),
+    ResumeRule("model.mtp.loss_scale", Policy.note, "a coefficient: the same tensors"),
     ResumeRule("model.*", Policy.refuse, "architecture: the tensors would not fit"),
     ResumeRule("data.tokenizer", Policy.note, "where it lies; its content is checked against the shards"),
     ResumeRule("data.sources.*.paths", Policy.note, "where the shards lie; their content is checked"),

@@ -79,6 +79,8 @@ def _model(config: RunConfig) -> str:
     blocks = (
         f"{len(model.blocks)} blocks {model.pattern}" if model.pattern else f"{model.num_layers} transformer blocks"
     )
+    if model.mtp.depth:
+        blocks += f", then {model.mtp.pattern} for each of {model.mtp.depth} tokens behind the next one"
     return f"{count:,} parameters: {blocks}, hidden {model.hidden:,}, vocabulary {model.vocab_size:,}"
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from megatron_fp4.comm.collectives import tell_first
 from megatron_fp4.layers.linear import linears_of
+from megatron_fp4.models.block import model_linears
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.ledger import GemmLedger, GemmMismatch, differences
@@ -69,7 +70,8 @@ def _check(run: Run, gemms: GemmLedger, step: int, table: PrecisionTable, num_mi
         gemms.take(),
         {name: table[name] for name in names},
         num_microbatches=num_microbatches,
-        recomputed=[name for name in names if full and name.startswith("blocks.")],
+        recomputed=[name for name in names if full and name.startswith(("blocks.", "mtp."))],
+        uses={info.name: info.uses for info in model_linears(run.config.model)},
     )
     parts = tell_first("\n".join(local_lines), run.mesh.world).values()
     if lines := list(dict.fromkeys(line for part in parts for line in part.splitlines())):

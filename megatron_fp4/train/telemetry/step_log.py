@@ -109,6 +109,8 @@ class StepLog:
         run, update = self._run, result.update
         position, table = result.position, run.plan.table(self.precision_phase)
         values = {} if result.loss is None else {"loss": result.loss}
+        if values:
+            values |= {f"mtp_{depth}_loss": loss for depth, loss in enumerate(result.mtp_losses, start=1)}
         values |= {
             "grad_norm": update.grad_norm,
             "lr": update.lr,
