@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, Verified
 from megatron_fp4.checkpoint.load import CheckpointReader
 from megatron_fp4.comm.agree import agreed, decided_by_rank0
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.comm.rect import Shard
+from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.models.foreign.source import is_foreign
 from megatron_fp4.optim import Zero1Optimizer
 from megatron_fp4.storage.durable import MANIFEST, hash_of
@@ -78,13 +80,23 @@ def _refusing(look: Callable[[], None]) -> None:
         raise ValueError(str(error)) from None
 
 
+def _no_weights(chosen: Verified) -> list[Shard]:
+    """Places for what is stored of `NO_WEIGHT`, from where nobody takes it."""
+    names = {key.removeprefix(f"{MASTER}/"): shape for key, shape in chosen.pieces.shapes().items()}
+    return [
+        Shard(Rectangle.whole(name, shape), {MASTER: torch.empty(shape)}, writes=False)
+        for name, shape in names.items()
+        if name.endswith(NO_WEIGHT)
+    ]
+
+
 def _from_checkpoint(
     folder: Path, shards: list[Shard], world: Group, beat: Callable[[], None], config: CheckpointConfig
 ) -> dict[str, Any]:
     directory = decided_by_rank0(lambda: checkpoint_in(folder), world)
     reader = CheckpointReader(directory.parent, world, config, beat)
     chosen = reader.verified(directory)
-    reader.load(chosen, shards)
+    reader.load(chosen, [*shards, *_no_weights(chosen)])
     record = {
         "from": str(directory.absolute()),
         "format": "checkpoint",
