@@ -99,6 +99,8 @@ class OptimConfig:
     weight_decay: Annotated[float, Bound(least=0, most=FP32_MOST)] = 0.1
     """Part of a weight that a step takes away, times the learning rate; norms, biases and state-space scalars have
     none; 0 = off."""
+    cautious_decay: bool = False
+    """Take weight decay only from weights that the update does not move away from 0 (arXiv 2510.12402)."""
     clip_norm: Annotated[float, Bound(least=0)] = 1.0
     """Largest norm of all gradients together; a larger one is scaled down to it; 0 = off."""
     muon: MuonConfig = field(default_factory=MuonConfig)

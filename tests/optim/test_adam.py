@@ -38,6 +38,30 @@ def test_cuts_at_aligned_elements_change_no_bit(numel: int) -> None:
         assert torch.equal(a, b), f"{name}: sharding changes the update"
 
 
+@pytest.mark.parametrize("impl", [Impl.torch, Impl.apex])
+def test_cautious_decay_is_taken_where_the_update_and_the_weight_agree(
+    impl: Impl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against AdamW without decay from weights of which the decay was taken by hand."""
+    monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedAdam=FakeFusedAdam))
+    config = OptimConfig(impl=impl, cautious_decay=True)
+    state, plain, by_hand = state_of(512), state_of(512), state_of(512)
+    for tensors in (state, plain, by_hand):
+        tensors[2][:8], tensors[1][:8] = 0.0, 0.0  # no update: these decay
+        tensors[0][8:16] = 0.0
+    master, grad, exp_avg, _ = by_hand
+    mean = 0.9 * exp_avg + 0.1 * grad
+    agree = mean * master >= 0
+    assert 150 < int(agree.sum()) < 350
+    master[agree] *= 1 - 1e-2 * 0.1
+    choose_adamw([group_of(state, [0, 128, 512])], config).update(1e-2, 7)
+    TorchAdamW([UpdateGroup(0.0, group_of(by_hand, [0, 512]).members)], OptimConfig()).update(1e-2, 7)
+    TorchAdamW([group_of(plain, [0, 512])], OptimConfig()).update(1e-2, 7)
+    for name, ours, expected in zip(("master", "grad", "exp_avg", "exp_avg_sq"), state, by_hand, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9, msg=name)
+    assert not torch.allclose(state[0], plain[0], rtol=1e-5)
+
+
 class FakeFusedAdam(torch.optim.AdamW):
     """The interface that Apex and Transformer Engine share: a step number per group, two moments per parameter."""
 

@@ -54,6 +54,8 @@ VARIANTS = {
     "no sequence parallel": {"config": LARGE, "sequence_parallel": False},
     "bf16": {"config": SMALL, "dtype": torch.bfloat16},
     "muon": {"config": MUON},
+    "cautious": {"config": replace(SMALL, cautious_decay=True)},
+    "muon, cautious": {"config": replace(MUON, cautious_decay=True), "dtype": torch.bfloat16},
     "muon, bf16": {"config": MUON, "dtype": torch.bfloat16},
     "remainder": {"config": replace(SMALL, master=MasterFormat.remainder), "dtype": torch.bfloat16},
     "muon, remainder": {"config": replace(MUON, master=MasterFormat.remainder), "dtype": torch.bfloat16},

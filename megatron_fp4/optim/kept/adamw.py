@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_fp4.optim.adam import AdamW, TorchAdamW, choose_adamw
+from megatron_fp4.optim.adam import AdamW, choose_adamw, torch_adamw
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.groups import AdamTensors, UpdateGroup
 from megatron_fp4.optim.kept.part import Chunk, KeptPart
@@ -26,7 +26,7 @@ class PartwiseAdamW:
         for part in self._compact:
             for chunk in part.chunks():
                 (group,) = self._groups([(part, chunk)])
-                TorchAdamW([group], self._config).update(lr, step)
+                torch_adamw([group], self._config).update(lr, step)
                 part.keep(chunk, group.members[0], step)
 
     def _groups(self, chunks: Sequence[tuple[KeptPart, Chunk]]) -> list[UpdateGroup]:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.parameter import LogicalParameter
+from megatron_fp4.optim.adam import decay_cautiously
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.groups import MuonTensors
 from megatron_fp4.optim.kept.part import MASTER, KeptPart
 from megatron_fp4.optim.layout import Bucket
 from megatron_fp4.optim.muon.choice import is_muons
-from megatron_fp4.optim.muon.config import MuonConfig
 from megatron_fp4.optim.muon.exchange import MatrixExchange, MatrixRun
 from megatron_fp4.optim.muon.newton_schulz import orthogonalize
 
@@ -35,13 +35,12 @@ class Muon:
         self,
         parts: Sequence[KeptPart],
         exchange: MatrixExchange,
-        config: MuonConfig,
-        weight_decay: float,
+        config: OptimConfig,
         dtype: torch.dtype,
     ) -> None:
         self._parts, self._exchange = parts, exchange
-        self._config = config
-        self._weight_decay = weight_decay
+        self._config, self._cautious = config.muon, config.cautious_decay
+        self._weight_decay = config.weight_decay
         self._dtype = dtype
 
     @staticmethod
@@ -61,13 +60,16 @@ class Muon:
         for part, of_part in zip(self._parts, updates, strict=True):
             for chunk in part.chunks():
                 master = part.read(MASTER, chunk)
-                master.mul_(1 - lr * self._weight_decay)
+                if not self._cautious:
+                    master.mul_(1 - lr * self._weight_decay)
                 for run, update in of_part:
                     low, high = max(run.start, chunk.start), min(run.stop, chunk.stop)
                     if low < high:
                         stretch = master[low - chunk.start : high - chunk.start]
-                        alpha = -lr * config.scale.factor(*run.where.global_shape)
-                        stretch.add_(update[low - run.start : high - run.start], alpha=alpha)
+                        direction = update[low - run.start : high - run.start]
+                        if self._cautious:
+                            decay_cautiously(stretch, direction, lr * self._weight_decay)
+                        stretch.add_(direction, alpha=-lr * config.scale.factor(*run.where.global_shape))
                 part.write(MASTER, chunk, master)
 
     def _direction(self, part: KeptPart, step: int) -> Tensor:
@@ -106,5 +108,5 @@ def make_muons(
     for of_experts, members in sorted(of_groups.items(), key=lambda each: each[0]):
         groups = (mesh.edp, Group.single(), mesh.edp) if of_experts else (mesh.dp_cp, mesh.tp, stage)
         exchange = MatrixExchange([bucket for bucket, _ in members], *groups)
-        muons.append(Muon([part for _, part in members], exchange, config.muon, config.weight_decay, dtype))
+        muons.append(Muon([part for _, part in members], exchange, config, dtype))
     return muons

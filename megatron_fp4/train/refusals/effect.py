@@ -115,6 +115,8 @@ def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
     if not schedule.has_last_phase:
         for name in ("decay_fraction", "decay_style"):
             yield f"optim.{name}", f"optim.schedule={schedule.name} has no last phase; wsd has"
+    if not config.optim.weight_decay:
+        yield "optim.cautious_decay", "optim.weight_decay = 0 (off)"
     if schedule is not Schedule.power:
         for name in ("power_exponent", "power_from_tokens"):
             yield f"optim.{name}", f"optim.schedule={schedule.name}, not power"

@@ -60,6 +60,27 @@ def test_a_step_is_torchs(nesterov: bool, scale: UpdateScale, monkeypatch: pytes
                 assert torch.equal(rows, expected[where.name].detach()), f"step {step}: {where.name}"
 
 
+def test_cautious_decay_spares_weights_that_the_update_moves_away_from_0() -> None:
+    """Two steps from the same state, with and without decay, differ where update and weight agree, and by the decay."""
+    results = []
+    for decay, cautious in ((0.0, False), (0.5, True), (0.5, False)):
+        config = replace(config_of(), weight_decay=decay, cautious_decay=cautious)
+        parameters = make_parameters()
+        optimizer = Zero1Optimizer(parameters.items(), config, ParallelMesh.single_process(), sequence_parallel=False)
+        optimizer.zero_grad()
+        for name, parameter in parameters.items():
+            contribute(parameter, exact_gradient(name, tuple(parameter.shape), 0, 0))
+        optimizer.step(optimizer.finish_grads(), lr=1e-2, max_norm=0.0)
+        results.append(parameters)
+    none, careful, everywhere = results
+    for name, before in make_parameters().items():
+        if before.dim() == 2:
+            agree = (before - none[name]) * before >= 0
+            expected = torch.where(agree, everywhere[name], none[name])
+            torch.testing.assert_close(careful[name].detach(), expected.detach(), rtol=1e-6, atol=1e-8, msg=name)
+            assert 0.2 < float(agree.float().mean()) < 0.8
+
+
 def _segments(parameter: LogicalParameter, gradients: bool = False) -> list[tuple[torch.Tensor, Rectangle]]:
     rows = parameter.main_grad if gradients else parameter.detach()
     assert rows is not None
