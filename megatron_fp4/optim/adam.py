@@ -87,7 +87,7 @@ def decay_cautiously(master: Tensor, direction: Tensor, decay: float) -> None:
 
 
 def torch_adamw(groups: Sequence[UpdateGroup], config: OptimConfig) -> AdamW:
-    """By torch, on any device."""
+    """The update of torch, on any device."""
     return CautiousAdamW(groups, config, TorchAdamW) if config.cautious_decay else TorchAdamW(groups, config)
 
 
