@@ -66,7 +66,7 @@ def drawn_buckets(checked: CheckedConfig, num_gpus: int, rank: int) -> list[Buck
     backend = SizedBackend(config.precision.backend, on_gpu=True)
     stages = nn.ModuleList(draw_stages(config, backend, mesh, torch.device("meta")))
     return make_buckets(
-        stages.named_parameters(),
+        ((name, parameter) for name, parameter in stages.named_parameters() if parameter.requires_grad),
         mesh.dp_cp,
         bucket_numel=config.optim.bucket_numel,
         sum_replicated_over_tp=mesh.tp.size > 1,

@@ -16,6 +16,7 @@ from megatron_fp4.cli.render.rehearsal import deviations, render
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.data.config import DataConfig
 from megatron_fp4.layers.mlp import Activation
+from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim import Algorithm, OptimConfig
@@ -33,6 +34,10 @@ DEEP = replace(GPT, pattern="*-*-", num_layers=4)
 TIED = replace(GPT, tied_embeddings=True)
 WIDE = replace(DEEP, hidden=4096, ffn_hidden=14336, num_heads=32, num_kv_heads=8, head_dim=128)
 HYBRID = replace(load("hybrid_tiny"), pattern="M*-M", num_layers=4, vocab_size=4096)
+EXPERTS = replace(
+    HYBRID, pattern="ME*E",
+    moe=MoeConfig(num_experts=16, top_k=4, ffn_hidden=256, shared_ffn_hidden=512, latent=128, expert_bias=True),
+)  # fmt: skip
 NVFP4 = PrecisionConfig(recipes={"nvfp4": nvfp4_paper()}, rules=[Rule("head"), Rule("*", use="nvfp4")])
 
 COMPACT = OptimConfig(
@@ -84,6 +89,7 @@ CASES = {
     "hybrid, one rank": case(HYBRID, 1, "0", precision=NVFP4),
     "hybrid, pipeline": case(HYBRID, 8, "last", tp=2, pp=2),
     "hybrid, zbv": case(HYBRID, 4, "first", pp=2, schedule="zbv"),
+    "experts": case(EXPERTS, 4, "0", recompute="full", tp=2, ep=4),
     "gpt, interleaved": case(DEEP, 4, "cell", recompute="selective", pp=2, schedule="interleaved_1f1b"),
     "transformer engine": case(GPT, 4, "0", precision=replace(NVFP4, backend=BackendName.transformer_engine), tp=2),
     "gpt, zero bubble": case(DEEP, 2, "first,last", pp=2, schedule="interleaved_zero_bubble"),
