@@ -92,5 +92,5 @@ def test_a_step_copies_its_batch_and_reads_its_message() -> None:
 
             measured = rank["measured_step"]
             assert files(measured["copies_in"]) == {"train/inputs.py": 1}
-            logged = {"optim/clip.py": 1, "train/telemetry/stragglers.py": 1, "precision/statistics.py": 1}
+            logged = {"optim/clip.py": 1, "train/telemetry/stragglers.py": 1, "precision/statistics_probe.py": 1}
             assert files(measured["read_backs"]) == {"train/message.py": 1, **logged}, "one for all statistics"
