@@ -21,6 +21,7 @@ from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.layers.attention import Attention
 from megatron_fp4.layers.qk_clip.factors import head_factors, row_factors
 from megatron_fp4.layers.qk_clip.maxima import LogitMaxima
+from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.optim.config import QkClipConfig
 
@@ -31,14 +32,12 @@ class QkClip:
     def __init__(self, stages: Sequence[Decoder], config: QkClipConfig, mesh: ParallelMesh) -> None:
         self._config, self._mesh = config, mesh
         self._watched: list[tuple[Attention, LogitMaxima]] = []
-        self._blocks: list[int] = []
         for stage in stages:
-            for index, block in stage.blocks.items():
-                for mixer in block.modules():
-                    if isinstance(mixer, Attention):
-                        self._blocks.append(int(index))
-                        self._watched.append((mixer, mixer.watch_logits()))
-        self._num_blocks = len(stages[0].config.blocks)
+            for mixer in stage.modules():
+                if isinstance(mixer, Attention):
+                    self._watched.append((mixer, mixer.watch_logits()))
+        self._names = _block_names(stages[0].config)
+        self._blocks = [self._names.index(_block_of(attention)) for attention, _ in self._watched]
         self._device = next(stages[0].parameters()).device
         self._largest_L, self._clipped_L = self._nothing_seen()
 
@@ -66,21 +65,35 @@ class QkClip:
 
     def report(self) -> dict[str, float]:
         """Metrics of the steps since the last report, of the whole model: the largest logit, and that of each block
-        with attention; query heads that were clipped, counted in every step. Collective over the world."""
+        with attention, those of multi-token prediction included; query heads that were clipped, counted in every step.
+        Collective over the world."""
         mesh, blocks = self._mesh, torch.tensor(self._blocks, dtype=torch.int64, device=self._device)
-        largest = torch.full((self._num_blocks,), -torch.inf, device=self._device).index_copy(
+        largest = torch.full((len(self._names),), -torch.inf, device=self._device).index_copy(
             0, blocks, self._largest_L
         )
-        clipped = torch.zeros(self._num_blocks, device=self._device).index_copy(0, blocks, self._clipped_L)
+        clipped = torch.zeros(len(self._names), device=self._device).index_copy(0, blocks, self._clipped_L)
         of_ranks = torch.stack([largest, all_reduce_sum(clipped, mesh.tp)])
         of_blocks, counts = all_reduce_max(of_ranks, mesh.world).tolist()
         self._largest_L, self._clipped_L = self._nothing_seen()
-        seen = {index: value for index, value in enumerate(of_blocks) if value != -torch.inf}
+        seen = {name: value for name, value in zip(self._names, of_blocks, strict=True) if value != -torch.inf}
         if not seen:
             return {}
-        values = {f"qk_clip/max_logit/blocks.{index}": value for index, value in seen.items()}
+        values = {f"qk_clip/max_logit/{name}": value for name, value in seen.items()}
         return {"qk_clip/max_logit": max(seen.values()), "qk_clip/clipped_heads": sum(counts), **values}
 
     def _nothing_seen(self) -> tuple[Tensor, Tensor]:
         layers = (len(self._watched),)
         return torch.full(layers, -torch.inf, device=self._device), torch.zeros(layers, device=self._device)
+
+
+def _block_names(config: ModelConfig) -> list[str]:
+    """All blocks of the model, the depths of multi-token prediction after the decoder."""
+    names = [f"blocks.{index}" for index in range(len(config.blocks))]
+    for depth in range(config.mtp.num_sequences):
+        names += [f"mtp.{depth}.blocks.{index}" for index in range(len(config.mtp.pattern))]
+    return names
+
+
+def _block_of(attention: Attention) -> str:
+    """The name of its block, from that of its weight: `mtp.0.blocks.1.attention.qkv.q.weight`."""
+    return attention.qkv.weight.placement.rectangles[0].name.partition(".attention.")[0]

@@ -18,6 +18,7 @@ from megatron_fp4.comm.rect import Shard
 from megatron_fp4.layers.qk_clip.maxima import LogitMaxima
 from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.optim.config import Algorithm, QkClipConfig
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.proofs.distance import assemble
@@ -158,6 +159,19 @@ def test_a_skipped_step_clips_nothing_and_a_hybrid_clips_its_attention() -> None
     assert trainable.optimizer.rows.report() == {}
     reports, _ = two_steps(ALONE, case, ParallelConfig())
     assert list(reports[0]) == ["qk_clip/max_logit", "qk_clip/clipped_heads", "qk_clip/max_logit/blocks.2"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_head_of_multi_token_prediction_is_clipped(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = {f"mtp.0.{name}": value for name, value in PLANTED.items()}
+    monkeypatch.setattr("tests.models.test_qk_clip.PLANTED", planted)
+    case = clip_case(mtp=MtpConfig(depth=2, pattern="*-", shared=shared))
+    (before, after), _ = two_steps(ALONE, case, ParallelConfig())
+    assert before["qk_clip/max_logit"] == before["qk_clip/max_logit/mtp.0.blocks.0"] > 2 * THRESHOLD
+    assert before["qk_clip/clipped_heads"] == 2
+    near = 1e-2 if shared else 1e-5  # the second depth looks at what the first one made of other weights
+    assert after["qk_clip/max_logit/mtp.0.blocks.0"] == pytest.approx(THRESHOLD, rel=near)
+    assert ("qk_clip/max_logit/mtp.1.blocks.0" in before) is not shared
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def check_qk_clip(config: RunConfig) -> None:
     threshold, model = config.optim.qk_clip.threshold, config.model
     if not threshold:
         return
-    if not set("T*") & set(model.blocks):
+    if not set("T*") & model.letters:
         raise ValueError(
             f"optim.qk_clip.threshold = {threshold:g} has no effect: no block of the model has attention"
             " (model.pattern); set it to 0"
