@@ -1,6 +1,7 @@
 """The linear of experts: all segments in the passes of one tensor, as a multiple of one segment after the other.
 
-`python -m benchmarks.experts --help`. Beside it the dense linear of the same number of rows.
+`python -m benchmarks.experts --help`. Beside it the dense linear of
+as many rows.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def main() -> None:
     keep_freed_memory()  # as a training run does
     torch.manual_seed(0)
     counts = torch.randint(0, 2 * args.rows, (args.experts, 1)).tolist()
+    counts[-1][0] += -sum(count for (count,) in counts) % 16  # the dense linear takes no other number
     segments = Segments.of_counts(counts)
     w = (torch.randn(args.experts, args.outputs, args.inputs, device=args.device) / args.inputs**0.5).bfloat16()
     x = torch.randn(segments.num_rows, args.inputs, device=args.device).bfloat16().requires_grad_()

@@ -132,7 +132,7 @@ def test_a_linear_equals_the_emulation(precision: LinearPrecision, dtype: torch.
 
 def test_experts_by_the_kernels() -> None:
     """Segment by segment: the operands are the emulation's, sums differ in their order only."""
-    case = routed([[5, 20], [0, 0], [1, 0], [7, 3]])
+    case = routed([[5], [0], [1], [0]])
     theirs, ours = (
         Experts(nvfp4_paper(), backend).run(*case)
         for backend in (TritonBackend(PrecisionConfig(compile=False)), EmulatedBackend())
