@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import Flops, active_parameters, by_kind, model_parameters, quantized_parameters
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.planning.cost.experts import padding_share
 from megatron_fp4.planning.cost.hardware import Assumptions
 from megatron_fp4.planning.settings import RankSettings
@@ -42,7 +43,7 @@ def parameter_section(config: RunConfig, table: PrecisionTable) -> dict[str, Any
     kinds = by_kind(model_parameters(model))
     quantized = quantized_parameters(model, [row.name for row in table.rows if row.precision.quantized])
     total = sum(kinds.values())
-    acting = active_parameters(model)
+    acting = active_parameters(model.with_blocks(model.blocks, MtpConfig()))  # as trained models are counted
     return {
         "total": total,
         "active": acting,

@@ -89,6 +89,11 @@ def _most_held(works: Sequence[Work], footprints: Mapping[int, Footprint]) -> tu
     return most_kept, most
 
 
+def least_memory(config: ModelConfig, pipeline: PipelineLayout, settings: RankSettings) -> float:
+    """Bytes on the rank that needs most before anything is computed: what `memory_section` says at least, at once."""
+    return max(sum(_state(config, stages.values(), settings).values()) for stages in pipeline.chunks)
+
+
 def _state(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> dict[str, float]:
     """What does not depend on the microbatches in flight."""
     held = HeldElements.of(config, stages, settings)

@@ -95,6 +95,7 @@ LEFT_OUT = (
     "fused Mamba kernels (model.mamba_kernel), which keep less than torch's scan; their activations are counted as its",
     "compiled activations (model.pointwise_impl), which keep less of SwiGLU than torch's; counted as torch's",
     "what changes numbers and no cost: model.norm_eps, init_std, scale_residual_init, rope_scaling",
+    "an expert that gets more rows than the mean, for whose rank all wait",
     "compilation and the first steps; data loading, which runs beside the step",
     "the quantizers of the emulated backends, which take many times as long as those counted",
 )

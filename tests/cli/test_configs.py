@@ -41,8 +41,9 @@ def test_every_experiment_composes_and_its_precision_takes_effect(experiment: st
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_precision_option_composes(option: str) -> None:
-    recipe = ["precision/recipe=nemotron3"] if option == "precision/rules=nemotron3" else []
-    table = plan_of(load(option, "model=nemotron_h_8b", "model.vocab_size=131072", *recipe)).table()
+    recipe = ["precision/recipe=nemotron3"] if option.startswith("precision/rules=nemotron3") else []
+    model = "nemotron3_super" if option.startswith("precision/rules=nemotron3_") else "nemotron_h_8b"
+    table = plan_of(load(option, f"model={model}", "model.vocab_size=131072", *recipe)).table()
     assert (table.num_quantized_gemms == 0) == option.endswith("=bf16")
 
 

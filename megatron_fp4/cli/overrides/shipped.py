@@ -23,6 +23,7 @@ def shipped_layouts(model: ModelConfig, config_dir: Path) -> list[str]:
         if match is None:
             continue
         sizes = yaml.safe_load((config_dir / "model" / f"{match[1]}.yaml").read_text())
-        if all(getattr(model, name) == sizes[name] for name in ("num_layers", "pattern", "hidden", "ffn_hidden")):
+        named = [name for name in ("num_layers", "pattern", "hidden", "ffn_hidden") if name in sizes]
+        if all(getattr(model, name) == sizes[name] for name in named):
             texts.append(f"parallel={path.stem:<18} {match[2]}")
     return texts

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_fp4.planning.cost.time import KINDS
 from megatron_fp4.planning.layouts.batches import batch_section
 from megatron_fp4.planning.layouts.choices import MICRO_BATCHES, Choices, TimedLayout
 from megatron_fp4.planning.layouts.chosen import ChosenLayout
-from megatron_fp4.planning.memory import memory_section
+from megatron_fp4.planning.memory import least_memory, memory_section
 from megatron_fp4.train.config import RunConfig
 
 DAY = 86400
@@ -48,7 +49,7 @@ def search(
             timed = run.timed(entry)
             heapq.heappush(heap, (timed.time.expected, next(numbers), timed))
             continue
-        largest = _memory(entry)
+        largest = _memory(entry, usable)
         if largest <= usable:
             fitting.append(_entry(entry, largest))
         elif heavier := _next_recompute(entry.layout):
@@ -75,8 +76,10 @@ def _next_recompute(layout: ChosenLayout) -> ChosenLayout | None:
     return replace(layout, recompute=following[0]) if following else None
 
 
-def _memory(timed: TimedLayout) -> float:
-    """The most bytes on any rank."""
+def _memory(timed: TimedLayout, usable: float) -> float:
+    """The most bytes on any rank; infinite where weights, gradients and state alone are more than `usable`."""
+    if least_memory(timed.checked.config.model, timed.pipeline, timed.settings) > usable:
+        return math.inf
     largest: float = memory_section(timed.checked.config.model, timed.pipeline, timed.settings, 0.0)["largest"]
     return largest
 
