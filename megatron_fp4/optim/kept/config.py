@@ -36,7 +36,7 @@ class MomentsConfig:
     matrices whose rows are multiples of 64; other tensors keep FP32."""
 
     first: MomentFormat = MomentFormat.fp32
-    """AdamW's mean of the gradients."""
+    """AdamW's mean of the gradients; int8 only beside an int8 second one."""
     second: MomentFormat = MomentFormat.fp32
     """AdamW's mean of the squared gradients."""
     muon: MomentFormat = MomentFormat.fp32

@@ -18,7 +18,8 @@ from megatron_fp4.train.config import RunConfig
 
 
 def check_optimizer_state(config: RunConfig) -> None:
-    """Raises ValueError for state that is not FP32 with another implementation than torch's, and for cut blocks."""
+    """Raises ValueError for state that is not FP32 with another implementation than torch's, for cut blocks, and for a
+    first moment too coarse for the second one."""
     optim = config.optim
     compact = {"optim.master": optim.master.name} if optim.master is not MasterFormat.fp32 else {}
     adamws = {"optim.moments.first": optim.moments.first, "optim.moments.second": optim.moments.second}
@@ -28,6 +29,14 @@ def check_optimizer_state(config: RunConfig) -> None:
         raise ValueError(
             f"{key}={value} with optim.impl={optim.impl.name}, whose kernel updates FP32 masters and moments in place;"
             f" set optim.impl=torch, or {key}=fp32"
+        )
+    first, second = optim.moments.first, optim.moments.second
+    if first is MomentFormat.int8 and second is not MomentFormat.int8:
+        raise ValueError(
+            f"optim.moments.first=int8 with optim.moments.second={second.name}: a mean far below the largest of its"
+            f" {BLOCK} elements is kept as 0 or as 1/127 of that, and divided by the root of a second moment that is"
+            " finer, so that steps become many learning rates long; set optim.moments.first=fp8, which takes as many"
+            " bytes, or optim.moments.second=int8"
         )
     for parameter in model_parameters(config.model):
         formats = moment_formats(parameter.name, parameter.shape, optim).values()

@@ -11,7 +11,9 @@ from megatron_fp4.train.checked import check_config
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["optim.moments.first=int8", "parallel.tp=2"], "attention.out.weight: rows of 64 over parallel.tp = 2"),
+        (["optim.moments.first=fp8", "parallel.tp=2"], "attention.out.weight: rows of 64 over parallel.tp = 2"),
+        (["optim.moments.first=int8"], "first=int8 with optim.moments.second=fp32.*set optim.moments.first=fp8"),
+        (["optim.moments.first=int8", "optim.moments.second=fp8"], "first=int8 with optim.moments.second=fp8"),
         (["optim.moments.second=bf16", "optim.impl=te"], "optim.moments.second=bf16 with optim.impl=te"),
         (["optim.master=remainder", "optim.impl=apex"], "optim.master=remainder with optim.impl=apex"),
     ],
@@ -22,7 +24,8 @@ def test_what_cannot_be_kept_is_refused(overrides: list[str], reason: str) -> No
         check_config(config, config.parallel.smallest_world)
 
 
-def test_moments_that_fit_are_accepted() -> None:
-    overrides = ["optim.moments.first=int8", "optim.moments.second=fp8", "optim.master=remainder"]
+@pytest.mark.parametrize(("first", "second"), [("fp8", "fp8"), ("fp8", "int8"), ("int8", "int8")])
+def test_moments_that_fit_are_accepted(first: str, second: str) -> None:
+    overrides = [f"optim.moments.first={first}", f"optim.moments.second={second}", "optim.master=remainder"]
     config = to_run_config(compose_config(["model=gpt_tiny", "model.vocab_size=512", "data.tokenizer=", *overrides]))
     assert not check_config(config, 1).notes
