@@ -28,6 +28,12 @@ from megatron_fp4.precision.wgrad import WgradPlan, WgradQueue
 
 Table = TypeVar("Table")
 
+PLACE_BITS = 40
+"""Of an address that say which token of the global batch it is: 10^12 tokens. Above them is the number of an expert."""
+
+ROUND_BITS = 56
+"""Bits of an address below the number of the round in which the same tokens pass a layer: 65,536 experts."""
+
 
 @dataclass(frozen=True)
 class LayerContext:
@@ -73,6 +79,11 @@ class LayerContext:
         return LayerContext(*groups, backend, clock, dtype, device, wgrad, queue, ep=mesh.ep, edp=mesh.edp)
 
 
+def place_of(address: Tensor) -> Tensor:
+    """Which token of the global batch an address is of, whatever the round."""
+    return address & ((1 << PLACE_BITS) - 1)
+
+
 def widen(x: Tensor) -> Tensor:
     """FP32 activations as FP64 on their way into a sum that a parallel layout may cut into parts; BF16 stays BF16.
 
@@ -87,7 +98,8 @@ def widen(x: Tensor) -> Tensor:
 class Tokens:
     """The tokens of one microbatch on this context-parallel rank; all int64 `[B, S]`.
 
-    address: global index of the token within the global batch (the address of its rounding noise and dropout).
+    address: global index of the token within the global batch (the address of its rounding noise and dropout), and
+    above it the round (`next_round`).
     positions: position in its document (or in its sample where documents are not kept apart).
     documents: number of the document within the sample; tokens attend only inside their own.
     tables: what layers have derived from positions and documents alone (`once`): masks, angles.
@@ -109,9 +121,9 @@ class Tokens:
         table: Table = self.tables[key]
         return table
 
-    def moved(self, distance: int) -> Tokens:
+    def next_round(self) -> Tokens:
         """The same tokens with other addresses, for noise that is not theirs; tables are shared."""
-        return replace(self, address=self.address + distance)
+        return replace(self, address=self.address + (1 << ROUND_BITS))
 
     @staticmethod
     def of_one_document(num_tokens: int, device: str | torch.device = "cpu") -> Tokens:

@@ -164,3 +164,12 @@ def test_recomputation_changes_no_bit(tmp_path: Path, recompute: str) -> None:
     for name, value in masters(once).items():
         assert torch.equal(value, masters(twice)[name]), name
     assert_same_loads(balance_of(once), balance_of(twice), rtol=0)
+
+
+def test_a_mixture_that_depths_share_is_shown_as_one(tmp_path: Path) -> None:
+    mtp = "model.mtp={depth: 2, pattern: '*E', shared: true}"
+    trainer = fitted(run_of(tmp_path, "train.stop_after_steps=1", mtp, pattern="E*"))
+    load = balance_of(trainer).loads["mtp.0.blocks.1.moe.router"]
+    assert load.counts_E.sum() == 2 * 2 * 4 * 32
+    assert load.means[MEANS.index("entropy")].item() == pytest.approx(1.386, abs=0.02)  # log 4
+    assert load.means[MEANS.index("sequence_loss")].item() == pytest.approx(1.0, abs=0.02)

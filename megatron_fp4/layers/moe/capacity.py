@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.collectives import all_gather_rows
-from megatron_fp4.layers.layer_context import LayerContext, Tokens
+from megatron_fp4.layers.layer_context import LayerContext, Tokens, place_of
 from megatron_fp4.layers.moe.config import Drop, MoeConfig
 
 
@@ -28,7 +28,7 @@ def rows_kept(
     packed = torch.cat([tokens.local_rows(context.tp)[:, None], experts_Tk, bits_Tk], dim=1)
     everyones = all_gather_rows(packed, context.tp_cp)
     address_N, experts_Nk = everyones[:, 0], everyones[:, 1 : k + 1]
-    segment_N = address_N // config.segment_tokens if config.segment_tokens else torch.zeros_like(address_N)
+    segment_N = place_of(address_N) // config.segment_tokens if config.segment_tokens else torch.zeros_like(address_N)
     queue_M = (segment_N[:, None] * config.num_experts + experts_Nk).flatten()
     order_M = address_N[:, None].expand_as(experts_Nk).flatten().argsort(stable=True)
     if config.drop is Drop.weight:

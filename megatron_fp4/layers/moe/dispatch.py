@@ -25,20 +25,16 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.row_exchange import RowExchange, together
-from megatron_fp4.layers.layer_context import LayerContext
+from megatron_fp4.layers.layer_context import PLACE_BITS, ROUND_BITS, LayerContext, place_of
 from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.layers.moe.router import Routes
 from megatron_fp4.precision.grouped import Segments
 
-ADDRESS_BITS = 40
-"""Of the key of a row, which is its expert and then its address: 10^12 tokens of a global batch."""
-
-
 @dataclass(frozen=True, eq=False)
 class Moves:
     """How rows travel. choice_M: int64, the choice (row of x times k, plus which) that leaves at each place. place_Tk:
-    int64 `[T, k]`, the inverse, in the order of the experts; -1 for a choice that was dropped. key_M: expert and
-    address."""
+    int64 `[T, k]`, the inverse, in the order of the experts; -1 for a choice that was dropped. key_M: address, and
+    in it the expert above the place."""
 
     exchange: RowExchange
     choice_M: Tensor
@@ -137,9 +133,9 @@ def dispatch(x_TD: Tensor, routes: Routes, address_T: Tensor, config: MoeConfig,
         if routes.kept_Tk is not None:
             expert_C = expert_C.masked_fill(~routes.kept_Tk.flatten(), config.num_experts)
         address_C = address_T.repeat_interleave(k)
-        key_C = (expert_C << ADDRESS_BITS) + address_C
+        key_C = (expert_C << PLACE_BITS) + address_C
         order_C = key_C.argsort()
-        chunk_C = address_C // (config.segment_tokens or 1) % chunks
+        chunk_C = place_of(address_C) // (config.segment_tokens or 1) % chunks
         counts = torch.zeros((config.num_experts + 1) * chunks, dtype=torch.int64, device=x_TD.device)
         counts.scatter_add_(0, expert_C * chunks + chunk_C, torch.ones_like(expert_C))
         exchange = RowExchange.agree(counts[:-chunks].view(ep.size, -1), ep, T * k)
@@ -149,7 +145,7 @@ def dispatch(x_TD: Tensor, routes: Routes, address_T: Tensor, config: MoeConfig,
         moves = Moves(exchange, choice_M, place_Tk.view(T, k), key_C[choice_M])
     arrived = _ToExperts.apply(x_TD, routes.weights_Tk, moves)
     segments = segments_of(exchange, config.num_experts // ep.size, context.tp_cp)
-    addresses = arrived[2] & ((1 << ADDRESS_BITS) - 1)
+    addresses = arrived[2] & ~((1 << ROUND_BITS) - (1 << PLACE_BITS))
     return Arrivals(arrived[0], arrived[1], addresses, segments, arrived[3], moves)
 
 

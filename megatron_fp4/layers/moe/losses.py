@@ -32,26 +32,30 @@ MEANS = ("sequence_loss", "global_loss", "z_loss", "entropy")
 """What a tally has behind its counts: the losses without their coefficients, 0 where one is off, and the mean over the
 tokens of the entropy of s, in nats."""
 
+NUM_SUMS = len(MEANS) + 1
+"""Behind the counts of a tally."""
+
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """What has come together in a step so far; FP64 `[E + 4]`: tokens sent to each expert, then this rank's parts of
-    `MEANS`."""
+    """What has come together in a step so far; FP64 `[E + 5]`: tokens sent to each expert, this rank's parts of `MEANS`,
+    and of how often the tokens of the global batch passed the router (multi-token prediction may share it)."""
 
     numbers: Tensor
 
     @staticmethod
     def empty(num_experts: int, device: torch.device) -> Tally:
         """A tally of no token."""
-        return Tally(torch.zeros(num_experts + len(MEANS), dtype=torch.float64, device=device))
+        return Tally(torch.zeros(num_experts + NUM_SUMS, dtype=torch.float64, device=device))
 
     @property
     def counts_E(self) -> Tensor:
-        return self.numbers[: -len(MEANS)]
+        return self.numbers[:-NUM_SUMS]
 
     @property
     def means(self) -> Tensor:
-        return self.numbers[-len(MEANS) :]
+        """Once all ranks' parts are added."""
+        return self.numbers[-NUM_SUMS:-1] / self.numbers[-1].round().clamp(min=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +109,8 @@ def balanced(
         entropy = torch.special.entr(shares_TE).sum() / (length * num_sequences)
         counts_E = counted(routing.experts_Tk.flatten(), config.num_experts)
         means = torch.stack([sequence, over_all, z, entropy])
-        numbers = torch.cat([counts_E, means.double()])
+        passes = means.new_full((1,), len(scores_TE) / (length * num_sequences), dtype=torch.float64)
+        numbers = torch.cat([counts_E, means.double(), passes])
     result: Tensor = _Balanced.apply(weights_Tk, loss, numbers, tally)
     return result
 

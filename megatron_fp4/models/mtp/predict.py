@@ -28,10 +28,6 @@ from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
 
-DEPTH_ADDRESS = 2**40
-"""Between the addresses of a row at two depths: more than a global batch has tokens."""
-
-
 class Depth(nn.Module):
     """h_TD and e_TD `[T/tp, D]`, the depth before and the embeddings of later tokens -> `[T/tp, D]`.
 
@@ -88,7 +84,7 @@ class MultiTokenPrediction(nn.Module):
         """h_TD `[T/tp, D]`: what the head multiplied. ahead_BS: the token ids of each depth. Returns logits of each."""
         logits = []
         for number, ids_BS in enumerate(ahead_BS):
-            tokens = tokens.moved(DEPTH_ADDRESS)
+            tokens = tokens.next_round()
             depth = self.depths[number % len(self.depths)]
             h_TD = depth(h_TD, self.embedding(ids_BS, apart=True), tokens)
             logits.append(head(h_TD, tokens))

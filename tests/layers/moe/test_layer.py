@@ -181,3 +181,21 @@ def test_nothing_is_dropped_where_there_is_room() -> None:
     x, tokens = batch()
     roomy = make(replace(SMALL, capacity_factor=8.0), layers.lab())
     assert torch.equal(roomy(x, tokens), make(SMALL, layers.lab())(x, tokens))
+
+
+def test_tokens_of_a_later_round() -> None:
+    """Depths of multi-token prediction that share a mixture: the same segments and capacity, other rounding noise."""
+    config = replace(CASES["latent"], latent=16, ffn_hidden=32, capacity_factor=0.75, segment_tokens=6)
+    layer = make(config, layers.lab(dtype=torch.bfloat16))
+    layer.experts.up.precision = layer.experts.down.precision = nvfp4_paper()
+
+    def run(tokens: Tokens) -> tuple[Tensor, Tensor]:
+        x = batch()[0].bfloat16().requires_grad_()
+        y = layer(x, tokens)
+        y.square().sum().backward()
+        assert x.grad is not None
+        return y.detach(), x.grad
+
+    first, later = (run(tokens) for tokens in (batch()[1], batch()[1].next_round()))
+    assert torch.equal(first[0], later[0])
+    assert not torch.equal(first[1], later[1])
