@@ -30,7 +30,7 @@ class Drop(Enum):
 class MoeConfig:
     """Mixtures of experts, one mixer per `E` of model.pattern. The activation of experts is model.activation."""
 
-    num_experts: Count = 0
+    num_experts: Annotated[int, Bound(least=0, most=1 << 16)] = 0
     """Routed experts of a mixture; 0 = the model has none, needed where the pattern has an E."""
     top_k: Size = 2
     """Experts that a token is sent to."""

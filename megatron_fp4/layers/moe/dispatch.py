@@ -30,6 +30,7 @@ from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.layers.moe.router import Routes
 from megatron_fp4.precision.grouped import Segments
 
+
 @dataclass(frozen=True, eq=False)
 class Moves:
     """How rows travel. choice_M: int64, the choice (row of x times k, plus which) that leaves at each place. place_Tk:

@@ -38,8 +38,8 @@ NUM_SUMS = len(MEANS) + 1
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """What has come together in a step so far; FP64 `[E + 5]`: tokens sent to each expert, this rank's parts of `MEANS`,
-    and of how often the tokens of the global batch passed the router (multi-token prediction may share it)."""
+    """What has come together in a step so far; FP64 `[E + 5]`: tokens sent to each expert, then this rank's
+    parts of `MEANS`, and of how often the tokens of the global batch passed the router (depths may share it)."""
 
     numbers: Tensor
 

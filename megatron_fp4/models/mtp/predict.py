@@ -28,6 +28,7 @@ from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
 
+
 class Depth(nn.Module):
     """h_TD and e_TD `[T/tp, D]`, the depth before and the embeddings of later tokens -> `[T/tp, D]`.
 
