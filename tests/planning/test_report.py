@@ -336,3 +336,8 @@ def test_a_plan_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.count("error: ") == 2
     assert main([*run, "--micro-batch", "1"]) == 2
     assert "--micro-batch belongs to --search" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_does_not_exist_is_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment=quickstart", "data.tokenizer=nowhere/tokenizer.model"]) == 2
+    assert "error: tokenizer nowhere/tokenizer.model does not exist" in capsys.readouterr().err

@@ -41,11 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plot:
             report["plot"] = plot_section(config, options.gpus, options.gpu, assumptions)
             write_plan(report, render(report), Path(options.plot))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: --plot {options.plot}: {error.strerror}; name a file that can be written", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        unwritten = isinstance(error, OSError) and options.plot and error.strerror  # one of ours says it in words
+        reason = f"--plot {options.plot}: {unwritten}; name a file that can be written" if unwritten else error
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 0 if report["fits"] else 1
