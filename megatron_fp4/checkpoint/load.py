@@ -162,18 +162,20 @@ class CheckpointReader:
         if text := "; ".join(problem for problem in problems if problem):
             raise ValueError(text)
 
-    def load(self, chosen: Verified, shards: Sequence[Shard]) -> None:
+    def load(self, chosen: Verified, shards: Sequence[Shard], unread: tuple[str, ...] = ()) -> None:
         """See `CheckpointStore.load`."""
         wanted = agreed(lambda: shapes_of(shards), self.group)
-        check_matches(wanted, chosen.pieces.shapes(), self.group, str(chosen.directory))
+        shapes = chosen.pieces.shapes()
+        stored = {key: shape for key, shape in shapes.items() if not key.partition("/")[2].startswith(unread)}
+        check_matches(wanted, stored, self.group, str(chosen.directory))
         self._beat()
         self._agreed(lambda: read_into(shards, chosen.directory, chosen.pieces))
 
-    def load_or_earlier(self, chosen: Verified, shards: Sequence[Shard]) -> Verified:
+    def load_or_earlier(self, chosen: Verified, shards: Sequence[Shard], unread: tuple[str, ...] = ()) -> Verified:
         """See `CheckpointStore.load_or_earlier`."""
         while True:
             try:
-                self.load(chosen, shards)
+                self.load(chosen, shards, unread)
                 return chosen
             except CorruptCheckpoint as damage:
                 if self.config.on_corrupt is OnCorrupt.fail:

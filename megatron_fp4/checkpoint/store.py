@@ -101,20 +101,21 @@ class CheckpointStore:
         self.saver.conclude()
         return self.reader.choose(step, before)
 
-    def load(self, chosen: Verified, shards: Sequence[Shard]) -> None:
+    def load(self, chosen: Verified, shards: Sequence[Shard], unread: tuple[str, ...] = ()) -> None:
         """Fill the shards' tensors in place. Replicas are filled too; kinds that no shard has are not read.
 
+        unread: beginnings of the names of tensors that no shard need have.
         Raises ValueError listing names and shapes that differ; CorruptCheckpoint if a file can no longer be read, after
         which the tensors' contents are undefined.
         """
-        self.reader.load(chosen, shards)
+        self.reader.load(chosen, shards, unread)
 
-    def load_or_earlier(self, chosen: Verified, shards: Sequence[Shard]) -> Verified:
+    def load_or_earlier(self, chosen: Verified, shards: Sequence[Shard], unread: tuple[str, ...] = ()) -> Verified:
         """`load` what `choose()` has chosen, or the newest earlier one whose files can be read; returns that one.
 
         Raises CorruptCheckpoint where damage does not lead to an earlier one.
         """
-        return self.reader.load_or_earlier(chosen, shards)
+        return self.reader.load_or_earlier(chosen, shards, unread)
 
     def latest(self) -> int | None:
         """The step that a resume tries first, intact or not; None if there is nothing to go on from.

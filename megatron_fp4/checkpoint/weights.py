@@ -18,12 +18,16 @@ from megatron_fp4.comm.rect import Shard
 
 @torch.no_grad()
 def load_weights(
-    model: nn.Module, store: CheckpointStore, step: int | None = None, directory: Path | None = None
+    model: nn.Module,
+    store: CheckpointStore,
+    step: int | None = None,
+    directory: Path | None = None,
+    unread: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Fill `model` from checkpoint `step` (None: the newest intact one), at any layout; returns its small state.
 
     directory: a checkpoint that lies elsewhere, instead. Masters are FP32 in the file and rounded to the parameters'
-    dtype here, as in training.
+    dtype here, as in training. unread: beginnings of the names of tensors that the model need not have.
     """
     shards: list[Shard] = []
     targets: list[tuple[Tensor, Tensor]] = []
@@ -34,9 +38,9 @@ def load_weights(
             targets.append((parameter[rows], master))
     chosen = store.reader.verified(directory) if directory else store.choose(step)
     if step is None and directory is None:
-        chosen = store.load_or_earlier(chosen, shards)
+        chosen = store.load_or_earlier(chosen, shards, unread)
     else:
-        store.load(chosen, shards)
+        store.load(chosen, shards, unread)
     for weights, master in targets:
         weights.copy_(master)
     return chosen.meta

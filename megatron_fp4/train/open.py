@@ -23,7 +23,7 @@ from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.refusals.requirements import by_torch, check_machine
-from megatron_fp4.train.trainable import draw_evaluation
+from megatron_fp4.train.trainable import NOT_EVALUATED, draw_evaluation
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def open_trained(
     mesh = connect_mesh(config.parallel, process)
     clock, engine = draw_evaluation(config, mesh, process.device, documents_apart=documents_apart)
     store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", mesh.world, config.checkpoint)
-    meta = load_weights(torch.nn.ModuleList(engine.stages), store, step, checkpoint)
+    meta = load_weights(torch.nn.ModuleList(engine.stages), store, step, checkpoint, unread=NOT_EVALUATED)
     clock.step = max(0, meta["step"] - 1)  # rounding noise of an evaluation after a step is that of the step
     tokens = meta.get("consumed_samples", 0) * config.data.seq_length  # nothing in one that `import` made
     phase = checked.plan.phase_before(tokens, meta.get("precision", {}))

@@ -81,6 +81,10 @@ def build_trainable(
     return Trainable(clock, _engine(config, stages, queues, mesh, device), optimizer)
 
 
+NOT_EVALUATED = ("mtp.",)
+"""Beginnings of the names of weights that `draw_evaluation` leaves out."""
+
+
 def draw_evaluation(
     config: RunConfig, mesh: ParallelMesh, device: torch.device, *, documents_apart: bool = False
 ) -> tuple[StepClock, Engine]:

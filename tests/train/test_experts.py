@@ -13,6 +13,7 @@ from megatron_fp4.cli.checkpoint import main as checkpoint
 from megatron_fp4.layers.moe.balance import LoadBalance
 from megatron_fp4.layers.moe.losses import MEANS
 from megatron_fp4.optim import StepReport
+from megatron_fp4.train.open import open_trained
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import TrainerInProcess, make_trainer, masters
@@ -166,9 +167,12 @@ def test_recomputation_changes_no_bit(tmp_path: Path, recompute: str) -> None:
     assert_same_loads(balance_of(once), balance_of(twice), rtol=0)
 
 
-def test_a_mixture_that_depths_share_is_shown_as_one(tmp_path: Path) -> None:
+def test_a_mixture_that_depths_share_is_shown_as_one_and_evaluated_without(tmp_path: Path) -> None:
     mtp = "model.mtp={depth: 2, pattern: '*E', shared: true}"
-    trainer = fitted(run_of(tmp_path, "train.stop_after_steps=1", mtp, pattern="E*"))
+    run = run_of(tmp_path, "train.stop_after_steps=1", mtp, pattern="E*")
+    trainer = fitted(run)
+    opened = open_trained(trainer.run.config)
+    assert not [name for name, _ in opened.engine.stages[0].named_parameters() if "mtp" in name]
     load = balance_of(trainer).loads["mtp.0.blocks.1.moe.router"]
     assert load.counts_E.sum() == 2 * 2 * 4 * 32
     assert load.means[MEANS.index("entropy")].item() == pytest.approx(1.386, abs=0.02)  # log 4
