@@ -129,7 +129,7 @@ class OptimConfig:
     @property
     def power_from(self) -> int:
         """Consumed tokens at which schedule power leaves `lr`."""
-        return max(self.power_from_tokens, self.warmup_tokens)
+        return self.power_from_tokens or self.warmup_tokens
 
     @property
     def keeps_compact(self) -> bool:
@@ -153,6 +153,12 @@ class OptimConfig:
             raise ValueError(
                 "optim.schedule=power falls from optim.power_from_tokens or the end of the warm-up on, and both are 0;"
                 " set optim.power_from_tokens or optim.warmup_tokens"
+            )
+        if self.schedule is Schedule.power and 0 < self.power_from_tokens < self.warmup_tokens:
+            raise ValueError(
+                f"optim.power_from_tokens = {self.power_from_tokens} is before the end of the warm-up"
+                f" (optim.warmup_tokens = {self.warmup_tokens}), where the rate still rises; set it to"
+                f" {self.warmup_tokens} or more, or to 0 for the end of the warm-up"
             )
         if self.schedule is Schedule.constant and self.min_lr:
             raise ValueError(

@@ -74,6 +74,8 @@ def test_power_falls_from_its_first_token_on_and_then_decays_from_where_it_is() 
 def test_power_without_a_beginning_or_below_its_end_is_refused() -> None:
     with pytest.raises(ValueError, match=r"power_from_tokens or the end of the warm-up on, and both are 0"):
         OptimConfig(schedule=Schedule.power)
+    with pytest.raises(ValueError, match=r"power_from_tokens = 10 is before the end of the warm-up"):
+        OptimConfig(schedule=Schedule.power, power_from_tokens=10, warmup_tokens=20)
     config = OptimConfig(lr=0.1, min_lr=0.06, schedule=Schedule.power, power_exponent=0.5, power_from_tokens=200)
     with pytest.raises(ValueError, match=r"min_lr = 0\.06 is above the 5\.00e-02 .* at token 800"):
         check_schedule(config, TOTAL)
@@ -99,7 +101,12 @@ def test_constant_and_phases_of_length_zero() -> None:
 def test_never_leaves_its_bounds(style: DecayStyle, schedule: Schedule, total: int, data: st.DataObject) -> None:
     warmup = data.draw(st.integers(0, total // 2))
     config = OptimConfig(
-        lr=0.1, warmup_tokens=warmup, decay_fraction=0.3, decay_style=style, schedule=schedule, power_from_tokens=1
+        lr=0.1,
+        warmup_tokens=warmup,
+        decay_fraction=0.3,
+        decay_style=style,
+        schedule=schedule,
+        power_from_tokens=max(1, warmup),
     )
     seen = sorted(data.draw(st.lists(st.integers(warmup, total), min_size=2, max_size=5)))
     rates = [learning_rate(config, tokens, total) for tokens in seen]
