@@ -7,6 +7,7 @@ divides is summed by the size of the dimension that it divides.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -15,14 +16,17 @@ from megatron_fp4.models.block import LinearInfo, model_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import StageRange
-from megatron_fp4.optim.config import OptimConfig
+from megatron_fp4.optim.config import Algorithm, OptimConfig
 from megatron_fp4.optim.kept.choice import bytes_per_element
+from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat
 from megatron_fp4.optim.kept.part import CHUNK
 from megatron_fp4.planning.footprint import FP32
 from megatron_fp4.planning.settings import RankSettings
 
-OPENED_BYTES = 44
-"""Most per element of a chunk of state that is updated: FP32 copies, random words, what rounding makes in between."""
+SPLITTING = 6
+ROUNDING = {MomentFormat.bf16: 16, MomentFormat.int8: 20, MomentFormat.fp8: 28}
+ROUNDING_SECOND = {MomentFormat.bf16: 16, MomentFormat.int8: 32, MomentFormat.fp8: 21}
+"""Bytes per element that a master, and a moment beside its FP32 copy, take while they are made what is kept."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,19 @@ def bytes_per_parameter(config: ModelConfig, settings: RankSettings) -> dict[str
 
 
 def opened_bytes(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> float:
-    """Bytes alive while a chunk of state that is not kept in FP32 is updated."""
+    """Bytes alive while a chunk of state that is not kept in FP32 is updated: at most one parameter of it."""
+    optim = settings.optim
+    beside = [SPLITTING] if optim.master is not MasterFormat.fp32 else []
+    for kind, format in optim.moments.by_kind.items():
+        if format is not MomentFormat.fp32 and (kind != "momentum" or optim.algorithm is Algorithm.muon):
+            beside.append((ROUNDING_SECOND if kind == "exp_avg_sq" else ROUNDING)[format])
+    if not beside:
+        return 0.0
     elements = HeldElements.of(config, stages, settings).divided(settings)
-    return OPENED_BYTES * min(CHUNK, elements) if settings.optim.keeps_compact else 0.0
+    table = -(-config.vocab_size // settings.tp) * config.hidden * any(stage.has_embedding for stage in stages)
+    linears = [info for stage in stages for info in stage_linears(config, stage)]
+    sizes = [math.prod(one.local_shape(settings.tp)) * max(1, one.num_experts // settings.ep) for one in linears]
+    return (FP32 * len(beside) + max(beside)) * min(CHUNK, elements, max(table, *sizes, 0))
 
 
 def num_mixtures(config: ModelConfig, stages: Iterable[StageRange]) -> int:

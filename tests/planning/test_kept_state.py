@@ -13,7 +13,7 @@ from megatron_fp4.models.decoder import Decoder, whole_model
 from megatron_fp4.optim import Algorithm, OptimConfig, Zero1Optimizer
 from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
 from megatron_fp4.planning.footprint import LiveBytes
-from megatron_fp4.planning.held import OPENED_BYTES, bytes_per_parameter
+from megatron_fp4.planning.held import bytes_per_parameter, opened_bytes
 from megatron_fp4.planning.memory import stage_memory
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.precision import StepClock
@@ -52,8 +52,8 @@ def test_planned_state_is_what_is_kept(algorithm: Algorithm, master: MasterForma
         norm = optimizer.finish_grads()
         with LiveBytes() as live:
             optimizer.step(norm, lr=1e-3, max_norm=1.0)
-        most = max(parameter.numel() for parameter in model.parameters())
-        assert live.peak <= OPENED_BYTES * most * 1.01 if optim.keeps_compact else live.peak < 4096
+        opened = opened_bytes(MODEL, [whole_model(MODEL)], settings)
+        assert live.peak == pytest.approx(opened, rel=0.02) if optim.keeps_compact else live.peak < 4096
 
 
 def test_bytes_per_parameter_of_large_models() -> None:

@@ -23,7 +23,7 @@ def split(master: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     n: a multiple of 8.
     """
     low, upper = master.view(torch.int16).view(-1, 2).unbind(1)
-    up = (weight.view(torch.int16) != upper).view(-1, BYTE)
+    up = (weight.view(torch.int16) != upper).to(torch.uint8).view(-1, BYTE)
     return low, (up << _places(up.device)).sum(1, dtype=torch.uint8)
 
 

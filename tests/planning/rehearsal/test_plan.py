@@ -41,7 +41,7 @@ EXPERTS = replace(
 NVFP4 = PrecisionConfig(recipes={"nvfp4": nvfp4_paper()}, rules=[Rule("head"), Rule("*", use="nvfp4")])
 
 COMPACT = OptimConfig(
-    master=MasterFormat.remainder, moments=MomentsConfig(MomentFormat.int8, MomentFormat.fp8, MomentFormat.bf16)
+    master=MasterFormat.remainder, moments=MomentsConfig(MomentFormat.fp8, MomentFormat.fp8, MomentFormat.bf16)
 )
 
 
