@@ -20,6 +20,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,14 @@ from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Placement, Rectangle
 from megatron_fp4.optim import Algorithm, OptimConfig, Overlap, Zero1Optimizer
+from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
+
+ADAMW, MUON = OptimConfig(), OptimConfig(algorithm=Algorithm.muon)
+COMPACT = {
+    "remainders": OptimConfig(master=MasterFormat.remainder),
+    "bf16 moments": OptimConfig(moments=MomentsConfig(MomentFormat.bf16, MomentFormat.bf16)),
+    "fp8 moments": OptimConfig(moments=MomentsConfig(MomentFormat.fp8, MomentFormat.fp8)),
+}
 
 Step = Callable[[Tensor, Tensor], None]
 """Trains on tokens `[T]` and targets `[T]`."""
@@ -139,7 +148,7 @@ def fsdp2(model: Model, dtype: torch.dtype) -> Contender:
 
 
 def zero1(
-    model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: bool, algorithm: Algorithm = Algorithm.adamw
+    model: nn.Module, mesh: ParallelMesh, overlap: Overlap, own_gradient: bool, optim: OptimConfig = ADAMW
 ) -> Contender:
     for module in model.modules():
         if isinstance(module, Linear):
@@ -149,7 +158,7 @@ def zero1(
             placement = Placement((Rectangle.whole(f"{prefix}.{name}", tuple(p.shape)),), decay=p.dim() > 1)
             setattr(module, name, LogicalParameter(p, placement))
     bucket_mib = 4.0 if overlap is Overlap.always else 25.0  # 25 is DDP's; overlap needs several buckets
-    config = OptimConfig(bucket_mib=bucket_mib, overlap_reduce=overlap, overlap_gather=overlap, algorithm=algorithm)
+    config = replace(optim, bucket_mib=bucket_mib, overlap_reduce=overlap, overlap_gather=overlap)
     optimizer = Zero1Optimizer(model.named_parameters(), config, mesh, sequence_parallel=False)
     optimizer.gather_beside_forward(model)
 
@@ -173,7 +182,11 @@ def contenders(model: Model, mesh: ParallelMesh, dtype: torch.dtype) -> dict[str
         "FSDP2 + AdamW": fsdp2(fresh(), dtype),
         "ZeRO-1, autograd gradients": zero1(fresh(), mesh, Overlap.never, own_gradient=False),
         "ZeRO-1": zero1(fresh(), mesh, Overlap.never, own_gradient=True),
-        "ZeRO-1, Muon": zero1(fresh(), mesh, Overlap.never, own_gradient=True, algorithm=Algorithm.muon),
+        "ZeRO-1, Muon": zero1(fresh(), mesh, Overlap.never, own_gradient=True, optim=MUON),
+        **{
+            f"ZeRO-1, {name}": zero1(fresh(), mesh, Overlap.never, own_gradient=True, optim=optim)
+            for name, optim in COMPACT.items()
+        },
         "ZeRO-1, overlapped": zero1(fresh(), mesh, Overlap.always, own_gradient=True),
     }
 
