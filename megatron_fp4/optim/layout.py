@@ -159,7 +159,8 @@ def make_buckets(
             del waiting[kind]
     closed += waiting.items()
     closed.sort(key=lambda each: each[0].deferred)
-    return [_make_bucket(kind, members, number) for number, (kind, members) in enumerate(closed)]
+    numbers = [0 if kind.tied_group is not None else number for number, (kind, _) in enumerate(closed)]
+    return [_make_bucket(kind, members, number) for number, (kind, members) in zip(numbers, closed, strict=True)]
 
 
 def _checked(name: str, parameter: nn.Parameter) -> LogicalParameter:
@@ -176,7 +177,11 @@ def _checked(name: str, parameter: nn.Parameter) -> LogicalParameter:
 
 
 def _make_bucket(kind: BucketKind, members: Sequence[tuple[str, LogicalParameter]], number: int) -> Bucket:
-    """number: of the bucket; the gap lies after all parameters, after all but one, ..., before all, and so on."""
+    """number: the gap lies after all parameters (0), after all but one, ..., before all, and so on.
+
+    It is 0 for tied copies, which are summed part by part: every stage must cut them at the same elements, whatever
+    other buckets it has.
+    """
     num_parts = kind.group.size
     used = sum(_round_up(parameter.numel(), ALIGN) for _, parameter in members)
     part_numel = _round_up(-(-used // num_parts), ALIGN)

@@ -161,3 +161,15 @@ def test_refused_parameters() -> None:
     refused(frozen, "w does not require a gradient")
     scalar = LogicalParameter(torch.zeros(()), good.placement)
     refused(scalar, r"shape \(\)")
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 3])
+def test_tied_copies_are_cut_at_the_same_elements_on_every_stage(others: int) -> None:
+    """Their parts are added across stages, which have other numbers of buckets before them."""
+    ends, group = FakeGroup(2), FakeGroup(2)
+    table = LogicalParameter.whole("embedding.weight", torch.zeros(101, 64))
+    table.tied_group = ends
+    rest = [(f"w{number}", LogicalParameter.whole(f"w{number}", torch.zeros(64, 64))) for number in range(others)]
+    *_, tied = make_buckets([("table", table), *rest], group, bucket_numel=1, sum_replicated_over_tp=False)
+    assert tied.kind.tied_group is ends
+    assert [slot.start for slot in tied.slots] == [0]
