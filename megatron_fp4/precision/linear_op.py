@@ -10,6 +10,7 @@ Not here: collectives of activations (layers), how a copy of the weight stays va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.precision.backends.padded import with_padding
-from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand, copies_of, narrow
+from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand, copies_of, narrow
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.sharding import Sharding
 from megatron_fp4.precision.spec import LinearPrecision, WgradOutput
@@ -26,11 +27,12 @@ from megatron_fp4.precision.weight_cache import WeightCache, WeightVersion
 from megatron_fp4.precision.wgrad import WgradQueue
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """Everything but the tensors of one `quantized_linear` call; step and seed are those of the forward pass.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearCall:
+    """Everything but the tensors of one call of a linear; step and seed are those of the forward pass.
 
-    copies: of x, w and dy, the forward pass's first. differentiable: a backward pass may follow.
+    rows: noise addresses of the quantized rows. copies: of x, w and dy, the forward pass's first. differentiable: a
+    backward pass may follow. A linear of many weights has another way to quantize and to multiply (`grouped`).
     """
 
     rows: Tensor
@@ -59,6 +61,25 @@ class _Call:
             step=self.step,
         )
 
+    def origin(self, operand: str) -> OperandOrigin:
+        """Where x or dy comes from."""
+        of = self.sharding.x if operand == "x" else self.sharding.dy
+        return of(self.rows, self.seed, self.step)
+
+    def quantize(self, tensor: Tensor, operand: str, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
+        """Copies of x or dy."""
+        return self.backend.quantize(tensor.contiguous(), self.origin(operand), copies)
+
+    def multiply(self, gemm: str, first: QuantizedOperand, weights: QuantizedOperand, dtype: torch.dtype) -> Tensor:
+        """y of Fprop, dx of Dgrad."""
+        return self.backend.matmul(first, weights, out_dtype=dtype)
+
+    def weight_gradient(
+        self, dy: QuantizedOperand, x: QuantizedOperand, dtype: torch.dtype, total: Tensor | None = None
+    ) -> Tensor:
+        """dw of Wgrad; added to `total`, which is then the result, if there is one."""
+        return self.backend.matmul(dy, x, out_dtype=dtype, accumulate_into=total)
+
 
 class _Linear(torch.autograd.Function):
     """y = x w^T and its gradients: three GEMMs, each `first @ second.T` of two operands quantized for it alone.
@@ -73,45 +94,44 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, call: LinearCall) -> Tensor:
         """Fprop: y [T, N] = x [T, K] @ w [N, K].T."""
         needs_dw = call.differentiable and ctx.needs_input_grad[1]
-        origin = call.sharding.x(call.rows, call.seed, call.step)
         copies = call.copies["x"] if needs_dw else call.copies["x"][:1]
-        for_fprop, *for_wgrad = call.backend.quantize(narrow(x.detach()).contiguous(), origin, copies)
+        for_fprop, *for_wgrad = call.quantize(narrow(x.detach()), "x", copies)
         ctx.call, ctx.weight = call, weight
         if needs_dw:
             ctx.wgrad_x = for_wgrad[0].with_tensors(())
             ctx.save_for_backward(*for_wgrad[0].tensors)
-        return call.backend.matmul(for_fprop, call.weights(weight)[0], out_dtype=x.dtype)
+        return call.multiply("fprop", for_fprop, call.weights(weight)[0], x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Dgrad: dx [T, K] = dy [T, N] @ w^T [K, N].T.   Wgrad: dw [N, K] = dy^T [N, T] @ x^T [K, T].T."""
-        call: _Call = ctx.call
-        dy = grads[0].contiguous()
+        call: LinearCall = ctx.call
+        dy = grads[0]
         needs_dx, needs_dw, _ = ctx.needs_input_grad
         copies = [copy for copy, needed in zip(call.copies["dy"], (needs_dx, needs_dw), strict=True) if needed]
-        operands = list(call.backend.quantize(narrow(dy), call.sharding.dy(call.rows, call.seed, call.step), copies))
+        operands = list(call.quantize(narrow(dy), "dy", copies))
         dx = dw = None
         if needs_dx:
-            dx = call.backend.matmul(operands.pop(0), call.weights(ctx.weight)[1], out_dtype=dy.dtype)
+            dx = call.multiply("dgrad", operands.pop(0), call.weights(ctx.weight)[1], dy.dtype)
         if needs_dw:
             dw = _weight_gradient(call, ctx.weight, operands[0], ctx.wgrad_x.with_tensors(ctx.saved_tensors))
         return dx, dw, None
 
 
-def _weight_gradient(call: _Call, weight: Tensor, dy: QuantizedOperand, x: QuantizedOperand) -> Tensor | None:
+def _weight_gradient(call: LinearCall, weight: Tensor, dy: QuantizedOperand, x: QuantizedOperand) -> Tensor | None:
     """Add dw to `weight.main_grad` (now, or when the queue is drained), or return it where there is no main_grad."""
     out_dtype = torch.float32 if call.precision.wgrad_output is WgradOutput.fp32 else weight.dtype
     if not isinstance(weight, LogicalParameter) or weight.main_grad is None:
-        return call.backend.matmul(dy, x, out_dtype=out_dtype).to(weight.dtype)
+        return call.weight_gradient(dy, x, out_dtype).to(weight.dtype)
     main_grad, grad_ready = weight.main_grad, weight.grad_ready
     if main_grad.dtype == torch.float64:
         out_dtype = torch.float64
 
     def compute() -> None:
-        call.backend.matmul(dy, x, out_dtype=out_dtype, accumulate_into=main_grad)
+        call.weight_gradient(dy, x, out_dtype, main_grad)
         if grad_ready is not None:
             grad_ready()
 
@@ -143,7 +163,7 @@ def quantized_linear(
     that gradient waits until it is drained (see `WgradPlan`); None: it is done right after dx.
     Raises ValueError where shapes do not fit the tiles and the GEMM does not pad, NonFiniteError for NaN or Inf.
     """
-    call = _Call(
+    call = LinearCall(
         rows=rows,
         sharding=sharding,
         precision=precision,
@@ -157,5 +177,10 @@ def quantized_linear(
         version=WeightVersion.of(weight, clock),
         differentiable=torch.is_grad_enabled(),
     )
+    return apply_linear(x, weight, call)
+
+
+def apply_linear(x: Tensor, weight: Tensor, call: LinearCall) -> Tensor:
+    """The three GEMMs of a call, with autograd."""
     y: Tensor = _Linear.apply(x, weight, call)
     return y
