@@ -47,7 +47,7 @@ def expert_tensors(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 def mtp_modules(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """(theirs, ours) of what stands around the blocks of a depth: two norms and a projection before, a norm behind."""
     length = len(config.mtp.pattern)
-    for depth in range(_sequences(config.mtp)):
+    for depth in range(config.mtp.num_sequences):
         first, last = f"mtp.layers.{depth * length}", f"mtp.layers.{(depth + 1) * length - 1}"
         yield f"{first}.enorm", f"mtp.{depth}.norm_embedding"
         yield f"{first}.hnorm", f"mtp.{depth}.norm_hidden"
@@ -58,14 +58,9 @@ def mtp_modules(config: ModelConfig) -> Iterator[tuple[str, str]]:
 def mtp_layers(config: ModelConfig) -> Iterator[tuple[str, str, str]]:
     """(theirs, ours, letter) of the blocks of all depths."""
     length = len(config.mtp.pattern)
-    for depth in range(_sequences(config.mtp)):
+    for depth in range(config.mtp.num_sequences):
         for index, letter in enumerate(config.mtp.pattern):
             yield f"mtp.layers.{depth * length + index}", f"mtp.{depth}.blocks.{index}", letter
-
-
-def _sequences(mtp: MtpConfig) -> int:
-    """Sequences of blocks that are stored: depths that share theirs are one."""
-    return min(mtp.depth, 1) if mtp.shared else mtp.depth
 
 
 def objection_to_experts(config: ModelConfig) -> str:
@@ -104,7 +99,7 @@ def expert_values(config: ModelConfig) -> dict[str, Any]:
         }
     if mtp.depth:
         values |= {
-            "num_nextn_predict_layers": _sequences(mtp),  # those that are stored
+            "num_nextn_predict_layers": mtp.num_sequences,  # those that are stored
             "mtp_hybrid_override_pattern": mtp.pattern,
             "mtp_layers_block_type": [LETTERS[letter] for letter in mtp.pattern],
             "mtp_use_repeated_layer": mtp.shared,

@@ -1,7 +1,7 @@
 """Optimizer state between two steps, in fewer bytes than FP32.
 
     config      what a user sets
-    remainder   an FP32 master as its BF16 weight and 16 bits more
+    remainder   an FP32 master as its BF16 weight and 17 bits more
     codes       numbers in 8 bits, a power of two for each block of 64
     stores      one tensor of a rank's part of a bucket: what is kept, and FP32 values of any stretch of it
     noise       the random words of rounding, by the place of an element in its logical tensor
