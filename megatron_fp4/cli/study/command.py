@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_fp4.cli.arguments import CommandParser, above_zero, returns_code
 from megatron_fp4.cli.study.gradients import gradients_as_markdown, gradients_of
 from megatron_fp4.cli.study.read import find_study, read_study
-from megatron_fp4.cli.study.runs import StudyRun, check_arms, results_of, run_all, runs_of
+from megatron_fp4.cli.study.runs import StudyRun, check_arms, compose_arms, results_of, run_all, runs_of
 from megatron_fp4.storage.local import local_path
 from megatron_fp4.studies.design import Study
 from megatron_fp4.studies.outcome import StudyOutcome, conclude
@@ -51,11 +51,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         study = read_study(find_study(args.study))
         study = replace(study, base=[*study.base, *args.overrides], seeds=args.seeds or study.seeds)
-        runs = runs_of(study, args.config_dir)
+        trees = compose_arms(study, args.config_dir)
+        runs = runs_of(study, trees)
         if not args.show:
-            check_arms(study, args.config_dir)
+            check_arms(trees)
         if args.gradients:
-            print(gradients_as_markdown(study, gradients_of(study, args.config_dir, args.draws), args.draws))
+            print(gradients_as_markdown(study, gradients_of(study, trees, args.draws), args.draws))
             return 0
         root = args.out or Path("studies") / study.name
         return _study(study, root, runs, args.jobs, only_list=args.list, only_show=args.show)

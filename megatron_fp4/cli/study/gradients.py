@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from megatron_fp4.cli.compose import ConfigError, compose_config, to_run_config
+from omegaconf import DictConfig
+
+from megatron_fp4.cli.compose import to_run_config
+from megatron_fp4.cli.study.runs import with_seed
 from megatron_fp4.cli.study.show import as_table, interval_text
 from megatron_fp4.studies.design import Study
 from megatron_fp4.studies.gradients import GradientError, gradient_errors
 from megatron_fp4.studies.intervals import interval_of, percent_gaps
-from megatron_fp4.train.config import RunConfig
 
 HEAD = ("arm", "error |g - r|^2 / |r|^2", "cosine", "left in the mean of the draws", "error against {base}, in percent")
 
 
-def gradients_of(study: Study, config_dirs: Sequence[Path], draws: int) -> dict[str, list[GradientError]]:
-    """The errors of each arm but the first, a seed after the other. Raises ValueError and FileNotFoundError."""
+def gradients_of(study: Study, trees: Mapping[str, DictConfig], draws: int) -> dict[str, list[GradientError]]:
+    """The errors of each arm but the first, a seed after the other. trees: the arms' configurations.
+
+    Raises ValueError and FileNotFoundError.
+    """
     errors: dict[str, list[GradientError]] = {}
     for seed in study.seeds:
-        arms = {arm: _config(study, arm, seed, config_dirs) for arm in study.arms}
+        arms = {arm: to_run_config(with_seed(tree, seed)) for arm, tree in trees.items()}
         for arm, error in gradient_errors(arms, draws=draws).items():
             errors.setdefault(arm, []).append(error)
     return errors
-
-
-def _config(study: Study, arm: str, seed: int, config_dirs: Sequence[Path]) -> RunConfig:
-    try:
-        return to_run_config(compose_config(study.overrides(arm, seed), config_dirs))
-    except ConfigError as error:
-        raise ConfigError(f"arm {arm}: {error}") from None
 
 
 def gradients_as_markdown(study: Study, errors: Mapping[str, Sequence[GradientError]], draws: int) -> str:

@@ -7,14 +7,16 @@ was stopped goes on, because every run does; a changed arm is run anew beside wh
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -67,42 +69,52 @@ class StudyRun:
         return [sys.executable, "-m", "megatron_fp4.pretrain", *self.overrides, f"train.run_dir={run_dir}"]
 
 
-def runs_of(study: Study, config_dirs: Sequence[Path] = ()) -> list[StudyRun]:
-    """All of them, seed by seed, so that a study that is stopped has whole pairs.
+def compose_arms(study: Study, config_dirs: Sequence[Path] = ()) -> dict[str, DictConfig]:
+    """The configuration of each arm, for the first seed. Raises ConfigError for one that is refused."""
+    trees: dict[str, DictConfig] = {}
+    for arm in study.arms:
+        try:
+            trees[arm] = compose_config(study.overrides(arm, study.seeds[0]), config_dirs)
+            ranks = to_run_config(trees[arm]).parallel.smallest_world
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm}: {error}") from None
+        if ranks > 1:
+            raise ConfigError(
+                f"arm {arm} needs {ranks} ranks; a study starts runs of one process, whose numbers a layout would not"
+                " change"
+            )
+    return trees
 
-    Raises ConfigError for a configuration that is refused, and for two arms that are the same run.
+
+def with_seed(tree: DictConfig, seed: int) -> DictConfig:
+    """The configuration for another seed: what `Study.overrides` says of it."""
+    tree = copy.deepcopy(tree)
+    tree.train.seed = tree.data.seed = seed
+    return tree
+
+
+def runs_of(study: Study, trees: Mapping[str, DictConfig]) -> list[StudyRun]:
+    """All of them, seed by seed, so that a study that is stopped has whole pairs. trees: of `compose_arms`.
+
+    Raises ConfigError for two arms that are the same run.
     """
     runs: list[StudyRun] = []
     arms_by_key: dict[str, str] = {}
-    for arm in study.arms:
-        try:
-            tree = compose_config(study.overrides(arm, study.seeds[0]), config_dirs)
-            config = to_run_config(tree)
-        except ConfigError as error:
-            raise ConfigError(f"arm {arm}: {error}") from None
-        if config.parallel.smallest_world > 1:
-            raise ConfigError(
-                f"arm {arm} needs {config.parallel.smallest_world} ranks; a study starts runs of one process, whose"
-                " numbers a layout would not change"
-            )
-        for seed in study.seeds:
-            tree.train.seed = tree.data.seed = seed
-            key = configuration_key(tree)
-            if key in arms_by_key:
-                raise ConfigError(
-                    f"arms {arms_by_key[key]} and {arm} are the same run; without running it their gap is 0"
-                )
-            arms_by_key[key] = arm
-            runs.append(StudyRun(arm, seed, tuple(study.overrides(arm, seed)), key, config.total_steps))
-    return sorted(runs, key=lambda run: study.seeds.index(run.seed))
+    for seed, (arm, tree) in itertools.product(study.seeds, trees.items()):
+        key = configuration_key(with_seed(tree, seed))
+        if key in arms_by_key:
+            raise ConfigError(f"arms {arms_by_key[key]} and {arm} are the same run; without running it their gap is 0")
+        arms_by_key[key] = arm
+        steps = to_run_config(tree).total_steps
+        runs.append(StudyRun(arm, seed, tuple(study.overrides(arm, seed)), key, steps))
+    return runs
 
 
-def check_arms(study: Study, config_dirs: Sequence[Path] = ()) -> None:
+def check_arms(trees: Mapping[str, DictConfig]) -> None:
     """Refuse what an arm's runs would refuse, before the first one starts. Raises ValueError and FileNotFoundError."""
-    for arm in study.arms:
-        config = to_run_config(compose_config(study.overrides(arm, study.seeds[0]), config_dirs))
+    for arm, tree in trees.items():
         try:
-            check_config(config, config.parallel.smallest_world)
+            check_config(to_run_config(tree), world_size=1)
         except ValueError as error:
             raise ConfigError(f"arm {arm}: {error}") from None
 
@@ -124,7 +136,7 @@ def results_of(root: Path, runs: Sequence[StudyRun]) -> list[ArmResult]:
         except (KeyError, TypeError):
             continue  # of another version; the run is made again
         if run := known.get(result.key):
-            results[result.key] = ArmResult(run.arm, run.seed, *list(vars(result).values())[2:])
+            results[result.key] = replace(result, arm=run.arm, seed=run.seed)
     return list(results.values())
 
 

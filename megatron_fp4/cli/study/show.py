@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.cli.render.page import as_svg, write_page
+from megatron_fp4.cli.render.report.facts import table
 from megatron_fp4.storage.durable import write_durably
 from megatron_fp4.studies.design import Study
 from megatron_fp4.studies.intervals import LEVEL, POWER, Interval
@@ -35,7 +36,7 @@ def as_markdown(outcome: StudyOutcome) -> str:
         "",
         *as_table(GAP_HEAD, [_gap_cells(gap) for gap in outcome.gaps]),
         "",
-        _how_to_read(study),
+        HOW_TO_READ,
     ]
     return "\n".join(lines) + "\n"
 
@@ -56,6 +57,14 @@ GAP_HEAD = (
     "whole run",
     "smallest gap it could see",
     "by seed",
+)
+
+
+HOW_TO_READ = (
+    "A gap is 100 (loss / loss of the other arm - 1), smaller is better. The interval holds the mean of all seeds"
+    f" in {LEVEL:.0%} of such studies; the smallest gap is what this one finds with a probability of {POWER:.0%}."
+    " A claim is reproduced if the whole interval lies in its range, contradicted if it lies outside, else"
+    " undecided; `pairs to tell` is how many seeds of this spread would decide it if the gap stayed what it is."
 )
 
 
@@ -80,15 +89,6 @@ def interval_text(interval: Interval | None, diverged: Sequence[int] = ()) -> st
     if interval is None:
         return "fewer than two pairs"
     return f"{interval.mean:+.2f} % ({interval.low:+.2f} to {interval.high:+.2f}, {interval.method})"
-
-
-def _how_to_read(study: Study) -> str:
-    return (
-        f"A gap is 100 (loss / loss of the other arm - 1), smaller is better. The interval holds the mean of all seeds"
-        f" in {LEVEL:.0%} of such studies; the smallest gap is what this one finds with a probability of {POWER:.0%}."
-        " A claim is reproduced if the whole interval lies in its range, contradicted if it lies outside, else"
-        " undecided; `pairs to tell` is how many seeds of this spread would decide it if the gap stayed what it is."
-    )
 
 
 def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -133,16 +133,10 @@ def _page(outcome: StudyOutcome, results: Sequence[ArmResult]) -> list[str]:
     if outcome.missing:
         body.append(f"<p><b>Not complete:</b> {len(outcome.missing)} runs are missing.</p>")
     if outcome.claims:
-        body += ["<h2>Claims</h2>", _html_table(CLAIM_HEAD, [_claim_cells(one) for one in outcome.claims])]
-    body += ["<h2>Gaps</h2>", _html_table(GAP_HEAD, [_gap_cells(gap) for gap in outcome.gaps])]
-    body += [f'<p class="note">{html.escape(_how_to_read(study))}</p>', "<h2>Curves</h2>", '<div class="plots">']
+        body += ["<h2>Claims</h2>", table(CLAIM_HEAD, [_claim_cells(one) for one in outcome.claims])]
+    body += ["<h2>Gaps</h2>", table(GAP_HEAD, [_gap_cells(gap) for gap in outcome.gaps])]
+    body += [f'<p class="note">{html.escape(HOW_TO_READ)}</p>', "<h2>Curves</h2>", '<div class="plots">']
     return [*body, *_plots(outcome, results), "</div>"]
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _plots(outcome: StudyOutcome, results: Sequence[ArmResult]) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 from megatron_fp4.cli import main
 from megatron_fp4.cli.overrides.mistakes import ConfigError
 from megatron_fp4.cli.study.read import SHIPPED, read_study
-from megatron_fp4.cli.study.runs import StudyRun, runs_of
+from megatron_fp4.cli.study.runs import StudyRun, compose_arms, runs_of
 
 STUDY = """
 name: toy
@@ -181,9 +181,9 @@ def test_an_unknown_study_names_those_that_there_are(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_studies_compose(path: Path) -> None:
     study = read_study(path)
-    runs = runs_of(study)
+    runs = runs_of(study, compose_arms(study))
     assert len(runs) == len(study.arms) * len(study.seeds)
     assert study.claims
     assert all(run.steps >= study.measure.window_steps for run in runs)
     with pytest.raises(ConfigError):
-        runs_of(study, [Path("nowhere")])
+        compose_arms(study, [Path("nowhere")])
