@@ -17,12 +17,13 @@ left is swept at the next start (retention.py). directory.py has the names, piec
 
 from megatron_fp4.checkpoint.config import CheckpointConfig, OnCorrupt
 from megatron_fp4.checkpoint.directory import latest_step
-from megatron_fp4.checkpoint.load import CorruptCheckpoint, Verified
+from megatron_fp4.checkpoint.load import CheckpointReader, CorruptCheckpoint, Verified
 from megatron_fp4.checkpoint.outcome import SaveFailed, SaveReport, SaveStatus
 from megatron_fp4.checkpoint.store import CheckpointStore
 
 __all__ = [
     "CheckpointConfig",
+    "CheckpointReader",
     "CheckpointStore",
     "CorruptCheckpoint",
     "OnCorrupt",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_fp4.checkpoint.store import CheckpointStore
+from megatron_fp4.checkpoint.load import CheckpointReader
 from megatron_fp4.comm.parameter import logical_parameters
 from megatron_fp4.comm.rect import Shard
 
@@ -19,7 +19,7 @@ from megatron_fp4.comm.rect import Shard
 @torch.no_grad()
 def load_weights(
     model: nn.Module,
-    store: CheckpointStore,
+    reader: CheckpointReader,
     step: int | None = None,
     directory: Path | None = None,
     unread: tuple[str, ...] = (),
@@ -36,11 +36,11 @@ def load_weights(
             master = torch.empty(where.shape, dtype=torch.float32, device=parameter.device)
             shards.append(Shard(where, {"master": master}, writes=False))
             targets.append((parameter[rows], master))
-    chosen = store.reader.verified(directory) if directory else store.choose(step)
+    chosen = reader.verified(directory) if directory else reader.choose(step)
     if step is None and directory is None:
-        chosen = store.load_or_earlier(chosen, shards, unread)
+        chosen = reader.load_or_earlier(chosen, shards, unread)
     else:
-        store.load(chosen, shards, unread)
+        reader.load(chosen, shards, unread)
     for weights, master in targets:
         weights.copy_(master)
     return chosen.meta

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel cross-entropy.
+"""Vocabulary-parallel cross-entropy, and the divergence from a teacher's predictions.
 
 The softmax needs two messages from the other ranks, the largest logit of each token and then (sum of exponentials,
 logit of the label), so the logits themselves never travel. Exponentials are in FP32 whatever the logits are, their sum
@@ -14,7 +14,7 @@ Not here: Transformer Engine's kernels, and the choice between them (fused/loss.
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,83 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return z_TV, None, None, None, None, None
 
 
+class Distilled(NamedTuple):
+    """Of each token, FP32 `[T]`: what is minimized, and without gradients its two parts in nats; 0 without a label."""
+
+    minimized: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor
+
+
+class _VocabParallelDistillation(torch.autograd.Function):
+    """Distance to a teacher's predictions, over z_TV and teacher_TV `[T, V_local]`, cut as in the cross-entropy above.
+
+    loss_t = (1 - w) * CE_t + w * h^2 * KL_t             (w = weight, h = temperature)
+    KL_t   = sum_v p_v (log p_v - log q_v)               with p = softmax(teacher_t / h), q = softmax(z_t / h)
+    dz_tv  = g_t * ((1 - w) * (softmax(z_t)_v - [v = label_t]) + w * h * (q_v - p_v))
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TV: Tensor,
+        teacher_TV: Tensor,
+        labels_T: Tensor,
+        first: int,
+        vocab_size: int,
+        weight: float,
+        temperature: float,
+        group: Group,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        own = [one.amax(dim=-1).float() for one in (logits_TV, teacher_TV)]
+        largest = all_reduce_max(torch.stack(own), group)
+        is_target_T = labels_T != IGNORE
+        local_T = labels_T - first
+        is_local_T = is_target_T & (local_T >= 0) & (local_T < logits_TV.shape[-1])
+        index_T = local_T.clamp(0, logits_TV.shape[-1] - 1)
+        parts = torch.zeros(5, logits_TV.shape[0], dtype=torch.float64, device=logits_TV.device)
+        for rows in _chunks(logits_TV):
+            z_TV = _below_largest(logits_TV[rows], largest[0, rows])
+            parts[1, rows] = z_TV.gather(1, index_T[rows, None])[:, 0].masked_fill(~is_local_T[rows], 0.0)
+            parts[0, rows] = z_TV.exp().sum(-1, dtype=torch.float64)
+            z_TV.div_(temperature)
+            a_TV = _below_largest(teacher_TV[rows], largest[1, rows]).div_(temperature)
+            p_TV = a_TV.exp()
+            parts[3, rows] = p_TV.sum(-1, dtype=torch.float64)
+            parts[4, rows] = a_TV.sub_(z_TV).mul_(p_TV).sum(-1, dtype=torch.float64)
+            parts[2, rows] = z_TV.exp_().sum(-1, dtype=torch.float64)
+            del z_TV, a_TV, p_TV  # before those of the next rows
+        of_z, at_label, of_q, of_p, gap = all_reduce_sum(parts, group)
+        of_z.masked_fill_(is_target_T & ((labels_T < 0) | (labels_T >= vocab_size)), float("nan"))
+        entropy_T = (of_z.log() - at_label).float().masked_fill(~is_target_T, 0.0)
+        divergence_T = (gap / of_p - of_p.log() + of_q.log()).float().masked_fill(~is_target_T, 0.0)
+        ctx.save_for_backward(
+            logits_TV, teacher_TV, largest, torch.stack([of_z, of_q, of_p]).float(), index_T, is_local_T, is_target_T
+        )
+        ctx.weight, ctx.temperature = weight, temperature
+        ctx.mark_non_differentiable(entropy_T, divergence_T)
+        return (1.0 - weight) * entropy_T + weight * temperature**2 * divergence_T, entropy_T, divergence_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TV, teacher_TV, largest, sums, index_T, is_local_T, is_target_T = ctx.saved_tensors
+        weight, temperature = ctx.weight, ctx.temperature
+        z_TV = logits_TV.detach()
+        at_label_T, factor_T = is_local_T.float(), grads[0] * is_target_T
+        for rows in _chunks(logits_TV):
+            p_TV = _below_largest(teacher_TV[rows], largest[1, rows]).div_(temperature).exp_()
+            dz_TV = _below_largest(z_TV[rows], largest[0, rows]).div_(temperature).exp_().div_(sums[1, rows, None])
+            dz_TV.sub_(p_TV.div_(sums[2, rows, None])).mul_(weight * temperature)
+            del p_TV
+            if weight < 1.0:
+                of_labels_TV = _below_largest(z_TV[rows], largest[0, rows]).exp_().div_(sums[0, rows, None])
+                tokens_T = torch.arange(dz_TV.shape[0], device=dz_TV.device)
+                of_labels_TV[tokens_T, index_T[rows]] -= at_label_T[rows]
+                dz_TV.add_(of_labels_TV, alpha=1.0 - weight)
+            z_TV[rows] = dz_TV.mul_(factor_T[rows, None])
+        return z_TV, *[None] * 7
+
+
 def _chunks(logits_TV: Tensor) -> list[slice]:
     """Tokens in parts of about `CHUNK` logits. Sixteen tokens at least: sums over one row are split between threads."""
     num_tokens, columns = logits_TV.shape
@@ -100,3 +177,26 @@ def vocab_parallel_cross_entropy(
     """
     loss_T: Tensor = _VocabParallelCrossEntropy.apply(logits_TV, labels_T, first, vocab_size, smoothing, group)
     return loss_T
+
+
+def vocab_parallel_distillation(
+    logits_TV: Tensor,
+    teacher_TV: Tensor,
+    labels_T: Tensor,
+    *,
+    first: int,
+    vocab_size: int,
+    weight: float,
+    temperature: float,
+    group: Group,
+) -> Distilled:
+    """How far logits are from those of a teacher, of the same shape, and from the labels: see the Function above.
+
+    The rest as of `vocab_parallel_cross_entropy`. The teacher's logits are kept for the backward pass, and get no
+    gradient.
+    """
+    return Distilled(
+        *_VocabParallelDistillation.apply(
+            logits_TV, teacher_TV, labels_T, first, vocab_size, weight, temperature, group
+        )
+    )

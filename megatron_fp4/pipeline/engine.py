@@ -114,7 +114,7 @@ class PipelineEngine(Generic[Module]):
         self._scale: float | Tensor = 1.0
         self._schedule: Any = None
         self._parts: list[Tensor] = []  # of the losses of the microbatches, with multi-token prediction
-        self.mtp_losses = torch.zeros(loss.depth)
+        self.further_losses = torch.zeros(loss.depth)
 
     def train(
         self, microbatches: Sequence[Microbatch], scale: float | Tensor, before_last_backward: Callable[[int], None]
@@ -136,7 +136,7 @@ class PipelineEngine(Generic[Module]):
         total = torch.zeros(1 + self._loss.depth, device=self._device)
         for part in self._parts or [loss.detach()[None] for loss in losses]:
             total += part
-        self.mtp_losses = total[1:]
+        self.further_losses = total[1:]
         return total[0]
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ from megatron_fp4.models.block import block_linears, last_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder, StageRange
 from megatron_fp4.planning.settings import RankSettings
-from megatron_fp4.planning.stand_ins import SizedBackend, cross_entropy_of, cuda_kernels, use_fused_norms
+from megatron_fp4.planning.stand_ins import SizedBackend, cross_entropy_of, cuda_kernels, distance_of, use_fused_norms
 from megatron_fp4.precision import StepClock, WgradPlan
 from megatron_fp4.precision.spec import LinearPrecision
 
@@ -179,7 +179,10 @@ def _footprint(
         parameter.register_post_accumulate_grad_hook(functools.partial(_drop_grad, parameter))
     if model.mtp is not None:
         model.mtp.embedding.weight.main_grad = torch.empty_like(model.mtp.embedding.weight, dtype=torch.float32)
-    cross_entropy = cross_entropy_of(config, mesh.tp)
+    of_labels = cross_entropy_of(config, mesh.tp)
+    next_token, how = of_labels, settings.distillation
+    if how is not None:
+        next_token = distance_of(config, mesh.tp, weight=how.weight, temperature=how.temperature)
     ids = torch.empty(settings.micro_batch, settings.seq_length // settings.cp, dtype=torch.int64, device=meta)
     hidden = torch.empty(
         ids.numel() // settings.tp, config.hidden, dtype=settings.dtype, device=meta, requires_grad=True
@@ -193,7 +196,8 @@ def _footprint(
         if isinstance(output, Tensor) and not stage.has_head:
             return output
         every = output if isinstance(output, list) else [output]
-        return torch.stack([cross_entropy(logits, ids.reshape(-1)).sum() for logits in every]).sum()
+        losses = [next_token(every[0], ids.reshape(-1)), *(of_labels(one, ids.reshape(-1)) for one in every[1:])]
+        return torch.stack([loss.sum() for loss in losses]).sum()
 
     with cuda_kernels(on_gpu=settings.on_gpu):
         counted = _count(forward, context.queue.drain if context.queue else lambda: None, hidden, live)

@@ -103,6 +103,7 @@ def _state(config: ModelConfig, stages: Collection[StageRange], settings: RankSe
         "quantized weights": sum(_weight_copies(config, stage, settings) for stage in stages),
         "main gradients": float(held.total * FP32),
         "optimizer": kept_bytes(config, stages, settings),
+        **({"teacher": float(held.total * compute_bytes)} if settings.distillation else {}),
         "buffers": sum(_receive_buffers(config, stage, settings) for stage in stages),
     }
 

@@ -15,6 +15,7 @@ from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.sections import DistillationConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class RankSettings:
 
     dtype: of weights, activations. table: precision of every linear; None for `dtype` everywhere. on_gpu: False for
     the kernels that torch has on a CPU, which keep more. defers_wgrad: the pipeline's schedule computes weight
-    gradients later. num_microbatches: per step.
+    gradients later. num_microbatches: per step. distillation: None where there is no
+    teacher.
     """
 
     tp: int = 1
@@ -56,6 +58,7 @@ class RankSettings:
     defers_wgrad: bool = False
     num_microbatches: int = 1
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distillation: DistillationConfig | None = None
 
     @staticmethod
     def of(checked: CheckedConfig, table: PrecisionTable) -> RankSettings:
@@ -76,6 +79,7 @@ class RankSettings:
             defers_wgrad=schedule_rule(config.parallel.schedule).defers_wgrad and config.parallel.pp > 1,
             num_microbatches=config.train.gradient_accumulation(checked.dp, config.train.global_batch),
             optim=config.optim,
+            distillation=config.train.distillation if config.train.distillation.teacher else None,
         )
 
     @property

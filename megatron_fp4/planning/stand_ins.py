@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.layers.fused.loss import CrossEntropy, LossImpl, choose_cross_entropy
+from megatron_fp4.layers.fused.loss import CrossEntropy, LossImpl, choose_cross_entropy, choose_distance
 from megatron_fp4.layers.fused.norm import NormImpl
 from megatron_fp4.layers.norm import RMSNorm
 from megatron_fp4.models.config import ModelConfig
@@ -123,6 +123,12 @@ def cross_entropy_of(config: ModelConfig, tp: Group) -> CrossEntropy:
     if config.loss_impl is LossImpl.torch:
         return choose_cross_entropy(LossImpl.torch, config.vocab_size, tp)
     return lambda logits_TV, labels_T: _FusedLoss.apply(logits_TV)
+
+
+def distance_of(config: ModelConfig, tp: Group, *, weight: float, temperature: float) -> CrossEntropy:
+    """The loss beside a teacher, whose logits come into being with it."""
+    distance = choose_distance(config.vocab_size, tp, weight=weight, temperature=temperature)
+    return lambda logits_TV, labels_T: distance(logits_TV, torch.empty_like(logits_TV), labels_T).minimized
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,12 @@ def nvfp4_paper(*, rht: bool = True, stochastic: bool = True, square_weights: bo
     )
 
 
+def nvfp4_forward() -> LinearPrecision:
+    """What a model will be served in, W4A4, and a backward pass in high precision: to finish one that was BF16."""
+    operand = Operand(Format.nvfp4)
+    return LinearPrecision(Fprop(x=operand, w=operand))
+
+
 def mxfp4_paper() -> LinearPrecision:
     """MXFP4 as the paper compares it (figure 6): stochastic gradients, Hadamard transform of length 32 in Wgrad."""
     x = w = Operand(Format.mxfp4)

@@ -70,7 +70,9 @@ def run_cases(process: Process, cases: Sequence[Case], parallel: ParallelConfig)
 def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: ParallelMesh) -> Record:
     """Run one case on this rank of the layout, whose mesh is `mesh`. Collective over the world."""
     config = replace(case.config, parallel=parallel)
-    trainable = build_trainable(config, case.table, EmulatedBackend(compile=False), mesh, process.device)
+    backend = EmulatedBackend(compile=False)
+    trainable = build_trainable(config, case.table, backend, mesh, process.device)
+    trainable.learn_from_drawn(config, mesh, process.device, backend)
     optimizer, engine = trainable.optimizer, trainable.engine
     losses: list[float] = []
     norms: list[float] = []

@@ -67,7 +67,9 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
     """
     mesh = build_mesh(parallel, process.world, experts="E" in case.config.model.letters)
     config = replace(case.config, parallel=parallel)
-    trainable = build_trainable(config, case.table, EmulatedBackend(compile=False), mesh, process.device)
+    backend = EmulatedBackend(compile=False)
+    trainable = build_trainable(config, case.table, backend, mesh, process.device)
+    trainable.learn_from_drawn(config, mesh, process.device, backend)
     optimizer, engine = trainable.optimizer, trainable.engine
     store = CheckpointStore(stretch.root, process.world, CheckpointConfig())
     began = 0

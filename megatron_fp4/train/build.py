@@ -15,7 +15,7 @@ from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.opened import OpenedData, build_indices, examiner, open_data
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.resume.differences import changes_on_resume
-from megatron_fp4.train.resume.origin import begin_from, choose_checkpoint
+from megatron_fp4.train.resume.origin import begin, choose_checkpoint
 from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.telemetry.probes import probed_backend
 from megatron_fp4.train.trainable import build_trainable
@@ -72,7 +72,7 @@ def build(
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
     phases.enter("load_checkpoint")
-    origin = chosen.meta.get("init_from") if chosen else begin_from(config, optimizer, process.world, phases.beat)
+    origin = begin(config, chosen, trainable, mesh, phases.beat)
     if chosen:
         loaded = store.load_or_earlier(chosen, optimizer.state_to_fill())
         if loaded is not chosen:

@@ -73,6 +73,12 @@ class RunConfig:
         text = self.train.decay_from
         return int(text) if text.isdecimal() else None
 
+    @property
+    def further_losses(self) -> list[str]:
+        """Names of the losses of a step beside that of the labels: see `train.engine.Engine.further_losses`."""
+        of_depths = [f"mtp_{depth}_loss" for depth in range(1, self.model.mtp.depth + 1)]
+        return [*of_depths, "distillation_kl"] if self.train.distillation.teacher else of_depths
+
     def learning_rate(self, tokens_seen: int) -> float:
         """Rate of the step after which so many tokens of the run are consumed. Raises ValueError as `optim.lr`."""
         return learning_rate(self.optim, tokens_seen, self.run_tokens, self.decay_start)

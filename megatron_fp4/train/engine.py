@@ -7,7 +7,9 @@ With multi-token prediction each depth has a loss of its own over its own target
 
     loss + loss_scale / depth * (sum of the losses of the depths)
 
-and all of them are reported as they are.
+and all of them are reported as they are. With a teacher (`train.distillation`) the first loss is, in what is
+minimized, that of `layers.loss.vocab_parallel_distillation`; it is reported as it is all the same, and the divergence
+after all others.
 
 Not here: the same interface over several stages (pipeline/engine.py).
 """
@@ -21,10 +23,11 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
-from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy
+from megatron_fp4.layers.fused.loss import LossImpl, choose_cross_entropy, choose_distance
 from megatron_fp4.models.decoder import Decoder
 from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.train.inputs import Inputs
+from megatron_fp4.train.sections import DistillationConfig
 
 
 class Engine(Protocol):
@@ -36,8 +39,9 @@ class Engine(Protocol):
     reports_loss: bool
     """True on the ranks that hold the last stage."""
 
-    mtp_losses: Tensor
-    """What the newest `train` would have returned for each depth of multi-token prediction, FP32 `[depth]`."""
+    further_losses: Tensor
+    """What the newest `train` would have returned for each depth of multi-token prediction, and then, with a teacher,
+    for the divergence from its predictions; FP32 `[n]`."""
 
     def train(
         self, microbatches: list[Inputs], scale: float | Tensor, before_last_backward: Callable[[int], None]
@@ -60,7 +64,7 @@ class TokenLoss:
     """Sum of token losses times a scale, from this rank's logits. See `choose_cross_entropy` for `impl`.
 
     smoothing: how far training labels are smoothed; an evaluation, which records no gradients, takes them as they are.
-    mtp: depth and loss scale of multi-token prediction.
+    mtp: depth and loss scale of multi-token prediction. distillation: how a teacher is learned from.
     """
 
     def __init__(
@@ -70,11 +74,14 @@ class TokenLoss:
         impl: LossImpl = LossImpl.torch,
         smoothing: float = 0.0,
         mtp: MtpConfig | None = None,
+        distillation: DistillationConfig | None = None,
     ) -> None:
         self._training = choose_cross_entropy(impl, vocab_size, tp, smoothing)
         self._held_out = choose_cross_entropy(impl, vocab_size, tp)
         self.depth = mtp.depth if mtp else 0
         self._weight = mtp.loss_scale / mtp.depth if mtp and mtp.depth else 0.0
+        how = distillation or DistillationConfig()
+        self._distance = choose_distance(vocab_size, tp, weight=how.weight, temperature=how.temperature)
 
     def __call__(self, logits_TV: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
         cross_entropy = self._training if torch.is_grad_enabled() else self._held_out
@@ -93,6 +100,24 @@ class TokenLoss:
         losses = torch.stack([self(*one) for one in zip(logits, every, scales, strict=True)])
         return losses[0] + self._weight * losses[1:].sum(), losses.detach()
 
+    def distilled(
+        self,
+        logits: Sequence[Tensor],
+        teacher_TV: Tensor,
+        labels: Tensor,
+        ahead: Tensor | None,
+        scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `of_depths`, the first of `logits` compared with those of a teacher; losses `[1 + depth + 1]`."""
+        every = (labels,) if ahead is None else (labels, *ahead[..., 1].unbind(-1))
+        scales = list(scale) if isinstance(scale, Tensor) and scale.dim() else [scale] * len(every)
+        per_token = self._distance(logits[0], teacher_TV, labels.reshape(-1))
+        minimized, loss, divergence = (part.sum() * torch.as_tensor(scales[0]).to(part.dtype) for part in per_token)
+        depths = [self(*one) for one in zip(logits[1:], every[1:], scales[1:], strict=True)]
+        for of_depth in depths:
+            minimized = minimized + self._weight * of_depth
+        return minimized, torch.stack([loss, *depths, divergence]).detach()
+
 
 class LocalEngine:
     """The whole model on this rank: one forward and backward per microbatch, in order."""
@@ -101,7 +126,9 @@ class LocalEngine:
 
     def __init__(self, model: Decoder, loss: TokenLoss) -> None:
         self.stages = [model]
-        self.mtp_losses = torch.zeros(loss.depth)
+        self.further_losses = torch.zeros(loss.depth)
+        self.teacher: LocalEngine | None = None
+        """Of the model whose logits of the same tokens training learns."""
         self._model, self._loss = model, loss
 
     def _logits(self, inputs: Inputs) -> Tensor:
@@ -110,23 +137,35 @@ class LocalEngine:
 
     def _minimized(self, inputs: Inputs, scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """What is minimized, and each loss alone, FP32 `[1 + depth]` without gradients."""
+        if self.teacher is not None:
+            return self._distilled(inputs, scale)
         if inputs.ahead is None:
             loss = self._loss(self._logits(inputs), inputs.labels, scale)
             return loss, loss.detach()[None]
         logits = self._model(inputs.tokens, inputs.address, inputs.positions, inputs.documents, inputs.ahead)
         return self._loss.of_depths(logits, inputs.labels, inputs.ahead, scale)
 
+    def _distilled(self, inputs: Inputs, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's forward pass comes first: of it only the logits are left beside the activations of this one."""
+        assert self.teacher is not None
+        teacher_TV = self.teacher.logits(inputs)
+        if inputs.ahead is None:
+            return self._loss.distilled([self._logits(inputs)], teacher_TV, inputs.labels, None, scale)
+        logits = self._model(inputs.tokens, inputs.address, inputs.positions, inputs.documents, inputs.ahead)
+        return self._loss.distilled(logits, teacher_TV, inputs.labels, inputs.ahead, scale)
+
     def train(
         self, microbatches: list[Inputs], scale: float | Tensor, before_last_backward: Callable[[int], None]
     ) -> Tensor:
-        total = torch.zeros(1 + self._loss.depth, device=microbatches[0].tokens.device)
+        further = self._loss.depth + (self.teacher is not None)
+        total = torch.zeros(1 + further, device=microbatches[0].tokens.device)
         for number, inputs in enumerate(microbatches):
             loss, losses = self._minimized(inputs, scale)
             if number == len(microbatches) - 1:
                 before_last_backward(1)
             loss.backward()
             total += losses
-        self.mtp_losses = total[1:]
+        self.further_losses = total[1:]
         return total[0]
 
     @torch.no_grad()

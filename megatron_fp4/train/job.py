@@ -217,8 +217,8 @@ def _announce(run: Run, start: Start, config_text: str, console: Console) -> Non
     paragraphs = [*checked.choice, *describe_run(checked, run.mesh.world.size, run.device, tokens)]
     if start.meta:
         paragraphs += describe_resume(checked, start.meta, start.changes, str(start.remembered or ""))
-    elif run.origin:
-        paragraphs += describe_origin(run.origin, checked.tokenizer if run.mesh.is_main else None)
+    elif weights := run.origin.get("init_from"):
+        paragraphs += describe_origin(weights, checked.tokenizer if run.mesh.is_main else None)
     for paragraph in paragraphs:
         console.say(paragraph)
     step, ranks = start.position.step, run.mesh.world.size

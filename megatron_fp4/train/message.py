@@ -31,7 +31,7 @@ class StepMessage:
     loss: a scalar on the device, its part of the sum, counted once per sequence shard. square: an FP64 scalar there,
     its part of the squared norm of the gradients. stop: a stop was requested. late: its gradients came late (see
     `Zero1Optimizer.grads_came_late`). num_targets: of the samples that it was fed. tokens_hash: their
-    `data.ledger.step_hash`. mtp_losses: as loss, `[depth]`, of the depths of multi-token prediction.
+    `data.ledger.step_hash`. further_losses: as loss, `[n]`, see `train.engine.Engine`.
     """
 
     loss: Tensor
@@ -40,21 +40,21 @@ class StepMessage:
     late: bool
     num_targets: int
     tokens_hash: int
-    mtp_losses: Tensor | None = None
+    further_losses: Tensor | None = None
 
     def row(self) -> Tensor:
-        """int64 `[1, 6 + depth]` on the device; of losses and square, the bits of their FP64."""
+        """int64 `[1, 6 + n]` on the device; of losses and square, the bits of their FP64."""
         values = torch.stack([self.loss.double(), self.square]).view(torch.int64)
         known = (int(self.stop), int(not self.late), self.num_targets, self.tokens_hash)
         filled = [torch.full((1,), value, dtype=torch.int64, device=values.device) for value in known]
-        further = [] if self.mtp_losses is None else [self.mtp_losses.double().view(torch.int64)]
+        further = [] if self.further_losses is None else [self.further_losses.double().view(torch.int64)]
         return torch.cat([values, *filled, *further])[None]
 
 
 @dataclass(frozen=True)
 class StepAgreement:
-    """What all ranks then know, the same on each. loss, norm, num_targets, tokens_hash and mtp_losses are those of the
-    whole global batch; stop and late: whether any rank said so."""
+    """What all ranks then know, the same on each. stop and late: whether any rank said so; all else is of the whole
+    global batch."""
 
     loss: float
     norm: float
@@ -62,7 +62,7 @@ class StepAgreement:
     late: bool
     num_targets: int
     tokens_hash: int
-    mtp_losses: tuple[float, ...] = ()
+    further_losses: tuple[float, ...] = ()
 
 
 def exchange(message: StepMessage, mesh: ParallelMesh) -> StepAgreement:
@@ -78,7 +78,7 @@ def exchange(message: StepMessage, mesh: ParallelMesh) -> StepAgreement:
         late=not rows[:, 3].all(),
         num_targets=int(fed[:, 0, 0].sum()),
         tokens_hash=combine_hashes(fed[:, 0, 1].tolist()),
-        mtp_losses=tuple(rows[:, 6:].contiguous().view(torch.float64).sum(0).tolist()),
+        further_losses=tuple(rows[:, 6:].contiguous().view(torch.float64).sum(0).tolist()),
     )
 
 

@@ -76,7 +76,7 @@ def open_trained(
     mesh = connect_mesh(config.parallel, process)
     clock, engine = draw_evaluation(config, mesh, process.device, documents_apart=documents_apart)
     store = CheckpointStore(Path(config.train.run_dir) / "checkpoints", mesh.world, config.checkpoint)
-    meta = load_weights(torch.nn.ModuleList(engine.stages), store, step, checkpoint, unread=NOT_EVALUATED)
+    meta = load_weights(torch.nn.ModuleList(engine.stages), store.reader, step, checkpoint, unread=NOT_EVALUATED)
     clock.step = max(0, meta["step"] - 1)  # rounding noise of an evaluation after a step is that of the step
     tokens = meta.get("consumed_samples", 0) * config.data.seq_length  # nothing in one that `import` made
     phase = checked.plan.phase_before(tokens, meta.get("precision", {}))

@@ -77,7 +77,8 @@ class StepResult:
 
     loss: nats per target token of the global batch; None if it has no target. nonfinite: where a NaN or Inf was met,
     for people; "" if nowhere. tokens_hash: the global batch's, for the data ledger. stop: a rank was asked to stop.
-    position: behind the step. mtp_losses: of each depth of multi-token prediction, in nats per target of its own.
+    position: behind the step. further_losses: as `Engine.further_losses`, in nats per target
+    of each.
     """
 
     loss: float | None
@@ -86,12 +87,13 @@ class StepResult:
     tokens_hash: int
     stop: bool
     position: Position
-    mtp_losses: tuple[float, ...] = ()
+    further_losses: tuple[float, ...] = ()
 
 
 @dataclass
 class Run:
-    """Everything that the trainer drives, on one rank. rendezvous: where the ranks have met (alone, if not said)."""
+    """Everything that the trainer drives, on one rank. origin: what is stored of where weights came from, and of a
+    teacher. rendezvous: where the ranks have met (alone, if not said)."""
 
     config: RunConfig
     mesh: ParallelMesh
@@ -105,7 +107,7 @@ class Run:
     examiner: Examiner
     probes: Probes
     phases: Phases
-    origin: dict[str, Any] | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
     rendezvous: Rendezvous = field(default_factory=Rendezvous.alone)
 
     def waiting_for_index(self) -> AbstractContextManager[None]:

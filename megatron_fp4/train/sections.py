@@ -83,6 +83,21 @@ class SpikeConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """Predictions of a model that is trained already, in high precision, to learn from beside labels."""
+
+    teacher: str = ""
+    """Checkpoint of the same model, or a run that has one, whose predictions are learned; empty = labels only."""
+    weight: Annotated[float, Bound(above=0, most=1)] = 1.0
+    """Part of the divergence from the teacher in what is minimized; the rest is the loss of the labels."""
+    temperature: Annotated[float, Bound(above=0)] = 1.0
+    """What the logits of both are divided by before they are compared."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "train.distillation")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length and batches of a run, where it goes, what it does between steps, and what ends it."""
 
@@ -140,6 +155,7 @@ class TrainConfig:
     max_skipped_steps: Size = 10
     """End the run after this many steps in a row whose gradients were not finite, or which had no target token."""
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         check_bounds(self, "train")

@@ -95,7 +95,9 @@ def train_step(
     useless = bool(nonfinite) or not agreed.num_targets
     position = position.after(num_samples, skipped=update.skipped, useless=useless)
     loss_of_batch = agreed.loss if agreed.num_targets else None
-    return StepResult(loss_of_batch, update, nonfinite, agreed.tokens_hash, agreed.stop, position, agreed.mtp_losses)
+    return StepResult(
+        loss_of_batch, update, nonfinite, agreed.tokens_hash, agreed.stop, position, agreed.further_losses
+    )
 
 
 def _loss_scale(run: Run, num_targets: list[int]) -> Tensor:
@@ -116,7 +118,7 @@ def _loss_scale(run: Run, num_targets: list[int]) -> Tensor:
 def _agree(run: Run, batch: Batch, loss: Tensor, square: Tensor, stop_requested: Callable[[], bool]) -> StepAgreement:
     """What all ranks know of the step after this rank has told its part. Collective; the one read-back."""
     counts = run.mesh.tp.rank == 0 and run.engine.reports_loss
-    mtp_losses = run.engine.mtp_losses
+    further_losses = run.engine.further_losses
     message = StepMessage(
         loss=loss if counts else torch.zeros_like(loss),
         square=run.probes.nonfinite.spoil(square),
@@ -124,7 +126,7 @@ def _agree(run: Run, batch: Batch, loss: Tensor, square: Tensor, stop_requested:
         late=run.optimizer.grads_came_late,
         num_targets=int(batch.loss_mask.sum()),
         tokens_hash=step_hash(batch),
-        mtp_losses=mtp_losses if counts else torch.zeros_like(mtp_losses),
+        further_losses=further_losses if counts else torch.zeros_like(further_losses),
     )
     return exchange(message, run.mesh)
 

@@ -39,6 +39,20 @@ class Trainable:
     engine: Engine
     optimizer: Zero1Optimizer
 
+    def learn_from(self, teacher: Engine) -> None:
+        """Compare predictions with those of `teacher` from now on; it has this rank's part of the same model."""
+        assert isinstance(self.engine, LocalEngine), "refused by check_distillation"
+        assert isinstance(teacher, LocalEngine)
+        self.engine.teacher = teacher
+
+    def learn_from_drawn(self, config: RunConfig, mesh: ParallelMesh, device: torch.device, backend: Backend) -> None:
+        """In place of a teacher from a file, where the run has one: for proofs and rehearsals, which read none."""
+        if config.train.distillation.teacher:
+            _, teacher = draw_evaluation(config, mesh, device, backend=backend)
+            for stage in teacher.stages:
+                initialize_parameters(stage, config.train.seed + 1)
+            self.learn_from(teacher)
+
 
 def build_trainable(
     config: RunConfig, table: PrecisionTable, backend: Backend, mesh: ParallelMesh, device: torch.device
@@ -86,14 +100,19 @@ NOT_EVALUATED = ("mtp.",)
 
 
 def draw_evaluation(
-    config: RunConfig, mesh: ParallelMesh, device: torch.device, *, documents_apart: bool = False
+    config: RunConfig,
+    mesh: ParallelMesh,
+    device: torch.device,
+    *,
+    documents_apart: bool = False,
+    backend: Backend | None = None,
 ) -> tuple[StepClock, Engine]:
     """An engine that only evaluates, of stages that are not filled, and the clock of their noise.
 
     documents_apart: keep documents of a row apart even if the run does not. The schedule must be one of a stage a rank.
-    What predicts the tokens behind the next one is left out.
+    What predicts the tokens behind the next one is left out. backend: None for the run's, uncompiled.
     """
-    backend, clock = make_backend(replace(config.precision, compile=False)), StepClock(config.train.seed)
+    backend, clock = backend or make_backend(replace(config.precision, compile=False)), StepClock(config.train.seed)
     apart = replace(
         config,
         model=config.model.with_blocks(config.model.blocks, MtpConfig()),
@@ -107,7 +126,8 @@ def _engine(
     config: RunConfig, stages: list[Decoder], queues: list[TakeWgrads], mesh: ParallelMesh, device: torch.device
 ) -> Engine:
     model = config.model
-    loss = TokenLoss(model.vocab_size, mesh.tp, model.loss_impl, config.train.label_smoothing, model.mtp)
+    train = config.train
+    loss = TokenLoss(model.vocab_size, mesh.tp, model.loss_impl, train.label_smoothing, model.mtp, train.distillation)
     if config.parallel.pp == 1:
         return LocalEngine(stages[0], loss)
     return PipelineEngine(stages, queues, loss, _shapes(config, mesh), config.parallel, mesh.pp, device)

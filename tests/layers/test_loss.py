@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_fp4.comm.collectives import even_counts
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers import loss as loss_module
-from megatron_fp4.layers.loss import IGNORE, vocab_parallel_cross_entropy
+from megatron_fp4.layers.loss import IGNORE, vocab_parallel_cross_entropy, vocab_parallel_distillation
 from megatron_fp4.planning.footprint import LiveBytes
 from tests.helpers.distributed import run_distributed, world_group
 
@@ -158,3 +158,63 @@ def test_who_kept_the_logits_is_refused_their_gradient() -> None:
     loss = vocab_parallel_cross_entropy(logits, labels, first=0, vocab_size=MANY, group=Group.single()).sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (squares + loss).backward()
+
+
+HOW = [(1.0, 1.0), (0.3, 2.0)]  # (weight of the teacher, temperature)
+
+
+def _distilled_shards(rank: int, world_size: int) -> list[tuple[Tensor, ...]]:
+    """Per way: what is minimized, its two parts, and the gradient of this rank's vocabulary rows."""
+    counts = even_counts(VOCABULARY, world_size)
+    first = sum(counts[:rank])
+    group, shards = world_group(rank, world_size), []
+    for weight, temperature in HOW:
+        logits, labels = case(3.0)
+        own = slice(first, first + counts[rank])
+        local = logits[:, own].clone().requires_grad_()
+        parts = vocab_parallel_distillation(
+            local,
+            logits.flip(0)[:, own],
+            labels,
+            first=first,
+            vocab_size=VOCABULARY,
+            weight=weight,
+            temperature=temperature,
+            group=group,
+        )
+        parts.minimized.sum().backward()
+        assert local.grad is not None
+        shards.append((*(part.detach() for part in parts), local.grad))
+    return shards
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_divergence_from_a_teacher_against_torch(world_size: int) -> None:
+    ranks = [_distilled_shards(0, 1)] if world_size == 1 else run_distributed(_distilled_shards, world_size)
+    for number, (weight, temperature) in enumerate(HOW):
+        logits, labels = case(3.0)
+        logits = logits.double().requires_grad_()
+        entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+        log_p, log_q = ((one / temperature).log_softmax(-1) for one in (logits.detach().flip(0), logits))
+        divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * (labels != IGNORE)
+        expected = (1 - weight) * entropy + weight * temperature**2 * divergence
+        expected.sum().backward()
+        for shards in ranks:
+            for got, right in zip(shards[number][:3], (expected, entropy, divergence), strict=True):
+                torch.testing.assert_close(got.double(), right.detach(), rtol=1e-6, atol=1e-5)
+                assert got[3] == 0.0, "an ignored position has no loss"
+        gradient = torch.cat([shards[number][3] for shards in ranks], dim=1)
+        assert logits.grad is not None
+        torch.testing.assert_close(gradient.double(), logits.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
+    logits, labels = case(1.0)
+    student = logits.clone().requires_grad_()
+    parts = vocab_parallel_distillation(
+        student, logits, labels, first=0, vocab_size=VOCABULARY, weight=1.0, temperature=1.0, group=world_group(0, 1)
+    )
+    parts.minimized.sum().backward()
+    assert not parts.divergence.any()
+    assert student.grad is not None
+    assert not student.grad.any()

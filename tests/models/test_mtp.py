@@ -78,7 +78,7 @@ def trained(model: Decoder, batch: Batch, micro_batch: int) -> Tensor:
     engine = LocalEngine(model, TokenLoss(model.config.vocab_size, Group.single(), mtp=model.config.mtp))
     scale = 1.0 / torch.tensor(count_targets(batch, ahead), dtype=torch.float64)
     loss = engine.train(inputs.split(micro_batch), scale if ahead is not None else scale[0], lambda _: None)
-    return torch.cat([loss[None], engine.mtp_losses])
+    return torch.cat([loss[None], engine.further_losses])
 
 
 def main_grads(model: Decoder) -> dict[str, Tensor]:

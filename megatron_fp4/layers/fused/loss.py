@@ -10,11 +10,15 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.layers.embedding import vocab_range
-from megatron_fp4.layers.loss import IGNORE, vocab_parallel_cross_entropy
+from megatron_fp4.layers.loss import IGNORE, Distilled, vocab_parallel_cross_entropy, vocab_parallel_distillation
 
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 """(logits_TV `[T, V_local]`, labels_T int64 `[T]` of global ids) -> loss of each token in nats, FP32 `[T]`.
 Both implementations write the gradient over the logits."""
+
+
+Distance = Callable[[Tensor, Tensor, Tensor], Distilled]
+"""(logits_TV, a teacher's, labels_T) -> how far the first are from both. Its gradient is written over them."""
 
 
 class LossImpl(Enum):
@@ -37,6 +41,25 @@ def choose_cross_entropy(impl: LossImpl, vocab_size: int, tp: Group, smoothing: 
         )
 
     return cross_entropy
+
+
+def choose_distance(vocab_size: int, tp: Group, *, weight: float, temperature: float) -> Distance:
+    """What is minimized beside a teacher; see `layers.loss`. weight, temperature: those of `train.distillation`."""
+    first, _ = vocab_range(vocab_size, tp)
+
+    def distance(logits_TV: Tensor, teacher_TV: Tensor, labels_T: Tensor) -> Distilled:
+        return vocab_parallel_distillation(
+            logits_TV,
+            teacher_TV,
+            labels_T,
+            first=first,
+            vocab_size=vocab_size,
+            weight=weight,
+            temperature=temperature,
+            group=tp,
+        )
+
+    return distance
 
 
 def _te_cross_entropy(vocab_size: int, tp: Group) -> CrossEntropy:

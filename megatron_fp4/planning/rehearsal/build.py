@@ -17,6 +17,7 @@ from megatron_fp4.planning.rehearsal.messages import group_names
 from megatron_fp4.planning.rehearsal.watch import Watch
 from megatron_fp4.planning.stand_ins import use_fused_norms
 from megatron_fp4.train.checked import CheckedConfig
+from megatron_fp4.train.engine import LocalEngine
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.run import Run
 from megatron_fp4.train.trainable import build_trainable
@@ -29,6 +30,7 @@ def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phase
     watch.messages.names = group_names(mesh)
     backend, probes = counted_backend(config, watch.kernels, lambda: watch.live.making("quantized weights"))
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, device)
+    trainable.learn_from_drawn(config, mesh, device, backend)
     for stage in trainable.engine.stages:
         use_fused_norms(stage, config.model.norm_impl)
     nothing: Any = None
@@ -53,5 +55,7 @@ def label_state(run: Run, live: LiveKinds) -> None:
     parameters = [parameter for stage in run.engine.stages for parameter in logical_parameters(stage)]
     sums = [parameter.main_grad for parameter in parameters if parameter.main_grad is not None]
     live.label(run.optimizer.kept_tensors(), "optimizer")
+    if isinstance(run.engine, LocalEngine) and run.engine.teacher is not None:
+        live.label((one for stage in run.engine.teacher.stages for one in stage.parameters()), "teacher")
     live.label(parameters, "weights")  # after the state: FP32 weights are their own masters
     live.label(sums, "main gradients")

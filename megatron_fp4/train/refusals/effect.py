@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_fp4.layers.fused.loss import LossImpl
 from megatron_fp4.layers.qk_norm import QkNorm
 from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
@@ -102,6 +103,28 @@ def check_qk_clip(config: RunConfig) -> None:
         )
 
 
+def check_distillation(config: RunConfig) -> None:
+    """Raises ValueError where predictions of a teacher cannot be learned. (Which model it is of: resume/same_model.)"""
+    if not config.train.distillation.teacher:
+        return
+    if config.parallel.pp > 1:
+        raise ValueError(
+            f"train.distillation.teacher with parallel.pp = {config.parallel.pp}: the teacher runs before each"
+            " microbatch of the student, and those of a pipeline overlap; set parallel.pp=1, and divide the model by"
+            " parallel.tp (and its experts by parallel.ep) instead"
+        )
+    if config.model.loss_impl is LossImpl.te:
+        raise ValueError(
+            "train.distillation.teacher with model.loss_impl=te, whose kernels know labels only; set"
+            " model.loss_impl=torch"
+        )
+    if config.train.label_smoothing:
+        raise ValueError(
+            f"train.label_smoothing = {config.train.label_smoothing:g} with train.distillation.teacher, whose"
+            " predictions take the place of smoothed labels; set train.label_smoothing=0"
+        )
+
+
 def named_recipes(precision: PrecisionConfig) -> set[str]:
     """Recipes that a rule, a switch, the evaluation or `use` names."""
     names = {precision.use, precision.evaluation} | {switch.use for switch in precision.switch}
@@ -125,6 +148,9 @@ def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"optim.muon.{item.name}", f"optim.algorithm={config.optim.algorithm.name}"
     if not config.optim.qk_clip.threshold:
         yield "optim.qk_clip.alpha", "optim.qk_clip.threshold = 0 (off)"
+    if not config.train.distillation.teacher:
+        for name in ("weight", "temperature"):
+            yield f"train.distillation.{name}", "train.distillation.teacher is empty"
     yield from idle_formats(config)
     yield from _without_block(config.model)
     for name in config.precision.recipes:

@@ -54,6 +54,7 @@ RULES = (
     ResumeRule("train.run_dir", Policy.ignore),
     ResumeRule("train.resume*", Policy.ignore),
     ResumeRule("train.init_from", Policy.ask, "no effect: a run begins with weights once; others need another run_dir"),
+    ResumeRule("train.distillation.teacher", Policy.note, "where it lies; its files are compared with those so far"),
     ResumeRule("train.*interval_steps", Policy.ignore),
     ResumeRule("train.check_gemms", Policy.ignore),
     ResumeRule("train.stop_after_steps", Policy.ignore),

@@ -3,7 +3,8 @@
 From elsewhere only the weights are taken, of a checkpoint of ours (also an extracted or averaged one, or one of another
 layout) or of a folder of `transformers` or Megatron-LM; optimizer, step, data and schedules are those of the new run.
 Every rank reads the rectangles that it updates. What was read is stored in every checkpoint of the run, so that a
-resume does not read it again and an audit can tell.
+resume does not read it again and an audit can tell. A teacher (`train.distillation`) is read at every launch, and has
+to be the same one.
 
 Not here: whether the weights are of this model (same_model.py); what may differ from a checkpoint that a run goes on
 from (differences.py).
@@ -18,18 +19,18 @@ from typing import Any
 
 import torch
 
-from megatron_fp4.checkpoint import CheckpointConfig, CheckpointStore, Verified
-from megatron_fp4.checkpoint.load import CheckpointReader
+from megatron_fp4.checkpoint import CheckpointConfig, CheckpointReader, CheckpointStore, Verified
 from megatron_fp4.comm.agree import agreed, decided_by_rank0
-from megatron_fp4.comm.mesh import Group
+from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.models.foreign.source import is_foreign
-from megatron_fp4.optim import Zero1Optimizer
 from megatron_fp4.storage.durable import MANIFEST, hash_of
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.resume.foreign_origin import MASTER, fill_from_foreign
 from megatron_fp4.train.resume.same_model import check_model, checkpoint_in
+from megatron_fp4.train.resume.teacher import teach
 from megatron_fp4.train.sections import Resume
+from megatron_fp4.train.trainable import Trainable
 
 NO_WEIGHT = ".router.overload"
 """End of the names of what begins at 0 in a new run: it tells of the global batch before."""
@@ -51,8 +52,21 @@ def choose_checkpoint(policy: Resume, store: CheckpointStore) -> Verified | None
     return store.choose() if newest is not None else None
 
 
+def begin(
+    config: RunConfig, chosen: Verified | None, trainable: Trainable, mesh: ParallelMesh, beat: Callable[[], None]
+) -> dict[str, Any]:
+    """Read what a run begins with beside a checkpoint of its own, `chosen`; what every checkpoint stores of it.
+
+    Collective. Raises ValueError as `begin_from` and `teach`.
+    """
+    meta = chosen.meta if chosen else {}
+    teacher = teach(config, trainable, mesh, beat, meta.get("teacher"))
+    weights = meta.get("init_from") if chosen else begin_from(config, trainable, mesh.world, beat)
+    return {key: record for key, record in {"init_from": weights, "teacher": teacher}.items() if record}
+
+
 def begin_from(
-    config: RunConfig, optimizer: Zero1Optimizer, world: Group, beat: Callable[[], None]
+    config: RunConfig, trainable: Trainable, world: Group, beat: Callable[[], None]
 ) -> dict[str, Any] | None:
     """Fill the masters of a new run from `train.init_from`; what is stored of it, None where nothing is set.
 
@@ -63,13 +77,13 @@ def begin_from(
     folder = Path(config.train.init_from)
     shards = [
         Shard(one.where, {MASTER: one.tensors[MASTER]}, writes=False)
-        for one in optimizer.state_to_fill()
+        for one in trainable.optimizer.state_to_fill()
         if not one.name.endswith(NO_WEIGHT)
     ]
     agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)
     fill = fill_from_foreign if is_foreign(folder) else partial(_from_checkpoint, config=config.checkpoint)
     record = fill(folder, shards, world, beat)
-    optimizer.after_load(0)
+    trainable.optimizer.after_load(0)
     return record
 
 

@@ -33,10 +33,13 @@ FREE_INSIDE = {
 
 
 def check_origin(config: RunConfig) -> None:
-    """Whether a run that would begin now can begin from `train.init_from`; one process, reads no weights.
+    """Whether a run that would begin now can begin from `train.init_from`, and learn from its teacher; one process,
+    reads no weights.
 
     Raises ValueError and FileNotFoundError, with the settings that are others than those of the weights.
     """
+    if config.train.distillation.teacher:
+        check_teacher(Path(config.train.distillation.teacher), config.model)
     if config.train.init_from and step_to_load(Path(config.train.run_dir) / "checkpoints") is None:
         check_model(Path(config.train.init_from), config.model)
 
@@ -45,6 +48,17 @@ def check_model(folder: Path, model: ModelConfig) -> None:
     """Raises ValueError for settings that are others than those of the weights in `folder`; FileNotFoundError."""
     if listed := differences_from(folder, model):
         raise ValueError(f"train.init_from={folder} holds another model; set these as they are in it:\n{listed}")
+
+
+def check_teacher(folder: Path, model: ModelConfig) -> None:
+    """As `check_model`, of `train.distillation.teacher`."""
+    if is_foreign(folder):
+        raise ValueError(
+            f"train.distillation.teacher={folder} is a folder of transformers or Megatron-LM; make it a checkpoint:"
+            " megatron-fp4 checkpoint import"
+        )
+    if listed := differences_from(folder, model):
+        raise ValueError(f"train.distillation.teacher={folder} holds another model than this run's:\n{listed}")
 
 
 def differences_from(folder: Path, model: ModelConfig) -> str:

@@ -90,5 +90,5 @@ def meta_of(run: Run, position: Position, precision_phase: int, wandb_id: str) -
         "versions": versions(),
         "git": git_state() if run.mesh.is_main else None,  # the main rank's is stored
         "wandb_id": wandb_id,
-        **({"init_from": run.origin} if run.origin else {}),
+        **run.origin,
     }

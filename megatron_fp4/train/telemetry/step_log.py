@@ -110,7 +110,7 @@ class StepLog:
         position, table = result.position, run.plan.table(self.precision_phase)
         values = {} if result.loss is None else {"loss": result.loss}
         if values:
-            values |= {f"mtp_{depth}_loss": loss for depth, loss in enumerate(result.mtp_losses, start=1)}
+            values |= dict(zip(run.config.further_losses, result.further_losses, strict=True))
         values |= {
             "grad_norm": update.grad_norm,
             "lr": update.lr,

@@ -64,8 +64,7 @@ def test_weights_and_nothing_else(source: TinyRun, tmp_path: Path, name: str) ->
     assert not any(bool(one.any()) for one in moments)
     weight = trainer.run.engine.stages[0].state_dict()["head.weight"]
     assert torch.equal(weight, expected["head.weight"].to(weight.dtype)), "the model computes with other weights"
-    assert trainer.run.origin is not None
-    assert name in trainer.run.origin["from"]
+    assert name in trainer.run.origin["init_from"]["from"]
 
 
 def test_a_resume_reads_no_origin_and_remembers_it(source: TinyRun, tmp_path: Path) -> None:
