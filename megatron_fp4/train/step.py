@@ -71,13 +71,13 @@ def train_step(
 
     enter("forward_backward")  # 2
     with watching(run, position.step + 1, table, len(microbatches)):
-        loss = run.engine.train(microbatches, scale, optimizer.begin_last_microbatch)
+        loss_part = run.engine.train(microbatches, scale, optimizer.begin_last_microbatch)
 
     enter("reduce")  # 3
     square = optimizer.sum_grads()
 
     enter("agree")  # 4
-    agreed = _agree(run, batch, loss, square, stop_requested)
+    agreed = _agree(run, batch, loss_part, square, stop_requested)
     if agreed.late:  # the sums are worthless; this time nothing leaves before the last gradient is there
         optimizer.zero_grad()
         agreed = _agree(run, batch, rerun_step(), optimizer.sum_grads(), stop_requested)
@@ -94,10 +94,8 @@ def train_step(
         nonfinite = "gradients of " + ", ".join(update.nonfinite)
     useless = bool(nonfinite) or not agreed.num_targets
     position = position.after(num_samples, skipped=update.skipped, useless=useless)
-    loss_of_batch = agreed.loss if agreed.num_targets else None
-    return StepResult(
-        loss_of_batch, update, nonfinite, agreed.tokens_hash, agreed.stop, position, agreed.further_losses
-    )
+    loss = agreed.loss if agreed.num_targets else None
+    return StepResult(loss, update, nonfinite, agreed.tokens_hash, agreed.stop, position, agreed.further_losses)
 
 
 def _loss_scale(run: Run, num_targets: list[int]) -> Tensor:
