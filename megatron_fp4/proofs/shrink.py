@@ -47,6 +47,7 @@ from megatron_fp4.proofs.shrink_parts import (
     small_table,
 )
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.refusals.effect import check_distillation
 from megatron_fp4.train.refusals.requirements import by_torch
 
 MAX_GLOBAL_BATCH = 64
@@ -85,6 +86,8 @@ def shrink(config: RunConfig, layouts: Sequence[Layout]) -> list[Case]:
     small = _with_small_batches(_with_small_steps(small), layouts)
     recipe = small_table(table, picked, model)
     check_layouts(small, recipe, [layout.parallel for layout in layouts])
+    for layout in layouts:
+        check_distillation(replace(small, parallel=layout.parallel))
     high = in_high_precision(recipe)
     cases = [_case("fp32", small, high, ComputeDtype.fp32), _case("bf16", small, high, ComputeDtype.bf16)]
     if table.num_quantized_gemms:

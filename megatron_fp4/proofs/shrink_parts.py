@@ -20,7 +20,6 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.spec import LinearPrecision
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.refusals.effect import check_distillation
 from megatron_fp4.train.refusals.experts import check_segments
 
 
@@ -107,4 +106,3 @@ def check_layouts(small: RunConfig, recipe: PrecisionTable, layouts: Sequence[Pa
     for parallel in layouts:
         check_model_layout(small.model, parallel, seq_length=seq_length, tokens=seq_length // parallel.cp)
         check_segments(replace(small, parallel=parallel), [recipe])
-        check_distillation(replace(small, parallel=parallel))
