@@ -78,7 +78,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 class Distilled(NamedTuple):
-    """Of each token, FP32 `[T]`: what is minimized, and without gradients its two parts in nats; 0 without a label."""
+    """Losses of each token, FP32 `[T]`: what is minimized; its two parts, in nats, without gradients. 0 without a label."""
 
     minimized: Tensor
     cross_entropy: Tensor

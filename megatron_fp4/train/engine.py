@@ -108,7 +108,7 @@ class TokenLoss:
         ahead: Tensor | None,
         scale: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As `of_depths`, the first of `logits` compared with those of a teacher; losses `[1 + depth + 1]`."""
+        """Like `of_depths`, the first of `logits` compared with those of a teacher; losses `[1 + depth + 1]`."""
         every = (labels,) if ahead is None else (labels, *ahead[..., 1].unbind(-1))
         scales = list(scale) if isinstance(scale, Tensor) and scale.dim() else [scale] * len(every)
         per_token = self._distance(logits[0], teacher_TV, labels.reshape(-1))

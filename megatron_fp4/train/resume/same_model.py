@@ -51,7 +51,7 @@ def check_model(folder: Path, model: ModelConfig) -> None:
 
 
 def check_teacher(folder: Path, model: ModelConfig) -> None:
-    """As `check_model`, of `train.distillation.teacher`."""
+    """The same of `train.distillation.teacher`, which has to be a checkpoint of ours."""
     if is_foreign(folder):
         raise ValueError(
             f"train.distillation.teacher={folder} is a folder of transformers or Megatron-LM; make it a checkpoint:"
