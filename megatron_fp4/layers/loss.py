@@ -78,7 +78,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 class Distilled(NamedTuple):
-    """Losses of each token, FP32 `[T]`: what is minimized; its two parts, in nats, without gradients. 0 without a label."""
+    """Losses of each token, FP32 `[T]`, 0 without a label: what is minimized, and its parts, without gradients."""
 
     minimized: Tensor
     cross_entropy: Tensor
