@@ -53,8 +53,7 @@ class StepMessage:
 
 @dataclass(frozen=True)
 class StepAgreement:
-    """What all ranks then know, the same on each. stop and late: whether any rank said so; all else is of the whole
-    global batch."""
+    """What all ranks then know, the same on each. stop, late: whether any said so; the rest: of the whole batch."""
 
     loss: float
     norm: float
