@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,13 @@ def test_packages_for_gpus_are_imported_in_their_rooms(package: str) -> None:
 def test_no_global_statements() -> None:
     for path in sources("."):
         assert not re.search(r"^\s+global ", path.read_text(), flags=re.MULTILINE), path
+
+
+def test_a_run_starts_without_what_few_runs_need() -> None:
+    """torch's compiler, sympy (of torch's checkpoints) and loggers take longer to import than all that a rank needs."""
+    late = {"torch._dynamo", "sympy", "torch.distributed.checkpoint", "matplotlib", "wandb", "transformers"}
+    source = (
+        f"import sys, megatron_fp4.cli.pretrain, megatron_fp4.train.job; print({late} & set(sys.modules) or 'none')"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout == "none\n"

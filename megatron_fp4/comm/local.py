@@ -24,6 +24,12 @@ import torch
 from megatron_fp4.comm.bootstrap import Process, start_process, stop_process
 from megatron_fp4.comm.launch import Launch
 
+PRELOADED = [__name__, "torch.distributed.pipelining"]
+"""What the server imports beside the first function's module; each rank imports what it needs of the rest itself.
+
+torch's pipelines import its compiler, which takes a second.
+"""
+
 
 class _Answer(NamedTuple):
     """What a rank says when it ends. result: pickled. error: its traceback."""
@@ -86,7 +92,7 @@ def kill_local(
 def _start(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> tuple[list[Any], Any]:
     """The processes, and the queue of their answers."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__, fn.__module__])  # the first call decides
+    context.set_forkserver_preload([*PRELOADED, fn.__module__])  # the first call decides
     answers, port = context.Queue(), free_port()
     processes = [
         context.Process(

@@ -27,7 +27,6 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import Group
@@ -197,7 +196,9 @@ class PipelineEngine(Generic[Module]):
             stages[0] if one_stage else stages, self._num_microbatches, loss_fn=_returned_loss, scale_grads=False
         )
 
-    def _make_stage(self, number: int, module: nn.Module, take_wgrads: TakeWgrads | None) -> PipelineStage:
+    def _make_stage(self, number: int, module: nn.Module, take_wgrads: TakeWgrads | None) -> Any:
+        from torch.distributed.pipelining import PipelineStage  # here: it imports torch._dynamo, which takes seconds
+
         shapes, last = self._shapes, number == self._last
 
         ids = torch.empty(shapes.tokens, dtype=torch.int64, device="meta")

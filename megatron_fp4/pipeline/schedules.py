@@ -19,15 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.pipelining.schedules import (
-    Schedule1F1B,
-    ScheduleDualPipeV,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
-
 from megatron_fp4.comm.config import Overlap, ParallelConfig
 
 Fits = Callable[[int, int], bool]
@@ -42,12 +33,12 @@ def _rounds_divide(microbatches: int, ranks: int) -> bool:
 class ScheduleRule:
     """One schedule.
 
-    factory: torch's class. stages: stages per rank. and_more: or any larger number. v_shaped:
+    class_name: of torch's class. stages: stages per rank. and_more: or any larger number. v_shaped:
     the stages come back, so that the first rank has the last one. defers_wgrad: weight gradients wait for the bubbles.
     fits: whether it takes m microbatches on p ranks; rule says it in words.
     """
 
-    factory: Any
+    class_name: str
     stages: int
     and_more: bool = False
     v_shaped: bool = False
@@ -55,20 +46,27 @@ class ScheduleRule:
     fits: Fits = lambda microbatches, ranks: True
     rule: str = ""
 
+    @property
+    def factory(self) -> Any:
+        """torch's class."""
+        from torch.distributed.pipelining import schedules  # here: it imports torch._dynamo, which takes seconds
+
+        return getattr(schedules, self.class_name)
+
 
 _ROUNDS = "the number of microbatches m must be a multiple of max(1, m // pp)"
 SCHEDULES: dict[str, ScheduleRule] = {
-    "gpipe": ScheduleRule(ScheduleGPipe, 1),
+    "gpipe": ScheduleRule("ScheduleGPipe", 1),
     "1f1b": ScheduleRule(
-        Schedule1F1B, 1, fits=lambda m, p: m >= p, rule="at least as many microbatches as pipeline ranks"
+        "Schedule1F1B", 1, fits=lambda m, p: m >= p, rule="at least as many microbatches as pipeline ranks"
     ),
-    "interleaved_1f1b": ScheduleRule(ScheduleInterleaved1F1B, 2, and_more=True, fits=_rounds_divide, rule=_ROUNDS),
+    "interleaved_1f1b": ScheduleRule("ScheduleInterleaved1F1B", 2, and_more=True, fits=_rounds_divide, rule=_ROUNDS),
     "interleaved_zero_bubble": ScheduleRule(
-        ScheduleInterleavedZeroBubble, 1, and_more=True, defers_wgrad=True, fits=_rounds_divide, rule=_ROUNDS
+        "ScheduleInterleavedZeroBubble", 1, and_more=True, defers_wgrad=True, fits=_rounds_divide, rule=_ROUNDS
     ),
-    "zbv": ScheduleRule(ScheduleZBVZeroBubble, 2, v_shaped=True, defers_wgrad=True),
+    "zbv": ScheduleRule("ScheduleZBVZeroBubble", 2, v_shaped=True, defers_wgrad=True),
     "dualpipev": ScheduleRule(
-        ScheduleDualPipeV,
+        "ScheduleDualPipeV",
         2,
         v_shaped=True,
         defers_wgrad=True,

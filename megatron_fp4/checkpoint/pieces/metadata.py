@@ -14,57 +14,67 @@ import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.serialization
 from numpy.typing import NDArray
-from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_fp4.checkpoint.pieces.layout import StoredLayout, TensorEntry, sorted_layout
 from megatron_fp4.storage.durable import is_file_name
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
 METADATA = ".metadata"
-ALLOWED = {
-    (owner.__name__, name): getattr(owner, name)
-    for owner, names in (
-        (
-            metadata,
-            (
-                "Metadata",
-                "TensorStorageMetadata",
-                "TensorProperties",
-                "ChunkStorageMetadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "_MEM_FORMAT_ENCODING",
-            ),
-        ),
+
+
+def classes() -> Any:
+    """The module of torch whose classes a description consists of."""
+    from torch.distributed.checkpoint import metadata  # here: it imports sympy, which takes a second
+
+    return metadata
+
+
+@cache
+def _allowed() -> dict[tuple[str, str], Any]:
+    """What a `.metadata` may name, beside torch's dtypes."""
+    from torch.distributed.checkpoint import filesystem
+
+    names = (
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    )
+    owners = (
+        (classes(), names),
         (filesystem, ("_StorageInfo",)),
         (torch.serialization, ("_get_layout",)),
         (torch, ("Size",)),
     )
-    for name in names
-}
-"""What a `.metadata` may name, beside torch's dtypes."""
+    return {(owner.__name__, name): getattr(owner, name) for owner, names in owners for name in names}
 
 
-def _member(owner: object, name: str) -> object:
+def _member(owner: Any, name: str) -> object:
     """A memory format by its name, which is how Python 3.11.0 to 3.11.3 pickle one: getattr(class, name)."""
-    formats = metadata._MEM_FORMAT_ENCODING
+    formats = classes()._MEM_FORMAT_ENCODING
     if owner is not formats or name not in formats.__members__:
         raise pickle.UnpicklingError(f"it asks for {name} of {owner!r}, which no checkpoint needs")
     return formats[name]
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Raises UnpicklingError for every global that is not of `ALLOWED`, before it is imported."""
+    """Raises UnpicklingError for every global that is not of `_allowed`, before it is imported."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ALLOWED:
-            return ALLOWED[module, name]
+        if (module, name) in _allowed():
+            return _allowed()[module, name]
         if (module, name) == ("builtins", "getattr"):
             return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -74,10 +84,10 @@ class MetadataUnpickler(pickle.Unpickler):
 
 def unpickled(data: bytes, unpickler: type[MetadataUnpickler] = MetadataUnpickler) -> Metadata:
     """Raises UnpicklingError also where the pickle sets attributes of what it may name, which it leaves as it was."""
-    before = {allowed: dict(vars(allowed)) for allowed in ALLOWED.values()}
+    before = {allowed: dict(vars(allowed)) for allowed in _allowed().values()}
     try:
-        description = unpickler(io.BytesIO(data)).load()
-        if not isinstance(description, Metadata):
+        description: Metadata = unpickler(io.BytesIO(data)).load()
+        if not isinstance(description, classes().Metadata):
             raise ValueError(f"it holds a {type(description).__name__}")
         return description
     finally:
@@ -94,7 +104,7 @@ def unpickled(data: bytes, unpickler: type[MetadataUnpickler] = MetadataUnpickle
 
 def _checked(key: str, stored: Any) -> TensorStorageMetadata:
     """Raises ValueError, or what a damaged description raises, unless its pieces lie in the tensor and fill it."""
-    if not isinstance(stored, TensorStorageMetadata):
+    if not isinstance(stored, classes().TensorStorageMetadata):
         raise ValueError(f"{key} is no tensor")
     if "/" not in key or not key.isprintable():
         raise ValueError(f"{key!r} is no name of a tensor")
@@ -112,7 +122,7 @@ def _checked(key: str, stored: Any) -> TensorStorageMetadata:
 
 
 def _place(key: str, offset: tuple[int, ...], description: Metadata) -> Any:
-    place = description.storage_data[MetadataIndex(key, offset)]
+    place = description.storage_data[classes().MetadataIndex(key, offset)]
     if not is_file_name(place.relative_path):
         raise ValueError(f"{place.relative_path!r} leads out of the directory")
     if getattr(place, "transform_descriptors", None):

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-from megatron_fp4.checkpoint.pieces.metadata import METADATA, MetadataUnpickler, archived_pieces, unpickled
+from megatron_fp4.checkpoint.pieces.metadata import METADATA, MetadataUnpickler, archived_pieces, classes, unpickled
 from megatron_fp4.checkpoint.pieces.stored import StoredPieces, check_layout, check_places
 from megatron_fp4.storage.patience import read_patiently
 
@@ -71,10 +69,8 @@ def read_torch_dist(directory: Path, wanted: Callable[[str], bool]) -> TorchDist
     data = read_patiently(path.read_bytes, path)
     try:
         description = unpickled(data, _ForeignUnpickler)
-        entries = description.state_dict_metadata.items()
-        keys = {
-            name: f"{KIND}/{name}" for name, one in entries if isinstance(one, TensorStorageMetadata) and wanted(name)
-        }
+        tensor, entries = classes().TensorStorageMetadata, description.state_dict_metadata.items()
+        keys = {name: f"{KIND}/{name}" for name, one in entries if isinstance(one, tensor) and wanted(name)}
         old = archived_pieces(description, keys)
         pieces = StoredPieces(old.layout, old.files, old.layout.rank, old.position, old.num_bytes)
         sizes = {name: _file_bytes(directory / name) for name in old.files}
