@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
@@ -102,26 +101,29 @@ CASES = {
 }
 
 
-@cache
-def reports() -> dict[str, dict[str, Any]]:
+Reports = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def reports() -> Reports:
     return dict(zip(CASES, rehearse_all(list(CASES.values())), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_as_planned(name: str) -> None:
-    report = reports()[name]
+def test_as_planned(name: str, reports: Reports) -> None:
+    report = reports[name]
     assert deviations(report) == []
     assert render(report).endswith("verdict: as planned")
 
 
-def test_a_cell_is_all_ranks_of_two_copies() -> None:
-    assert [entry["rank"] for entry in reports()["cell"]["ranks"]] == list(range(8))
+def test_a_cell_is_all_ranks_of_two_copies(reports: Reports) -> None:
+    assert [entry["rank"] for entry in reports["cell"]["ranks"]] == list(range(8))
 
 
 @pytest.mark.parametrize("name", ["cell", "gpt, interleaved"])
-def test_evaluation_and_save_follow(name: str) -> None:
+def test_evaluation_and_save_follow(name: str, reports: Reports) -> None:
     """An evaluation keeps nothing for a backward pass; a save takes host memory once, and none of the device."""
-    for entry in reports()[name]["ranks"]:
+    for entry in reports[name]["ranks"]:
         assert entry["evaluation"]["peak"] < entry["memory"]["peak"]
         assert sum(entry["evaluation"]["read_backs"].values()) == 1
         first, later = entry["first_save"], entry["later_save"]
@@ -129,18 +131,18 @@ def test_evaluation_and_save_follow(name: str) -> None:
         assert first["bytes_out"] == later["bytes_out"] == first["pinned_bytes"] > 0 == later["pinned_bytes"]
 
 
-def test_what_stands_in_is_told() -> None:
+def test_what_stands_in_is_told(reports: Reports) -> None:
     """Compiled stages are launches of their own; Transformer Engine's kernels are not among those that are counted."""
-    emulated, engine = reports()["gpt"], reports()["transformer engine"]
+    emulated, engine = reports["gpt"], reports["transformer engine"]
     assert emulated["ranks"][0]["kernels"]["compiled_stages"] > 0 == engine["ranks"][0]["kernels"]["compiled_stages"]
     assert "torch compiles is one launch" in render(emulated)
     assert "operands have the sizes of transformer_engine's" in render(engine)
     assert [list(rank["read_backs"].values()) for rank in engine["ranks"]] == [[1]]
 
 
-def test_a_large_difference_is_told() -> None:
+def test_a_large_difference_is_told(reports: Reports) -> None:
     """A plan that is 4 % over, and one that knows nothing of an axis."""
-    report = deepcopy(reports()["gpt"])
+    report = deepcopy(reports["gpt"])
     memory = report["ranks"][0]["memory"]
     memory["plan"] = 1.04 * memory["peak"]
     report["ranks"][0]["messages"]["axes"]["tensor"]["plan"] = 0.0
@@ -150,9 +152,9 @@ def test_a_large_difference_is_told() -> None:
     assert "rank 0" in render(report)
 
 
-def test_a_crossing_too_many_is_told() -> None:
+def test_a_crossing_too_many_is_told(reports: Reports) -> None:
     """A read-back somewhere in the step or the evaluation, and a constant that is sent in it."""
-    report = deepcopy(reports()["gpt"])
+    report = deepcopy(reports["gpt"])
     entry = report["ranks"][0]
     entry["read_backs"]["layers/loss.py:1"] = 1
     entry["copies_in"]["numerics/hadamard.py:1"] = 416
