@@ -10,4 +10,4 @@ ruff format --check --quiet .
 ruff check --quiet .
 mypy
 lint-imports
-exec python -m pytest --numprocesses auto "$@" # a worker per core
+exec python -m pytest --numprocesses auto --dist worksteal "$@" # a worker per core; neighbours share set-ups
