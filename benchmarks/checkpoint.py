@@ -33,6 +33,7 @@ from megatron_fp4.comm.bootstrap import exit_process, start_process
 from megatron_fp4.comm.launch import Launch
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.rect import Rectangle, Shard
+from megatron_fp4.storage.local import local_text
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 MEGA = 1e6
@@ -146,7 +147,9 @@ def compare(world: Group, directory: Path, size: str, turns: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--directory", default=None, help="on the disk to measure (default: a temporary one)")
+    parser.add_argument(
+        "--directory", type=local_text, default=None, help="on the disk to measure (default: a temporary one)"
+    )
     parser.add_argument("--sizes", nargs="+", default=["quickstart", "256MB"], choices=["quickstart", "256MB"])
     parser.add_argument("--turns", type=int, default=7)
     args = parser.parse_args()

@@ -31,6 +31,7 @@ from data_tools import make_corpus, train_tokenizer
 from data_tools import tokenize as ours
 from megatron_fp4.data.config import DataConfig, SourceConfig
 from megatron_fp4.data.shards.writer import ShardWriter
+from megatron_fp4.storage.local import local_path
 
 _MODEL: list[Any] = []  # the worker's tokenizer in Megatron's design
 
@@ -104,6 +105,7 @@ import time, tracemalloc
 import numpy as np
 from megatron_fp4.data.order.epoch_index import build_index
 from megatron_fp4.data.order.permute import digest
+from megatron_fp4.storage.local import local_path
 lengths = np.random.default_rng(0).integers(1, 4000, {documents}, dtype=np.int64)
 tracemalloc.start()
 began = time.process_time()
@@ -198,7 +200,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--documents", type=int, default=10_000_000)
-    parser.add_argument("--run", type=Path, help="compare the loader with what this run consumed")
+    parser.add_argument("--run", type=local_path, help="compare the loader with what this run consumed")
     args = parser.parse_args()
     consumed = consumption(args.run) if args.run else 0.0
     with tempfile.TemporaryDirectory() as folder:

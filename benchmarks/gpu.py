@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from megatron_fp4.storage.local import local_path
+
 SECONDS = {"operands": 150, "kernels": 80, "training": 130, "collectives": 40}
 """What each section may take, in order: 400 in all, and half a minute for starting processes."""
 ROW = "row: "
@@ -78,7 +80,9 @@ def as_markdown(facts: dict[str, str], rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every section and write the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the table (default: runs/gpu)")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("runs/gpu"), help="folder of the table (default: runs/gpu)"
+    )
     parser.add_argument("--only", choices=SECONDS, action="append", help="this section (several times)")
     parser.add_argument(
         "--tiny", action="store_true", help="sizes for a CPU with TRITON_INTERPRET=1: to try the script"

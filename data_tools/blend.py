@@ -15,6 +15,7 @@ from megatron_fp4.data.config import DataConfig, config_from_dict
 from megatron_fp4.data.loader import open_streams
 from megatron_fp4.data.order.plan import Plan
 from megatron_fp4.data.order.samples import SampleStream
+from megatron_fp4.storage.local import local_path
 
 
 def plan_rows(plan: Plan, streams: dict[str, SampleStream], total_samples: int) -> list[dict[str, Any]]:
@@ -49,7 +50,7 @@ def read_config(path: Path) -> DataConfig:
 
 def main(argv: list[str] | None = None) -> int:
     parser = tool_parser("blend", __doc__)
-    parser.add_argument("--plan", type=Path, required=True, metavar="YAML", help="the run's data settings")
+    parser.add_argument("--plan", type=local_path, required=True, metavar="YAML", help="the run's data settings")
     parser.add_argument("--tokens", type=float, required=True, help="training tokens of the run, e.g. 1e12")
     args = parser.parse_args(argv)
     if not 1 <= args.tokens < float("inf"):

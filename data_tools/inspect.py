@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
@@ -12,6 +11,7 @@ from megatron_fp4.data.checks import check_vocabulary
 from megatron_fp4.data.ledger import last_start, ledger, reopen
 from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_fp4.storage.local import local_path, local_text
 
 
 def show(ids: list[int], tokenizer: Tokenizer | None, limit: int) -> str:
@@ -50,11 +50,13 @@ def sample(args: argparse.Namespace, tokenizer: Tokenizer | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = tool_parser("inspect", __doc__)
-    parser.add_argument("paths", nargs="*", help="shard-set directory, prefix or glob (with --document)")
+    parser.add_argument(
+        "paths", nargs="*", type=local_text, help="shard-set directory, prefix or glob (with --document)"
+    )
     parser.add_argument("--document", type=int, help="number of the document in the given paths")
-    parser.add_argument("--run", type=Path, help="directory of a run (with --sample)")
+    parser.add_argument("--run", type=local_path, help="directory of a run (with --sample)")
     parser.add_argument("--sample", type=int, help="sample id in the run's order")
-    parser.add_argument("--tokenizer", type=Path, help="print text too")
+    parser.add_argument("--tokenizer", type=local_path, help="print text too")
     parser.add_argument("--limit", type=int, default=200, help="ids to print")
     args = parser.parse_args(argv)
     if args.limit < 0:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.inspect import show
 from megatron_fp4.data.ledger import ledger, read_step, reopen, replay
 from megatron_fp4.data.text.tokenizer import load_tokenizer
+from megatron_fp4.storage.local import local_path
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = tool_parser("ledger", __doc__)
-    parser.add_argument("--run", type=Path, required=True, help="directory of the run")
+    parser.add_argument("--run", type=local_path, required=True, help="directory of the run")
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
-    parser.add_argument("--tokenizer", type=Path, help="print the text of each sample")
+    parser.add_argument("--tokenizer", type=local_path, help="print the text of each sample")
     args = parser.parse_args(argv)
     logged = read_step(args.run, args.step)
     loader = reopen(logged.start)

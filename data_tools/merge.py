@@ -7,11 +7,12 @@ import sys
 from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.copy_documents import add_arguments, copy_documents, report
+from megatron_fp4.storage.local import local_text
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = tool_parser("merge", __doc__)
-    parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
+    parser.add_argument("paths", nargs="+", type=local_text, help="shard-set directories, prefixes or globs")
     add_arguments(parser)
     args = parser.parse_args(argv)
     folders = {"all": args.output}

@@ -9,6 +9,7 @@ import sys
 from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.copy_documents import add_arguments, copy_documents, report, unit_hash
+from megatron_fp4.storage.local import local_text
 
 
 def parse_parts(texts: list[str]) -> dict[str, float]:
@@ -27,7 +28,7 @@ def parse_parts(texts: list[str]) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = tool_parser("split", __doc__)
-    parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
+    parser.add_argument("paths", nargs="+", type=local_text, help="shard-set directories, prefixes or globs")
     parser.add_argument("--part", action="append", required=True, metavar="NAME=SHARE", help="one per split")
     add_arguments(parser)
     args = parser.parse_args(argv)

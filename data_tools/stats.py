@@ -10,11 +10,12 @@ from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.shards_of import list_shards
 from megatron_fp4.data.shards.shard import TokenShard
+from megatron_fp4.storage.local import local_text
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = tool_parser("stats", __doc__)
-    parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
+    parser.add_argument("paths", nargs="+", type=local_text, help="shard-set directories, prefixes or globs")
     args = parser.parse_args(argv)
     print(f"{'documents':>12} {'tokens':>16} {'dtype':>7}  shard")
     every = []

@@ -30,7 +30,7 @@ from data_tools.shard_set import SplitWriter, check_not_nested, finished, remove
 from megatron_fp4.data.shards.shard import token_dtype
 from megatron_fp4.data.text.special import SpecialChoice, choice_of
 from megatron_fp4.data.text.tokenizer import Tokenizer, eos_of, load_tokenizer
-from megatron_fp4.storage.local import local_path
+from megatron_fp4.storage.local import local_path, local_text
 
 
 class Encoded(NamedTuple):
@@ -171,9 +171,11 @@ def _ends_digest(path: Path) -> str:
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Policies]:
     parser = tool_parser("tokenize", __doc__)
-    parser.add_argument("inputs", nargs="+", help="files or globs: .jsonl .txt .parquet, also .gz .zst")
+    parser.add_argument(
+        "inputs", nargs="+", type=local_text, help="files or globs: .jsonl .txt .parquet, also .gz .zst"
+    )
     parser.add_argument("--output", type=local_path, required=True, help="directory of the shard set(s)")
-    parser.add_argument("--tokenizer", type=Path, required=True, help=".model, tokenizer.json or .tiktoken")
+    parser.add_argument("--tokenizer", type=local_path, required=True, help=".model, tokenizer.json or .tiktoken")
     for role, meaning in (("eos", "ends"), ("bos", "begins"), ("pad", "pads")):
         parser.add_argument(f"--{role}", metavar="TOKEN_OR_ID", help=f"the token that {meaning} a document")
     parser.add_argument("--text-key", default="text", help="JSON key or Parquet column")

@@ -16,7 +16,7 @@ from data_tools.arguments import tool_parser
 from data_tools.cli import run_tool
 from data_tools.documents import read_texts
 from data_tools.policies import Policies, Report, add_policy_arguments, policies_of, print_counts
-from megatron_fp4.storage.local import local_path
+from megatron_fp4.storage.local import local_path, local_text
 
 LONGEST_LINE_BYTES = 4096  # sentencepiece drops longer lines without a word, so they are cut here
 
@@ -71,7 +71,9 @@ def train(lines: Iterator[str], output: Path, *, vocab_size: int, model_type: st
 
 def main(argv: list[str] | None = None) -> int:
     parser = tool_parser("train-tokenizer", __doc__)
-    parser.add_argument("inputs", nargs="+", help="files or globs: .jsonl .txt .parquet, also .gz .zst")
+    parser.add_argument(
+        "inputs", nargs="+", type=local_text, help="files or globs: .jsonl .txt .parquet, also .gz .zst"
+    )
     parser.add_argument("--output", type=local_path, required=True, help="the .model file to write")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")

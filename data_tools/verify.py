@@ -19,6 +19,7 @@ from megatron_fp4.data.shards.documents import open_documents
 from megatron_fp4.data.shards.manifest import BLOCK_BYTES, digest_file
 from megatron_fp4.data.shards.shard import TokenShard
 from megatron_fp4.data.text.tokenizer import load_tokenizer
+from megatron_fp4.storage.local import local_path, local_text
 
 _TOKENS_AT_ONCE = 1 << 22
 MAX_LISTED = 20
@@ -100,11 +101,13 @@ def _token_problems(shard: TokenShard, entry: dict[str, Any] | None, vocab_size:
 
 def main(argv: list[str] | None = None) -> int:
     parser = tool_parser("verify", __doc__)
-    parser.add_argument("paths", nargs="+", help="shard-set directories, prefixes or globs")
+    parser.add_argument("paths", nargs="+", type=local_text, help="shard-set directories, prefixes or globs")
     vocabulary = parser.add_mutually_exclusive_group()
-    vocabulary.add_argument("--tokenizer", type=Path, help="check ids against its vocabulary")
+    vocabulary.add_argument("--tokenizer", type=local_path, help="check ids against its vocabulary")
     vocabulary.add_argument("--vocab-size", type=int, help="check ids against this vocabulary")
-    parser.add_argument("--heldout", nargs="+", help="shards that must have no document in common with the paths")
+    parser.add_argument(
+        "--heldout", nargs="+", type=local_text, help="shards that must have no document in common with the paths"
+    )
     args = parser.parse_args(argv)
     vocab_size = load_tokenizer(args.tokenizer).vocab_size if args.tokenizer else args.vocab_size
     bad, shards = 0, list_shards(args.paths)

@@ -187,3 +187,10 @@ def test_every_room_says_its_floor() -> None:
         assert f"floor {floor}" in docstring.splitlines()[0].lower(), (
             f"megatron_fp4/{room}/__init__.py: not floor {floor}"
         )
+
+
+def test_commands_take_paths_of_this_machine() -> None:
+    """`type=Path` takes a URL for a local folder of that name; storage/local.py has the types that refuse it."""
+    for path in every_file():
+        if path.parts[len(PACKAGE.parent.parts)] != "tests":
+            assert not re.search(r"add_argument\([^)]*type=Path\b", path.read_text()), path

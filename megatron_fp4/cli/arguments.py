@@ -13,10 +13,10 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
 from megatron_fp4.cli.overrides.foreign import counterpart
+from megatron_fp4.storage.local import local_path
 
 REFUSED = "refused; nothing was started"
 
@@ -87,7 +87,7 @@ class CommandParser(argparse.ArgumentParser):
             self.add_argument(
                 "--config-dir",
                 action="append",
-                type=Path,
+                type=local_path,
                 default=[],
                 metavar="DIR",
                 help="a folder laid out like configs/, added to where YAML files are looked for; may be given again",

@@ -94,7 +94,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     def action(name: str, count: str | int, *, writes: bool) -> argparse.ArgumentParser:
         sub = actions.add_parser(name, **help_page(f"checkpoint {name}", EXITS, EXAMPLES[name]))
-        sub.add_argument("checkpoints", nargs=count, type=Path, metavar="CHECKPOINT")
+        sub.add_argument("checkpoints", nargs=count, type=local_path, metavar="CHECKPOINT")
         if writes:
             sub.add_argument("--to", type=local_path, required=True, help="directory to write into")
         return sub
@@ -108,7 +108,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     action("extract", 1, writes=True).add_argument("--kinds", nargs="+", default=["master"])
     back = actions.add_parser("rewind", **help_page("checkpoint rewind", EXITS, EXAMPLES["rewind"]))
-    back.add_argument("run", type=Path, help="run directory (train.run_dir); no launch of it may live")
+    back.add_argument("run", type=local_path, help="run directory (train.run_dir); no launch of it may live")
     back.add_argument("step", type=int, help="the checkpoint that the next start takes")
     add_import_arguments(action("import", 1, writes=True))
     add_export_arguments(action("export", 1, writes=True))

@@ -28,7 +28,7 @@ EXITS = {0: "done; with --equal, equal", 1: "--equal found a difference"}
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 1 if `--equal` finds a difference, 2 for runs that cannot be compared."""
     parser = CommandParser("report", __doc__, EXITS, "runs/a runs/b --html report.html")
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories (train.run_dir)")
+    parser.add_argument("runs", nargs="+", type=local_path, help="run directories (train.run_dir)")
     parser.add_argument("--plot", type=local_path, help="write the loss curves to this .png, .svg or .pdf")
     parser.add_argument("--html", type=local_path, help="write a page with all plots, one self-contained file")
     parser.add_argument("--equal", nargs=2, type=int, metavar=("FIRST", "LAST"), help="of two runs, bit for bit")

@@ -14,9 +14,14 @@ from megatron_fp4.settings import path_objection
 
 def local_path(text: str) -> Path:
     """The type of an argument. Raises ArgumentTypeError for a URL, and for ~, which Python does not expand."""
+    return Path(local_text(text))
+
+
+def local_text(text: str) -> str:
+    """The type of an argument that is a path, a prefix or a glob, and is passed on as text. Raises as `local_path`."""
     if objection := path_objection(text):
         raise argparse.ArgumentTypeError(f"{text}: {objection}")
-    return Path(text)
+    return text
 
 
 def check_room(to: Path, num_bytes: int) -> None:

@@ -29,6 +29,7 @@ from megatron_fp4.interop.export.calibrate import input_amax
 from megatron_fp4.interop.export.folder import write_folder
 from megatron_fp4.interop.export.plan import Requantize
 from megatron_fp4.interop.export.quantized import ExportFormat
+from megatron_fp4.storage.local import local_path
 from megatron_fp4.train.config import RunConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -40,7 +41,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all tensors that are not codes")
     parser.add_argument("--part-gb", type=float, default=5.0, help="largest file of weights (default: 5)")
     parser.add_argument("--force", action="store_true", help="replace what is in the directory")
-    parser.add_argument("--tokenizer", type=Path, help="its file, where it is not where the run had it")
+    parser.add_argument("--tokenizer", type=local_path, help="its file, where it is not where the run had it")
     parser.add_argument("--no-tokenizer", action="store_true", help="write none")
     for role, meaning in (("eos", "ends"), ("bos", "begins"), ("pad", "pads")):
         parser.add_argument(f"--{role}", metavar="TOKEN_OR_ID", help=f"the token that {meaning} a text")

@@ -17,7 +17,7 @@ from megatron_fp4.cli.arguments import CommandParser, above_zero, returns_code
 from megatron_fp4.cli.study.gradients import gradients_as_markdown, gradients_of
 from megatron_fp4.cli.study.read import find_study, read_study
 from megatron_fp4.cli.study.runs import StudyRun, check_arms, compose_arms, results_of, run_all, runs_of
-from megatron_fp4.storage.local import local_path
+from megatron_fp4.storage.local import local_path, local_text
 from megatron_fp4.studies.design import Study
 from megatron_fp4.studies.outcome import StudyOutcome, conclude
 from megatron_fp4.train.faults.signals import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE
@@ -34,12 +34,14 @@ EXITS = {
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = CommandParser("study", __doc__, EXITS, "recipe_small --jobs 2")
-    parser.add_argument("study", help="a YAML file, or the name of one in configs/study")
+    parser.add_argument("study", type=local_text, help="a YAML file, or the name of one in configs/study")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run, as seq_length")
     parser.add_argument("--out", type=local_path, default=None, help="folder of runs and results (studies/NAME)")
     parser.add_argument("--jobs", type=above_zero, default=1, help="runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="instead of the study's")
-    parser.add_argument("--config-dir", action="append", type=Path, default=[], help="a folder laid out like configs/")
+    parser.add_argument(
+        "--config-dir", action="append", type=local_path, default=[], help="a folder laid out like configs/"
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--list", action="store_true", help="print a command for each missing run, and end")
     only.add_argument("--show", action="store_true", help="conclude from the results that there are, and end")

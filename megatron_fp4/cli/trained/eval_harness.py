@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from megatron_fp4.cli.arguments import CommandParser
@@ -24,6 +23,7 @@ from megatron_fp4.inference.generate import TextGenerator
 from megatron_fp4.inference.lead import Led
 from megatron_fp4.inference.model import RowModel
 from megatron_fp4.inference.precisions import table_of
+from megatron_fp4.storage.local import local_path, local_text
 from megatron_fp4.train.open import TrainedModel
 
 Results = dict[str, dict[str, Any]]
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser("eval-harness", __doc__, EXITS, "runs/mine --tasks arc_easy,hellaswag --precision same")
     add_choice(parser)
     parser.add_argument("--tasks", required=True, help="names, separated by commas")
-    parser.add_argument("--include-path", help="a folder with task files of your own")
+    parser.add_argument("--include-path", type=local_text, help="a folder with task files of your own")
     parser.add_argument("--precision", action="append", help="bf16, same, exported or a recipe (several times)")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
     parser.add_argument("--limit", type=float, help="questions of each task; below 1: this part of them")
@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=16, help="rows at once, where no activation is quantized")
     parser.add_argument("--no-cache", action="store_true", help="compute the whole text anew for every token")
-    parser.add_argument("--output", type=Path, help="a .json for the results, by precision and task")
+    parser.add_argument("--output", type=local_path, help="a .json for the results, by precision and task")
     return parser.parse_args(arguments)
 
 

@@ -15,6 +15,7 @@ from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.comm.bootstrap import Process, start_process, stop_process
 from megatron_fp4.comm.launch import Launch, read_launch
 from megatron_fp4.comm.rendezvous import RanksNotMet
+from megatron_fp4.storage.local import local_path
 from megatron_fp4.train.arrival.refusals import give_up, refuse
 from megatron_fp4.train.checked import with_vocabulary
 from megatron_fp4.train.config import RunConfig
@@ -24,11 +25,13 @@ from megatron_fp4.train.resume.same_model import checkpoint_in, differences_from
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which weights: `run`, `step`, `checkpoint`."""
-    parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
+    parser.add_argument("run", type=local_path, help="run directory (train.run_dir)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     which.add_argument(
-        "--checkpoint", type=Path, help="weights from elsewhere, by the run's settings: what `checkpoint average` made"
+        "--checkpoint",
+        type=local_path,
+        help="weights from elsewhere, by the run's settings: what `checkpoint average` made",
     )
 
 

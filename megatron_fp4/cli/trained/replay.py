@@ -18,6 +18,7 @@ from megatron_fp4.cli.trained.opening import on_ranks
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.proofs.replay import replay
 from megatron_fp4.proofs.replay_config import in_bf16
+from megatron_fp4.storage.local import local_path
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.faults.bundle import REPORT
 
@@ -27,7 +28,7 @@ EXITS = {0: "the steps were computed"}
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 2 for what is no bundle."""
     parser = CommandParser("replay", __doc__, EXITS, "runs/mine/spikes/step_00001234 --precision bf16")
-    parser.add_argument("bundle", type=Path, help="a directory that a loss spike left")
+    parser.add_argument("bundle", type=local_path, help="a directory that a loss spike left")
     parser.add_argument("--precision", choices=("run", "bf16"), default="run")
     args = parser.parse_args(arguments)
 
