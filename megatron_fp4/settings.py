@@ -69,6 +69,9 @@ class Bound:
 
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+STORE = "may name a place in an object store"
+Place = Annotated[str, STORE]
+"""A path, or a URL of an object store (storage/remote/url.py)."""
 
 Size = Annotated[int, Bound(least=1)]
 """How many of something that must be there."""
@@ -129,11 +132,13 @@ def check_bounds(config: Any, section: str) -> None:
 
     section: the key of `config`, as "optim".
     """
+    placed = places_of(config.__class__)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (objection := path_objection(text)):
-                raise ValueError(f"{section}.{field.name} = {text}: {objection}")
+            if isinstance(text, str) and (objection := path_objection(text, stores=field.name in placed)):
+                shown = "(a URL that is not repeated here)" if URL.match(text) and "@" in text else text
+                raise ValueError(f"{section}.{field.name} = {shown}: {objection}")
     for name, bound in bounds_of(config.__class__).items():
         value = getattr(config, name)
         if not bound.allows(value):
@@ -141,13 +146,24 @@ def check_bounds(config: Any, section: str) -> None:
             raise ValueError(f"{section}.{name} = {value}, must be {bound} ({sentence})")
 
 
-def path_objection(path: str) -> str:
-    """Why `path` cannot be a file or folder of this machine; "" if it can."""
+def path_objection(path: str, *, stores: bool = False) -> str:
+    """Why `path` cannot be a file or folder of this machine; "" if it can.
+
+    stores: it may lie in an object store as well; whether a URL is one's is for its owner to see.
+    """
     if "\0" in path:
         return "no name of a file holds the character NUL"
     if URL.match(path):
-        return "no store stands behind URLs here; mount it as a file system and give the path, or copy the files"
+        remedy = "mount the store as a file system and give the path, or copy the files (docs/object_stores.md)"
+        return "" if stores else f"no store stands behind URLs here; {remedy}"
     return "only a shell expands ~ at the start; give the whole path" if path.startswith("~") else ""
+
+
+@cache
+def places_of(cls: type) -> set[str]:
+    """The fields of a dataclass that may name a place in an object store."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {name for name, hint in hints.items() if STORE in getattr(hint, "__metadata__", ())}
 
 
 @cache

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from megatron_fp4.settings import MAX_SECONDS, Bound, Count, Size, check_bounds
+from megatron_fp4.settings import MAX_SECONDS, Bound, Count, Place, Size, check_bounds
+from megatron_fp4.storage.remote.url import is_shown, url_objection
 
 
 class OnCorrupt(Enum):
@@ -40,9 +41,19 @@ class CheckpointConfig:
     timeout_seconds: Annotated[float, Bound(above=0, most=MAX_SECONDS)] = 300.0
     """A save that takes longer has failed; below parallel.timeout_seconds, because at the next save the other ranks
     wait in a collective for the slowest one."""
+    mirror: Place = ""
+    """URL in an object store to which every checkpoint is sent, beside training, and from which a resume takes what is
+    newer than on the disk, such as s3://BUCKET/PREFIX; of one run only; empty = none."""
+    mirror_keep_last: Count = 0
+    """Newest checkpoints that stay in the mirror; the other rules are those of the disk; 0 = as keep_last."""
+    mirror_wait_seconds: Annotated[float, Bound(least=0, most=MAX_SECONDS)] = 600.0
+    """How long a run waits at its end for the mirror to have its last checkpoint; at most 60 s when it is stopped."""
     max_failures: Count = 3
     """Failed saves in a row after which the next one ends the run; 0 = never: each failure is logged, the next save is
     the retry."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "checkpoint")
+        if self.mirror and (objection := url_objection(self.mirror)):
+            shown = self.mirror if is_shown(self.mirror) else "(a URL that is not repeated here)"
+            raise ValueError(f"checkpoint.mirror = {shown}: {objection}")

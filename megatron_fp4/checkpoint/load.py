@@ -69,7 +69,7 @@ class CheckpointReader:
 
     def __init__(self, root: Path, group: Group, config: CheckpointConfig, beat: Callable[[], None]) -> None:
         self.root, self.group = root, group
-        self.config, self._beat = config, beat
+        self.config, self.beat = config, beat
         self.damaged: set[int] = set()
         """Steps whose checkpoint was passed over, until it is written anew."""
 
@@ -118,14 +118,17 @@ class CheckpointReader:
 
         Raises CorruptCheckpoint and UnreadableFile on all ranks.
         """
-        own = self._agreed(lambda: _read_small_files(directory) if self.group.rank == 0 else None)
+        own = self.agreed(lambda: _read_small_files(directory) if self.group.rank == 0 else None)
         description, state = collectives.broadcast_object(own, self.group)
-        self._agreed(lambda: self._check_files(directory, description))
-        pieces = self._agreed(lambda: description.parsed(directory))
+        self.agreed(lambda: self._check_files(directory, description))
+        pieces = self.agreed(lambda: description.parsed(directory))
         return Verified(directory, {**state["meta"], "step": state["step"]}, pieces)
 
-    def _agreed(self, look: Callable[[], T]) -> T:
-        """`look()` of this rank; what went wrong on any rank is raised on all, an unreadable file before damage."""
+    def agreed(self, look: Callable[[], T]) -> T:
+        """`look()` of this rank; what went wrong on any rank is raised on all, an unreadable file before damage.
+
+        Collective. Raises UnreadableFile, and CorruptCheckpoint where `look` raises another ValueError.
+        """
         value = None
         damage = None
         unreadable = None
@@ -135,7 +138,7 @@ class CheckpointReader:
             unreadable = str(error)
         except ValueError as error:
             damage = str(error)
-        self._beat()
+        self.beat()
         kinds = collectives.gather_bytes(UNREADABLE if unreadable else DAMAGED if damage else 0, self.group)
         if speakers := (kinds == UNREADABLE).nonzero().flatten().tolist()[:MAX_LISTED]:
             texts = collectives.told_by(speakers, unreadable, self.group)
@@ -158,7 +161,7 @@ class CheckpointReader:
         problems = []
         for name, part in share:
             problems.append(problem_of(directory, name, part, manifest.file_bytes(name)))
-            self._beat()
+            self.beat()
         if text := "; ".join(problem for problem in problems if problem):
             raise ValueError(text)
 
@@ -168,8 +171,8 @@ class CheckpointReader:
         shapes = chosen.pieces.shapes()
         stored = {key: shape for key, shape in shapes.items() if not key.partition("/")[2].startswith(unread)}
         check_matches(wanted, stored, self.group, str(chosen.directory))
-        self._beat()
-        self._agreed(lambda: read_into(shards, chosen.directory, chosen.pieces))
+        self.beat()
+        self.agreed(lambda: read_into(shards, chosen.directory, chosen.pieces))
 
     def load_or_earlier(self, chosen: Verified, shards: Sequence[Shard], unread: tuple[str, ...] = ()) -> Verified:
         """See `CheckpointStore.load_or_earlier`."""

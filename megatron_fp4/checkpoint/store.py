@@ -22,8 +22,9 @@ from typing import Any
 
 from megatron_fp4.checkpoint.commit import SavePlaces
 from megatron_fp4.checkpoint.config import CheckpointConfig
-from megatron_fp4.checkpoint.directory import complete_steps, step_to_load
-from megatron_fp4.checkpoint.load import CheckpointReader, Verified
+from megatron_fp4.checkpoint.directory import complete_steps, latest_step, step_to_load
+from megatron_fp4.checkpoint.load import CheckpointReader, CorruptCheckpoint, Verified
+from megatron_fp4.checkpoint.mirror.mirror import Mirror
 from megatron_fp4.checkpoint.outcome import SaveReport
 from megatron_fp4.checkpoint.retention import sweep
 from megatron_fp4.checkpoint.save import Saver
@@ -39,6 +40,7 @@ class CheckpointStore:
     """The checkpoints under `root`, a directory that all ranks of `group` (the world) see.
 
     beat: called after each file that was checked and before tensors are read, for whoever watches that it gets on.
+    mirror: URL of an object store to which they are sent as well, once `mirror.start` is called; "" = none.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class CheckpointStore:
         group: Group,
         config: CheckpointConfig,
         beat: Callable[[], None] = lambda: None,
+        mirror: str = "",
     ) -> None:
         self.root, self.group = Path(root), group
         if group.rank == 0:
@@ -54,8 +57,10 @@ class CheckpointStore:
                 log.warning("removed %s, left by a run that ended while writing it", self.root / name)
         # nobody goes on before rank 0 has swept
         owner, tag = decided_by_rank0(lambda: (Owner.me(), uuid.uuid4().hex), group)
-        self.saver = Saver(self.root, group, config, SavePlaces(self.root, group, owner, tag))
+        places = SavePlaces(self.root, group, owner, tag)
+        self.saver = Saver(self.root, group, config, places)
         self.reader = CheckpointReader(self.root, group, config, beat)
+        self.mirror = Mirror(mirror, self.reader, places) if mirror else None
 
     def save(
         self,
@@ -101,6 +106,26 @@ class CheckpointStore:
         self.saver.conclude()
         return self.reader.choose(step, before)
 
+    def choose_newest(self) -> Verified | None:
+        """The newest intact checkpoint of the disk and the mirror, which is brought to the disk; None if there is none.
+
+        Raises what `choose` raises, and UnreadableFile where the mirror does not answer.
+        """
+        fetcher = self.mirror.fetcher if self.mirror else None
+        if fetcher:
+            fetcher.bring(above=decided_by_rank0(lambda: latest_step(self.root), self.group))
+        if self.latest() is None:
+            return None
+        try:
+            chosen = self.choose()
+        except CorruptCheckpoint:
+            if fetcher is None or fetcher.bring(above=None) is None:
+                raise
+            return self.choose()
+        if fetcher and any(step > chosen.step for step in self.reader.damaged):
+            return self.choose() if fetcher.bring(above=chosen.step) is not None else chosen
+        return chosen
+
     def load(self, chosen: Verified, shards: Sequence[Shard], unread: tuple[str, ...] = ()) -> None:
         """Fill the shards' tensors in place. Replicas are filled too; kinds that no shard has are not read.
 
@@ -131,4 +156,7 @@ class CheckpointStore:
 
     def discard_after(self, step: int) -> None:
         """After a rollback to `step`: delete the checkpoints above it and make it `latest`. Raises OSError."""
+        if self.mirror:
+            self.saver.conclude()
+            self.mirror.discard_after(step)
         self.saver.discard_after(step)

@@ -62,7 +62,8 @@ def build(
     run_dir = Path(config.train.run_dir)
     if mesh.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint, phases.beat)
+    mirror = config.checkpoint.mirror
+    store = CheckpointStore(run_dir / "checkpoints", process.world, config.checkpoint, phases.beat, mirror)
     phases.enter("verify_checkpoint")
     chosen = choose_checkpoint(config.train.resume, store)
     phases.enter("build")

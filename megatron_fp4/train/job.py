@@ -29,10 +29,10 @@ from megatron_fp4.data.foreign import check_unnamed
 from megatron_fp4.data.overlap import check_heldout
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.storage.durable import write_durably
-from megatron_fp4.storage.lock import STALE_SECONDS, RunLock, RunLocked, RunUnwritable
+from megatron_fp4.storage.lock import STALE_SECONDS, RunLocked, RunUnwritable
 from megatron_fp4.train.arrival.agreement import Part, agree_on, parts_of_run, parts_of_start
 from megatron_fp4.train.arrival.backend import PATIENCE_SECONDS, settle_backend
-from megatron_fp4.train.arrival.locking import lock_run_directory
+from megatron_fp4.train.arrival.locking import RunHold, hold_run
 from megatron_fp4.train.arrival.refusals import SETTINGS, GivenSettings, give_up, refuse, refuse_start, refuse_together
 from megatron_fp4.train.build import Start, build
 from megatron_fp4.train.checked import CheckedConfig, check_config
@@ -46,6 +46,7 @@ from megatron_fp4.train.phases import INDEX_SECONDS, Phases
 from megatron_fp4.train.refusals.requirements import check_machine
 from megatron_fp4.train.resume.description import describe_end, describe_origin, describe_resume
 from megatron_fp4.train.resume.same_model import check_origin
+from megatron_fp4.train.resume.saving import finish_mirror
 from megatron_fp4.train.run import Run, TrainingDiverged
 from megatron_fp4.train.sections import NOW
 from megatron_fp4.train.telemetry.announce import describe_run
@@ -162,12 +163,13 @@ def _lock_and_train(
     config, is_main = checked.config, process.world.rank == 0
     phases.enter("lock")
     try:
-        lock = lock_run_directory(config.train.run_dir, process.world, on_lost=lambda: exit_process(1))
+        mirror = config.checkpoint.mirror
+        hold = hold_run(config.train.run_dir, mirror, process.world, lambda: exit_process(1), phases.beat)
     except RunLocked as error:
         return refuse(error, speaks=is_main)
-    stop.last_act = lock.release
+    stop.last_act = hold.release
     events = Events(Path(config.train.run_dir) if is_main else None, config.logging)
-    watchdog.last_act = partial(_end_hung, events, phases, lock)
+    watchdog.last_act = partial(_end_hung, events, phases, hold)
     console = Console(enabled=is_main, interval_steps=config.train.log_interval_steps, events=events)
     try:
         try:
@@ -181,6 +183,8 @@ def _lock_and_train(
         try:
             code = fit(run, start, outputs)
             console.say(describe_end(checked.config, start.position, stopped=code != EXIT_OK))
+            phases.enter("mirror")
+            finish_mirror(run, outputs.metrics, console, stopped=code != EXIT_OK)
             return code
         except (SaveFailed, TrainingDiverged, RankFailed) as error:  # the same on all ranks
             if isinstance(error, RankFailed):
@@ -195,14 +199,14 @@ def _lock_and_train(
             phases.enter("leave")
             outputs.metrics.close()
     finally:
-        lock.release()
+        hold.release()
         console.close()
         events.close()
 
 
-def _end_hung(events: Events, phases: Phases, lock: RunLock) -> None:
+def _end_hung(events: Events, phases: Phases, hold: RunHold) -> None:
     """The last act of a hung job on this rank. The lock first: a start elsewhere would wait for it."""
-    lock.release()
+    hold.release()
     step, phase, _ = phases.current
     events.add("hang", step, f"no progress in phase {phase} of step {step}; the job ends, and its log says which rank")
     events.close(HUNG_CLOSE_SECONDS)

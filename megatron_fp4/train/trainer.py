@@ -50,6 +50,8 @@ def fit(run: Run, start: Start, outputs: Outputs) -> int:
     Raises SaveFailed if it could not be, TrainingDiverged. Collective over the world.
     """
     position = start.position
+    if run.store.mirror:
+        run.store.mirror.start()
     while True:
         try:
             with Attempt(run, position, outputs) as attempt:

@@ -22,7 +22,7 @@ from megatron_fp4.comm.local import free_port
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage.durable import HashingFile
 from megatron_fp4.storage.lock import RunLocked
-from megatron_fp4.train.arrival.locking import lock_run_directory
+from megatron_fp4.train.arrival.locking import hold_run
 from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards
 from tests.helpers.distributed import mesh_for, run_distributed
 
@@ -113,8 +113,8 @@ def refusals(root: Path, world: Group) -> dict[str, Any]:
     chosen = store.choose()
     store.load(chosen, shards)
     messages["fallback"] = chosen.step
-    lock = lock_run_directory(root, world)
-    messages["locked"] = refused(lambda: lock_run_directory(root, world), RunLocked)
+    lock = hold_run(root, "", world)
+    messages["locked"] = refused(lambda: hold_run(root, "", world), RunLocked)
     lock.release()
     return messages
 

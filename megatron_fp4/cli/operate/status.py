@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_fp4.cli.arguments import CommandParser
 from megatron_fp4.cli.compose import load_run_config
+from megatron_fp4.storage.local import local_path
 from megatron_fp4.train.telemetry.console import format_seconds
 from megatron_fp4.train.telemetry.operator.status import RunState, RunStatus, look_at, look_at_start
 
@@ -25,7 +26,7 @@ EXITS = {0: "it runs or has finished", 1: "it has stopped or failed"}
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code."""
     parser = CommandParser("status", __doc__, EXITS, "runs/mine --watch 30")
-    parser.add_argument("run", type=Path, help="run directory (train.run_dir)")
+    parser.add_argument("run", type=local_path, help="run directory (train.run_dir)")
     parser.add_argument("--json", action="store_true", help="an object for programs")
     parser.add_argument(
         "--watch", nargs="?", type=float, const=WATCH_SECONDS, metavar="SECONDS",
@@ -70,11 +71,13 @@ def describe(status: RunStatus) -> str:
         save = f"step {status.save_step:,}, {_ago(status.save_age_seconds)}"
     if status.event:
         event = f"{status.event['event']}, {_ago(time.time() - status.event['time'])}: {status.event['text']}"
+    mirror = [f"  mirror: {status.mirror.describe()}"] if status.mirror else []
     return "\n".join(
         [
             f"{status.run}: {status.state.value}, {status.why}",
             f"  {'   '.join([*facts, metric])}",
             f"  last save: {save}",
+            *mirror,
             f"  last event: {event}",
         ]
     )

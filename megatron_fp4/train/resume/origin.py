@@ -41,15 +41,20 @@ def choose_checkpoint(policy: Resume, store: CheckpointStore) -> Verified | None
 
     policy: `train.resume`. Raises ValueError where it forbids what is there.
     """
-    newest = store.latest()
-    if policy is Resume.never and newest is not None:
+    if policy is Resume.never:
+        newest, mirrored = store.latest(), store.mirror.fetcher.names() if store.mirror else []
+        if newest is None and not mirrored:
+            return None
+        held = f"{store.root} already holds checkpoint {newest}" if newest is not None else ""
+        held = held or f"the mirror {store.reader.config.mirror} already holds checkpoint {mirrored[0].step}"
         raise ValueError(
-            f"{store.root} already holds checkpoint {newest} and train.resume=never; choose another train.run_dir, or"
+            f"{held} and train.resume=never; choose another {'train.run_dir' if newest else 'checkpoint.mirror'}, or"
             " train.resume=auto to go on from it"
         )
-    if policy is Resume.required and newest is None:
+    chosen = store.choose_newest()
+    if policy is Resume.required and chosen is None:
         raise ValueError(f"train.resume=required, but there is no complete checkpoint under {store.root}")
-    return store.choose() if newest is not None else None
+    return chosen
 
 
 def begin(

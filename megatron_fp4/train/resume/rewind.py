@@ -16,6 +16,8 @@ from typing import Any
 
 from megatron_fp4.checkpoint import offline
 from megatron_fp4.checkpoint.directory import complete_steps, latest_step, read_state, step_name
+from megatron_fp4.checkpoint.mirror.keep import note_dropped
+from megatron_fp4.checkpoint.mirror.state import MirrorState
 from megatron_fp4.checkpoint.retention import set_aside_after
 from megatron_fp4.data.order.plan import Plan
 from megatron_fp4.storage.lock import RunLock
@@ -50,6 +52,8 @@ def rewind(run_dir: Path, step: int) -> Rewound:
         newest = latest_step(root)
         assert newest is not None
         skip = _read_since(root, step, newest)
+        if MirrorState.read(run_dir):  # the next start removes them from the mirror
+            note_dropped(root, step)
         aside = set_aside_after(root, step)
         metrics = run_dir / METRICS_FILE
         if aside is not None and metrics.exists():

@@ -15,6 +15,9 @@ from megatron_fp4.train.run import Position, Run
 from megatron_fp4.train.telemetry.console import Console
 from megatron_fp4.train.telemetry.metrics import Metrics
 
+STOP_SECONDS = 60.0
+"""A run that is stopped on request waits for its mirror no longer."""
+
 
 class Saves:
     """Saves each step of an attempt at most once, and reports the outcome.
@@ -44,6 +47,7 @@ class Saves:
         """Report saves that have ended since the last call; no communication."""
         for report in self._run.store.poll():
             self._report(report)
+        tell_mirror(self._run, self._metrics, self._console)
 
     def finish(self, position: Position, meta: Callable[[], dict[str, Any]], score: float | None) -> None:
         """Save the last state and wait until it is on disk; once more if that fails. Collective. Raises SaveFailed."""
@@ -75,6 +79,43 @@ class Saves:
         values = {"blocking_seconds": report.blocking_seconds, "seconds": report.seconds}
         values["failed"] = float(report.status is SaveStatus.failed)
         self._metrics.write(report.step, {f"save/{key}": value for key, value in values.items()})
+
+
+def tell_mirror(run: Run, metrics: Metrics, console: Console) -> None:
+    """Report what has come of uploads since the last call; no communication."""
+    for report in run.store.mirror.poll() if run.store.mirror else ():
+        metrics.write(
+            report.step,
+            {"mirror/seconds": report.seconds, "mirror/bytes": report.num_bytes, "mirror/failures": report.failures},
+        )
+        if report.error:
+            text = f"checkpoint {report.step} is not in the mirror: {report.error} (failure {report.failures} in a row)"
+            if report.failures == 1:
+                console.event("mirror_failed", report.step, text)
+            else:
+                console.say(text)
+        else:
+            after = f", after {report.failures} failed tries" if report.failures else ""
+            console.say(f"checkpoint {report.step}: in the mirror{after} ({report.seconds:.2f} s)")
+
+
+def finish_mirror(run: Run, metrics: Metrics, console: Console, *, stopped: bool) -> None:
+    """Wait at the end of a run for what its mirror lacks, and say what it lacks still. Collective.
+
+    stopped: on request; whoever asked for it may kill the job soon.
+    """
+    config = run.config.checkpoint
+    seconds = min(config.mirror_wait_seconds, STOP_SECONDS) if stopped else config.mirror_wait_seconds
+    missing = run.store.mirror.finish(seconds) if run.store.mirror else []
+    tell_mirror(run, metrics, console)
+    if missing:
+        steps = ", ".join(map(str, missing))
+        text = (
+            f"WARNING: not in the mirror {config.mirror} after {seconds:g} s (checkpoint.mirror_wait_seconds, at most"
+            f" {STOP_SECONDS:g} when stopped): checkpoints of steps {steps}, which are on the disk; the same command"
+            " again sends them"
+        )
+        console.event("mirror_failed", missing[0], text)
 
 
 def meta_of(run: Run, position: Position, precision_phase: int, wandb_id: str) -> dict[str, Any]:

@@ -25,12 +25,14 @@ from megatron_fp4.train.telemetry.operator.hook import Hook
 log = logging.getLogger(__name__)
 EVENTS_FILE = "events.jsonl"
 EventKind = Literal[
-    "start", "resume", "stop", "finish", "fail", "spike", "skip", "rollback", "save_failed", "hang", "rewind"
-]
+    "start", "resume", "stop", "finish", "fail", "spike", "skip", "rollback",
+    "save_failed", "mirror_failed", "hang", "rewind",
+]  # fmt: skip
 """start, resume: a launch begins, from nothing or from a checkpoint. stop: it ends on request, its state saved. finish:
 it made its last step. fail: it ended by an error. spike: a loss spike whose batch is skipped. skip: a step without an
 update, because of NaN, Inf or no target. rollback: back to a checkpoint, by the ladder of spikes. save_failed: a
-checkpoint was not written. hang: the watchdog ends the job. rewind: `checkpoint rewind`, by hand."""
+checkpoint was not written. mirror_failed: one is not in the mirror, or not yet. hang: the watchdog ends the job.
+rewind: `checkpoint rewind`, by hand."""
 EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint.directory import latest_step, step_name
+from megatron_fp4.checkpoint.mirror.state import MirrorState
 from megatron_fp4.storage.append import read_tail
 from megatron_fp4.storage.durable import MANIFEST
 from megatron_fp4.storage.lock import Holder, last_holder
@@ -51,7 +52,7 @@ class RunStatus:
 
     loss: of the newest step; a NaN as it is. tokens_per_second: median of the newest steps. eta_seconds: until the last
     step, by the clock; None unless it runs. last_step: 0 while it is not known. save_step: of the checkpoint that a
-    resume takes. event: see events.py.
+    resume takes. event: see events.py. mirror: None for a run without one.
     """
 
     run: str
@@ -67,6 +68,7 @@ class RunStatus:
     save_step: int | None
     save_age_seconds: float | None
     event: Mapping[str, Any] | None
+    mirror: MirrorState | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; a loss that is no number is text, as in metrics.jsonl."""
@@ -105,6 +107,7 @@ def look_at(config: RunConfig) -> RunStatus:
         save_step=save_step,
         save_age_seconds=max(0.0, now - saved.stat().st_mtime) if saved else None,
         event=events[-1] if events else None,
+        mirror=MirrorState.read(run_dir) if config.checkpoint.mirror else None,
     )
 
 
