@@ -6,9 +6,20 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 MIN_SEEDS = 2
+
+
+class Quantity(Enum):
+    """What a claim is on. All but `loss` need no training: `megatron-fp4 study --gradients` measures them."""
+
+    loss = "loss"  # the study's measure, of trained runs
+    equal_weights_loss = "equal_weights_loss"  # loss of one batch on weights that all arms have
+    gradient_error = "gradient_error"  # |g - r|^2 / |r|^2, r: the first arm's gradient
+    gradient_angle = "gradient_angle"  # 1 - cosine of g and r
+    gradient_left = "gradient_left"  # the error of the mean of several draws of noise: what no step averages out
 
 
 @dataclass(frozen=True)
@@ -16,6 +27,7 @@ class Claim:
     """What is expected of the gap of `arm` against another arm, written down before the runs.
 
     low, high: the range in percent in which it should lie; infinite on the side that is open. because: the source.
+    measure: what the gap is of; smaller is better in all of them.
     """
 
     arm: str
@@ -23,6 +35,7 @@ class Claim:
     low: float
     high: float
     because: str = ""
+    measure: Quantity = Quantity.loss
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -99,6 +112,12 @@ class Study:
                     raise ValueError(f"a claim names the arm {arm}; the arms are {', '.join(self.arms)}")
             if claim.arm == claim.against:
                 raise ValueError(f"a claim compares {claim.arm} with itself")
+            of_gradients = claim.measure not in (Quantity.loss, Quantity.equal_weights_loss)
+            if of_gradients and self.reference in (claim.arm, claim.against):
+                raise ValueError(
+                    f"a claim on {claim.measure.value} names {self.reference}, whose gradient the others are compared"
+                    " with: its own error is 0, and no percentage of it exists"
+                )
 
     @property
     def reference(self) -> str:
@@ -107,9 +126,10 @@ class Study:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Which arm is compared with which: all with the first, then what claims add."""
+        """Which arm's loss is compared with which: all with the first, then what claims add."""
         first = [(arm, self.reference) for arm in self.arms if arm != self.reference]
-        return list(dict.fromkeys([*first, *((claim.arm, claim.against) for claim in self.claims)]))
+        claimed = [(claim.arm, claim.against) for claim in self.claims if claim.measure is Quantity.loss]
+        return list(dict.fromkeys([*first, *claimed]))
 
     def overrides(self, arm: str, seed: int) -> list[str]:
         """The settings of a run; the seed decides weights, noise and the order of the data."""

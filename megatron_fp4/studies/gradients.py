@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_fp4.comm.bootstrap import Process, start_alone
 from megatron_fp4.layers.linear import assign_precision
+from megatron_fp4.studies.measures import GradientError
 from megatron_fp4.train.build import build
 from megatron_fp4.train.checked import check_config
 from megatron_fp4.train.config import RunConfig
@@ -33,12 +34,11 @@ Gradient = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class GradientError:
-    """One arm on one batch. error, cosine: see the module. bias: None where one noise was drawn."""
+class Drawn:
+    """What one draw of noise gave: loss in nats per target, and gradient."""
 
-    error: float
-    cosine: float
-    bias: float | None
+    loss: float
+    gradient: Gradient
 
 
 def gradient_errors(arms: Mapping[str, RunConfig], *, draws: int = 1) -> dict[str, GradientError]:
@@ -52,8 +52,8 @@ def gradient_errors(arms: Mapping[str, RunConfig], *, draws: int = 1) -> dict[st
     return {arm: _compare(of_arm, reference) for arm, of_arm in gradients}
 
 
-def _gradients(config: RunConfig, process: Process, draws: int) -> Iterator[Gradient]:
-    """The gradient of the run's first batch, with the noise of steps 0, 1, ..., for so many draws."""
+def _gradients(config: RunConfig, process: Process, draws: int) -> Iterator[Drawn]:
+    """Loss and gradient of the run's first batch, with the noise of steps 0, 1, ..., for so many draws."""
     with tempfile.TemporaryDirectory() as folder:
         train = replace(config.train, run_dir=str(Path(folder) / "run"), resume=Resume.auto)
         run, start = build(check_config(replace(config, train=train), process.world.size), process)
@@ -61,7 +61,7 @@ def _gradients(config: RunConfig, process: Process, draws: int) -> Iterator[Grad
             yield _gradient(run, start.position.samples, draw)
 
 
-def _gradient(run: Run, first_sample: int, draw: int) -> Gradient:
+def _gradient(run: Run, first_sample: int, draw: int) -> Drawn:
     config, optimizer = run.config, run.optimizer
     batch = run.loader.batch(first_sample, config.train.batch_at(first_sample))
     run.clock.step = draw
@@ -69,23 +69,26 @@ def _gradient(run: Run, first_sample: int, draw: int) -> Gradient:
         assign_precision(stage, run.plan.table(run.plan.phase_at(first_sample * config.data.seq_length)))
     optimizer.zero_grad()
     inputs = make_inputs(batch, run.mesh.cp, run.device).split(config.train.micro_batch)
-    run.engine.train(inputs, 1.0 / max(1, int(batch.loss_mask.sum())), lambda _: None)
+    loss = run.engine.train(inputs, 1.0 / max(1, int(batch.loss_mask.sum())), lambda _: None)
     optimizer.sum_grads()
     gradient: dict[str, list[Tensor]] = {}
     for shard in optimizer.grad_shards():
         gradient.setdefault(shard.name, []).append(shard.tensors["grad"].detach().flatten().clone())
-    return {name: torch.cat(parts) for name, parts in gradient.items()}
+    return Drawn(float(loss), {name: torch.cat(parts) for name, parts in gradient.items()})
 
 
-def _compare(draws: list[Gradient], reference: Gradient) -> GradientError:
+def _compare(drawn: list[Drawn], base: Drawn) -> GradientError:
     """Errors are means over the draws, the cosine is that of the first."""
+    draws, reference = [one.gradient for one in drawn], base.gradient
     size = _product(reference, reference)
     error = sum(_distance(draw, reference) for draw in draws) / len(draws) / size
     cosine = _product(draws[0], reference) / (_product(draws[0], draws[0]) * size) ** 0.5
-    if len(draws) == 1:
-        return GradientError(error, cosine, None)
-    mean = {name: torch.stack([draw[name].double() for draw in draws]).mean(0) for name in reference}
-    return GradientError(error, cosine, _distance(mean, reference) / size / error if error else 0.0)
+    bias = None
+    if len(draws) > 1:
+        mean = {name: torch.stack([draw[name].double() for draw in draws]).mean(0) for name in reference}
+        bias = _distance(mean, reference) / size / error if error else 0.0
+    loss = sum(one.loss for one in drawn) / len(drawn)
+    return GradientError(error, cosine, bias, loss, base.loss, draws=len(draws))
 
 
 def _product(one: Gradient, other: Gradient) -> float:

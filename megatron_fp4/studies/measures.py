@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from megatron_fp4.studies.design import Measure
+from megatron_fp4.studies.design import Measure, Quantity
 from megatron_fp4.train.telemetry.series import RunSeries, matching_keys
 
 
@@ -66,6 +66,46 @@ class ArmResult:
     def integrated(self) -> float:
         """The mean of the training loss over the whole run."""
         return _mean(self.losses)
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """One arm against the study's first on one batch and equal weights. key: hash of both configurations and `draws`.
+
+    error: |g - r|^2 / |r|^2, mean over the draws of noise. cosine: of g and r. bias: the part of the error that the
+    mean of the draws keeps, None where one was drawn. loss, reference_loss: of the batch, in nats per target; that of
+    the arm is a mean over the draws.
+    """
+
+    error: float
+    cosine: float
+    bias: float | None
+    loss: float
+    reference_loss: float
+    arm: str = ""
+    seed: int = 0
+    key: str = ""
+    draws: int = 1
+
+    def json(self) -> dict[str, Any]:
+        """One line of a study's results."""
+        return {"step": 0, **asdict(self)}
+
+    @staticmethod
+    def read(record: Mapping[str, Any]) -> GradientError:
+        """What `json` made. Raises TypeError for anything else."""
+        return GradientError(**{name: value for name, value in record.items() if name != "step"})
+
+    def number(self, quantity: Quantity) -> float:
+        """NaN where it was not measured (`gradient_left` with one draw, `loss` always)."""
+        left = math.nan if self.bias is None else self.error * self.bias
+        numbers = {
+            Quantity.equal_weights_loss: self.loss,
+            Quantity.gradient_error: self.error,
+            Quantity.gradient_angle: 1.0 - self.cosine,
+            Quantity.gradient_left: left,
+        }
+        return numbers.get(quantity, math.nan)
 
 
 def _mean(losses: list[float]) -> float:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
-from megatron_fp4.studies.design import Claim, Study
+from megatron_fp4.studies.design import Claim, Quantity, Study
 from megatron_fp4.studies.intervals import Interval, interval_of, percent_gaps
-from megatron_fp4.studies.measures import ArmResult
+from megatron_fp4.studies.measures import ArmResult, GradientError
 
 
 class ClaimVerdict(Enum):
@@ -52,21 +52,46 @@ class JudgedClaim:
 
 @dataclass(frozen=True)
 class StudyOutcome:
-    """Everything that a page tells. missing: (arm, seed) without a result."""
+    """Everything that a page tells. missing: (arm, seed) without a result. gradients: what was measured of them."""
 
     study: Study
     gaps: list[ArmGap]
     claims: list[JudgedClaim]
     missing: list[tuple[str, int]]
+    gradients: list[GradientError] = field(default_factory=list)
 
 
-def conclude(study: Study, results: Sequence[ArmResult]) -> StudyOutcome:
-    """Compare what there is. results: at most one of each arm and seed. Raises ValueError as `ArmResult.final`."""
+def conclude(study: Study, results: Sequence[ArmResult], gradients: Sequence[GradientError] = ()) -> StudyOutcome:
+    """Compare what there is. results, gradients: at most one of each arm and seed.
+
+    Raises ValueError as `ArmResult.final`.
+    """
     by_run = {(result.arm, result.seed): result for result in results}
     gaps = {pair: _gap(study, by_run, *pair) for pair in study.pairs}
-    claims = [_judge(claim, gaps[claim.arm, claim.against]) for claim in study.claims]
+    claims = [
+        _judge(
+            claim,
+            gaps[claim.arm, claim.against]
+            if claim.measure is Quantity.loss
+            else gradient_gap(study, gradients, claim.arm, claim.against, claim.measure),
+        )
+        for claim in study.claims
+    ]
     missing = [(arm, seed) for seed in study.seeds for arm in study.arms if (arm, seed) not in by_run]
-    return StudyOutcome(study, list(gaps.values()), claims, missing)
+    return StudyOutcome(study, list(gaps.values()), claims, missing, list(gradients))
+
+
+def gradient_gap(
+    study: Study, gradients: Sequence[GradientError], arm: str, against: str, quantity: Quantity
+) -> ArmGap:
+    """The gap of what was measured on equal weights, paired by seed."""
+    measured = {(one.arm, one.seed): one.number(quantity) for one in gradients}
+    if quantity is Quantity.equal_weights_loss:
+        measured |= {(study.reference, one.seed): one.reference_loss for one in gradients}
+    seeds = [seed for seed in study.seeds if (arm, seed) in measured and (against, seed) in measured]
+    ours, theirs = ([measured[one, seed] for seed in seeds] for one in (arm, against))
+    gaps = dict(zip(seeds, percent_gaps(ours, theirs), strict=True)) if all(theirs) else {}
+    return ArmGap(arm, against, _interval(gaps), None, gaps)
 
 
 def _gap(study: Study, by_run: dict[tuple[str, int], ArmResult], arm: str, against: str) -> ArmGap:

@@ -32,4 +32,5 @@ def test_errors_of_precisions(tmp_path: Path) -> None:
     assert 0.001 < errors["nvfp4"].error < 0.2
     assert errors["backward"].error < errors["nvfp4"].error
     assert errors["backward"].bias == pytest.approx(1 / 3, abs=0.15)
+    assert errors["same"].loss == errors["same"].reference_loss == errors["backward"].loss != errors["nvfp4"].loss
     assert not list(tmp_path.glob("**/metrics.jsonl"))  # nothing was trained

@@ -11,7 +11,7 @@
     claims:
       - {arm: nvfp4, against: bf16, percent: [0, 1.5], because: "arXiv 2509.25149, figure 2"}
 
-`percent: [0, null]` is open above.
+`percent: [0, null]` is open above. `measure: gradient_error` beside it, or another `Quantity`, is of --gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 
 from megatron_fp4.cli.overrides.mistakes import ConfigError, yaml_mistake
 from megatron_fp4.cli.overrides.places import CONFIG_DIR
-from megatron_fp4.studies.design import Claim, Measure, Study
+from megatron_fp4.studies.design import Claim, Measure, Quantity, Study
 
 KEYS = {"name", "question", "base", "seeds", "measure", "arms", "claims"}
 SHIPPED = CONFIG_DIR / "study"
@@ -73,7 +73,7 @@ def _study(tree: Mapping[str, Any], stem: str) -> Study:
 
 
 def _claim(tree: Any) -> Claim:
-    given = _mapping(tree, "a claim", {"arm", "against", "percent", "because"})
+    given = _mapping(tree, "a claim", {"arm", "against", "percent", "because", "measure"})
     if missing := {"arm", "against", "percent"} - set(given):
         raise ValueError(f"a claim has no {', '.join(sorted(missing))}; give arm, against and percent: [low, high]")
     ends = given["percent"]
@@ -82,7 +82,12 @@ def _claim(tree: Any) -> Claim:
         raise ValueError(f"percent = {ends!r} of a claim; give [low, high], with null for a side that is open")
     low = -math.inf if ends[0] is None else float(ends[0])
     high = math.inf if ends[1] is None else float(ends[1])
-    return Claim(str(given["arm"]), str(given["against"]), low, high, str(given.get("because", "")))
+    quantities = {one.value: one for one in Quantity}
+    measure = str(given.get("measure", Quantity.loss.value))
+    if measure not in quantities:
+        raise ValueError(f"measure = {measure} of a claim; use one of {', '.join(quantities)}")
+    because = str(given.get("because", ""))
+    return Claim(str(given["arm"]), str(given["against"]), low, high, because, quantities[measure])
 
 
 def _mapping(tree: Any, what: str, keys: set[str] | None = None) -> dict[str, Any]:

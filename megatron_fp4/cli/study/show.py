@@ -12,9 +12,11 @@ from typing import Any
 
 from megatron_fp4.cli.render.page import as_svg, write_page
 from megatron_fp4.cli.render.report.facts import table
+from megatron_fp4.cli.study.gradients import gradient_table, gradients_as_markdown
+from megatron_fp4.cli.study.table import as_table, interval_text
 from megatron_fp4.storage.durable import write_durably
-from megatron_fp4.studies.design import Study
-from megatron_fp4.studies.intervals import LEVEL, POWER, Interval
+from megatron_fp4.studies.design import Quantity, Study
+from megatron_fp4.studies.intervals import LEVEL, POWER
 from megatron_fp4.studies.measures import ArmResult
 from megatron_fp4.studies.outcome import ArmGap, JudgedClaim, StudyOutcome
 
@@ -28,17 +30,21 @@ def as_markdown(outcome: StudyOutcome) -> str:
     lines = [f"# {study.name}", "", study.question, "", *_design(study)]
     if outcome.missing:
         lines += ["", f"**Not complete**: {len(outcome.missing)} of {len(study.arms) * len(study.seeds)} runs missing."]
-    if outcome.claims:
-        lines += ["", "## Claims", "", *as_table(CLAIM_HEAD, [_claim_cells(one) for one in outcome.claims])]
-    lines += [
-        "",
-        "## Gaps",
-        "",
-        *as_table(GAP_HEAD, [_gap_cells(gap) for gap in outcome.gaps]),
-        "",
-        HOW_TO_READ,
-    ]
-    return "\n".join(lines) + "\n"
+    lines += [*_claims(outcome), "", "## Gaps", "", *as_table(GAP_HEAD, [_gap_cells(gap) for gap in outcome.gaps])]
+    if outcome.gradients:
+        lines += ["", "## Gradients", "", *gradients_as_markdown(study, outcome.gradients)]
+    return "\n".join([*lines, "", HOW_TO_READ]) + "\n"
+
+
+def gradients_page(outcome: StudyOutcome) -> str:
+    """What `--gradients` prints: the gradients, and every claim, those on losses too."""
+    measured = gradients_as_markdown(outcome.study, outcome.gradients)
+    return "\n".join([f"# {outcome.study.name}: gradients", "", *measured, *_claims(outcome)])
+
+
+def _claims(outcome: StudyOutcome) -> list[str]:
+    cells = [_claim_cells(one) for one in outcome.claims]
+    return ["", "## Claims", "", *as_table(CLAIM_HEAD, cells)] if cells else []
 
 
 def _design(study: Study) -> list[str]:
@@ -72,7 +78,11 @@ def _claim_cells(judged: JudgedClaim) -> list[str]:
     claim = judged.claim
     pairs = "-" if judged.pairs is None else f"{judged.pairs}"
     seen = interval_text(judged.gap.final, judged.gap.diverged)
-    return [f"{claim.arm} against {claim.against}", str(claim), seen, judged.verdict.value, pairs, claim.because]
+    name = f"{claim.arm} against {claim.against}"
+    if claim.measure is not Quantity.loss:
+        name += f": {claim.measure.value}"
+        seen = seen if judged.gap.gaps else "not measured (--gradients)"
+    return [name, str(claim), seen, judged.verdict.value, pairs, claim.because]
 
 
 def _gap_cells(gap: ArmGap) -> list[str]:
@@ -83,19 +93,6 @@ def _gap_cells(gap: ArmGap) -> list[str]:
     return [gap.arm, gap.against, pairs, final, whole, smallest, by_seed]
 
 
-def interval_text(interval: Interval | None, diverged: Sequence[int] = ()) -> str:
-    if diverged:
-        return f"diverged (seeds {', '.join(map(str, diverged))})"
-    if interval is None:
-        return "fewer than two pairs"
-    return f"{interval.mean:+.2f} % ({interval.low:+.2f} to {interval.high:+.2f}, {interval.method})"
-
-
-def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
-
-
 def as_json(outcome: StudyOutcome, results: Sequence[ArmResult]) -> dict[str, Any]:
     """Everything but the curves, with the hash of each run's configuration."""
     runs = [{"arm": one.arm, "seed": one.seed, "key": one.key, "about": one.about} for one in results]
@@ -104,6 +101,8 @@ def as_json(outcome: StudyOutcome, results: Sequence[ArmResult]) -> dict[str, An
             **asdict(one.claim),
             "low": _finite(one.claim.low),
             "high": _finite(one.claim.high),
+            "measure": one.claim.measure.value,
+            "seen": None if one.gap.final is None else asdict(one.gap.final),
             "verdict": one.verdict.value,
             "pairs": one.pairs,
         }
@@ -112,7 +111,13 @@ def as_json(outcome: StudyOutcome, results: Sequence[ArmResult]) -> dict[str, An
     gaps = [
         {**asdict(gap), "gaps": {str(seed): _finite(value) for seed, value in gap.gaps.items()}} for gap in outcome.gaps
     ]
-    return {"study": asdict(outcome.study) | {"claims": claims}, "gaps": gaps, "runs": runs, "missing": outcome.missing}
+    return {
+        "study": asdict(outcome.study) | {"claims": claims},
+        "gaps": gaps,
+        "gradients": [asdict(one) for one in outcome.gradients],
+        "runs": runs,
+        "missing": outcome.missing,
+    }
 
 
 def _finite(value: float) -> float | None:
@@ -135,6 +140,10 @@ def _page(outcome: StudyOutcome, results: Sequence[ArmResult]) -> list[str]:
     if outcome.claims:
         body += ["<h2>Claims</h2>", table(CLAIM_HEAD, [_claim_cells(one) for one in outcome.claims])]
     body += ["<h2>Gaps</h2>", table(GAP_HEAD, [_gap_cells(gap) for gap in outcome.gaps])]
+    if outcome.gradients:
+        about, *_ = gradients_as_markdown(study, outcome.gradients)
+        cells = table(*gradient_table(study, outcome.gradients))
+        body += ["<h2>Gradients</h2>", f"<p>{html.escape(about)}</p>", cells]
     body += [f'<p class="note">{html.escape(HOW_TO_READ)}</p>', "<h2>Curves</h2>", '<div class="plots">']
     return [*body, *_plots(outcome, results), "</div>"]
 

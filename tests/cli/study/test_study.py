@@ -9,14 +9,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from megatron_fp4.cli import main
 from megatron_fp4.cli.overrides.mistakes import ConfigError
+from megatron_fp4.cli.study import command
+from megatron_fp4.cli.study import gradients as study_gradients
 from megatron_fp4.cli.study.read import SHIPPED, read_study
 from megatron_fp4.cli.study.runs import StudyRun, compose_arms, runs_of
+from megatron_fp4.studies.measures import GradientError
+from megatron_fp4.train.config import RunConfig
 
 STUDY = """
 name: toy
@@ -157,6 +162,8 @@ def test_missing_runs_are_listed_as_commands(toy: Path, capsys: pytest.CaptureFi
         ("seeds: [1, 2, 3]", "seeds: 3", "give a list of whole numbers"),
         ("[0.5, null]", "0.5", "give [low, high]"),
         ("against: low", "agains: low", "a claim has no agains"),
+        ("against: low,", "against: low, measure: speed,", "measure = speed of a claim; use one of loss, equal_"),
+        ("against: low,", "against: low, measure: gradient_error,", "whose gradient the others are compared with"),
         ("arms:", "arm:", "a study has no arm;"),
         ("{window_steps: 4}", "{windw: 4}", "measure has no windw; it has loss, window_steps"),
         ("seeds: [1", "seeds: [1, [", "toy.yaml"),
@@ -171,6 +178,55 @@ def test_mistakes_are_one_sentence(
     assert message in printed
     assert len(printed.splitlines()) == 1
     assert not calls(toy.parent / "out")
+
+
+GRADIENT_CLAIMS = """
+  - {arm: high, against: low, percent: [null, 0], measure: equal_weights_loss}
+  - {arm: higher, against: high, percent: [40, 60], measure: gradient_error}
+  - {arm: higher, against: high, percent: [0, null], measure: gradient_left}
+"""
+
+
+def test_claims_on_gradients_are_measured_once_and_shown_with_the_others(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy.write_text(STUDY.replace("  high:", "  higher: [optim.lr=4e-3]\n  high:").rstrip() + GRADIENT_CLAIMS)
+    measured: list[tuple[int, list[str], int, str]] = []
+
+    def errors(arms: Mapping[str, RunConfig], *, draws: int) -> dict[str, GradientError]:
+        _, *others = arms
+        config = arms[others[0]]
+        measured.append((config.train.seed, others, draws, config.train.init_from))
+        return {
+            arm: GradientError({"high": 0.02, "higher": 0.03}[arm], 0.99, 0.5, 2.9, 3.0, draws=draws) for arm in others
+        }
+
+    monkeypatch.setattr(study_gradients, "gradient_errors", errors)
+    monkeypatch.setattr(command, "check_arms", lambda trees: None)
+    ask = ["study", str(toy), "--out", str(toy.parent / "out")]
+    assert main.run([*ask, "--gradients", "--draws", "2", "--seeds", "1", "2"]) == 0
+    assert measured == [(seed, ["higher", "high"], 2, "") for seed in (1, 2)]
+    printed = capsys.readouterr().out
+    assert "| high against low | above 0.5 % | fewer than two pairs | undecided |" in printed
+    assert (
+        "| high against low: equal_weights_loss | below 0 % | -3.33 % (-3.33 to -3.33, Student) | reproduced |"
+        in printed
+    )
+    assert "| higher against high: gradient_error | 40 to 60 % | +50.00 %" in printed
+
+    assert main.run([*ask, "--gradients", "--draws", "2"]) == 0  # the third seed is what is missing
+    assert [seed for seed, *_ in measured] == [1, 2, 3]
+    assert main.run([*ask, "--draws", "2", "--arms", "low", "high"]) == 0
+    assert len(calls(toy.parent / "out")) == 6
+    page = (toy.parent / "out" / "study.md").read_text()
+    assert "3 of 9 runs missing" in page
+    assert "| high against low: equal_weights_loss | below 0 % | -3.33 %" in page
+    capsys.readouterr()
+
+    assert main.run([*ask, "--show", "--draws", "2", "--weights", "runs/other"]) == 0  # nothing was measured there
+    assert "| not measured (--gradients) | undecided |" in capsys.readouterr().out
+    assert main.run([*ask, "--arms", "lower"]) == 2
+    assert "--arms lower; toy has low, higher, high" in capsys.readouterr().err
 
 
 def test_an_unknown_study_names_those_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
