@@ -130,7 +130,8 @@ def _conclude(asked: Asked) -> StudyOutcome | None:
     """Print and write what the results say; None where there are none."""
     from megatron_fp4.cli.study.show import as_markdown, write_outcome  # here: it draws
 
-    study, root, results = asked.study, asked.root, asked.results
+    study, root = asked.study, asked.root
+    results = asked.results
     if not results:
         print(f"no run of {study.name} is complete in {root}", file=sys.stderr)
         return None
