@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import formats
+from megatron_fp4.numerics.eden import LEAST_SCALE, SCALE_BITS
 
 FLT_MAX = torch.finfo(torch.float32).max
 HEADROOM = 17.0 / 16.0
@@ -46,6 +47,15 @@ class QuantizedTensor:
         return values.to(dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class Eden:
+    """How MS-EDEN corrects the block scales. group: elements of a group of the transform. word: random int32 of each
+    block, `[R, C/16]`."""
+
+    group: int
+    word: Tensor
+
+
 def quantize_nvfp4(
     x: Tensor,
     *,
@@ -56,12 +66,14 @@ def quantize_nvfp4(
     headroom: bool = False,
     four_over_six: str = "off",
     bound: float = formats.E4M3_MAX,
+    eden: Eden | None = None,
 ) -> QuantizedTensor:
     """NVFP4: E2M1 codes, one E4M3 scale per tile, one FP32 scale per tensor.
 
     x: `[R, C]` BF16 or FP32. tile: (1, 16) or (16, 16). amax: FP32 scalar (or `[R, 1]`, one per row), default max |x|.
     scale_order: "te" or "paper". noise: FP32 `[R, C]` in [0, 1) for stochastic rounding, None for nearest even.
     headroom: enlarge the block scales by 17/16. four_over_six: "off", "mae" or "mse". bound: largest block scale.
+    eden: the scales take up what nearest codes have lost; x is behind a random transform.
     Raises ValueError if the tile does not divide the shape, or x is not finite and no amax was given.
     """
     _check(x, tile)
@@ -81,14 +93,16 @@ def quantize_nvfp4(
     if headroom:
         target = target * HEADROOM
     values = x.float().view(x.shape[0], -1, tile[1])
-    scales = formats.encode_e4m3(target)
+    scales = _kept_scales(target, block_max, eden)
     if four_over_six != "off":
-        wider = formats.encode_e4m3(target * 1.5)
+        wider = _kept_scales(target * 1.5, block_max, eden)
         divisor = formats.E2M1_MAX * bound
         errors = [_error(values, s, global_decode, amax, divisor, four_over_six, tile) for s in (scales, wider)]
         scales = torch.where(errors[1] < errors[0], wider.float(), scales.float()).to(torch.float8_e4m3fn)
     scaled = (values * _block_encode(scales, global_decode)[..., None]).view(x.shape)
     codes = formats.encode_e2m1(scaled) if noise is None else formats.encode_e2m1_stochastic(scaled, noise)
+    if eden is not None:
+        scales = _corrected(scaled, formats.decode_e2m1(codes), scales, eden)
     return QuantizedTensor(formats.pack(codes), scales, amax, formats.E2M1_MAX * bound)
 
 
@@ -109,6 +123,41 @@ def quantize_power_of_two(
         return QuantizedTensor(formats.encode_e4m3(scaled), scales, None)
     codes = formats.encode_e2m1(scaled) if noise is None else formats.encode_e2m1_stochastic(scaled, noise)
     return QuantizedTensor(formats.pack(codes), scales, None)
+
+
+def _kept_scales(target: Tensor, block_max: Tensor, eden: Eden | None) -> Tensor:
+    """The nearest E4M3 scales; with MS-EDEN no block that is not all zeros has a scale of zero."""
+    scales = formats.encode_e4m3(target)
+    if eden is None:
+        return scales
+    return torch.where(block_max > 0, scales.float().clamp(min=LEAST_SCALE), scales.float()).to(torch.float8_e4m3fn)
+
+
+def _corrected(scaled: Tensor, codes: Tensor, scales: Tensor, eden: Eden) -> Tensor:
+    """The scales `[R, C/16]` times <y, y> / <y, q> of their group, rounded up with a probability equal to the position
+    between two E4M3 numbers. scaled, codes: `[R, C]` in units of each block's scale.
+
+    Sums are made as everywhere: 16 elements one by one, blocks by a tree.
+    """
+    shape, scale = scales.shape, scales.float()
+
+    def of_groups(terms: Tensor) -> Tensor:
+        total = torch.zeros(shape, device=terms.device)
+        for element in terms.view(*shape, 16).unbind(-1):
+            total = total + element
+        parts = ((total * scale) * scale).view(shape[0], -1, eden.group // 16)
+        while parts.shape[-1] > 1:
+            half = parts.shape[-1] // 2
+            parts = parts[..., :half] + parts[..., half:]
+        return parts[..., 0]
+
+    energy, product = of_groups(scaled * scaled), of_groups(scaled * codes)
+    factor = torch.where(product > 0, energy / product, 1.0).repeat_interleave(eden.group // 16, 1)
+    target = (scale * factor).clamp(max=formats.E4M3_MAX)
+    _, exponent = torch.frexp(target)  # target = m * 2^exponent with m in [1/2, 1): eight steps in [1/2, 1)
+    spacing = torch.ldexp(torch.ones_like(target), (exponent - 1).clamp(min=-6) - 3)
+    noise = (((eden.word >> (32 - SCALE_BITS)) & ((1 << SCALE_BITS) - 1)).float() + 0.5) / 2**SCALE_BITS
+    return formats.encode_e4m3(torch.floor(target / spacing + noise) * spacing)
 
 
 def _check(x: Tensor, tile: tuple[int, int]) -> None:

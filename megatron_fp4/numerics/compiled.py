@@ -13,12 +13,19 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_fp4.numerics import four_over_six, stages
+from megatron_fp4.numerics import eden, four_over_six, stages
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-EAGER_ON_CUDA = (stages.nvfp4_scales, stages.power_scales, four_over_six.candidates, four_over_six.errors)
+EAGER_ON_CUDA = (
+    stages.nvfp4_scales,
+    stages.power_scales,
+    four_over_six.candidates,
+    four_over_six.errors,
+    eden.correction,
+    eden.round_scale,
+)
 """Triton divides approximately and contracts multiply-adds. These stages divide, and are small (per block)."""
 
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import rounding
-from megatron_fp4.numerics.stages import BlockScales, block_encode, encode_scale
+from megatron_fp4.numerics.stages import BlockScales, at_least, block_encode, encode_scale
 
 
-def candidates(largest: Tensor, amax: Tensor, aim: float) -> tuple[BlockScales, BlockScales]:
+def candidates(largest: Tensor, amax: Tensor, aim: float, least: float) -> tuple[BlockScales, BlockScales]:
     """E4M3 scales that map the block maxima `largest` to 6 and to 4, and their 1 / (scale * S_dec).
 
-    amax, aim: see `stages.encode_scale`; amax is broadcastable to `largest`.
+    amax, aim: see `stages.encode_scale`; amax is broadcastable to `largest`. least: see `stages.nvfp4_scales`.
     """
     encode, decode = encode_scale(amax, aim)
     target = (largest.to(torch.float32) / torch.full_like(largest, 6.0, dtype=torch.float32)) * encode
-    to_six, to_four = rounding.round_e4m3(target), rounding.round_e4m3(target * 1.5)
+    to_six, to_four = (at_least(rounding.round_e4m3(one), largest, least) for one in (target, target * 1.5))
     return BlockScales(to_six, block_encode(to_six, decode)), BlockScales(to_four, block_encode(to_four, decode))
 
 

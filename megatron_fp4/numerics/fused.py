@@ -11,7 +11,7 @@ significant bits). Codes are never made. A tensor `x [R, C]` becomes one like th
 A tile is given in *storage* order (rows, columns of the tensor as it lies in memory), so a copy that is contracted
 along its rows needs no transposition: its tiles are 16x1.
 
-Not here: the arithmetic of a pass (`stages`, `four_over_six`), and compiling it (`compiled`).
+Not here: the arithmetic of a pass (`stages`, `four_over_six`, `eden`), and compiling it (`compiled`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_fp4.numerics import eden, rounding, stages
 from megatron_fp4.numerics import four_over_six as over
-from megatron_fp4.numerics import rounding, stages
 from megatron_fp4.numerics.compiled import StageRunner
 from megatron_fp4.numerics.hadamard import hadamard_lanes
 from megatron_fp4.numerics.stages import BlockScales, Noise
@@ -62,11 +62,12 @@ class Passes:
         scale_order: str = "te",
         headroom: bool = False,
         bound: float = rounding.E4M3_MAX,
+        least: float = 0.0,
     ) -> BlockScales:
         """E4M3 scales of NVFP4 below the FP32 scale that `amax` gives.
 
         amax: FP32, a scalar, or `[R, 1]` or `[1, C]` for one global scale per row of the operand. scale_order: "te" or
-        "paper". headroom: enlarge the block scales by 17/16. bound: the largest block scale.
+        "paper". headroom: enlarge the block scales by 17/16. bound, least: the largest and the smallest block scale.
         """
         return self._run(
             stages.nvfp4_scales,
@@ -75,17 +76,29 @@ class Passes:
             aim=rounding.E2M1_MAX * bound,
             scale_order=scale_order,
             headroom=headroom,
+            least=least,
         )
 
     def four_over_six_scales(
-        self, x: Tensor, block_maxima: Tensor, amax: Tensor, *, tile: Tile, along: int, bound: float, measure: str
+        self,
+        x: Tensor,
+        block_maxima: Tensor,
+        amax: Tensor,
+        *,
+        tile: Tile,
+        along: int,
+        bound: float,
+        measure: str,
+        least: float = 0.0,
     ) -> BlockScales:
         """The scales of each tile that have the smaller error, of those that map its maximum to 6 and to 4.
 
         along: the dimension of x that is contracted. measure: "mae" or "mse".
         """
         aim = rounding.E2M1_MAX * bound
-        to_six, to_four = self._run(over.candidates, largest=block_maxima, amax=_broadcastable(amax), aim=aim)
+        to_six, to_four = self._run(
+            over.candidates, largest=block_maxima, amax=_broadcastable(amax), aim=aim, least=least
+        )
         error_of_six, error_of_four = (
             self._errors(x, scales, amax, tile=tile, along=along, aim=aim, measure=measure)
             for scales in (to_six, to_four)
@@ -124,6 +137,28 @@ class Passes:
         )
         per_line = self._run(over.sum_along_lines, error=error, lanes=lanes).view(shape)
         return over.sum_of_lines(per_line.unflatten(across, (-1, lines)), across + 1).squeeze(across + 1)
+
+    def corrected_scales(self, x: Tensor, scales: BlockScales, words: Noise, *, along: int, group: int) -> BlockScales:
+        """The scales by which nearest codes have no bias behind a random rotation (`eden`); multipliers stay.
+
+        Blocks are of 16 elements along `along`, groups are `group` elements long. words: of the first element of each
+        block.
+        """
+        lanes = 16
+        multiplier = scales.multiplier.view(-1, 1) if along == 1 else scales.multiplier[:, None]
+        lines = x.view(-1) if along == 1 else x
+        terms = self._run(eden.terms, x=lines, multiplier=multiplier, lanes=lanes)
+        sums = (self._run(over.sum_along_lines, error=part, lanes=lanes).view(scales.scale.shape) for part in terms)
+        energy, product = (
+            over.sum_of_lines(
+                self._run(eden.weighted, total=part, scale=scales.scale).unflatten(along, (-1, group // lanes)),
+                along + 1,
+            ).squeeze(along + 1)
+            for part in sums
+        )
+        factor = self._run(eden.correction, energy=energy, product=product).repeat_interleave(group // lanes, along)
+        word = self._run(stages.random_words, row_a=words.row_a, row_b=words.row_b, column=words.column)
+        return BlockScales(self._run(eden.round_scale, scale=scales.scale, factor=factor, word=word), scales.multiplier)
 
     def power_of_two_scales(self, block_maxima: Tensor, element: str) -> BlockScales:
         """Power-of-two scales (mxfp4, mxfp8, fp8_block), rounded up. element: "e2m1" or "e4m3"."""

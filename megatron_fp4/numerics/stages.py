@@ -97,8 +97,13 @@ def largest_of(block_maxima: Tensor) -> Tensor:
     return block_maxima.to(torch.float32).amax()
 
 
-def nvfp4_scales(largest: Tensor, amax: Tensor, aim: float, scale_order: str, headroom: bool) -> BlockScales:
-    """E4M3 block scale and 1 / (scale * S_dec) of the block maxima `largest`; amax: broadcastable, aim: see above."""
+def nvfp4_scales(
+    largest: Tensor, amax: Tensor, aim: float, scale_order: str, headroom: bool, least: float
+) -> BlockScales:
+    """E4M3 block scale and 1 / (scale * S_dec) of the block maxima `largest`; amax: broadcastable, aim: see above.
+
+    least: the smallest scale of a block that is not all zeros, an E4M3 number.
+    """
     encode, decode = encode_scale(amax, aim)
     if scale_order == "te":
         target = largest.to(torch.float32) * (encode * (1.0 / 6.0))
@@ -106,8 +111,13 @@ def nvfp4_scales(largest: Tensor, amax: Tensor, aim: float, scale_order: str, he
         target = (largest.to(torch.float32) / torch.full_like(largest, 6.0, dtype=torch.float32)) * encode
     if headroom:
         target = target * HEADROOM
-    scale = rounding.round_e4m3(target)
+    scale = at_least(rounding.round_e4m3(target), largest, least)
     return BlockScales(scale, block_encode(scale, decode))
+
+
+def at_least(scale: Tensor, largest: Tensor, least: float) -> Tensor:
+    """`scale`, but no less than `least` where the maximum of the block is not zero."""
+    return torch.where(largest > 0, scale.clamp(min=least), scale) if least else scale
 
 
 def block_encode(scale: Tensor, decode: Tensor) -> Tensor:
@@ -126,6 +136,11 @@ def power_scales(largest: Tensor, element_max: float) -> BlockScales:
 def address_words(key: Key, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the elements of each row `[R]` (two words) and of each column `[C]` share, int32."""
     return *row_words(key, rows), column_words(key, cols)
+
+
+def random_words(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:
+    """The random word of each element, int32 `[R, C]`."""
+    return combine(row_a[:, None], row_b[:, None], column)
 
 
 def noise_bytes(row_a: Tensor, row_b: Tensor, column: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
+from megatron_fp4.numerics.eden import LEAST_SCALE
 from megatron_fp4.settings import Bound, bounds_of
 
 
@@ -28,6 +29,9 @@ class Rounding(Enum):
     rne = "rne"  # to nearest, ties to even
     sr = "sr"  # stochastic, as Transformer Engine does it: block maxima above 6 are clipped, a bias of about 1%
     sr_headroom = "sr_headroom"  # stochastic without bias: the block scale is enlarged by 17/16, so nothing is clipped
+    ms_eden = (
+        "ms_eden"  # to nearest behind a random transform; the scales, rounded at random, undo the bias (2601.22813)
+    )
 
 
 class Signs(Enum):
@@ -36,6 +40,9 @@ class Signs(Enum):
     none = "none"
     fixed = "fixed"  # one vector for all layers and steps (paper section 4.2)
     per_step = "per_step"  # a new vector per layer and step
+    per_index = (
+        "per_index"  # a sign of its own, new at each step, for every index along the contraction, so every token
+    )
 
 
 class ScaleOrder(Enum):
@@ -122,7 +129,7 @@ class Operand:
         parts = [self.format.name]
         if self.tile is not None and self.tile != TILES[self.format][0]:
             parts.append(f"{self.tile[0]}x{self.tile[1]}")
-        if self.stochastic:
+        if self.rounding is not Rounding.rne:
             parts.append(self.rounding.name)
         if self.rht_size:
             parts.append(f"rht{self.rht_size}")
@@ -138,7 +145,18 @@ class Operand:
 
     @property
     def stochastic(self) -> bool:
-        return self.rounding is not Rounding.rne
+        """Whether the codes are rounded at random."""
+        return self.rounding in (Rounding.sr, Rounding.sr_headroom)
+
+    @property
+    def eden(self) -> bool:
+        """Whether block scales are rounded at random, by what nearest codes of their group have lost."""
+        return self.rounding is Rounding.ms_eden
+
+    @property
+    def random(self) -> bool:
+        """Whether seed and step go into it: it is another one at each step, though its tensor is the same."""
+        return self.stochastic or self.eden or self.rht_signs in (Signs.per_step, Signs.per_index)
 
     @property
     def centred_noise(self) -> bool:
@@ -149,7 +167,7 @@ class Operand:
     def transposes(self) -> bool:
         """Whether a tensor and its transpose get the same codes, so that one copy serves both directions."""
         square = self.tile is not None and self.tile[0] == self.tile[1]
-        return square and self.rht_size == 0 and not self.stochastic
+        return square and self.rht_size == 0 and not self.random
 
     @property
     def contraction_multiple(self) -> int:
@@ -161,7 +179,14 @@ class Operand:
         """Largest block scale that the global scale of nvfp4 aims at: 448, or lower where a factor will be applied."""
         if self.four_over_six is not FourOverSix.off:
             return float(self.four_over_six_bound)
+        if self.eden:
+            return 256.0  # room for the correction
         return 416.0 if self.rounding is Rounding.sr_headroom else 448.0  # 416 * 17/16 still rounds to 448
+
+    @property
+    def least_scale(self) -> float:
+        """Smallest scale of a block that is not all zeros; 0: it may be flushed."""
+        return LEAST_SCALE if self.eden else 0.0
 
 
 def _objections(operand: Operand) -> list[str]:
@@ -170,9 +195,12 @@ def _objections(operand: Operand) -> list[str]:
     changed = {name for name, value in defaults.items() if getattr(operand, name) != value} - {"format", "tile"}
     reasons = []
     if operand.format is Format.bf16:
-        if changed or operand.tile is not None:
+        transform = {"rht_size", "rht_signs"} if operand.rht_size else set()  # that of the other operand of its GEMM
+        if changed - transform or operand.tile is not None:
             names = ", ".join(sorted(changed | ({"tile"} if operand.tile else set())))
             reasons.append(f"nothing is quantized, so {names} would have no effect; leave them out or choose a format")
+        if operand.rht_size not in RHT_SIZES:
+            reasons.append(f"rht_size={operand.rht_size}; use {bounds_of(Operand)['rht_size']}")
         return reasons
     if operand.tile not in TILES[operand.format]:
         allowed = " or ".join(f"{rows}x{cols}" for rows, cols in TILES[operand.format])
@@ -184,6 +212,8 @@ def _objections(operand: Operand) -> list[str]:
         reasons.append(f"rht_signs={operand.rht_signs.name} without a transform (rht_size=0)")
     if not operand.stochastic and "noise_bits" in changed:
         reasons.append("noise_bits with nearest-even rounding, which draws no noise")
+    if operand.eden:
+        reasons += _eden_objections(operand)
     if operand.four_over_six is FourOverSix.off and "four_over_six_bound" in changed:
         reasons.append("four_over_six_bound while four_over_six is off")
     if operand.format in (Format.mxfp8, Format.fp8_block) and operand.stochastic:
@@ -201,4 +231,23 @@ def _objections(operand: Operand) -> list[str]:
         reasons.append("scale_order with four_over_six, which has one order, (amax_b / 6) * S_enc")
     if operand.four_over_six is not FourOverSix.off and operand.rounding is Rounding.sr_headroom:
         reasons.append("sr_headroom with four_over_six: the choice between the scales already sets the headroom")
+    return reasons
+
+
+def _eden_objections(operand: Operand) -> list[str]:
+    """What takes its meaning from ms_eden."""
+    reasons = []
+    if operand.format is not Format.nvfp4:
+        reasons.append("ms_eden rounds the E4M3 scales of nvfp4; use that format, or another rounding")
+    if operand.rht_size < 16 or operand.rht_signs not in (Signs.per_step, Signs.per_index):
+        reasons.append(
+            "ms_eden has no bias only in the mean over random transforms, and corrects each of their groups; use"
+            " rht_size=128 with rht_signs=per_index (of both operands of the GEMM)"
+        )
+    if operand.tile == (16, 16):
+        reasons.append(
+            "ms_eden corrects groups along the contraction, and a 16x16 tile has one scale for 16 rows; use 1x16"
+        )
+    if operand.four_over_six is not FourOverSix.off and operand.four_over_six_bound != 256:
+        reasons.append("four_over_six_bound=448 with ms_eden leaves its correction no room below 448; use 256")
     return reasons

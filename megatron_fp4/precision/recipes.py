@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_fp4.precision.operand import Format, Operand, Rounding
+from megatron_fp4.precision.operand import Format, Operand, Rounding, Signs
 from megatron_fp4.precision.spec import Dgrad, Fprop, LinearPrecision, Wgrad
 
 
@@ -32,6 +32,18 @@ def nvfp4_forward() -> LinearPrecision:
     """What a model will be served in, W4A4, and a backward pass in high precision: to finish one that was BF16."""
     operand = Operand(Format.nvfp4)
     return LinearPrecision(Fprop(x=operand, w=operand))
+
+
+def nvfp4_ms_eden(*, square_weights: bool = True) -> LinearPrecision:
+    """The paper's forward pass, and MS-EDEN in the backward pass (arXiv 2601.22813).
+
+    Both operands of Dgrad and Wgrad are rounded to nearest behind a random Hadamard transform of 128, with scales that
+    undo the bias. Without square weights it is Quartet II's recipe, but that the backward pass quantizes the tensors
+    themselves.
+    """
+    eden = Operand(Format.nvfp4, rounding=Rounding.ms_eden, rht_size=128, rht_signs=Signs.per_index)
+    forward = nvfp4_paper(square_weights=square_weights).fprop
+    return LinearPrecision(forward, Dgrad(eden, eden), Wgrad(eden, eden))
 
 
 def mxfp4_paper() -> LinearPrecision:

@@ -35,7 +35,8 @@ class Gemm:
 
     tensors: names of the two operands, in the order of the product. contracted: the dimension that they share, of
     `TENSOR_DIMS`.
-    Raises ValueError if only one operand is transformed, or differently, and for padding where nothing is quantized.
+    Raises ValueError if only one operand is transformed, or differently, and for padding or transforms where nothing is
+    quantized.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,8 @@ class Gemm:
                 f"{self}: the Hadamard transforms of the two operands must be equal, in size and signs, to cancel in"
                 f" the product"
             )
+        if first.rht_size and not self.quantized:
+            raise ValueError(f"{self}: nothing is quantized, so rht_size would have no effect; leave it out")
 
     def __str__(self) -> str:
         """`dgrad dy nvfp4 sr, w nvfp4 16x16`."""

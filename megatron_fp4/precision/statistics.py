@@ -19,7 +19,7 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.hadamard import hadamard
 from megatron_fp4.precision.backends.finite import NonFiniteError, NonFiniteWatch
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
-from megatron_fp4.precision.backends.randomness import signs_for
+from megatron_fp4.precision.backends.randomness import signs_for, with_signs
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
 from megatron_fp4.precision.operand import Format, Operand
 from megatron_fp4.precision.spec import LinearPrecision
@@ -68,11 +68,13 @@ def _origin(x: Tensor, step: int) -> OperandOrigin:
 def sums_of(x: Tensor, operand: Operand, along: int, step: int) -> Tensor:
     """What `stats_of` is made of, FP64 on the device of `x`: nothing is read back. Without a meaning if x has NaN."""
     origin = _origin(x, step)
-    (prepared,) = ReferenceBackend(NonFiniteWatch()).quantize(x, origin, [Copy("report", operand, along)])
+    copy = Copy("report", operand, along)
+    (prepared,) = ReferenceBackend(NonFiniteWatch()).quantize(x, origin, [copy])
     values, scale = decode(prepared)
     exact = x if along == 1 else x.T.contiguous()
     if operand.rht_size:
-        exact = hadamard(exact, operand.rht_size, signs_for(origin, operand, x.device), 1)
+        signed = with_signs(x, origin, copy)
+        exact = hadamard(signed if along == 1 else signed.T, operand.rht_size, signs_for(origin, operand, x.device), 1)
     wanted = exact.double()
     got = values.double() if scale is None else values.double() * (scale[0].double() / scale[1])
     of_elements = (

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_fp4.precision.backends.protocol import Backend, Copy, OperandOrigin, QuantizedOperand
-from megatron_fp4.precision.backends.randomness import varies_by_step
 from megatron_fp4.precision.clock import StepClock
 from megatron_fp4.precision.sharding import Sharding
 
@@ -68,7 +67,7 @@ class WeightCache:
     ) -> tuple[QuantizedOperand, ...]:
         """`backend.quantize` of the weight `[N, K]`, or what it gave the last time."""
         common = (version, weight.device, weight.dtype, backend, sharding)
-        keys = [(copy, *common, (seed, step) if varies_by_step(copy.operand) else None) for copy in copies]
+        keys = [(copy, *common, (seed, step) if copy.operand.random else None) for copy in copies]
         if any(key not in self._operands for key in keys):
             self.clear()  # the old ones go first
             operands = self._quantize(weight.detach(), copies, backend, sharding.w(seed, step))

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_fp4.cli.compose import CONFIG_DIR, compose_config, to_run_config
 from megatron_fp4.precision.operand import AmaxScope
-from megatron_fp4.precision.recipes import RECIPES, nvfp4_forward, nvfp4_paper
+from megatron_fp4.precision.recipes import RECIPES, nvfp4_forward, nvfp4_ms_eden, nvfp4_paper
 from megatron_fp4.precision.spec import LinearPrecision
 
 OPTIONS = sorted(path.stem for path in (CONFIG_DIR / "precision/recipe").glob("*.yaml"))
@@ -17,6 +17,8 @@ CHANGES = {
     "nvfp4_no_rht": nvfp4_paper(rht=False),
     "nvfp4_no_sr": nvfp4_paper(stochastic=False),
     "nvfp4_no_2d": nvfp4_paper(square_weights=False),
+    "nvfp4_ms_eden": nvfp4_ms_eden(),
+    "nvfp4_quartet2": nvfp4_ms_eden(square_weights=False),
     "nvfp4_shard": nvfp4_paper().with_operands(lambda operand: replace(operand, amax_scope=AmaxScope.shard)),
 }
 

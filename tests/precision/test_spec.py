@@ -26,9 +26,17 @@ from megatron_fp4.precision import (
 )
 from megatron_fp4.precision.operand import RHT_SIZES, AmaxRounding
 
+EDEN = {"rounding": Rounding.ms_eden, "rht_size": 128, "rht_signs": Signs.per_index}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rounding": Rounding.sr}, "nothing is quantized"),
-    ({"rht_size": 16}, "nothing is quantized"),
+    ({"rht_size": 8}, "rht_size=8; use 0"),
+    ({"rht_signs": Signs.none}, "nothing is quantized"),
+    ({"format": Format.mxfp4, "rounding": Rounding.ms_eden}, "scales of nvfp4"),
+    ({"format": Format.nvfp4, "rounding": Rounding.ms_eden}, "rht_size=128 with rht_signs=per_index"),
+    ({"format": Format.nvfp4, "rounding": Rounding.ms_eden, "rht_size": 128}, "rht_signs=per_index"),
+    ({"format": Format.nvfp4, "rounding": Rounding.ms_eden, "noise_bits": 20}, "draws no noise"),
+    ({"format": Format.nvfp4, "tile": (16, 16), **EDEN}, "use 1x16"),
+    ({"format": Format.nvfp4, **EDEN, "four_over_six": FourOverSix.mse, "four_over_six_bound": 448}, "use 256"),
     ({"tile": (1, 16)}, "nothing is quantized"),
     ({"format": Format.nvfp4, "tile": (1, 32)}, "use 1x16 or 16x16"),
     ({"format": Format.mxfp4, "tile": (16, 16)}, "use 1x32"),
@@ -88,7 +96,7 @@ ALTERNATIVES: dict[str, list[Any]] = {
     "tile": [None, (1, 16), (16, 16), (1, 32), (1, 128), (128, 128)],
     "rounding": list(Rounding),
     "noise_bits": [8, 20],
-    "rht_size": list(RHT_SIZES),
+    "rht_size": [0, 16, 128],
     "rht_signs": list(Signs),
     "scale_order": list(ScaleOrder),
     "amax_scope": list(AmaxScope),

@@ -172,7 +172,7 @@ def _objection(info: LinearInfo, precision: LinearPrecision, tp: int) -> str:
         return f"its weight in {operand.format.name}, which is not the NVFP4 of the file"
     if operand.rht_size:
         return f"its weight behind a Hadamard transform of {operand.rht_size}, which no server makes"
-    if operand.stochastic:
+    if operand.random:
         return "its weight rounded stochastically, other codes in each step"
     if operand.amax_scope is AmaxScope.row:
         return "its weight with a global scale in each row, and a file has one"

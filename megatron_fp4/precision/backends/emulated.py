@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_fp4.numerics.eden import SCALE_BITS
 from megatron_fp4.numerics.fused import Passes
 from megatron_fp4.numerics.stages import BlockScales
 from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
 from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul, widens
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
-from megatron_fp4.precision.backends.randomness import SignVectors, noise_key
+from megatron_fp4.precision.backends.randomness import SignVectors, block_addresses, noise_key, with_signs
 from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding
 
 
@@ -36,7 +37,7 @@ class _Values(QuantizedOperand):
 
 @dataclass(frozen=True, eq=False)
 class _Deferred(QuantizedOperand):
-    """tensors = (x, amax): the operand is still to be made."""
+    """tensors = (x, amax): the operand is still to be made; without amax, only to be transformed."""
 
     origin: OperandOrigin
     copy: Copy
@@ -86,8 +87,10 @@ class EmulatedBackend:
         operands: list[QuantizedOperand] = []
         for copy in copies:
             operand = copy.operand
-            if not operand.quantized:
-                operands.append(_Values((x,), copy.along))
+            if not operand.quantized and copy.deferred and operand.rht_size:
+                operands.append(_Deferred((x,), origin, copy))
+            elif not operand.quantized:
+                operands.append(_Values((self._transformed(x, origin, copy),), copy.along))
             elif copy.deferred:
                 operands.append(_Deferred((x, amaxes[copy]), origin, copy))
             else:
@@ -118,10 +121,16 @@ class EmulatedBackend:
         return self._operand(operand, operand.tensors[0].dtype)
 
     def _blocks(self, x: Tensor, origin: OperandOrigin, copy: Copy) -> _Blocks:
-        size = copy.operand.rht_size
-        if size:
-            x = self.passes.hadamard(x, size, self._signs.of(origin, copy.operand, x.device), copy.along)
+        x = self._transformed(x, origin, copy)
         return _Blocks(x, self.passes.block_maxima(x, copy.stored_tile))
+
+    def _transformed(self, x: Tensor, origin: OperandOrigin, copy: Copy) -> Tensor:
+        """x behind the Hadamard transform of its copy, rounded once to its type; x itself where there is none."""
+        size = copy.operand.rht_size
+        if not size:
+            return x
+        signs = self._signs.of(origin, copy.operand, x.device)
+        return self.passes.hadamard(with_signs(x, origin, copy), size, signs, copy.along)
 
     def _amax(self, blocks: _Blocks, copy: Copy) -> Tensor:
         """The local amax of a copy, an FP32 scalar or one per row of the operand."""
@@ -138,6 +147,10 @@ class EmulatedBackend:
             noise = self.passes.noise(key, origin.rows, origin.cols, operand.noise_bits, centred=centred)
         element = "e2m1" if operand.format in (Format.nvfp4, Format.mxfp4) else "e4m3"
         scales = self._scales(blocks, amax, copy, element)
+        if operand.eden:
+            key, (rows, cols) = noise_key(origin, copy), block_addresses(origin, copy)
+            words = self.passes.noise(key, rows, cols, SCALE_BITS, centred=True)
+            scales = self.passes.corrected_scales(blocks.x, scales, words, along=copy.along, group=operand.rht_size)
         return self.passes.rounded(blocks.x, scales, tile=copy.stored_tile, element=element, noise=noise, dtype=dtype)
 
     def _scales(self, blocks: _Blocks, amax: Tensor, copy: Copy, element: str) -> BlockScales:
@@ -151,6 +164,7 @@ class EmulatedBackend:
                 scale_order=operand.scale_order.name,
                 headroom=operand.rounding is Rounding.sr_headroom,
                 bound=operand.scale_bound,
+                least=operand.least_scale,
             )
         return self.passes.four_over_six_scales(
             *blocks,
@@ -159,11 +173,15 @@ class EmulatedBackend:
             along=copy.along,
             bound=operand.scale_bound,
             measure=operand.four_over_six.name,
+            least=operand.least_scale,
         )
 
     def _operand(self, operand: QuantizedOperand, dtype: torch.dtype) -> tuple[Tensor, GlobalScale | None]:
         """The operand as `[M, K]`, and its global scale. dtype: in which it is made if it is deferred."""
-        if isinstance(operand, _Deferred):
+        if isinstance(operand, _Deferred) and not operand.copy.operand.quantized:
+            transformed = self._transformed(operand.tensors[0], operand.origin, operand.copy)
+            operand = _Values((transformed,), operand.copy.along)
+        elif isinstance(operand, _Deferred):
             x, amax = operand.tensors
             origin, copy = operand.origin, operand.copy
             operand = _scaled(self._values(self._blocks(x, origin, copy), amax, origin, copy, dtype), amax, copy)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics.hadamard import fixed_signs, signs_from_key
-from megatron_fp4.numerics.random import key_of
+from megatron_fp4.numerics.random import key_of, random_bits
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
 from megatron_fp4.precision.operand import Operand, Signs
 
@@ -25,19 +25,35 @@ def expert_rows(rows: Tensor, experts: Tensor | int) -> Tensor:
     return rows + experts * EXPERT_STRIDE
 
 
-def varies_by_step(operand: Operand) -> bool:
-    """Whether seed and step go into an operand: then it is another one at each step, though its tensor is the same."""
-    return operand.stochastic or (operand.rht_size > 0 and operand.rht_signs is Signs.per_step)
-
-
 def noise_key(origin: OperandOrigin, copy: Copy) -> int:
     """Key of the rounding noise of one copy."""
     return key_of(origin.seed, origin.step, origin.name, f"{copy.gemm}.{origin.operand}")
 
 
+def block_addresses(origin: OperandOrigin, copy: Copy) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the first element of each block of 16 along the contraction."""
+    return (origin.rows, origin.cols[::16]) if copy.along == 1 else (origin.rows[::16], origin.cols)
+
+
+def with_signs(x: Tensor, origin: OperandOrigin, copy: Copy) -> Tensor:
+    """`x [R, C]` times the sign of each index along the contraction (`Signs.per_index`); else x itself.
+
+    The sign is drawn at the index in the logical tensor, a token's address or a feature, so both operands of a GEMM and
+    every layout have the same, and other tokens, so other microbatches, have others. (An expert's weight has its number
+    in the addresses of its rows, which are features: it is left out.)
+    """
+    if copy.operand.rht_signs is not Signs.per_index:
+        return x
+    index = (origin.cols if copy.along == 1 else origin.rows) % EXPERT_STRIDE
+    key = key_of(origin.seed, origin.step, origin.name, copy.gemm, "signs")
+    bits = random_bits(key, torch.zeros_like(index[:1]), index)[0] & 1
+    signs = 1.0 - 2.0 * bits.to(torch.float32)
+    return x * (signs if copy.along == 1 else signs[:, None]).to(x.dtype)
+
+
 def signs_for(origin: OperandOrigin, operand: Operand, device: torch.device) -> Tensor | None:
     """Signs of the Hadamard transform, FP32 `[rht_size]`; both operands of a GEMM get the same."""
-    if operand.rht_size == 0 or operand.rht_signs is Signs.none:
+    if operand.rht_size == 0 or operand.rht_signs in (Signs.none, Signs.per_index):  # those: see `with_signs`
         return None
     if operand.rht_signs is Signs.fixed:
         return fixed_signs(operand.rht_size, device)

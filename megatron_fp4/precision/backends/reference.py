@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.numerics import QuantizedTensor, quantize_nvfp4, quantize_power_of_two
+from megatron_fp4.numerics.block_scale import Eden
 from megatron_fp4.numerics.hadamard import hadamard
 from megatron_fp4.numerics.random import random_bits
 from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
 from megatron_fp4.precision.backends.product import GlobalScale
 from megatron_fp4.precision.backends.protocol import CodedOperand, Copy, OperandOrigin, QuantizedOperand, check_shape
-from megatron_fp4.precision.backends.randomness import noise_key, signs_for
+from megatron_fp4.precision.backends.randomness import block_addresses, noise_key, signs_for, with_signs
 from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
 
 
@@ -86,6 +87,7 @@ def decode(operand: QuantizedOperand) -> tuple[Tensor, GlobalScale | None]:
 def _oriented(x: Tensor, origin: OperandOrigin, copy: Copy) -> Tensor:
     """The tensor with the contraction along its last dimension, transformed if the copy asks for it."""
     operand = copy.operand
+    x = with_signs(x, origin, copy)
     x = x if copy.along == 1 else x.T.contiguous()
     return hadamard(x, operand.rht_size, signs_for(origin, operand, x.device), 1) if operand.rht_size else x
 
@@ -110,6 +112,8 @@ def _quantized(x: Tensor, amax: Tensor, origin: OperandOrigin, copy: Copy) -> _C
         element = "e2m1" if operand.format is Format.mxfp4 else "e4m3"
         quantized = quantize_power_of_two(x, element=element, tile=operand.tile, noise=noise)
         return _Codes((quantized.codes, quantized.scales))
+    rows, cols = block_addresses(origin, copy)
+    word = random_bits(noise_key(origin, copy), rows, cols) if operand.eden else None
     quantized = quantize_nvfp4(
         x,
         tile=operand.tile,
@@ -119,5 +123,6 @@ def _quantized(x: Tensor, amax: Tensor, origin: OperandOrigin, copy: Copy) -> _C
         headroom=operand.rounding is Rounding.sr_headroom,
         four_over_six=operand.four_over_six.name,
         bound=operand.scale_bound,
+        eden=None if word is None else Eden(operand.rht_size, word if copy.along == 1 else word.T),
     )
     return _Codes((quantized.codes, quantized.scales, amax), quantized.divisor)

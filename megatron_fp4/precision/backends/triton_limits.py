@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
-from megatron_fp4.precision.operand import AmaxScope, Format, Operand
+from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Signs
 from megatron_fp4.precision.spec import Gemm
 
 LEAST_CAPABILITY = (8, 0)
@@ -27,6 +27,10 @@ def obstacle(operand: Operand) -> str:
         return "format=mxfp8, whose codes Triton reads on compute capability 8.9 and newer only"
     if operand.amax_scope is AmaxScope.row:
         return "amax_scope=row"
+    if operand.eden:
+        return "rounding=ms_eden"
+    if operand.rht_signs is Signs.per_index:
+        return "rht_signs=per_index"
     if operand.rht_size > BLOCKS[operand.format]:
         return f"rht_size={operand.rht_size}, more than a block of {BLOCKS[operand.format]}"
     return ""

@@ -76,7 +76,7 @@ class SegmentedEmulatedBackend(EmulatedBackend):
         largest = []
         for copy in copies:
             if not copy.operand.quantized:
-                operands.append(_SegmentValues((x,), copy, segments))
+                operands.append(_SegmentValues((self._transformed(x, origin, copy),), copy, segments))
                 continue
             blocks = self._blocks(x, origin, copy)
             measured = _Amaxes.of(blocks.maxima, segments, copy)

@@ -60,12 +60,14 @@ def _operand_objections(operand: Operand, features: Features) -> Iterator[str]:
         yield "mxfp4 has no quantizer there; use nvfp4 or mxfp8"
     if operand.rounding is Rounding.sr_headroom:
         yield "rounding sr_headroom does not exist there; use sr"
+    if operand.eden:
+        yield "rounding ms_eden, which its kernels do not make; use sr"
     if operand.noise_bits != 8:
         yield f"noise_bits = {operand.noise_bits}, but it draws 8 bits per element; use 8"
     if operand.rht_size not in (0, 16):
         yield f"rht_size = {operand.rht_size}, but its Hadamard transform has 16 elements; use 16 or 0"
-    if operand.rht_size and operand.rht_signs is Signs.per_step:
-        yield "rht_signs per_step, but its signs are one fixed vector; use fixed or none"
+    if operand.rht_size and operand.rht_signs in (Signs.per_step, Signs.per_index):
+        yield f"rht_signs {operand.rht_signs.name}, but its signs are one fixed vector; use fixed or none"
     if operand.rht_size and operand.tile == (16, 16):
         yield "a Hadamard transform of an operand in 16x16 tiles; use 1x16 tiles"
     if operand.amax_scope is AmaxScope.row:

@@ -45,6 +45,11 @@ OPERANDS = [
     *(Operand(N4, rht_size=size) for size in (4, 16, 32, 64, 128)),
     Operand(N4, rht_size=16, rht_signs=Signs.none),
     Operand(N4, rht_size=16, rht_signs=Signs.per_step, rounding=Rounding.sr),
+    Operand(N4, rounding=Rounding.ms_eden, rht_size=128, rht_signs=Signs.per_index),
+    Operand(N4, rounding=Rounding.ms_eden, rht_size=16, rht_signs=Signs.per_step, scale_order=ScaleOrder.paper),
+    Operand(N4, rounding=Rounding.ms_eden, rht_size=64, rht_signs=Signs.per_index, four_over_six=FourOverSix.mse),
+    Operand(N4, tile=(16, 16), rht_size=32, rht_signs=Signs.per_index),
+    Operand(rht_size=128, rht_signs=Signs.per_index),
     Operand(Format.mxfp4),
     Operand(Format.mxfp4, rounding=Rounding.sr, rht_size=32),
     Operand(Format.mxfp8),
@@ -283,6 +288,7 @@ COMPILED = [
     {"operand": Operand(N4, rounding=Rounding.sr), "along": 1},
     {"operand": Operand(N4, rounding=Rounding.sr, rht_size=16), "along": 0},
     {"operand": Operand(N4, four_over_six=FourOverSix.mse), "along": 0},
+    {"operand": Operand(N4, rounding=Rounding.ms_eden, rht_size=16, rht_signs=Signs.per_index), "along": 0},
 ]
 
 

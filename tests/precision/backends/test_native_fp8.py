@@ -190,6 +190,7 @@ def test_sizes_that_tensor_cores_refuse(hopper: pytest.MonkeyPatch) -> None:
         (config(LinearPrecision(fprop=Fprop(ROW, Operand()))), "operands in bf16 and fp8_block"),
         (config(LinearPrecision(wgrad=Wgrad(SQUARE, SQUARE))), "recipe r, wgrad: two operands in 128x128 tiles"),
         (config(LinearPrecision()), "has no effect"),
+        (config(LinearPrecision(wgrad=Wgrad(*[replace(ROW, rht_size=16)] * 2))), "a Hadamard transform, which its"),
         (config(PAPER, compute_dtype=ComputeDtype.fp32), "proof mode"),
     ],
 )

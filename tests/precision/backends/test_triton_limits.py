@@ -20,7 +20,7 @@ from megatron_fp4.precision.backends.choose import check_backend_shapes, make_ba
 from megatron_fp4.precision.backends.triton_limits import check_triton_device, emulated_gemms
 from megatron_fp4.precision.config import BackendName, PrecisionConfig
 from megatron_fp4.precision.plan import PrecisionPlan
-from megatron_fp4.precision.recipes import RECIPES
+from megatron_fp4.precision.recipes import RECIPES, nvfp4_ms_eden
 from megatron_fp4.precision.spec import Fprop
 from tests.models.test_count import load
 from tests.precision.backends.test_emulated import origin
@@ -67,6 +67,10 @@ def test_what_is_emulated_is_said() -> None:
     assert fp8[0] == "recipe fp8, fprop: x has format=fp8_block"
     long = nvfp4_paper().with_operands(lambda o: replace(o, rht_size=128) if o.rht_size else o)
     assert emulated_gemms(config(long=long)) == ["recipe long, wgrad: dy has rht_size=128, more than a block of 16"]
+    assert emulated_gemms(config(eden=nvfp4_ms_eden())) == [
+        "recipe eden, dgrad: dy has rounding=ms_eden",
+        "recipe eden, wgrad: dy has rounding=ms_eden",
+    ]
     half = LinearPrecision(fprop=Fprop(x=Operand(), w=Operand(Format.nvfp4)))
     assert emulated_gemms(config(half=half)) == ["recipe half, fprop: operands in bf16 and nvfp4"]
     assert emulated_gemms(replace(config(fp8=RECIPES["fp8"]), backend=BackendName.emulated)) == []

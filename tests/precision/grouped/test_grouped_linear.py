@@ -190,6 +190,13 @@ FORMATS = {
         wgrad=Wgrad(),
         wgrad_output=WgradOutput.compute,
     ),
+    "ms_eden": uniform(Operand(Format.nvfp4, rounding=Rounding.ms_eden, rht_size=32, rht_signs=Signs.per_index)),
+    "ms_eden of dy alone": LinearPrecision(
+        dgrad=Dgrad(
+            Operand(Format.nvfp4, rounding=Rounding.ms_eden, rht_size=16, rht_signs=Signs.per_index),
+            Operand(rht_size=16, rht_signs=Signs.per_index),
+        ),
+    ),
     "signs per step": replace(
         nvfp4_paper(), wgrad=nvfp4_paper().wgrad.with_operands(lambda one: replace(one, rht_signs=Signs.per_step))
     ),

@@ -72,6 +72,8 @@ OPERAND: dict[str, list[tuple[Operand, Operand, tuple[str, str]]]] = {
     "rht_signs": [
         (RHT, replace(RHT, rht_signs=Signs.none), HONOURED),
         (RHT, replace(RHT, rht_signs=Signs.per_step), ("rht_signs per_step",) * 2),
+        (RHT, replace(RHT, rht_signs=Signs.per_index), ("rht_signs per_index",) * 2),
+        (RHT, replace(RHT, rht_signs=Signs.per_index, rounding=Rounding.ms_eden), ("rounding ms_eden",) * 2),
     ],
     "scale_order": [(FP4, replace(FP4, scale_order=ScaleOrder.paper), ("set scale_order: te",) * 2)],
     "amax_scope": [
