@@ -159,6 +159,7 @@ class RowParallelLinear(ParallelLinear):
             dy_group=context.cp,
             n_index=torch.arange(out_features, device=context.device),
             k_index=torch.arange(columns, device=context.device) + offset,
+            tokens=context.cp,
         )
         super().__init__(context, sharding, weight)
 
@@ -189,6 +190,7 @@ class ReplicatedLinear(ParallelLinear):
             dy_group=context.tp_cp,
             n_index=torch.arange(out_features, device=context.device),
             k_index=torch.arange(in_features, device=context.device),
+            tokens=context.tp_cp,
         )
         super().__init__(context, sharding, weight)
 
@@ -206,6 +208,7 @@ def column_sharding(name: str, n_index: Tensor, in_features: int, context: Layer
         dy_group=context.tp_cp,
         n_index=n_index,
         k_index=torch.arange(in_features, device=context.device),
+        tokens=context.cp,
     )
 
 

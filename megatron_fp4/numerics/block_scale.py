@@ -24,7 +24,7 @@ class QuantizedTensor:
 
     codes: uint8 `[R, C/2]`, two E2M1 codes per byte, even element in the low nibble; or float8_e4m3fn `[R, C]`.
     scales: `[R, C/block]`, float8_e4m3fn (nvfp4) or float8_e8m0fnu; a 2-D tile repeats its scale in each of its rows.
-    amax: FP32 scalar (or `[R, 1]`): the global scale is amax / divisor; None in formats without one.
+    amax: FP32 scalar (or `[R, 1]`, `[R, C/block]`): the global scale is amax / divisor; None in formats without one.
     """
 
     codes: Tensor
@@ -43,7 +43,10 @@ class QuantizedTensor:
         """The values `[R, C]` that the codes stand for, rounded once to `dtype`."""
         values = self.operand(torch.float32)
         if self.amax is not None:
-            values = values.double() * self.amax.double() / self.divisor
+            amax = self.amax
+            if amax.dim() and amax.shape[1] > 1:
+                amax = amax.repeat_interleave(values.shape[1] // amax.shape[1], 1)
+            values = values.double() * amax.double() / self.divisor
         return values.to(dtype)
 
 
@@ -70,7 +73,8 @@ def quantize_nvfp4(
 ) -> QuantizedTensor:
     """NVFP4: E2M1 codes, one E4M3 scale per tile, one FP32 scale per tensor.
 
-    x: `[R, C]` BF16 or FP32. tile: (1, 16) or (16, 16). amax: FP32 scalar (or `[R, 1]`, one per row), default max |x|.
+    x: `[R, C]` BF16 or FP32. tile: (1, 16) or (16, 16). amax: FP32 scalar, default max |x| (or `[R, 1]`, one per row;
+    or `[R, C/16]`, one per block).
     scale_order: "te" or "paper". noise: FP32 `[R, C]` in [0, 1) for stochastic rounding, None for nearest even.
     headroom: enlarge the block scales by 17/16. four_over_six: "off", "mae" or "mse". bound: largest block scale.
     eden: the scales take up what nearest codes have lost; x is behind a random transform.

@@ -66,8 +66,9 @@ class Passes:
     ) -> BlockScales:
         """E4M3 scales of NVFP4 below the FP32 scale that `amax` gives.
 
-        amax: FP32, a scalar, or `[R, 1]` or `[1, C]` for one global scale per row of the operand. scale_order: "te" or
-        "paper". headroom: enlarge the block scales by 17/16. bound, least: the largest and the smallest block scale.
+        amax: FP32, a scalar, or `[R, 1]` or `[1, C]` for one global scale per row of the operand, or one per block.
+        scale_order: "te" or "paper". headroom: enlarge the block scales by 17/16. bound, least: the largest and the
+        smallest block scale.
         """
         return self._run(
             stages.nvfp4_scales,

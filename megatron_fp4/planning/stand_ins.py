@@ -28,7 +28,7 @@ from megatron_fp4.precision.backends.finite import reduce_amaxes
 from megatron_fp4.precision.backends.product import Factors, multiply_on_cpu, multiply_on_cuda, widens
 from megatron_fp4.precision.backends.triton_limits import obstacle
 from megatron_fp4.precision.config import BackendName
-from megatron_fp4.precision.operand import AmaxScope, Format, Operand
+from megatron_fp4.precision.operand import OUTER_BLOCK, AmaxScope, Format, Operand
 
 STORED_BYTES = {Format.nvfp4: 0.5625, Format.mxfp4: 0.53125, Format.mxfp8: 1.03125, Format.fp8_block: 1.0}
 """Bytes per element with block scales, as Transformer Engine stores them."""
@@ -40,7 +40,9 @@ ACCUMULATING = (BackendName.transformer_engine, BackendName.triton)
 
 def stored_bytes(operand: Operand, backend: BackendName, compute_bytes: int) -> float:
     """Bytes per element of a quantized operand as `backend` holds it."""
-    return float(compute_bytes) if _is_dequantized(operand, backend) else STORED_BYTES[operand.format]
+    if _is_dequantized(operand, backend):
+        return 4.0 if operand.amax_scope is AmaxScope.group128 else float(compute_bytes)
+    return STORED_BYTES[operand.format]
 
 
 def _is_dequantized(operand: Operand, backend: BackendName) -> bool:
@@ -165,6 +167,8 @@ class _Codes(QuantizedOperand):
 
 def _amax_of_values(x: Tensor, copy: Copy) -> Tensor:
     per_row = copy.operand.amax_scope is AmaxScope.row
+    if copy.operand.amax_scope is AmaxScope.group128:
+        return x.new_empty(x.numel() // OUTER_BLOCK, dtype=torch.float32)
     return x.new_empty((x.shape[1 - copy.along],) if per_row else (), dtype=torch.float32)
 
 
@@ -194,7 +198,8 @@ class SizedBackend:
             if not copy.operand.quantized:
                 operands.append(_Values((x,), copy.along))
             elif _is_dequantized(copy.operand, self._name):
-                values = x if copy.deferred else torch.empty_like(x)
+                grouped = copy.operand.amax_scope is AmaxScope.group128
+                values = x if copy.deferred else torch.empty_like(x, dtype=torch.float32 if grouped else x.dtype)
                 operands.append(_Values((values, *kept), copy.along, scaled, pending=copy.deferred))
             else:
                 num_bytes = round(x.numel() * stored_bytes(copy.operand, self._name, x.itemsize))

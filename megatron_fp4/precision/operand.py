@@ -58,6 +58,7 @@ class AmaxScope(Enum):
     tensor = "tensor"  # the logical tensor: equal numbers in any parallel layout
     shard = "shard"  # the part on this rank (what Transformer Engine does for weights)
     row = "row"  # each row of the local operand (one scale per token or output feature)
+    group128 = "group128"  # each 128 elements along the contraction, instead of the tensor (arXiv 2510.27527)
     expert_call = "expert_call"  # all rows that reach an expert in one call, as Transformer Engine: other with other ep
 
 
@@ -83,6 +84,8 @@ TILES: dict[Format, tuple[tuple[int, int], ...]] = {
     Format.mxfp8: ((1, 32),),
     Format.fp8_block: ((1, 128), (128, 128)),
 }
+OUTER_BLOCK = 128
+"""Elements that share the FP32 scale of `amax_scope=group128`."""
 RHT_SIZES = (0, 4, 16, 32, 64, 128)
 
 
@@ -115,6 +118,8 @@ class Operand:
     """Whether each block of nvfp4 may choose a scale that maps its maximum to 4 instead of 6, and by which error."""
     four_over_six_bound: Annotated[int, Bound(only=(256, 448))] = 256
     """Largest block scale before the factor 1.5 of four_over_six; 256 leaves room for it below 448."""
+    center: bool = False
+    """Quantize an activation without its mean over the tokens of a microbatch, which the product gets back exactly."""
 
     def __post_init__(self) -> None:
         if self.tile is not None:
@@ -172,7 +177,8 @@ class Operand:
     @property
     def contraction_multiple(self) -> int:
         """The contracted dimension of the local operand must be a multiple of this."""
-        return max(self.tile[1] if self.tile else 1, self.rht_size, 1)
+        outer = OUTER_BLOCK if self.amax_scope is AmaxScope.group128 else 1
+        return max(self.tile[1] if self.tile else 1, self.rht_size, outer)
 
     @property
     def scale_bound(self) -> float:
@@ -225,8 +231,9 @@ def _objections(operand: Operand) -> list[str]:
         if operand.rounding is Rounding.sr_headroom:
             reasons.append("sr_headroom: its scales are rounded up, so nothing is clipped and plain sr has no bias")
         return reasons
-    if operand.amax_scope is AmaxScope.row and operand.tile == (16, 16):
-        reasons.append("amax_scope=row gives every row its own scale, but a 16x16 tile shares one among 16 rows")
+    if operand.amax_scope in (AmaxScope.row, AmaxScope.group128) and operand.tile == (16, 16):
+        scope = operand.amax_scope.name
+        reasons.append(f"amax_scope={scope} gives every row its own scale, but a 16x16 tile shares one among 16 rows")
     if operand.four_over_six is not FourOverSix.off and "scale_order" in changed:
         reasons.append("scale_order with four_over_six, which has one order, (amax_b / 6) * S_enc")
     if operand.four_over_six is not FourOverSix.off and operand.rounding is Rounding.sr_headroom:

@@ -18,7 +18,8 @@ class Sharding:
     name: logical name of the linear, "blocks.3.attention.qkv". x_group, w_group, dy_group: ranks that hold other parts
     of the logical x, w, dy (their amax is max-reduced there when amax_scope=tensor). n_index: int64 `[N]` global
     output-feature index of each local weight row. k_index: int64 `[K]` global input-feature index of each column.
-    expert: global number of the expert whose linear it is; its noise is drawn at addresses of its own.
+    expert: global number of the expert whose linear it is; its noise is drawn at addresses of its own. tokens: ranks
+    that hold other tokens of the microbatch (their mean is taken over all of them); None: all are here.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Sharding:
     n_index: Tensor
     k_index: Tensor
     expert: int | None = None
+    tokens: Group | None = None
 
     def x(self, rows: Tensor, seed: int, step: int) -> OperandOrigin:
         """x `[T, K]`. rows: int64 `[T]` address of each token in the global batch."""
@@ -44,4 +46,4 @@ class Sharding:
     def _origin(self, operand: str, rows: Tensor, cols: Tensor, group: Group, seed: int, step: int) -> OperandOrigin:
         if self.expert is not None:
             rows = expert_rows(rows, self.expert)
-        return OperandOrigin(self.name, operand, rows, cols, group, seed, step, self.expert)
+        return OperandOrigin(self.name, operand, rows, cols, group, seed, step, self.expert, self.tokens)

@@ -56,6 +56,11 @@ class Gemm:
                 f"{self}: the Hadamard transforms of the two operands must be equal, in size and signs, to cancel in"
                 f" the product"
             )
+        for tensor, operand in zip(self.tensors, self.operands, strict=True):
+            if operand.center and tensor != "x":
+                raise ValueError(
+                    f"{self}: center of {tensor}, but the mean over tokens is that of activations; leave it out"
+                )
         if first.rht_size and not self.quantized:
             raise ValueError(f"{self}: nothing is quantized, so rht_size would have no effect; leave it out")
 
@@ -163,6 +168,11 @@ class LinearPrecision:
     @property
     def quantized(self) -> bool:
         return any(gemm.quantized for gemm in self.gemms)
+
+    @property
+    def centred(self) -> bool:
+        """Whether an operand is quantized without its mean."""
+        return any(operand.center for gemm in self.gemms for operand in gemm.operands)
 
     def with_operands(self, change: Callable[[Operand], Operand]) -> Self:
         """The same GEMMs with `change` applied to each of the six operands."""

@@ -9,7 +9,7 @@ tensor on its way to a GEMM; the backend that it wraps gets the same calls as ev
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite, log10
 
 import torch
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.hadamard import hadamard
+from megatron_fp4.precision.backends.centred import mean_of_tokens, without_mean
 from megatron_fp4.precision.backends.finite import NonFiniteError, NonFiniteWatch
+from megatron_fp4.precision.backends.product import GlobalScale
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
 from megatron_fp4.precision.backends.randomness import signs_for, with_signs
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
-from megatron_fp4.precision.operand import Format, Operand
+from megatron_fp4.precision.operand import OUTER_BLOCK, AmaxScope, Format, Operand
 from megatron_fp4.precision.spec import LinearPrecision
 
 HISTOGRAM_EDGES = (0.0, 2.0**-6, 2.0**-3, 1.0, 8.0, 64.0, 448.0)
@@ -68,6 +70,9 @@ def _origin(x: Tensor, step: int) -> OperandOrigin:
 def sums_of(x: Tensor, operand: Operand, along: int, step: int) -> Tensor:
     """What `stats_of` is made of, FP64 on the device of `x`: nothing is read back. Without a meaning if x has NaN."""
     origin = _origin(x, step)
+    if operand.center:
+        mean = mean_of_tokens(x, origin)
+        x, operand = without_mean(x, mean, origin), replace(operand, center=False)
     copy = Copy("report", operand, along)
     (prepared,) = ReferenceBackend(NonFiniteWatch()).quantize(x, origin, [copy])
     values, scale = decode(prepared)
@@ -76,6 +81,9 @@ def sums_of(x: Tensor, operand: Operand, along: int, step: int) -> Tensor:
         signed = with_signs(x, origin, copy)
         exact = hadamard(signed if along == 1 else signed.T, operand.rht_size, signs_for(origin, operand, x.device), 1)
     wanted = exact.double()
+    of_codes = scale
+    if operand.amax_scope is AmaxScope.group128:
+        of_codes = GlobalScale(prepared.tensors[2].repeat_interleave(OUTER_BLOCK // 16, 1), 6.0 * operand.scale_bound)
     got = values.double() if scale is None else values.double() * (scale[0].double() / scale[1])
     of_elements = (
         exact.abs().max(),
@@ -83,7 +91,7 @@ def sums_of(x: Tensor, operand: Operand, along: int, step: int) -> Tensor:
         ((got - wanted) ** 2).sum(),
         (wanted != 0).sum(),
         ((got == 0) & (wanted != 0)).sum(),
-        _num_saturated(wanted, prepared.tensors[1], scale, operand),
+        _num_saturated(wanted, prepared.tensors[1], of_codes, operand),
         wanted.new_full((), wanted.numel()),
     )
     return torch.cat([torch.stack([one.double() for one in of_elements]), _histogram(prepared.tensors[1]).double()])

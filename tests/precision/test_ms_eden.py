@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.parameter import LogicalParameter
+from megatron_fp4.models.block import model_linears
+from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.numerics import key_of, normal
 from megatron_fp4.numerics.hadamard import hadamard
 from megatron_fp4.precision import (
@@ -35,6 +37,8 @@ from megatron_fp4.precision import (
 )
 from megatron_fp4.precision.backends import Copy, OperandOrigin, finite
 from megatron_fp4.precision.backends.randomness import signs_for, with_signs
+from megatron_fp4.precision.config import PrecisionConfig, Switch
+from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.recipes import nvfp4_ms_eden
 from megatron_fp4.precision.statistics import quantization_stats
 
@@ -210,6 +214,13 @@ class Exchange:
         self.barrier.wait()
         return both
 
+    def all_reduce_sum(self, local: Tensor, group: Group) -> Tensor:
+        self.parts[group.rank] = local
+        self.barrier.wait()
+        both = self.parts[0] + self.parts[1]
+        self.barrier.wait()
+        return both
+
     def ranks(self, run: Callable[[int], Sequence[Tensor]]) -> list[Sequence[Tensor]]:
         results: dict[int, Sequence[Tensor]] = {}
         threads = [threading.Thread(target=lambda rank=rank: results.update({rank: run(rank)})) for rank in (0, 1)]
@@ -271,6 +282,26 @@ def test_arms_of_one_gemm_can_be_told_apart() -> None:
         errors[name] = ((results[which] - exact[which]).float().norm() / exact[which].float().norm()).item()
     assert errors["dgrad, the weight in high precision"] < 0.85 * errors["dgrad"] < 0.2
     assert errors["wgrad, x in high precision"] < 0.85 * errors["wgrad"] < 0.2
+
+
+def test_quantizers_change_in_the_course_of_a_run() -> None:
+    """At a number of tokens, for some linears and GEMMs; from there on it is what a run computes that begins there."""
+    switch = Switch(at_tokens=1000, match="*.mlp.*", gemms=["dgrad", "wgrad"], use="eden")
+    config = PrecisionConfig(recipes={"nvfp4": nvfp4_paper(), "eden": nvfp4_ms_eden()}, use="nvfp4", switch=[switch])
+    plan = PrecisionPlan(config, model_linears(ModelConfig(num_layers=2, vocab_size=96)), total_tokens=10_000)
+    before, after = (plan.table(plan.phase_at(tokens)) for tokens in (999, 1000))
+    assert after["blocks.1.attention.qkv"] == before["blocks.1.attention.qkv"] == nvfp4_paper()
+    assert after["blocks.1.mlp.up"] == nvfp4_ms_eden()
+    assert "sr, w nvfp4 16x16 | wgrad dy nvfp4 sr rht16" in plan.describe()
+    assert "-> dgrad dy nvfp4 ms_eden rht128 rht_signs=per_index" in plan.describe()
+    x, w, dy = tensors()
+    linear = Linear(w, before["blocks.1.mlp.up"])
+    linear.run(x, dy)
+    linear.clock.step, linear.precision = 8, after["blocks.1.mlp.up"]
+    fresh = Linear(w, nvfp4_ms_eden())
+    fresh.clock.step = 8
+    for expected, got in zip(fresh.run(x, dy), linear.run(x, dy), strict=True):
+        assert torch.equal(expected, got)
 
 
 def test_a_transform_where_nothing_is_quantized_is_refused() -> None:

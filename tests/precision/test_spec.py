@@ -49,6 +49,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"format": Format.nvfp4, "four_over_six": FourOverSix.mae, "scale_order": ScaleOrder.paper}, "one order"),
     ({"format": Format.nvfp4, "four_over_six": FourOverSix.mse, "rounding": Rounding.sr_headroom}, "headroom"),
     ({"format": Format.nvfp4, "tile": (16, 16), "amax_scope": AmaxScope.row}, "shares one among 16 rows"),
+    ({"format": Format.nvfp4, "tile": (16, 16), "amax_scope": AmaxScope.group128}, "shares one among 16 rows"),
+    ({"format": Format.mxfp4, "amax_scope": AmaxScope.group128}, "two-level scales"),
+    ({"center": True}, "nothing is quantized, so center"),
     ({"format": Format.mxfp8, "rounding": Rounding.sr}, "E2M1 codes only"),
     ({"format": Format.mxfp4, "rounding": Rounding.sr_headroom}, "nothing is clipped"),
     ({"format": Format.mxfp4, "amax_scope": AmaxScope.row}, "two-level scales"),
@@ -67,6 +70,11 @@ def test_one_sided_transform_is_refused() -> None:
     """A transform on one operand only would multiply the product by a Hadamard matrix."""
     with pytest.raises(ValueError, match="cancel in the product"):
         Wgrad(Operand(Format.nvfp4, rht_size=16), Operand(Format.nvfp4))
+
+
+def test_the_mean_of_weights_and_gradients_is_refused() -> None:
+    with pytest.raises(ValueError, match="center of w, but the mean over tokens is that of activations"):
+        Fprop(Operand(Format.nvfp4), Operand(Format.nvfp4, center=True))
 
 
 def test_yaml_lists_and_hashing() -> None:
@@ -103,6 +111,7 @@ ALTERNATIVES: dict[str, list[Any]] = {
     "amax_rounding": list(AmaxRounding),
     "four_over_six": list(FourOverSix),
     "four_over_six_bound": [256, 448],
+    "center": [False, True],
 }
 
 

@@ -174,8 +174,8 @@ def _objection(info: LinearInfo, precision: LinearPrecision, tp: int) -> str:
         return f"its weight behind a Hadamard transform of {operand.rht_size}, which no server makes"
     if operand.random:
         return "its weight rounded stochastically, other codes in each step"
-    if operand.amax_scope is AmaxScope.row:
-        return "its weight with a global scale in each row, and a file has one"
+    if operand.amax_scope in (AmaxScope.row, AmaxScope.group128):
+        return f"its weight with many global scales (amax_scope={operand.amax_scope.name}), and a file has one"
     tp = 1 if info.whole else tp
     if operand.amax_scope is AmaxScope.shard and tp > 1:
         return f"its weight with a global scale on each of {tp} tensor-parallel ranks, and a file has one"

@@ -5,6 +5,7 @@ emulated             the same operands, vectorized or compiled, multiplied by a 
 native_fp8           the same operands again, multiplied by a Hopper GPU's FP8 tensor cores
 transformer_engine   FP4 tensor cores
 padded               wraps one of these where the tiles do not divide the shapes
+centred              wraps one of these where a recipe takes the mean off activations
 """
 
 from megatron_fp4.precision.backends.finite import NonFiniteError, NonFiniteEvent, NonFiniteWatch

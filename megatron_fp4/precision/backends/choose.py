@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_fp4.precision.backends import Backend, NonFiniteWatch
+from megatron_fp4.precision.backends.centred import CentredBackend
 from megatron_fp4.precision.backends.emulated import compile_obstacle
 from megatron_fp4.precision.backends.native_fp8 import REMEDY, NativeFp8Backend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
@@ -24,6 +25,11 @@ from megatron_fp4.precision.te.refusals import LEAST_ROWS, check_te_linear
 
 def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -> Backend:
     """The backend that `precision.backend` names. watch: records NaN and Inf instead of raising."""
+    backend = _named_backend(config, watch)
+    return CentredBackend(backend) if any(recipe.centred for recipe in config.recipes.values()) else backend
+
+
+def _named_backend(config: PrecisionConfig, watch: NonFiniteWatch | None) -> Backend:
     if config.backend is BackendName.auto:
         raise ValueError(
             "precision.backend=auto is settled by a run, which tries the backends on its GPUs"

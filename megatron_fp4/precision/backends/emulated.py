@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,10 @@ from megatron_fp4.numerics.eden import SCALE_BITS
 from megatron_fp4.numerics.fused import Passes
 from megatron_fp4.numerics.stages import BlockScales
 from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_check
-from megatron_fp4.precision.backends.product import GlobalScale, scaled_matmul, widens
+from megatron_fp4.precision.backends.product import GlobalScale, outer_scale, scaled_matmul, widens
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin, QuantizedOperand, check_shape
 from megatron_fp4.precision.backends.randomness import SignVectors, block_addresses, noise_key, with_signs
-from megatron_fp4.precision.operand import AmaxScope, Format, FourOverSix, Operand, Rounding
+from megatron_fp4.precision.operand import OUTER_BLOCK, AmaxScope, Format, FourOverSix, Operand, Rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +133,21 @@ class EmulatedBackend:
         return self.passes.hadamard(with_signs(x, origin, copy), size, signs, copy.along)
 
     def _amax(self, blocks: _Blocks, copy: Copy) -> Tensor:
-        """The local amax of a copy, an FP32 scalar or one per row of the operand."""
+        """The local amax of a copy, an FP32 scalar, one per row of the operand or one per group in a row."""
         if copy.operand.amax_scope is AmaxScope.row:
             return blocks.maxima.amax(copy.along, keepdim=True).to(torch.float32)
+        if copy.operand.amax_scope is AmaxScope.group128:
+            return blocks.maxima.unflatten(copy.along, (-1, OUTER_BLOCK // 16)).amax(copy.along + 1).to(torch.float32)
         return self.passes.amax(blocks.maxima)
 
     def _values(self, blocks: _Blocks, amax: Tensor, origin: OperandOrigin, copy: Copy, dtype: torch.dtype) -> Tensor:
-        """code * block_scale in x's shape."""
+        """code * block_scale in x's shape; with the scales of its groups, in FP32, where these vary in a row."""
         operand = copy.operand
+        if operand.amax_scope is AmaxScope.group128:
+            inner = replace(copy, operand=replace(operand, amax_scope=AmaxScope.tensor))
+            spread = amax.repeat_interleave(OUTER_BLOCK // 16, copy.along)
+            values = self._values(blocks, spread, origin, inner, torch.float32)
+            return values * outer_scale(amax, operand).repeat_interleave(OUTER_BLOCK, copy.along)
         noise = None
         if operand.stochastic:
             key, centred = noise_key(origin, copy), operand.centred_noise
@@ -197,6 +204,6 @@ def values_operand(values: Tensor, amax: Tensor | None, divisor: float) -> Quant
 
 
 def _scaled(values: Tensor, amax: Tensor, copy: Copy) -> _Values:
-    if copy.operand.format is not Format.nvfp4:  # the other formats have no global scale
+    if copy.operand.format is not Format.nvfp4 or copy.operand.amax_scope is AmaxScope.group128:  # no global scale
         return _Values((values,), copy.along)
     return _Values((values, amax), copy.along, 6.0 * copy.operand.scale_bound)

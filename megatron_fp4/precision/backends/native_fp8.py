@@ -133,6 +133,8 @@ def _objection(gemm: Gemm) -> str:
         return f"operands in {names}, but only GEMMs of two fp8_block operands run on its tensor cores"
     if first.tile == second.tile == (128, 128):
         return "two operands in 128x128 tiles, which scaled_mm does not take; use 1x128 tiles for one of them"
+    if first.center or second.center:
+        return "center, whose correction its FP8 GEMMs do not make; leave it out"
     if first.rht_size:
         return "a Hadamard transform, which its quantizer does not make; use rht_size: 0"
     return ""

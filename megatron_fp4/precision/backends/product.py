@@ -19,12 +19,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_fp4.precision.operand import Operand
+
 
 class GlobalScale(NamedTuple):
     """The FP32 scale of an operand `[M, K]`: amax / divisor. amax: a scalar, or one per row (M elements)."""
 
     amax: Tensor
     divisor: float
+
+
+def outer_scale(amax: Tensor, operand: Operand) -> Tensor:
+    """amax / divisor of each group, FP32: of `amax_scope=group128`, which no epilogue of a GEMM can apply."""
+    return amax / torch.full_like(amax, 6.0 * operand.scale_bound)
 
 
 def scaled_matmul(

@@ -27,7 +27,8 @@ class OperandOrigin:
 
     name: logical name of the linear. operand: "x", "w" or "dy". rows, cols: int64 `[R]`, `[C]` global indices of its
     rows and columns (noise addresses; of an expert, see `randomness.expert_rows`). group: ranks that hold other parts.
-    seed, step: of the noise. expert: global number of the one whose tensor it is; None: not of one expert.
+    seed, step: of the noise. expert: global number of the one whose tensor it is; None: not of one expert. tokens:
+    ranks that hold other rows of an activation; None: there are none.
     """
 
     name: str
@@ -38,6 +39,7 @@ class OperandOrigin:
     seed: int
     step: int
     expert: int | None = None
+    tokens: Group | None = None
 
     @property
     def label(self) -> str:
@@ -140,6 +142,7 @@ def check_shape(x: Tensor, origin: OperandOrigin, copy: Copy) -> None:
     if not operand.quantized:
         return
     assert operand.tile is not None
+    assert not operand.center, "the mean is taken off by backends.centred, around the backend"
     if not x.numel():
         raise ValueError(
             f"{origin.label}: operand {origin.operand} of {copy.gemm} has local shape {tuple(x.shape)}, which has no"
@@ -151,8 +154,8 @@ def check_shape(x: Tensor, origin: OperandOrigin, copy: Copy) -> None:
             raise ValueError(
                 f"{origin.label}: operand {origin.operand} of {copy.gemm} has local shape {tuple(x.shape)}; its "
                 f"dimension of {size} must be a multiple of {multiple} (tile {operand.tile[0]}x{operand.tile[1]}, "
-                f"Hadamard size {operand.rht_size}); change the sizes or the parallel layout, let the GEMM "
-                f"pad, or leave this linear in bf16"
+                f"Hadamard size {operand.rht_size}, amax_scope {operand.amax_scope.name}); change the sizes or the "
+                f"parallel layout, let the GEMM pad, or leave this linear in bf16"
             )
 
 

@@ -20,7 +20,7 @@ from megatron_fp4.precision.backends.finite import NonFiniteWatch, reduce_and_ch
 from megatron_fp4.precision.backends.product import GlobalScale
 from megatron_fp4.precision.backends.protocol import CodedOperand, Copy, OperandOrigin, QuantizedOperand, check_shape
 from megatron_fp4.precision.backends.randomness import block_addresses, noise_key, signs_for, with_signs
-from megatron_fp4.precision.operand import AmaxScope, Format, Operand, Rounding
+from megatron_fp4.precision.operand import OUTER_BLOCK, AmaxScope, Format, Operand, Rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +30,10 @@ class _Exact(QuantizedOperand):
 
 @dataclass(frozen=True, eq=False)
 class _Codes(CodedOperand):
-    """tensors = (codes, scales) or (codes, scales, amax) of a QuantizedTensor."""
+    """tensors = (codes, scales) or (codes, scales, amax) of a QuantizedTensor. grouped: amax is `[M, K/128]`."""
 
     divisor: float = 1.0
+    grouped: bool = False
 
 
 class ReferenceBackend:
@@ -81,6 +82,9 @@ def decode(operand: QuantizedOperand) -> tuple[Tensor, GlobalScale | None]:
     assert isinstance(operand, _Codes)
     codes, scales, *amax = operand.tensors
     values = QuantizedTensor(codes, scales, None).operand(torch.float32)
+    if operand.grouped:
+        outer = amax[0] / torch.full_like(amax[0], operand.divisor)
+        return values * outer.repeat_interleave(OUTER_BLOCK, 1), None
     return values, GlobalScale(amax[0], operand.divisor) if amax else None
 
 
@@ -95,6 +99,8 @@ def _oriented(x: Tensor, origin: OperandOrigin, copy: Copy) -> Tensor:
 def _amax(x: Tensor, operand: Operand) -> Tensor:
     if operand.amax_scope is AmaxScope.row:
         return x.abs().amax(1, keepdim=True).float()
+    if operand.amax_scope is AmaxScope.group128:
+        return x.abs().unflatten(1, (-1, OUTER_BLOCK)).amax(2).float()
     return x.abs().amax().float()
 
 
@@ -114,10 +120,11 @@ def _quantized(x: Tensor, amax: Tensor, origin: OperandOrigin, copy: Copy) -> _C
         return _Codes((quantized.codes, quantized.scales))
     rows, cols = block_addresses(origin, copy)
     word = random_bits(noise_key(origin, copy), rows, cols) if operand.eden else None
+    grouped = operand.amax_scope is AmaxScope.group128
     quantized = quantize_nvfp4(
         x,
         tile=operand.tile,
-        amax=amax,
+        amax=amax.repeat_interleave(OUTER_BLOCK // 16, 1) if grouped else amax,
         scale_order=operand.scale_order.name,
         noise=noise,
         headroom=operand.rounding is Rounding.sr_headroom,
@@ -125,4 +132,4 @@ def _quantized(x: Tensor, amax: Tensor, origin: OperandOrigin, copy: Copy) -> _C
         bound=operand.scale_bound,
         eden=None if word is None else Eden(operand.rht_size, word if copy.along == 1 else word.T),
     )
-    return _Codes((quantized.codes, quantized.scales, amax), quantized.divisor)
+    return _Codes((quantized.codes, quantized.scales, amax), quantized.divisor, grouped)

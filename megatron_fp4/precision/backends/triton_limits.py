@@ -25,8 +25,8 @@ def obstacle(operand: Operand) -> str:
         return f"format={operand.format.name}"
     if operand.format is Format.mxfp8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         return "format=mxfp8, whose codes Triton reads on compute capability 8.9 and newer only"
-    if operand.amax_scope is AmaxScope.row:
-        return "amax_scope=row"
+    if operand.amax_scope in (AmaxScope.row, AmaxScope.group128):
+        return f"amax_scope={operand.amax_scope.name}"
     if operand.eden:
         return "rounding=ms_eden"
     if operand.rht_signs is Signs.per_index:

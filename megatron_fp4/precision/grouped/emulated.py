@@ -44,7 +44,7 @@ class _SegmentValues(QuantizedOperand):
         values, *amaxes = self.tensors
         values = values[rows]
         scale = None
-        if amaxes and operand.format is Format.nvfp4:
+        if amaxes and operand.format is Format.nvfp4 and operand.amax_scope is not AmaxScope.group128:
             per_row = operand.amax_scope is AmaxScope.row and self.copy.along == 1
             scale = GlobalScale(amaxes[0][rows] if per_row else amaxes[0][index], 6.0 * operand.scale_bound)
         return _Part(values if self.copy.along == 1 else values.T, scale)
@@ -80,6 +80,8 @@ class SegmentedEmulatedBackend(EmulatedBackend):
                 continue
             blocks = self._blocks(x, origin, copy)
             measured = _Amaxes.of(blocks.maxima, segments, copy)
+            if copy.operand.amax_scope is AmaxScope.group128:
+                measured = _Amaxes(measured.whole, self._amax(blocks, copy))
             amaxes = measured.scales
             if copy.operand.amax_rounding is AmaxRounding.power_of_two:
                 amaxes = power_of_two_amax(amaxes, 6.0 * copy.operand.scale_bound)
@@ -138,7 +140,7 @@ class SegmentedEmulatedBackend(EmulatedBackend):
 @dataclass(frozen=True, eq=False)
 class _Amaxes:
     """FP32 amaxes of the segments of one copy. whole: `[S]`. scales: those that go into the scales, `[S]` too, or with
-    amax_scope=row one per row of the operand, `[P, 1]` or `[S, C]`."""
+    amax_scope=row one per row of the operand, `[P, 1]` or `[S, C]`, with group128 one per group."""
 
     whole: Tensor
     scales: Tensor
@@ -159,7 +161,7 @@ class _Amaxes:
 
 def _spread(amaxes: Tensor, segments: Segments, copy: Copy) -> Tensor:
     """The amax of each row of blocks, `[P/r, 1]`; of each block, `[P/r, C]`, where columns have their own."""
-    if copy.operand.amax_scope is AmaxScope.row and copy.along == 1:
+    if copy.operand.amax_scope is AmaxScope.group128 or (copy.operand.amax_scope is AmaxScope.row and copy.along == 1):
         return amaxes
     spread = amaxes[segments.owners(amaxes.device, copy.stored_tile[0])]
     return spread[:, None] if spread.dim() == 1 else spread

@@ -169,7 +169,10 @@ def _rounding_errors(codes: Tensor, unrounded: Tensor) -> tuple[float, float]:
 
 def _on_one_rank(precision: LinearPrecision) -> LinearPrecision:
     def alone(operand: Operand) -> Operand:
-        return replace(operand, amax_scope=AmaxScope.shard) if operand.format is Format.nvfp4 else operand
+        operand = replace(operand, center=False)  # which is arithmetic around every backend, the same for all
+        if operand.format is not Format.nvfp4 or operand.amax_scope is AmaxScope.group128:
+            return operand
+        return replace(operand, amax_scope=AmaxScope.shard)
 
     return precision.with_operands(alone)
 

@@ -25,6 +25,7 @@ from megatron_fp4.precision import (
 from megatron_fp4.precision.backends import Copy, OperandOrigin, QuantizedOperand, copies_of, finite, product
 from megatron_fp4.precision.backends.product import Factors, GlobalScale, multiply_on_cuda, scaled_matmul
 from megatron_fp4.precision.backends.reference import ReferenceBackend, decode
+from megatron_fp4.precision.operand import AmaxRounding
 from megatron_fp4.precision.recipes import RECIPES
 
 N4 = Format.nvfp4
@@ -39,6 +40,16 @@ OPERANDS = [
     Operand(N4, tile=(16, 16), rounding=Rounding.sr),
     Operand(N4, amax_scope=AmaxScope.shard),
     Operand(N4, amax_scope=AmaxScope.row),
+    Operand(N4, amax_scope=AmaxScope.group128, rht_size=16, rounding=Rounding.sr),
+    Operand(N4, amax_scope=AmaxScope.group128, four_over_six=FourOverSix.mse),
+    Operand(
+        N4,
+        amax_scope=AmaxScope.group128,
+        rounding=Rounding.ms_eden,
+        rht_size=128,
+        rht_signs=Signs.per_index,
+        amax_rounding=AmaxRounding.power_of_two,
+    ),
     Operand(N4, four_over_six=FourOverSix.mae),
     Operand(N4, four_over_six=FourOverSix.mse, four_over_six_bound=448, tile=(16, 16)),
     Operand(N4, four_over_six=FourOverSix.mae, rht_size=16, rounding=Rounding.sr),

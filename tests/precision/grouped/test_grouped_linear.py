@@ -191,6 +191,7 @@ FORMATS = {
         wgrad_output=WgradOutput.compute,
     ),
     "ms_eden": uniform(Operand(Format.nvfp4, rounding=Rounding.ms_eden, rht_size=32, rht_signs=Signs.per_index)),
+    "scales of 128": LinearPrecision(wgrad=Wgrad(*[Operand(Format.nvfp4, amax_scope=AmaxScope.group128)] * 2)),
     "ms_eden of dy alone": LinearPrecision(
         dgrad=Dgrad(
             Operand(Format.nvfp4, rounding=Rounding.ms_eden, rht_size=16, rht_signs=Signs.per_index),

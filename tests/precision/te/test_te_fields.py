@@ -79,12 +79,14 @@ OPERAND: dict[str, list[tuple[Operand, Operand, tuple[str, str]]]] = {
     "amax_scope": [
         (FP4, replace(FP4, amax_scope=AmaxScope.tensor), ("", r"amax_scope tensor.*amax_scope: shard.*unsharded=True")),
         (FP4, replace(FP4, amax_scope=AmaxScope.row), ("amax_scope row",) * 2),
+        (FP4, replace(FP4, amax_scope=AmaxScope.group128), ("amax_scope group128",) * 2),
     ],
     "amax_rounding": [
         (FP4, replace(FP4, amax_rounding=AmaxRounding.power_of_two), ("amax_rounding power_of_two",) * 2)
     ],
     "four_over_six": [(FP4, SIX, HONOURED), (SIX, replace(SIX, four_over_six=FourOverSix.mse), HONOURED)],
     "four_over_six_bound": [(SIX, replace(SIX, four_over_six_bound=448), HONOURED)],
+    "center": [(FP4, replace(FP4, center=True), ("center, which its modules",) * 2)],
 }
 """Field -> (a value, another one, what the backend and te_recipe say of the other one; nothing if it is honoured)."""
 LINEAR = {"fprop": "OPERAND", "dgrad": "OPERAND", "wgrad": "OPERAND", "wgrad_output": "test_wgrad_output"}
@@ -158,6 +160,8 @@ def pairs(base: Operand, changed: Operand) -> Iterator[tuple[LinearPrecision, Li
     for gemm in ("wgrad",) if changed.rht_size else GEMMS:
         for a, b in ((changed, base), (base, changed)) if alone else ((changed, changed),):
             cls = {"fprop": Fprop, "dgrad": Dgrad, "wgrad": Wgrad}[gemm]
+            if any(one.center and tensor != "x" for one, tensor in zip((a, b), cls.tensors, strict=True)):
+                continue
             yield LinearPrecision(**{gemm: cls(base, base)}), LinearPrecision(**{gemm: cls(a, b)})
 
 
