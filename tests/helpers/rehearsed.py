@@ -20,7 +20,7 @@ def rehearse_all(cases: Sequence[Rehearsal], evaluated: int = between.EVALUATED)
     Of each rank (`report["ranks"]`) it has `copies_in` and `read_backs`: how often, by `file:line`. evaluated:
     microbatches of an evaluation.
     """
-    (reports,) = run_distributed(_rehearse_all, 1, list(cases), evaluated)
+    (reports,) = run_distributed(_rehearse_all, 1, list(cases), evaluated, timeout_seconds=1200.0)
     return list(reports)
 
 

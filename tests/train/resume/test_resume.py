@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_fp4 import pretrain
 from megatron_fp4.data.ledger import read_step
 from megatron_fp4.train.faults.signals import EXIT_REQUEUE
 from megatron_fp4.train.telemetry.metrics import read_metrics
@@ -19,6 +20,14 @@ from tests.helpers.tiny_run import TinyRun, tiny_run
 def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
     records = [record for record in read_metrics(run_dir) if "loss" in record]
     return {record["step"]: (record["loss"], record["grad_norm"]) for record in records}
+
+
+def run_here(run: TinyRun, capsys: pytest.CaptureFixture[str], expect: int = 0) -> str:
+    """Run to the end in this process, which has imported everything already; returns what was printed."""
+    code = pretrain.main(run.overrides)
+    printed = capsys.readouterr()
+    assert code == expect, f"exit code {code}, expected {expect}:\n{printed.out}{printed.err}"
+    return printed.out + printed.err
 
 
 def stop_by_sigterm(run: TinyRun, num_ranks: int, step: int) -> int:
@@ -69,7 +78,9 @@ def test_a_checkpoint_of_tp2_goes_on_at_tp1(tmp_path: Path) -> None:
         assert actual[step][0] == pytest.approx(expected[step][0], rel=1e-5), f"step {step}: {what}"
 
 
-def test_bf16_and_nvfp4_start_from_the_same_model_and_see_the_same_batches(tmp_path: Path) -> None:
+def test_bf16_and_nvfp4_start_from_the_same_model_and_see_the_same_batches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = []
     for recipe in ("bf16", "nvfp4"):
         run = tiny_run(
@@ -81,7 +92,7 @@ def test_bf16_and_nvfp4_start_from_the_same_model_and_see_the_same_batches(tmp_p
             "optim.weight_decay=0",
         )
         run = run.with_overrides(run_dir=tmp_path / recipe)
-        run.run()
+        run_here(run, capsys)
         runs.append(run)
     bf16, nvfp4 = runs
     states = [run.state(3) for run in runs]
@@ -93,22 +104,22 @@ def test_bf16_and_nvfp4_start_from_the_same_model_and_see_the_same_batches(tmp_p
     assert losses(bf16.run_dir)[1] != losses(nvfp4.run_dir)[1], "NVFP4 had no effect"
 
 
-def test_a_second_launch_into_a_finished_run_does_nothing(tmp_path: Path) -> None:
+def test_a_second_launch_into_a_finished_run_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_run(tmp_path, "train.stop_after_steps=3")
-    run.run()
+    run_here(run, capsys)
     before = losses(run.run_dir)
-    run.run()
+    run_here(run, capsys)
     assert losses(run.run_dir) == before
 
 
-def test_resume_policies(tmp_path: Path) -> None:
+def test_resume_policies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiny_run(tmp_path, "train.stop_after_steps=2")
-    output = run.with_overrides("train.resume=required").run(expect=2)
+    output = run_here(run.with_overrides("train.resume=required"), capsys, expect=2)
     assert "no complete checkpoint" in output
-    run.run()
-    assert "already holds checkpoint 2" in run.with_overrides("train.resume=never").run(expect=2)
-    output = run.with_overrides("model.ffn_hidden=128").run(expect=2)
+    run_here(run, capsys)
+    assert "already holds checkpoint 2" in run_here(run.with_overrides("train.resume=never"), capsys, expect=2)
+    output = run_here(run.with_overrides("model.ffn_hidden=128"), capsys, expect=2)
     assert "model.ffn_hidden" in output
     assert "256" in output, "the refusal must name the checkpoint's value"
-    output = run.with_overrides("optim.lr=1e-3", "train.stop_after_steps=3").run()
+    output = run_here(run.with_overrides("optim.lr=1e-3", "train.stop_after_steps=3"), capsys)
     assert "optim.lr" in output, "a changed learning rate takes effect and is said"
