@@ -13,6 +13,6 @@ STARTERS = ("run_distributed", "run_local")
 
 def pytest_collection_finish() -> None:
     if local := sys.modules.get("megatron_fp4.comm.local"):
-        modules = [name for name in sorted(sys.modules) if name.startswith("tests.")]
+        modules = [name for name in sorted(sys.modules) if name.startswith(("tests.", "megatron_fp4."))]
         starting = [name for name in modules if any(hasattr(sys.modules[name], starter) for starter in STARTERS)]
         local.PRELOADED += ["pytest", *starting]

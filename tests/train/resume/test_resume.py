@@ -63,14 +63,14 @@ def test_sigterm_and_resume_equal_an_uninterrupted_run(tmp_path: Path, num_ranks
         assert torch.equal(tensor, resumed[key]), f"{key} differs after the resume"
 
 
-def test_a_checkpoint_of_tp2_goes_on_at_tp1(tmp_path: Path) -> None:
+def test_a_checkpoint_of_tp2_goes_on_at_tp1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also the parity of the two layouts over 20 steps: NVFP4 with stochastic rounding, FP32 compute."""
     two = tiny_run(tmp_path, "parallel.tp=2", "train.stop_after_steps=10", "precision.compute_dtype=fp32")
     two.run(2)
     mixed = two.with_overrides("parallel.tp=1", "train.stop_after_steps=20")
-    mixed.run(1)
+    run_here(mixed, capsys)
     single = mixed.with_overrides(run_dir=tmp_path / "single")
-    single.run(1)
+    run_here(single, capsys)
     actual, expected = losses(mixed.run_dir), losses(single.run_dir)
     assert sorted(actual) == list(range(1, 21))
     for step in range(1, 21):
