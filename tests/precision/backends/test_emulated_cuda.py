@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics import key_of, normal
-from megatron_fp4.precision import EmulatedBackend, Format, FourOverSix, Operand, Rounding
+from megatron_fp4.precision import AmaxScope, EmulatedBackend, Format, FourOverSix, Operand, Rounding, Signs
 from megatron_fp4.precision.backends import Copy, OperandOrigin
 from megatron_fp4.precision.backends.product import scaled_matmul
 
@@ -21,6 +21,8 @@ OPERANDS = [
     Operand(N4, rounding=Rounding.sr),
     Operand(N4, rounding=Rounding.sr, rht_size=16),
     Operand(N4, four_over_six=FourOverSix.mae),
+    Operand(N4, rounding=Rounding.ms_eden, rht_size=16, rht_signs=Signs.per_index),
+    Operand(N4, amax_scope=AmaxScope.group128),
     Operand(Format.mxfp4),
     Operand(Format.mxfp8),
     Operand(Format.fp8_block),
