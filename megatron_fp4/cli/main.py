@@ -34,6 +34,10 @@ COMMANDS = {
     "env": ("megatron_fp4.cli.env", "versions and hardware, to paste into a bug report"),
     "checkpoint": ("megatron_fp4.cli.checkpoint", "inspect, verify, average, extract, export and rewind checkpoints"),
     "verify-resume": ("megatron_fp4.cli.verify_resume", "prove that a killed run goes on as if nothing had happened"),
+    "health": (
+        "megatron_fp4.cli.trained.health",
+        "whether quantization makes weight gradients exactly zero, where, and the rule that helps",
+    ),
     "replay": (
         "megatron_fp4.cli.trained.replay",
         "run again from a checkpoint to a step whose loss spiked, also in BF16",

@@ -24,6 +24,7 @@ from megatron_fp4.layers.moe.experts import GroupedExperts
 from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.loss_shares import LossShareProbe
 from megatron_fp4.models.mtp.predict import MultiTokenPrediction
 from megatron_fp4.models.residuals import ResidualProbe
 
@@ -77,6 +78,7 @@ class Decoder(nn.Module):
         self.stage = stage
         self.recompute = recompute
         self.residuals = ResidualProbe()
+        self.loss_shares = LossShareProbe()
         vocab_size, std = config.vocab_size, config.init_std
         table = shared_table
         if stage.has_embedding or (stage.has_head and config.embeds_at_both_ends and table is None):
@@ -139,7 +141,10 @@ class Decoder(nn.Module):
         logits: Tensor = self.head(x, tokens)
         if ahead is None or self.mtp is None:
             return logits
-        return [logits, *self.mtp(x, tokens, list(ahead[..., 0].unbind(-1)), self.head)]
+        every = [logits, *self.mtp(x, tokens, list(ahead[..., 0].unbind(-1)), self.head)]
+        if self.loss_shares.recording:
+            self.loss_shares.watch(every)
+        return every
 
 
 def whole_model(config: ModelConfig) -> StageRange:

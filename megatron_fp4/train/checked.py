@@ -124,6 +124,7 @@ def _notes(config: RunConfig, plan: PrecisionPlan) -> list[str]:
     notes = idle_notes(config)
     if config.train.statistics_interval_steps and not any(table.num_quantized_gemms for _, table in plan.phases):
         notes.append(
-            "train.statistics_interval_steps measures the residual stream only: no GEMM of this run is quantized"
+            "train.statistics_interval_steps measures residual stream and zero gradients only: no GEMM of this run is"
+            " quantized"
         )
     return notes

@@ -144,8 +144,8 @@ class TrainConfig:
     save_interval_steps: Count = 0
     """Save a checkpoint every so many steps; 0 = only at the end."""
     statistics_interval_steps: Count = 0
-    """Measure quantization errors (SNR, underflow, saturation) and the residual stream behind each block every so many
-    steps; 0 = never."""
+    """Measure quantization errors (SNR, underflow, saturation), exact zeros of weight gradients by the GEMM that made
+    them, and the residual stream behind each block every so many steps; 0 = never."""
     straggler_interval_steps: Count = 100
     """Log the slowest rank of each phase every so many steps, in jobs of several ranks; 0 = never."""
     check_gemms: bool = False

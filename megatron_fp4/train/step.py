@@ -64,7 +64,7 @@ def train_step(
     run.probes.nonfinite.forget()
     ahead = look_ahead(batch, config.model.mtp.depth)
     microbatches = make_inputs(batch, run.mesh.cp, run.device, ahead).split(config.train.micro_batch)
-    scale = _loss_scale(run, count_targets(batch, ahead))
+    scale = loss_scale(run, count_targets(batch, ahead))
 
     def rerun_step() -> Tensor:
         return run.engine.train(microbatches, scale, lambda _num_microbatches: None)
@@ -98,7 +98,7 @@ def train_step(
     return StepResult(loss, update, nonfinite, agreed.tokens_hash, agreed.stop, position, agreed.further_losses)
 
 
-def _loss_scale(run: Run, num_targets: list[int]) -> Tensor:
+def loss_scale(run: Run, num_targets: list[int]) -> Tensor:
     """1 / target tokens of the whole global batch, an FP64 scalar on the device; never read by the host.
 
     num_targets: of this rank's rows. With multi-token prediction they, and the result, are one of each loss. Where each

@@ -109,8 +109,9 @@ def test_settings_without_effect_are_noted() -> None:
     config = twelve_billion(tp=8)
     config = replace(config, train=replace(config.train, statistics_interval_steps=10))
     report = run_plan(replace(config, precision=PrecisionConfig(use="bf16")), num_gpus=8 * 92)
-    assert "\nnote: train.statistics_interval_steps measures the residual stream only: no GEMM of this run" in render(
-        report
+    assert (
+        "\nnote: train.statistics_interval_steps measures residual stream and zero gradients only: no GEMM of this run"
+        in render(report)
     )
     assert run_plan(config, num_gpus=8 * 92)["notes"] == []
 

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_fp4.checkpoint import offline
+from megatron_fp4.checkpoint.directory import step_name
 from megatron_fp4.cli.compose import load_run_config
 from megatron_fp4.comm.bootstrap import Process, start_process, stop_process
 from megatron_fp4.comm.launch import Launch, read_launch
@@ -33,6 +35,15 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         type=local_path,
         help="weights from elsewhere, by the run's settings: what `checkpoint average` made",
     )
+
+
+def chosen_checkpoint(args: argparse.Namespace) -> Path:
+    """The directory of what was asked for (`add_choice`). Raises ValueError and FileNotFoundError."""
+    if args.checkpoint:
+        return checkpoint_in(args.checkpoint)
+    if args.step is None:
+        return checkpoint_in(args.run)
+    return offline.resolve(args.run / "checkpoints" / step_name(args.step))
 
 
 def with_trained(

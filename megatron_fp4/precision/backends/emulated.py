@@ -120,6 +120,13 @@ class EmulatedBackend:
         """An operand of this backend as `[M, K]`, without its global scale, and that scale: for checks."""
         return self._operand(operand, operand.tensors[0].dtype)
 
+    def block_scales(self, x: Tensor, origin: OperandOrigin, copy: Copy) -> tuple[Tensor, Tensor]:
+        """The block scales of a copy of `x` and max |x| of each block, both `[R/r, C/c]`: for monitors. Collective over
+        the origin's group, as `quantize`."""
+        blocks = self._blocks(x, origin, copy)
+        (amax,) = reduce_and_check([self._amax(blocks, copy)], origin, [copy], self._watch)
+        return self._scales(blocks, amax, copy, "e2m1").scale, blocks.maxima
+
     def _blocks(self, x: Tensor, origin: OperandOrigin, copy: Copy) -> _Blocks:
         x = self._transformed(x, origin, copy)
         return _Blocks(x, self.passes.block_maxima(x, copy.stored_tile))

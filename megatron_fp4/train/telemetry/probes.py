@@ -1,6 +1,7 @@
-"""What looks at a training step without changing it: GEMM ledger, quantization statistics, size of the residual stream.
+"""What looks at a training step without changing it: GEMM ledger, quantization statistics, live channels, size of the
+residual stream, shares of the losses.
 
-The first two are backends that wrap the run's backend, so they see what the linears really do, under any pipeline
+The first three are backends that wrap the run's backend, so they see what the linears really do, under any pipeline
 schedule or recomputation. All record only inside `watching`, on the steps that are due.
 """
 
@@ -31,6 +32,7 @@ def probed_backend(config: RunConfig) -> tuple[Backend, Probes]:
         config.precision,
         gemms=train.check_gemms,
         statistics=train.statistics_interval_steps > 0 or train.spikes.enabled,
+        channels=train.statistics_interval_steps > 0,
     )
 
 
@@ -50,11 +52,16 @@ def watching(run: Run, step: int, table: PrecisionTable, num_microbatches: int) 
     if measures(run, step):
         for stage in run.engine.stages:
             stage.residuals.begin()
+            stage.loss_shares.begin()
+        if run.probes.channels is not None:
+            run.probes.channels.begin()
         if statistics is not None:
             begin_measuring(run, statistics)
     yield
     for stage in run.engine.stages:
-        stage.residuals.recording = False
+        stage.residuals.recording = stage.loss_shares.recording = False
+    if run.probes.channels is not None:
+        run.probes.channels.recording = False
     if statistics is not None:
         statistics.recording = False
     if gemms is not None and checks:

@@ -58,11 +58,11 @@ def test_what_is_typed_and_changes_nothing_is_refused(overrides: list[str], key:
         (["experiment=hybrid_quick"], []),
         (
             ["experiment=hybrid_quick", "precision=bf16"],
-            ["train.statistics_interval_steps measures the residual stream only: no GEMM"],
+            ["train.statistics_interval_steps measures residual stream and zero gradients only: no GEMM"],
         ),
         (
             ["precision=bf16", "train.statistics_interval_steps=5"],
-            ["train.statistics_interval_steps measures the resid"],
+            ["train.statistics_interval_steps measures residual "],
         ),
         (["precision/recipe=nemotron3"], ["no effect of precision.recipes.mxfp8: "]),
         (
