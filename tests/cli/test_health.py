@@ -79,6 +79,8 @@ def test_the_advice_ends_what_was_planted(
 ) -> None:
     """In both forms of the output, of which the second is made of what was computed for the first."""
     planted("mlp.down", "experts.down")
+    assert health.main([str(trained), "--threshold", "0.3"]) == 0, "a fourth is less than that"
+    capsys.readouterr()
     right, examined = health.examine, list[Examination]()
 
     def examine(*arguments: Any) -> Examination:
