@@ -1,5 +1,6 @@
-"""`megatron-fp4 checkpoint {inspect,verify,average,extract,export,import,rewind}`: look at checkpoints, make others.
+"""`megatron-fp4 checkpoint ACTION`: look at checkpoints, make others.
 
+    megatron-fp4 checkpoint list RUN                       which there are, with tokens and score
     megatron-fp4 checkpoint inspect RUN                    tensors with logical shapes, step, tokens, settings
     megatron-fp4 checkpoint verify RUN                     sizes and hashes of all files; exit code 1 if one differs
     megatron-fp4 checkpoint average A B C --to DIRECTORY   the mean of their weights, summed in FP64
@@ -13,7 +14,8 @@
                                                            train.init_from
 
 A checkpoint is named by its own directory, by the directory of all checkpoints, or by the run's (then the newest is
-taken). There is no conversion between layouts: every layout reads every checkpoint.
+taken), or by a URL: of a mirror in an object store (then the newest is taken) or of one checkpoint there, which is
+brought to a temporary folder (TMPDIR). There is no conversion between layouts: every layout reads every checkpoint.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_fp4.checkpoint import edit, offline
+from megatron_fp4.checkpoint import CorruptCheckpoint, edit, offline
 from megatron_fp4.checkpoint.directory import complete_steps, read_state, step_name
 from megatron_fp4.cli.arguments import CommandParser, help_page
 from megatron_fp4.cli.interop.export import add_export_arguments, export
 from megatron_fp4.cli.interop.import_weights import add_import_arguments, import_folder
+from megatron_fp4.cli.mirrored import describe_mirror, on_disk, place
 from megatron_fp4.interop.export.folder import check_place
-from megatron_fp4.storage.local import local_path
+from megatron_fp4.storage.local import local_path, local_text
 from megatron_fp4.storage.lock import RunLocked
+from megatron_fp4.storage.remote.url import is_url
 from megatron_fp4.train.resume.rewind import Rewound, rewind
 
 EXITS = {0: "done", 1: "verify found damage"}
@@ -41,24 +45,37 @@ EXITS = {0: "done", 1: "verify found damage"}
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit code: 1 if `verify` finds damage, 2 for what cannot be done."""
     args = _parse(arguments)
-    paths: list[Path] = []
     try:
-        if args.action == "import":
-            import_folder(args.checkpoints[0], args)
-            return 0
         if args.action == "rewind":
             print(describe_rewind(rewind(args.run, args.step)))
             return 0
+        if args.action == "list":
+            print("\n".join(_listed(one) for one in args.checkpoints))
+            return 0
+        if args.action == "verify":
+            return max([_verify(one) for one in args.checkpoints])
+        with on_disk(args.checkpoints, only_small=args.action == "inspect") as places:
+            return _act(args, places)
+    except (ValueError, OSError, RunLocked) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _act(args: argparse.Namespace, places: Sequence[Path]) -> int:
+    """What is done with checkpoints on the disk; returns the exit code."""
+    paths: list[Path] = []
+    try:
+        if args.action == "import":
+            import_folder(places[0], args)
+            return 0
         if args.action == "average" and args.window:
-            paths = _in_window(args.checkpoints, *args.window)
+            paths = _in_window(places, *args.window)
         else:
-            paths = [_newest(path) for path in args.checkpoints]
+            paths = [_newest(path) for path in places]
         if args.action == "inspect":
             for path in paths:
                 print(describe(path, names=args.names))
             return 0
-        if args.action == "verify":
-            return _verify(paths)
         if args.action in ("average", "extract"):
             edit.check_destination(args.to, read_state(paths[-1])["step"])
         if args.action == "export":
@@ -71,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"written: {edit.extract(paths[0], args.to, kinds=args.kinds)}")
         else:
             export(paths[0], args)
-    except (ValueError, OSError, RunLocked) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}{_gone(paths)}", file=sys.stderr)
         return 2
     return 0
@@ -80,6 +97,7 @@ def main(arguments: Sequence[str]) -> int:
 EXAMPLES = {
     "inspect": "runs/mine",
     "verify": "runs/mine",
+    "list": "s3://bucket/runs/mine",
     "average": "runs/mine --window 15000 20000 --to runs/mean",
     "extract": "runs/mine --to runs/masters",
     "rewind": "runs/mine 15000",
@@ -94,13 +112,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     def action(name: str, count: str | int, *, writes: bool) -> argparse.ArgumentParser:
         sub = actions.add_parser(name, **help_page(f"checkpoint {name}", EXITS, EXAMPLES[name]))
-        sub.add_argument("checkpoints", nargs=count, type=local_path, metavar="CHECKPOINT")
+        kind = local_text if name == "import" else place
+        sub.add_argument("checkpoints", nargs=count, type=kind, metavar="CHECKPOINT")
         if writes:
             sub.add_argument("--to", type=local_path, required=True, help="directory to write into")
         return sub
 
     action("inspect", "+", writes=False).add_argument("--names", default="", help="only tensors whose key has this")
     action("verify", "+", writes=False)
+    action("list", "+", writes=False)
     mean = action("average", "+", writes=True)
     mean.add_argument("--weights", nargs="+", help="one per checkpoint, or minus_sqrt (default: equal)")
     mean.add_argument(
@@ -196,12 +216,30 @@ def describe(path: Path, names: str = "") -> str:
     return "\n".join(lines)
 
 
-def _verify(paths: Sequence[Path]) -> int:
-    damaged = False
-    for path in paths:
-        problems = offline.verify(path)
-        damaged |= bool(problems)
-        print(f"{path}: {'all files are as they were written' if not problems else 'DAMAGED'}")
-        for problem in problems:
-            print(f"  {problem}")
-    return 1 if damaged else 0
+def _verify(place: str) -> int:
+    """One checkpoint; the exit code. What lies in a store is checked as it arrives, in a temporary folder."""
+    name: object = place
+    try:
+        with on_disk([place]) as (path,):
+            newest = _newest(path)
+            name = place if is_url(place) else newest
+            problems = offline.verify(newest)
+    except CorruptCheckpoint as damage:
+        problems = [str(damage)]
+    print(f"{name}: {'all files are as they were written' if not problems else 'DAMAGED'}")
+    for problem in problems:
+        print(f"  {problem}")
+    return 1 if problems else 0
+
+
+def _listed(place: str) -> str:
+    """The complete checkpoints of a run or a mirror, a line for each. Raises FileNotFoundError."""
+    if is_url(place):
+        return describe_mirror(place)
+    inside = Path(place) / "checkpoints"
+    root = inside if inside.is_dir() else Path(place)
+    states = [read_state(root / step_name(step)) for step in complete_steps(root)]
+    if not states:
+        raise FileNotFoundError(f"{root} holds no complete checkpoint")
+    lines = [f"  {step_name(one['step'])}  tokens {one['tokens']}, score {one['score']}" for one in states]
+    return "\n".join([str(root), *lines])

@@ -13,7 +13,8 @@ from typing import Annotated
 
 from megatron_fp4.data.ramp import BatchRampConfig, batch_size, batch_sizes, check_ramp
 from megatron_fp4.models.decoder import Recompute
-from megatron_fp4.settings import MAX_SECONDS, Bound, Count, Size, check_bounds
+from megatron_fp4.settings import MAX_SECONDS, Bound, Count, Place, Size, check_bounds
+from megatron_fp4.storage.remote.url import check_place
 
 SECRET = re.compile(
     r"(?<![A-Za-z0-9])(?=[A-Za-z0-9]*\d)(?=[A-Za-z0-9]*[A-Za-z])[A-Za-z0-9]{20,}|https?://[^/\s$]*:[^/\s$]*@"
@@ -122,9 +123,9 @@ class TrainConfig:
     """Consumed tokens at which the decay of schedule wsd begins, whatever optim.decay_fraction says; now = those before
     the first step of the launch that says so first, which its checkpoints keep; it ends with the run; empty = by
     optim.decay_fraction."""
-    init_from: str = ""
-    """Checkpoint, or folder of transformers or Megatron-LM, whose weights a new run begins with; optimizer, data and
-    schedules are its own; empty = weights are drawn."""
+    init_from: Place = ""
+    """Checkpoint, also by the URL of a mirror, or folder of transformers or Megatron-LM, whose weights a new run begins
+    with; optimizer, data and schedules are its own; empty = weights are drawn."""
     resume: Resume = Resume.auto
     """Whether the run goes on from the newest checkpoint of run_dir."""
     resume_allow: list[str] = field(default_factory=list)
@@ -159,6 +160,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self, "train")
+        check_place(self.init_from, "train.init_from")
         if not self.run_dir.strip():
             raise ValueError("train.run_dir is empty, which is the present folder; name one for this run")
         if self.total_tokens != int(self.total_tokens):

@@ -23,6 +23,8 @@ from megatron_fp4.comm.mesh import Group
 from megatron_fp4.storage.durable import HashingFile
 from megatron_fp4.storage.lock import RunLocked
 from megatron_fp4.train.arrival.locking import hold_run
+from megatron_fp4.train.resume.origin import choose_checkpoint
+from megatron_fp4.train.sections import Resume
 from tests.checkpoint.synthetic import Layout, shards_of, wrong_shards
 from tests.helpers.distributed import mesh_for, run_distributed
 
@@ -91,6 +93,7 @@ def scenarios(rank: int, world_size: int, root: str) -> dict[str, Any]:
     run("no_memory", (Staging, "copy", out_of_memory), True)
     run("hung", (commit, "write_part", never_ends), True, timeout_seconds=2.0)
     seen["refusals"] = refusals(Path(root, "refusals"), world)
+    seen["mirror"] = mirrored(Path(root, "mirror"), world)
     return seen
 
 
@@ -117,6 +120,30 @@ def refusals(root: Path, world: Group) -> dict[str, Any]:
     messages["locked"] = refused(lambda: hold_run(root, "", world), RunLocked)
     lock.release()
     return messages
+
+
+def mirrored(root: Path, world: Group) -> dict[str, Any]:
+    """Two steps are mirrored; a byte of rank 1's part of the newer one flips in the store; another disk goes on."""
+    url, config = f"file://{root}/store", CheckpointConfig(asynchronous=False)
+    sending = CheckpointStore(root / "sending", world, config, mirror=url)
+    assert sending.mirror is not None
+    sending.mirror.start()
+    for step in (1, 2):
+        sending.save(step, shards_of(TWO, world.rank, filled=True, version=step), {})
+    seen = {"missing": sending.mirror.finish(60.0)}
+    if world.rank == 0:
+        newest = next((root / "store").glob("step_00000002.*/data_0000.bin"))
+        content = bytearray(newest.read_bytes())
+        content[-1 - 4096] ^= 1
+        newest.write_bytes(bytes(content))
+    going_on = CheckpointStore(root / "going_on", world, config, mirror=url)
+    chosen = going_on.choose_newest()
+    assert chosen is not None
+    shards = shards_of(TWO, world.rank, filled=False)
+    going_on.load(chosen, shards)
+    empty = CheckpointStore(root / "empty", world, config, mirror=url)
+    never = refused(lambda: choose_checkpoint(Resume.never, empty), ValueError)
+    return {**seen, "step": chosen.step, "wrong": wrong_shards(shards, TWO, world.rank, version=1), "never": never}
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +182,15 @@ def test_refusals_are_the_same_on_all_ranks(seen: list[dict[str, Any]]) -> None:
     assert first["fallback"] == 1, "rank 0 verified its own files only"
     assert f"pid {os.getpid()}" not in first["locked"]
     assert "is in use by pid" in first["locked"]
+
+
+def test_all_ranks_take_the_same_checkpoint_of_a_mirror(seen: list[dict[str, Any]]) -> None:
+    first, second = (one["mirror"] for one in seen)
+    assert first == second
+    assert first["missing"] == []
+    assert first["step"] == 1, "damage in the share of one rank is damage for all"
+    assert first["wrong"] == []
+    assert "already holds checkpoint 2 and train.resume=never; choose another checkpoint.mirror" in first["never"]
 
 
 def die_while_writing(rank: int, port: int, root: str) -> None:

@@ -118,6 +118,7 @@ RAMP = [
         (["+precision.recipes.nvfp4.fprop.x.fromat=nvfp4"], "did you mean 'precision.recipes.nvfp4.fprop.x.format'"),
         (["+precision.recipes.nvfp4.fprop={y: {format: nvfp4}}"], "Key 'y' not in 'Fprop'"),
         (["train.run_dir=s3://bucket/run"], "train.run_dir = s3://bucket/run: no store stands behind URLs"),
+        (["train.init_from='s3://bucket/a?sig=word'"], "a URL holds no credentials"),
         (["checkpoint.mirror=s3://bucket"], "checkpoint.mirror = s3://bucket: it must look like s3://BUCKET/PREFIX"),
         (["checkpoint.mirror=runs/mirror"], "checkpoint.mirror = runs/mirror: no object store is reached by this"),
         (["checkpoint.mirror='s3://key:word@bucket/a'"], "a URL holds no credentials"),

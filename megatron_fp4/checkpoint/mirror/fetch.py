@@ -25,7 +25,15 @@ from megatron_fp4.checkpoint.load import CheckpointReader, CorruptCheckpoint
 from megatron_fp4.checkpoint.mirror.contents import MirroredName, digest_of, look_at_mirror
 from megatron_fp4.checkpoint.mirror.keep import dropped
 from megatron_fp4.comm import collectives
-from megatron_fp4.storage.durable import MANIFEST, FileRecord, fsync_directory, read_manifest, share_of, write_durably
+from megatron_fp4.storage.durable import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    fsync_directory,
+    read_manifest,
+    share_of,
+    write_durably,
+)
 from megatron_fp4.storage.local import check_room
 from megatron_fp4.storage.patience import UnreadableFile
 from megatron_fp4.storage.remote.client import PART_BYTES, AccessRefused, Remote, StoreError
@@ -72,15 +80,18 @@ class MirrorFetcher:
                     log.warning("%s of the mirror is refused, trying the one before it: %s", name, damage)
         return None
 
-    def fetch(self, name: MirroredName) -> None:
-        """One checkpoint under its own step. Raises UnreadableFile, CorruptCheckpoint."""
+    def fetch(self, name: MirroredName, *, only_small: bool = False) -> None:
+        """One checkpoint under its own step. only_small: without the files of tensors.
+
+        Raises UnreadableFile, CorruptCheckpoint.
+        """
         reader, group = self.reader, self.reader.group
         place = self._places.next(name.step)
         directory, number = place.directory, place.number
         began = time.monotonic()
         try:
-            reader.agreed(lambda: self._begin(name, directory) if group.rank == 0 else None)
-            reader.agreed(lambda: self._bring_share(name, directory))
+            reader.agreed(lambda: self._begin(name, directory, only_small) if group.rank == 0 else None)
+            reader.agreed(lambda: self._bring_share(name, directory, only_small))
             reader.agreed(lambda: self._end(name, directory, number) if group.rank == 0 else None)
         except ValueError:
             if group.rank == 0:
@@ -91,7 +102,7 @@ class MirrorFetcher:
             seconds = time.monotonic() - began
             log.warning("checkpoint %d was brought from %s in %.1f s", name.step, self.remote.url, seconds)
 
-    def _begin(self, name: MirroredName, directory: Path) -> None:
+    def _begin(self, name: MirroredName, directory: Path, only_small: bool) -> None:
         """Rank 0: the directory with the manifest, whose name is checked; nothing is read from it before."""
         key = f"{name}/{MANIFEST}"
         content = read_store(lambda: self.remote.read(key), self.remote.url)
@@ -108,13 +119,13 @@ class MirrorFetcher:
                 size = f"{sizes.get(file, 'no')} bytes, expected {manifest.file_bytes(file)}"
                 raise ValueError(f"{self.remote.url}/{name}/{file} has {size}")
         try:
-            check_room(directory, sum(manifest.file_bytes(file) for file in manifest.files))
+            check_room(directory, sum(part.num_bytes for _, part in manifest.parts(_files(manifest, only_small))))
         except ValueError as error:
             raise UnreadableFile(f"{name} of the mirror cannot be brought: {error}") from None
 
-    def _bring_share(self, name: MirroredName, directory: Path) -> None:
-        group = self.reader.group
-        parts = read_manifest(directory).parts()
+    def _bring_share(self, name: MirroredName, directory: Path, only_small: bool) -> None:
+        group, manifest = self.reader.group, read_manifest(directory)
+        parts = manifest.parts(_files(manifest, only_small))
         share = share_of(parts, group.rank, group.size)
         with ThreadPoolExecutor(BLOCKS_AT_ONCE, thread_name_prefix="mirror") as pool:
             for file, part in share:
@@ -157,6 +168,11 @@ class MirrorFetcher:
         with _written(directory):
             fsync_directory(directory)
             publish(directory, name.step, number)
+
+
+def _files(manifest: Manifest, only_small: bool) -> list[str]:
+    """Files of a checkpoint; only_small: those without tensors, of this version and of earlier ones."""
+    return [file for file in manifest.files if not (only_small and file.startswith(("data_", "__")))]
 
 
 @contextmanager

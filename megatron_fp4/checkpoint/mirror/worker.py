@@ -79,7 +79,7 @@ class MirrorWorker:
             if time.monotonic() > deadline:
                 return False
             self.wake()
-            time.sleep(0.02)
+            time.sleep(0.05)
         return True
 
     def stop(self) -> list[int]:

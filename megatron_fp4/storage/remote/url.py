@@ -59,6 +59,12 @@ def check_url(text: str, setting: str) -> None:
         raise ValueError(f"{setting} = {shown}: {objection}")
 
 
+def check_place(text: str, setting: str) -> None:
+    """Raise ValueError for a URL of which no store can be; a path passes. The extra is not asked for here."""
+    if is_url(text) and (objection := url_objection(text)):
+        raise ValueError(f"{setting} = {text if is_shown(text) else '(a URL that is not repeated here)'}: {objection}")
+
+
 def is_shown(text: str) -> bool:
     """Whether a URL may be repeated in a message: one with a user, a password or a signature may not."""
     parts = urlsplit(text)

@@ -14,26 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_fp4.checkpoint import CheckpointConfig, CheckpointReader, CheckpointStore, Verified
-from megatron_fp4.comm.agree import agreed, decided_by_rank0
+from megatron_fp4.checkpoint import CheckpointStore, Verified
+from megatron_fp4.comm.agree import agreed
 from megatron_fp4.comm.mesh import Group, ParallelMesh
-from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.models.foreign.source import is_foreign
-from megatron_fp4.storage.durable import MANIFEST, hash_of
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.resume.foreign_origin import MASTER, fill_from_foreign
-from megatron_fp4.train.resume.same_model import check_model, checkpoint_in
+from megatron_fp4.train.resume.checkpoint_origin import fill_from_checkpoint, masters_to_fill
+from megatron_fp4.train.resume.foreign_origin import fill_from_foreign
+from megatron_fp4.train.resume.mirrored_origin import origin_folder
+from megatron_fp4.train.resume.same_model import check_model
 from megatron_fp4.train.resume.teacher import teach
 from megatron_fp4.train.sections import Resume
 from megatron_fp4.train.trainable import Trainable
-
-NO_WEIGHT = ".router.overload"
-"""End of the names of what begins at 0 in a new run: it tells of the global batch before."""
 
 
 def choose_checkpoint(policy: Resume, store: CheckpointStore) -> Verified | None:
@@ -79,15 +73,13 @@ def begin_from(
     """
     if not config.train.init_from:
         return None
-    folder = Path(config.train.init_from)
-    shards = [
-        Shard(one.where, {MASTER: one.tensors[MASTER]}, writes=False)
-        for one in trainable.optimizer.state_to_fill()
-        if not one.name.endswith(NO_WEIGHT)
-    ]
-    agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)
-    fill = fill_from_foreign if is_foreign(folder) else partial(_from_checkpoint, config=config.checkpoint)
-    record = fill(folder, shards, world, beat)
+    shards = masters_to_fill(trainable.optimizer.state_to_fill())
+    with origin_folder(config, world, beat) as (folder, came_from):
+        agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)
+        fill = fill_from_foreign if is_foreign(folder) else partial(fill_from_checkpoint, config=config.checkpoint)
+        record = fill(folder, shards, world, beat)
+    if came_from:
+        record["from"] = came_from
     trainable.optimizer.after_load(0)
     return record
 
@@ -97,31 +89,3 @@ def _refusing(look: Callable[[], None]) -> None:
         look()
     except FileNotFoundError as error:  # ranks agree on ValueErrors
         raise ValueError(str(error)) from None
-
-
-def _no_weights(chosen: Verified) -> list[Shard]:
-    """Places for what is stored of `NO_WEIGHT`, from where nobody takes it."""
-    names = {key.removeprefix(f"{MASTER}/"): shape for key, shape in chosen.pieces.shapes().items()}
-    return [
-        Shard(Rectangle.whole(name, shape), {MASTER: torch.empty(shape)}, writes=False)
-        for name, shape in names.items()
-        if name.endswith(NO_WEIGHT)
-    ]
-
-
-def _from_checkpoint(
-    folder: Path, shards: list[Shard], world: Group, beat: Callable[[], None], config: CheckpointConfig
-) -> dict[str, Any]:
-    directory = decided_by_rank0(lambda: checkpoint_in(folder), world)
-    reader = CheckpointReader(directory.parent, world, config, beat)
-    chosen = reader.verified(directory)
-    reader.load(chosen, [*shards, *_no_weights(chosen)])
-    record = {
-        "from": str(directory.absolute()),
-        "format": "checkpoint",
-        "step": chosen.step,
-        "files": {MANIFEST: decided_by_rank0(lambda: hash_of(directory / MANIFEST, beat), world)},
-    }
-    if "init_from" in chosen.meta:
-        record["whose_weights_came_from"] = chosen.meta["init_from"]
-    return record

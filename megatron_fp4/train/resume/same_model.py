@@ -14,7 +14,7 @@ from megatron_fp4.checkpoint.directory import read_state, step_to_load
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.foreign.source import is_foreign, open_source
 from megatron_fp4.settings import to_json_values
-from megatron_fp4.storage.remote.url import check_url
+from megatron_fp4.storage.remote.url import check_url, is_url
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.resume.differences import ABSENT, compare_settings
 
@@ -38,13 +38,16 @@ def check_origin(config: RunConfig) -> None:
     reads no weights.
 
     Raises ValueError and FileNotFoundError, with the settings that are others than those of the weights; ValueError too
-    for a mirror in a store that this machine cannot reach without an extra. What lies in a mirror is not known here:
-    with one, weights are looked at when they are read.
+    for a URL that this machine cannot reach without an extra. What lies in a store is not known here: then weights are
+    looked at when they are read.
     """
     if config.train.distillation.teacher:
         check_teacher(Path(config.train.distillation.teacher), config.model)
     if config.checkpoint.mirror:
         check_url(config.checkpoint.mirror, "checkpoint.mirror")
+    if is_url(config.train.init_from):
+        check_url(config.train.init_from, "train.init_from")
+        return
     goes_on = config.checkpoint.mirror or step_to_load(Path(config.train.run_dir) / "checkpoints") is not None
     if config.train.init_from and not goes_on:
         check_model(Path(config.train.init_from), config.model)

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from megatron_fp4.checkpoint import offline
 from megatron_fp4.checkpoint.directory import read_state
+from megatron_fp4.checkpoint.mirror.contents import local_name
+from megatron_fp4.checkpoint.mirror.send import send_checkpoint
 from megatron_fp4.cli.checkpoint import main
 from megatron_fp4.data.text.files import fingerprint_of
 from megatron_fp4.pretrain import main as pretrain
+from megatron_fp4.storage.remote.client import Remote
 from megatron_fp4.train.resume.description import describe_origin
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import TinyRun, tiny_run
@@ -65,6 +68,24 @@ def test_weights_and_nothing_else(source: TinyRun, tmp_path: Path, name: str) ->
     weight = trainer.run.engine.stages[0].state_dict()["head.weight"]
     assert torch.equal(weight, expected["head.weight"].to(weight.dtype)), "the model computes with other weights"
     assert name in trainer.run.origin["init_from"]["from"]
+
+
+def test_weights_of_a_mirror(source: TinyRun, tmp_path: Path) -> None:
+    """By the URL of a mirror or of one checkpoint there; what was brought is removed, and the URL is remembered."""
+    url, directory = f"file://{tmp_path}/store", source.run_dir / "checkpoints" / "step_00000004"
+    name = local_name(directory)
+    send_checkpoint(Remote(url), directory, name, {})
+    expected = stored(beside(source, "weights"))
+    for number, place in enumerate((url, f"{url}/{name}")):
+        run = source.with_overrides(f"train.init_from='{place}'", run_dir=tmp_path / str(number))
+        trainer, _ = make_trainer(run.overrides)
+        got = masters(trainer)
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
+        assert trainer.run.origin["init_from"]["from"] == f"{url}/{name}"
+        assert not (run.run_dir / "init_from").exists()
+    absent = source.with_overrides(f"train.init_from='file://{tmp_path}/absent'", run_dir=tmp_path / "absent_run")
+    with pytest.raises(ValueError, match="is neither a complete checkpoint nor a mirror with some"):
+        make_trainer(absent.overrides)
 
 
 def test_a_resume_reads_no_origin_and_remembers_it(source: TinyRun, tmp_path: Path) -> None:
