@@ -22,7 +22,7 @@ from megatron_fp4.proofs.distance import Comparison, compare, worst
 from megatron_fp4.proofs.layouts import Layout, parse_layouts, with_overlap
 from megatron_fp4.proofs.parity import Case, Record, run_cases
 from megatron_fp4.proofs.shrink import shrink
-from megatron_fp4.proofs.verdict import find_failures, likely_cause, tolerance_of
+from megatron_fp4.proofs.verdict import TOLERANCES, find_failures, likely_cause
 from megatron_fp4.train.config import RunConfig
 
 DEFAULT_LAYOUTS = "tp2, cp2, dp2, pp2, tp2 pp2 dp2"
@@ -92,12 +92,12 @@ def _check(
     passed: dict[str, bool] = {}
     for number, case in enumerate(cases):
         comparison = compare(reference[number], [record[number] for record in records])
-        failures = find_failures(comparison, tolerance_of(case))
+        failures = find_failures(comparison, TOLERANCES[case.name])
         passed[case.name] = not failures
         print(_line(layout, case, comparison, failed=bool(failures)), flush=True)
         if failures:
             tied = case.config.model.tied_embeddings
-            cause = likely_cause(layout, comparison, tolerance_of(case), tied=tied, passed=passed)
+            cause = likely_cause(layout, comparison, TOLERANCES[case.name], tied=tied, passed=passed)
             more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
             print(f"    {failures[0]}{more}\n    likely cause: {cause}", flush=True)
     print(f"{'':<26} {time.monotonic() - began:.0f} s", flush=True)

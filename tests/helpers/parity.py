@@ -41,6 +41,7 @@ NVFP4 = PrecisionConfig(
     rules=[Rule("head"), Rule("*", use="nvfp4")],
 )
 FP32 = PrecisionConfig(compute_dtype=ComputeDtype.fp32)
+BF16 = PrecisionConfig(compute_dtype=ComputeDtype.bf16)
 
 
 def parity_case(

@@ -22,7 +22,7 @@ from megatron_fp4.proofs.layouts import Layout, parse_layout
 from megatron_fp4.proofs.parity import Case, Record, run_cases
 from megatron_fp4.proofs.verdict import TOLERANCES, find_failures, likely_cause
 from tests.helpers import planted
-from tests.helpers.parity import FP32, HYBRID, parity_case
+from tests.helpers.parity import BF16, FP32, HYBRID, parity_case
 from tests.helpers.planted import Bug
 
 Worker = Callable[..., list[Record]]
@@ -116,9 +116,11 @@ def test_experts_on_other_ranks() -> None:
         sequence_loss=1e-2, global_loss=1e-2, z_loss=1e-3,
     )  # fmt: skip
     case, muon = (parity_case(pattern="*EE*", moe=moe, optim=optim) for optim in ({}, {"algorithm": Algorithm.muon}))
-    references = alone(case, muon)
+    bf16 = replace(parity_case(BF16, name="bf16", steps=2, pattern="*EE*", moe=moe), drawn_choices=True)
+    cases = [case, muon, bf16]
+    references = alone(*cases)
     for layout in ("tp2 dp2 ep4", "pp2 ep2:interleaved_zero_bubble"):
-        comparisons = check([case, muon], layout, references)
+        comparisons = check(cases, layout, references)
         assert worst(comparisons[0].initial) == 0.0, "initial values depend on where an expert is"
         assert comparisons[0].loss_error < 1e-5, "a scale or a draw of rounding noise depends on where an expert is"
 

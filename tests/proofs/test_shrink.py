@@ -9,6 +9,7 @@ import pytest
 
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.data.ramp import BatchRampConfig, steps_from
+from megatron_fp4.layers.moe.config import Drop
 from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.optim import Overlap
 from megatron_fp4.pipeline.schedules import check_pipeline
@@ -58,6 +59,16 @@ def test_tied_embeddings_and_dropout_are_kept() -> None:
     full = replace(full, model=replace(full.model, tied_embeddings=True, dropout=0.1))
     model = shrink(full, LAYOUTS)[0].config.model
     assert (model.tied_embeddings, model.dropout) == (True, 0.1)
+
+
+def test_rounding_decides_nothing_about_experts() -> None:
+    """In BF16 neither their choice nor which rows a full one gives up; in FP32 compute both are the model's own."""
+    full = to_run_config(compose_config(["model=nemotron3_tiny", "model.vocab_size=1000", "train.total_tokens=1e6"]))
+    full = replace(full, model=replace(full.model, moe=replace(full.model.moe, capacity_factor=1.0)))
+    cases = {case.name: case for case in shrink(full, parse_layouts("tp2 ep2"))}
+    drawn = {name for name, case in cases.items() if case.drawn_choices}
+    latest = {name for name, case in cases.items() if case.config.model.moe.drop is Drop.address}
+    assert drawn == latest == {"bf16"}
 
 
 def test_a_batch_ramp_is_kept() -> None:

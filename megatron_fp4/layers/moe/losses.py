@@ -60,10 +60,12 @@ class Tally:
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """What the losses are of. logits, scores: in the type that the router computes in. overload_E: see `Router`."""
+    """What the losses are of. logits, scores: in the type that the router computes in. ranked: the scores in FP32, or
+    what ranks experts instead. overload_E: see `Router`."""
 
     logits_TE: Tensor
     scores_TE: Tensor
+    ranked_TE: Tensor
     experts_Tk: Tensor
     overload_E: Tensor | None
 
@@ -97,8 +99,8 @@ def balanced(
     zero = scores_TE.new_zeros(())
     sequence = over_all = z = zero
     if config.sequence_loss:
-        load_TE = _sequence_load(scores_TE, config, tokens, context, length)
-        sequence = (load_TE * shares_TE).sum() / (length * num_sequences)
+        load_TE = _sequence_load(routing.ranked_TE, config, tokens, context, length)
+        sequence = (load_TE.to(shares_TE.dtype) * shares_TE).sum() / (length * num_sequences)
     if routing.overload_E is not None:
         load_E = routing.overload_E.to(shares_TE.dtype) + 1.0
         over_all = (load_E * shares_TE).sum() / (length * num_sequences)
@@ -116,13 +118,13 @@ def balanced(
 
 
 @torch.no_grad()
-def _sequence_load(scores_TE: Tensor, config: MoeConfig, tokens: Tokens, context: LayerContext, length: int) -> Tensor:
+def _sequence_load(ranked_TE: Tensor, config: MoeConfig, tokens: Tokens, context: LayerContext, length: int) -> Tensor:
     """E c_i / k T of the sequence of each of this rank's rows, `[T, E]`."""
     num_sequences, columns = tokens.address.shape
     num_experts = config.num_experts
-    places = torch.arange(num_sequences, device=scores_TE.device).repeat_interleave(columns)
+    places = torch.arange(num_sequences, device=ranked_TE.device).repeat_interleave(columns)
     sequence_T = places.chunk(context.tp.size)[context.tp.rank]
-    chosen_Tk = best(scores_TE.float(), config.top_k)
+    chosen_Tk = best(ranked_TE, config.top_k)
     counts = counted((sequence_T[:, None] * num_experts + chosen_Tk).flatten(), num_sequences * num_experts)
     counts_BE = all_reduce_sum(counts, context.tp_cp).view(num_sequences, num_experts)
-    return (counts_BE * (num_experts / (config.top_k * length))).to(scores_TE.dtype)[sequence_T]
+    return (counts_BE * (num_experts / (config.top_k * length)))[sequence_T]

@@ -15,6 +15,7 @@ gives up (capacity.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,8 @@ class Router(nn.Module):
 
     weight: FP32 `[E, D]`, whole on every tensor-parallel rank. bias, overload: FP32 `[E]`, without gradients, see
     `balance.LoadBalance`; None where the settings have no use for them. tally: what this rank has counted since the
-    step began.
+    step began. ranking: of addresses `[T]`, what ranks the experts instead of the scores, FP32 `[T, E]`; for proofs in
+    types whose rounding would decide between experts.
     """
 
     def __init__(self, name: str, config: MoeConfig, hidden: int, context: LayerContext, *, std: float) -> None:
@@ -63,6 +65,7 @@ class Router(nn.Module):
         self.bias = self._state("bias") if config.expert_bias else None
         self.overload = self._state("overload") if config.global_loss else None
         self.tally = Tally.empty(config.num_experts, context.device)
+        self.ranking: Callable[[Tensor], Tensor] | None = None
 
     def _state(self, part: str) -> LogicalParameter:
         size = self.config.num_experts
@@ -81,11 +84,12 @@ class Router(nn.Module):
         logits_TE = _RouterLogits.apply(x_TD, self.weight, work).to(work)
         scores_TE = logits_TE.sigmoid() if config.score is RouterScore.sigmoid else logits_TE.softmax(-1)
         with torch.no_grad():
-            experts_Tk = choose_experts(scores_TE.float(), self.bias, config)
+            ranked_TE = scores_TE.float() if self.ranking is None else self.ranking(tokens.local_rows(context.tp))
+            experts_Tk = choose_experts(ranked_TE, self.bias, config)
         weights_Tk = weights_of(scores_TE, experts_Tk, config).float()
         trained = torch.is_grad_enabled() and weights_Tk.requires_grad
         if trained:
-            routing = Routing(logits_TE, scores_TE, experts_Tk, self.overload)
+            routing = Routing(logits_TE, scores_TE, ranked_TE, experts_Tk, self.overload)
             weights_Tk = balanced(weights_Tk, routing, config, tokens, context, self.tally)
         full = trained and config.capacity_factor  # what is evaluated depends on no token beside it
         return Routes(
