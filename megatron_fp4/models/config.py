@@ -114,7 +114,8 @@ class ModelConfig:
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}"
+                f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads};"
+                f" choose a divisor of {self.num_heads} for the latter"
             )
         self._check_rope()
         if "M" in self.letters:
@@ -131,7 +132,10 @@ class ModelConfig:
 
     def _check_rope(self) -> None:
         if self.rope_base and self.attention_head_dim % 2:
-            raise ValueError(f"rotary embedding needs an even head_dim, got {self.attention_head_dim}")
+            raise ValueError(
+                f"rotary embedding needs an even head_dim, got {self.attention_head_dim}; set model.head_dim to an even"
+                " number, or model.rope_base=0"
+            )
         if self.rope_base and (self.rotary_dim % 2 or not self.rotary_dim):
             raise ValueError(
                 f"model.rope_fraction = {self.rope_fraction:g} of a head of {self.attention_head_dim} rotates"
@@ -145,11 +149,11 @@ class ModelConfig:
 
     def _check_mamba(self) -> None:
         if self.mamba_num_heads < 1:
-            raise ValueError("model.pattern has Mamba-2 blocks (M), but model.mamba_num_heads is 0")
+            raise ValueError("model.pattern has Mamba-2 blocks (M), but model.mamba_num_heads is 0; set it")
         if self.mamba_num_heads % self.mamba_num_groups:
             raise ValueError(
                 f"model.mamba_num_heads = {self.mamba_num_heads} is not a multiple of model.mamba_num_groups ="
-                f" {self.mamba_num_groups}"
+                f" {self.mamba_num_groups}; choose a divisor of {self.mamba_num_heads} for the latter"
             )
 
     def by_torch(self) -> ModelConfig:

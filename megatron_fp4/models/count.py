@@ -41,7 +41,7 @@ norms: all others, the gated one included."""
 @dataclass(frozen=True)
 class ParameterInfo:
     """One logical parameter. block: None outside the blocks. sharded: the dimension that tp divides, None if whole.
-    expert: the routed expert that it is of."""
+    expert: the routed expert that it is of. trained: False of FP32 state that changes without a gradient."""
 
     name: str
     block: int | None
@@ -49,6 +49,7 @@ class ParameterInfo:
     shape: tuple[int, ...]
     sharded: int | None
     expert: int | None = None
+    trained: bool = True
 
     @property
     def numel(self) -> int:
@@ -123,9 +124,9 @@ def _router_parameters(name: str, index: int | None, config: ModelConfig) -> Ite
     moe = config.moe
     yield ParameterInfo(f"{name}.weight", index, "router", (moe.num_experts, config.hidden), None)
     if moe.expert_bias:
-        yield ParameterInfo(f"{name}.bias", index, "router", (moe.num_experts,), None)
+        yield ParameterInfo(f"{name}.bias", index, "router", (moe.num_experts,), None, trained=False)
     if moe.global_loss:
-        yield ParameterInfo(f"{name}.overload", index, "router", (moe.num_experts,), None)
+        yield ParameterInfo(f"{name}.overload", index, "router", (moe.num_experts,), None, trained=False)
 
 
 def _attention_parameters(name: str, index: int | None, config: ModelConfig) -> Iterator[ParameterInfo]:

@@ -36,7 +36,7 @@ def check_model_layout(model: ModelConfig, parallel: ParallelConfig, *, seq_leng
         for setting, size in sizes.items() if kind in used else ():
             _check_divides(f"model.{setting}", size, "parallel.tp", tp)
     if model.vocab_size < tp:
-        raise ValueError(f"model.vocab_size = {model.vocab_size} is smaller than parallel.tp = {tp}")
+        raise ValueError(f"model.vocab_size = {model.vocab_size} is smaller than parallel.tp = {tp}; lower that")
     if model.loss_impl is LossImpl.te and model.vocab_size % tp:
         raise ValueError(
             f"model.loss_impl=te needs equal parts of the vocabulary: model.vocab_size = {model.vocab_size} is not"

@@ -192,8 +192,12 @@ class Zero1Optimizer:
 
         What is kept in FP32 is a view of live state.
         """
+        return self.updated_shards() + self._gradient_free_shards()
+
+    def updated_shards(self) -> list[Shard]:
+        """Those of `state_shards` that have gradients."""
         self._params.wait()
-        return [shard for owned in self._owned for shard in owned.state_shards()] + self._gradient_free_shards()
+        return [shard for owned in self._owned for shard in owned.state_shards()]
 
     def kept_tensors(self) -> list[Tensor]:
         """Everything that is kept of state between two steps; FP32 parameters are their own masters."""

@@ -103,6 +103,7 @@ class PipelineEngine(Generic[Module]):
         assert len(self.stages) == len(self._numbers), f"{len(self.stages)} stages, {self._numbers}"
         assert len(take_wgrads) == (len(self.stages) if self._rule.defers_wgrad else 0), f"{len(take_wgrads)} queues"
         self.reports_loss = self._last in self._numbers
+        self.depth = loss.depth
         self._take_wgrads = list(take_wgrads)
         self._loss = loss
         self._shapes = shapes
@@ -140,16 +141,25 @@ class PipelineEngine(Generic[Module]):
 
     @torch.no_grad()
     def evaluate(self, microbatch: Microbatch) -> Tensor:
-        """Sum of the token losses of one microbatch, of any shape (0 where `reports_loss` is False)."""
-        total = torch.zeros((), device=self._device)
-        logits = self.logits(microbatch)
-        return total if logits is None else total + self._loss(logits, microbatch.labels, 1.0)
+        """Sums of the token losses of one microbatch, of any shape; see `train.engine.Engine`."""
+        ahead = microbatch.ahead
+        output = self._output(microbatch, ahead)
+        if output is None:
+            return torch.zeros(1 if ahead is None else 1 + self.depth, device=self._device)
+        if ahead is None:
+            return self._loss(output, microbatch.labels, 1.0)[None]
+        return self._loss.of_depths(output, microbatch.labels, ahead, 1.0)[1]
 
     @torch.no_grad()
     def logits(self, microbatch: Microbatch) -> Tensor | None:
-        """Output of the last stage for one microbatch, of any shape; None where `reports_loss` is False."""
+        """Logits of the next token for one microbatch, of any shape; None where `reports_loss` is False."""
+        logits: Tensor | None = self._output(microbatch, None)
+        return logits
+
+    def _output(self, microbatch: Microbatch, ahead: Tensor | None) -> Any:
+        """What the last stage makes of one microbatch, with `ahead` the logits of the depths too; None elsewhere."""
         output: Tensor | None = None
-        last: Tensor | None = None
+        last: Any = None
         for number, module in zip(self._numbers, self.stages, strict=True):
             if number == 0:
                 x = microbatch.tokens
@@ -158,7 +168,8 @@ class PipelineEngine(Generic[Module]):
                 x = output
             else:
                 x = self._receive(microbatch.tokens.numel(), number - 1)
-            output = module(x, microbatch.address, microbatch.positions, microbatch.documents)
+            further = (ahead,) if ahead is not None and number == self._last else ()
+            output = module(x, microbatch.address, microbatch.positions, microbatch.documents, *further)
             if number == self._last:
                 last = output
             elif number + 1 not in self._numbers:

@@ -32,13 +32,15 @@ ROUNDING_SECOND = {MomentFormat.bf16: 16, MomentFormat.int8: 32, MomentFormat.fp
 @dataclass(frozen=True)
 class HeldElements:
     """Elements on a rank: common, all but those of routed experts; of these `replicated` on every tensor-parallel rank,
-    `tied` in a table whose copy another pipeline rank has too; experts: of the routed experts on it.
+    `tied` in a table whose copy another pipeline rank has too; experts: of the routed experts on it. untrained: in
+    none of the others, FP32 without gradients and optimizer state, on every replica.
     """
 
     common: int
     replicated: int
     tied: int
     experts: int
+    untrained: int
 
     @staticmethod
     def of(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> HeldElements:
@@ -50,11 +52,17 @@ class HeldElements:
             for kind in ("sharded", "tied")
         }
         replicated, experts = sizes["whole", 1], sizes["experts", 1] // settings.ep
-        return HeldElements(local["sharded"] + local["tied"] + replicated, replicated, local["tied"], experts)
+        common = local["sharded"] + local["tied"] + replicated
+        return HeldElements(common, replicated, local["tied"], experts, sizes["untrained", 1])
+
+    @property
+    def trained(self) -> int:
+        """Those with gradients."""
+        return self.common + self.experts
 
     @property
     def total(self) -> int:
-        return self.common + self.experts
+        return self.trained + self.untrained
 
     def divided(self, settings: RankSettings) -> float:
         """Elements whose optimizer state is on this rank."""
@@ -127,7 +135,7 @@ def _sizes_by_state(
 ) -> Counter[tuple[bool, int, float]]:
     """(of routed experts; size of the dimension that tp divides, or 1; bytes of state an element) -> elements."""
     sizes: Counter[tuple[bool, int, float]] = Counter()
-    for one in held_parameters(config, stages):
+    for one in filter(lambda one: one.trained, held_parameters(config, stages)):
         size = 1 if one.sharded is None or one.expert is not None else one.shape[one.sharded]
         each = bytes_per_element(one.name, one.shape, optim, weight_bytes)
         sizes[one.expert is not None, size, each] += one.numel
@@ -136,12 +144,14 @@ def _sizes_by_state(
 
 @functools.cache
 def _sizes(config: ModelConfig, stages: tuple[StageRange, ...]) -> Counter[tuple[str, int]]:
-    """(experts, whole, sharded or tied; size of the dimension that tensor parallelism divides, or 1) -> elements."""
+    """(experts, untrained, whole, sharded or tied; size of the dimension that tp divides, or 1) -> elements."""
     both_ends = any(stage.has_embedding for stage in stages) and any(stage.has_head for stage in stages)
     sizes: Counter[tuple[str, int]] = Counter()
     for parameter in held_parameters(config, stages):
         if parameter.expert is not None:
             sizes["experts", 1] += parameter.numel
+        elif not parameter.trained:
+            sizes["untrained", 1] += parameter.numel
         elif parameter.sharded is None:
             sizes["whole", 1] += parameter.numel
         else:

@@ -99,9 +99,9 @@ def _state(config: ModelConfig, stages: Collection[StageRange], settings: RankSe
     held = HeldElements.of(config, stages, settings)
     compute_bytes = settings.dtype.itemsize
     return {
-        "weights": float(held.total * compute_bytes),
+        "weights": float(held.trained * compute_bytes + held.untrained * FP32),
         "quantized weights": sum(_weight_copies(config, stage, settings) for stage in stages),
-        "main gradients": float(held.total * FP32),
+        "main gradients": float(held.trained * FP32),
         "optimizer": kept_bytes(config, stages, settings),
         **({"teacher": float(held.total * compute_bytes)} if settings.distillation else {}),
         "buffers": sum(_receive_buffers(config, stage, settings) for stage in stages),

@@ -210,7 +210,9 @@ class PrecisionPlan:
         remedy = "evaluate in another precision" if label else "leave this linear in bf16 by a precision rule"
         if self.config.backend is not BackendName.transformer_engine:
             remedy += f", or pad with zeros: {' '.join(self._padding({misfit[2] for misfit in misfits}))}"
-        raise ValueError(f"{label}{info.name}: {gemm.name} in {text}; change the size, use a smaller tp, {remedy}")
+        if any(of(tp) != of(1) for of in (info.local_shape, lambda size: info.local_rows(tokens, size))):
+            remedy = f"use a smaller tp, {remedy}"
+        raise ValueError(f"{label}{info.name}: {gemm.name} in {text}; change the size, {remedy}")
 
     def _padding(self, gemms: set[Gemm]) -> list[str]:
         """The overrides by which these GEMMs pad."""
@@ -240,6 +242,7 @@ def _misfits(info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> 
         "N": (info.local_outputs(tp), "output features per rank"),
         "K": ([columns], "input features per rank"),
     }
+    where = ", ".join([f"tp = {tp}", f"parts {dict(info.outputs)}", *([f"{tokens} tokens"] if tokens else [])])
     for gemm in precision.gemms:
         for dim, multiple in ({} if gemm.pad else gemm.multiples()).items():
             for size in sizes[dim][0]:
@@ -247,5 +250,5 @@ def _misfits(info: Linear, precision: LinearPrecision, tp: int, tokens: int) -> 
                     yield (
                         gemm,
                         f"{gemm_format(gemm)} needs {sizes[dim][1]} to be a multiple of {multiple}, got {size}"
-                        f" (tp = {tp}, parts {dict(info.outputs)}, {tokens} tokens)",
+                        f" ({where})",
                     )

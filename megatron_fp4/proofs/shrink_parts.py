@@ -81,13 +81,13 @@ def over_whole_tensors(table: PrecisionTable) -> PrecisionTable:
 
 
 def small_experts(full: MoeConfig, ep: int, *, width: int, shared_width: int, chunk: int) -> MoeConfig:
-    """At least 8 experts, as many as `ep` divides, at most 3 of a token. width: of an expert and of a projection;
-    chunk: tokens of a segment, where the run has such."""
+    """At least 8 experts, as many as `ep` divides, in groups of at least 2, at most 3 of a token. width: of an expert
+    and of a projection; chunk: tokens of a segment, where the run has such."""
     if not full.num_experts:
         return full
     groups, top_k = full.num_groups, min(full.top_k, 3)
     number = step = math.lcm(ep, groups)
-    while number < 8 or top_k > full.top_groups * (number // groups):
+    while number < max(8, 2 * groups if groups > 1 else 0) or top_k > full.top_groups * (number // groups):
         number += step
     return replace(
         full,

@@ -36,6 +36,9 @@ class Engine(Protocol):
     stages: list[Decoder]
     """The stages that this rank holds."""
 
+    depth: int
+    """Of multi-token prediction."""
+
     reports_loss: bool
     """True on the ranks that hold the last stage."""
 
@@ -54,7 +57,8 @@ class Engine(Protocol):
         """
 
     def evaluate(self, microbatch: Inputs) -> Tensor:
-        """Sum of the token losses of one microbatch (FP32 scalar, 0 where `reports_loss` is False)."""
+        """Sums of the token losses of one microbatch, FP32 `[1]`, with `ahead` those of the depths too, `[1 + depth]`;
+        0 where `reports_loss` is False."""
 
     def logits(self, microbatch: Inputs) -> Tensor | None:
         """Logits `[T, V/tp]` of one microbatch, without gradients; None where `reports_loss` is False."""
@@ -126,6 +130,7 @@ class LocalEngine:
 
     def __init__(self, model: Decoder, loss: TokenLoss) -> None:
         self.stages = [model]
+        self.depth = loss.depth
         self.further_losses = torch.zeros(loss.depth)
         self.teacher: LocalEngine | None = None
         """Of the model whose logits of the same tokens training learns."""
@@ -137,8 +142,9 @@ class LocalEngine:
 
     def _minimized(self, inputs: Inputs, scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """What is minimized, and each loss alone, FP32 `[1 + depth]` without gradients."""
-        if self.teacher is not None:
-            return self._distilled(inputs, scale)
+        return self._alone(inputs, scale) if self.teacher is None else self._distilled(inputs, scale)
+
+    def _alone(self, inputs: Inputs, scale: float | Tensor) -> tuple[Tensor, Tensor]:
         if inputs.ahead is None:
             loss = self._loss(self._logits(inputs), inputs.labels, scale)
             return loss, loss.detach()[None]
@@ -170,7 +176,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def evaluate(self, microbatch: Inputs) -> Tensor:
-        return self._loss(self._logits(microbatch), microbatch.labels, 1.0)
+        return self._alone(microbatch, 1.0)[1]
 
     @torch.no_grad()
     def logits(self, microbatch: Inputs) -> Tensor:

@@ -15,6 +15,7 @@ from megatron_fp4.comm.local import run_local
 from megatron_fp4.comm.mesh import build_mesh
 from megatron_fp4.data.ramp import BatchRampConfig
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.precision import EmulatedBackend, WgradQueue, linear_op
 from megatron_fp4.proofs.distance import compare, worst
@@ -29,8 +30,9 @@ SCHEDULES = {
 }
 
 
-def the_case(**train: Any) -> Case:
-    return parity_case(pattern="*-*-*-*-", steps=STEPS, num_heads=2, num_kv_heads=2, train=train)
+def the_case(mtp: MtpConfig | None = None, **train: Any) -> Case:
+    model = {"mtp": mtp} if mtp else {}
+    return parity_case(pattern="*-*-*-*-", steps=STEPS, num_heads=2, num_kv_heads=2, train=train, **model)
 
 
 class Counts:
@@ -154,13 +156,13 @@ def evaluate_between_steps(process: Process, case: Case, layout: ParallelConfig)
     trainable = build_trainable(config, case.table, EmulatedBackend(), mesh, process.device)
     inputs, count = synthetic_inputs(case, mesh, 0, process.device)
     microbatches = inputs.split(1)
-    values = [trainable.engine.evaluate(microbatches[1])]
+    values = [trainable.engine.evaluate(microbatches[1]).sum()]
     trainable.optimizer.zero_grad()
     values.append(trainable.engine.train(microbatches, 1.0 / count, trainable.optimizer.begin_last_microbatch))
     norm = trainable.optimizer.finish_grads()
     trainable.optimizer.step(norm, lr=1e-2, max_norm=0.0)
     short = type(inputs)(*(tensor[:1, :16].contiguous() for tensor in inputs if tensor is not None))
-    values.append(trainable.engine.evaluate(short))
+    values.append(trainable.engine.evaluate(short).sum())
     reports = trainable.engine.reports_loss
     assert reports or not any(bool(value) for value in values), "only the last stage may report a loss"
     return [float(value) if reports else 0.0 for value in values]
@@ -168,8 +170,9 @@ def evaluate_between_steps(process: Process, case: Case, layout: ParallelConfig)
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zbv"])
 def test_evaluation(schedule: str) -> None:
-    """Evaluation passes every stage once, takes any length, and leaves the training buffers alone."""
-    case = the_case()
+    """Evaluation passes every stage once, takes any length, and leaves the training buffers alone; the loss of each
+    depth of multi-token prediction is beside that of the next token."""
+    case = the_case(MtpConfig(depth=2, pattern="*", shared=True) if schedule == "zbv" else None)
     (expected,) = run_local(evaluate_between_steps, 1, case, ParallelConfig())
     per_rank = run_local(evaluate_between_steps, 2, case, parallel(2, schedule))
     assert [sum(values) for values in zip(*per_rank, strict=True)] == expected

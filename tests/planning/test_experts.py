@@ -20,7 +20,7 @@ from megatron_fp4.planning.cost.machines import MACHINES
 from megatron_fp4.planning.cost.time import StepTime, step_time
 from megatron_fp4.planning.held import HeldElements, stage_linears
 from megatron_fp4.planning.idle import PipelineLayout
-from megatron_fp4.planning.memory import rank_memory
+from megatron_fp4.planning.memory import least_memory, rank_memory
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.traffic import bytes_sent
 from megatron_fp4.train.checked import check_config
@@ -70,6 +70,16 @@ def test_a_rank_holds_its_experts_and_their_state() -> None:
     assert held.common - held.replicated == (alone.common - alone.replicated) / 2
     assert held.divided(settings) == held.common / 32 + held.experts / 4
     assert sum(info.numel for info in stage_linears(model, stages[0]) if info.num_experts) == alone.experts
+
+
+def test_a_bias_is_four_bytes() -> None:
+    """Its own, whatever the compute dtype: no copy for the optimizer, no moments, no gradient."""
+    config, settings = super_run(), RankSettings(tp=2, dp=32, ep=16)
+    model = config.model
+    without = replace(model, moe=replace(model.moe, expert_bias=False, bias_rate=0.0))
+    pipeline = PipelineLayout.of(config, 1)
+    biased, plain = (least_memory(one, pipeline, settings) for one in (model, without))
+    assert biased - plain == pytest.approx(4 * 512 * (40 + 1), abs=1)
 
 
 def test_bytes_of_the_exchange() -> None:
@@ -139,6 +149,6 @@ def test_memory() -> None:
     (stages,) = pipeline.chunks
     memory = rank_memory(config.model, stages, settings, pipeline.order[0])
     held = HeldElements.of(config.model, stages.values(), settings)
-    assert memory["main gradients"] == 4 * held.total == 2 * memory["weights"]
+    assert memory["main gradients"] == 4 * held.trained == 2 * (memory["weights"] - 4 * held.untrained)
     assert memory["optimizer"] == 12 * (held.common / 32 + held.experts)
     assert 50e9 < memory["activations"] < 300e9

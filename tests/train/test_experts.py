@@ -15,6 +15,7 @@ from megatron_fp4.layers.moe.losses import MEANS
 from megatron_fp4.optim import StepReport
 from megatron_fp4.train.open import open_trained
 from megatron_fp4.train.telemetry.metrics import read_metrics
+from megatron_fp4.train.telemetry.norms import norms_by_tensor, parameter_norm
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import TrainerInProcess, make_trainer, masters
 
@@ -146,6 +147,21 @@ def test_a_step_that_does_not_update_moves_no_bias(tmp_path: Path) -> None:
     optimizer.step(float("inf"), lr=1e-3, max_norm=1.0)
     assert all(torch.equal(one, other) for one, other in zip(before, biases(trainer), strict=True))
     assert balance_of(trainer).loads == {}
+
+
+def test_a_bias_has_no_part_in_norms(tmp_path: Path) -> None:
+    """Counts move it: it would drown the weights, and the bundle of a bad step has no gradient of it."""
+    trainer, _ = make_trainer(run_of(tmp_path).overrides)
+    run = trainer.run
+    norm = parameter_norm(run.optimizer, run.mesh.world, run.device)
+    with torch.no_grad():
+        for state in balance_of(trainer).parameters:
+            state += 100.0
+    assert parameter_norm(run.optimizer, run.mesh.world, run.device) == norm
+    run.optimizer.zero_grad()
+    run.optimizer.finish_grads()
+    names = {name.rpartition(".")[2] for name in norms_by_tensor(run.optimizer) if ".router." in name}
+    assert names == {"weight"}
 
 
 def test_muon_takes_each_expert_and_no_router(tmp_path: Path) -> None:

@@ -86,6 +86,11 @@ class MoeConfig:
                 "model.moe.normalize=true with model.moe.top_k = 1 gives every expert the weight 1, and the router"
                 " learns nothing from the loss; set model.moe.normalize=false"
             )
+        if self.num_experts == 1 and self.score is RouterScore.softmax:
+            raise ValueError(
+                "model.moe.score=softmax with model.moe.num_experts = 1 gives every token the weight 1, and the router"
+                " learns nothing from the loss; set model.moe.score=sigmoid, or have more experts"
+            )
         self._check_groups()
         if self.bias_rate and not self.expert_bias:
             raise ValueError(
@@ -101,7 +106,8 @@ class MoeConfig:
         groups, top = self.num_groups, self.top_groups
         if self.num_experts % groups:
             raise ValueError(
-                f"model.moe.num_experts = {self.num_experts} is not divisible by model.moe.num_groups = {groups}"
+                f"model.moe.num_experts = {self.num_experts} is not divisible by model.moe.num_groups = {groups};"
+                f" choose a divisor of {self.num_experts}"
             )
         if top > groups or (top == groups and groups > 1):
             raise ValueError(

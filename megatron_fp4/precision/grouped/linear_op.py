@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from megatron_fp4.precision.backends.padded import padded_index
 from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand, copies_of
 from megatron_fp4.precision.backends.randomness import expert_rows
 from megatron_fp4.precision.clock import StepClock
+from megatron_fp4.precision.grouped.kept import UnextendedOperand
 from megatron_fp4.precision.grouped.protocol import least_rows, matmul_segments, quantize_segments
 from megatron_fp4.precision.grouped.segments import Padding, Segments
 from megatron_fp4.precision.grouped.weight_cache import GroupedWeightCache
@@ -65,6 +67,10 @@ class _GroupedCall(LinearCall):
             if some:
                 quantized = quantize_segments(self.backend, rows, place, segments, self.cache.first_expert, some)
                 operands |= zip(some, quantized, strict=True)
+        if operand == "x":
+            extend = partial(self.padding.rows, columns=columns)
+            for copy in (copy for copy in copies if copy.gemm == "wgrad"):
+                operands[copy] = UnextendedOperand.of(operands[copy], tensor, rows, extend)
         return tuple(operands[copy] for copy in copies)
 
     def multiply(self, gemm: str, first: QuantizedOperand, weights: QuantizedOperand, dtype: torch.dtype) -> Tensor:
@@ -87,6 +93,8 @@ class _GroupedCall(LinearCall):
         self, dy: QuantizedOperand, x: QuantizedOperand, dtype: torch.dtype, total: Tensor | None = None
     ) -> Tensor:
         """`[E * N, K]`: dw of every segment, added to the rows of its expert in `total` or else in FP32."""
+        if isinstance(x, UnextendedOperand):
+            x = x.whole()
         parts = self.parts_of("wgrad").parts
         size, columns = len(self.sharding.n_index), len(self.sharding.k_index)
         if total is None:

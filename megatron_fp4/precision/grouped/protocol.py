@@ -6,6 +6,7 @@ see a grouped GEMM as one (the ledger), has two more methods, `SegmentBackend`. 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self, runtime_checkable
@@ -19,24 +20,25 @@ from megatron_fp4.precision.grouped.segments import Segments
 
 @dataclass(frozen=True, eq=False)
 class GroupedOperand(QuantizedOperand):
-    """Operands of one backend, in the order of the segments. tensors: those of all parts, one after the other."""
+    """Operands of one backend, in the order of the segments. tensors: those of all parts, `counts` of each, one after
+    the other."""
 
     parts: tuple[QuantizedOperand, ...]
+    counts: tuple[int, ...]
 
     @staticmethod
     def of(parts: Sequence[QuantizedOperand]) -> GroupedOperand:
-        return GroupedOperand(tuple(tensor for part in parts for tensor in part.tensors), tuple(parts))
+        tensors = tuple(tensor for part in parts for tensor in part.tensors)
+        return GroupedOperand(tensors, tuple(parts), tuple(len(part.tensors) for part in parts))
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """None while autograd keeps them, and then again all."""
-        if not tensors:
-            return replace(self, tensors=())
-        rest, parts = list(tensors), []
-        for part in self.parts:
-            count = len(part.tensors)
-            parts.append(part.with_tensors(rest[:count]))
-            rest = rest[count:]
-        return replace(self, tensors=tuple(tensors), parts=tuple(parts))
+        """None while autograd keeps them, in the parts neither, and then again all."""
+        rest = iter(tensors)
+        parts = tuple(
+            part.with_tensors(tuple(itertools.islice(rest, count)))
+            for part, count in zip(self.parts, self.counts, strict=True)
+        )
+        return replace(self, tensors=tuple(tensors), parts=parts)
 
 
 Pairs = Sequence[tuple[int, int]]

@@ -22,7 +22,7 @@ from megatron_fp4.data.text.text_bytes import TextBytes
 from megatron_fp4.layers.linear import assign_precision, linears_of
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.engine import Engine
-from megatron_fp4.train.inputs import make_inputs
+from megatron_fp4.train.inputs import count_targets, look_ahead, make_inputs
 
 VOTE_BATCHES = 4
 """Every so many batches of an evaluation the ranks vote on whether to stop: they must leave it at the same one."""
@@ -68,10 +68,12 @@ def evaluating(stages: list[nn.Module], table: PrecisionTable) -> Iterator[None]
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """loss: mean, in nats per target token. bits_per_byte: of text; None where the bytes are not known."""
+    """loss: mean, in nats per target token. bits_per_byte: of text; None where the bytes are not known. depths: the
+    same as `loss` of each depth of multi-token prediction, over its own targets; NaN where it has none."""
 
     loss: float
     bits_per_byte: float | None = None
+    depths: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -80,10 +82,13 @@ class HeldOutLoss:
 
     def __str__(self) -> str:
         text = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4g}"
-        return text if self.bits_per_byte is None else f"{text}, {self.bits_per_byte:.4f} bits per byte"
+        if self.bits_per_byte is not None:
+            text += f", {self.bits_per_byte:.4f} bits per byte"
+        return text + "".join(f", {loss:.4f} of token {depth + 1}" for depth, loss in enumerate(self.depths, start=1))
 
     def metrics(self) -> dict[str, float]:
         numbers = {"loss": self.loss, "perplexity": self.perplexity}
+        numbers |= {f"mtp_{depth}_loss": loss for depth, loss in enumerate(self.depths, start=1)}
         return numbers if self.bits_per_byte is None else numbers | {"bits_per_byte": self.bits_per_byte}
 
 
@@ -102,8 +107,9 @@ def evaluate(
     stop: whether this rank is asked to stop. Raises EvaluationStopped on all ranks soon after one was. The host waits
     for the device once, for the sums at the end.
     """
-    total = torch.zeros(1, dtype=torch.float64, device=device)
-    num_targets, num_bytes = 0, 0.0
+    depth = engine.depth
+    total = torch.zeros(1 + depth, dtype=torch.float64, device=device)
+    num_targets, num_bytes = [0] * (1 + depth), 0.0
     vote: StopVote | None = None
     with evaluating(list(engine.stages), table):
         for number, batch in enumerate(loader):
@@ -111,13 +117,16 @@ def evaluate(
                 if vote is not None and vote.heard():
                     raise EvaluationStopped
                 vote = StopVote(stop(), mesh, device)
-            loss = engine.evaluate(make_inputs(batch, mesh.cp, device))
+            ahead = look_ahead(batch, depth)
+            loss = engine.evaluate(make_inputs(batch, mesh.cp, device, ahead))
             if mesh.tp.rank == 0 and engine.reports_loss:
                 total += loss.double()
                 if mesh.cp.rank == 0:
-                    num_targets += int(batch.loss_mask.sum())
+                    num_targets = [sum(both) for both in zip(num_targets, count_targets(batch, ahead), strict=True)]
                     num_bytes += text_bytes.of_targets(batch) if text_bytes else 0.0
             beat()
-    sums = torch.cat([total, *(torch.full_like(total, count) for count in (num_targets, num_bytes))])
-    loss_sum, count, all_bytes = all_reduce_sum(sums, mesh.world).tolist()
-    return HeldOutLoss(loss_sum / count, loss_sum / math.log(2) / all_bytes if all_bytes > 0 else None)
+    sums = torch.cat([total, total.new_tensor([*num_targets, num_bytes])])
+    *numbers, all_bytes = all_reduce_sum(sums, mesh.world).tolist()
+    loss_sums, counts = numbers[: 1 + depth], numbers[1 + depth :]
+    loss, *depths = (one / count if count else math.nan for one, count in zip(loss_sums, counts, strict=True))
+    return HeldOutLoss(loss, loss_sums[0] / math.log(2) / all_bytes if all_bytes > 0 else None, tuple(depths))

@@ -22,6 +22,7 @@ from megatron_fp4.optim.muon.config import MuonConfig
 from megatron_fp4.precision.config import SAME, PrecisionConfig
 from megatron_fp4.settings import settings_of
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.refusals.experts import idle_expert_settings
 from megatron_fp4.train.refusals.optimizer_state import idle_formats
 from megatron_fp4.train.sections import WandbMode
 
@@ -153,6 +154,7 @@ def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"train.distillation.{name}", "train.distillation.teacher is empty"
     yield from idle_formats(config)
     yield from _without_block(config.model)
+    yield from idle_expert_settings(config)
     for name in config.precision.recipes:
         if name not in named_recipes(config.precision):
             yield f"precision.recipes.{name}", "neither precision.use nor a rule, a switch or the evaluation names it"

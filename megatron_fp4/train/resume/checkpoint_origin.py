@@ -5,11 +5,12 @@ Not here: weights of other libraries (foreign_origin.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_fp4.checkpoint import CheckpointConfig, Verified
 from megatron_fp4.checkpoint.load import CheckpointReader
@@ -24,13 +25,20 @@ NO_WEIGHT = ".router.overload"
 """End of the names of what begins at 0 in a new run: it tells of the global batch before."""
 
 
-def masters_to_fill(state: Sequence[Shard]) -> list[Shard]:
-    """The masters of an optimizer's state, without what is no weight."""
-    return [
-        Shard(one.where, {MASTER: one.tensors[MASTER]}, writes=False)
-        for one in state
-        if not one.name.endswith(NO_WEIGHT)
-    ]
+def drawn_masters(state: Sequence[Shard], names: tuple[str, ...]) -> dict[Rectangle, Tensor]:
+    """The masters, as they were drawn, of the parameters whose names begin with one of `names`."""
+    return {one.where: one.read(MASTER) for one in state if one.name.startswith(names)}
+
+
+def masters_to_fill(state: Sequence[Shard], drawn: Mapping[Rectangle, Tensor]) -> list[Shard]:
+    """The masters of an optimizer's state, without what is no weight and what stays `drawn`, which is put there."""
+    shards = []
+    for one in state:
+        if one.where in drawn:
+            one.tensors[MASTER].copy_(drawn[one.where])
+        elif not one.name.endswith(NO_WEIGHT):
+            shards.append(Shard(one.where, {MASTER: one.tensors[MASTER]}, writes=False))
+    return shards
 
 
 def _no_weights(chosen: Verified) -> list[Shard]:

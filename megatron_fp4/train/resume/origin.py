@@ -17,17 +17,17 @@ from functools import partial
 from typing import Any
 
 from megatron_fp4.checkpoint import CheckpointStore, Verified
-from megatron_fp4.comm.agree import agreed
+from megatron_fp4.comm.agree import agreed, decided_by_rank0
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.models.foreign.source import is_foreign
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.resume.checkpoint_origin import fill_from_checkpoint, masters_to_fill
+from megatron_fp4.train.resume.checkpoint_origin import drawn_masters, fill_from_checkpoint, masters_to_fill
 from megatron_fp4.train.resume.foreign_origin import fill_from_foreign
 from megatron_fp4.train.resume.mirrored_origin import origin_folder
-from megatron_fp4.train.resume.same_model import check_model
+from megatron_fp4.train.resume.same_model import check_model, has_mtp
 from megatron_fp4.train.resume.teacher import teach
 from megatron_fp4.train.sections import Resume
-from megatron_fp4.train.trainable import Trainable
+from megatron_fp4.train.trainable import NOT_EVALUATED, Trainable
 
 
 def choose_checkpoint(policy: Resume, store: CheckpointStore) -> Verified | None:
@@ -73,14 +73,19 @@ def begin_from(
     """
     if not config.train.init_from:
         return None
-    shards = masters_to_fill(trainable.optimizer.state_to_fill())
+    optimizer = trainable.optimizer
     with origin_folder(config, world, beat) as (folder, came_from):
         agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)
+        draws = bool(config.model.mtp.depth) and decided_by_rank0(lambda: not has_mtp(folder), world)
+        drawn = drawn_masters(optimizer.updated_shards(), NOT_EVALUATED) if draws else {}
+        shards = masters_to_fill(optimizer.state_to_fill(), drawn)
         fill = fill_from_foreign if is_foreign(folder) else partial(fill_from_checkpoint, config=config.checkpoint)
         record = fill(folder, shards, world, beat)
     if came_from:
         record["from"] = came_from
-    trainable.optimizer.after_load(0)
+    optimizer.after_load(0)
+    if draws:
+        record["notes"] = [*record.get("notes", ()), "multi-token prediction is not in them: its weights are drawn"]
     return record
 
 

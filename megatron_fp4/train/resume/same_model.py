@@ -13,6 +13,7 @@ from megatron_fp4.checkpoint import offline
 from megatron_fp4.checkpoint.directory import read_state, step_to_load
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.foreign.source import is_foreign, open_source
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.settings import to_json_values
 from megatron_fp4.storage.remote.url import check_url, is_url
 from megatron_fp4.train.config import RunConfig
@@ -54,7 +55,12 @@ def check_origin(config: RunConfig) -> None:
 
 
 def check_model(folder: Path, model: ModelConfig) -> None:
-    """Raises ValueError for settings that are others than those of the weights in `folder`; FileNotFoundError."""
+    """Raises ValueError for settings that are others than those of the weights in `folder`; FileNotFoundError.
+
+    Multi-token prediction may begin with weights that have none: what it adds is drawn then.
+    """
+    if not has_mtp(folder):
+        model = model.with_blocks(model.blocks, MtpConfig())
     if listed := differences_from(folder, model):
         raise ValueError(f"train.init_from={folder} holds another model; set these as they are in it:\n{listed}")
 
@@ -70,18 +76,20 @@ def check_teacher(folder: Path, model: ModelConfig) -> None:
         raise ValueError(f"train.distillation.teacher={folder} holds another model than this run's:\n{listed}")
 
 
+def has_mtp(folder: Path) -> bool:
+    """Whether the weights in `folder` have multi-token prediction; True where nothing is said of their model."""
+    saved = _saved_model(folder)
+    return saved is None or bool(saved.get("mtp", {}).get("depth"))
+
+
 def differences_from(folder: Path, model: ModelConfig) -> str:
     """The settings that are others than those of the weights in `folder`, a line for each. Raises FileNotFoundError.
 
     model: with its vocabulary filled in (`CheckedConfig.config`), as the weights have it.
     """
-    if is_foreign(folder):
-        saved: Mapping[str, Any] = to_json_values(open_source(folder).config)
-    else:
-        settings = read_state(checkpoint_in(folder))["meta"].get("config")
-        if not isinstance(settings, dict) or "model" not in settings:
-            return ""
-        saved = settings["model"]
+    saved = _saved_model(folder)
+    if saved is None:
+        return ""
     defaults = to_json_values(ModelConfig())
     groups = {key: value | saved.get(key, {}) for key, value in defaults.items() if isinstance(value, dict)}
     complete = {**defaults, **saved, **groups}  # older checkpoints know fewer settings
@@ -91,6 +99,14 @@ def differences_from(folder: Path, model: ModelConfig) -> str:
         for one in differences
         if ABSENT not in (one.saved, one.configured)
     )
+
+
+def _saved_model(folder: Path) -> Mapping[str, Any] | None:
+    if is_foreign(folder):
+        foreign: Mapping[str, Any] = to_json_values(open_source(folder).config)
+        return foreign
+    settings = read_state(checkpoint_in(folder))["meta"].get("config")
+    return settings.get("model") if isinstance(settings, dict) else None
 
 
 def checkpoint_in(folder: Path) -> Path:

@@ -14,13 +14,13 @@ from megatron_fp4.optim.clip import global_norm
 
 
 def parameter_norm(optimizer: Zero1Optimizer, world: Group, device: torch.device) -> float:
-    """Norm of the FP32 master weights of the whole model. Collective."""
-    return global_norm([shard.read("master") for shard in optimizer.state_shards() if shard.writes], world, device)
+    """Norm of the FP32 master weights of the whole model; a bias without a gradient is none. Collective."""
+    return global_norm([shard.read("master") for shard in optimizer.updated_shards() if shard.writes], world, device)
 
 
 def norms_by_tensor(optimizer: Zero1Optimizer) -> dict[str, dict[str, float]]:
     """{logical name: {"parameter", "gradient"}}, after `finish_grads` and before `step`. Collective; for reports."""
-    parameters = _norms(optimizer, optimizer.state_shards(), "master")
+    parameters = _norms(optimizer, optimizer.updated_shards(), "master")
     gradients = _norms(optimizer, optimizer.grad_shards(), "grad")
     return {name: {"parameter": norm, "gradient": gradients[name]} for name, norm in parameters.items()}
 

@@ -17,18 +17,23 @@ from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.moe.experts import GroupedExperts
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.numerics import key_of, normal
-from megatron_fp4.precision import LinearPrecision, nvfp4_paper
+from megatron_fp4.planning.footprint import LiveBytes
+from megatron_fp4.precision import EmulatedBackend, LinearPrecision, nvfp4_paper
+from megatron_fp4.precision.backends import Backend
 from megatron_fp4.precision.grouped import Segments
+from megatron_fp4.precision.grouped.emulated import SegmentedEmulatedBackend
 from megatron_fp4.precision.table import PrecisionTable, Row
 
 D, FFN, E = 32, 48, 4
 NAME = "blocks.1.moe.experts"
 
 
-def experts_of(activation: Activation, ep: Group | None = None, dtype: torch.dtype = torch.float32) -> GroupedExperts:
+def experts_of(
+    activation: Activation, ep: Group | None = None, dtype: torch.dtype = torch.float32, ffn_hidden: int = FFN
+) -> GroupedExperts:
     context = replace(lab(), dtype=dtype)
     ep = ep or Group.single("ep")
-    layer = GroupedExperts(NAME, D, FFN, activation, context, num_experts=E, ep=ep, std=0.1, out_std=0.1)
+    layer = GroupedExperts(NAME, D, ffn_hidden, activation, context, num_experts=E, ep=ep, std=0.1, out_std=0.1)
     initialize_parameters(layer, seed=3)
     return layer
 
@@ -68,6 +73,32 @@ def test_proof_mode_agrees_with_fp64(activation: Activation, recompute: bool) ->
     theirs = torch.autograd.grad(y64, [x64, weight64, *parameters], dy.double())
     for one, other in zip((y, *ours), (y64, *theirs), strict=True):
         torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [SegmentedEmulatedBackend(compile=False), EmulatedBackend(compile=False)])
+def test_with_recomputation_only_what_enters_the_activation_is_kept(backend: Backend) -> None:
+    """No result of the activation, and none with zeros between its segments either, of which there are many here."""
+    segments = Segments.of_counts([[1, 1] for _ in range(E)])
+    rows = torch.arange(segments.num_rows)
+    kept, results = list[int](), list[list[Tensor | None]]()
+    for recompute in (False, True):
+        layer = experts_of(Activation.squared_relu, dtype=torch.bfloat16, ffn_hidden=1024)
+        layer.recompute_core = recompute
+        for linear in (layer.up, layer.down):
+            linear.precision = nvfp4_paper()
+            linear._context = replace(linear._context, backend=backend)
+        x = normal(key_of("x"), rows, torch.arange(D)).bfloat16().requires_grad_()
+        layer(x, torch.ones(len(rows)), rows, segments)  # weights are quantized
+        with LiveBytes() as live:
+            y = layer(x, torch.ones(len(rows)), rows, segments)
+            kept.append(live.now)
+        y.sum().backward()
+        results.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
+    u = len(rows) * 1024 * 2
+    assert kept[1] < 1.5 * u, "beside it the result and some addresses"
+    assert kept[0] > 2 * u
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_one_logical_tensor_per_expert() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from megatron_fp4.data.shards.shard import TokenShard
 from megatron_fp4.data.text.text_bytes import TextBytes
@@ -16,6 +18,7 @@ from megatron_fp4.data.text.tokenizer import Tokenizer
 from megatron_fp4.train.evaluation import heldout as evaluate_module
 from megatron_fp4.train.evaluation import sets
 from megatron_fp4.train.evaluation.heldout import EvaluationStopped, HeldOutLoss, evaluate
+from megatron_fp4.train.inputs import look_ahead, make_inputs
 from tests.helpers.tiny_run import VOCABULARY, tiny_run
 from tests.train.in_process import TrainerInProcess, make_trainer
 
@@ -51,6 +54,30 @@ def test_the_loss_is_the_mean_over_the_targets_of_the_file(trainer: TrainerInPro
     expected = torch.cat(losses)
     assert len(expected) == NUM_TOKENS - 1
     assert measured(trainer) == pytest.approx(expected.mean().item(), rel=1e-6)
+
+
+@torch.no_grad()
+def test_each_depth_of_multi_token_prediction_has_a_loss(tmp_path: Path) -> None:
+    """Over its own targets: d fewer of each sample. At depth d a position is judged by the token d behind its label."""
+    sets = f"[{{name: a, paths: ['{tmp_path}/shards/toy'], max_tokens: {NUM_TOKENS}, may_overlap: true}}]"
+    mtp = "model.mtp={depth: 2, pattern: '*-', shared: true}"
+    run = make_trainer(tiny_run(tmp_path, "precision=bf16", f"data.evaluation={sets}", mtp).overrides)[0].run
+    loader, model, depths = run.examiner.evaluations[0], run.engine.stages[0], [list[Tensor](), list[Tensor]()]
+    for batch in loader:
+        inputs = make_inputs(batch, run.mesh.cp, run.device, look_ahead(batch, 2))
+        assert inputs.ahead is not None
+        _, *logits = model(inputs.tokens, inputs.address, inputs.positions, inputs.documents, inputs.ahead)
+        for d, (losses, of_depth) in enumerate(zip(depths, logits, strict=True), start=1):
+            for row, of_row in enumerate(of_depth.view(*batch.tokens.shape, -1)):
+                length = int(batch.loss_mask[row].sum()) - d
+                if length > 0:
+                    labels = batch.labels[row, d : d + length]
+                    losses.append(F.cross_entropy(of_row[:length].double(), labels, reduction="none"))
+    held_out = evaluate(run.engine, loader, run.plan.evaluation_table(), run.mesh, run.device)
+    for losses, loss in zip(depths, held_out.depths, strict=True):
+        assert loss == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert held_out.metrics()["mtp_2_loss"] == held_out.depths[1]
+    assert str(held_out).endswith(f"{held_out.depths[1]:.4f} of token 3")
 
 
 def test_a_head_of_zeros_knows_nothing(trainer: TrainerInProcess) -> None:

@@ -88,6 +88,28 @@ def test_weights_of_a_mirror(source: TinyRun, tmp_path: Path) -> None:
         make_trainer(absent.overrides)
 
 
+@pytest.mark.parametrize("master", ["fp32", "remainder"])
+@pytest.mark.parametrize("name", ["hf", "weights"])
+def test_multi_token_prediction_begins_with_weights_that_have_none(
+    source: TinyRun, tmp_path: Path, name: str, master: str
+) -> None:
+    """What it adds is drawn, as in a run of the same seed that begins with nothing; the rest are the weights."""
+    mtp = ("model.mtp={depth: 2, pattern: T, shared: true}", f"optim.master={master}", "precision.compute_dtype=bf16")
+    trainer, _ = make_trainer(begun(source, tmp_path, name, *mtp).overrides)
+    drawn, _ = make_trainer(source.with_overrides(*mtp, run_dir=tmp_path / "drawn").overrides)
+    got, of_drawn = (
+        {one.name: one.read("master") for one in run.optimizer.state_shards()} for run in (trainer.run, drawn.run)
+    )
+    expected = stored(beside(source, "weights"))
+    added = {key: one for key, one in of_drawn.items() if key.startswith("mtp.")}
+    assert got.keys() == expected.keys() | added.keys()
+    assert all(torch.equal(got[key], one) for key, one in (expected | added).items())
+    assert trainer.run.origin is not None
+    assert describe_origin(trainer.run.origin, None)[0].endswith(
+        "multi-token prediction is not in them: its weights are drawn"
+    )
+
+
 def test_a_resume_reads_no_origin_and_remembers_it(source: TinyRun, tmp_path: Path) -> None:
     folder = tmp_path / "moved"
     shutil.copytree(beside(source, "hf"), folder)
