@@ -16,6 +16,7 @@ from megatron_fp4.optim import StepReport
 from megatron_fp4.train.open import open_trained
 from megatron_fp4.train.telemetry.metrics import read_metrics
 from megatron_fp4.train.telemetry.norms import norms_by_tensor, parameter_norm
+from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_run import TinyRun, tiny_run
 from tests.train.in_process import TrainerInProcess, make_trainer, masters
 
@@ -117,6 +118,41 @@ def test_microbatches_change_nothing(tmp_path: Path) -> None:
     for name in one:
         assert torch.allclose(one[name], four[name], rtol=1e-5, atol=1e-6), name
     assert_same_loads(*map(balance_of, trainers), rtol=1e-6)
+
+
+def _fit_on_ranks(rank: int, world_size: int, runs: list[tuple[str, ...]]) -> None:
+    for overrides in runs:
+        make_trainer(overrides, rank, world_size)[0].fit()
+
+
+def test_what_is_shown_of_experts_depends_on_no_layout(tmp_path: Path) -> None:
+    """The main rank writes it: of all tokens, of the experts of all ranks, and of the mixtures of all stages."""
+    mtp = "model.mtp={depth: 2, pattern: E, shared: true}"
+    typed = ("train.stop_after_steps=2", "train.statistics_interval_steps=2", "model.num_kv_heads=2", mtp)
+    run = run_of(tmp_path, *typed)
+    layouts = {"one": (), "dp": ("parallel.ep=2",), "tp": ("parallel.tp=2", "parallel.ep=2"),
+               "cp": ("parallel.cp=2",), "pp": ("parallel.pp=2",)}  # fmt: skip
+    runs = {
+        name: run.with_overrides("train.log_interval_steps=1", "train.micro_batch=2", *axes, run_dir=tmp_path / name)
+        for name, axes in layouts.items()
+    }
+    fitted(runs["one"])
+    run_distributed(_fit_on_ranks, 2, [one.overrides for name, one in runs.items() if name != "one"])
+    shown = {
+        name: [
+            {key: value for key, value in record.items() if key.startswith(("experts/", "residual/"))}
+            for record in read_metrics(one.run_dir)
+        ]
+        for name, one in runs.items()
+    }
+    expected = [values for values in shown.pop("one") if values]
+    assert len(expected) == 3
+    assert {"experts/max_vio/blocks.2", "experts/z_loss/mtp.0.blocks.0", "experts/dead"} <= expected[0].keys()
+    table = (tmp_path / "one" / "experts" / "step_00000002.txt").read_text()
+    for name, values in shown.items():
+        for one, other in zip([each for each in values if each], expected, strict=True):
+            assert one == pytest.approx(other, rel=1e-6), name
+        assert (tmp_path / name / "experts" / "step_00000002.txt").read_text() == table, name
 
 
 def test_a_resume_goes_on_with_the_same_bits(tmp_path: Path) -> None:
