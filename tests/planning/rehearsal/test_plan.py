@@ -18,6 +18,7 @@ from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.models.mtp.config import MtpConfig
 from megatron_fp4.optim import Algorithm, OptimConfig
 from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
 from megatron_fp4.precision import nvfp4_paper
@@ -37,6 +38,7 @@ EXPERTS = replace(
     HYBRID, pattern="ME*E",
     moe=MoeConfig(num_experts=16, top_k=4, ffn_hidden=256, shared_ffn_hidden=512, latent=128, expert_bias=True),
 )  # fmt: skip
+AHEAD = replace(EXPERTS, mtp=MtpConfig(depth=2, pattern="*E", shared=True))
 NVFP4 = PrecisionConfig(recipes={"nvfp4": nvfp4_paper()}, rules=[Rule("head"), Rule("*", use="nvfp4")])
 
 COMPACT = OptimConfig(
@@ -89,6 +91,7 @@ CASES = {
     "hybrid, pipeline": case(HYBRID, 8, "last", tp=2, pp=2),
     "hybrid, zbv": case(HYBRID, 4, "first", pp=2, schedule="zbv"),
     "experts": case(EXPERTS, 4, "0", recompute="full", tp=2, ep=4),
+    "experts of later tokens": case(AHEAD, 4, "0", precision=NVFP4, recompute="selective", tp=2, ep=4),
     "gpt, interleaved": case(DEEP, 4, "cell", recompute="selective", pp=2, schedule="interleaved_1f1b"),
     "transformer engine": case(GPT, 4, "0", precision=replace(NVFP4, backend=BackendName.transformer_engine), tp=2),
     "gpt, zero bubble": case(DEEP, 2, "first,last", pp=2, schedule="interleaved_zero_bubble"),
