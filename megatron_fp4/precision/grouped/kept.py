@@ -36,7 +36,7 @@ class UnextendedOperand(QuantizedOperand):
         if x.untyped_storage()._cdata == memory or not any(inside):
             return operand
         views = tuple(
-            (tensor.shape, tensor.stride(), tensor.storage_offset()) if within else None
+            (tensor.shape, tensor.stride(), int(tensor.storage_offset())) if within else None
             for tensor, within in zip(operand.tensors, inside, strict=True)
         )
         others = [tensor for tensor, within in zip(operand.tensors, inside, strict=True) if not within]

@@ -128,5 +128,5 @@ def evaluate(
     sums = torch.cat([total, total.new_tensor([*num_targets, num_bytes])])
     *numbers, all_bytes = all_reduce_sum(sums, mesh.world).tolist()
     loss_sums, counts = numbers[: 1 + depth], numbers[1 + depth :]
-    loss, *depths = (one / count if count else math.nan for one, count in zip(loss_sums, counts, strict=True))
-    return HeldOutLoss(loss, loss_sums[0] / math.log(2) / all_bytes if all_bytes > 0 else None, tuple(depths))
+    means = [one / count if count else math.nan for one, count in zip(loss_sums, counts, strict=True)]
+    return HeldOutLoss(means[0], loss_sums[0] / math.log(2) / all_bytes if all_bytes > 0 else None, tuple(means[1:]))

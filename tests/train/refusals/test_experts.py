@@ -73,7 +73,7 @@ def test_segments_without_effect_in_a_file_are_a_note() -> None:
     """One file serves for runs in several precisions that are compared."""
     typed = ["model.vocab_size=512", "data.tokenizer=", *EXPERTS, *BATCH, "model.moe.segment_tokens=32"]
     config = to_run_config(compose_config([*typed, "precision=nvfp4"]))
-    assert check_config(config, 1).notes == []
+    assert not any("segment_tokens" in note for note in check_config(config, 1).notes)
     bf16 = replace(config, precision=PrecisionConfig())
     assert any("no effect of model.moe.segment_tokens: " in note for note in check_config(bf16, 1).notes)
 
