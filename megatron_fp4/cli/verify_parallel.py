@@ -21,6 +21,7 @@ from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.proofs.distance import Comparison, compare, worst
 from megatron_fp4.proofs.layouts import Layout, parse_layouts, with_overlap
 from megatron_fp4.proofs.parity import Case, Record, run_cases
+from megatron_fp4.proofs.routing import with_drawn_choices
 from megatron_fp4.proofs.shrink import shrink
 from megatron_fp4.proofs.verdict import TOLERANCES, find_failures, likely_cause
 from megatron_fp4.train.config import RunConfig
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str], worker: Callable[..., list[Record]] = run_cas
         config = to_run_config(compose_config(args.overrides, args.config_dir))
         asked = args.layouts or (EXPERT_LAYOUTS if "E" in config.model.blocks else DEFAULT_LAYOUTS)
         layouts = [with_overlap(layout, config.parallel.overlap_tensor) for layout in parse_layouts(asked)]
-        cases = [replace(case, num_steps=args.steps) for case in shrink(config, layouts)]
+        cases = [with_drawn_choices(replace(case, num_steps=args.steps)) for case in shrink(config, layouts)]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -195,7 +195,7 @@ class Zero1Optimizer:
         return self.updated_shards() + self._gradient_free_shards()
 
     def updated_shards(self) -> list[Shard]:
-        """Those of `state_shards` that have gradients."""
+        """What `state_shards` gives of tensors with gradients."""
         self._params.wait()
         return [shard for owned in self._owned for shard in owned.state_shards()]
 

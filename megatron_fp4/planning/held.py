@@ -57,7 +57,7 @@ class HeldElements:
 
     @property
     def trained(self) -> int:
-        """Those with gradients."""
+        """What has gradients."""
         return self.common + self.experts
 
     @property

@@ -10,11 +10,11 @@ with one process without knowing how it divides anything. Tokens are synthetic a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.config import ParallelConfig
@@ -25,7 +25,6 @@ from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ramp import steps_from
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.table import PrecisionTable
-from megatron_fp4.proofs.routing import draw_choices
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.inputs import Inputs, count_targets, look_ahead, make_inputs
 from megatron_fp4.train.trainable import Trainable, build_trainable
@@ -36,7 +35,8 @@ class Case:
     """What all layouts compute.
 
     config: its `parallel` is replaced by the layout's. targets: part of the columns whose tokens are targets, e.g.
-    (0.0, 0.25) for the first quarter; some of them are masked at random. drawn_choices: see routing.py.
+    (0.0, 0.25) for the first quarter; some of them are masked at random. prepare: what is done to
+    the stages of a rank before the first step (routing.py), of these and the run's seed.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Case:
     table: PrecisionTable
     num_steps: int = 5
     targets: tuple[float, float] = (0.0, 1.0)
-    drawn_choices: bool = False
+    prepare: Callable[[Iterable[nn.Module], int], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +76,8 @@ def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: Paral
     trainable = build_trainable(config, case.table, backend, mesh, process.device)
     trainable.learn_from_drawn(config, mesh, process.device, backend)
     optimizer, engine = trainable.optimizer, trainable.engine
-    if case.drawn_choices:
-        draw_choices(engine.stages, config.train.seed)
+    if case.prepare is not None:
+        case.prepare(engine.stages, config.train.seed)
     losses: list[float] = []
     norms: list[float] = []
     grads: list[Shard] = []

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from megatron_fp4.layers.moe.config import Drop
 from megatron_fp4.layers.moe.router import Router
-from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.numerics.random import key_of, uniform
+from megatron_fp4.precision.config import ComputeDtype
+from megatron_fp4.proofs.parity import Case
 
 
 def draw_choices(stages: Iterable[nn.Module], seed: int) -> None:
@@ -35,7 +36,12 @@ def drawn_ranking(key: int, num_experts: int, address_T: Tensor) -> Tensor:
     return uniform(key, address_T, torch.arange(num_experts, device=address_T.device))
 
 
-def without_ranked_drops(model: ModelConfig) -> ModelConfig:
-    """The same model, whose full experts give up the latest tokens: the smallest weight is a matter of rounding too."""
-    moe = model.moe
-    return replace(model, moe=replace(moe, drop=Drop.address)) if moe.capacity_factor else model
+def with_drawn_choices(case: Case) -> Case:
+    """The case, if it is in BF16 and has experts with their choices drawn; full experts then give up the latest tokens,
+    for which weight is the smallest is a matter of rounding too."""
+    config, moe = case.config, case.config.model.moe
+    if config.precision.compute_dtype is not ComputeDtype.bf16 or not moe.num_experts:
+        return case
+    if moe.capacity_factor:
+        config = replace(config, model=replace(config.model, moe=replace(moe, drop=Drop.address)))
+    return replace(case, config=config, prepare=draw_choices)

@@ -36,7 +36,6 @@ from megatron_fp4.precision.config import ComputeDtype
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.proofs.layouts import Layout
 from megatron_fp4.proofs.parity import Case
-from megatron_fp4.proofs.routing import without_ranked_drops
 from megatron_fp4.proofs.shrink_parts import (
     check_layouts,
     first_table,
@@ -109,11 +108,7 @@ def _with_small_steps(config: RunConfig) -> RunConfig:
 def _case(name: str, config: RunConfig, table: PrecisionTable, dtype: ComputeDtype) -> Case:
     if name == "fp32":  # what a layout changes is seen to 7 digits; a moment that is rounded the other way hides it
         config = replace(config, optim=config.optim.with_fp32_moments())
-    drawn = dtype is ComputeDtype.bf16 and "E" in config.model.letters
-    if drawn:
-        config = replace(config, model=without_ranked_drops(config.model))
-    config = replace(config, precision=replace(config.precision, compute_dtype=dtype))
-    return Case(name, config, table, drawn_choices=drawn)
+    return Case(name, replace(config, precision=replace(config.precision, compute_dtype=dtype)), table)
 
 
 def _small_model(full: ModelConfig, picked: list[int], by: _Divisors, *, quantized_head: bool) -> ModelConfig:

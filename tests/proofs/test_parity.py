@@ -20,6 +20,7 @@ from megatron_fp4.optim import Algorithm, Overlap
 from megatron_fp4.proofs.distance import Comparison, compare, worst
 from megatron_fp4.proofs.layouts import Layout, parse_layout
 from megatron_fp4.proofs.parity import Case, Record, run_cases
+from megatron_fp4.proofs.routing import with_drawn_choices
 from megatron_fp4.proofs.verdict import TOLERANCES, find_failures, likely_cause
 from tests.helpers import planted
 from tests.helpers.parity import BF16, FP32, HYBRID, parity_case
@@ -116,7 +117,7 @@ def test_experts_on_other_ranks() -> None:
         sequence_loss=1e-2, global_loss=1e-2, z_loss=1e-3,
     )  # fmt: skip
     case, muon = (parity_case(pattern="*EE*", moe=moe, optim=optim) for optim in ({}, {"algorithm": Algorithm.muon}))
-    bf16 = replace(parity_case(BF16, name="bf16", steps=2, pattern="*EE*", moe=moe), drawn_choices=True)
+    bf16 = with_drawn_choices(parity_case(BF16, name="bf16", steps=2, pattern="*EE*", moe=moe))
     cases = [case, muon, bf16]
     references = alone(*cases)
     for layout in ("tp2 dp2 ep4", "pp2 ep2:interleaved_zero_bubble"):

@@ -14,6 +14,7 @@ from megatron_fp4.models.layout import check_model_layout
 from megatron_fp4.optim import Overlap
 from megatron_fp4.pipeline.schedules import check_pipeline
 from megatron_fp4.proofs.layouts import parse_layout, parse_layouts
+from megatron_fp4.proofs.routing import draw_choices, with_drawn_choices
 from megatron_fp4.proofs.shrink import shrink
 
 LAYOUTS = parse_layouts("tp2 pp2 dp2, tp4, pp4:zbv, cp2 dp2, dp3")
@@ -65,8 +66,8 @@ def test_rounding_decides_nothing_about_experts() -> None:
     """In BF16 neither their choice nor which rows a full one gives up; in FP32 compute both are the model's own."""
     full = to_run_config(compose_config(["model=nemotron3_tiny", "model.vocab_size=1000", "train.total_tokens=1e6"]))
     full = replace(full, model=replace(full.model, moe=replace(full.model.moe, capacity_factor=1.0)))
-    cases = {case.name: case for case in shrink(full, parse_layouts("tp2 ep2"))}
-    drawn = {name for name, case in cases.items() if case.drawn_choices}
+    cases = {case.name: with_drawn_choices(case) for case in shrink(full, parse_layouts("tp2 ep2"))}
+    drawn = {name for name, case in cases.items() if case.prepare is draw_choices}
     latest = {name for name, case in cases.items() if case.config.model.moe.drop is Drop.address}
     assert drawn == latest == {"bf16"}
 

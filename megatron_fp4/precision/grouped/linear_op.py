@@ -19,8 +19,12 @@ from megatron_fp4.precision.backends.padded import padded_index
 from megatron_fp4.precision.backends.protocol import Backend, Copy, QuantizedOperand, copies_of
 from megatron_fp4.precision.backends.randomness import expert_rows
 from megatron_fp4.precision.clock import StepClock
-from megatron_fp4.precision.grouped.kept import UnextendedOperand
-from megatron_fp4.precision.grouped.protocol import least_rows, matmul_segments, quantize_segments
+from megatron_fp4.precision.grouped.protocol import (
+    UnextendedOperand,
+    least_rows,
+    matmul_segments,
+    quantize_segments,
+)
 from megatron_fp4.precision.grouped.segments import Padding, Segments
 from megatron_fp4.precision.grouped.weight_cache import GroupedWeightCache
 from megatron_fp4.precision.linear_op import LinearCall, apply_linear

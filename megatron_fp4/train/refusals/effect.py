@@ -18,7 +18,6 @@ from megatron_fp4.layers.rope import RopeScaling, RopeScalingConfig
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.optim.config import Algorithm, Schedule
 from megatron_fp4.optim.lr import decay_tokens
-from megatron_fp4.optim.muon.config import MuonConfig
 from megatron_fp4.precision.config import SAME, PrecisionConfig
 from megatron_fp4.settings import settings_of
 from megatron_fp4.train.config import RunConfig
@@ -145,7 +144,7 @@ def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
         for name in ("power_exponent", "power_from_tokens"):
             yield f"optim.{name}", f"optim.schedule={schedule.name}, not power"
     if config.optim.algorithm is not Algorithm.muon:
-        for item in settings_of(MuonConfig):
+        for item in settings_of(type(config.optim.muon)):
             yield f"optim.muon.{item.name}", f"optim.algorithm={config.optim.algorithm.name}"
     if not config.optim.qk_clip.threshold:
         yield "optim.qk_clip.alpha", "optim.qk_clip.threshold = 0 (off)"
