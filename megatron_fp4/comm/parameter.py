@@ -30,8 +30,8 @@ class _LogicalParameterMeta(type(nn.Parameter)):  # type: ignore[misc]  # the st
 class LogicalParameter(nn.Parameter, metaclass=_LogicalParameterMeta):
     """This rank's part of one or more logical tensors.
 
-    main_grad: the sum of its gradients, FP32 or FP64, of its shape; None until an optimizer has it. Who computes a
-    gradient adds it there, calls `grad_ready` and leaves `.grad` alone; autograd's `.grad` is moved there by a hook.
+    main_grad: the sum of its gradients, FP32, FP64 or BF16, of its shape; None until an optimizer has it. Who computes
+    a gradient adds it there, calls `grad_ready` and leaves `.grad` alone; autograd's `.grad` is moved there by a hook.
     tied_group: the pipeline stages that hold a copy of it and whose gradients are added, if there are any.
 
     It stays what it is in modules, under `.data = view`, on the meta device and in copies; a copy belongs to no

@@ -42,7 +42,7 @@ def vocab_table(
 
 
 class _LookUpApart(torch.autograd.Function):
-    """Rows of the table; their gradient is added to `main_grad` in that tensor's type, apart from other look-ups.
+    """Rows of the table; their gradient is added to `main_grad` in FP32 or FP64, apart from other look-ups.
 
     autograd adds the gradients of all uses of a parameter in the parameter's type, BF16, before anybody sees them.
     There one of a loss of scale 0.05 is rounded away beside one of scale 1.
@@ -59,7 +59,8 @@ class _LookUpApart(torch.autograd.Function):
         (ids_T,) = ctx.saved_tensors
         weight: LogicalParameter = ctx.weight
         main_grad = weight.main_grad
-        dy_TD = grads[0].to(grads[0].dtype if main_grad is None else main_grad.dtype)
+        wide = grads[0].dtype if main_grad is None else torch.promote_types(main_grad.dtype, torch.float32)
+        dy_TD = grads[0].to(wide)
         dw_VD = torch.ops.aten.embedding_dense_backward(dy_TD, ids_T, weight.shape[0], -1, False)
         if main_grad is None:
             return None, dw_VD

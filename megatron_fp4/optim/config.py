@@ -47,6 +47,13 @@ class Algorithm(Enum):
     muon = "muon"  # Muon the matrices inside the blocks, AdamW embeddings, head, norms, convolutions and scalars
 
 
+class MainGradFormat(Enum):
+    """What gradients are summed in over microbatches, and sent in; the sum over ranks is FP32 either way."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"  # matrices whose weights are BF16 and which several ranks share; all else stays FP32
+
+
 class Impl(Enum):
     """Who computes the AdamW update."""
 
@@ -107,6 +114,8 @@ class OptimConfig:
     """Muon, where it is the algorithm."""
     qk_clip: QkClipConfig = field(default_factory=QkClipConfig)
     """A limit of attention logits, whatever the algorithm."""
+    main_grads: MainGradFormat = MainGradFormat.fp32
+    """What gradients of BF16 matrices are summed in over the microbatches of a rank, and sent in."""
     master: MasterFormat = MasterFormat.fp32
     """How FP32 master weights are kept where weights are BF16; the same numbers either way."""
     moments: MomentsConfig = field(default_factory=MomentsConfig)

@@ -1,4 +1,4 @@
-"""FP32 main gradients in flat buckets, reduced over the data-parallel ranks, or those that hold the same experts.
+"""Main gradients in flat buckets, reduced over the data-parallel ranks, or those that hold the same experts.
 
 A gradient is added to `parameter.main_grad` where it is made, and the optimizer counts the contributions. A linear
 layer's backward adds its weight gradient itself and calls `parameter.grad_ready()`; the gradient of every other
@@ -32,19 +32,22 @@ MAX_IN_FLIGHT = 2  # buckets of which parts are received at once, where none wer
 class GradBuffer:
     """Main gradients of all parameters; reduces each bucket over its group, after `tp` and tied stages where needed.
 
-    overlap: send full buckets during the armed backward. It changes no bit of the result. dtype: type of the sums.
-    parts: this rank's part of each bucket, views; the sums after `finish`. late: whether a gradient of this rank came
-    after its bucket had been sent; then the sums of all ranks are worthless.
+    overlap: send full buckets during the armed backward. It changes no bit of the result. parts: this rank's part of
+    each bucket, the sums after `finish`: FP32 where the bucket's are in BF16, else views. late: whether a gradient of
+    this rank came after its bucket had been sent; then the sums of all ranks are worthless.
     """
 
-    def __init__(
-        self, buckets: Sequence[Bucket], tp: Group, *, overlap: bool, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, buckets: Sequence[Bucket], tp: Group, *, overlap: bool) -> None:
         self._buckets = buckets
         self._tp = tp
         self._overlap = overlap and any(bucket.group.size > 1 for bucket in buckets)
-        self._flats = [torch.zeros(bucket.numel, dtype=dtype, device=bucket.kind.device) for bucket in buckets]
-        self.parts = [bucket.part(flat, bucket.group.rank) for bucket, flat in zip(buckets, self._flats, strict=True)]
+        self._flats = [torch.zeros(each.numel, dtype=each.kind.sums, device=each.kind.device) for each in buckets]
+        self.parts = [
+            torch.zeros(bucket.part_numel, device=flat.device)
+            if _narrow(bucket)
+            else bucket.part(flat, bucket.group.rank)
+            for bucket, flat in zip(buckets, self._flats, strict=True)
+        ]
         self._num_early = sum(not bucket.kind.deferred for bucket in buckets)
         self._known: dict[int, list[list[int]]] = {}  # contributions to each parameter, by number of microbatches
         self._num_microbatches = 0  # of those that were announced
@@ -60,6 +63,14 @@ class GradBuffer:
             for position, slot in enumerate(bucket.slots):
                 main_grad, ready = flat[slot.start : slot.stop], partial(self._ready, index, position)
                 self._absorbers.append(_equip(slot.parameter, main_grad, ready))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What lives from step to step."""
+        return [
+            *self._flats,
+            *(part for part, bucket in zip(self.parts, self._buckets, strict=True) if _narrow(bucket)),
+        ]
 
     def zero(self) -> None:
         """Forget all gradients; begins a step."""
@@ -85,15 +96,15 @@ class GradBuffer:
         for absorb in self._absorbers:  # what reached `.grad` without autograd's hook, as pipeline engines do
             absorb()
         for bucket, flat in zip(self._buckets, self._flats, strict=True):
-            if sums_in_rank_order(bucket.group):  # equal gradients have equal sums on all replicas
+            if _sums_replicas_first(bucket):  # equal gradients have equal sums on all replicas
                 _sum_replicas(bucket, flat, self._tp)
         for index in range(len(self._buckets)):
             while self._num_sent < min(index + MAX_IN_FLIGHT, len(self._buckets)):
                 self._send_next()
-            if self._buckets[index].group.size > 1:
+            if index in self._pending:
                 self._pending.pop(index).finish()
         for bucket, part in zip(self._buckets, self.parts, strict=True):
-            if not sums_in_rank_order(bucket.group):  # the replicas' own sums need not be equal
+            if not _sums_replicas_first(bucket):  # the replicas' own sums need not be equal
                 _sum_replicas(bucket, part, self._tp)
         if self._armed:
             self._known[self._num_microbatches] = [list(counts) for counts in self._counts]
@@ -118,10 +129,24 @@ class GradBuffer:
             self._send_next()
 
     def _send_next(self) -> None:
-        group = self._buckets[self._num_sent].group
-        if group.size > 1:
-            self._pending[self._num_sent] = PendingSum(self._flats[self._num_sent], group)
+        number, bucket = self._num_sent, self._buckets[self._num_sent]
+        total = self.parts[number] if _narrow(bucket) else None
+        if total is not None:  # its messages are as large as the bucket: those that are here go first, nobody waits
+            for index in [index for index, pending in self._pending.items() if pending.arrived]:
+                self._pending.pop(index).finish()
+        if bucket.group.size > 1:
+            self._pending[number] = PendingSum(self._flats[number], bucket.group, total)
         self._num_sent += 1
+
+
+def _narrow(bucket: Bucket) -> bool:
+    """Whether a rank sums in BF16, and all ranks together in FP32."""
+    return bucket.kind.sums == torch.bfloat16
+
+
+def _sums_replicas_first(bucket: Bucket) -> bool:
+    """Whether tied copies and partial gradients are added before the sum over ranks; BF16 would round once more."""
+    return sums_in_rank_order(bucket.group) and not _narrow(bucket)
 
 
 def _equip(parameter: LogicalParameter, flat: Tensor, ready: Callable[[], None]) -> Callable[[], None]:

@@ -70,6 +70,7 @@ class BucketKind:
     tp_summed: the tensor-parallel ranks hold partial gradients. tied_group: the stages that hold a copy. A bucket with
     either is reduced at the end of the step, with its replicas, whose sums stay bit-equal.
     matrices: they are updated as matrices, by Muon. blocks: their rows are whole blocks of moments (kept/codes.py).
+    sums: type in which a rank sums their gradients.
     """
 
     dtype: torch.dtype
@@ -79,6 +80,7 @@ class BucketKind:
     tied_group: Group | None = None
     matrices: bool = False
     blocks: bool = False
+    sums: torch.dtype = torch.float32
 
     @property
     def deferred(self) -> bool:
@@ -127,12 +129,14 @@ def make_buckets(
     as_matrix: Callable[[LogicalParameter], bool] = lambda parameter: False,
     edp: Group | None = None,
     in_blocks: Callable[[LogicalParameter], bool] = lambda parameter: False,
+    sum_dtype: Callable[[LogicalParameter, int], torch.dtype] = lambda parameter, replicas: torch.float32,
 ) -> list[Bucket]:
     """Lay the parameters out, last one first (the order in which backward finishes them), deferred buckets last.
 
     bucket_numel: a bucket is closed when it holds at least this many elements. as_matrix: which parameters are updated
-    as matrices; in_blocks: which have moments in blocks; both have buckets of their own. edp: the group of experts,
-    `group` that of all others. Raises ValueError for a parameter without a valid placement, a frozen one, a scalar, or
+    as matrices; in_blocks: which have moments in blocks; both have buckets of their own, and so has each type in which
+    gradients are summed (sum_dtype, of the parameter and the size of its group). edp: the group of experts, `group`
+    that of all others. Raises ValueError for a parameter without a valid placement, a frozen one, a scalar, or
     one given twice.
     """
     waiting: dict[BucketKind, list[tuple[str, LogicalParameter]]] = {}
@@ -143,14 +147,16 @@ def make_buckets(
             raise ValueError(f"{name} and {seen[id(parameter)]} are the same parameter; pass it once")
         seen[id(parameter)] = name
         checked = _checked(name, parameter)
+        shared_by = edp if edp is not None and checked.placement.of_experts else group
         kind = BucketKind(
             checked.dtype,
             checked.device,
-            edp if edp is not None and checked.placement.of_experts else group,
+            shared_by,
             tp_summed=checked.placement.tp_replicated and sum_replicated_over_tp,
             tied_group=checked.tied_group,
             matrices=as_matrix(checked),
             blocks=in_blocks(checked),
+            sums=sum_dtype(checked, shared_by.size),
         )
         members = waiting.setdefault(kind, [])
         members.append((name, checked))

@@ -1,6 +1,6 @@
 """ZeRO-1: an optimizer whose FP32 master weights and moments are divided over the data-parallel ranks.
 
-    backward      main_grad += gradient (FP32)                                      every rank, all elements
+    backward      main_grad += gradient (FP32, or rounded to BF16)                  every rank, all elements
     sum_grads     reduce-scatter: own part of the sum over dp x cp -> its square    (tied copies and tp partials before)
                   (of experts: over edp, the ranks that hold the same ones)
     step          clip -> update of own part -> all-gather parameters                (in the parameters' dtype)
@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh
 from megatron_fp4.comm.rect import Shard
+from megatron_fp4.optim.buckets import buckets_for
 from megatron_fp4.optim.by_name import sum_by_name
 from megatron_fp4.optim.clip import clip_factor, norm_over, sum_of_squares
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
 from megatron_fp4.optim.kept.adamw import PartwiseAdamW
 from megatron_fp4.optim.kept.part import KeptPart
-from megatron_fp4.optim.layout import ParameterPiece, make_buckets
-from megatron_fp4.optim.muon.update import Muon, make_muons
+from megatron_fp4.optim.layout import ParameterPiece
+from megatron_fp4.optim.muon.update import make_muons
 from megatron_fp4.optim.param_buffer import ParamBuffer
 from megatron_fp4.optim.state import GradientFree, OwnedPiece, RowScales, StepReport, gradient_free_shards
 
@@ -44,9 +45,10 @@ class Zero1Optimizer:
     named_parameters: all trainable parameters of this rank, as `LogicalParameter`. They become views into flat buffers
     and get their `main_grad` and `grad_ready`. Build it after they have their initial values; all ranks must.
     sequence_parallel: replicated parameters have partial gradients on each tensor-parallel rank, which are summed.
-    on_weights_changed: called after the parameters have been rewritten (step, load). sum_dtype: of `main_grad` and of
-    the sums over ranks; FP64 hides in the rounding how many microbatches and ranks a sum was cut into. stage: the ranks
-    of this pipeline stage, which Muon needs (`comm.mesh.build_stage_group`). rows: scales rows after each update.
+    on_weights_changed: called after the parameters have been rewritten (step, load). sum_dtype: of `main_grad`, if
+    it is not to be BF16 (buckets.py), and of the sums over ranks; FP64 hides in the rounding how many microbatches and
+    ranks a sum was cut into. stage: the ranks of this pipeline stage, which Muon needs
+    (`comm.mesh.build_stage_group`). rows: scales rows after each update.
     gradient_free: what changes once a step, and not by a gradient. seed: of the stochastic rounding of moments.
     Raises ValueError for a parameter without a valid placement, and for an implementation that is not installed.
     """
@@ -69,20 +71,13 @@ class Zero1Optimizer:
         self._mesh, self.rows = mesh, rows
         self.gradient_free = gradient_free
         self._on_weights_changed = on_weights_changed
-        self.buckets = make_buckets(
-            named_parameters,
-            mesh.dp_cp,
-            bucket_numel=config.bucket_numel,
-            sum_replicated_over_tp=sequence_parallel and mesh.tp.size > 1,
-            as_matrix=lambda parameter: Muon.takes(parameter, config),
-            edp=mesh.edp,
-            in_blocks=lambda parameter: KeptPart.has_blocks(parameter, config),
-        )
+        summed = sequence_parallel and mesh.tp.size > 1
+        self.buckets = buckets_for(named_parameters, config, mesh, sum_replicated_over_tp=summed, sum_dtype=sum_dtype)
         if not self.buckets:
             raise ValueError("the optimizer got no parameters")
         self._device = self.buckets[0].kind.device
         overlap = config.overlap_reduce.enabled(self._device.type)
-        self._grads = GradBuffer(self.buckets, mesh.tp, overlap=overlap, dtype=sum_dtype)
+        self._grads = GradBuffer(self.buckets, mesh.tp, overlap=overlap)
         self._params = ParamBuffer(self.buckets)
         self._parts = [
             KeptPart(bucket, parameters, grads, config, seed)
@@ -202,6 +197,10 @@ class Zero1Optimizer:
     def kept_tensors(self) -> list[Tensor]:
         """Everything that is kept of state between two steps; FP32 parameters are their own masters."""
         return [tensor for part in self._parts for store in part.stores.values() for tensor in store.tensors]
+
+    def gradient_tensors(self) -> list[Tensor]:
+        """Everything that is kept of gradients."""
+        return self._grads.tensors
 
     def state_to_fill(self) -> list[Shard]:
         """The same rectangles with tensors to be filled, whatever is kept; `after_load` takes what is in them."""

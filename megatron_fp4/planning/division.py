@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from megatron_fp4.comm.mesh import draw_mesh, rank_grid
-from megatron_fp4.optim.kept.choice import has_blocks
-from megatron_fp4.optim.layout import Bucket, make_buckets
+from megatron_fp4.optim.buckets import buckets_for
+from megatron_fp4.optim.layout import Bucket
 from megatron_fp4.optim.layout_report import layout_report
-from megatron_fp4.optim.muon.choice import is_muons
 from megatron_fp4.optim.muon.exchange import busiest
 from megatron_fp4.planning.stand_ins import SizedBackend
 from megatron_fp4.train.checked import CheckedConfig
@@ -65,12 +64,5 @@ def drawn_buckets(checked: CheckedConfig, num_gpus: int, rank: int) -> list[Buck
     mesh = draw_mesh(config.parallel, num_gpus, rank)
     backend = SizedBackend(config.precision.backend, on_gpu=True)
     stages = nn.ModuleList(draw_stages(config, backend, mesh, torch.device("meta")))
-    return make_buckets(
-        ((name, parameter) for name, parameter in stages.named_parameters() if parameter.requires_grad),
-        mesh.dp_cp,
-        bucket_numel=config.optim.bucket_numel,
-        sum_replicated_over_tp=mesh.tp.size > 1,
-        as_matrix=lambda parameter: is_muons(parameter, config.optim),
-        edp=mesh.edp,
-        in_blocks=lambda parameter: has_blocks(parameter, config.optim),
-    )
+    trained = ((name, parameter) for name, parameter in stages.named_parameters() if parameter.requires_grad)
+    return buckets_for(trained, config.optim, mesh, sum_replicated_over_tp=mesh.tp.size > 1)

@@ -31,6 +31,7 @@ from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.models.block import block_linears, last_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder, StageRange
+from megatron_fp4.optim.config import MainGradFormat, OptimConfig
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import SizedBackend, cross_entropy_of, cuda_kernels, distance_of, use_fused_norms
 from megatron_fp4.precision import StepClock, WgradPlan
@@ -43,6 +44,7 @@ HEAD = StageRange(3, 3, 3)
 TABLES = ("embedding.weight", "head.weight")
 COPY = "mtp.embedding.weight"
 FP32 = 4
+BF16 = 2
 
 
 class Moment(NamedTuple):
@@ -117,9 +119,10 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettings) -> Footprint:
     """A whole stage, its loss included."""
-    key = replace(
-        settings, dp=1, num_microbatches=1, table=None, optim=RankSettings().optim
-    )  # what the sizes do not depend on
+    narrow = settings.sums_in_bf16(dims=2)
+    optim = OptimConfig(main_grads=MainGradFormat.bf16 if narrow else MainGradFormat.fp32)
+    # what the sizes do not depend on is left out; two replicas have what any number has
+    key = replace(settings, dp=1 + narrow, num_microbatches=1, table=None, optim=optim)
     ends = config.with_blocks("---")
     parts = [_footprint(ends, EMBEDDING, (), key)] if stage.has_embedding else []
     for index in range(stage.first, stage.stop):
@@ -166,7 +169,9 @@ def _footprint(
     use_fused_norms(model, config.norm_impl)
     for linear, precision in zip(linears_of(model).values(), precisions, strict=True):
         linear.precision = precision
-        linear.weight.main_grad = torch.empty_like(linear.weight, dtype=torch.float32)
+        narrow = settings.sums_in_bf16(dims=2) and not linear.weight.placement.tp_replicated
+        dtype = torch.bfloat16 if narrow else torch.float32
+        linear.weight.main_grad = torch.empty_like(linear.weight, dtype=dtype)
     live = LiveBytes()
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, LogicalParameter)
@@ -208,19 +213,23 @@ def _footprint(
 class _Sums:
     """Sums of gradients that a rank receives while others are computed. arrived: bytes; a rank holds its share.
 
-    Gradients leave when a bucket is full (optim/layout.py) and are held until those of the step are all summed.
+    Gradients leave when a bucket is full (optim/layout.py) and are held until those of the step are all summed. In BF16
+    the sums have a place, and what is held are the messages of the last two buckets.
     """
 
     def __init__(self, settings: RankSettings) -> None:
         self.arrived = 0
         self._settings = settings
-        self._waiting = 0
+        self._waiting = self._newest = 0
 
     def send(self, elements: int) -> None:
         """A gradient of so many elements is complete."""
         self._waiting += elements
         if self._settings.replicas > 1 and self._waiting >= self._settings.optim.bucket_numel:
-            self.arrived += self._waiting * FP32 // self._settings.replicas
+            if self._settings.sums_in_bf16(dims=2):
+                self.arrived, self._newest = BF16 * (self._newest + self._waiting), self._waiting
+            else:
+                self.arrived += self._waiting * FP32 // self._settings.replicas
             self._waiting = 0
 
 

@@ -17,10 +17,11 @@ from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.count import held_parameters
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.optim.config import Algorithm, OptimConfig
+from megatron_fp4.optim.grad_buffer import MAX_IN_FLIGHT
 from megatron_fp4.optim.kept.choice import bytes_per_element
 from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat
 from megatron_fp4.optim.kept.part import CHUNK
-from megatron_fp4.planning.footprint import FP32
+from megatron_fp4.planning.footprint import BF16, FP32
 from megatron_fp4.planning.settings import RankSettings
 
 SPLITTING = 6
@@ -69,9 +70,14 @@ class HeldElements:
         return self.common / settings.replicas + self.experts / settings.expert_replicas
 
     def sums_at_once(self, settings: RankSettings) -> float:
-        """Bytes of summed gradients after the last backward pass; those of a tied table come when others are used."""
+        """Bytes of summed gradients after the last backward pass; those of a tied table come when others are used.
+
+        In BF16, whose sums have a place of their own, bytes of the messages of two buckets.
+        """
         common = max(self.tied, self.common - self.tied) if settings.replicas > 1 else 0
         experts = self.experts if settings.expert_replicas > 1 else 0
+        if settings.sums_in_bf16(dims=2):
+            return BF16 * min(common + experts, MAX_IN_FLIGHT * settings.optim.bucket_numel)
         return FP32 * (common / settings.replicas + experts / settings.expert_replicas)
 
 
@@ -87,12 +93,41 @@ def kept_bytes(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     return common / settings.replicas + experts / settings.expert_replicas
 
 
+@dataclass(frozen=True)
+class GradientBytes:
+    """kept: of main gradients on a rank, and beside those in BF16 of the FP32 sums of its own part. common, experts: of
+    the main gradients that are summed over the replicas, and over the ranks that hold the same experts.
+    """
+
+    kept: float
+    common: float
+    experts: float
+
+    @staticmethod
+    def of(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> GradientBytes:
+        """The bytes of a rank that holds `stages`."""
+        kept, summed = 0.0, {False: 0.0, True: 0.0}
+        for (expert, dims, size), elements in _sizes_by_gradient(config, tuple(stages)).items():
+            local = elements / settings.ep if expert else elements / size * -(-size // (settings.tp if size > 1 else 1))
+            replicas = settings.expert_replicas if expert else settings.replicas
+            narrow = settings.sums_in_bf16(dims=dims, whole=size == 1 and not expert, expert=expert)
+            each = BF16 if narrow else FP32
+            kept += local * (each + (FP32 / replicas if narrow else 0.0))
+            summed[expert] += local * each
+        return GradientBytes(kept, summed[False], summed[True])
+
+
 def bytes_per_parameter(config: ModelConfig, settings: RankSettings) -> dict[str, float]:
     """Bytes of the whole model: what every replica holds, and the optimizer state, which they divide."""
     whole = (StageRange(0, len(config.blocks), len(config.blocks)),)
     alone = replace(settings, tp=1, cp=1, dp=1, ep=1)
-    state = kept_bytes(config, whole, alone) / HeldElements.of(config, whole, alone).total
-    return {"weights": settings.dtype.itemsize, "main gradients": FP32, "optimizer": state}
+    elements = HeldElements.of(config, whole, alone).trained
+    gradients = GradientBytes.of(config, whole, replace(alone, dp=settings.replicas)).kept
+    return {
+        "weights": settings.dtype.itemsize,
+        "main gradients": gradients / elements,
+        "optimizer": kept_bytes(config, whole, alone) / elements,
+    }
 
 
 def opened_bytes(config: ModelConfig, stages: Collection[StageRange], settings: RankSettings) -> float:
@@ -127,6 +162,16 @@ def stage_linears(config: ModelConfig, stage: StageRange) -> tuple[LinearInfo, .
         for info in model_linears(config)
         if (stage.has_head if info.block is None else stage.first <= info.block < stage.stop)
     )
+
+
+@functools.cache
+def _sizes_by_gradient(config: ModelConfig, stages: tuple[StageRange, ...]) -> Counter[tuple[bool, int, int]]:
+    """(of routed experts; dimensions; size of the one that tp divides, or 1 where none is) -> elements."""
+    sizes: Counter[tuple[bool, int, int]] = Counter()
+    for one in filter(lambda one: one.trained, held_parameters(config, stages)):
+        size = 1 if one.sharded is None or one.expert is not None else one.shape[one.sharded]
+        sizes[one.expert is not None, len(one.shape), size] += one.numel
+    return sizes
 
 
 @functools.cache

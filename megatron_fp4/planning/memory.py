@@ -16,7 +16,14 @@ from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
 from megatron_fp4.pipeline.order import Work, in_flight
 from megatron_fp4.planning.footprint import FP32, Footprint, stage_footprint
-from megatron_fp4.planning.held import HeldElements, bytes_per_parameter, kept_bytes, opened_bytes, stage_linears
+from megatron_fp4.planning.held import (
+    GradientBytes,
+    HeldElements,
+    bytes_per_parameter,
+    kept_bytes,
+    opened_bytes,
+    stage_linears,
+)
 from megatron_fp4.planning.idle import PipelineLayout
 from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
@@ -101,7 +108,7 @@ def _state(config: ModelConfig, stages: Collection[StageRange], settings: RankSe
     return {
         "weights": float(held.trained * compute_bytes + held.untrained * FP32),
         "quantized weights": sum(_weight_copies(config, stage, settings) for stage in stages),
-        "main gradients": float(held.trained * FP32),
+        "main gradients": GradientBytes.of(config, stages, settings).kept,
         "optimizer": kept_bytes(config, stages, settings),
         **({"teacher": float(held.total * compute_bytes)} if settings.distillation else {}),
         "buffers": sum(_receive_buffers(config, stage, settings) for stage in stages),

@@ -9,6 +9,7 @@ import torch
 from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.models.block import LinearInfo
 from megatron_fp4.models.decoder import Recompute
+from megatron_fp4.optim.buckets import sums_in_bf16
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.precision.config import BackendName
@@ -96,6 +97,11 @@ class RankSettings:
     def expert_replicas(self) -> int:
         """Ranks over which gradients of routed experts are summed and their optimizer state is divided."""
         return self.replicas * self.tp // self.ep
+
+    def sums_in_bf16(self, *, dims: int, whole: bool = False, expert: bool = False) -> bool:
+        """Whether a rank sums the gradient of a weight of the compute dtype in BF16; see `optim.buckets`."""
+        replicas = self.expert_replicas if expert else self.replicas
+        return sums_in_bf16(self.optim, dtype=self.dtype, dims=dims, whole=whole, replicas=replicas)
 
     def routed(self, moe: MoeConfig) -> RoutedRows:
         """What comes to the routed experts of a mixture on a rank in a microbatch if every expert gets the same."""

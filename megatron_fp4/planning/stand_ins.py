@@ -224,7 +224,8 @@ class SizedBackend:
     ) -> Tensor:
         """See `Backend.matmul`."""
         if isinstance(a, _Codes) and isinstance(b, _Codes):
-            if accumulate_into is not None and self._name in ACCUMULATING:
+            fused = accumulate_into is not None and accumulate_into.dtype == out_dtype
+            if accumulate_into is not None and fused and self._name in ACCUMULATING:
                 return accumulate_into
             out = a.tensors[0].new_empty(a.rows, b.rows, dtype=out_dtype)
         else:

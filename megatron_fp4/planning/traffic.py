@@ -13,7 +13,7 @@ from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Recompute, StageRange
 from megatron_fp4.optim import Algorithm
-from megatron_fp4.planning.held import HeldElements, num_mixtures
+from megatron_fp4.planning.held import GradientBytes, HeldElements, num_mixtures
 from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
 
@@ -32,7 +32,7 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     token of the loss the largest logit (FP32) and three FP64 sums; once a step the gradients of replicated parameters,
     of which each replica sums its part. context: keys, values and document numbers, states of Mamba-2. pipeline:
     activations forward, their gradients back, except between two of `stages` (the point of a V); gradients of a tied
-    table. data: FP32 gradients reduce-scattered once a step, parameters gathered. matrices: with Muon, at
+    table. data: main gradients reduce-scattered once a step, parameters gathered. matrices: with Muon, at
     most, the elements of a rank to the owners of their matrices, and whole matrices back. experts: rows to the routed
     experts and back, if every expert gets the same; expert_data: as `data`, of routed experts.
     """
@@ -55,15 +55,15 @@ def bytes_sent(config: ModelConfig, stages: Collection[StageRange], settings: Ra
     )
     if settings.keep_documents_apart:  # gathered once for all layers of a stage
         context += (settings.cp - 1) * settings.tokens * INT64 * attending
-    held = HeldElements.of(config, stages, settings)
+    held, gradients = HeldElements.of(config, stages, settings), GradientBytes.of(config, stages, settings)
     loss_tokens = settings.num_microbatches * settings.tokens * any(s.has_head for s in stages) * (1 + depth)
     reduced = loss_tokens * LOSS_BYTES + held.replicated * FP32 / settings.replicas
     return {
         "tensor": (settings.num_microbatches * collectives * rows + 2 * reduced) * _share(settings.tp),
         "context": settings.num_microbatches * context,
         "pipeline": settings.num_microbatches * borders * rows / settings.tp + _tied_bytes(config, stages, settings),
-        "data": held.common * (FP32 + compute_bytes) * _share(settings.replicas),
-        **_expert_bytes(config, num_mixtures(config, stages), held, settings),
+        "data": (gradients.common + held.common * compute_bytes) * _share(settings.replicas),
+        **_expert_bytes(config, num_mixtures(config, stages), held.experts, gradients.experts, settings),
         **_muon_bytes(config, stages, settings),
     }
 
@@ -72,8 +72,10 @@ def _share(size: int) -> float:
     return (size - 1) / size
 
 
-def _expert_bytes(config: ModelConfig, count: int, held: HeldElements, settings: RankSettings) -> dict[str, float]:
-    """count: of mixtures on the rank. Empty where the model has none."""
+def _expert_bytes(
+    config: ModelConfig, count: int, elements: int, gradients: float, settings: RankSettings
+) -> dict[str, float]:
+    """count: of mixtures on the rank. elements, gradients: of routed experts, the latter in bytes. Empty without."""
     if not config.moe.num_experts:
         return {}
     row = (config.moe.latent or config.hidden) * settings.dtype.itemsize
@@ -82,7 +84,7 @@ def _expert_bytes(config: ModelConfig, count: int, held: HeldElements, settings:
     rows = settings.num_microbatches * count * settings.routed(config.moe).rows
     return {
         "experts": rows * exchanged * _share(settings.ep),
-        "expert_data": held.experts * (FP32 + settings.dtype.itemsize) * _share(settings.expert_replicas),
+        "expert_data": (gradients + elements * settings.dtype.itemsize) * _share(settings.expert_replicas),
     }
 
 

@@ -19,7 +19,7 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.refusals.effect import check_decay, check_distillation, check_qk_clip, idle_notes
 from megatron_fp4.train.refusals.experts import check_segments
-from megatron_fp4.train.refusals.optimizer_state import check_muon, check_optimizer_state
+from megatron_fp4.train.refusals.optimizer_state import check_main_grads, check_muon, check_optimizer_state
 from megatron_fp4.train.refusals.precision_plan import make_plan
 from megatron_fp4.train.refusals.requirements import check_choices
 
@@ -61,6 +61,7 @@ def check_config(config: RunConfig, world_size: int) -> CheckedConfig:
     check_qk_clip(config)
     check_distillation(config)
     check_optimizer_state(config)
+    check_main_grads(config)
     check_decay(config)
     return CheckedConfig(config, linears, plan, dp, tokenizer, _notes(config, plan))
 

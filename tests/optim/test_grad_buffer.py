@@ -19,7 +19,7 @@ def test_received_parts_are_freed_bucket_by_bucket() -> None:
     class Receiving:
         """Stands for a reduce-scatter under way and the memory that it receives in."""
 
-        def __init__(self, flat: Tensor, group: Group) -> None:
+        def __init__(self, flat: Tensor, group: Group, total: Tensor | None) -> None:
             nonlocal alive, most
             alive += 1
             most = max(most, alive)

@@ -12,12 +12,24 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.optim import Algorithm, OptimConfig, Overlap
+from megatron_fp4.optim import Algorithm, OptimConfig, Overlap, Zero1Optimizer
 from megatron_fp4.optim import bucket_comm as bucket_comm_module
 from megatron_fp4.optim.clip import clip_factor, global_norm
+from megatron_fp4.optim.config import MainGradFormat
 from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
 from tests.helpers.distributed import mesh_for, run_distributed
-from tests.optim.layouts import MODEL, NUM_PARTS, NUM_STEPS, Outcome, assemble, initial, packed, train, unpacked
+from tests.optim.layouts import (
+    MODEL,
+    NUM_PARTS,
+    NUM_STEPS,
+    LocalModel,
+    Outcome,
+    assemble,
+    initial,
+    packed,
+    train,
+    unpacked,
+)
 from tests.optim.synthetic import exact_gradient
 
 
@@ -28,6 +40,7 @@ def moments(name: str) -> MomentsConfig:
 
 SMALL = OptimConfig(bucket_mib=0.01, overlap_reduce=Overlap.always)
 LARGE = OptimConfig(bucket_mib=1.0)
+BF16_SUMS = replace(SMALL, main_grads=MainGradFormat.bf16)
 MUON = OptimConfig(bucket_mib=0.01, algorithm=Algorithm.muon)
 AS_FP32_MASTERS = {"remainder": "bf16", "muon, remainder": "muon, bf16"}
 SIZES = {
@@ -68,6 +81,29 @@ VARIANTS = {
 }
 
 
+def wrong_bf16_sums(mesh: ParallelMesh) -> list[str]:
+    """Logical tensors whose sum is not the FP32 sum, in rank order, of what each replica has summed in BF16."""
+    model = LocalModel.build(mesh, torch.bfloat16)
+    optimizer = Zero1Optimizer(model.parameters.items(), BF16_SUMS, mesh, True)
+    optimizer.zero_grad()
+    for part in range(mesh.dp_cp.rank, NUM_PARTS, mesh.dp_cp.size):
+        model.backward(0, part, True)
+    optimizer.finish_grads()
+    wrong = []
+    for shard in optimizer.grad_shards():
+        if mesh.dp_cp.size == 1 or "up" not in shard.name:  # this one every rank has by itself, whatever the layout
+            continue
+        total = torch.zeros(shard.where.global_shape)
+        for replica in range(mesh.dp_cp.size):
+            own = torch.zeros_like(total, dtype=torch.bfloat16)
+            for part in range(replica, NUM_PARTS, mesh.dp_cp.size):
+                own += exact_gradient(shard.name, shard.where.global_shape, 0, part)
+            total += own
+        if not torch.equal(shard.read("grad"), total[shard.where.slices]):
+            wrong.append(shard.name)
+    return wrong
+
+
 def all_layouts(rank: int, world_size: int) -> bytes:
     outcomes = {}
     for layout, (size, axes) in SIZES.items():
@@ -78,7 +114,15 @@ def all_layouts(rank: int, world_size: int) -> bytes:
             native = bucket_comm_module.uses_gloo
             bucket_comm_module.uses_gloo = lambda group: False  # the collectives that NCCL gets
             outcomes[layout, "native collectives"] = train(mesh, SMALL)
+            options = {"dtype": torch.bfloat16, "max_norm": 0.0}
+            outcomes[layout, "bf16 sums"] = train(mesh, BF16_SUMS, **options)  # type: ignore[arg-type]
             bucket_comm_module.uses_gloo = native
+            others = [BF16_SUMS, replace(BF16_SUMS, overlap_reduce=Overlap.never)]
+            narrow = [outcomes[layout, "bf16 sums"], *(train(mesh, other, **options) for other in others)]  # type: ignore[arg-type]
+            assert all(packed(narrow[0]) == packed(other) for other in narrow[1:]), (
+                "sums of BF16 depend on how they travel"
+            )
+            assert not wrong_bf16_sums(mesh), wrong_bf16_sums(mesh)
             if "pp" in axes:
                 outcomes[layout, "20 steps"] = train(mesh, SMALL, dtype=torch.bfloat16, num_steps=20)
     return packed(outcomes)
@@ -96,6 +140,7 @@ def one_process() -> dict[str, Outcome]:
     adamw = train(mesh, SMALL)
     as_adamw = ("small buckets, overlapped", "one bucket", "no sequence parallel", "native collectives")
     own = {variant: train(mesh, **VARIANTS[variant]) for variant in VARIANTS if variant not in as_adamw}  # type: ignore[arg-type]
+    own["bf16, no clip"] = train(mesh, SMALL, dtype=torch.bfloat16, max_norm=0.0)
     return {**dict.fromkeys(as_adamw, adamw), **own}
 
 
@@ -194,6 +239,36 @@ def test_an_expert_is_on_its_ranks_only_and_divided_over_them(
     stage = world // axes.get("pp", 1)
     assert set(holders) == set(next(logical.segments for logical in MODEL if logical.experts))
     assert max(holders.values()) <= stage // axes["ep"], "optimizer state of an expert is on ranks that do not hold it"
+
+
+@pytest.mark.parametrize(
+    ("layouts", "apart"),
+    [
+        (("dp2", "tp2 dp2", "pp2 dp2", "dp2 ep2"), ("embedding", "experts")),
+        (("dp4", "cp2 dp2", "dp4 ep2", "dp4 ep4"), ("experts",)),
+    ],
+)
+def test_bf16_sums_depend_on_the_replicas_alone(
+    layouts: tuple[str, ...], apart: tuple[str, ...], worlds: dict[int, list[dict[tuple[str, str], Outcome]]]
+) -> None:
+    """apart: a tied table, whose two uses are added on one rank or on two, and experts, which other ranks share."""
+    first, *others = (
+        assemble([rank[layout, "bf16 sums"] for rank in worlds[SIZES[layout][0]]])["master"] for layout in layouts
+    )
+    for other in others:
+        for name in (name for name in first if not any(part in name for part in apart)):
+            assert torch.equal(first[name], other[name]), f"{name} depends on more than the number of replicas"
+
+
+def test_who_shares_with_nobody_sums_in_fp32(
+    worlds: dict[int, list[dict[tuple[str, str], Outcome]]], one_process: dict[str, Outcome]
+) -> None:
+    masters = assemble([rank["tp2", "bf16 sums"] for rank in worlds[2]])["master"]
+    divided = assemble([rank["dp2", "bf16 sums"] for rank in worlds[2]])["master"]
+    for name, expected in assemble([one_process["bf16, no clip"]])["master"].items():
+        assert "experts" in name or torch.equal(masters[name], expected), f"{name} was rounded where BF16 saves nothing"
+        narrow = len(expected.shape) > 1 and "small" not in name
+        assert torch.equal(divided[name], expected) is not narrow, f"{name}: vectors and replicated tensors stay FP32"
 
 
 def test_cuts_inside_rows_were_exercised(worlds: dict[int, list[dict[tuple[str, str], Outcome]]]) -> None:

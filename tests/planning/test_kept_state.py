@@ -7,13 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.config import ParallelConfig
+from megatron_fp4.comm.mesh import ParallelMesh, draw_mesh
 from megatron_fp4.layers.layer_context import LayerContext
+from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.models.decoder import Decoder, whole_model
 from megatron_fp4.optim import Algorithm, OptimConfig, Zero1Optimizer
+from megatron_fp4.optim.config import MainGradFormat
 from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
 from megatron_fp4.planning.footprint import LiveBytes
-from megatron_fp4.planning.held import bytes_per_parameter, opened_bytes
+from megatron_fp4.planning.held import GradientBytes, bytes_per_parameter, opened_bytes
 from megatron_fp4.planning.memory import stage_memory
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.precision import StepClock
@@ -21,6 +24,7 @@ from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from tests.models.test_count import load
 
 FP32, BF16, INT8, FP8 = MomentFormat.fp32, MomentFormat.bf16, MomentFormat.int8, MomentFormat.fp8
+EXPERTS = MoeConfig(num_experts=8, ffn_hidden=64)
 MODEL = replace(load("hybrid_tiny"), vocab_size=4096)
 
 
@@ -54,6 +58,30 @@ def test_planned_state_is_what_is_kept(algorithm: Algorithm, master: MasterForma
             optimizer.step(norm, lr=1e-3, max_norm=1.0)
         opened = opened_bytes(MODEL, [whole_model(MODEL)], settings)
         assert live.peak == pytest.approx(opened, rel=0.02) if optim.keeps_compact else live.peak < 4096
+
+
+@pytest.mark.parametrize("axes", [{"dp": 1}, {"dp": 2}, {"dp": 4, "tp": 2}, {"dp": 8, "ep": 4}])
+@pytest.mark.parametrize("main_grads", MainGradFormat)
+def test_planned_gradients_are_what_is_kept(main_grads: MainGradFormat, axes: dict[str, int]) -> None:
+    optim, meta = OptimConfig(main_grads=main_grads), torch.device("meta")
+    dp, parallel = axes["dp"], ParallelConfig(tp=axes.get("tp", 1), ep=axes.get("ep", 1))
+    mesh = draw_mesh(parallel, dp * parallel.tp, rank=0)
+    model = replace(MODEL, num_layers=4, pattern="M*-E", moe=EXPERTS) if parallel.ep > 1 else MODEL
+    context = LayerContext.of(mesh, EmulatedBackend(compile=False), StepClock(0), torch.bfloat16, meta)
+    decoder = Decoder(model, context, whole_model(model))
+    trained = [(name, parameter) for name, parameter in decoder.named_parameters() if parameter.requires_grad]
+    optimizer = Zero1Optimizer(trained, optim, mesh, True)
+    settings = RankSettings(optim=optim, seq_length=64, dp=dp, tp=parallel.tp, ep=parallel.ep)
+    planned = stage_memory(model, whole_model(model), settings)["main gradients"]
+    assert sum(tensor.nbytes for tensor in optimizer.gradient_tensors()) == pytest.approx(planned, rel=1e-2)
+    narrow = main_grads is MainGradFormat.bf16 and dp > 1
+    common = bytes_per_parameter(model, replace(settings, tp=1, ep=1))["main gradients"]
+    assert common == pytest.approx(2 + 4 / dp if narrow else 4.0, rel=1e-2)
+    planned = GradientBytes.of(model, [whole_model(model)], settings)
+    for of_experts, expected in ((False, planned.common), (True, planned.experts)):
+        buckets = [each for each in optimizer.buckets if each.slots[0].placement.of_experts is of_experts]
+        sent = sum(each.numel * each.kind.sums.itemsize for each in buckets)
+        assert sent == pytest.approx(expected, rel=1e-2), "what a rank sends to be summed"
 
 
 def test_bytes_per_parameter_of_large_models() -> None:

@@ -17,11 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.comm.rect import Rectangle, Shard
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.groups import AdamTensors, MuonTensors
-from megatron_fp4.optim.kept.choice import has_blocks
 from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat
 from megatron_fp4.optim.kept.noise import rounding_words
 from megatron_fp4.optim.kept.stores import Fp32Store, RemainderStore, Store, moment_store
@@ -73,11 +71,6 @@ class KeptPart:
             self.stores[kind] = moment_store(format, weights.numel(), weights.device, unsigned=unsigned)
         self.in_place = all(store.in_place for store in self.stores.values())
         self._filled: dict[str, Tensor] = {}
-
-    @staticmethod
-    def has_blocks(parameter: LogicalParameter, config: OptimConfig) -> bool:
-        """Whether moments of a local parameter share scales; see `choice.has_blocks`."""
-        return has_blocks(parameter, config)
 
     @property
     def master(self) -> Tensor | None:

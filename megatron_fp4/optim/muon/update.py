@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh
-from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.adam import decay_cautiously
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.groups import MuonTensors
 from megatron_fp4.optim.kept.part import MASTER, KeptPart
 from megatron_fp4.optim.layout import Bucket
-from megatron_fp4.optim.muon.choice import is_muons
 from megatron_fp4.optim.muon.exchange import MatrixExchange, MatrixRun
 from megatron_fp4.optim.muon.newton_schulz import orthogonalize
 
@@ -42,11 +40,6 @@ class Muon:
         self._config, self._cautious = config.muon, config.cautious_decay
         self._weight_decay = config.weight_decay
         self._dtype = dtype
-
-    @staticmethod
-    def takes(parameter: LogicalParameter, config: OptimConfig) -> bool:
-        """Whether it updates a local parameter; see `choice.is_muons`."""
-        return is_muons(parameter, config)
 
     def update(self, lr: float, step: int) -> None:
         """One step of every part. step: its number, from 1. Collective over the pipeline stage."""

@@ -16,7 +16,7 @@ from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.models.block import LinearInfo
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
-from megatron_fp4.planning.held import HeldElements, stage_linears
+from megatron_fp4.planning.held import GradientBytes, HeldElements, stage_linears
 from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import STORED_BYTES
@@ -24,8 +24,6 @@ from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.operand import AmaxScope, Format, Operand
 from megatron_fp4.precision.spec import LinearPrecision
 
-CLEAR_BYTES = 4
-"""Per parameter on a rank and step: its FP32 gradient is set to zero."""
 UPDATE_BYTES = 4 + 4 * 3 + 4 * 3 + 4 + 2
 """Per parameter that a rank updates: gradient (for the norm too), master and two moments read; those three and the
 BF16 weight written."""
@@ -66,7 +64,8 @@ class Overheads:
         muon = MuonShare.of(config, stages, settings)
         by_muon = muon.divided(settings)
         updated = (held.divided(settings) - by_muon) * UPDATE_BYTES + by_muon * MUON_BYTES
-        optimizer = held.total * CLEAR_BYTES + updated
+        gradients = GradientBytes.of(config, stages, settings)
+        optimizer = gradients.common + gradients.experts + updated  # gradients are set to zero
         return Overheads(quantizer, weight, scales, weight_scales, optimizer, muon.flops)
 
 

@@ -29,6 +29,7 @@ from megatron_fp4.train.telemetry.peaks import rate_of
 OTHERS = ("B200", "H100", "RTX_5090")
 """GPUs whose totals stand beside those of the plan's."""
 FP32 = 4
+BF16 = 2
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def _products(info: LinearInfo, moe: MoeConfig, settings: RankSettings) -> tuple
                 quantized += times * (one.written[gemm.name] + one.read / len(one.written))
         stored = [STORED_BYTES.get(operand.format, settings.dtype.itemsize) for operand in gemm.operands]
         read = sum(numels[tensor] * each for tensor, each in zip(gemm.tensors, stored, strict=True))
-        result = 2 * FP32 if gemm.name == "wgrad" else settings.dtype.itemsize  # gradients are read and written
+        narrow = settings.sums_in_bf16(dims=2, whole=info.whole, expert=bool(info.num_experts))
+        result = 2 * (BF16 if narrow else FP32) if gemm.name == "wgrad" else settings.dtype.itemsize  # read and written
         flops = 2.0 * settings.rows(info, moe) * rows * columns
         return RoofProduct(gemm.name, gemm_format(gemm), flops, read + numels[results[gemm.name]] * result, quantized)
 

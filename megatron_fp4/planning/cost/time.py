@@ -184,7 +184,10 @@ def _latencies(
     rows = settings.tokens * config.model.hidden * settings.dtype.itemsize
     share, replicas = 1 - 1 / settings.tp, 1 - 1 / settings.replicas
     messages = max(part["tensor"] for part in sent) / (rows * share) if share else 0.0
-    parameters = max(part["data"] for part in sent) / (4 + settings.dtype.itemsize) / replicas if replicas else 0.0
+    gradient = 2 if settings.sums_in_bf16(dims=2) else 4
+    parameters = (
+        max(part["data"] for part in sent) / (gradient + settings.dtype.itemsize) / replicas if replicas else 0.0
+    )
     buckets = math.ceil(parameters / config.optim.bucket_numel)
     trips = 2 * (config.parallel.pp - 1)
     latency = messages * links["tensor"].latency + trips * links["pipeline"].latency

@@ -9,6 +9,7 @@ import functools
 
 from megatron_fp4.models.count import count_flops
 from megatron_fp4.models.decoder import Recompute, whole_model
+from megatron_fp4.optim.config import MainGradFormat
 from megatron_fp4.pipeline.schedules import stages_per_rank
 from megatron_fp4.planning.cost.hardware import Site
 from megatron_fp4.planning.cost.links import paths
@@ -50,10 +51,11 @@ class TimeBound:
         tensor = messages * (links["tensor"].seconds(rows * (1 - 1 / layout.tp)) + links["tensor"].latency)
         busy = (products + tensor) / (1 - idle)
         replicas, expert_replicas = layout.dp * layout.cp, layout.dp * layout.cp * layout.tp // layout.ep
-        data = links["data"].seconds(6 * self._held.common / (layout.tp * layout.pp) * (1 - 1 / replicas))
+        each = 6 if config.optim.main_grads is MainGradFormat.fp32 else 4  # bytes of a gradient and a parameter
+        data = links["data"].seconds(each * self._held.common / (layout.tp * layout.pp) * (1 - 1 / replicas))
         if self._held.experts:
             mean = self._held.experts / (layout.ep * layout.pp)
-            data += links["expert_data"].seconds(6 * mean * (1 - 1 / expert_replicas))
+            data += links["expert_data"].seconds(each * mean * (1 - 1 / expert_replicas))
         return busy + max(0.0, data - 1.5 * (products + tensor) / microbatches)
 
     def _per_token(self, layout: ChosenLayout, table: PrecisionTable) -> float:

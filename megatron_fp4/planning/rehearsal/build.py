@@ -53,9 +53,8 @@ def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phase
 def label_state(run: Run, live: LiveKinds) -> None:
     """Say what the state of a rank is, in the plan's words."""
     parameters = [parameter for stage in run.engine.stages for parameter in logical_parameters(stage)]
-    sums = [parameter.main_grad for parameter in parameters if parameter.main_grad is not None]
     live.label(run.optimizer.kept_tensors(), "optimizer")
     if isinstance(run.engine, LocalEngine) and run.engine.teacher is not None:
         live.label((one for stage in run.engine.teacher.stages for one in stage.parameters()), "teacher")
     live.label(parameters, "weights")  # after the state: FP32 weights are their own masters
-    live.label(sums, "main gradients")
+    live.label(run.optimizer.gradient_tensors(), "main gradients")

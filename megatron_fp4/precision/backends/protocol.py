@@ -132,7 +132,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """`a [M, K] @ b [N, K].T`, accumulated in FP32, scaled in FP32, rounded once to `out_dtype`.
 
-        accumulate_into: FP32 `[M, N]` to which the product is added in place; it is then also the result.
+        accumulate_into: `[M, N]`, FP32 or wider, or BF16, to which the product is added in place, in FP32 and rounded
+            once; it is then also the result.
         """
 
 

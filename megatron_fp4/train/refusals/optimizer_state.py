@@ -5,16 +5,20 @@ Beside them, patterns of parameters that fit no weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
 from megatron_fp4.models.count import logical_shapes, model_parameters
-from megatron_fp4.optim.config import Algorithm, Impl
+from megatron_fp4.optim.config import Algorithm, Impl, MainGradFormat
 from megatron_fp4.optim.kept.choice import check_whole_blocks, moment_formats
 from megatron_fp4.optim.kept.config import BLOCK, MasterFormat, MomentFormat
 from megatron_fp4.optim.muon.choice import check_patterns
 from megatron_fp4.train.config import RunConfig
+
+LEAST_SCALE = 0.5
+"""Of a loss beside another whose gradients are added in BF16 in the same tensor: one of its 8 bits is lost."""
 
 
 def check_optimizer_state(config: RunConfig) -> None:
@@ -44,6 +48,22 @@ def check_optimizer_state(config: RunConfig) -> None:
             check_whole_blocks(parameter.name, parameter.shape[1], config.parallel.tp)
 
 
+def check_main_grads(config: RunConfig) -> None:
+    """Raises ValueError for BF16 sums of gradients of very different losses, each of which is added for itself."""
+    mtp, model = config.model.mtp, config.model
+    if config.optim.main_grads is MainGradFormat.fp32 or not mtp.depth:
+        return
+    scale = mtp.loss_scale / mtp.depth
+    if LEAST_SCALE <= scale <= 1 / LEAST_SCALE:
+        return
+    tables = "embedding.weight" if model.tied_embeddings else "embedding.weight and head.weight"
+    raise ValueError(
+        f"optim.main_grads=bf16: {tables} get gradients of the next token's loss, of scale 1, and of {mtp.depth}"
+        f" further loss(es), of scale {scale:.3g} (model.mtp.loss_scale / depth), one added to the other; of the 8 bits"
+        f" of BF16 the smaller lose {abs(math.log2(scale)):.1f}; set optim.main_grads=fp32, or model.mtp.depth=0"
+    )
+
+
 def check_muon(config: RunConfig) -> None:
     """Raises ValueError for a pattern of `optim.muon.adamw_for` that fits no weight."""
     check_patterns(logical_shapes(config.model), config.optim)
@@ -52,6 +72,7 @@ def check_muon(config: RunConfig) -> None:
 def idle_formats(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Formats of optimizer state that no tensor has."""
     if config.precision.compute_dtype.torch_dtype == torch.float32:
+        yield "optim.main_grads", "precision.compute_dtype=fp32: gradients are summed in FP64"
         yield "optim.master", "precision.compute_dtype=fp32: the weights are the masters"
     kept = [moment_formats(name, shape, config.optim) for name, shape in logical_shapes(config.model).items()]
     settings = {"exp_avg": "first", "exp_avg_sq": "second", "momentum": "muon"}

@@ -89,6 +89,7 @@ RULES = (
     ResumeRule("parallel.*", Policy.note, "layout may change: tensors are stored without it"),
     ResumeRule("optim.algorithm", Policy.refuse, OTHER_MOMENTS),
     ResumeRule("optim.muon.adamw_for", Policy.refuse, OTHER_MOMENTS),
+    ResumeRule("optim.main_grads", Policy.note, "sums of the next step are rounded in another way; no state has them"),
     ResumeRule("optim.master", Policy.note, "the same numbers: a checkpoint holds FP32"),
     ResumeRule("optim.moments.*", Policy.note, "a checkpoint holds FP32; moments are rounded to the new format once"),
     ResumeRule("*", Policy.note, "the config's value is used from here on"),

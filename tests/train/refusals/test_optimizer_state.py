@@ -16,6 +16,10 @@ from megatron_fp4.train.checked import check_config
         (["optim.moments.first=int8", "optim.moments.second=fp8"], "first=int8 with optim.moments.second=fp8"),
         (["optim.moments.second=bf16", "optim.impl=te"], "optim.moments.second=bf16 with optim.impl=te"),
         (["optim.master=remainder", "optim.impl=apex"], "optim.master=remainder with optim.impl=apex"),
+        (
+            ["optim.main_grads=bf16", "model.mtp.depth=2", "model.mtp.pattern=*"],
+            "embedding.weight and head.weight get.* of scale 1, .*of scale 0.05 .*lose 4.3; set optim.main_grads=fp32",
+        ),
     ],
 )
 def test_what_cannot_be_kept_is_refused(overrides: list[str], reason: str) -> None:
@@ -27,5 +31,6 @@ def test_what_cannot_be_kept_is_refused(overrides: list[str], reason: str) -> No
 @pytest.mark.parametrize(("first", "second"), [("fp8", "fp8"), ("fp8", "int8"), ("int8", "int8")])
 def test_moments_that_fit_are_accepted(first: str, second: str) -> None:
     overrides = [f"optim.moments.first={first}", f"optim.moments.second={second}", "optim.master=remainder"]
+    overrides.append("optim.main_grads=bf16")
     config = to_run_config(compose_config(["model=gpt_tiny", "model.vocab_size=512", "data.tokenizer=", *overrides]))
     assert not check_config(config, 1).notes
