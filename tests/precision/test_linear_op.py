@@ -141,6 +141,24 @@ def test_main_grad_accumulates_and_tells() -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("recipe", [nvfp4_paper(), LinearPrecision()], ids=["nvfp4", "bf16"])
+def test_bf16_main_grad_is_rounded_once_for_each_backward(recipe: LinearPrecision, deferred: bool) -> None:
+    """The product stays FP32 until it is added, computed now or by a zero-bubble pipeline's queue."""
+    x, w, dy = tensors()
+    linear = Linear(w, recipe)
+    _, _, dw = linear.run(x, dy)
+    linear.weight.main_grad = total = torch.zeros_like(w, dtype=torch.bfloat16)
+    linear.queue = WgradQueue() if deferred else None
+    expected = torch.zeros_like(total)
+    for _ in range(3):
+        linear(x).backward(dy)
+        if linear.queue is not None:
+            linear.queue.drain()
+        expected = (expected.float() + dw).bfloat16()
+        assert torch.equal(total, expected)
+
+
 def test_queue_defers_and_changes_nothing() -> None:
     """A zero-bubble pipeline computes dw later; if that changed a bit, schedules would not be comparable."""
     x, w, dy = tensors()
