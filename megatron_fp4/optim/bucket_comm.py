@@ -51,7 +51,8 @@ class PendingSum:
 
     def __init__(self, flat: Tensor, group: Group, total: Tensor | None = None) -> None:
         parts, others = flat.view(group.size, -1), _other_ranks(group)
-        self._part, self._rank, self._total = parts[group.rank], group.rank, total
+        self._part, self._rank = parts[group.rank], group.rank
+        self._total = total
         self._others: Sequence[Tensor] = ()  # where every rank's part comes here and is added here
         self._sum: Tensor | None = None  # where it is added on the way
         if sums_in_rank_order(group):

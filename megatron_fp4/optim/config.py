@@ -120,6 +120,8 @@ class OptimConfig:
     """How FP32 master weights are kept where weights are BF16; the same numbers either way."""
     moments: MomentsConfig = field(default_factory=MomentsConfig)
     """How moments are kept between two steps."""
+    compile: bool = True
+    """Compile the conversions of moments that are not kept in FP32, where this machine has a compiler for them."""
     impl: Impl = Impl.torch
     """Who computes the update of AdamW."""
     bucket_mib: Annotated[float, Bound(above=0)] = 128.0
@@ -134,6 +136,11 @@ class OptimConfig:
     def bucket_numel(self) -> int:
         """Elements from which on a bucket is full."""
         return max(1, int(self.bucket_mib * FP32_PER_MIB))
+
+    @property
+    def least_gradient_bytes(self) -> int:
+        """Bytes of an element that is summed over ranks."""
+        return 4 if self.main_grads is MainGradFormat.fp32 else 2
 
     @property
     def power_from(self) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh
-from megatron_fp4.comm.rect import Shard
+from megatron_fp4.comm.rect import Placement, Shard
 from megatron_fp4.optim.buckets import buckets_for
 from megatron_fp4.optim.by_name import sum_by_name
 from megatron_fp4.optim.clip import clip_factor, norm_over, sum_of_squares
@@ -29,7 +29,6 @@ from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.grad_buffer import GradBuffer
 from megatron_fp4.optim.kept.adamw import PartwiseAdamW
 from megatron_fp4.optim.kept.part import KeptPart
-from megatron_fp4.optim.layout import ParameterPiece
 from megatron_fp4.optim.muon.update import make_muons
 from megatron_fp4.optim.param_buffer import ParamBuffer
 from megatron_fp4.optim.state import GradientFree, OwnedPiece, RowScales, StepReport, gradient_free_shards
@@ -50,6 +49,7 @@ class Zero1Optimizer:
     ranks a sum was cut into. stage: the ranks of this pipeline stage, which Muon needs
     (`comm.mesh.build_stage_group`). rows: scales rows after each update.
     gradient_free: what changes once a step, and not by a gradient. seed: of the stochastic rounding of moments.
+    compile: the conversions of moments that are not kept in FP32.
     Raises ValueError for a parameter without a valid placement, and for an implementation that is not installed.
     """
 
@@ -65,6 +65,7 @@ class Zero1Optimizer:
         rows: RowScales | None = None,
         gradient_free: GradientFree | None = None,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
         self.config = config
         self.step_count = 0
@@ -80,10 +81,12 @@ class Zero1Optimizer:
         self._grads = GradBuffer(self.buckets, mesh.tp, overlap=overlap)
         self._params = ParamBuffer(self.buckets)
         self._parts = [
-            KeptPart(bucket, parameters, grads, config, seed)
+            KeptPart(bucket, parameters, grads, config, seed, compile)
             for bucket, parameters, grads in zip(self.buckets, self._params.parts, self._grads.parts, strict=True)
         ]
-        self._owned = [OwnedPiece(piece, part, self._writes(piece)) for part in self._parts for piece in part.pieces]
+        self._owned = [
+            OwnedPiece(piece, part, self._writes(piece.slot.placement)) for part in self._parts for piece in part.pieces
+        ]
         self._adamw = PartwiseAdamW(self._parts, config)
         self._muons = make_muons(self.buckets, self._parts, config, mesh, stage or mesh.dp_cp, sum_dtype)
         self._beside_forward = False
@@ -233,9 +236,8 @@ class Zero1Optimizer:
         writes = self._mesh.dp_cp.rank == self._mesh.tp.rank == 0
         return list(gradient_free_shards(self.gradient_free.parameters, writes=writes))
 
-    def _writes(self, piece: ParameterPiece) -> bool:
+    def _writes(self, placement: Placement) -> bool:
         """False on a rank that holds a replica of elements which another rank counts and saves."""
-        placement = piece.slot.placement
         return placement.writes and (not placement.tp_replicated or self._mesh.tp.rank == 0)
 
     def _refresh(self, wait: bool = False) -> None:

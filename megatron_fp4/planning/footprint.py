@@ -31,7 +31,6 @@ from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.models.block import block_linears, last_linears
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import Decoder, StageRange
-from megatron_fp4.optim.config import MainGradFormat, OptimConfig
 from megatron_fp4.planning.settings import RankSettings
 from megatron_fp4.planning.stand_ins import SizedBackend, cross_entropy_of, cuda_kernels, distance_of, use_fused_norms
 from megatron_fp4.precision import StepClock, WgradPlan
@@ -119,10 +118,7 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 def stage_footprint(config: ModelConfig, stage: StageRange, settings: RankSettings) -> Footprint:
     """A whole stage, its loss included."""
-    narrow = settings.sums_in_bf16(dims=2)
-    optim = OptimConfig(main_grads=MainGradFormat.bf16 if narrow else MainGradFormat.fp32)
-    # what the sizes do not depend on is left out; two replicas have what any number has
-    key = replace(settings, dp=1 + narrow, num_microbatches=1, table=None, optim=optim)
+    key = settings.of_sizes()
     ends = config.with_blocks("---")
     parts = [_footprint(ends, EMBEDDING, (), key)] if stage.has_embedding else []
     for index in range(stage.first, stage.stop):

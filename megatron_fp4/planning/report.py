@@ -96,7 +96,7 @@ LEFT_OUT = (
     "compiled activations (model.pointwise_impl), which keep less of SwiGLU than torch's; counted as torch's",
     "what changes numbers and no cost: model.norm_eps, init_std, scale_residual_init, rope_scaling",
     "an expert that gets more rows than the mean, for whose rank all wait",
-    "the conversion of optimizer state that is not kept in FP32, many passes over it (benchmarks/zero1.py)",
+    "conversions of moments that are not compiled (optim.compile), which take several times as long as counted",
     "compilation and the first steps; data loading, which runs beside the step",
     "the quantizers of the emulated backends, which take many times as long as those counted",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -10,7 +10,7 @@ from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.models.block import LinearInfo
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.optim.buckets import sums_in_bf16
-from megatron_fp4.optim.config import OptimConfig
+from megatron_fp4.optim.config import MainGradFormat, OptimConfig
 from megatron_fp4.pipeline.schedules import schedule_rule
 from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.spec import LinearPrecision
@@ -102,6 +102,17 @@ class RankSettings:
         """Whether a rank sums the gradient of a weight of the compute dtype in BF16; see `optim.buckets`."""
         replicas = self.expert_replicas if expert else self.replicas
         return sums_in_bf16(self.optim, dtype=self.dtype, dims=dims, whole=whole, replicas=replicas)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of an element of a matrix, as it is summed over the replicas."""
+        return 2 if self.sums_in_bf16(dims=2) else 4
+
+    def of_sizes(self) -> RankSettings:
+        """Without what the sizes of a microbatch do not depend on; two replicas stand for any number."""
+        narrow = self.sums_in_bf16(dims=2)
+        optim = OptimConfig(main_grads=MainGradFormat.bf16 if narrow else MainGradFormat.fp32)
+        return replace(self, dp=1 + narrow, num_microbatches=1, table=None, optim=optim)
 
     def routed(self, moe: MoeConfig) -> RoutedRows:
         """What comes to the routed experts of a mixture on a rank in a microbatch if every expert gets the same."""

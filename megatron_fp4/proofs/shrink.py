@@ -101,7 +101,7 @@ def _with_small_steps(config: RunConfig) -> RunConfig:
 
     optim = config.optim
     small = replace(optim, overlap_reduce=on(optim.overlap_reduce), overlap_gather=on(optim.overlap_gather))
-    small = replace(small, bucket_mib=SMALL_BUCKET_MIB, lr=min(optim.lr, MAX_LR), min_lr=0.0)
+    small = replace(small, bucket_mib=SMALL_BUCKET_MIB, lr=min(optim.lr, MAX_LR), min_lr=0.0, compile=False)
     return replace(config, optim=small)
 
 

@@ -26,6 +26,7 @@ from megatron_fp4.pipeline.engine import PipelineEngine, StageShapes, TakeWgrads
 from megatron_fp4.pipeline.schedules import schedule_rule, stages_of_rank, stages_per_rank
 from megatron_fp4.precision import Backend, StepClock, WgradPlan
 from megatron_fp4.precision.backends.choose import make_backend
+from megatron_fp4.precision.backends.emulated import compile_obstacle
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine, LocalEngine, TokenLoss
@@ -89,6 +90,7 @@ def build_trainable(
         rows=clip,
         gradient_free=LoadBalance(stages, mesh) if config.model.moe.num_experts else None,
         seed=config.train.seed,
+        compile=config.optim.compile and not (device.type == "cpu" and compile_obstacle()),
     )
     optimizer.gather_beside_forward(together)
     queues = [context.queue.take for context in contexts if context.queue is not None]

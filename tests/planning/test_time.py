@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_fp4.comm.config import Overlap, ParallelConfig
 from megatron_fp4.models.block import MIXERS
 from megatron_fp4.models.decoder import StageRange
+from megatron_fp4.optim.config import QkClipConfig
+from megatron_fp4.optim.kept.choice import conversion_bytes
+from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat, MomentsConfig
 from megatron_fp4.planning.cost.hardware import Assumptions
 from megatron_fp4.planning.cost.links import paths
 from megatron_fp4.planning.cost.machines import MACHINES
@@ -157,3 +161,19 @@ def test_assumptions_are_replaced_by_name() -> None:
         with pytest.raises(ValueError, match=message):
             Assumptions.of([text])
     assert {name for name, machine in MACHINES.items() if not machine.sources} == set()
+
+
+def test_qk_clip_and_compact_moments_cost_their_passes() -> None:
+    config = twelve(4, 1, "1f1b", 1024)
+    clipping = replace(config, optim=replace(config.optim, qk_clip=QkClipConfig(100.0)))
+    fp8 = replace(
+        config.optim, master=MasterFormat.remainder, moments=MomentsConfig(MomentFormat.fp8, MomentFormat.fp8)
+    )
+    terms, clipped, compact = (
+        run_plan(each, 4096)["time"]["terms"] for each in (config, clipping, replace(config, optim=fp8))
+    )
+    assert terms["qk_clip"] == 0.0
+    assert 0.005 < clipped["qk_clip"] / terms["products"] < 0.2, "its logits are written and read in FP32"
+    assert compact["optimizer"] > terms["optimizer"]
+    each = {optim: conversion_bytes(optim, muon=False, dtype=torch.bfloat16) for optim in (config.optim, fp8)}
+    assert each == {config.optim: 0, fp8: 46 + 2 * (16 + 2 * (1 + 1 / 64))}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.kept.config import BLOCK, MasterFormat, MomentFormat
@@ -21,6 +23,9 @@ MOMENT_BYTES = {
     MomentFormat.int8: 1 + 1 / BLOCK,
     MomentFormat.fp8: 1 + 1 / BLOCK,
 }
+
+REMAINDER_BYTES = 46
+"""Read and written to make FP32 of a BF16 weight and 17 bits, and them of FP32, by operations of torch."""
 
 
 def moment_formats(name: str, shape: Sequence[int], config: OptimConfig) -> dict[str, MomentFormat]:
@@ -55,3 +60,14 @@ def bytes_per_element(name: str, shape: Sequence[int], config: OptimConfig, weig
     """Bytes of the state of a logical tensor whose weights have `weight_bytes` an element."""
     master = 0.0 if weight_bytes == FP32 else MASTER_BYTES[config.master]
     return master + sum(MOMENT_BYTES[each] for each in moment_formats(name, shape, config).values())
+
+
+def conversion_bytes(config: OptimConfig, *, muon: bool, dtype: torch.dtype) -> float:
+    """Bytes that are read and written to convert the state of an element in an update. muon: whose, else AdamW's.
+
+    dtype: of the weights. A moment is decoded to FP32; random words are written; both are read, and encoded.
+    """
+    moments = config.moments
+    formats = [moments.muon] if muon else [moments.first, moments.second]
+    master = REMAINDER_BYTES if config.master is MasterFormat.remainder and dtype == torch.bfloat16 else 0
+    return master + sum(2 * MOMENT_BYTES[each] + 16 for each in formats if each is not MomentFormat.fp32)

@@ -7,7 +7,9 @@
 
 A second moment divides: one that was flushed to 0 would turn a small gradient into a huge step (the zero point problem
 of arXiv 2309.01507), so what is below the smallest code becomes that code. Its codes are spaced as those of its root,
-which is what an update divides by. Scales are powers of two, so that what was decoded is encoded to the same value.
+which is what an update divides by. Scales are powers of two, so that what was decoded is encoded to the same value, and
+every operation is exact but the one that rounds; those of `RootInt8` are not. So compiled kernels, which contract and
+approximate, give the same bits.
 
 words: 32 random bits an element. An element is rounded up with the probability of its distance from the code below, so
 the mean of many roundings is right: nearest codes would lose a change of 5 percent a step (beta 0.95) for good.
@@ -15,6 +17,7 @@ the mean of many roundings is right: nearest codes would lose a change of 5 perc
 
 from __future__ import annotations
 
+import struct
 from typing import Protocol
 
 import torch
@@ -25,9 +28,10 @@ BIAS = 127
 
 
 class Codes(Protocol):
-    """A format. code_dtype: of a code; a block has one uint8 beside its codes."""
+    """A format. code_dtype: of a code; a block has one uint8 beside its codes. exact: see above."""
 
     code_dtype: torch.dtype
+    exact: bool
 
     def encode(self, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales of FP32 `values [blocks, 64]`: `[blocks, 64]`, uint8 `[blocks, 1]`."""
@@ -42,9 +46,14 @@ def round_bits(values: Tensor, words: Tensor, dropped: int) -> Tensor:
     return (values.view(torch.int32) + (words & mask)) & ~mask
 
 
+def to_bf16(values: Tensor, words: Tensor) -> Tensor:
+    """BF16, rounded stochastically."""
+    return round_bits(values, words, 16).view(torch.float32).to(torch.bfloat16)
+
+
 def _scales(largest: Tensor, top: float, least: int = 1) -> Tensor:
     """Biased exponents e of the smallest powers of two with `largest <= top 2^e`, int32; 1 <= top < 2^8."""
-    bits = int(torch.tensor(top).view(torch.int32))
+    (bits,) = struct.unpack("<i", struct.pack("<f", top))
     exponent, mantissa = (bits >> MANTISSA) - BIAS, bits & (2**MANTISSA - 1)
     carry = 2**MANTISSA - 1 - mantissa  # adds one to the exponent of what has a larger mantissa
     return (((largest.view(torch.int32) + carry) >> MANTISSA) - exponent).clamp(least, 254)
@@ -53,6 +62,11 @@ def _scales(largest: Tensor, top: float, least: int = 1) -> Tensor:
 def _power(scales: Tensor) -> Tensor:
     """2^e of biased exponents."""
     return (scales.to(torch.int32) << MANTISSA).view(torch.float32)
+
+
+def _inverse(scales: Tensor) -> Tensor:
+    """2^-e of biased exponents, whose product is what dividing by 2^e gives; at most 253."""
+    return ((2 * BIAS - scales.to(torch.int32)) << MANTISSA).view(torch.float32)
 
 
 def _uniform(words: Tensor) -> Tensor:
@@ -70,22 +84,22 @@ class _Scaled:
 class Int8(_Scaled):
     """Evenly spaced codes."""
 
-    code_dtype = torch.int8
+    code_dtype, exact = torch.int8, True
 
     def encode(self, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         scales = _scales(values.abs().max(1, keepdim=True).values, 127.0)
-        codes = (values / _power(scales) + _uniform(words)).floor_().clamp_(-127, 127)
+        codes = (values * _inverse(scales) + _uniform(words)).floor_().clamp_(-127, 127)
         return codes.to(self.code_dtype), scales.to(torch.uint8)
 
 
 class Fp8(_Scaled):
     """E4M3, whose largest number is 448; below 2^-6 its codes are evenly spaced."""
 
-    code_dtype = torch.float8_e4m3fn
+    code_dtype, exact = torch.float8_e4m3fn, True
 
     def encode(self, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         scales = _scales(values.abs().max(1, keepdim=True).values, 448.0)
-        scaled = values / _power(scales)
+        scaled = values * _inverse(scales)
         normal = round_bits(scaled, words, MANTISSA - 3).view(torch.float32)
         small = (scaled * 2.0**9 + _uniform(words)).floor_() * 2.0**-9
         rounded = torch.where(scaled.abs() < 2.0**-6, small, normal).clamp_(-448.0, 448.0)
@@ -95,7 +109,7 @@ class Fp8(_Scaled):
 class RootInt8:
     """Evenly spaced codes of the root; the rounding is right in the mean of the number itself, not of its root."""
 
-    code_dtype = torch.uint8
+    code_dtype, exact = torch.uint8, False
 
     def encode(self, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         roots = values.sqrt()
@@ -113,7 +127,7 @@ class RootInt8:
 class UnsignedFp8:
     """The upper bits of an FP32 number: 5 of the exponent, counted from the block's largest, and 3 of the mantissa."""
 
-    code_dtype = torch.uint8
+    code_dtype, exact = torch.uint8, True
 
     def encode(self, values: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         tops = round_bits(values, words, MANTISSA - 3) >> (MANTISSA - 3)

@@ -22,7 +22,7 @@ from megatron_fp4.optim.config import OptimConfig
 from megatron_fp4.optim.groups import AdamTensors, MuonTensors
 from megatron_fp4.optim.kept.config import MasterFormat, MomentFormat
 from megatron_fp4.optim.kept.noise import rounding_words
-from megatron_fp4.optim.kept.stores import Fp32Store, RemainderStore, Store, moment_store
+from megatron_fp4.optim.kept.stores import RUNNERS, Fp32Store, RemainderStore, Store, moment_store
 from megatron_fp4.optim.layout import ALIGN, Bucket, ParameterPiece
 
 CHUNK = 2**22
@@ -52,15 +52,17 @@ class KeptShard(Shard):
 class KeptPart:
     """This rank's part of `bucket`. weights: of its parameters, a view. sums: of their gradients, of any dtype.
 
-    stores: by kind. grad: FP32. seed: of the rounding. in_place: whether all state is FP32, so that an update of what
-    `open` gives is one of what is kept.
+    stores: by kind. grad: FP32. seed: of the rounding. compile: the conversions of moments. in_place: whether all state
+    is FP32, so that an update of what `open` gives is one of what is kept.
     """
 
-    def __init__(self, bucket: Bucket, weights: Tensor, sums: Tensor, config: OptimConfig, seed: int) -> None:
+    def __init__(
+        self, bucket: Bucket, weights: Tensor, sums: Tensor, config: OptimConfig, seed: int, compile: bool = False
+    ) -> None:
         self.pieces = bucket.pieces(bucket.group.rank)
         self.tensors: type[AdamTensors | MuonTensors] = MuonTensors if bucket.kind.matrices else AdamTensors
         self.grad = sums.float()
-        self._seed = seed
+        self._seed, self._run = seed, RUNNERS[compile]
         compact = config.master is MasterFormat.remainder and weights.dtype == torch.bfloat16
         self.stores: dict[str, Store] = {MASTER: RemainderStore(weights) if compact else Fp32Store(weights.float())}
         for kind in self.tensors.moments():
@@ -68,7 +70,7 @@ class KeptPart:
             if format.in_blocks and not bucket.kind.blocks:
                 format = MomentFormat.fp32
             unsigned = kind == "exp_avg_sq"
-            self.stores[kind] = moment_store(format, weights.numel(), weights.device, unsigned=unsigned)
+            self.stores[kind] = moment_store(format, weights.numel(), weights.device, self._run, unsigned=unsigned)
         self.in_place = all(store.in_place for store in self.stores.values())
         self._filled: dict[str, Tensor] = {}
 
@@ -107,7 +109,7 @@ class KeptPart:
         if store.needs_words:
             words = values.new_zeros(values.shape, dtype=torch.int32)
             for where, start, stop in _rectangles(chunk.piece, chunk.start, chunk.stop):
-                drawn = rounding_words(where, values.device, self._seed, step, kind)
+                drawn = rounding_words(where, values.device, self._run, self._seed, step, kind)
                 words[start - chunk.start : stop - chunk.start] = drawn
         store.write(chunk.start, chunk.stop, values, words)
 

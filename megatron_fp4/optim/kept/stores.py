@@ -12,9 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_fp4.numerics.compiled import StageRunner
 from megatron_fp4.optim.kept import remainder
-from megatron_fp4.optim.kept.codes import Codes, Fp8, Int8, RootInt8, UnsignedFp8, round_bits
+from megatron_fp4.optim.kept.codes import Codes, Fp8, Int8, RootInt8, UnsignedFp8, to_bf16
 from megatron_fp4.optim.kept.config import BLOCK, MomentFormat
+
+RUNNERS = {compile: StageRunner(compile) for compile in (False, True)}
+"""Of the conversions of moments; one of each, so that all stores share its kernels."""
 
 
 class Store(Protocol):
@@ -81,7 +85,8 @@ class Bf16Store:
 
     in_place, needs_words = False, True
 
-    def __init__(self, numel: int, device: torch.device) -> None:
+    def __init__(self, numel: int, device: torch.device, run: StageRunner) -> None:
+        self._run = run
         self.tensors = (torch.zeros(numel, dtype=torch.bfloat16, device=device),)
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -89,7 +94,7 @@ class Bf16Store:
 
     def write(self, start: int, stop: int, values: Tensor, words: Tensor | None) -> None:
         assert words is not None
-        self.tensors[0][start:stop] = round_bits(values, words, 16).view(torch.float32)
+        self.tensors[0][start:stop] = self._run(to_bf16, values=values, words=words)
 
 
 class BlockStore:
@@ -97,8 +102,9 @@ class BlockStore:
 
     in_place, needs_words = False, True
 
-    def __init__(self, numel: int, device: torch.device, codes: Codes) -> None:
+    def __init__(self, numel: int, device: torch.device, codes: Codes, run: StageRunner) -> None:
         self._codes = codes
+        self._run = run if codes.exact or device.type == "cpu" else RUNNERS[False]
         self.tensors = (
             torch.zeros(numel // BLOCK, BLOCK, dtype=codes.code_dtype, device=device),
             torch.zeros(numel // BLOCK, 1, dtype=torch.uint8, device=device),
@@ -106,22 +112,27 @@ class BlockStore:
 
     def read(self, start: int, stop: int) -> Tensor:
         codes, scales = (tensor[start // BLOCK : stop // BLOCK] for tensor in self.tensors)
-        return self._codes.decode(codes, scales).view(-1)
+        return self._run(self._codes.decode, codes=codes, scales=scales).view(-1)
 
     def write(self, start: int, stop: int, values: Tensor, words: Tensor | None) -> None:
         assert words is not None
         assert start % BLOCK == stop % BLOCK == 0, f"[{start}, {stop}) is not whole blocks"
-        encoded = self._codes.encode(values.view(-1, BLOCK), words.view(-1, BLOCK))
+        encoded = self._run(self._codes.encode, values=values.view(-1, BLOCK), words=words.view(-1, BLOCK))
         for tensor, new in zip(self.tensors, encoded, strict=True):
             tensor[start // BLOCK : stop // BLOCK] = new
 
 
-def moment_store(format: MomentFormat, numel: int, device: torch.device, *, unsigned: bool) -> Store:
-    """A moment of `numel` zeros. unsigned: a second moment."""
+SIGNED: dict[MomentFormat, Codes] = {MomentFormat.int8: Int8(), MomentFormat.fp8: Fp8()}
+UNSIGNED: dict[MomentFormat, Codes] = {MomentFormat.int8: RootInt8(), MomentFormat.fp8: UnsignedFp8()}
+"""One of each, so that all stores share its kernels."""
+
+
+def moment_store(
+    format: MomentFormat, numel: int, device: torch.device, run: StageRunner = RUNNERS[False], *, unsigned: bool
+) -> Store:
+    """A moment of `numel` zeros. unsigned: a second moment. run: of the conversions."""
     if format is MomentFormat.fp32:
         return Fp32Store(torch.zeros(numel, device=device))
     if format is MomentFormat.bf16:
-        return Bf16Store(numel, device)
-    if format is MomentFormat.int8:
-        return BlockStore(numel, device, RootInt8() if unsigned else Int8())
-    return BlockStore(numel, device, UnsignedFp8() if unsigned else Fp8())
+        return Bf16Store(numel, device, run)
+    return BlockStore(numel, device, (UNSIGNED if unsigned else SIGNED)[format], run)

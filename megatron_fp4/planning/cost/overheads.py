@@ -16,6 +16,7 @@ from megatron_fp4.layers.moe.config import MoeConfig
 from megatron_fp4.models.block import LinearInfo
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.decoder import StageRange
+from megatron_fp4.optim.kept.choice import conversion_bytes
 from megatron_fp4.planning.held import GradientBytes, HeldElements, stage_linears
 from megatron_fp4.planning.muon import MuonShare
 from megatron_fp4.planning.settings import RankSettings
@@ -63,7 +64,9 @@ class Overheads:
         held = HeldElements.of(config, stages, settings)
         muon = MuonShare.of(config, stages, settings)
         by_muon = muon.divided(settings)
-        updated = (held.divided(settings) - by_muon) * UPDATE_BYTES + by_muon * MUON_BYTES
+        converted = {muon: conversion_bytes(settings.optim, muon=muon, dtype=settings.dtype) for muon in (False, True)}
+        updated = (held.divided(settings) - by_muon) * (UPDATE_BYTES + converted[False])
+        updated += by_muon * (MUON_BYTES + converted[True])
         gradients = GradientBytes.of(config, stages, settings)
         optimizer = gradients.common + gradients.experts + updated  # gradients are set to zero
         return Overheads(quantizer, weight, scales, weight_scales, optimizer, muon.flops)

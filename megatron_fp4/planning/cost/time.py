@@ -22,6 +22,7 @@ A plan that leaves a term out ranks layouts by what it left out.
     quantizers    their bytes by the part of memory's bandwidth     -
     optimizer     its bytes by the bandwidth of memory              -
     muon          matrices to their owners, products there, back    nothing
+    qk_clip       the second pass over logits, and their bytes      -
     fp4           FP4 products reach less of their peak than others -
     stretch       idle time while other ranks do these              -
 
@@ -76,6 +77,7 @@ class StepTime:
     quantizers: float
     optimizer: float
     muon: float
+    qk_clip: float
     fp4: float
     stretch: float
     behind_backward: float
@@ -168,12 +170,23 @@ def step_time(
         optimizer=max(one.optimizer_bytes for one in beside) / memory,
         muon=_seconds({"bf16": flops_of_muon}, machine.gpu) / site.assumptions.efficiency
         + seconds.get("matrices", 0.0),
+        qk_clip=_second_logits(config, flops, tokens / site.num_gpus, site),
         fp4=fp4,
         stretch=in_layers * idle / (1 - idle),
         behind_backward=device * 2 / 3 * config.optim.overlap_reduce.enabled("cuda"),
         behind_forward=device / 3 * config.optim.overlap_gather.enabled("cuda"),
-        gradient_share=4 / (4 + settings.dtype.itemsize),
+        gradient_share=settings.gradient_bytes / (settings.gradient_bytes + settings.dtype.itemsize),
     )
+
+
+def _second_logits(config: RunConfig, flops: Flops, tokens: float, site: Site) -> float:
+    """Of QK-clip's pass over q k^T: half of what attention computes forward, and FP32 logits, written and read."""
+    if not config.optim.qk_clip.threshold:
+        return 0.0
+    products = flops.attention / 2
+    logits = products / (2 * config.model.attention_head_dim)
+    computed = products / site.machine.gpu.rate("bf16") / site.assumptions.efficiency
+    return tokens * (computed + 2 * 4 * logits / (1e9 * site.machine.memory_gb_per_second))
 
 
 def _latencies(
@@ -184,10 +197,8 @@ def _latencies(
     rows = settings.tokens * config.model.hidden * settings.dtype.itemsize
     share, replicas = 1 - 1 / settings.tp, 1 - 1 / settings.replicas
     messages = max(part["tensor"] for part in sent) / (rows * share) if share else 0.0
-    gradient = 2 if settings.sums_in_bf16(dims=2) else 4
-    parameters = (
-        max(part["data"] for part in sent) / (gradient + settings.dtype.itemsize) / replicas if replicas else 0.0
-    )
+    each = settings.gradient_bytes + settings.dtype.itemsize
+    parameters = max(part["data"] for part in sent) / each / replicas if replicas else 0.0
     buckets = math.ceil(parameters / config.optim.bucket_numel)
     trips = 2 * (config.parallel.pp - 1)
     latency = messages * links["tensor"].latency + trips * links["pipeline"].latency

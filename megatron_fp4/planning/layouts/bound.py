@@ -9,7 +9,6 @@ import functools
 
 from megatron_fp4.models.count import count_flops
 from megatron_fp4.models.decoder import Recompute, whole_model
-from megatron_fp4.optim.config import MainGradFormat
 from megatron_fp4.pipeline.schedules import stages_per_rank
 from megatron_fp4.planning.cost.hardware import Site
 from megatron_fp4.planning.cost.links import paths
@@ -51,7 +50,7 @@ class TimeBound:
         tensor = messages * (links["tensor"].seconds(rows * (1 - 1 / layout.tp)) + links["tensor"].latency)
         busy = (products + tensor) / (1 - idle)
         replicas, expert_replicas = layout.dp * layout.cp, layout.dp * layout.cp * layout.tp // layout.ep
-        each = 6 if config.optim.main_grads is MainGradFormat.fp32 else 4  # bytes of a gradient and a parameter
+        each = config.optim.least_gradient_bytes + 2  # and a parameter
         data = links["data"].seconds(each * self._held.common / (layout.tp * layout.pp) * (1 - 1 / replicas))
         if self._held.experts:
             mean = self._held.experts / (layout.ep * layout.pp)

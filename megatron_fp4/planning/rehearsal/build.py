@@ -5,6 +5,7 @@ It has no checkpoint store and no loaders: files are not rehearsed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phase
     mesh = build_mesh(config.parallel, world, experts="E" in config.model.letters)
     watch.messages.names = group_names(mesh)
     backend, probes = counted_backend(config, watch.kernels, lambda: watch.live.making("quantized weights"))
-    trainable = build_trainable(config, checked.plan.table(), backend, mesh, device)
+    eager = replace(config, optim=replace(config.optim, compile=False))  # fake tensors are not compiled
+    trainable = build_trainable(eager, checked.plan.table(), backend, mesh, device)
     trainable.learn_from_drawn(config, mesh, device, backend)
     for stage in trainable.engine.stages:
         use_fused_norms(stage, config.model.norm_impl)

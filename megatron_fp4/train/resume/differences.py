@@ -91,7 +91,9 @@ RULES = (
     ResumeRule("optim.muon.adamw_for", Policy.refuse, OTHER_MOMENTS),
     ResumeRule("optim.main_grads", Policy.note, "sums of the next step are rounded in another way; no state has them"),
     ResumeRule("optim.master", Policy.note, "the same numbers: a checkpoint holds FP32"),
-    ResumeRule("optim.moments.*", Policy.note, "a checkpoint holds FP32, which fp32 goes on with and other formats round once"),
+    ResumeRule(
+        "optim.moments.*", Policy.note, "a checkpoint holds FP32, which fp32 goes on with and other formats round once"
+    ),
     ResumeRule("*", Policy.note, "the config's value is used from here on"),
 )
 """The first whose glob fits decides."""

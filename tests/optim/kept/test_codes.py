@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_fp4.comm.mesh import ParallelMesh
+from megatron_fp4.comm.parameter import LogicalParameter
+from megatron_fp4.optim import OptimConfig, Zero1Optimizer
 from megatron_fp4.optim.kept.codes import Codes, Fp8, Int8, RootInt8, UnsignedFp8
-from megatron_fp4.optim.kept.config import BLOCK, MomentFormat
+from megatron_fp4.optim.kept.config import BLOCK, MasterFormat, MomentFormat, MomentsConfig
 from megatron_fp4.optim.kept.stores import moment_store
 
 CODES = {"int8": Int8(), "fp8": Fp8(), "int8 root": RootInt8(), "unsigned fp8": UnsignedFp8()}
@@ -70,3 +73,21 @@ def test_bf16_rounds_in_the_mean_and_keeps_what_it_holds() -> None:
     once = store.read(0, 2**16).clone()
     store.write(0, 2**16, once, words(2**10, 1).view(-1))
     assert torch.equal(store.read(0, 2**16), once)
+
+
+def test_compiled_conversions_give_the_same_bits() -> None:
+    """Whole updates, of three steps: the words, and both ways of each code."""
+    kept: list[list[Tensor]] = []
+    for compile in (False, True):
+        weight = LogicalParameter.whole("w", torch.linspace(-1, 1, 24 * BLOCK).view(8, -1).bfloat16())
+        moments = MomentsConfig(MomentFormat.int8, MomentFormat.int8)
+        config = OptimConfig(master=MasterFormat.remainder, moments=moments)
+        optimizer = Zero1Optimizer([("w", weight)], config, ParallelMesh.single_process(), True, compile=compile)
+        for step in range(3):
+            optimizer.zero_grad()
+            assert weight.main_grad is not None
+            weight.main_grad.normal_(generator=torch.Generator().manual_seed(step))
+            optimizer.step(optimizer.finish_grads(), lr=0.1, max_norm=1.0)
+        kept.append([weight.detach().clone(), *optimizer.kept_tensors()])
+    eager, compiled = kept
+    assert all(torch.equal(*pair) for pair in zip(eager, compiled, strict=True))
