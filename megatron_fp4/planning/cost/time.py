@@ -180,7 +180,7 @@ def step_time(
 
 
 def _second_logits(config: RunConfig, flops: Flops, tokens: float, site: Site) -> float:
-    """Of QK-clip's pass over q k^T: half of what attention computes forward, and FP32 logits, written and read."""
+    """Seconds of QK-clip's pass over q k^T: half of attention's forward products, and FP32 logits, written and read."""
     if not config.optim.qk_clip.threshold:
         return 0.0
     products = flops.attention / 2
