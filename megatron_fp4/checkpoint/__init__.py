@@ -20,6 +20,7 @@ from megatron_fp4.checkpoint.directory import latest_step
 from megatron_fp4.checkpoint.load import CheckpointReader, CorruptCheckpoint, Verified
 from megatron_fp4.checkpoint.outcome import SaveFailed, SaveReport, SaveStatus
 from megatron_fp4.checkpoint.store import CheckpointStore
+from megatron_fp4.checkpoint.weights import load_weights
 
 __all__ = [
     "CheckpointConfig",
@@ -32,4 +33,5 @@ __all__ = [
     "SaveStatus",
     "Verified",
     "latest_step",
+    "load_weights",
 ]

@@ -41,6 +41,8 @@ class ParallelLinear(nn.Module):
         self.precision = LinearPrecision()
         self.weight = weight
         self.bias: LogicalParameter | None = None
+        self.input_amax: Tensor | None = None
+        """FP32 scalar, of which a static scale of the input is made; None: not measured."""
         self._context = context
         self._cache = WeightCache()
 
@@ -70,6 +72,7 @@ class ParallelLinear(nn.Module):
             clock=context.clock,
             cache=self._cache,
             queue=queue,
+            input_amax=self.input_amax,
         )
 
 
@@ -222,3 +225,10 @@ def assign_precision(model: nn.Module, table: PrecisionTable) -> None:
     precisions = table.by_name
     for name, linear in linears_of(model).items():
         linear.precision = precisions[name]
+
+
+def assign_input_amax(model: nn.Module, values: Mapping[str, float]) -> None:
+    """Give the linears of `model` that `values` names the largest magnitude that their inputs had."""
+    for name, linear in linears_of(model).items():
+        if name in values:
+            linear.input_amax = torch.tensor(values[name], dtype=torch.float32, device=linear.weight.device)

@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 
 from megatron_fp4.precision.spec import LinearPrecision
-from megatron_fp4.settings import Bound, Count, check_bounds
+from megatron_fp4.settings import Bound, Count, Size, check_bounds
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 HIGH = "bf16"
@@ -157,10 +157,14 @@ class PrecisionConfig:
     """Exceptions from use, behind keep_bf16; the first that matches a linear decides."""
     switch: list[Switch] = field(default_factory=list)
     """Changes of precision in the course of the run, such as BF16 for the end."""
+    calibration_batches: Size = 8
+    """Global batches of the run that are read before its first step where inputs have a static scale
+    (amax_scope=static), which is then that of the largest magnitude in them."""
     evaluation: str = HIGH
     """Recipe of every GEMM in an evaluation; same = as in training."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "precision")
         for name, meaning in {
             HIGH: "is built in (nothing quantized)",
             SAME: "is what precision.evaluation and rules say",

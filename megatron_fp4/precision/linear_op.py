@@ -11,7 +11,7 @@ Not here: collectives of activations (layers), how a copy of the weight stays va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class LinearCall:
     """Everything but the tensors of one call of a linear; step and seed are those of the forward pass.
 
     rows: noise addresses of the quantized rows. copies: of x, w and dy, the forward pass's first. differentiable: a
-    backward pass may follow. A linear of many weights has another way to quantize and to multiply (`grouped`).
+    backward pass may follow. input_amax: of x, for amax_scope=static. A linear of many weights has another way to
+    quantize and to multiply (`grouped`).
     """
 
     rows: Tensor
@@ -47,6 +48,7 @@ class LinearCall:
     step: int
     version: WeightVersion
     differentiable: bool
+    input_amax: Tensor | None = None
 
     def weights(self, weight: Tensor) -> tuple[QuantizedOperand, ...]:
         """The Fprop copy of the weight, and the Dgrad copy where a backward pass may follow."""
@@ -63,8 +65,9 @@ class LinearCall:
 
     def origin(self, operand: str) -> OperandOrigin:
         """Where x or dy comes from."""
-        of = self.sharding.x if operand == "x" else self.sharding.dy
-        return of(self.rows, self.seed, self.step)
+        if operand == "x":
+            return replace(self.sharding.x(self.rows, self.seed, self.step), amax=self.input_amax)
+        return self.sharding.dy(self.rows, self.seed, self.step)
 
     def quantize(self, tensor: Tensor, operand: str, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """Copies of x or dy."""
@@ -153,6 +156,7 @@ def quantized_linear(
     clock: StepClock,
     cache: WeightCache,
     queue: WgradQueue | None = None,
+    input_amax: Tensor | None = None,
 ) -> Tensor:
     """y `[T, N]` = x `[T, K]` w`[N, K]`^T, forward and backward in the given precision.
 
@@ -160,7 +164,8 @@ def quantized_linear(
     int64 `[T]` address of each token in the global batch. The gradient of a LogicalParameter with a `main_grad` is
     added there (FP32, FP64; BF16 is added to in FP32 and rounded once), and its `grad_ready()` is called; otherwise it
     is returned in the weight's dtype as `.grad`. cache: one per weight. queue: where the computation of that gradient
-    waits until it is drained (see `WgradPlan`); None: it is done right after dx.
+    waits until it is drained (see `WgradPlan`); None: it is done right after dx. input_amax: FP32 scalar, of x where its
+    scale is static.
     Raises ValueError where shapes do not fit the tiles and the GEMM does not pad, NonFiniteError for NaN or Inf.
     """
     call = LinearCall(
@@ -176,6 +181,7 @@ def quantized_linear(
         step=clock.step,
         version=WeightVersion.of(weight, clock),
         differentiable=torch.is_grad_enabled(),
+        input_amax=input_amax,
     )
     return apply_linear(x, weight, call)
 

@@ -59,6 +59,7 @@ class AmaxScope(Enum):
     shard = "shard"  # the part on this rank (what Transformer Engine does for weights)
     row = "row"  # each row of the local operand (one scale per token or output feature)
     group128 = "group128"  # each 128 elements along the contraction, instead of the tensor (arXiv 2510.27527)
+    static = "static"  # that of the first batches of the run, measured once (of fprop.x); as tensor until then
     expert_call = "expert_call"  # all rows that reach an expert in one call, as Transformer Engine: other with other ep
 
 

@@ -50,6 +50,11 @@ class Gemm:
             raise ValueError("pad: true on a GEMM in bf16, which takes any shape, would have no effect; leave it out")
         if AmaxScope.expert_call in [operand.amax_scope for operand in self.operands]:
             _check_expert_call(self)
+        for tensor, operand in zip(self.tensors, self.operands, strict=True):
+            if operand.amax_scope is AmaxScope.static and (self.name, tensor) != ("fprop", "x"):
+                raise ValueError(
+                    f"{self}: amax_scope=static of {tensor}, but it is measured of Fprop's x alone; set tensor here"
+                )
         first, second = self.operands
         if (first.rht_size, first.rht_signs) != (second.rht_size, second.rht_signs):
             raise ValueError(

@@ -67,9 +67,9 @@ def _origin(x: Tensor, step: int) -> OperandOrigin:
     return OperandOrigin("report", "x", rows, cols, Group.single(), seed=0, step=step)
 
 
-def sums_of(x: Tensor, operand: Operand, along: int, step: int) -> Tensor:
+def sums_of(x: Tensor, operand: Operand, along: int, step: int, amax: Tensor | None = None) -> Tensor:
     """What `stats_of` is made of, FP64 on the device of `x`: nothing is read back. Without a meaning if x has NaN."""
-    origin = _origin(x, step)
+    origin = replace(_origin(x, step), amax=amax)
     if operand.center:
         mean = mean_of_tokens(x, origin)
         x, operand = without_mean(x, mean, origin), replace(operand, center=False)

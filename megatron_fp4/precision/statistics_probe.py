@@ -91,7 +91,7 @@ class StatisticsProbe:
                 continue
             known.add(operand)
             if segments is None:
-                sums = sums_of(x.detach(), operand, copy.along, origin.step)
+                sums = sums_of(x.detach(), operand, copy.along, origin.step, origin.amax)
             else:
                 sums = _sums_of_segments(x.detach(), origin, segments, copy)
             self._measured[f"{origin.name}/{copy.gemm}.{origin.operand}"] = (operand, sums)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_fp4.comm.agree import number_ranges
-from megatron_fp4.precision.operand import Format
+from megatron_fp4.precision.operand import AmaxScope, Format
 from megatron_fp4.precision.spec import Gemm, LinearPrecision
 
 
@@ -48,6 +48,11 @@ class PrecisionTable:
     def texts(self) -> dict[str, str]:
         """Name -> precision in words; what a run stores and a resume compares."""
         return {row.name: str(row.precision) for row in self.rows}
+
+    @property
+    def static_inputs(self) -> list[str]:
+        """Linears whose input has a static scale in Fprop."""
+        return [row.name for row in self.rows if row.precision.fprop.x.amax_scope is AmaxScope.static]
 
     @property
     def num_quantized_gemms(self) -> int:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_fp4.checkpoint import CheckpointStore
-from megatron_fp4.comm.agree import agreed
 from megatron_fp4.comm.bootstrap import Process, connect_mesh
 from megatron_fp4.train.checked import CheckedConfig, settle_decay
+from megatron_fp4.train.evaluation.inputs import INPUTS, settle_inputs
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
-from megatron_fp4.train.opened import OpenedData, build_indices, examiner, open_data
+from megatron_fp4.train.opened import OpenedData, build_indices, examiner, open_together
 from megatron_fp4.train.phases import Phases
 from megatron_fp4.train.resume.differences import changes_on_resume
 from megatron_fp4.train.resume.origin import begin, choose_checkpoint
@@ -38,7 +37,7 @@ class Start:
 
     @property
     def of_data(self) -> tuple[dict[str, Any] | None, list[list[int]]]:
-        """State of the training loader, and sample ranges that it does not read: the last arguments of `open_data`."""
+        """State of the training loader, and sample ranges that it does not read: what `open_together` takes."""
         return self.meta["data"] if self.meta else None, self.remembered.skip if self.remembered else []
 
 
@@ -68,7 +67,7 @@ def build(
     chosen = choose_checkpoint(config.train.resume, store)
     phases.enter("build")
     start = _find_start(checked, chosen.meta if chosen else None, process)
-    data = agreed(partial(open_data, start.checked, mesh.dp.rank, *start.of_data, opened), process.world)
+    data = open_together(start.checked, mesh, *start.of_data, opened)
     backend, probes = probed_backend(config)
     trainable = build_trainable(config, checked.plan.table(), backend, mesh, process.device)
     optimizer = trainable.optimizer
@@ -78,12 +77,17 @@ def build(
         loaded = store.load_or_earlier(chosen, optimizer.state_to_fill())
         if loaded is not chosen:
             start = _find_start(checked, loaded.meta, process)
-            data = agreed(partial(open_data, start.checked, mesh.dp.rank, *start.of_data, opened), process.world)
+            data = open_together(start.checked, mesh, *start.of_data, opened)
         optimizer.after_load(loaded.meta["optimizer_steps"])
     phases.enter("index")
     build_indices(data, start.position.samples, process)
     phases.enter("build")
     checked = start.checked
+    known = (start.meta or {}).get(INPUTS, {})
+    if inputs := settle_inputs(
+        config, checked.plan, trainable.engine, data.loader, mesh, known, start.position.samples
+    ):
+        origin = {**origin, INPUTS: inputs}
     run = Run(
         config=checked.config,
         mesh=mesh,

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
-from megatron_fp4.checkpoint import CheckpointStore
-from megatron_fp4.checkpoint.weights import load_weights
+from megatron_fp4.checkpoint import CheckpointStore, load_weights
 from megatron_fp4.comm.bootstrap import Process, connect_mesh, start_alone
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.mesh import ParallelMesh
-from megatron_fp4.layers.linear import assign_precision
+from megatron_fp4.layers.linear import assign_input_amax, assign_precision
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.checked import CheckedConfig, check_config
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine
+from megatron_fp4.train.evaluation.inputs import INPUTS
 from megatron_fp4.train.refusals.requirements import by_torch, check_machine
 from megatron_fp4.train.trainable import NOT_EVALUATED, draw_evaluation
 
@@ -80,6 +80,8 @@ def open_trained(
     clock.step = max(0, meta["step"] - 1)  # rounding noise of an evaluation after a step is that of the step
     tokens = meta.get("consumed_samples", 0) * config.data.seq_length  # nothing in one that `import` made
     phase = checked.plan.phase_before(tokens, meta.get("precision", {}))
+    for stage in engine.stages:
+        assign_input_amax(stage, meta.get(INPUTS, {}))
     trained = TrainedModel(checked, engine, mesh, process.device, phase)
     trained.assign(checked.plan.evaluation_table(trained.phase))
     return trained

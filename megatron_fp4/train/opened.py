@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from megatron_fp4.comm.agree import agreed
 from megatron_fp4.comm.bootstrap import Process
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.comm.rendezvous import RankFailed
@@ -63,6 +65,17 @@ def open_data(
     ]
     tasks = [read_tasks(task, tokenizer, config.data.seq_length) for task in config.data.tasks if tokenizer is not None]
     return OpenedData(loader, evaluations, tasks)
+
+
+def open_together(
+    checked: CheckedConfig,
+    mesh: ParallelMesh,
+    state: dict[str, Any] | None,
+    skip: list[list[int]],
+    given: OpenedData | None,
+) -> OpenedData:
+    """`open_data` on every rank. Collective. Raises ValueError on all ranks for what one of them refuses."""
+    return agreed(partial(open_data, checked, mesh.dp.rank, state, skip, given), mesh.world)
 
 
 def build_indices(data: OpenedData, samples: int, process: Process) -> None:

@@ -31,6 +31,7 @@ from megatron_fp4.interop.export.plan import Requantize
 from megatron_fp4.interop.export.quantized import ExportFormat
 from megatron_fp4.storage.local import local_path
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.evaluation.inputs import INPUTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -77,7 +78,7 @@ def export(checkpoint: Path, args: argparse.Namespace) -> None:
     )
     state = read_state(checkpoint)
     config = _settings(state["meta"].get("config"), checkpoint, whole=options.form.coded)
-    inputs = _input_scales(checkpoint, state["step"], args.activations, options)
+    inputs = _input_scales(checkpoint, state, args.activations, options)
     assembled = assemble(checkpoint, state, config, options, inputs)
     written = write_folder(
         assembled.export, args.to, force=args.force, last=(CARD, lambda: assembled.card(args.to.name))
@@ -89,10 +90,19 @@ def export(checkpoint: Path, args: argparse.Namespace) -> None:
         print(assembled.export.errors.table())
 
 
-def _input_scales(checkpoint: Path, step: int, tokens: int | None, options: ExportOptions) -> dict[str, Tensor] | None:
-    """See `calibrate.input_amax`; None where activations stay as they are. Raises ValueError without the run."""
+def _input_scales(
+    checkpoint: Path, state: Mapping[str, Any], tokens: int | None, options: ExportOptions
+) -> dict[str, Tensor] | None:
+    """Those of training, where they were static; else see `calibrate.input_amax`. None where activations stay as they
+    are. Raises ValueError without the run."""
+    static = {name: torch.tensor(amax) for name, amax in state["meta"].get(INPUTS, {}).items()}
+    if static and tokens is not None:
+        raise ValueError(
+            f"--activations {tokens}: the run multiplied with static scales of its inputs (amax_scope=static), and they"
+            " are what is written; leave --activations out"
+        )
     if tokens is None:
-        return None
+        return static if static and options.form.coded else None
     if not options.form.coded or tokens < 1:
         raise ValueError(
             f"--activations {tokens}: a number of tokens, of a format with codes (compressed-tensors, modelopt)"
@@ -102,7 +112,7 @@ def _input_scales(checkpoint: Path, step: int, tokens: int | None, options: Expo
         config = load_run_config(run_dir)
     except ValueError as error:
         raise ValueError(f"--activations reads the held-out set of the run, and {error}") from None
-    return input_amax(config, step, tokens)
+    return input_amax(config, state["step"], tokens)
 
 
 def _settings(settings: Any, checkpoint: Path, *, whole: bool) -> RunConfig:

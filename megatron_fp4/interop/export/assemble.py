@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_fp4.data.text.special import UNSAID, SpecialChoice
-from megatron_fp4.interop.export.calibrate import check_inputs
+from megatron_fp4.interop.export.calibrate import check_inputs, source_of_scales
 from megatron_fp4.interop.export.card import CardFacts, losses_of, model_card
 from megatron_fp4.interop.export.folder import Export, json_bytes
 from megatron_fp4.interop.export.phase import tensors_as_trained
@@ -100,7 +100,7 @@ def assemble(
         about = [sentence, *about]
     if inputs is not None:
         check_inputs(inputs, {one.coded.linear for one in tensors if one.coded is not None})
-        about.append("Activations are quantized too, with global scales measured on a sample of the held-out set.")
+        about.append(f"Activations are quantized too, with global scales {source_of_scales(state)}.")
     about += _differences_of_others(config.model)
     files = _json_files(two_dialects(values), text, options)
     export = Export(

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from megatron_fp4.layers.linear import linears_of
 from megatron_fp4.precision.operand import Format
 from megatron_fp4.train.config import RunConfig
+from megatron_fp4.train.evaluation.inputs import INPUTS, watching_inputs
 from megatron_fp4.train.inputs import make_inputs
-from megatron_fp4.train.open import TrainedModel, open_trained
+from megatron_fp4.train.open import open_trained
 from megatron_fp4.train.opened import open_data
 
 
@@ -30,28 +30,19 @@ def input_amax(config: RunConfig, step: int, max_tokens: int) -> dict[str, Tenso
     loaders = open_data(trained.checked, dp_rank=0).evaluations
     if not loaders:
         raise ValueError("the run has no held-out set (data.evaluation) to measure activations on")
-    largest = _watched(trained)
-    batch_tokens = config.train.micro_batch * config.data.seq_length
-    for batch in itertools.islice(loaders[0], max(1, max_tokens // batch_tokens)):
-        trained.engine.evaluate(make_inputs(batch, trained.mesh.cp, trained.device))
-    return largest
-
-
-def _watched(trained: TrainedModel) -> dict[str, Tensor]:
-    """Maxima that every forward pass raises."""
     table = trained.table("same")
     trained.assign(table)
-    largest: dict[str, Tensor] = {}
-    for stage in trained.engine.stages:
-        for name, linear in linears_of(stage).items():
-            if table[name].fprop.x.format is Format.nvfp4:
-                largest[name] = torch.zeros(())
-
-                def look(_: torch.nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-                    largest[name] = torch.maximum(largest[name], arguments[0].detach().abs().amax().float())
-
-                linear.register_forward_pre_hook(look)
+    names = [row.name for row in table.rows if row.precision.fprop.x.format is Format.nvfp4]
+    batch_tokens = config.train.micro_batch * config.data.seq_length
+    with watching_inputs(trained.engine.stages, names) as largest:
+        for batch in itertools.islice(loaders[0], max(1, max_tokens // batch_tokens)):
+            trained.engine.evaluate(make_inputs(batch, trained.mesh.cp, trained.device))
     return largest
+
+
+def source_of_scales(state: Mapping[str, Any]) -> str:
+    """Whose they are, for people. state: small state of the checkpoint."""
+    return "of training" if INPUTS in state["meta"] else "measured on a sample of the held-out set"
 
 
 def check_inputs(linears: Mapping[str, Tensor], coded: set[str]) -> None:

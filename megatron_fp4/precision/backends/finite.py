@@ -119,7 +119,12 @@ def reduce_amaxes(local: Sequence[Tensor], origin: OperandOrigin, copies: Sequen
     """
     result = list(local)
     scopes = [copy.operand.amax_scope if copy.operand.format is Format.nvfp4 else None for copy in copies]
-    shared = [i for i, scope in enumerate(scopes) if scope is AmaxScope.tensor]
+    known = origin.amax
+    for i, scope in enumerate(scopes):
+        if scope is AmaxScope.static and known is not None:
+            result[i] = known
+    whole = (AmaxScope.tensor,) if known is not None else (AmaxScope.tensor, AmaxScope.static)
+    shared = [i for i, scope in enumerate(scopes) if scope in whole]
     if shared and origin.group.size > 1:
         reduced = all_reduce_max(torch.stack([local[i] for i in shared]), origin.group).unbind()
         for i, amax in zip(shared, reduced, strict=True):

@@ -28,7 +28,8 @@ class OperandOrigin:
     name: logical name of the linear. operand: "x", "w" or "dy". rows, cols: int64 `[R]`, `[C]` global indices of its
     rows and columns (noise addresses; of an expert, see `randomness.expert_rows`). group: ranks that hold other parts.
     seed, step: of the noise. expert: global number of the one whose tensor it is; None: not of one expert. tokens:
-    ranks that hold other rows of an activation; None: there are none.
+    ranks that hold other rows of an activation; None: there are none. amax: FP32 scalar, for copies with
+    amax_scope=static; None: not measured yet.
     """
 
     name: str
@@ -40,6 +41,7 @@ class OperandOrigin:
     step: int
     expert: int | None = None
     tokens: Group | None = None
+    amax: Tensor | None = None
 
     @property
     def label(self) -> str:

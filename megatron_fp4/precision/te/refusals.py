@@ -76,6 +76,8 @@ def _operand_objections(operand: Operand, features: Features) -> Iterator[str]:
         yield "amax_scope group128, but its GEMM applies one FP32 scale to an operand; use shard or tensor"
     if operand.center:
         yield "center, which its modules have no place for; leave it out"
+    if operand.amax_scope is AmaxScope.static:
+        yield "amax_scope static, but its quantizers measure every tensor; use tensor"
     if operand.amax_rounding is not AmaxRounding.none:
         yield f"amax_rounding {operand.amax_rounding.name}, but its quantizers take the amax as measured; use none"
     if operand.four_over_six is not FourOverSix.off:

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_fp4.checkpoint import CheckpointReader
-from megatron_fp4.checkpoint.weights import load_weights
+from megatron_fp4.checkpoint import CheckpointReader, load_weights
 from megatron_fp4.comm.agree import decided_by_rank0
 from megatron_fp4.comm.mesh import ParallelMesh
 from megatron_fp4.storage.durable import MANIFEST, hash_of
