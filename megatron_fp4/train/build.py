@@ -9,7 +9,7 @@ from typing import Any
 from megatron_fp4.checkpoint import CheckpointStore
 from megatron_fp4.comm.bootstrap import Process, connect_mesh
 from megatron_fp4.train.checked import CheckedConfig, settle_decay
-from megatron_fp4.train.evaluation.inputs import INPUTS, settle_inputs
+from megatron_fp4.train.evaluation.inputs import settle_inputs
 from megatron_fp4.train.faults.rollback import RollbackRecord, recall
 from megatron_fp4.train.opened import OpenedData, build_indices, examiner, open_together
 from megatron_fp4.train.phases import Phases
@@ -83,11 +83,8 @@ def build(
     build_indices(data, start.position.samples, process)
     phases.enter("build")
     checked = start.checked
-    known = (start.meta or {}).get(INPUTS, {})
-    if inputs := settle_inputs(
-        config, checked.plan, trainable.engine, data.loader, mesh, known, start.position.samples
-    ):
-        origin = {**origin, INPUTS: inputs}
+    place = (start.meta, start.position.samples, phases.beat)
+    origin |= settle_inputs(checked.config, checked.plan, trainable.engine, data.loader, mesh, *place)
     run = Run(
         config=checked.config,
         mesh=mesh,

@@ -93,7 +93,7 @@ def export(checkpoint: Path, args: argparse.Namespace) -> None:
 def _input_scales(
     checkpoint: Path, state: Mapping[str, Any], tokens: int | None, options: ExportOptions
 ) -> dict[str, Tensor] | None:
-    """Those of training, where they were static; else see `calibrate.input_amax`. None where activations stay as they
+    """Scales of training, where they were static; else see `calibrate.input_amax`. None where activations stay as they
     are. Raises ValueError without the run."""
     static = {name: torch.tensor(amax) for name, amax in state["meta"].get(INPUTS, {}).items()}
     if static and tokens is not None:

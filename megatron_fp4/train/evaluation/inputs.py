@@ -7,8 +7,9 @@ training, evaluation and an exported file multiply with the same numbers. What i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,16 +56,18 @@ def settle_inputs(
     engine: Engine,
     loader: Loader,
     mesh: ParallelMesh,
-    known: Mapping[str, float],
+    meta: Mapping[str, Any] | None,
     first_sample: int,
-) -> dict[str, float]:
-    """Give every linear with a static scale the largest magnitude of its input; those of all linears, by name.
+    beat: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Give every linear with a static scale the largest magnitude of its input; what a checkpoint stores of all.
 
-    known: what a checkpoint has of them; the others are measured on the batches from `first_sample` on, with scales of
-    their batch. The same numbers on every rank, at any layout. Collective over the world. Raises ValueError where the
-    run has not so many batches, or one shows nothing but zeros.
+    meta: of the checkpoint that the run goes on from. What it has not is measured on the batches from `first_sample`
+    on, with scales of their batch. beat: called after each microbatch. The same numbers on every rank, at any layout.
+    Collective over the world. Raises ValueError where the run has not so many batches, and for inputs of zeros.
     """
     names = list(dict.fromkeys(name for _, table in plan.labelled_tables() for name in table.static_inputs))
+    known = (meta or {}).get(INPUTS, {})
     values = {name: known[name] for name in names if name in known}
     missing = [name for name in names if name not in known]
     if missing:
@@ -79,17 +82,18 @@ def settle_inputs(
         batches = (loader.batch(first_sample + number * size, size) for number in range(count))
         with evaluating(list(engine.stages), table), watching_inputs(engine.stages, missing) as largest:
             for batch in batches:
-                _run(engine, batch, config.train.micro_batch, mesh)
+                _run(engine, batch, config.train.micro_batch, mesh, beat)
         values |= dict(zip(missing, _over_ranks(largest, missing, mesh, engine), strict=True))
     for stage in engine.stages:
         assign_input_amax(stage, values)
-    return values
+    return {INPUTS: values} if values else {}
 
 
-def _run(engine: Engine, batch: Batch, micro_batch: int, mesh: ParallelMesh) -> None:
+def _run(engine: Engine, batch: Batch, micro_batch: int, mesh: ParallelMesh, beat: Callable[[], None]) -> None:
     device = next(engine.stages[0].parameters()).device
     for inputs in make_inputs(batch, mesh.cp, device).split(micro_batch):
         engine.evaluate(inputs)
+        beat()
 
 
 def _over_ranks(largest: Mapping[str, Tensor], names: Sequence[str], mesh: ParallelMesh, engine: Engine) -> list[float]:
