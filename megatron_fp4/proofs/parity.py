@@ -74,7 +74,7 @@ def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: Paral
     config = replace(case.config, parallel=parallel)
     backend = EmulatedBackend(compile=False)
     trainable = build_trainable(config, case.table, backend, mesh, process.device)
-    trainable.learn_from_drawn(config, mesh, process.device, backend)
+    trainable.draw_given(config, case.table, mesh, process.device, backend)
     optimizer, engine = trainable.optimizer, trainable.engine
     if case.prepare is not None:
         case.prepare(engine.stages, config.train.seed)

@@ -69,7 +69,7 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
     config = replace(case.config, parallel=parallel)
     backend = EmulatedBackend(compile=False)
     trainable = build_trainable(config, case.table, backend, mesh, process.device)
-    trainable.learn_from_drawn(config, mesh, process.device, backend)
+    trainable.draw_given(config, case.table, mesh, process.device, backend)
     optimizer, engine = trainable.optimizer, trainable.engine
     store = CheckpointStore(stretch.root, process.world, CheckpointConfig())
     began = 0

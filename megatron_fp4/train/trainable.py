@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron_fp4.comm.mesh import Group, ParallelMesh, build_ends_group, build_stage_group
 from megatron_fp4.layers.layer_context import LayerContext
-from megatron_fp4.layers.linear import assign_precision
+from megatron_fp4.layers.linear import assign_input_amax, assign_precision
 from megatron_fp4.layers.moe.balance import LoadBalance
 from megatron_fp4.layers.parameter import initialize_parameters
 from megatron_fp4.models.decoder import Decoder
@@ -46,8 +46,15 @@ class Trainable:
         assert isinstance(teacher, LocalEngine)
         self.engine.teacher = teacher
 
-    def learn_from_drawn(self, config: RunConfig, mesh: ParallelMesh, device: torch.device, backend: Backend) -> None:
-        """In place of a teacher from a file, where the run has one: for proofs and rehearsals, which read none."""
+    def draw_given(
+        self, config: RunConfig, table: PrecisionTable, mesh: ParallelMesh, device: torch.device, backend: Backend
+    ) -> None:
+        """In place of what files and batches give a run: for proofs and rehearsals, which have none.
+
+        A teacher of other drawn weights, and for static scales of inputs a magnitude that some of them exceed.
+        """
+        for stage in self.engine.stages:
+            assign_input_amax(stage, dict.fromkeys(table.static_inputs, 2.0))
         if config.train.distillation.teacher:
             _, teacher = draw_evaluation(config, mesh, device, backend=backend)
             for stage in teacher.stages:

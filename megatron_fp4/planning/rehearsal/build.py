@@ -31,8 +31,9 @@ def build_rank(checked: CheckedConfig, world: Group, device: torch.device, phase
     watch.messages.names = group_names(mesh)
     backend, probes = counted_backend(config, watch.kernels, lambda: watch.live.making("quantized weights"))
     eager = replace(config, optim=replace(config.optim, compile=False))  # fake tensors are not compiled
-    trainable = build_trainable(eager, checked.plan.table(), backend, mesh, device)
-    trainable.learn_from_drawn(config, mesh, device, backend)
+    table = checked.plan.table()
+    trainable = build_trainable(eager, table, backend, mesh, device)
+    trainable.draw_given(config, table, mesh, device, backend)
     for stage in trainable.engine.stages:
         use_fused_norms(stage, config.model.norm_impl)
     nothing: Any = None
