@@ -99,6 +99,7 @@ CONFIG = {
     "keep_bf16": "as rules for the head and for blocks",
     "rules": "test_te_recipe.py",
     "switch": "test_te_recipe.py",
+    "calibration_batches": "static scales, which are refused",
     "evaluation": "said where autocast is entered: te_recipe gives the training phases",
 }
 """Where it is tested, or why it has no part in what TE computes."""
@@ -163,6 +164,12 @@ def pairs(base: Operand, changed: Operand) -> Iterator[tuple[LinearPrecision, Li
             if any(one.center and tensor != "x" for one, tensor in zip((a, b), cls.tensors, strict=True)):
                 continue
             yield LinearPrecision(**{gemm: cls(base, base)}), LinearPrecision(**{gemm: cls(a, b)})
+
+
+@pytest.mark.parametrize("ask", [by_backend, by_recipe])
+def test_a_static_scale_is_refused(ask: Any) -> None:
+    with pytest.raises(ValueError, match="amax_scope static, but its quantizers measure every tensor"):
+        ask(LinearPrecision(Fprop(replace(FP4, amax_scope=AmaxScope.static), FP4)))
 
 
 def test_no_field_is_forgotten() -> None:
