@@ -82,8 +82,7 @@ def build(
     phases.enter("index")
     build_indices(data, start.position.samples, process)
     phases.enter("build")
-    checked = start.checked
-    place = (start.meta, start.position.samples, phases.beat)
+    checked, place = start.checked, (start.meta, start.position.samples, phases.beat)
     origin |= settle_inputs(checked.config, checked.plan, trainable.engine, data.loader, mesh, *place)
     run = Run(
         config=checked.config,
