@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -23,6 +23,20 @@ def run_recomputed(function: Callable[..., Tensor], *args: Any, when: bool) -> T
         result: Tensor = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return result
     return function(*args)
+
+
+@runtime_checkable
+class HasCore(Protocol):
+    """A mixer with a part between its linears that it may compute a second time."""
+
+    recompute_core: bool
+
+
+def recompute_cores(model: nn.Module) -> None:
+    """Let every mixer of `model` that has a core compute it a second time."""
+    for layer in model.modules():
+        if isinstance(layer, HasCore):
+            layer.recompute_core = True
 
 
 @contextmanager

@@ -16,12 +16,9 @@ from torch import Tensor, nn
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.comm.parameter import LogicalParameter
-from megatron_fp4.layers.attention import Attention
 from megatron_fp4.layers.embedding import VocabParallelEmbedding, VocabParallelHead, vocab_table
 from megatron_fp4.layers.layer_context import LayerContext, Tokens
-from megatron_fp4.layers.mlp import MLP
-from megatron_fp4.layers.moe.experts import GroupedExperts
-from megatron_fp4.layers.recompute import run_recomputed
+from megatron_fp4.layers.recompute import recompute_cores, run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
 from megatron_fp4.models.loss_shares import LossShareProbe
@@ -107,9 +104,7 @@ class Decoder(nn.Module):
                 recompute=recompute is Recompute.full,
             )
         if recompute is Recompute.selective:
-            for mixer in self.modules():
-                if isinstance(mixer, Attention | MLP | GroupedExperts):
-                    mixer.recompute_core = True
+            recompute_cores(self)
         if stage.has_head:
             self.final_norm = make_norm("final_norm", config, context)
             if not config.tied_embeddings:

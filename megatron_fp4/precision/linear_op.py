@@ -164,8 +164,8 @@ def quantized_linear(
     int64 `[T]` address of each token in the global batch. The gradient of a LogicalParameter with a `main_grad` is
     added there (FP32, FP64; BF16 is added to in FP32 and rounded once), and its `grad_ready()` is called; otherwise it
     is returned in the weight's dtype as `.grad`. cache: one per weight. queue: where the computation of that gradient
-    waits until it is drained (see `WgradPlan`); None: it is done right after dx. input_amax: FP32 scalar, of x where its
-    scale is static.
+    waits until it is drained (see `WgradPlan`); None: it is done right after dx. input_amax: FP32 scalar, of x where
+    its scale is static.
     Raises ValueError where shapes do not fit the tiles and the GEMM does not pad, NonFiniteError for NaN or Inf.
     """
     call = LinearCall(

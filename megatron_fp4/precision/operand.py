@@ -29,9 +29,7 @@ class Rounding(Enum):
     rne = "rne"  # to nearest, ties to even
     sr = "sr"  # stochastic, as Transformer Engine does it: block maxima above 6 are clipped, a bias of about 1%
     sr_headroom = "sr_headroom"  # stochastic without bias: the block scale is enlarged by 17/16, so nothing is clipped
-    ms_eden = (
-        "ms_eden"  # to nearest behind a random transform; the scales, rounded at random, undo the bias (2601.22813)
-    )
+    ms_eden = "ms_eden"  # to nearest behind a random transform; scales rounded at random undo the bias (2601.22813)
 
 
 class Signs(Enum):
@@ -40,9 +38,7 @@ class Signs(Enum):
     none = "none"
     fixed = "fixed"  # one vector for all layers and steps (paper section 4.2)
     per_step = "per_step"  # a new vector per layer and step
-    per_index = (
-        "per_index"  # a sign of its own, new at each step, for every index along the contraction, so every token
-    )
+    per_index = "per_index"  # a sign of its own, new at each step, for every index along the contraction
 
 
 class ScaleOrder(Enum):

@@ -83,7 +83,8 @@ class ChannelProbe:
     def begin(self) -> None:
         """Record from now on, and forget what was. Copies of weights that are kept must be made anew."""
         self.recording = True
-        self.live, self.spreads, self.floors = {}, {}, {}
+        self.live, self.spreads = {}, {}
+        self.floors = {}
 
     def quantize(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> tuple[QuantizedOperand, ...]:
         """See `Backend.quantize`."""

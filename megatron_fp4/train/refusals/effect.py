@@ -10,6 +10,7 @@ Not here: numbers outside their bounds (settings.py); parts of one section that 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from megatron_fp4.layers.fused.loss import LossImpl
@@ -144,7 +145,7 @@ def _without_result(config: RunConfig) -> Iterator[tuple[str, str]]:
         for name in ("power_exponent", "power_from_tokens"):
             yield f"optim.{name}", f"optim.schedule={schedule.name}, not power"
     if config.optim.algorithm is not Algorithm.muon:
-        for item in settings_of(type(config.optim.muon)):
+        for item in fields(config.optim.muon):
             yield f"optim.muon.{item.name}", f"optim.algorithm={config.optim.algorithm.name}"
     if not config.optim.qk_clip.threshold:
         yield "optim.qk_clip.alpha", "optim.qk_clip.threshold = 0 (off)"
