@@ -21,7 +21,6 @@ from megatron_fp4.layers.layer_context import LayerContext, Tokens
 from megatron_fp4.layers.recompute import recompute_cores, run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
-from megatron_fp4.models.loss_shares import LossShareProbe
 from megatron_fp4.models.mtp.predict import MultiTokenPrediction
 from megatron_fp4.models.residuals import ResidualProbe
 
@@ -75,7 +74,6 @@ class Decoder(nn.Module):
         self.stage = stage
         self.recompute = recompute
         self.residuals = ResidualProbe()
-        self.loss_shares = LossShareProbe()
         vocab_size, std = config.vocab_size, config.init_std
         table = shared_table
         if stage.has_embedding or (stage.has_head and config.embeds_at_both_ends and table is None):
@@ -137,8 +135,8 @@ class Decoder(nn.Module):
         if ahead is None or self.mtp is None:
             return logits
         every = [logits, *self.mtp(x, tokens, list(ahead[..., 0].unbind(-1)), self.head)]
-        if self.loss_shares.recording:
-            self.loss_shares.watch(every)
+        if self.mtp.loss_shares.recording:
+            self.mtp.loss_shares.watch(every)
         return every
 
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def describe(args: argparse.Namespace, patient: Patient, examination: Examination) -> str:
-    """The text for people: numbers of every linear, then the advice."""
+    """The examination as text."""
     first, stop = patient.samples
     lines = [
         f"{args.run.resolve().name}: step {patient.step}, samples {first} to {stop - 1}; parts of the weight gradients"
@@ -95,7 +95,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def as_json(patient: Patient, examination: Examination) -> dict[str, Any]:
-    """Every number, and the advice as settings: the text for programs."""
+    """Every number, and the advice as settings."""
 
     def all_of(linears: Sequence[LinearHealth] | None) -> list[dict[str, Any]] | None:
         return None if linears is None else [dataclasses.asdict(one) for one in linears]

@@ -27,6 +27,7 @@ from megatron_fp4.layers.linear import ReplicatedLinear
 from megatron_fp4.layers.recompute import run_recomputed
 from megatron_fp4.models.block import Block, make_norm
 from megatron_fp4.models.config import ModelConfig
+from megatron_fp4.models.loss_shares import LossShareProbe
 
 
 class Depth(nn.Module):
@@ -74,6 +75,7 @@ class MultiTokenPrediction(nn.Module):
         recompute: bool,
     ) -> None:
         super().__init__()
+        self.loss_shares = LossShareProbe()
         self._depth = config.mtp.depth
         self.embedding = embedding
         self.depths = nn.ModuleList(

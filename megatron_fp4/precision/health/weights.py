@@ -52,7 +52,7 @@ class ScaleFloors:
         self._backend = EmulatedBackend(watch=self._watch)
 
     def count(self, x: Tensor, origin: OperandOrigin, copy: Copy) -> Tensor:
-        """Scales of zero, smallest scales above it, and all scales, of the blocks of an NVFP4 copy with an element; FP64.
+        """Scales of zero, of the smallest above it, and all, FP64, of the blocks of a copy in NVFP4 with an element.
 
         One maximum is taken over the origin's ranks, where quantizing takes the same one.
         """

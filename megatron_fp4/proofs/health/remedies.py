@@ -38,7 +38,7 @@ class Remedy:
 
 
 def remedies(precision: LinearPrecision, gemm: str, base: str) -> list[Remedy]:
-    """For a linear of this precision whose `gemm` makes zeros. base: name of its recipe."""
+    """What may help a linear of this precision whose `gemm` makes zeros. base: name of its recipe."""
     of_gemm: Gemm = getattr(precision, gemm)
     weights = [operand for name, operand in zip(of_gemm.tensors, of_gemm.operands, strict=True) if name == "w"]
     listed: list[Remedy] = []
@@ -82,7 +82,7 @@ def rule_for(pattern: str, chosen: Sequence[Remedy], bases: Mapping[str, str]) -
 
 
 def base_recipes(config: PrecisionConfig, precision: LinearPrecision) -> dict[str, str]:
-    """By GEMM, the name of a recipe of the run in which it is computed as in `precision`."""
+    """GEMM -> the name of a recipe of the run in which it is computed as in `precision`."""
 
     def name(gemm: str) -> str:
         wanted = getattr(precision, gemm)

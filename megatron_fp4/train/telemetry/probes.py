@@ -52,14 +52,17 @@ def watching(run: Run, step: int, table: PrecisionTable, num_microbatches: int) 
     if measures(run, step):
         for stage in run.engine.stages:
             stage.residuals.begin()
-            stage.loss_shares.begin()
+            if stage.mtp is not None:
+                stage.mtp.loss_shares.begin()
         if run.probes.channels is not None:
             run.probes.channels.begin()
         if statistics is not None:
             begin_measuring(run, statistics)
     yield
     for stage in run.engine.stages:
-        stage.residuals.recording = stage.loss_shares.recording = False
+        stage.residuals.recording = False
+        if stage.mtp is not None:
+            stage.mtp.loss_shares.recording = False
     if run.probes.channels is not None:
         run.probes.channels.recording = False
     if statistics is not None:

@@ -62,7 +62,7 @@ class HealthMonitor:
     def _write_loss_shares(self, step: int) -> None:
         run = self._run
         if depth := run.config.model.mtp.depth:
-            probes = [stage.loss_shares for stage in run.engine.stages]
+            probes = [stage.mtp.loss_shares for stage in run.engine.stages if stage.mtp is not None]
             names = ["loss", *(f"mtp_{number}" for number in range(1, depth + 1))]
             shares = loss_shares(probes, len(names), run.mesh.world, run.device)
             self._metrics.write(step, {f"{HEAD}/{name}": share for name, share in zip(names, shares, strict=True)})
