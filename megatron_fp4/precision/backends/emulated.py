@@ -125,6 +125,8 @@ class EmulatedBackend:
         the origin's group, as `quantize`."""
         blocks = self._blocks(x, origin, copy)
         (amax,) = reduce_and_check([self._amax(blocks, copy)], origin, [copy], self._watch)
+        if copy.operand.amax_scope is AmaxScope.group128:
+            amax = amax.repeat_interleave(OUTER_BLOCK // 16, copy.along)
         return self._scales(blocks, amax, copy, "e2m1").scale, blocks.maxima
 
     def _blocks(self, x: Tensor, origin: OperandOrigin, copy: Copy) -> _Blocks:

@@ -91,7 +91,7 @@ class ChannelProbe:
         operands = self.inner.quantize(x, origin, copies)
         if not self.recording:
             return operands
-        self._enter(x.detach(), origin, copies, None)
+        self._enter(x.detach(), origin, copies)
         return _named(operands, origin, copies)
 
     def matmul(
@@ -100,7 +100,7 @@ class ChannelProbe:
         """See `Backend.matmul`."""
         out = self.inner.matmul(_bare(a), _bare(b), out_dtype=out_dtype, accumulate_into=accumulate_into)
         if self.recording and isinstance(b, _Named) and b.origin.operand == "w":
-            self._leave(out, b, None)
+            self._leave(out, b, b.origin.expert)
         return out
 
     def quantize_segments(
@@ -111,8 +111,7 @@ class ChannelProbe:
         if not self.recording:
             return operands
         for part in segments.parts:
-            expert = first_expert + part.expert
-            self._enter(x.detach()[part.rows], part_origin(origin, part.rows, expert), copies, expert)
+            self._enter(x.detach()[part.rows], part_origin(origin, part.rows, first_expert + part.expert), copies)
         return _named(operands, origin, copies, first_expert)
 
     def matmul_segments(
@@ -133,9 +132,9 @@ class ChannelProbe:
                 self._leave(out, b, b.first_expert + local)
         return products
 
-    def _enter(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy], expert: int | None) -> None:
+    def _enter(self, x: Tensor, origin: OperandOrigin, copies: Sequence[Copy]) -> None:
         """x `[R, C]` goes into the GEMMs of `copies`."""
-        name = origin.name
+        name, expert = origin.name, origin.expert
         if origin.operand == "w":
             self._add(name, Channels.w_rows, expert, _live(x, 1), origin.rows)
             self._add(name, Channels.w_columns, expert, _live(x, 0), origin.cols)

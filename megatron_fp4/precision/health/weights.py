@@ -8,10 +8,13 @@ block more than 448 * 2^9 times weaker than the tensor's maximum has the smalles
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_fp4.precision.backends.centred import mean_of_tokens, without_mean
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.backends.finite import NonFiniteWatch
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
@@ -56,6 +59,9 @@ class ScaleFloors:
 
         One maximum is taken over the origin's ranks, where quantizing takes the same one.
         """
+        if copy.operand.center:
+            x = without_mean(x, mean_of_tokens(x, origin), origin)
+            copy = replace(copy, operand=replace(copy.operand, center=False))
         scales, maxima = self._backend.block_scales(x, origin, copy)
         live = maxima > 0
         counts = [((scales == 0) & live).sum(), ((scales == SMALLEST) & live).sum(), live.sum()]

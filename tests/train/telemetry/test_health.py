@@ -17,8 +17,10 @@ from megatron_fp4.comm.mesh import ParallelMesh, build_mesh
 from megatron_fp4.comm.parameter import logical_parameters
 from megatron_fp4.layers.mlp import Activation
 from megatron_fp4.layers.moe.config import MoeConfig
-from megatron_fp4.precision import EmulatedBackend, LinearPrecision, nvfp4_paper
+from megatron_fp4.precision import LinearPrecision, nvfp4_paper
+from megatron_fp4.precision.backends.choose import make_backend
 from megatron_fp4.precision.health.probe import ChannelProbe
+from megatron_fp4.precision.operand import AmaxScope
 from megatron_fp4.precision.table import PrecisionTable, Row
 from megatron_fp4.proofs.layouts import parse_layout
 from megatron_fp4.proofs.parity import Case, synthetic_inputs
@@ -58,7 +60,7 @@ def nothing(name: str, w: Tensor) -> None:
 def health_on(process: Process, mesh: ParallelMesh, layout: str, case: Case, plant: Plant) -> list[LinearHealth]:
     """Of the first step of a case on this rank of a layout. Collective."""
     config = replace(case.config, parallel=parse_layout(layout).parallel)
-    probe = ChannelProbe(EmulatedBackend())
+    probe = ChannelProbe(make_backend(replace(config.precision, compile=False)))
     trainable = build_trainable(config, case.table, probe, mesh, process.device)
     for stage in trainable.engine.stages:
         for parameter in logical_parameters(stage):
@@ -109,6 +111,20 @@ def test_dgrad_that_underflows_is_named(ffn_hidden: int) -> None:
     assert (down.zeros, down.lost_dx, up.dead_outputs) == (0, ffn_hidden // 4, 0.25)
     assert (down.lost_columns, down.lost_rows) == (0.25, 0.0)
     assert down.spread_columns > 7.0, "log2 of a thousand"
+
+
+@pytest.mark.parametrize("change", [{"center": True}, {"amax_scope": AmaxScope.group128}])
+def test_operands_of_other_arithmetic_are_watched(change: dict[str, Any]) -> None:
+    """The mean of an activation apart, and FP32 scales along a row: of experts, one after the other."""
+    recipe = nvfp4_paper()
+    x = replace(recipe.fprop.x, **change)
+    changed = replace(NVFP4, recipes={"nvfp4": replace(recipe, fprop=replace(recipe.fprop, x=x))})
+    moe = replace(MOE, num_experts=2, ffn_hidden=128)
+    case = parity_case(changed, pattern="*E", hidden=128, head_dim=32, moe=moe, train=TRAIN)
+    linears = health_alone(case, weak_hidden_channels)
+    up = linears["blocks.1.moe.experts.up"]
+    assert up.makers() == [(("blocks.1.moe.experts.down", "dgrad"), up.numel // 8)], "of one expert of two"
+    assert "fprop.x" in up.floors
 
 
 def padding(recipe: LinearPrecision) -> LinearPrecision:

@@ -206,7 +206,10 @@ def _health(info: LinearInfo, first: str, second: str, zeros: float, row: list[f
     counts = dict(zip(FIELDS, (int(count) for count in row), strict=False))
     quantized, tiles, *rest = row[len(FIELDS) :]
     spread_columns, live_columns, lost_columns, spread_rows, live_rows, lost_rows, *floors = rest
-    own = max(0, int(zeros) - counts["structural"] - counts["fprop"] - counts["dgrad"])
+    underflow = counts["fprop"] + counts["dgrad"]
+    # the gradient of a tied table is also the embedding's, which may fill what is dead for the head
+    structural = max(0, min(counts["structural"], int(zeros) - underflow))
+    own = max(0, int(zeros) - structural - underflow)
     wgrad = own if quantized else 0  # tokens that never meet: so it would be in BF16
     of_operands = zip(OPERANDS, floors[::2], floors[1::2], strict=True)
     experts = max(1, info.num_experts)
@@ -216,7 +219,7 @@ def _health(info: LinearInfo, first: str, second: str, zeros: float, row: list[f
         second=second,
         numel=info.numel,
         zeros=int(zeros),
-        structural=counts["structural"] + own - wgrad,
+        structural=structural + own - wgrad,
         fprop=counts["fprop"],
         dgrad=counts["dgrad"],
         wgrad=wgrad,
