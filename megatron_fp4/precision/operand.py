@@ -1,6 +1,4 @@
-"""How one operand of a GEMM is quantized: a value.
-
-Whatever has no meaning is refused at construction, with the reason.
+"""How one operand of a GEMM is quantized: a value. What has no meaning is refused at construction, with the reason.
 
 Not here: the arithmetic of the formats (numerics/).
 (No `from __future__ import annotations`: omegaconf reads the annotations.)

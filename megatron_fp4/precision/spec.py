@@ -50,11 +50,8 @@ class Gemm:
             raise ValueError("pad: true on a GEMM in bf16, which takes any shape, would have no effect; leave it out")
         if AmaxScope.expert_call in [operand.amax_scope for operand in self.operands]:
             _check_expert_call(self)
-        for tensor, operand in zip(self.tensors, self.operands, strict=True):
-            if operand.amax_scope is AmaxScope.static and (self.name, tensor) != ("fprop", "x"):
-                raise ValueError(
-                    f"{self}: amax_scope=static of {tensor}, but it is measured of Fprop's x alone; set tensor here"
-                )
+        if AmaxScope.static in [operand.amax_scope for operand in self.operands]:
+            _check_static(self)
         first, second = self.operands
         if (first.rht_size, first.rht_signs) != (second.rht_size, second.rht_signs):
             raise ValueError(
@@ -115,6 +112,22 @@ def _check_expert_call(gemm: Gemm) -> None:
         )
     if gemm.name == "wgrad" and len(set(scopes.values())) > 1 and all(one.quantized for one in gemm.operands):
         raise ValueError(f"{gemm}: amax_scope=expert_call joins the segments of both operands; give it to both")
+
+
+def _check_static(gemm: Gemm) -> None:
+    """Raises ValueError where a scale that is measured once has no meaning."""
+    for tensor, operand in zip(gemm.tensors, gemm.operands, strict=True):
+        if operand.amax_scope is not AmaxScope.static:
+            continue
+        if (gemm.name, tensor) != ("fprop", "x"):
+            raise ValueError(
+                f"{gemm}: amax_scope=static of {tensor}, but it is measured of Fprop's x alone; set tensor here"
+            )
+        if operand.rht_size or operand.center:
+            raise ValueError(
+                f"{gemm}: amax_scope=static with center or a Hadamard transform, but it is measured of x before these;"
+                " set tensor"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,12 @@ def test_only_the_input_of_fprop_has_one() -> None:
     for make in (lambda: Fprop(w=STATIC), lambda: Dgrad(dy=STATIC)):
         with pytest.raises(ValueError, match="it is measured of Fprop's x alone"):
             make()
+
+
+@pytest.mark.parametrize("change", [{"rht_size": 16}, {"center": True}])
+def test_what_changes_the_input_first_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="measured of x before these"):
+        Fprop(replace(STATIC, **change), Operand(rht_size=change.get("rht_size", 0)))
 
 
 def run_of(folder: Path, *overrides: str) -> TinyRun:
