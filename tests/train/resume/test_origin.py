@@ -104,8 +104,7 @@ def test_multi_token_prediction_begins_with_weights_that_have_none(
     added = {key: one for key, one in of_drawn.items() if key.startswith("mtp.")}
     assert got.keys() == expected.keys() | added.keys()
     assert all(torch.equal(got[key], one) for key, one in (expected | added).items())
-    assert trainer.run.origin is not None
-    assert describe_origin(trainer.run.origin, None)[0].endswith(
+    assert describe_origin(trainer.run.origin["init_from"], None)[0].endswith(
         "multi-token prediction is not in them: its weights are drawn"
     )
 
