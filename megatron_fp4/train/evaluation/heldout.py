@@ -125,7 +125,7 @@ def evaluate(
                     num_targets = [sum(both) for both in zip(num_targets, count_targets(batch, ahead), strict=True)]
                     num_bytes += text_bytes.of_targets(batch) if text_bytes else 0.0
             beat()
-    sums = torch.cat([total, total.new_tensor([*num_targets, num_bytes])])
+    sums = torch.cat([total, *(torch.full_like(total[:1], count) for count in (*num_targets, num_bytes))])
     *numbers, all_bytes = all_reduce_sum(sums, mesh.world).tolist()
     loss_sums, counts = numbers[: 1 + depth], numbers[1 + depth :]
     means = [one / count if count else math.nan for one, count in zip(loss_sums, counts, strict=True)]
