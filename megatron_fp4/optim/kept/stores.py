@@ -104,7 +104,7 @@ class BlockStore:
 
     def __init__(self, numel: int, device: torch.device, codes: Codes, run: StageRunner) -> None:
         self._codes = codes
-        self._run = run if codes.exact or device.type == "cpu" else RUNNERS[False]
+        self._run, self._run_encode = run, run if codes.exact else RUNNERS[False]
         self.tensors = (
             torch.zeros(numel // BLOCK, BLOCK, dtype=codes.code_dtype, device=device),
             torch.zeros(numel // BLOCK, 1, dtype=torch.uint8, device=device),
@@ -117,7 +117,7 @@ class BlockStore:
     def write(self, start: int, stop: int, values: Tensor, words: Tensor | None) -> None:
         assert words is not None
         assert start % BLOCK == stop % BLOCK == 0, f"[{start}, {stop}) is not whole blocks"
-        encoded = self._run(self._codes.encode, values=values.view(-1, BLOCK), words=words.view(-1, BLOCK))
+        encoded = self._run_encode(self._codes.encode, values=values.view(-1, BLOCK), words=words.view(-1, BLOCK))
         for tensor, new in zip(self.tensors, encoded, strict=True):
             tensor[start // BLOCK : stop // BLOCK] = new
 

@@ -53,14 +53,18 @@ def check_main_grads(config: RunConfig) -> None:
     mtp, model = config.model.mtp, config.model
     if config.optim.main_grads is MainGradFormat.fp32 or not mtp.depth:
         return
-    scale = mtp.loss_scale / mtp.depth
-    if LEAST_SCALE <= scale <= 1 / LEAST_SCALE:
+    scale, distillation = mtp.loss_scale / mtp.depth, config.train.distillation
+    own = 1.0 - distillation.weight if distillation.teacher else 1.0  # a divergence vanishes where two models agree
+    if LEAST_SCALE * own <= scale <= own / LEAST_SCALE:
         return
     tables = "embedding.weight" if model.tied_embeddings else "embedding.weight and head.weight"
+    teacher = " beside the divergence from a teacher, which may vanish (1 - train.distillation.weight)"
+    lost = f"{abs(math.log2(scale / own)):.1f}" if own and scale else "all"
     raise ValueError(
-        f"optim.main_grads=bf16: {tables} get gradients of the next token's loss, of scale 1, and of {mtp.depth}"
-        f" further loss(es), of scale {scale:.3g} (model.mtp.loss_scale / depth), one added to the other; of the 8 bits"
-        f" of BF16 the smaller lose {abs(math.log2(scale)):.1f}; set optim.main_grads=fp32, or model.mtp.depth=0"
+        f"optim.main_grads=bf16: {tables} get gradients of the next token's loss, of scale {own:g}"
+        f"{teacher if distillation.teacher else ''}, and of {mtp.depth} further loss(es), of scale {scale:.3g}"
+        f" (model.mtp.loss_scale / depth), one added to the other; of the 8 bits of BF16 the smaller lose {lost};"
+        " set optim.main_grads=fp32, or model.mtp.depth=0"
     )
 
 

@@ -77,7 +77,7 @@ def begin_from(
     with origin_folder(config, world, beat) as (folder, came_from):
         agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)
         draws = bool(config.model.mtp.depth) and decided_by_rank0(lambda: not has_mtp(folder), world)
-        drawn = drawn_masters(optimizer.updated_shards(), NOT_EVALUATED) if draws else {}
+        drawn = drawn_masters(optimizer.state_shards(), NOT_EVALUATED) if draws else {}
         shards = masters_to_fill(optimizer.state_to_fill(), drawn)
         fill = fill_from_foreign if is_foreign(folder) else partial(fill_from_checkpoint, config=config.checkpoint)
         record = fill(folder, shards, world, beat)

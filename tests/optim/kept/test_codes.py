@@ -11,8 +11,9 @@ from megatron_fp4.comm.parameter import LogicalParameter
 from megatron_fp4.optim import OptimConfig, Zero1Optimizer
 from megatron_fp4.optim.kept.codes import Codes, Fp8, Int8, RootInt8, UnsignedFp8
 from megatron_fp4.optim.kept.config import BLOCK, MasterFormat, MomentFormat, MomentsConfig
-from megatron_fp4.optim.kept.stores import moment_store
+from megatron_fp4.optim.kept.stores import RUNNERS, moment_store
 
+BLOCKS = (MomentFormat.fp8, MomentFormat.int8)
 CODES = {"int8": Int8(), "fp8": Fp8(), "int8 root": RootInt8(), "unsigned fp8": UnsignedFp8()}
 LARGEST_STEP = {"int8": 1 / 64, "fp8": 1 / 7, "int8 root": 2 / 127, "unsigned fp8": 1 / 8}  # of the block's largest
 
@@ -73,6 +74,32 @@ def test_bf16_rounds_in_the_mean_and_keeps_what_it_holds() -> None:
     once = store.read(0, 2**16).clone()
     store.write(0, 2**16, once, words(2**10, 1).view(-1))
     assert torch.equal(store.read(0, 2**16), once)
+
+
+@pytest.mark.parametrize(
+    ("format", "unsigned"), [(MomentFormat.bf16, False)] + [(one, of) for one in BLOCKS for of in (False, True)]
+)
+def test_compiled_conversions_of_any_number_give_the_same_bits(format: MomentFormat, unsigned: bool) -> None:
+    """Any bits that are a finite number, denormals, zeros of both signs, the largest, and blocks of all scales."""
+    random = torch.Generator().manual_seed(2)
+    bits = torch.randint(-(2**31), 2**31, (128, BLOCK), generator=random).to(torch.int32)
+    some = (bits, bits & 0x7FFFFF, torch.zeros_like(bits), torch.full_like(bits, -(2**31)), bits | 0x7F7FFFFF)
+    drawn = torch.cat([one.view(torch.float32) for one in some]).nan_to_num(0.0, 0.0, 0.0)
+    scales = 2.0 ** torch.randint(-148, 120, (1024, 1), generator=random)
+    x = torch.cat([drawn, torch.randn(1024, BLOCK, generator=random) * scales])
+    noise = words(len(x))
+    if unsigned:
+        x = x.abs()
+        root = x.double().sqrt() / 2.0 ** (x.double().sqrt().amax(1, keepdim=True) / 255).log2().ceil()
+        below = root.floor()
+        where = (root.square() - below.square()) / (2 * below + 1)  # words that decide by the last bit of a root
+        noise = (where.nan_to_num(0.0) * 2**16).int()
+    kept: list[list[Tensor]] = []
+    for run in RUNNERS.values():
+        store = moment_store(format, x.numel(), x.device, run, unsigned=unsigned)
+        store.write(0, x.numel(), x.view(-1), noise.view(-1))
+        kept.append([*(one.view(torch.uint8) for one in store.tensors), store.read(0, x.numel()).view(torch.int32)])
+    assert all(torch.equal(*pair) for pair in zip(*kept, strict=True))
 
 
 def test_compiled_conversions_give_the_same_bits() -> None:

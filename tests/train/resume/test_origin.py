@@ -109,6 +109,20 @@ def test_multi_token_prediction_begins_with_weights_that_have_none(
     )
 
 
+def test_an_experts_bias_of_multi_token_prediction_begins_at_zero(tmp_path: Path) -> None:
+    """It is no parameter of the optimizer, but as little in the weights as those are."""
+    moe = ("model.moe={num_experts: 4, top_k: 2, ffn_hidden: 32, expert_bias: true}", "model.pattern='*E'")
+    base = tiny_run(tmp_path, "precision=bf16", *moe, "train.save_interval_steps=2", "train.stop_after_steps=2")
+    make_trainer(base.overrides)[0].fit()
+    mtp = "model.mtp={depth: 1, pattern: '*E', loss_scale: 1.0}"
+    trainer, _ = make_trainer(
+        base.with_overrides(f"train.init_from='{base.run_dir}'", mtp, run_dir=tmp_path / "mtp").overrides
+    )
+    got, expected = masters(trainer), stored(base.run_dir / "checkpoints")
+    assert not bool(got["mtp.0.blocks.1.moe.router.bias"].any())
+    assert all(torch.equal(got[key], one) for key, one in expected.items())
+
+
 def test_a_resume_reads_no_origin_and_remembers_it(source: TinyRun, tmp_path: Path) -> None:
     folder = tmp_path / "moved"
     shutil.copytree(beside(source, "hf"), folder)
