@@ -8,8 +8,9 @@
 A second moment divides: one that was flushed to 0 would turn a small gradient into a huge step (the zero point problem
 of arXiv 2309.01507), so what is below the smallest code becomes that code. Its codes are spaced as those of its root,
 which is what an update divides by. Scales are powers of two, so that what was decoded is encoded to the same value, and
-every operation is exact but the one that rounds. So compiled kernels, which contract and approximate, give the same bits.
-Those with which `RootInt8` encodes are not: torch's root is not the nearest number of a fifth of all, a compiled one is.
+every operation is exact but the one that rounds, and compiled kernels, which contract and approximate, give the same
+bits. Those with which `RootInt8` encodes are not exact: torch's root is not the nearest number for a fifth of all
+numbers, a compiled one is.
 
 words: 32 random bits an element. An element is rounded up with the probability of its distance from the code below, so
 the mean of many roundings is right: nearest codes would lose a change of 5 percent a step (beta 0.95) for good.

@@ -14,13 +14,12 @@ from megatron_fp4.comm.mesh import describe
 from megatron_fp4.data.text.tokenizer import describe_tokenizer
 from megatron_fp4.models.count import logical_shapes, model_parameters
 from megatron_fp4.optim import Algorithm, choice_table, describe_schedule
-from megatron_fp4.precision.backends.choose import eager_reason
 from megatron_fp4.precision.backends.triton_limits import emulated_gemms
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.precision.table import summary
 from megatron_fp4.train.checked import CheckedConfig
 from megatron_fp4.train.config import RunConfig
-from megatron_fp4.train.telemetry.slow_paths import slow_paths_on
+from megatron_fp4.train.telemetry.slow_paths import eager_paths_on, slow_paths_on
 from megatron_fp4.train.telemetry.throughput import Throughput
 
 MAX_SOURCES = 4
@@ -56,8 +55,7 @@ def describe_run(
     paragraphs.append(checked.plan.describe())
     if config.optim.algorithm is Algorithm.muon:
         paragraphs.append("\n".join(["updated by", *choice_table(logical_shapes(config.model), config.optim)]))
-    if reason := eager_reason(config.precision):
-        paragraphs.append(f"precision.compile is on, but {reason}: the quantizer runs eagerly (same numbers, slower)")
+    paragraphs += eager_paths_on(config, device)
     if emulated := emulated_gemms(config.precision):
         paragraphs.append(
             "WARNING: precision.backend=triton has no kernels for these GEMMs, which are emulated (same operands):\n  "

@@ -1,4 +1,4 @@
-"""What of a run on GPUs is computed without the kernels that the GPUs have: said loudly, for nothing else says it.
+"""What of a run is computed without the kernels that its device could have: said loudly, for nothing else says it.
 
 Losses are right and the run is several times too slow, which nobody sees who has nothing to compare it with.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 
 from megatron_fp4.layers.mamba.kernels import MambaKernel
+from megatron_fp4.optim.kept.config import MomentFormat
+from megatron_fp4.precision.backends.choose import eager_reason
+from megatron_fp4.precision.backends.emulated import compile_obstacle
 from megatron_fp4.precision.config import BackendName
 from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import RunConfig
@@ -44,3 +47,14 @@ def slow_paths_on(config: RunConfig, plan: PrecisionPlan, device: torch.device) 
     if device.type != "cuda":
         return []
     return slow_paths(config, plan, fp4=torch.cuda.get_device_capability(device)[0] >= FP4_CAPABILITY)
+
+
+def eager_paths_on(config: RunConfig, device: torch.device) -> list[str]:
+    """One sentence for each thing that was to be compiled and is not, on the kind of this device; same numbers."""
+    lines = []
+    if reason := eager_reason(config.precision):
+        lines.append(f"precision.compile is on, but {reason}: the quantizer runs eagerly (same numbers, slower)")
+    compact = any(format is not MomentFormat.fp32 for format in config.optim.moments.by_kind.values())
+    if config.optim.compile and compact and device.type == "cpu" and (reason := compile_obstacle()):
+        lines.append(f"optim.compile is on, but {reason}: moments are converted eagerly (same numbers, slower)")
+    return lines

@@ -14,7 +14,7 @@ from megatron_fp4.optim.kept.config import BLOCK, MasterFormat, MomentFormat, Mo
 from megatron_fp4.optim.kept.stores import RUNNERS, moment_store
 
 BLOCKS = (MomentFormat.fp8, MomentFormat.int8)
-CODES = {"int8": Int8(), "fp8": Fp8(), "int8 root": RootInt8(), "unsigned fp8": UnsignedFp8()}
+CODES: dict[str, Codes] = {"int8": Int8(), "fp8": Fp8(), "int8 root": RootInt8(), "unsigned fp8": UnsignedFp8()}
 LARGEST_STEP = {"int8": 1 / 64, "fp8": 1 / 7, "int8 root": 2 / 127, "unsigned fp8": 1 / 8}  # of the block's largest
 
 

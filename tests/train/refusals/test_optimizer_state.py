@@ -7,7 +7,11 @@ import pytest
 from megatron_fp4.cli.compose import compose_config, to_run_config
 from megatron_fp4.train.checked import check_config
 
-DISTILLED = ["optim.main_grads=bf16", "train.distillation.teacher=run", "model.mtp={depth: 1, pattern: T, loss_scale: 1}"]
+DISTILLED = [
+    "optim.main_grads=bf16",
+    "train.distillation.teacher=run",
+    "model.mtp={depth: 1, pattern: T, loss_scale: 1}",
+]
 
 
 @pytest.mark.parametrize(
