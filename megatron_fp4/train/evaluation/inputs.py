@@ -23,7 +23,7 @@ from megatron_fp4.precision.plan import PrecisionPlan
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.engine import Engine
 from megatron_fp4.train.evaluation.heldout import evaluating
-from megatron_fp4.train.inputs import make_inputs
+from megatron_fp4.train.inputs import look_ahead, make_inputs
 
 INPUTS = "input_amax"
 """Where the small state of a checkpoint has them, by linear."""
@@ -91,7 +91,8 @@ def settle_inputs(
 
 def _run(engine: Engine, batch: Batch, micro_batch: int, mesh: ParallelMesh, beat: Callable[[], None]) -> None:
     device = next(engine.stages[0].parameters()).device
-    for inputs in make_inputs(batch, mesh.cp, device).split(micro_batch):
+    ahead = look_ahead(batch, engine.depth)
+    for inputs in make_inputs(batch, mesh.cp, device, ahead).split(micro_batch):
         engine.evaluate(inputs)
         beat()
 

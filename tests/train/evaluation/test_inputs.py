@@ -100,6 +100,19 @@ def test_a_run_measures_once_and_keeps_what_it_measured(tmp_path: Path) -> None:
     assert {name: float(one.input_amax) for name, one in linears.items() if one.input_amax is not None} == values
 
 
+def test_linears_of_multi_token_prediction_have_one(tmp_path: Path) -> None:
+    """They read batches that look ahead; an evaluation, which leaves them out, reads those of the rest."""
+    run = run_of(tmp_path, "model.mtp={depth: 2, pattern: T, shared: true}", "train.stop_after_steps=1")
+    trainer, _ = make_trainer(run.overrides)
+    values = values_of(trainer)
+    assert {"mtp.0.projection", "mtp.0.blocks.0.mlp.down"} <= values.keys()
+    trainer.fit()
+    assert values_of(make_trainer(run.overrides)[0]) == values
+    of_rest = linears_of(open_trained(trainer.run.config).engine.stages[0])
+    amaxes = {name: one.input_amax for name, one in of_rest.items() if one.input_amax is not None}
+    assert amaxes == {name: value for name, value in values.items() if not name.startswith("mtp.")}
+
+
 def test_more_batches_than_the_run_has_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="but the run has 40 more of 4 samples; set it to 40"):
         make_trainer(run_of(tmp_path, "precision.calibration_batches=41").overrides)
