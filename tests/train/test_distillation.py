@@ -91,6 +91,15 @@ def test_a_teacher_of_another_model_is_refused(source: TinyRun, tmp_path: Path) 
         make_trainer(run.overrides)
 
 
+def test_a_student_with_multi_token_prediction_learns_from_a_teacher_without(source: TinyRun, tmp_path: Path) -> None:
+    """As it may begin with weights without: nothing of a teacher but the next token is learned."""
+    mtp = ("model.mtp={depth: 1, pattern: T, loss_scale: 0.3}", f"train.init_from='{source.run_dir}'")
+    run = student(source, tmp_path / "run", *mtp, "train.stop_after_steps=1")
+    make_trainer(run.overrides)[0].fit()
+    (values,) = values_of(run)
+    assert 0.0 < values[1] < 0.1, "it is the teacher's own divergence, but for NVFP4"
+
+
 def test_no_layout_changes_what_is_learned() -> None:
     how = DistillationConfig("drawn", weight=0.7, temperature=2.0)
     ahead = MtpConfig(depth=1, pattern="-", loss_scale=0.3)

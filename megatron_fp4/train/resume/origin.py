@@ -75,7 +75,7 @@ def begin_from(
         return None
     optimizer = trainable.optimizer
     with origin_folder(config, world, beat) as (folder, came_from):
-        agreed(partial(_refusing, lambda: check_model(folder, config.model)), world)
+        agreed(partial(_refusing, lambda: check_model(folder, config.model, config.train.init_from)), world)
         draws = bool(config.model.mtp.depth) and decided_by_rank0(lambda: not has_mtp(folder), world)
         drawn = drawn_masters(optimizer.state_shards(), NOT_EVALUATED) if draws else {}
         shards = masters_to_fill(optimizer.state_to_fill(), drawn)

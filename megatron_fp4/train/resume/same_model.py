@@ -54,25 +54,26 @@ def check_origin(config: RunConfig) -> None:
         check_model(Path(config.train.init_from), config.model)
 
 
-def check_model(folder: Path, model: ModelConfig) -> None:
+def check_model(folder: Path, model: ModelConfig, origin: str = "") -> None:
     """Raises ValueError for settings that are others than those of the weights in `folder`; FileNotFoundError.
 
-    Multi-token prediction may begin with weights that have none: what it adds is drawn then.
+    Multi-token prediction may begin with weights that have none: what it adds is drawn then. origin: what a user has
+    called the folder, "" for its path.
     """
-    if not has_mtp(folder):
-        model = model.with_blocks(model.blocks, MtpConfig())
-    if listed := differences_from(folder, model):
-        raise ValueError(f"train.init_from={folder} holds another model; set these as they are in it:\n{listed}")
+    if listed := differences_from(folder, _as_far_as_in(folder, model)):
+        raise ValueError(
+            f"train.init_from={origin or folder} holds another model; set these as they are in it:\n{listed}"
+        )
 
 
 def check_teacher(folder: Path, model: ModelConfig) -> None:
-    """The same of `train.distillation.teacher`, which has to be a checkpoint of ours."""
+    """The same of `train.distillation.teacher`, a checkpoint of ours; it predicts the next token only."""
     if is_foreign(folder):
         raise ValueError(
             f"train.distillation.teacher={folder} is a folder of transformers or Megatron-LM; make it a checkpoint:"
             " megatron-fp4 checkpoint import"
         )
-    if listed := differences_from(folder, model):
+    if listed := differences_from(folder, _as_far_as_in(folder, model)):
         raise ValueError(f"train.distillation.teacher={folder} holds another model than this run's:\n{listed}")
 
 
@@ -80,6 +81,11 @@ def has_mtp(folder: Path) -> bool:
     """Whether the weights in `folder` have multi-token prediction; True where nothing is said of their model."""
     saved = _saved_model(folder)
     return saved is None or bool(saved.get("mtp", {}).get("depth"))
+
+
+def _as_far_as_in(folder: Path, model: ModelConfig) -> ModelConfig:
+    """Without multi-token prediction where the weights in `folder` have none."""
+    return model if has_mtp(folder) else model.with_blocks(model.blocks, MtpConfig())
 
 
 def differences_from(folder: Path, model: ModelConfig) -> str:

@@ -83,6 +83,9 @@ def test_weights_of_a_mirror(source: TinyRun, tmp_path: Path) -> None:
         assert all(torch.equal(got[key], expected[key]) for key in expected)
         assert trainer.run.origin["init_from"]["from"] == f"{url}/{name}"
         assert not (run.run_dir / "init_from").exists()
+    other = source.with_overrides(f"train.init_from='{url}'", "model.norm_eps=1e-3", run_dir=tmp_path / "other")
+    with pytest.raises(ValueError, match=f"train.init_from={url} holds another model"):
+        make_trainer(other.overrides)
     absent = source.with_overrides(f"train.init_from='file://{tmp_path}/absent'", run_dir=tmp_path / "absent_run")
     with pytest.raises(ValueError, match="is neither a complete checkpoint nor a mirror with some"):
         make_trainer(absent.overrides)
