@@ -96,10 +96,15 @@ class _GroupedCall(LinearCall):
     def weight_gradient(
         self, dy: QuantizedOperand, x: QuantizedOperand, dtype: torch.dtype, total: Tensor | None = None
     ) -> Tensor:
-        """`[E * N, K]`: dw of every segment, added to the rows of its expert in `total` or else in FP32."""
+        """`[E * N, K]`: dw of every segment, added to the rows of its expert in `total` or else in FP32.
+
+        A total in BF16 is rounded once: where an expert has several segments, their sum is made in FP32 first.
+        """
         if isinstance(x, UnextendedOperand):
             x = x.whole()
         parts = self.parts_of("wgrad").parts
+        if total is not None and total.dtype == torch.bfloat16 and len({part.expert for part in parts}) < len(parts):
+            return total.add_(self.weight_gradient(dy, x, dtype))
         size, columns = len(self.sharding.n_index), len(self.sharding.k_index)
         if total is None:
             total = torch.zeros(self.cache.num_experts * size, columns, device=self.rows.device)

@@ -329,6 +329,17 @@ def test_weights_are_quantized_once_and_anew_after_an_update() -> None:
     check_equal(experts.run(*case), experts.looped(*case))
 
 
+def test_a_main_gradient_in_bf16_is_rounded_once_however_many_segments_an_expert_has() -> None:
+    """Each rank that sends tokens to an expert is a segment: 64 of them would be 64 roundings."""
+    x, dy, rows, segments = routed([[2] * 64, [1] * 64, [0] * 64, [64] + [0] * 63])
+    experts = Experts(LinearPrecision())
+    *_, exact = experts.run(x, dy, rows, segments)
+    experts.weight.main_grad = drawn("so far", E * N, K)
+    expected = (experts.weight.main_grad.float() + exact).bfloat16()
+    experts.grouped(x.requires_grad_(), rows, segments).backward(dy)
+    assert torch.equal(experts.weight.main_grad, expected)
+
+
 def test_proof_mode_sums_in_fp64() -> None:
     """FP32 operands given as FP64: the gradients are those of FP64 to the last bits."""
     x, dy, rows, segments = routed(COUNTS["an empty expert and one token"], torch.float32)
