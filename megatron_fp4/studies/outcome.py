@@ -24,8 +24,8 @@ class ClaimVerdict(Enum):
 class ArmGap:
     """An arm against another, over the seeds that both have.
 
-    final, integrated: None where fewer than two pairs are finite. diverged: seeds whose loss is not finite in the arm
-    alone. gaps: of the final measure, by seed.
+    final, integrated: None where fewer than two pairs are finite. diverged, against_diverged: seeds whose loss is not
+    finite in the arm alone, in the other one alone. gaps: of the final measure, by seed.
     """
 
     arm: str
@@ -34,6 +34,7 @@ class ArmGap:
     integrated: Interval | None
     gaps: dict[int, float]
     diverged: tuple[int, ...] = ()
+    against_diverged: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ def _gap(study: Study, by_run: dict[tuple[str, int], ArmResult], arm: str, again
         return result.final(study.measure)
 
     gaps, whole = compared(final), compared(lambda result: result.integrated)
-    diverged = tuple(seed for seed in seeds if math.isnan(final(by_run[arm, seed])))
-    return ArmGap(arm, against, _interval(gaps), _interval(whole), gaps, diverged)
+    ended = {one: {seed for seed in seeds if math.isfinite(final(by_run[one, seed]))} for one in (arm, against)}
+    alone = (tuple(sorted(ended[other] - ended[one])) for one, other in ((arm, against), (against, arm)))
+    return ArmGap(arm, against, _interval(gaps), _interval(whole), gaps, *alone)
 
 
 def _interval(gaps: dict[int, float]) -> Interval | None:
@@ -116,8 +118,10 @@ def _interval(gaps: dict[int, float]) -> Interval | None:
 
 def _judge(claim: Claim, gap: ArmGap) -> JudgedClaim:
     interval = gap.final
-    if gap.diverged:  # a loss of NaN is above any
-        return JudgedClaim(claim, gap, _verdict(claim, math.inf, math.inf), None)
+    if gap.diverged or gap.against_diverged:  # a loss of NaN is above any
+        low = -math.inf if gap.against_diverged else math.inf
+        high = math.inf if gap.diverged else -math.inf
+        return JudgedClaim(claim, gap, _verdict(claim, low, high), None)
     if interval is None:
         return JudgedClaim(claim, gap, ClaimVerdict.undecided, None)
     distance = min(abs(interval.mean - end) for end in (claim.low, claim.high) if math.isfinite(end))
@@ -125,7 +129,7 @@ def _judge(claim: Claim, gap: ArmGap) -> JudgedClaim:
 
 
 def _verdict(claim: Claim, low: float, high: float) -> ClaimVerdict:
-    if claim.low < low and (high < claim.high or math.isinf(claim.high)):
+    if (claim.low < low or claim.low == low == high) and (high < claim.high or claim.high == low == high):
         return ClaimVerdict.reproduced
     if high < claim.low or claim.high < low:
         return ClaimVerdict.contradicted

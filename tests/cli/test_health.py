@@ -71,6 +71,37 @@ def test_a_sound_model_gets_no_advice(trained: Path, capsys: pytest.CaptureFixtu
     assert "blocks.3.moe.experts.up" in text
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the linears once they are read."""
+    right = patient.build
+
+    def build(*arguments: Any) -> tuple[Run, Any]:
+        run, start = right(*arguments)
+        with torch.no_grad():
+            change(linears_of(run.engine.stages[0]))
+        return run, start
+
+    monkeypatch.setattr(patient, "build", build)
+
+
+def test_nan_is_not_healthy(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(monkeypatch, lambda linears: linears["blocks.1.mlp.up"].weight[3, 3].fill_(torch.nan))
+    assert health.main([str(trained)]) == 2
+    assert "loss or gradient of step 1 are not finite on samples 0 to 15" in capsys.readouterr().err
+
+
+def test_zeros_that_attention_hides_are_not_healthy(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fourth of the channels of V, which are a fourth of those of QKV."""
+    spoil(monkeypatch, lambda linears: linears["blocks.2.attention.out"].weight[:, ::4].mul_(1e-2))
+    assert health.main([str(trained)]) == 1
+    text = capsys.readouterr().out
+    assert "blocks.2.attention.qkv: more zeros than in BF16" in text
+    assert "GEMMs of blocks.2.attention.out lose channels" in text
+    assert "healthy" not in text
+
+
 def test_the_advice_ends_what_was_planted(
     trained: Path,
     planted: Callable[..., None],

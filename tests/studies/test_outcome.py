@@ -73,6 +73,30 @@ def test_an_arm_that_diverges_is_above_every_bound() -> None:
     assert [one.verdict for one in outcome.claims] == [ClaimVerdict.reproduced, ClaimVerdict.contradicted]
 
 
+@pytest.mark.parametrize(
+    ("broken", "verdicts"),
+    [
+        ({"worse": (2,), "same": (2,)}, ("reproduced", "contradicted")),  # of the other three pairs
+        ({"worse": SEEDS, "same": SEEDS}, ("undecided", "undecided")),
+        ({"worse": (2,)}, ("reproduced", "contradicted")),
+        ({"same": (2,)}, ("contradicted", "reproduced")),
+        ({"worse": (2,), "same": (3,)}, ("undecided", "undecided")),
+    ],
+)
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_who_diverges_alone_is_worse(
+    broken: dict[str, tuple[int, ...]], verdicts: tuple[str, str], loss: float
+) -> None:
+    """Where both arms diverge, that seed says nothing of which is better; an infinite loss is one that diverged."""
+    some = [
+        result(one.arm, one.seed, loss) if one.seed in broken.get(one.arm, ()) else one for one in results(jitter=0.0)
+    ]
+    claims = [Claim("worse", "same", 0.0, math.inf), Claim("worse", "same", -math.inf, 0.0)]
+    for measure in (LAST_TWO, Measure("held")):
+        outcome = conclude(study(*claims, measure=measure), some)
+        assert tuple(one.verdict.value for one in outcome.claims) == verdicts
+
+
 def test_missing_runs_are_named_and_the_pairs_that_there_are_count() -> None:
     some = [one for one in results() if (one.arm, one.seed) not in {("worse", 1), ("base", 4)}]
     outcome = conclude(study(), some)

@@ -78,6 +78,8 @@ def _claim_cells(judged: JudgedClaim) -> list[str]:
     claim = judged.claim
     pairs = "-" if judged.pairs is None else f"{judged.pairs}"
     seen = interval_text(judged.gap.final, judged.gap.diverged)
+    if judged.gap.against_diverged:
+        seen += f"; {claim.against} diverged (seeds {', '.join(map(str, judged.gap.against_diverged))})"
     name = f"{claim.arm} against {claim.against}"
     if claim.measure is not Quantity.loss:
         name += f": {claim.measure.value}"

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     if not 0 < args.threshold < 1:
         parser.error(f"--threshold = {args.threshold:g}, must be between 0 and 1")
-    ill: list[Illness] = []
+    ill: list[Illness | str] = []
 
     def use(config: RunConfig, process: Process) -> None:
         checkpoint = chosen_checkpoint(args)
@@ -47,9 +47,10 @@ def main(arguments: Sequence[str]) -> int:
         meta = {**state["meta"], "step": state["step"]}
         with open_patient(config, process, checkpoint, meta, args.samples) as patient:
             examination = examine(patient, args.threshold)
-            ill.extend(examination.illnesses)
+            ill.extend([*examination.illnesses, *examination.unfollowed(args.threshold)])
             if process.world.rank == 0:
-                print(json.dumps(as_json(patient, examination)) if args.json else describe(args, patient, examination))
+                as_object = as_json(patient, examination, args.threshold)
+                print(json.dumps(as_object) if args.json else describe(args, patient, examination))
 
     return on_ranks(args.run, use) or int(bool(ill))
 
@@ -68,8 +69,16 @@ def describe(args: argparse.Namespace, patient: Patient, examination: Examinatio
         zeros.append(f"{advised.zeros / advised.numel:9.2%}" if examination.after else " " * 9)
         makers = [f"{count / now.numel:.2%} {gemm} of {name}" for (name, gemm), count in now.makers()]
         lines.append(f"{now.name:32}{''.join(zeros)}  {', '.join(makers) or '-'}")
+    if unfollowed := examination.unfollowed(args.threshold):
+        lost = [one.name for one in examination.now if not one.first and (one.lost_y or one.lost_dx)]
+        lines.append(
+            f"{', '.join(unfollowed)}: more zeros than in BF16, by channels that attention or the state space mixes;"
+            f" GEMMs of {', '.join(lost) or 'no linear there'} lose channels: try 1x16 weights there"
+        )
     if not examination.illnesses:
-        return "\n".join([*lines, f"healthy: no GEMM makes {args.threshold:.2%} of a gradient zero"])
+        return "\n".join(
+            lines if unfollowed else [*lines, f"healthy: no GEMM makes {args.threshold:.2%} of a gradient zero"]
+        )
     lines += ["", *(_verdict(illness) for illness in examination.illnesses)]
     if examination.rules:
         lines += ["", as_yaml(examination.rules, examination.recipes)]
@@ -94,7 +103,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def as_json(patient: Patient, examination: Examination) -> dict[str, Any]:
+def as_json(patient: Patient, examination: Examination, threshold: float = THRESHOLD) -> dict[str, Any]:
     """Every number, and the advice as settings."""
 
     def all_of(linears: Sequence[LinearHealth] | None) -> list[dict[str, Any]] | None:
@@ -110,7 +119,8 @@ def as_json(patient: Patient, examination: Examination) -> dict[str, Any]:
     return {
         "step": patient.step,
         "samples": list(patient.samples),
-        "healthy": not examination.illnesses,
+        "healthy": not examination.illnesses and not examination.unfollowed(threshold),
+        "unfollowed": examination.unfollowed(threshold),
         "illnesses": illnesses,
         "rules": [dataclasses.asdict(rule) for rule in examination.rules],
         "yaml": as_yaml(examination.rules, examination.recipes) if examination.rules else "",

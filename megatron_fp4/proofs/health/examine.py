@@ -59,6 +59,15 @@ class Examination:
     replaced: list[str] = field(default_factory=list)
     still: list[tuple[str, str]] = field(default_factory=list)
 
+    def unfollowed(self, threshold: float) -> list[str]:
+        """Linears at no activation with more zeros than in BF16 that no GEMM is charged with: channels are not followed
+        through attention and the state space."""
+        return [
+            one.name
+            for one, base in zip(self.now, self.bf16, strict=True)
+            if not one.first and one.zeros - one.underflow - base.zeros > threshold * one.numel
+        ]
+
 
 def examine(patient: Patient, threshold: float = THRESHOLD) -> Examination:
     """Collective over the ranks of the patient."""

@@ -6,13 +6,17 @@ was consumed before the checkpoint, so it is there for a run that has ended too,
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from megatron_fp4.comm.bootstrap import Process
+from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.precision.table import PrecisionTable
@@ -43,7 +47,10 @@ class Patient:
     num_targets: list[int]
 
     def gradient(self, table: PrecisionTable) -> list[LinearHealth]:
-        """Forward and backward by `table`, and the zeros of it. Collective over the world."""
+        """Forward and backward by `table`, and the zeros of it. Collective over the world.
+
+        Raises ValueError where loss or gradient are not finite: NaN is no zero, so its counts would look sound.
+        """
         run, probe = self.run, self.run.probes.channels
         assert probe is not None
         for stage in run.engine.stages:
@@ -51,10 +58,22 @@ class Patient:
         run.clock.weights_version += 1
         run.optimizer.zero_grad()
         probe.begin()
-        run.engine.train(self.microbatches, loss_scale(run, self.num_targets), lambda _: None)
+        loss = run.engine.train(self.microbatches, loss_scale(run, self.num_targets), lambda _: None)
         probe.recording = False
         run.optimizer.sum_grads()
+        self._check_finite(float(loss))
         return linear_health(run.config.model, run.engine.stages, probe, run.optimizer, run.mesh, run.device)
+
+    def _check_finite(self, loss: float) -> None:
+        shards = self.run.optimizer.grad_shards()
+        bad = sum(float((~torch.isfinite(one.tensors["grad"])).sum()) for one in shards if one.writes)
+        seen = torch.tensor([bad + (not math.isfinite(loss))], dtype=torch.float64, device=self.run.device)
+        if all_reduce_sum(seen, self.run.mesh.world).item():
+            first, stop = self.samples
+            raise ValueError(
+                f"loss or gradient of step {self.step} are not finite on samples {first} to {stop - 1}, so zeros say"
+                " nothing; examine an earlier checkpoint (--step)"
+            )
 
 
 @contextmanager
