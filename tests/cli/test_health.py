@@ -87,7 +87,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], No
 def test_nan_is_not_healthy(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(monkeypatch, lambda linears: linears["blocks.1.mlp.up"].weight[3, 3].fill_(torch.nan))
     assert health.main([str(trained)]) == 2
-    assert "loss or gradient of step 1 are not finite on samples 0 to 15" in capsys.readouterr().err
+    assert "more tensors is not finite at step 1, samples 0 to 15" in capsys.readouterr().err
 
 
 def test_zeros_that_attention_hides_are_not_healthy(

@@ -6,7 +6,6 @@ was consumed before the checkpoint, so it is there for a run that has ended too,
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from pathlib import Path
 import torch
 
 from megatron_fp4.comm.bootstrap import Process
-from megatron_fp4.comm.collectives import all_reduce_sum
 from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.layers.linear import assign_precision
 from megatron_fp4.precision.table import PrecisionTable
@@ -49,7 +47,7 @@ class Patient:
     def gradient(self, table: PrecisionTable) -> list[LinearHealth]:
         """Forward and backward by `table`, and the zeros of it. Collective over the world.
 
-        Raises ValueError where loss or gradient are not finite: NaN is no zero, so its counts would look sound.
+        Raises ValueError where a gradient is not finite: NaN is no zero, so its counts would look sound.
         """
         run, probe = self.run, self.run.probes.channels
         assert probe is not None
@@ -58,21 +56,23 @@ class Patient:
         run.clock.weights_version += 1
         run.optimizer.zero_grad()
         probe.begin()
-        loss = run.engine.train(self.microbatches, loss_scale(run, self.num_targets), lambda _: None)
+        run.engine.train(self.microbatches, loss_scale(run, self.num_targets), lambda _: None)
         probe.recording = False
         run.optimizer.sum_grads()
-        self._check_finite(float(loss))
+        self._check_finite()
         return linear_health(run.config.model, run.engine.stages, probe, run.optimizer, run.mesh, run.device)
 
-    def _check_finite(self, loss: float) -> None:
-        shards = self.run.optimizer.grad_shards()
-        bad = sum(float((~torch.isfinite(one.tensors["grad"])).sum()) for one in shards if one.writes)
-        seen = torch.tensor([bad + (not math.isfinite(loss))], dtype=torch.float64, device=self.run.device)
-        if all_reduce_sum(seen, self.run.mesh.world).item():
+    def _check_finite(self) -> None:
+        optimizer, counts = self.run.optimizer, dict[str, float]()
+        for shard in optimizer.grad_shards():
+            if shard.writes:
+                count = (~torch.isfinite(shard.tensors["grad"])).sum().item()
+                counts[shard.name] = counts.get(shard.name, 0.0) + count
+        if bad := [name for name, count in optimizer.sum_by_name(counts).items() if count]:
             first, stop = self.samples
             raise ValueError(
-                f"loss or gradient of step {self.step} are not finite on samples {first} to {stop - 1}, so zeros say"
-                " nothing; examine an earlier checkpoint (--step)"
+                f"the gradient of {bad[0]} and {len(bad) - 1} more tensors is not finite at step {self.step}, samples"
+                f" {first} to {stop - 1}, so its zeros say nothing; examine an earlier checkpoint (--step)"
             )
 
 
