@@ -55,6 +55,11 @@ class PrecisionTable:
         return [row.name for row in self.rows if row.precision.fprop.x.amax_scope is AmaxScope.static]
 
     @property
+    def centred(self) -> bool:
+        """Whether an operand of a linear is quantized without its mean."""
+        return any(row.precision.centred for row in self.rows)
+
+    @property
     def num_quantized_gemms(self) -> int:
         return sum(fmt != Format.bf16.name for formats in self.formats().values() for fmt in formats)
 

@@ -23,7 +23,7 @@ from megatron_fp4.comm.parameter import logical_parameters
 from megatron_fp4.comm.rect import Shard
 from megatron_fp4.data.batch import Batch
 from megatron_fp4.data.ramp import steps_from
-from megatron_fp4.precision.backends.emulated import EmulatedBackend
+from megatron_fp4.precision.backends.choose import eager_emulation
 from megatron_fp4.precision.table import PrecisionTable
 from megatron_fp4.train.config import RunConfig
 from megatron_fp4.train.inputs import Inputs, count_targets, look_ahead, make_inputs
@@ -72,7 +72,7 @@ def run_cases(process: Process, cases: Sequence[Case], parallel: ParallelConfig)
 def run_case(process: Process, case: Case, parallel: ParallelConfig, mesh: ParallelMesh) -> Record:
     """Run one case on this rank of the layout, whose mesh is `mesh`. Collective over the world."""
     config = replace(case.config, parallel=parallel)
-    backend = EmulatedBackend(compile=False)
+    backend = eager_emulation(centred=case.table.centred)
     trainable = build_trainable(config, case.table, backend, mesh, process.device)
     trainable.draw_given(config, case.table, mesh, process.device, backend)
     optimizer, engine = trainable.optimizer, trainable.engine

@@ -19,7 +19,7 @@ from megatron_fp4.comm.config import ParallelConfig
 from megatron_fp4.comm.local import kill_local, run_local
 from megatron_fp4.comm.mesh import build_mesh
 from megatron_fp4.comm.rect import Shard
-from megatron_fp4.precision.backends.emulated import EmulatedBackend
+from megatron_fp4.precision.backends.choose import eager_emulation
 from megatron_fp4.proofs.distance import assemble
 from megatron_fp4.proofs.layouts import Layout
 from megatron_fp4.proofs.parity import Case, copies, synthetic_inputs
@@ -67,7 +67,7 @@ def run_stretch(process: Process, case: Case, parallel: ParallelConfig, stretch:
     """
     mesh = build_mesh(parallel, process.world, experts="E" in case.config.model.letters)
     config = replace(case.config, parallel=parallel)
-    backend = EmulatedBackend(compile=False)
+    backend = eager_emulation(centred=case.table.centred)
     trainable = build_trainable(config, case.table, backend, mesh, process.device)
     trainable.draw_given(config, case.table, mesh, process.device, backend)
     optimizer, engine = trainable.optimizer, trainable.engine

@@ -18,6 +18,7 @@ from megatron_fp4.comm.mesh import build_mesh
 from megatron_fp4.models.decoder import Recompute
 from megatron_fp4.pipeline.schedules import stages_per_rank
 from megatron_fp4.precision import EmulatedBackend
+from megatron_fp4.precision.backends.centred import CentredBackend, CentredOperand
 from megatron_fp4.precision.config import ComputeDtype, PrecisionConfig, Rule
 from megatron_fp4.proofs.parity import Case, Record, run_case
 from tests.helpers.parity import parity_case
@@ -46,16 +47,27 @@ class Log:
         self._travelling = False
         self._scatter, self._matmul = collectives.reduce_scatter_rows, EmulatedBackend.matmul
         collectives.reduce_scatter_rows = self.scatter
+        self._centred = CentredBackend.matmul
         log = self
 
         def matmul(backend: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("accumulate_into") is not None:
-                log.total += 1
-                if log._travelling:
-                    log.beside[-1] += 1
+            log.count(kwargs)
             return log._matmul(backend, *args, **kwargs)
 
+        def centred(backend: Any, *args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(operand, CentredOperand) for operand in args):  # others go to the wrapped backend
+                log.count(kwargs)
+            return log._centred(backend, *args, **kwargs)
+
         EmulatedBackend.matmul = matmul  # type: ignore[method-assign]
+        CentredBackend.matmul = centred  # type: ignore[method-assign]
+
+    def count(self, arguments: dict[str, Any]) -> None:
+        """Count a product if it is a weight gradient."""
+        if arguments.get("accumulate_into") is not None:
+            self.total += 1
+            if self._travelling:
+                self.beside[-1] += 1
 
     def scatter(self, x: torch.Tensor, group: Any, row_counts: Any = None, while_sending: Any = None) -> torch.Tensor:
         def during() -> None:
@@ -68,6 +80,7 @@ class Log:
 
     def stop(self) -> None:
         collectives.reduce_scatter_rows, EmulatedBackend.matmul = self._scatter, self._matmul  # type: ignore
+        CentredBackend.matmul = self._centred  # type: ignore[method-assign]
 
 
 def run_both(process: Process, cases: list[tuple[Case, ParallelConfig]]) -> list[tuple[Record, list[int], int]]:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_fp4.precision.backends import Backend, NonFiniteWatch
 from megatron_fp4.precision.backends.centred import CentredBackend
-from megatron_fp4.precision.backends.emulated import compile_obstacle
+from megatron_fp4.precision.backends.emulated import EmulatedBackend, compile_obstacle
 from megatron_fp4.precision.backends.native_fp8 import REMEDY, NativeFp8Backend
 from megatron_fp4.precision.backends.reference import ReferenceBackend
 from megatron_fp4.precision.backends.transformer_engine import TransformerEngineBackend
@@ -27,6 +27,12 @@ def make_backend(config: PrecisionConfig, watch: NonFiniteWatch | None = None) -
     """The backend that `precision.backend` names. watch: records NaN and Inf instead of raising."""
     backend = _named_backend(config, watch)
     return CentredBackend(backend) if any(recipe.centred for recipe in config.recipes.values()) else backend
+
+
+def eager_emulation(*, centred: bool) -> Backend:
+    """The emulation with nothing to compile. centred: an operand is quantized without its mean."""
+    backend = EmulatedBackend(compile=False)
+    return CentredBackend(backend) if centred else backend
 
 
 def _named_backend(config: PrecisionConfig, watch: NonFiniteWatch | None) -> Backend:

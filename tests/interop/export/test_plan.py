@@ -49,7 +49,8 @@ REFUSED = {
     "its weight in mxfp8": (RECIPES["mxfp8"], 1),
     "behind a Hadamard transform of 16": (with_weight(replace(NVFP4, rht_size=16)), 1),
     "rounded stochastically": (with_weight(replace(NVFP4, rounding=Rounding.sr)), 1),
-    "with a global scale in each row": (with_weight(replace(NVFP4, amax_scope=AmaxScope.row)), 1),
+    "with many global scales .amax_scope=row.": (with_weight(replace(NVFP4, amax_scope=AmaxScope.row)), 1),
+    "with many global scales .amax_scope=group128.": (with_weight(replace(NVFP4, amax_scope=AmaxScope.group128)), 1),
     "a global scale on each of 2 tensor-parallel ranks": (with_weight(replace(NVFP4, amax_scope=AmaxScope.shard)), 2),
     "its weight padded": (with_weight(replace(NVFP4, tile=(16, 16)), pad=True), 4),
 }
