@@ -40,10 +40,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ctx: Any, logits_TV: Tensor, labels_T: Tensor, first: int, vocab_size: int, smoothing: float, group: Group
     ) -> Tensor:
         largest_T = all_reduce_max(logits_TV.amax(dim=-1).float(), group)
-        is_target_T = labels_T != IGNORE
-        local_T = labels_T - first
-        is_local_T = is_target_T & (local_T >= 0) & (local_T < logits_TV.shape[-1])
-        index_T = local_T.clamp(0, logits_TV.shape[-1] - 1)
+        is_target_T, is_local_T, index_T = _placed(labels_T, first, logits_TV.shape[-1])
         parts = torch.zeros(3, logits_TV.shape[0], dtype=torch.float64, device=logits_TV.device)
         for rows in _chunks(logits_TV):
             z_TV = _below_largest(logits_TV[rows], largest_T[rows])
@@ -71,8 +68,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             dz_TV = _below_largest(z_TV[rows], largest_T[rows]).exp_().div_(sum_T[rows, None])
             if ctx.smoothing:
                 dz_TV.sub_(ctx.smoothing / ctx.vocab_size)
-            tokens_T = torch.arange(dz_TV.shape[0], device=dz_TV.device)
-            dz_TV[tokens_T, index_T[rows]] -= at_label_T[rows]
+            _subtract_at(dz_TV, index_T[rows], at_label_T[rows])
             z_TV[rows] = dz_TV.mul_(factor_T[rows, None])
         return z_TV, None, None, None, None, None
 
@@ -107,10 +103,7 @@ class _VocabParallelDistillation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         own = [one.amax(dim=-1).float() for one in (logits_TV, teacher_TV)]
         largest = all_reduce_max(torch.stack(own), group)
-        is_target_T = labels_T != IGNORE
-        local_T = labels_T - first
-        is_local_T = is_target_T & (local_T >= 0) & (local_T < logits_TV.shape[-1])
-        index_T = local_T.clamp(0, logits_TV.shape[-1] - 1)
+        is_target_T, is_local_T, index_T = _placed(labels_T, first, logits_TV.shape[-1])
         parts = torch.zeros(5, logits_TV.shape[0], dtype=torch.float64, device=logits_TV.device)
         for rows in _chunks(logits_TV):
             z_TV = _below_largest(logits_TV[rows], largest[0, rows])
@@ -147,8 +140,7 @@ class _VocabParallelDistillation(torch.autograd.Function):
             del p_TV
             if weight < 1.0:
                 of_labels_TV = _below_largest(z_TV[rows], largest[0, rows]).exp_().div_(sums[0, rows, None])
-                tokens_T = torch.arange(dz_TV.shape[0], device=dz_TV.device)
-                of_labels_TV[tokens_T, index_T[rows]] -= at_label_T[rows]
+                _subtract_at(of_labels_TV, index_T[rows], at_label_T[rows])
                 dz_TV.add_(of_labels_TV, alpha=1.0 - weight)
             z_TV[rows] = dz_TV.mul_(factor_T[rows, None])
         return z_TV, *[None] * 7
@@ -160,6 +152,18 @@ def _chunks(logits_TV: Tensor) -> list[slice]:
     counts = even_counts(num_tokens, -(-num_tokens // max(16, CHUNK // columns)))
     stops = itertools.accumulate(counts)
     return [slice(stop - count, stop) for stop, count in zip(stops, counts, strict=True)]
+
+
+def _placed(labels_T: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens `[T]` have a label, which a label in this rank's columns `[first, first + columns)`; its column."""
+    is_target_T = labels_T != IGNORE
+    local_T = labels_T - first
+    return is_target_T, is_target_T & (local_T >= 0) & (local_T < columns), local_T.clamp(0, columns - 1)
+
+
+def _subtract_at(z_TV: Tensor, index_T: Tensor, amounts_T: Tensor) -> None:
+    """Take `amounts_T` off one column of each token, in place."""
+    z_TV[torch.arange(len(z_TV), device=z_TV.device), index_T] -= amounts_T
 
 
 def _below_largest(logits_TV: Tensor, largest_T: Tensor) -> Tensor:

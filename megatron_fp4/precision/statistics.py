@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_fp4.comm.mesh import Group
 from megatron_fp4.numerics.hadamard import hadamard
-from megatron_fp4.precision.backends.centred import mean_of_tokens, without_mean
+from megatron_fp4.precision.backends.centred import as_quantized
 from megatron_fp4.precision.backends.finite import NonFiniteError, NonFiniteWatch
 from megatron_fp4.precision.backends.product import GlobalScale
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
@@ -70,9 +70,7 @@ def _origin(x: Tensor, step: int) -> OperandOrigin:
 def sums_of(x: Tensor, operand: Operand, along: int, step: int, amax: Tensor | None = None) -> Tensor:
     """What `stats_of` is made of, FP64 on the device of `x`: nothing is read back. Without a meaning if x has NaN."""
     origin = replace(_origin(x, step), amax=amax)
-    if operand.center:
-        mean = mean_of_tokens(x, origin)
-        x, operand = without_mean(x, mean, origin), replace(operand, center=False)
+    x, operand = as_quantized(x, origin, operand)
     copy = Copy("report", operand, along)
     (prepared,) = ReferenceBackend(NonFiniteWatch()).quantize(x, origin, [copy])
     values, scale = decode(prepared)

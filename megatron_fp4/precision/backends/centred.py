@@ -116,6 +116,13 @@ def mean_of_tokens(x: Tensor, origin: OperandOrigin) -> Tensor:
     return (sums[:-1] / sums[-1].clamp(min=1.0)).to(x.dtype)
 
 
+def as_quantized(x: Tensor, origin: OperandOrigin, operand: Operand) -> tuple[Tensor, Operand]:
+    """What a wrapped backend quantizes for `operand`, and how: where its mean is taken off, the difference."""
+    if not operand.center:
+        return x, operand
+    return without_mean(x, mean_of_tokens(x, origin), origin), replace(operand, center=False)
+
+
 def without_mean(x: Tensor, mean: Tensor, origin: OperandOrigin) -> Tensor:
     """x - m in real rows, in FP32 and rounded once to x's type; zeros in the others."""
     difference = (x.float() - mean.float()).to(x.dtype)

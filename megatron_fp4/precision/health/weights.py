@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fp4.precision.backends.centred import mean_of_tokens, without_mean
+from megatron_fp4.precision.backends.centred import as_quantized
 from megatron_fp4.precision.backends.emulated import EmulatedBackend
 from megatron_fp4.precision.backends.finite import NonFiniteWatch
 from megatron_fp4.precision.backends.protocol import Copy, OperandOrigin
@@ -59,10 +59,8 @@ class ScaleFloors:
 
         One maximum is taken over the origin's ranks, where quantizing takes the same one.
         """
-        if copy.operand.center:
-            x = without_mean(x, mean_of_tokens(x, origin), origin)
-            copy = replace(copy, operand=replace(copy.operand, center=False))
-        scales, maxima = self._backend.block_scales(x, origin, copy)
+        x, operand = as_quantized(x, origin, copy.operand)
+        scales, maxima = self._backend.block_scales(x, origin, replace(copy, operand=operand))
         live = maxima > 0
         counts = [((scales == 0) & live).sum(), ((scales == SMALLEST) & live).sum(), live.sum()]
         self._watch.forget()
